@@ -1,0 +1,41 @@
+"""metabroyden learns the root finder of deep equilibrium models.
+
+>>> import metabroyden as mb
+>>> sorted(mb.SOLVERS)
+['anderson', 'broyden', 'newton', 'picard']
+"""
+
+from metabroyden.checkpoint import CheckpointError, load_solver, pretrained, save_solver
+from metabroyden.deq import DEQ
+from metabroyden.gradients import Implicit
+from metabroyden.learned import LEARNED, CoordinatewiseLSTM, GroupedLSTM, Safeguard
+from metabroyden.meta import fit_solver
+from metabroyden.solution import Solution, SolveError, Status, Trace, relative_residual
+from metabroyden.solve import solve
+from metabroyden.solvers import SOLVERS, Anderson, Broyden, Newton, Picard, make_solver
+
+__all__ = [
+    "DEQ",
+    "LEARNED",
+    "SOLVERS",
+    "Anderson",
+    "Broyden",
+    "CheckpointError",
+    "CoordinatewiseLSTM",
+    "GroupedLSTM",
+    "Implicit",
+    "Newton",
+    "Picard",
+    "Safeguard",
+    "Solution",
+    "SolveError",
+    "Status",
+    "Trace",
+    "fit_solver",
+    "load_solver",
+    "make_solver",
+    "pretrained",
+    "relative_residual",
+    "save_solver",
+    "solve",
+]

@@ -1,0 +1,1 @@
+"""Data sets, one source a file. Nothing here downloads."""

@@ -1,0 +1,106 @@
+"""The deep equilibrium layer: a cell, a solver and a gradient mode."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metabroyden.gradients import Implicit
+from metabroyden.learned.fingerprint import FingerprintWatch
+from metabroyden.solution import Solution, State
+from metabroyden.solve import solve
+from metabroyden.solvers.broyden import Broyden
+
+
+class DEQ(nn.Module):
+    """z = deq(x) with z = cell(z, x): the fixed point of a cell as a layer.
+
+    Args:
+        cell: module `f(z, x)`, batch first, samples independent of one another.
+        solver: any of our solvers, learned ones included (default `Broyden()`); may be reassigned at any time.
+        backward: gradient mode (default `Implicit()`); used only where gradients are enabled.
+        rtol, atol, max_nfe: as in `solve`.
+
+    After each call `last_solution` tells what the solve cost, and `last_backward_solution`, after a backward pass, what
+    the adjoint cost. Samples that fail keep their best iterate; the first time that happens a warning says so.
+
+    >>> import torch, metabroyden as mb
+    >>> class Cell(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.w = torch.nn.Parameter(0.5 * torch.eye(4))
+    ...     def forward(self, z, x):
+    ...         return torch.tanh(z @ self.w + x)
+    >>> deq = mb.DEQ(Cell(), rtol=1e-5)
+    >>> z = deq(torch.ones(2, 4))
+    >>> bool(deq.last_solution.converged.all())
+    True
+    """
+
+    def __init__(
+        self,
+        cell: nn.Module,
+        *,
+        solver: Any = None,
+        backward: Any = None,
+        rtol: float = 1e-3,
+        atol: float = 0.0,
+        max_nfe: int = 50,
+    ) -> None:
+        super().__init__()
+        self.cell = cell
+        # A learned solver is a module, but no part of the model: its weights must not be trained or saved with it.
+        self._solver = [Broyden() if solver is None else solver]
+        self.backward_mode = Implicit() if backward is None else backward
+        self.rtol, self.atol, self.max_nfe = rtol, atol, max_nfe
+        self.last_solution: Solution | None = None
+        self.last_backward_solution: Solution | None = None
+        self._warned = False
+        self._watch = FingerprintWatch()
+
+    @property
+    def solver(self) -> Any:
+        """The root finder of the forward pass."""
+        return self._solver[0]
+
+    @solver.setter
+    def solver(self, solver: Any) -> None:
+        self._solver = [solver]
+        self._watch = FingerprintWatch()
+
+    def forward(self, x: Any, z0: State | None = None) -> State:
+        """The equilibrium for the context x (a pytree of batch-first tensors), shaped like the state.
+
+        z0 defaults to `cell.initial_state(x)` where the cell has one, else to zeros like x. ValueError where neither
+        is possible.
+        """
+        if z0 is None:
+            z0 = self._initial_state(x)
+        self._watch.check(self.solver, self.cell)
+        solution = solve(
+            self.cell, z0, x, solver=self.solver, rtol=self.rtol, atol=self.atol, max_nfe=self.max_nfe, throw=False
+        )
+        self.last_solution = solution
+        if not self._warned and not bool(solution.converged.all()):
+            self._warned = True
+            warnings.warn(f"DEQ: {solution.failures()} (said once; see last_solution)", stacklevel=2)
+        if not torch.is_grad_enabled():
+            return solution.z
+        return self.backward_mode.attach(self.cell, solution.z, x, self._note_backward)
+
+    def _note_backward(self, solution: Solution) -> None:
+        self.last_backward_solution = solution
+
+    def _initial_state(self, x: Any) -> State:
+        maker = getattr(self.cell, "initial_state", None)
+        if maker is not None:
+            return maker(x)
+        if isinstance(x, Tensor) and x.is_floating_point():
+            return torch.zeros_like(x)
+        raise ValueError(
+            f"DEQ cannot guess the shape of the state from a context of type {type(x).__name__}: "
+            "give z0, or give the cell a method initial_state(x)"
+        )

@@ -1,0 +1,10 @@
+"""Learned solvers and their parts, one a file. `LEARNED` knows them by name."""
+
+from metabroyden.learned.base import LEARNED, LearnedConfig, LearnedSolver
+from metabroyden.learned.coordinatewise import CoordinatewiseLSTM
+from metabroyden.learned.grouped import GroupedConfig, GroupedLSTM
+from metabroyden.learned.safeguard import Safeguard
+
+__all__ = [
+    "LEARNED", "CoordinatewiseLSTM", "GroupedConfig", "GroupedLSTM", "LearnedConfig", "LearnedSolver", "Safeguard",
+]

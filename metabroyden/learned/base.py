@@ -1,0 +1,125 @@
+"""What learned solvers share: layout, context feature, initializer, safeguard, description."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from metabroyden.learned.initializer import Initializer
+from metabroyden.learned.layout import Layout
+from metabroyden.learned.safeguard import Safeguard
+from metabroyden.solve import Phase
+
+LEARNED: dict[str, type[LearnedSolver]] = {}
+C = TypeVar("C", bound="type[LearnedSolver]")
+
+
+def register(name: str) -> Callable[[C], C]:
+    """Class decorator: makes a learned solver known to `fit_solver` and to checkpoints under a name."""
+
+    def add(cls: C) -> C:
+        cls.kind = name
+        LEARNED[name] = cls
+        return cls
+
+    return add
+
+
+@dataclass(frozen=True)
+class LearnedConfig:
+    """Sizes and habits common to learned solvers.
+
+    Attributes:
+        layout: layout kind, see `Layout`.
+        shape: per-sample shape of the states it is fitted to.
+        context: "f0", the first evaluation f(z0, x), which every solve has; or "native", the context tensor itself.
+        context_channels: channels of the context feature.
+        hidden: LSTM width.
+        initializer: width of the initializer; 0 for none.
+        safeguard: hand-over to Broyden.
+    """
+
+    layout: str
+    shape: tuple[int, ...]
+    context: str = "f0"
+    context_channels: int = 0
+    hidden: int = 8
+    initializer: int = 32
+    safeguard: Safeguard = field(default_factory=Safeguard)
+
+    def __post_init__(self) -> None:
+        Layout(self.layout, self.shape)
+        if self.context not in ("f0", "native"):
+            raise ValueError(f"context must be 'f0' or 'native', got {self.context!r}")
+        if self.hidden < 1 or self.initializer < 0:
+            raise ValueError(f"hidden must be at least 1 and initializer at least 0: {self.hidden}, {self.initializer}")
+
+
+class LearnedSolver(nn.Module):
+    """A solver with weights. It satisfies the solver protocol and is stateless between solves.
+
+    Attributes:
+        config: its sizes. fingerprint: hash of the f it was fitted to, or None. summary: what meta-training reported.
+    """
+
+    kind: str
+    config_type: type[LearnedConfig] = LearnedConfig
+
+    def __init__(self, config: LearnedConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layout = Layout(config.layout, tuple(config.shape))
+        self.context_channels = config.context_channels or self.layout.channels
+        self.fingerprint: str | None = None
+        self.summary: dict[str, Any] = {}
+        self.initializer = (
+            Initializer(self.layout, self.context_channels, config.initializer) if config.initializer else None
+        )
+
+    @property
+    def safeguard(self) -> Any:
+        """The driver asks it for the phases of a solve; None runs the learned steps alone."""
+        return None if self.config.safeguard is None else self
+
+    def plan(self, solver: Any) -> list[Phase]:
+        """The phases of a solve, see `Safeguard`."""
+        return self.config.safeguard.phases(self)
+
+    def context_feature(self, problem: Any, shape: tuple[int, ...]) -> Tensor:
+        """The context feature (R, C', *S): f(z0) (evaluated and counted at the start), or the native context."""
+        if self.config.context == "f0":
+            return self.layout.canonical(problem.origin(), shape)
+        context = problem.context
+        wanted = f"a context tensor with {self.context_channels} channels and the state's layout {self.layout.kind!r}"
+        if not isinstance(context, Tensor):
+            raise ValueError(f"this solver was fitted with its native context: it needs {wanted}, got {type(context)}")
+        feature = context.transpose(1, 2) if self.layout.kind == "ntc" and context.dim() == 3 else context
+        wrong_extents = feature.shape[2:] != self.layout.extents(shape)
+        if feature.dim() < 2 or feature.shape[1] != self.context_channels or wrong_extents:
+            raise ValueError(f"this solver needs {wanted}, got shape {tuple(context.shape)}")
+        return feature
+
+    def start(self, z0: Tensor, problem: Any) -> Tensor:
+        """The learned first iterate, (R, n)."""
+        shape = self.layout.resolve(problem.shape)
+        context = self.context_feature(problem, shape)
+        base = problem.origin() if self.config.context == "f0" else z0
+        return base if self.initializer is None else base + self.layout.flat(self.initializer(context))
+
+    def describe(self) -> dict[str, Any]:
+        """Everything but the weights: what a checkpoint needs."""
+        return {"config": asdict(self.config), "fingerprint": self.fingerprint, "summary": self.summary}
+
+    @classmethod
+    def from_config(cls, values: dict[str, Any]) -> LearnedSolver:
+        """The untrained solver of a described config; ValueError for unknown fields."""
+        known = {item.name for item in fields(cls.config_type)}
+        if set(values) - known:
+            raise ValueError(f"unknown config fields for {cls.kind!r}: {sorted(set(values) - known)}")
+        values = dict(values, shape=tuple(values["shape"]))
+        if isinstance(values.get("safeguard"), dict):
+            values["safeguard"] = Safeguard(**values["safeguard"])
+        return cls(cls.config_type(**values))

@@ -1,0 +1,114 @@
+"""One LSTM cell per channel or token, and a channel-mixing preconditioner: the coordinatewise idea at less cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metabroyden.learned.base import LearnedConfig, LearnedSolver, register
+from metabroyden.learned.lstm import SharedLSTM
+from metabroyden.learned.preconditioner import LearnedInverse, Preconditioner
+from metabroyden.solve import Phase
+from metabroyden.solvers.base import Step
+
+_DIRECTIONS = 5  # residual, preconditioned residual, previous update, state, bias
+
+
+@dataclass(frozen=True)
+class GroupedConfig(LearnedConfig):
+    """Adds to `LearnedConfig`.
+
+    Attributes:
+        rank: inner channels of the preconditioner.
+        secant_start: whether Broyden, after the hand-over, starts from −(I + P) rather than −I.
+    """
+
+    hidden: int = 20
+    rank: int = 32
+    secant_start: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}")
+
+
+class GroupedState(NamedTuple):
+    """R rows, G groups, H hidden, n coordinates."""
+
+    gates: Tensor  # (R, rank, *S) of the preconditioner
+    update: Tensor  # (R, n) previous update over its residual scale
+    hidden: Tensor  # (R, H, G)
+    cell: Tensor  # (R, H, G)
+    scale: Tensor  # (R, 1, …) previous residual scale
+
+
+@register("grouped")
+class GroupedLSTM(LearnedSolver):
+    """z⁺ = z + s·Σᵢ wᵢdᵢ over the directions r, P(r), previous update, z/rms(z) and 1, weights w from one LSTM a group.
+
+    s is the residual's root mean square, r = g/s, P a `Preconditioner`. The LSTM of a group (see `Layout`) sees the
+    Gram matrix of the directions over the group's coordinates: sizes, correlations, means; and log s with its last
+    change. Untrained, P = 0 and w = (1, 1, 0, 0, 0): Picard. The Gram matrix and the weighted sum are one small batched
+    product each, which keeps the step at a fraction of a coordinatewise cell's cost.
+    """
+
+    config_type = GroupedConfig
+    config: GroupedConfig
+
+    def __init__(self, config: GroupedConfig) -> None:
+        super().__init__(config)
+        self.preconditioner = Preconditioner(self.layout, self.context_channels, config.rank)
+        inputs = _DIRECTIONS * (_DIRECTIONS + 1) // 2 - 1 + 2
+        self.lstm = SharedLSTM(inputs, config.hidden, _DIRECTIONS, self.layout.identities)
+        upper = torch.triu_indices(_DIRECTIONS, _DIRECTIONS)
+        pairs = upper[:, :-1]  # the last pair is 1·1
+        self.register_buffer("_pairs", pairs, persistent=False)
+        base = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0])
+        self.register_buffer("_base", base[:, None], persistent=False)
+
+    def plan(self, solver: Any) -> list[Phase]:
+        """As every learned solver's; Broyden carries on from the learned inverse Jacobian."""
+        return self.config.safeguard.phases(self, LearnedInverse(self) if self.config.secant_start else None)
+
+    def init(self, z: Tensor, g: Tensor, problem: Any) -> GroupedState:
+        """Zero memory; the preconditioner's gate is taken once."""
+        shape = self.layout.resolve(problem.shape)
+        canonical = self.layout.canonical(z, shape)
+        gates = self.preconditioner.gates(canonical, self.context_feature(problem, shape))
+        groups = shape[0] if self.layout.kind != "nct" else shape[1]
+        hidden, cell = self.lstm.begin(len(z), 1 if self.layout.kind == "nd" else groups, z)
+        scale = self.layout.scale(self.layout.canonical(g, shape))
+        return GroupedState(gates, torch.zeros_like(z), hidden, cell, scale)
+
+    def step(self, z: Tensor, g: Tensor, state: GroupedState, problem: Any) -> Step:
+        """One learned step, (R, n)."""
+        layout = self.layout
+        shape = layout.resolve(problem.shape)
+        zc, gc = layout.canonical(z, shape), layout.canonical(g, shape)
+        scale = layout.scale(gc)
+        r = gc / scale
+        size = layout.scale(zc)
+        directions = [r, self.preconditioner(r, state.gates), layout.canonical(state.update, shape), zc / size]
+        stack = layout.grouped(torch.stack([*directions, torch.ones_like(r)], dim=2))  # (R, G, 5, P)
+        gram = stack @ stack.transpose(2, 3) / stack.shape[3]
+        output, hidden, cell = self.lstm(self._features(gram, scale, state.scale), state.hidden, state.cell)
+        weights = (output + self._base).transpose(1, 2).unsqueeze(2)  # (R, G, 1, 5)
+        update = layout.ungrouped((weights @ stack).squeeze(2), shape)
+        z = z + layout.flat(scale * layout.canonical(update, shape))
+        return Step(z, state._replace(update=update, hidden=hidden, cell=cell, scale=scale))
+
+    def _features(self, gram: Tensor, scale: Tensor, before: Tensor) -> Tensor:
+        """(R, F, G): log sizes, correlations and means of the directions, log s and its change."""
+        square = torch.diagonal(gram, dim1=2, dim2=3)
+        root = (square + 1e-8).sqrt()
+        normal = gram / (root.unsqueeze(3) * root.unsqueeze(2))
+        rows, columns = self._pairs.unbind(0)
+        diagonal = rows == columns
+        picked = torch.where(diagonal, root[:, :, rows].log(), normal[:, :, rows, columns])  # (R, G, 14)
+        sizes = [scale.log() / 5, (scale / before).log().clamp(-3, 3)]
+        groups = [value.flatten(1).unsqueeze(2).expand(-1, picked.shape[1] // value[0].numel(), 1) for value in sizes]
+        return torch.cat([picked, *groups], dim=2).transpose(1, 2)

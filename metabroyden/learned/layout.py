@@ -1,0 +1,150 @@
+"""State layouts: which axes of a state are channels, space or time, and what a learned solver pools over.
+
+A state (R, …) is brought to canonical form (R, C, *S), channels second. Groups, each with one LSTM cell, are the channels
+of an image state (pooling over space), the tokens of a sequence state (pooling over channels, so that nothing crosses
+time), and the whole sample of a plain vector.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+KINDS = {"nd": 1, "nct": 2, "ntc": 2, "nchw": 3}
+"""Per-sample axes of each layout: nd vector; nct/ntc sequence with channels first/last; nchw image."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout with the per-sample shape it was fitted to.
+
+    Attributes:
+        kind: "nd", "nct", "ntc" or "nchw".
+        shape: per-sample shape; a solver runs on other spatial or time extents too, not on other channel counts.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"layout must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if len(self.shape) != KINDS[self.kind]:
+            raise ValueError(
+                f"layout {self.kind!r} wants {KINDS[self.kind]} axes a sample, got shape {tuple(self.shape)}"
+            )
+
+    @property
+    def channels(self) -> int:
+        """Channels C."""
+        return self.shape[-1] if self.kind == "ntc" else self.shape[0]
+
+    @property
+    def causal(self) -> bool:
+        """Whether one axis is time."""
+        return self.kind in ("nct", "ntc")
+
+    def resolve(self, shape: torch.Size | tuple) -> tuple[int, ...]:
+        """The per-sample shape to use for a state of this shape: its own, or the fitted one when it comes flattened.
+
+        ValueError when the channels differ from the fitted ones.
+        """
+        if shape and not isinstance(shape[0], int):
+            raise ValueError(f"this solver was fitted to one tensor of shape {self.shape}, got a state of {len(shape)}")
+        found = tuple(int(size) for size in shape)
+        if len(found) == 1 and self.kind != "nd" and found[0] == math.prod(self.shape):
+            return self.shape
+        if len(found) == len(self.shape) and Layout(self.kind, found).channels == self.channels:
+            return found
+        raise ValueError(
+            f"this solver was fitted to states of layout {self.kind!r} and per-sample shape {self.shape} "
+            f"({self.channels} channels); got per-sample shape {found}"
+        )
+
+    def shape_like(self, extents: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
+        """The per-sample shape of a state with these spatial or time extents."""
+        return (*extents, self.channels) if self.kind == "ntc" else (self.channels, *extents)
+
+    def canonical(self, flat: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """(R, n) → (R, C, *S)."""
+        full = flat.reshape(len(flat), *shape)
+        return full.transpose(1, 2) if self.kind == "ntc" else full
+
+    def flat(self, canonical: Tensor) -> Tensor:
+        """(R, C, *S) → (R, n)."""
+        ordered = canonical.transpose(1, 2) if self.kind == "ntc" else canonical
+        return ordered.reshape(len(ordered), -1)
+
+    def extents(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The spatial or time extents S of a per-sample shape."""
+        return shape[:1] if self.kind == "ntc" else shape[1:]
+
+    def grouped(self, stack: Tensor) -> Tensor:
+        """(R, C, K, *S) → (R, G, K, P): K values a coordinate, sorted into groups of P coordinates."""
+        if self.kind == "nchw":
+            return stack.flatten(3)
+        return stack.permute(0, 3, 2, 1) if self.causal else stack.permute(0, 2, 1).unsqueeze(1)
+
+    def ungrouped(self, value: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """(R, G, P) → (R, n)."""
+        if self.kind == "nct":
+            value = value.transpose(1, 2)
+        return value.reshape(len(value), -1)
+
+    @property
+    def identities(self) -> int:
+        """How many groups have an identity of their own (the channels of an image; tokens are alike)."""
+        return self.channels if self.kind == "nchw" else 1
+
+    def scale(self, g: Tensor) -> Tensor:
+        """Root mean square of a canonical residual, broadcastable over it.
+
+        Per sample; for sequences the running one over past tokens, (R, 1, T), so that the future does not leak.
+        """
+        tiny = torch.finfo(g.dtype).tiny ** 0.5
+        if self.causal:
+            steps = torch.arange(1, g.shape[2] + 1, device=g.device, dtype=g.dtype)
+            square = (g.square().mean(dim=1, keepdim=True).cumsum(dim=2) / steps).clamp_min(tiny)
+        else:
+            square = g.square().flatten(1).mean(dim=1).clamp_min(tiny).reshape(-1, *[1] * (g.dim() - 1))
+        return square.sqrt()
+
+
+def guess_layout(shape: tuple[int, ...]) -> Layout:
+    """The layout of a per-sample shape where it is unambiguous (one axis: nd; three: nchw); ValueError otherwise.
+
+    >>> guess_layout((16, 8, 8)).kind
+    'nchw'
+    """
+    kind = {1: "nd", 3: "nchw"}.get(len(shape))
+    if kind is None:
+        raise ValueError(f"layout= is needed for a state of per-sample shape {tuple(shape)}: one of {', '.join(KINDS)}")
+    return Layout(kind, tuple(shape))
+
+
+class Mixer(nn.Module):
+    """A linear map over canonical states that mixes channels and, by layout, near neighbours.
+
+    3×3 convolution for images, causal convolution of width 3 for sequences, a dense map for vectors.
+    """
+
+    def __init__(self, layout: Layout, inputs: int, outputs: int, *, bias: bool = True, zero: bool = False) -> None:
+        super().__init__()
+        self.causal = layout.causal
+        self.map: nn.Module
+        if layout.kind == "nchw":
+            self.map = nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias)
+        elif layout.causal:
+            self.map = nn.Conv1d(inputs, outputs, 3, bias=bias)
+        else:
+            self.map = nn.Linear(inputs, outputs, bias=bias)
+        if zero:
+            for parameter in self.map.parameters():
+                nn.init.zeros_(parameter)
+
+    def forward(self, value: Tensor) -> Tensor:
+        """(R, inputs, *S) → (R, outputs, *S)."""
+        return self.map(nn.functional.pad(value, (2, 0)) if self.causal else value)

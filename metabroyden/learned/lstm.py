@@ -1,0 +1,43 @@
+"""One LSTM cell shared by all groups (or coordinates) of a state."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class SharedLSTM(nn.Module):
+    """An LSTM cell (Hochreiter & Schmidhuber 1997) with weights shared over G groups, features first.
+
+    Features (R, F, G) and states (R, H, G) keep the groups last, so a step is one batched product and a few long
+    elementwise loops. The linear read-out is zero-initialised; the forget gate starts open. Groups with an identity
+    (channels of an image) have a bias each.
+
+    Args:
+        inputs: F. hidden: H. outputs: read-out rows O. identities: 1, or G.
+    """
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, identities: int = 1) -> None:
+        super().__init__()
+        self.hidden = hidden
+        bound = 1 / hidden**0.5
+        self.weight = nn.Parameter(torch.empty(4 * hidden, inputs + hidden).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(4 * hidden, identities))
+        self.readout = nn.Parameter(torch.zeros(outputs, hidden))
+        self.offset = nn.Parameter(torch.zeros(outputs, identities))
+        with torch.no_grad():
+            self.bias[hidden : 2 * hidden] = 1
+
+    def begin(self, rows: int, groups: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Zero hidden and cell states, (R, H, G) each."""
+        zeros = like.new_zeros(rows, self.hidden, groups)
+        return zeros, zeros
+
+    def forward(self, features: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(read-out (R, O, G), hidden, cell) after one step."""
+        gates = torch.matmul(self.weight, torch.cat([features, hidden], dim=1)) + self.bias
+        squashed = torch.sigmoid(gates[:, : 3 * self.hidden])
+        enter, forget, leave = squashed.chunk(3, dim=1)
+        cell = forget * cell + enter * torch.tanh(gates[:, 3 * self.hidden :])
+        hidden = leave * torch.tanh(cell)
+        return torch.matmul(self.readout, hidden) + self.offset, hidden, cell

@@ -1,0 +1,48 @@
+"""Handing a learned solve over to a classical one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from metabroyden.solve import Phase
+from metabroyden.solvers.broyden import Broyden
+
+
+@dataclass(frozen=True)
+class Safeguard:
+    """When a learned solver hands a sample to Broyden, and how far that is trusted. `solve` does the handing over.
+
+    A sample leaves the learned phase when its best residual has not fallen for `patience` evaluations, when it turns
+    non-finite, or after `horizon` steps. Broyden carries on from the best iterate, whose residual is known; where that
+    does not halve the best residual in `resumed_patience` evaluations, plain Broyden starts again from z0. So, given
+    max_nfe plus what was already spent, a learned solve never fails where its fallback converges.
+
+    Attributes:
+        horizon: learned steps at most.
+        patience: evaluations without a new best residual.
+        memory: of the fallback.
+        resumed_patience: evaluations in which the resumed phase must halve the best residual.
+    """
+
+    horizon: int = 20
+    patience: int = 5
+    memory: int = 30
+    resumed_patience: int = 20
+
+    def fallback(self) -> Broyden:
+        """The classical solver the guarantee speaks of."""
+        return Broyden(memory=self.memory)
+
+    def phases(self, solver: Any, initial: Any = None) -> list[Phase]:
+        """Learned steps, Broyden on top of the learned inverse Jacobian `initial` (if any), plain Broyden from z0."""
+        return [
+            Phase(solver, horizon=self.horizon, patience=self.patience),
+            Phase(
+                Broyden(memory=self.memory, initial=initial),
+                origin="best",
+                patience=self.resumed_patience,
+                progress=0.5,
+            ),
+            Phase(self.fallback()),
+        ]

@@ -1,0 +1,96 @@
+"""Fixed-point problems as tasks: a DEQ's f with disjoint train, validation and test contexts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metabroyden.solution import State
+
+SPLITS = ("train", "validation", "test")
+
+
+class TaskSet:
+    """The fixed-point problems z = f(z, x) of one trained DEQ.
+
+    Args:
+        f: callable f(z, x); the parameters of a module are frozen while tasks are trained on.
+        train, validation, test: raw contexts (N, ...) of each split, such as images; test may be None.
+        encode: raw contexts → the context x that f takes, such as the DEQ's injection; default the identity.
+        augment: (raw, generator) → raw, applied to training draws only.
+        z0: x → start; default zeros like x.
+
+    ValueError when a context of one split occurs in another, to the last bit.
+    """
+
+    def __init__(
+        self,
+        f: Callable[..., State],
+        train: Tensor,
+        validation: Tensor,
+        test: Tensor | None = None,
+        *,
+        encode: Callable[[Tensor], Any] | None = None,
+        augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+        z0: Callable[[Any], State] | None = None,
+    ) -> None:
+        self.f, self._encode, self._augment, self._z0 = f, encode, augment, z0
+        self.raw = {"train": train, "validation": validation, "test": test}
+        _refuse_overlap({name: part for name, part in self.raw.items() if part is not None})
+
+    def split(self, name: str) -> Tensor:
+        """Raw contexts of a split; ValueError for an unknown or absent one."""
+        part = self.raw.get(name)
+        if part is None:
+            raise ValueError(f"no split {name!r}: there are {[key for key, value in self.raw.items() if len(value)]}")
+        return part
+
+    def problems(self, name: str) -> tuple[State, Any]:
+        """(z0, x) of a whole split, for `solve` and for validation."""
+        return self._prepare(self.split(name))
+
+    def draw(self, batch: int, generator: torch.Generator) -> tuple[State, Any]:
+        """(z0, x) of a random training batch, drawn with replacement and augmented."""
+        train = self.split("train")
+        raw = train[torch.randint(len(train), (batch,), generator=generator)]
+        return self._prepare(raw if self._augment is None else self._augment(raw, generator))
+
+    def _prepare(self, raw: Tensor) -> tuple[State, Any]:
+        with torch.no_grad():
+            x = raw if self._encode is None else self._encode(raw)
+            return (torch.zeros_like(x) if self._z0 is None else self._z0(x)), x
+
+
+def _refuse_overlap(parts: dict[str, Tensor]) -> None:
+    owner: dict[bytes, str] = {}
+    for name, part in parts.items():
+        if len(part) == 0:
+            raise ValueError(f"the {name} split is empty")
+        for row in part.detach().cpu().reshape(len(part), -1).numpy():
+            if owner.setdefault(row.tobytes(), name) != name:
+                raise ValueError(f"a context of the {name} split is in the {owner[row.tobytes()]} split too")
+
+
+def as_learn2learn(task_sets: Sequence[TaskSet], split: str, *, shots: int, num_tasks: int = -1) -> Any:
+    """A `learn2learn.data.TaskDataset` over DEQs: each task is `shots` raw contexts of one of them.
+
+    Items are (contexts (shots, ...), labels (shots,)), the label being the number of the task set in `task_sets`.
+    ImportError, saying what to install, where learn2learn is missing.
+    """
+    from metabroyden.meta.learn2learn import load
+
+    l2l = load()
+    if not task_sets:
+        raise ValueError("task_sets must hold at least one TaskSet")
+    raws = [task_set.split(split) for task_set in task_sets]
+    labels = torch.cat([torch.full((len(raw),), number) for number, raw in enumerate(raws)])
+    dataset = l2l.data.MetaDataset(torch.utils.data.TensorDataset(torch.cat(raws), labels))
+    transforms = [
+        l2l.data.transforms.NWays(dataset, n=1),
+        l2l.data.transforms.KShots(dataset, k=shots),
+        l2l.data.transforms.LoadData(dataset),
+    ]
+    return l2l.data.TaskDataset(dataset, transforms, num_tasks=num_tasks)

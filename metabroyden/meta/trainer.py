@@ -1,0 +1,249 @@
+"""The outer loop: trains a learned solver on a task set by backpropagation through unrolled solves."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from metabroyden import checkpoint
+from metabroyden.meta.objectives import ResidualObjective
+from metabroyden.meta.tasks import TaskSet
+from metabroyden.meta.unroll import BACKENDS, unroll
+from metabroyden.solve import solve
+from metabroyden.state import gather
+
+Progress = Callable[[int, str], None]
+"""Called with the step reached and a few words."""
+
+
+@dataclass(frozen=True)
+class MetaConfig:
+    """One meta-training.
+
+    Attributes:
+        steps: outer (Adam) steps. unroll: solver steps K of each unroll, full backpropagation through all of them.
+        batch: fixed-point problems a step. learning_rate: peak, cosine to zero. clip: of the gradient's norm.
+        objective: see `ResidualObjective`. backend: of the unroll. seed: of the batches.
+        validate_every: outer steps between looks at validation; the best weights seen there are the ones kept.
+        validation_size: problems of the validation split used for that.
+        validation_rtol, validation_nfe: tolerance and budget of that look; its score is the mean number of evaluations,
+            a failure counting twice the budget.
+    """
+
+    steps: int = 600
+    unroll: int = 14
+    batch: int = 32
+    learning_rate: float = 2e-3
+    clip: float = 1.0
+    objective: ResidualObjective = field(default_factory=ResidualObjective)
+    backend: str = "higher"
+    seed: int = 0
+    validate_every: int = 50
+    validation_size: int = 256
+    validation_rtol: float = 1e-3
+    validation_nfe: int = 60
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "unroll", "batch", "validate_every", "validation_size", "validation_nfe"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"MetaConfig: {name} must be an integer of at least 1, got {value!r}")
+        for name in ("learning_rate", "clip", "validation_rtol"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"MetaConfig: {name} must be a positive number, got {value!r}")
+        if self.backend not in BACKENDS:
+            raise ValueError(f"MetaConfig: backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
+
+
+class MetaTrainer:
+    """Trains `solver` on `tasks`; with a checkpoint path, an interrupted run goes on bit for bit where it stopped.
+
+    Args:
+        solver: a `LearnedSolver`; trained in place, left with the weights that did best on validation.
+        tasks: the fixed-point problems; the test split is never touched.
+        config: see `MetaConfig`.
+        checkpoint: file for the training state (written every `save_every` steps), or None.
+
+    Attributes:
+        history: a dict for each look at validation: step, loss, score, seconds (of training, over all sittings).
+    """
+
+    def __init__(
+        self,
+        solver: Any,
+        tasks: TaskSet,
+        config: MetaConfig | None = None,
+        *,
+        checkpoint: str | Path | None = None,
+        save_every: int = 50,
+    ) -> None:
+        self.solver, self.tasks, self.config = solver, tasks, MetaConfig() if config is None else config
+        self.path = None if checkpoint is None else Path(checkpoint)
+        self.save_every = save_every
+        self.step, self.seconds, self.skipped = 0, 0.0, 0
+        self.history: list[dict[str, float]] = []
+        self.best_score = math.inf
+        self.best = copy.deepcopy(solver.state_dict())
+        self.generator = torch.Generator().manual_seed(self.config.seed)
+        self.optimizer = torch.optim.Adam(solver.parameters(), lr=self.config.learning_rate)
+        if self.path is not None and self.path.exists():
+            self._resume(self.path)
+
+    def run(self, progress: Progress | None = None, until: int | None = None) -> Any:
+        """Train to the end (or to step `until`) and return the solver, in evaluation mode once at the end."""
+        last = self.config.steps if until is None else min(until, self.config.steps)
+        self.solver.requires_grad_(True).train()
+        with _frozen(self.tasks.f):
+            if self.step == 0 and not self.history:
+                self._validate(math.nan)
+            while self.step < last:
+                began = time.perf_counter()
+                loss = self._update()
+                self.step += 1
+                self.seconds += time.perf_counter() - began
+                if self.step % self.config.validate_every == 0 or self.step == self.config.steps:
+                    self._validate(loss)
+                if self.step % self.save_every == 0 or self.step == last:
+                    self._save()
+                if progress is not None:
+                    progress(self.step, f"loss {loss:.3f}, validation {self.best_score:.1f} evaluations")
+        if self.step >= self.config.steps:
+            self._finish()
+        return self.solver
+
+    def _update(self) -> float:
+        """One outer step; a loss or gradient that is not finite is skipped and counted."""
+        config = self.config
+        z0, x = self.tasks.draw(config.batch, self.generator)
+        residuals, _ = unroll(self.solver, self.tasks.f, z0, x, steps=config.unroll, backend=config.backend)
+        loss = config.objective(residuals)
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.solver.parameters(), config.clip)
+        if not torch.isfinite(norm):
+            self.skipped += 1
+            return math.nan
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.5 * config.learning_rate * (1 + math.cos(math.pi * self.step / config.steps))
+        self.optimizer.step()
+        return float(loss.detach())
+
+    def _validate(self, loss: float) -> None:
+        score = mean_evaluations(
+            self.solver,
+            self.tasks,
+            limit=self.config.validation_size,
+            rtol=self.config.validation_rtol,
+            max_nfe=self.config.validation_nfe,
+        )
+        self.history.append({"step": self.step, "loss": loss, "score": score, "seconds": round(self.seconds, 3)})
+        if score < self.best_score:
+            self.best_score = score
+            self.best = copy.deepcopy(self.solver.state_dict())
+
+    def _finish(self) -> None:
+        self.solver.load_state_dict(self.best)
+        self.solver.eval().requires_grad_(False)
+        self.solver.summary = {
+            "meta_training": _jsonable(asdict(self.config)),
+            "seconds": round(self.seconds, 1),
+            "skipped_steps": self.skipped,
+            "validation": [{key: _jsonable(value) for key, value in entry.items()} for entry in self.history],
+        }
+
+    def _save(self) -> None:
+        if self.path is None:
+            return
+        tensors = {f"solver.{name}": value for name, value in self.solver.state_dict().items()}
+        tensors |= {f"best.{name}": value for name, value in self.best.items()}
+        names = [name for name, _ in self.solver.named_parameters()]
+        for name, state in zip(names, self.optimizer.state_dict()["state"].values(), strict=False):
+            tensors |= {f"adam.{key}.{name}": torch.as_tensor(value) for key, value in state.items()}
+        tensors["generator"] = self.generator.get_state()
+        header = {
+            "config": _jsonable(asdict(self.config)),
+            "solver": _jsonable(self.solver.describe()["config"]),
+            "step": self.step,
+            "seconds": self.seconds,
+            "skipped": self.skipped,
+            "best_score": repr(self.best_score),
+            "history": [{key: repr(value) for key, value in entry.items()} for entry in self.history],
+        }
+        checkpoint.write(self.path, "training/meta", tensors, header)
+
+    def _resume(self, path: Path) -> None:
+        tensors, header = checkpoint.read(path, "training")
+        for name, wanted in (("config", asdict(self.config)), ("solver", self.solver.describe()["config"])):
+            if header.get(name) != _jsonable(wanted):
+                raise checkpoint.CheckpointError(
+                    f"{path} was written by another meta-training: its {name} is {header.get(name)}, wanted "
+                    f"{_jsonable(wanted)}; move it away to start anew"
+                )
+        checkpoint.load_weights(self.solver, _under(tensors, "solver."), path)
+        self.best = _under(tensors, "best.")
+        blank = self.optimizer.state_dict()
+        names = [name for name, _ in self.solver.named_parameters()]
+        kept = {
+            number: {key: tensors[f"adam.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            for number, name in enumerate(names)
+            if f"adam.step.{name}" in tensors
+        }
+        self.optimizer.load_state_dict({"state": kept, "param_groups": blank["param_groups"]})
+        self.generator.set_state(tensors["generator"])
+        self.step, self.seconds, self.skipped = header["step"], header["seconds"], header["skipped"]
+        self.best_score = float(header["best_score"])
+        self.history = [{key: _number(value) for key, value in entry.items()} for entry in header["history"]]
+
+
+def mean_evaluations(
+    solver: Any, tasks: TaskSet, *, split: str = "validation", limit: int = 256, rtol: float = 1e-3, max_nfe: int = 60
+) -> float:
+    """Mean evaluations to rtol over (at most `limit`) problems of a split, a failure counting twice the budget."""
+    z0, x = tasks.problems(split)
+    z0, x = gather((z0, x), torch.arange(min(limit, len(tasks.split(split)))))
+    solution = solve(tasks.f, z0, x, solver=solver, rtol=rtol, max_nfe=max_nfe, throw=False)
+    cost = np.where(solution.converged.cpu().numpy(), solution.nfe.numpy(), 2 * max_nfe)
+    return float(cost.mean())
+
+
+class _frozen:  # noqa: N801 - reads as a statement
+    """While it lasts, the parameters of f (where it is a module) do not require gradients."""
+
+    def __init__(self, f: Any) -> None:
+        owner = getattr(f, "__self__", f)
+        self.parameters = [p for p in owner.parameters() if p.requires_grad] if isinstance(owner, nn.Module) else []
+
+    def __enter__(self) -> None:
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
+
+    def __exit__(self, *_: object) -> None:
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _jsonable(value: Any) -> Any:
+    """What JSON gives back for this value; a NaN becomes None."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return json.loads(json.dumps(value))
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    return int(value) if value.is_integer() and "." not in text else value

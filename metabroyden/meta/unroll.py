@@ -1,0 +1,151 @@
+"""Differentiable solves: K steps of a learned solver with the graph kept, by `higher` or by plain autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metabroyden.solution import State, relative, residual_norms
+from metabroyden.state import Packing
+
+BACKENDS = ("higher", "native")
+
+
+class UnrolledProblem:
+    """What a solver sees of an unrolled problem: as `Problem`, without counter or no_grad. R rows, n coordinates."""
+
+    def __init__(self, f: Callable[..., State], z0: State, context: Any) -> None:
+        self.f, self.context = f, context
+        self.packing = Packing.of(z0)
+        self.z0 = self.packing.pack(z0)
+        self._origin: Tensor | None = None
+
+    @property
+    def shape(self) -> Any:
+        """Per-sample shape of the state."""
+        return self.packing.shape
+
+    def evaluate(self, z: Tensor) -> Tensor:
+        """f(z), (R, n)."""
+        state = self.packing.unpack(z)
+        return self.packing.pack(self.f(state) if self.context is None else self.f(state, self.context))
+
+    def residual(self, z: Tensor) -> Tensor:
+        """f(z) − z, (R, n)."""
+        return self.evaluate(z) - z
+
+    def origin(self) -> Tensor:
+        """f(z0), (R, n)."""
+        if self._origin is None:
+            self._origin = self.evaluate(self.z0)
+        return self._origin
+
+
+def unroll(
+    solver: Any, f: Callable[..., State], z0: State, context: Any = None, *, steps: int, backend: str = "higher"
+) -> tuple[Tensor, Tensor]:
+    """Run `steps` steps of a solver and keep the graph: exact backpropagation through time.
+
+    Args:
+        solver: a learned solver (its safeguard plays no part here).
+        f, z0, context: the fixed-point problem, as in `solve`; the parameters of f should not require gradients.
+        steps: K ≥ 1.
+        backend: "higher" (the iterate is the fast weight of a module, the solver a differentiable optimizer) or "native"
+            (a plain loop). Both give the same numbers and gradients.
+
+    Returns:
+        (residuals, z): relative residuals (K + 1, B), the first at the solver's start, and the last iterate (B, n).
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    problem = UnrolledProblem(f, z0, context)
+    return (_unroll_higher if backend == "higher" else _unroll_native)(solver, problem, steps)
+
+
+def _measure(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
+    """(g, relative residual)."""
+    g, g_norm, f_norm = residual_norms(z, fz)
+    return g, relative(g_norm, f_norm)
+
+
+def _unroll_native(solver: Any, problem: UnrolledProblem, steps: int) -> tuple[Tensor, Tensor]:
+    z = solver.start(problem.z0, problem)
+    g, residual = _measure(z, problem.evaluate(z))
+    residuals = [residual]
+    state = solver.init(z, g, problem)
+    for _ in range(steps):
+        step = solver.step(z, g, state, problem)
+        z, state = step.z, step.state
+        g, residual = _measure(z, problem.evaluate(z))
+        residuals.append(residual)
+    return torch.stack(residuals), z
+
+
+class _Iterate(nn.Module):
+    """A module whose one parameter is the iterate: the fast weight that `higher` updates."""
+
+    def __init__(self, z: Tensor) -> None:
+        super().__init__()
+        self.z = nn.Parameter(z)
+
+    def forward(self, problem: UnrolledProblem) -> tuple[Tensor, Tensor, Tensor]:
+        """(z, g, relative residual) at the current fast weight."""
+        g, residual = _measure(self.z, problem.evaluate(self.z))
+        return self.z, g, residual
+
+
+class _Carrier(torch.optim.SGD):
+    """Names our differentiable optimizer to `higher`; never steps itself."""
+
+
+def _unroll_higher(solver: Any, problem: UnrolledProblem, steps: int) -> tuple[Tensor, Tensor]:
+    import higher
+
+    _register_with_higher()
+    module = _Iterate(problem.z0.detach().clone())
+    with higher.innerloop_ctx(module, _Carrier(module.parameters(), lr=1.0), copy_initial_weights=False) as (net, opt):
+        net.update_params([solver.start(problem.z0, problem).requires_grad_()])
+        z, g, residual = net(problem)
+        residuals = [residual]
+        # The solver is no optimizer setting (those are deep-copied) but an attribute of the inner loop.
+        opt.solver, opt.problem, opt.solver_state = solver, problem, solver.init(z, g, problem)
+        for _ in range(steps):
+            live = g
+
+            def negative_residual(_: Any, live: Tensor = live) -> list[Tensor]:
+                return [-live]
+
+            # A loss that does not touch f: the optimizer's "gradient" is the live residual, with its graph.
+            opt.step(z.sum(), grad_callback=negative_residual)
+            z, g, residual = net(problem)
+            residuals.append(residual)
+        return torch.stack(residuals), z
+
+
+def _register_with_higher() -> None:
+    """Make `_Carrier` known to higher as our learned update (once; imported on first use)."""
+    import higher
+    from higher.optim import DifferentiableOptimizer
+
+    if _Carrier in higher.optim._opt_mapping:
+        return
+
+    class LearnedUpdate(DifferentiableOptimizer):
+        """θ⁺ = the learned solver's step from θ with gradient −g."""
+
+        solver: Any
+        problem: UnrolledProblem
+        solver_state: Any
+
+        def _update(self, grouped_grads: Any, **_: Any) -> None:
+            group = self.param_groups[0]
+            step = self.solver.step(group["params"][0], -grouped_grads[0][0], self.solver_state, self.problem)
+            self.solver_state = step.state
+            group["params"][0] = step.z
+
+    higher.register_optim(_Carrier, LearnedUpdate)

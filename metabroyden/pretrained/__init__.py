@@ -1,0 +1,1 @@
+"""Trained solvers shipped with the package, as safetensors files."""

@@ -1,0 +1,116 @@
+"""What a solve returns: `Solution`, `Trace`, `Status`, and the one definition of the residual."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+State = Tensor | tuple[Tensor, ...]
+"""A DEQ state as the user sees it: one batch-first tensor, or several (a tuple of scales)."""
+
+
+class Status(enum.IntEnum):
+    """Why a sample stopped. `Solution.status` holds these as integers."""
+
+    CONVERGED = 0
+    MAX_NFE = 1
+    NON_FINITE = 2
+    STALLED = 3
+
+    @property
+    def message(self) -> str:
+        """One sentence for a person."""
+        return _MESSAGES[self]
+
+
+_MESSAGES = {
+    Status.CONVERGED: "the residual reached the tolerance",
+    Status.MAX_NFE: "the evaluation budget max_nfe ran out before the tolerance was reached",
+    Status.NON_FINITE: "f returned a value that is not finite; the best finite iterate was kept",
+    Status.STALLED: "the iterate stopped moving (a step below rounding) short of the tolerance",
+}
+
+
+class SolveError(RuntimeError):
+    """Raised by `solve(..., throw=True)` when samples failed. `solution` holds what was found all the same."""
+
+    def __init__(self, message: str, solution: Solution) -> None:
+        super().__init__(message)
+        self.solution = solution
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What happened at each call of f, in order; K calls, B samples.
+
+    Attributes:
+        residual: (K, B), relative residual that the call measured; NaN where that sample took no part in it.
+        nfe: (K, B) int64, evaluations the sample had spent once the call was made (Jacobian products included).
+        seconds: (K,) float64, wall-clock seconds since `solve` began, read after the stopping test of that call.
+        phase: (K, B) int8, 0 while the solver itself is at work, 1, 2, … after its safeguard handed the sample over;
+            -1 where that sample took no part.
+    """
+
+    residual: Tensor
+    nfe: Tensor
+    seconds: Tensor
+    phase: Tensor
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The result of `metabroyden.solve`, per sample. See DESIGN's contract; B samples.
+
+    Attributes:
+        z: shaped like z0, per sample the iterate of smallest relative residual.
+        residual: (B,), ‖f(z)−z‖₂ / ‖f(z)‖₂ at `z` (0/0 = 0); NaN only where f(z0) itself is not finite.
+        nfe: (B,) int64, evaluations of f spent on the sample, Jacobian products included; at most max_nfe.
+        steps: (B,) int64, solver steps.
+        converged: (B,) bool, ‖f(z)−z‖₂ ≤ atol + rtol·‖f(z)‖₂.
+        status: (B,) int64 of `Status` values.
+        trace: every evaluation, see `Trace`.
+    """
+
+    z: State
+    residual: Tensor
+    nfe: Tensor
+    steps: Tensor
+    converged: Tensor
+    status: Tensor
+    trace: Trace
+
+    def failures(self) -> str:
+        """A sentence saying how many samples failed and why; empty when none did."""
+        parts = []
+        for status in Status:
+            count = int((self.status == status).sum())
+            if status is not Status.CONVERGED and count:
+                parts.append(f"{count} × {status.name.lower()} ({status.message})")
+        if not parts:
+            return ""
+        failed = int((~self.converged).sum())
+        return f"{failed} of {self.converged.numel()} samples did not converge: " + "; ".join(parts)
+
+
+def residual_norms(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(g, ‖g‖₂, ‖f(z)‖₂) with g = f(z) − z, for z and fz of shape (B, n); the norms are per sample, (B,)."""
+    g = fz - z
+    return g, torch.linalg.vector_norm(g, dim=1), torch.linalg.vector_norm(fz, dim=1)
+
+
+def relative(g_norm: Tensor, f_norm: Tensor) -> Tensor:
+    """‖g‖₂ / ‖f(z)‖₂ per sample, with 0/0 = 0 (an exact fixed point at the origin)."""
+    return torch.where(g_norm == 0, torch.where(torch.isfinite(f_norm), 0.0, torch.nan), g_norm / f_norm)
+
+
+def relative_residual(z: Tensor, fz: Tensor) -> Tensor:
+    """The relative residual ‖f(z)−z‖₂ / ‖f(z)‖₂ per sample, for z and fz of any equal batch-first shape; (B,).
+
+    >>> relative_residual(torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0]]))
+    tensor([0.5000])
+    """
+    _, g_norm, f_norm = residual_norms(z.reshape(len(z), -1), fz.reshape(len(fz), -1))
+    return relative(g_norm, f_norm)

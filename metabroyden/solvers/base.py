@@ -1,0 +1,55 @@
+"""The solver protocol. A solver is a frozen config; its state travels in and out of `step` as a NamedTuple.
+
+State fields are tensors with the rows first (so that the driver can gather them) or plain ints common to all rows.
+R rows, n coordinates; g = f(z) − z throughout.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from metabroyden.problem import Problem
+
+
+class Step(NamedTuple):
+    """What a step returns: the next iterate (R, n), the solver's state, and g at z where the step evaluated it."""
+
+    z: Tensor
+    state: Any
+    g: Tensor | None = None
+
+
+@runtime_checkable
+class Solver(Protocol):
+    """What `solve` asks of a solver. Optional: `min_nfe`, evaluations a step needs (1); `gather(state, index)`;
+    `safeguard`, an object whose `plan(solver)` lists the phases of a safeguarded solve."""
+
+    def start(self, z0: Tensor, problem: Problem) -> Tensor:
+        """The first iterate, (R, n); a learned initializer. z0 itself for classical solvers."""
+        ...
+
+    def init(self, z: Tensor, g: Tensor, problem: Problem) -> Any:
+        """The state before the first step, z and g of shape (R, n)."""
+        ...
+
+    def step(self, z: Tensor, g: Tensor, state: Any, problem: Problem) -> Step:
+        """The next iterate from z and its residual g."""
+        ...
+
+
+class ClassicalSolver:
+    """A solver without a learned start: it begins at z0."""
+
+    def start(self, z0: Tensor, problem: Problem) -> Tensor:
+        """z0 itself."""
+        return z0
+
+
+def check_number(solver: str, name: str, value: Any, low: float, high: float, *, whole: bool = False) -> None:
+    """ValueError unless low < value ≤ high and, where asked, an integer; the message names all of it."""
+    kind = "an integer" if whole else "a number"
+    good = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool) and low < value <= high
+    if not good:
+        raise ValueError(f"{solver}: {name} must be {kind} in ({low:g}, {high:g}], got {value!r}")

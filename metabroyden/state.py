@@ -1,0 +1,87 @@
+"""Packing of a DEQ state (one tensor, or several scales) into a (batch, n) matrix and back; pytrees of context."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from metabroyden.solution import State
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a state is laid out: per-sample shapes (batch axis left out) of its tensors, in order.
+
+    `single` says that the user handed one bare tensor and gets one back.
+    """
+
+    shapes: tuple[torch.Size, ...]
+    single: bool
+
+    @classmethod
+    def of(cls, z: State, name: str = "z0") -> Packing:
+        """The packing of z; ValueError when z is no valid state (see `check_state`)."""
+        check_state(z, name)
+        parts = (z,) if isinstance(z, Tensor) else z
+        return cls(tuple(part.shape[1:] for part in parts), isinstance(z, Tensor))
+
+    @property
+    def shape(self) -> torch.Size | tuple[torch.Size, ...]:
+        """Per-sample shape of the state as the user sees it."""
+        return self.shapes[0] if self.single else self.shapes
+
+    def pack(self, z: State) -> Tensor:
+        """(B, n) matrix of the state; a view where z is one contiguous tensor."""
+        if isinstance(z, Tensor):
+            return z.reshape(len(z), -1)
+        return torch.cat([part.reshape(len(part), -1) for part in z], dim=1)
+
+    def unpack(self, flat: Tensor) -> State:
+        """The state of a (B, n) matrix, as the user's f takes it."""
+        if self.single:
+            return flat.reshape(len(flat), *self.shapes[0])
+        pieces = flat.split([shape.numel() for shape in self.shapes], dim=1)
+        return tuple(piece.reshape(len(flat), *shape) for piece, shape in zip(pieces, self.shapes, strict=True))
+
+
+def check_state(z: Any, name: str) -> None:
+    """Refuse what is no state: TypeError for a foreign type, ValueError for a bad shape, dtype or value."""
+    if not isinstance(z, Tensor) and not (isinstance(z, tuple) and z and all(isinstance(p, Tensor) for p in z)):
+        raise TypeError(f"{name} must be a tensor or a non-empty tuple of tensors, got {type(z).__name__}")
+    parts = (z,) if isinstance(z, Tensor) else z
+    first = parts[0]
+    for part in parts:
+        if part.dim() == 0:
+            raise ValueError(f"{name} must have a batch axis first, got a 0-dimensional tensor")
+        if not part.is_floating_point():
+            raise ValueError(f"{name} must be of a floating dtype, got {part.dtype}")
+        if part.shape[0] == 0 or part.numel() == 0:
+            raise ValueError(f"{name} must hold at least one sample and one coordinate, got shape {tuple(part.shape)}")
+        if (part.shape[0], part.dtype, part.device) != (first.shape[0], first.dtype, first.device):
+            raise ValueError(
+                f"the tensors of {name} must agree in batch size, dtype and device, got "
+                f"{(part.shape[0], part.dtype, part.device)} beside {(first.shape[0], first.dtype, first.device)}"
+            )
+        if not bool(torch.isfinite(part).all()):
+            raise ValueError(f"{name} must be finite, got NaN or infinity in it")
+
+
+def check_context(context: Any, batch: int) -> None:
+    """Refuse a context with a tensor that has not the batch on its first axis (ValueError)."""
+    for leaf in pytree.tree_leaves(context):
+        if isinstance(leaf, Tensor) and (leaf.dim() == 0 or leaf.shape[0] != batch):
+            raise ValueError(
+                f"every tensor of context must have the batch first: wanted {batch} rows as in z0, "
+                f"got shape {tuple(leaf.shape)}"
+            )
+
+
+def gather(tree: T, index: Tensor) -> T:
+    """The rows `index` of every tensor in a pytree (a context, a solver state); what is no tensor passes through."""
+    return pytree.tree_map(lambda leaf: leaf.index_select(0, index) if isinstance(leaf, Tensor) else leaf, tree)
