@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -69,6 +70,41 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], path: str | Path
         module.load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(f"{path}: the weights do not fit the described model: {error}") from error
+
+
+def training_tensors(
+    module: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """All that a training run must remember to go on bit for bit: weights, Adam's moments, the random generator."""
+    tensors = {f"module.{name}": value for name, value in module.state_dict().items()}
+    names = [name for name, _ in module.named_parameters()]
+    for number, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"adam.{key}.{names[number]}": torch.as_tensor(value) for key, value in state.items()}
+    tensors["generator"] = generator.get_state()
+    return tensors
+
+
+def restore_training(
+    tensors: dict[str, Tensor],
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+    path: str | Path,
+) -> None:
+    """The inverse of `training_tensors`; `CheckpointError` when the weights do not fit."""
+    load_weights(module, under(tensors, "module."), path)
+    state: dict[int, dict[str, Tensor]] = {}
+    for number, (name, _) in enumerate(module.named_parameters()):
+        moments = {key: tensors.get(f"adam.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+        if all(value is not None for value in moments.values()):
+            state[number] = moments  # type: ignore[assignment]
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    generator.set_state(tensors["generator"])
+
+
+def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def save_solver(solver: Any, path: str | Path) -> Path:

@@ -23,6 +23,7 @@ class DEQ(nn.Module):
         solver: any of our solvers, learned ones included (default `Broyden()`); may be reassigned at any time.
         backward: gradient mode (default `Implicit()`); used only where gradients are enabled.
         rtol, atol, max_nfe: as in `solve`.
+        warn: say once when samples fail.
 
     After each call `last_solution` tells what the solve cost, and `last_backward_solution`, after a backward pass, what
     the adjoint cost. Samples that fail keep their best iterate; the first time that happens a warning says so.
@@ -49,6 +50,7 @@ class DEQ(nn.Module):
         rtol: float = 1e-3,
         atol: float = 0.0,
         max_nfe: int = 50,
+        warn: bool = True,
     ) -> None:
         super().__init__()
         self.cell = cell
@@ -58,7 +60,7 @@ class DEQ(nn.Module):
         self.rtol, self.atol, self.max_nfe = rtol, atol, max_nfe
         self.last_solution: Solution | None = None
         self.last_backward_solution: Solution | None = None
-        self._warned = False
+        self._warned = not warn
         self._watch = FingerprintWatch()
 
     @property

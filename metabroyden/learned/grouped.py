@@ -110,5 +110,5 @@ class GroupedLSTM(LearnedSolver):
         diagonal = rows == columns
         picked = torch.where(diagonal, root[:, :, rows].log(), normal[:, :, rows, columns])  # (R, G, 14)
         sizes = [scale.log() / 5, (scale / before).log().clamp(-3, 3)]
-        groups = [value.flatten(1).unsqueeze(2).expand(-1, picked.shape[1] // value[0].numel(), 1) for value in sizes]
+        groups = [value.flatten(1).unsqueeze(2).expand(-1, picked.shape[1], 1) for value in sizes]
         return torch.cat([picked, *groups], dim=2).transpose(1, 2)

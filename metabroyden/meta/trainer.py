@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from metabroyden import checkpoint
 from metabroyden.meta.objectives import ResidualObjective
@@ -165,12 +165,8 @@ class MetaTrainer:
     def _save(self) -> None:
         if self.path is None:
             return
-        tensors = {f"solver.{name}": value for name, value in self.solver.state_dict().items()}
+        tensors = checkpoint.training_tensors(self.solver, self.optimizer, self.generator)
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
-        names = [name for name, _ in self.solver.named_parameters()]
-        for name, state in zip(names, self.optimizer.state_dict()["state"].values(), strict=False):
-            tensors |= {f"adam.{key}.{name}": torch.as_tensor(value) for key, value in state.items()}
-        tensors["generator"] = self.generator.get_state()
         header = {
             "config": _jsonable(asdict(self.config)),
             "solver": _jsonable(self.solver.describe()["config"]),
@@ -190,17 +186,8 @@ class MetaTrainer:
                     f"{path} was written by another meta-training: its {name} is {header.get(name)}, wanted "
                     f"{_jsonable(wanted)}; move it away to start anew"
                 )
-        checkpoint.load_weights(self.solver, _under(tensors, "solver."), path)
-        self.best = _under(tensors, "best.")
-        blank = self.optimizer.state_dict()
-        names = [name for name, _ in self.solver.named_parameters()]
-        kept = {
-            number: {key: tensors[f"adam.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            for number, name in enumerate(names)
-            if f"adam.step.{name}" in tensors
-        }
-        self.optimizer.load_state_dict({"state": kept, "param_groups": blank["param_groups"]})
-        self.generator.set_state(tensors["generator"])
+        checkpoint.restore_training(tensors, self.solver, self.optimizer, self.generator, path)
+        self.best = checkpoint.under(tensors, "best.")
         self.step, self.seconds, self.skipped = header["step"], header["seconds"], header["skipped"]
         self.best_score = float(header["best_score"])
         self.history = [{key: _number(value) for key, value in entry.items()} for entry in header["history"]]
@@ -231,10 +218,6 @@ class _frozen:  # noqa: N801 - reads as a statement
     def __exit__(self, *_: object) -> None:
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-
-
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _jsonable(value: Any) -> Any:

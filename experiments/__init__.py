@@ -1,0 +1,1 @@
+"""Experiments: one file each, a frozen dataclass config and `run(config)`. `python -m experiments --help`."""

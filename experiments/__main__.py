@@ -1,0 +1,31 @@
+"""`python -m experiments NAME [options]`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from experiments.registry import EXPERIMENTS
+
+USAGE = "usage: python -m experiments NAME [options]\n\nThe experiments, each with its options:\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one experiment; with no name, or --help in its place, show all of them with their options."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(USAGE)
+        for name, (config_type, _) in EXPERIMENTS.items():
+            parser = tyro.extras.get_parser(config_type, prog=f"python -m experiments {name}")
+            print(parser.format_help(), end="\n\n")
+        return
+    if given[0] not in EXPERIMENTS:
+        sys.exit(f"unknown experiment {given[0]!r}: known are {', '.join(EXPERIMENTS)}")
+    config_type, run = EXPERIMENTS[given[0]]
+    run(tyro.cli(config_type, args=given[1:], prog=f"python -m experiments {given[0]}"))
+
+
+if __name__ == "__main__":
+    main()

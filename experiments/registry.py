@@ -1,0 +1,10 @@
+"""The experiments by name: (config type, run)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from experiments import digits
+
+EXPERIMENTS: dict[str, tuple[type, Callable[[Any], None]]] = {"digits": (digits.Digits, digits.run)}

@@ -1,0 +1,1 @@
+"""Benchmarks that make rows, and figures and reports made from rows alone."""

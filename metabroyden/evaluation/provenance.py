@@ -1,0 +1,52 @@
+"""What is written beside every result: config, seed, versions, machine, commit."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("metabroyden", "torch", "higher", "numpy", "scikit-learn", "torchdeq")
+
+
+def config_hash(config: Any) -> str:
+    """Eight hex digits that change when a value of the config dataclass does."""
+    return hashlib.sha256(json.dumps(asdict(config), sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, processor, threads and commit (with a mark where the tree had changes)."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str:
+    root = Path(__file__).resolve().parents[2]
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        # what an experiment itself writes below results/ is no change of the code
+        changed = ["git", "status", "--porcelain", "--", ".", ":!results"]
+        dirty = subprocess.run(changed, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + (" with changes" if dirty else "")
