@@ -1,0 +1,19 @@
+#!/bin/sh
+# Makes .venv with everything in requirements.txt and this package. Run by make; safe to run again.
+set -eu
+PYTHON="${PYTHON:-python3}"
+if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11))' 2>/dev/null; then
+    echo "metabroyden needs Python 3.11 or newer; '$PYTHON' is $("$PYTHON" --version 2>&1 || echo missing). Set PYTHON=…" >&2
+    exit 1
+fi
+[ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
+wanted=requirements.txt
+if ! command -v "${CC:-cc}" >/dev/null 2>&1 && ! command -v gcc >/dev/null 2>&1; then
+    echo "There is no C compiler here, so learned-task sets of learn2learn are left out; everything else is installed." >&2
+    wanted=.venv/requirements-without-learn2learn.txt
+    grep -v '^learn2learn' requirements.txt >"$wanted"
+fi
+# learn2learn's old C sources must be generated anew, which takes pip's isolated build.
+PIP_USE_PEP517=1 .venv/bin/python -m pip install --disable-pip-version-check --quiet -r "$wanted"
+.venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --editable .
+touch .venv/ready

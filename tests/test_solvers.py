@@ -1,0 +1,202 @@
+"""The classical solvers against their textbook definitions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import optimize
+
+import metabroyden as mb
+from metabroyden.solvers.base import Solver
+from tests.conftest import linear, tanh
+
+
+@pytest.mark.parametrize("name", sorted(mb.SOLVERS))
+def test_every_registered_solver_satisfies_the_protocol_and_is_a_frozen_config(name):
+    solver = mb.make_solver(name)
+    assert isinstance(solver, Solver)
+    assert hash(solver) == hash(mb.make_solver(name))
+    with pytest.raises(AttributeError):
+        solver.damping = 0.1
+    with pytest.raises(TypeError, match="dampening"):
+        mb.make_solver(name, dampening=1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("picard", {"damping": 0}, "Picard: damping must be a number in"),
+        ("anderson", {"memory": 0}, "Anderson: memory must be an integer in"),
+        ("anderson", {"ridge": 0.0}, "Anderson: ridge"),
+        ("broyden", {"memory": 2.5}, "got 2.5"),
+        ("broyden", {"damping": float("nan")}, "Broyden: damping"),
+        ("newton", {"krylov": -1}, "Newton: krylov"),
+    ],
+)
+def test_bad_options_are_refused_by_name(name, options, words):
+    with pytest.raises(ValueError, match=words):
+        mb.make_solver(name, **options)
+
+
+def test_an_unknown_solver_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="unknown solver 'broiden': known are anderson, broyden, newton, picard"):
+        mb.make_solver("broiden")
+
+
+def iterates(solver, problem, steps: int) -> list[torch.Tensor]:
+    """The points at which f was evaluated, for a batch of one."""
+    seen: list[torch.Tensor] = []
+
+    def f(z, x):
+        seen.append(z[0].clone())
+        return problem.f(z, x)
+
+    mb.solve(f, problem.z0[:1], problem.x[:1], solver=solver, rtol=0.0, max_nfe=steps, throw=False)
+    return seen
+
+
+def dense_broyden(problem, steps: int, memory: int | None = None) -> list[torch.Tensor]:
+    """Good Broyden with the inverse Jacobian as a matrix, additive update; the last `memory` updates only."""
+    n = problem.x.shape[1]
+    start = -torch.eye(n, dtype=problem.x.dtype)
+    z = problem.z0[0]
+    residual = lambda z: problem.f(z[None], problem.x[:1])[0] - z  # noqa: E731
+    g, points, factors = residual(z), [z], []
+    b = start
+    for _ in range(steps - 1):
+        z_next = z - b @ g
+        g_next = residual(z_next)
+        points.append(z_next)
+        dz, dg = z_next - z, g_next - g
+        if memory is not None and len(factors) == memory:
+            factors.pop(0)
+            b = start
+            for u, v in factors:
+                b = b + torch.outer(u, v @ b)
+        u = (dz - b @ dg) / (dz @ b @ dg)
+        factors.append((u, dz))
+        b = b + torch.outer(u, dz @ b)
+        torch.testing.assert_close(b @ dg, dz)  # the secant equation
+        z, g = z_next, g_next
+    return points
+
+
+@pytest.mark.parametrize("memory", [40, 5, 2, 1])
+def test_broyden_is_dense_broyden_before_and_after_its_memory_is_full(memory):
+    problem = tanh(n=10, gain=1.5)
+    # up to fifteen iterates: further on, rounding decides which of two nearly equal paths is taken
+    ours = iterates(mb.Broyden(memory=memory), problem, 15)
+    dense = dense_broyden(problem, 15, memory)
+    torch.testing.assert_close(torch.stack(ours), torch.stack(dense), rtol=1e-6, atol=1e-9)
+
+
+def test_broyden_walks_as_scipys_does():
+    problem = tanh(n=10, gain=1.2)
+    points: list[np.ndarray] = []
+
+    def g(z):
+        points.append(z.copy())
+        return (problem.f(torch.from_numpy(z)[None], problem.x[:1])[0]).numpy() - z
+
+    with pytest.raises(optimize.NoConvergence):
+        optimize.broyden1(g, np.zeros(10), alpha=1.0, line_search=None, maxiter=8, f_tol=1e-14)
+    ours = torch.stack(iterates(mb.Broyden(), problem, 8)).numpy()
+    np.testing.assert_allclose(ours, np.array(points[: len(ours)]), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("damping", [1.0, 0.6])
+def test_broyden_keeps_the_newest_secant_equation_for_ever(damping):
+    problem = tanh(batch=3, n=8, gain=2.0)
+    solver = mb.Broyden(memory=3, damping=damping)
+    z, g = problem.z0, problem.f(problem.z0, problem.x) - problem.z0
+    state = solver.init(z, g, None)
+    for _ in range(12):
+        step = solver.step(z, g, state, None)
+        g_next = problem.f(step.z, problem.x) - step.z
+        after = solver.step(step.z, g_next, _copy(step.state), None)
+        # B⁺g⁺ is read off the step after; B⁺g from a step that pretends to stand at the new pair with residual g
+        known = after.state
+        dg, dz = g_next - g, step.z - z
+        torch.testing.assert_close(_apply(known, dg), dz, rtol=1e-7, atol=1e-9)
+        z, g, state = step.z, g_next, step.state
+
+
+def _copy(state):
+    return type(state)(*(item.clone() if isinstance(item, torch.Tensor) else item for item in state))
+
+
+def _apply(state, r):
+    """B r from the factors of a Broyden state, in the order they were made."""
+    count, memory = state.steps - 1, state.dz.shape[1]
+    out = -r
+    for age in range(max(0, count - memory), count):
+        dz, u = state.dz[:, age % memory], state.u[:, age % memory]
+        out = out + u * (dz * out).sum(1, keepdim=True)
+    return out
+
+
+def test_an_initial_inverse_jacobian_solves_a_linear_problem_at_once(contraction):
+    n = contraction.x.shape[1]
+    jacobian = torch.func.jacrev(lambda z: contraction.f(z[None], contraction.x[:1])[0])(contraction.z0[0])
+
+    class Exact:
+        def init(self, z, g, problem):
+            inverse = torch.linalg.inv(torch.eye(n, dtype=z.dtype) - jacobian)
+            return (inverse - torch.eye(n, dtype=z.dtype)).expand(len(z), -1, -1)
+
+        def apply(self, r, frozen):
+            return torch.bmm(frozen, r.unsqueeze(2)).squeeze(2)
+
+    solver = mb.Broyden(initial=Exact())
+    solution = mb.solve(contraction.f, contraction.z0, contraction.x, solver=solver, rtol=1e-10)
+    assert solution.nfe.tolist() == [2] * 6
+
+
+def test_anderson_solves_a_linear_problem_in_as_many_steps_as_gmres_would():
+    problem = linear(n=6, radius=0.9)
+    solution = mb.solve(problem.f, problem.z0, problem.x, solver=mb.Anderson(memory=8, ridge=1e-14), rtol=1e-9)
+    assert solution.nfe.max() <= 9  # n + 1 residuals span the space; one more verifies; one for rounding
+
+
+def test_anderson_does_not_stall_at_tight_tolerance():
+    problem = tanh(batch=16, n=30, gain=1.2)
+    solution = mb.solve(problem.f, problem.z0, problem.x, solver=mb.Anderson(), rtol=1e-12, max_nfe=200)
+    assert solution.converged.all()
+
+
+def test_newton_is_exact_on_small_states_and_converges_quadratically():
+    problem = tanh(batch=4, n=6, gain=0.95)
+    solution = mb.solve(problem.f, problem.z0, problem.x, solver=mb.Newton(krylov=6), rtol=1e-12, max_nfe=60)
+    residual = solution.trace.residual.nan_to_num(0)
+    assert solution.steps.max() <= 5
+    assert (residual[3:] < 1e-4).all()
+    one = mb.solve(linear(n=6).f, linear(n=6).z0, linear(n=6).x, solver=mb.Newton(krylov=6), rtol=1e-10)
+    assert one.steps.tolist() == [1] * 6
+    assert one.nfe.tolist() == [1 + 6 + 1] * 6  # z0, six directions, the check
+
+
+def test_newton_counts_finite_differences_where_forward_ad_is_missing():
+    class Opaque(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z):
+            return torch.tanh(z)
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise NotImplementedError
+
+    x = torch.rand(3, 4, dtype=torch.float64)
+    f = lambda z, x: 0.5 * Opaque.apply(z) + x  # noqa: E731
+    solution = mb.solve(f, torch.zeros_like(x), x, solver=mb.Newton(), rtol=1e-10)
+    torch.testing.assert_close(0.5 * torch.tanh(solution.z) + x, solution.z, rtol=1e-9, atol=1e-9)
+    assert (solution.nfe > 2 * solution.steps).all()
+
+
+@pytest.mark.parametrize("solver", [mb.Anderson(), mb.Broyden(), mb.Newton()], ids=str)
+def test_overflow_and_singular_systems_raise_nothing(solver):
+    explosive = mb.solve(lambda z: 1e30 * (z + 1) ** 3, torch.ones(2, 3), solver=solver, max_nfe=20, throw=False)
+    assert torch.isfinite(explosive.z).all()
+    assert not explosive.converged.any()
+    translation = mb.solve(lambda z: z + 1, torch.zeros(2, 3), solver=solver, rtol=1e-9, max_nfe=20, throw=False)
+    assert torch.isfinite(translation.z).all()
