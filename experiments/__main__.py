@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 
@@ -18,8 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not given or given[0] in ("-h", "--help"):
         print(USAGE)
         for name, (config_type, _) in EXPERIMENTS.items():
-            parser = tyro.extras.get_parser(config_type, prog=f"python -m experiments {name}")
-            print(parser.format_help(), end="\n\n")
+            with contextlib.suppress(SystemExit):  # tyro leaves once it has shown its help
+                tyro.cli(config_type, args=["--help"], prog=f"python -m experiments {name}")
         return
     if given[0] not in EXPERIMENTS:
         sys.exit(f"unknown experiment {given[0]!r}: known are {', '.join(EXPERIMENTS)}")

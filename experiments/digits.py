@@ -113,7 +113,9 @@ def _trained_model(config: Digits, work: Path) -> Any:
     def build() -> ConvClassifier:
         backward = Implicit(solver=solver, rtol=1e-2, max_nfe=20)
         # most early solves stop at the budget, which is what training wants: gradients need no more
-        return ConvClassifier(ConvClassifierConfig(), solver=solver, backward=backward, rtol=1e-3, max_nfe=40, warn=False)
+        return ConvClassifier(
+            ConvClassifierConfig(), solver=solver, backward=backward, rtol=1e-3, max_nfe=40, warn=False
+        )
 
     data = load_digits()
     training = ClassifierTraining(epochs=config.epochs, seed=config.seed)
@@ -136,9 +138,7 @@ def _tasks(model: Any) -> TaskSet:
     )
 
 
-def _meta_trained(
-    config: Digits, kind: str, steps: int, model: Any, tasks: TaskSet, work: Path, **options: int
-) -> Any:
+def _meta_trained(config: Digits, kind: str, steps: int, model: Any, tasks: TaskSet, work: Path, **options: int) -> Any:
     """b. A learned solver, trained through unrolled solves, chosen on validation."""
     path = work / f"{kind}.safetensors"
     if path.exists():
@@ -308,7 +308,9 @@ def _show(config: Digits, console: Console) -> None:
     results = report.Results(_read_rows([folder]))
     console.print(Markdown("## Evaluations to a tolerance: median / 90th percentile / success"))
     console.print(Markdown(report.evaluations_table(results)))
-    console.print(Markdown(report.claims_table(results, GROUPED, [n for n in CLASSICAL if n in results.solvers], "Broyden")))
+    console.print(
+        Markdown(report.claims_table(results, GROUPED, [n for n in CLASSICAL if n in results.solvers], "Broyden"))
+    )
     data = load_digits()
     lines = []
     for title, solver, rtol, budget in (

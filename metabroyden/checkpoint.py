@@ -136,8 +136,10 @@ def load_solver(path_or_name: str | Path) -> Any:
             raise CheckpointError(f"{path} holds a solver of unknown kind {name!r}; known: {sorted(LEARNED)}")
         solver = LEARNED[name].from_config(header["config"])
         solver.fingerprint, solver.summary = header["fingerprint"], header["summary"]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: its description is damaged: {error!r}") from error
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its description is damaged: {error}") from error
     load_weights(solver, tensors, path)
     return solver.eval().requires_grad_(False)
 

@@ -20,7 +20,9 @@ class Known:
     star: Tensor | None = None
 
 
-def linear(batch: int = 6, n: int = 12, radius: float = 0.8, dtype: torch.dtype = torch.float64, seed: int = 0) -> Known:
+def linear(
+    batch: int = 6, n: int = 12, radius: float = 0.8, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> Known:
     """f(z, x) = Wz + x with ‖W‖₂ = radius: z* = (I − W)⁻¹x."""
     g = torch.Generator().manual_seed(seed)
     w = torch.randn(n, n, generator=g, dtype=dtype)

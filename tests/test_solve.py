@@ -82,7 +82,7 @@ def test_the_order_of_samples_does_not_matter(solver):
     torch.testing.assert_close(plain.z[order], mixed.z, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("solver", CLASSICAL + [learned("grouped", 12, context="f0")], ids=str)
+@pytest.mark.parametrize("solver", [*CLASSICAL, learned("grouped", 12, context="f0")], ids=str)
 def test_with_and_without_a_context_the_same_is_found(solver, nonlinear):
     given_context = mb.solve(nonlinear.f, nonlinear.z0, nonlinear.x, solver=solver, rtol=1e-8, max_nfe=80)
     closure = mb.solve(lambda z: nonlinear.f(z, nonlinear.x), nonlinear.z0, solver=solver, rtol=1e-8, max_nfe=80)
@@ -190,7 +190,7 @@ BAD = [
     ({"solver": mb.Broyden}, TypeError, "solver must be an instance"),
     ({"f": 3}, TypeError, "f must be callable, got int"),
     ({"f": lambda z, x: z[:, :2]}, ValueError, r"wanted \[\(2, 3\)\] floating, got \[\(2, 2\)\]"),
-    ({"f": lambda z, x: (z > 0)}, ValueError, "floating"),
+    ({"f": lambda z, x: z > 0}, ValueError, "floating"),
     ({"f": lambda z, x: None}, TypeError, "got NoneType"),
     ({"tolerance": 1e-3}, TypeError, "tolerance"),
 ]

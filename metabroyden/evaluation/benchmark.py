@@ -14,6 +14,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,6 @@ from torch import Tensor
 
 from metabroyden.evaluation.metrics import evaluations_to, residual_after, residual_by_time, seconds_to
 from metabroyden.evaluation.peers import TorchDEQSolver
-from metabroyden.learned.base import LearnedSolver
 from metabroyden.problem import Ledger, Problem
 from metabroyden.solution import Status, Trace
 from metabroyden.solve import solve
@@ -61,17 +61,13 @@ class WithStart:
         raise AttributeError(name)
 
 
-def run_solver(
-    solver: Any, problems: Problems, rtol: float, max_nfe: int
-) -> tuple[Tensor, Trace, np.ndarray]:
+def run_solver(solver: Any, problems: Problems, rtol: float, max_nfe: int) -> tuple[Tensor, Trace, np.ndarray]:
     """(z, trace, status (B,)) of one solve, by `solve` or by a peer's own loop (whose status is read off its trace)."""
     if isinstance(solver, TorchDEQSolver):
         z, trace = solver.run(problems.f, problems.z0, problems.x, rtol, max_nfe)
         _, reached = evaluations_to(trace, rtol, max_nfe)
         return z, trace, np.where(reached, Status.CONVERGED, Status.MAX_NFE)
-    solution = solve(
-        problems.f, problems.z0, problems.x, solver=solver, rtol=rtol, max_nfe=max_nfe, throw=False
-    )
+    solution = solve(problems.f, problems.z0, problems.x, solver=solver, rtol=rtol, max_nfe=max_nfe, throw=False)
     assert isinstance(solution.z, Tensor)
     return solution.z, solution.trace, solution.status.numpy()
 
@@ -175,27 +171,25 @@ def clock_rows(
         )
         seconds = np.median(np.stack([path[0] for path in paths[name]]), axis=0)
         residual = paths[name][0][1]
-        rows.append({"row": "path", "solver": name, "rtol": rtol, "seconds": seconds.tolist(), "residual": residual.tolist()})
+        rows.append(
+            {"row": "path", "solver": name, "rtol": rtol, "seconds": seconds.tolist(), "residual": residual.tolist()}
+        )
     return [{key: _short(value) for key, value in row.items()} for row in rows]
 
 
-def part_rows(solvers: dict[str, LearnedSolver], problems: Problems, *, repeats: int) -> list[Row]:
+def part_rows(solvers: dict[str, Any], problems: Problems, *, repeats: int) -> list[Row]:
     """What f, and each learned part, costs on the whole batch: interleaved medians, and in f-equivalents."""
     flat = problems.z0.flatten(1)
     jobs: dict[tuple[str, str], Callable[[], Any]] = {("f", "f"): lambda: problems.f(problems.z0, problems.x)}
     for name, solver in solvers.items():
-        ledger = Ledger(
-            problems.f, Packing.of(problems.z0), flat, problems.x, rtol=0.0, atol=0.0, max_nfe=10**9
-        )
+        ledger = Ledger(problems.f, Packing.of(problems.z0), flat, problems.x, rtol=0.0, atol=0.0, max_nfe=10**9)
         problem = Problem(ledger, ledger.rows(np.arange(len(flat))))
         z = solver.start(flat, problem)
         g = problem.residual(z)
         state = solver.init(z, g, problem)
-        jobs[name, "start"] = lambda solver=solver, problem=problem: solver.start(flat, problem)
-        jobs[name, "init"] = lambda solver=solver, problem=problem, z=z, g=g: solver.init(z, g, problem)
-        jobs[name, "step"] = lambda solver=solver, problem=problem, z=z, g=g, state=state: solver.step(
-            z, g, state, problem
-        )
+        jobs[name, "start"] = partial(solver.start, flat, problem)
+        jobs[name, "init"] = partial(solver.init, z, g, problem)
+        jobs[name, "step"] = partial(solver.step, z, g, state, problem)
     times: dict[tuple[str, str], list[float]] = {job: [] for job in jobs}
     with torch.no_grad():
         for _ in range(repeats + 1):

@@ -55,5 +55,3 @@ def torchdeq_available() -> bool:
     except ImportError:
         return False
     return True
-
-

@@ -6,5 +6,11 @@ from metabroyden.learned.grouped import GroupedConfig, GroupedLSTM
 from metabroyden.learned.safeguard import Safeguard
 
 __all__ = [
-    "LEARNED", "CoordinatewiseLSTM", "GroupedConfig", "GroupedLSTM", "LearnedConfig", "LearnedSolver", "Safeguard",
+    "LEARNED",
+    "CoordinatewiseLSTM",
+    "GroupedConfig",
+    "GroupedLSTM",
+    "LearnedConfig",
+    "LearnedSolver",
+    "Safeguard",
 ]

@@ -58,6 +58,8 @@ class GroupedLSTM(LearnedSolver):
 
     config_type = GroupedConfig
     config: GroupedConfig
+    _pairs: Tensor
+    _base: Tensor
 
     def __init__(self, config: GroupedConfig) -> None:
         super().__init__(config)

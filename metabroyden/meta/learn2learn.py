@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-
 _MISSING_OPERATOR = re.compile(r"operator torchvision::(\w+) does not exist")
 _declared: list[torch.library.Library] = []  # a library that is collected takes its definitions along
 

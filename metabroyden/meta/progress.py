@@ -12,7 +12,8 @@ from metabroyden.meta.trainer import Progress
 def progress_bar(title: str, total: int, *, show: bool = True) -> Iterator[Progress | None]:
     """A function (step, words) that moves a bar; None where bars are not wanted or rich is missing."""
     try:
-        from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
     except ImportError:
         show = False
     if not show:

@@ -204,7 +204,7 @@ def mean_evaluations(
     return float(cost.mean())
 
 
-class _frozen:  # noqa: N801 - reads as a statement
+class _frozen:
     """While it lasts, the parameters of f (where it is a module) do not require gradients."""
 
     def __init__(self, f: Any) -> None:

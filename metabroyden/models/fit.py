@@ -77,7 +77,9 @@ def train_classifier(
                 "schedule": schedule.state_dict(),
                 "learning_rate": optimizer.param_groups[0]["lr"],
             }
-            checkpoint.write(path, "training/classifier", checkpoint.training_tensors(model, optimizer, generator), header)
+            checkpoint.write(
+                path, "training/classifier", checkpoint.training_tensors(model, optimizer, generator), header
+            )
         if progress is not None:
             progress(epoch, f"loss {loss:.3f}, validation accuracy {accuracy(model, data.validation):.3f}")
     return model.eval()

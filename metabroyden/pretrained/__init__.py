@@ -1,1 +1,0 @@
-"""Trained solvers shipped with the package, as safetensors files."""

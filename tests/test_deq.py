@@ -1,0 +1,159 @@
+"""The DEQ layer and its gradients."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import metabroyden as mb
+from metabroyden.models import ConvCell, ConvClassifier, ConvClassifierConfig
+
+
+class TanhCell(nn.Module):
+    def __init__(self, n: int = 4) -> None:
+        super().__init__()
+        self.w = nn.Parameter(0.6 * torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q)
+
+    def forward(self, z, x):
+        return torch.tanh(z @ self.w + x)
+
+
+class PairCell(nn.Module):
+    """Two coupled tensors as one state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = TanhCell(5)
+
+    def initial_state(self, x):
+        return torch.zeros_like(x[:, :2]), torch.zeros_like(x[:, 2:])
+
+    def forward(self, z, x):
+        whole = self.inner(torch.cat(z, dim=1), x)
+        return whole[:, :2], whole[:, 2:]
+
+
+def tight(cell, **options):
+    backward = mb.Implicit(solver=mb.Broyden(memory=60), rtol=1e-12, max_nfe=100)
+    return mb.DEQ(cell, solver=mb.Broyden(memory=60), backward=backward, rtol=1e-12, max_nfe=100, **options)
+
+
+CELLS = {
+    "tanh": (TanhCell, (2, 4)),
+    "pair": (PairCell, (2, 5)),
+    "conv": (lambda: ConvCell(2, 2, 1).double(), (2, 2, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_implicit_gradients_pass_gradcheck(name):
+    build, shape = CELLS[name]
+    deq = tight(build())
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    parameters = list(deq.parameters())
+
+    def run(x, *values):
+        state = dict(zip([key for key, _ in deq.named_parameters()], values, strict=True))
+        return torch.func.functional_call(deq, state, (x,))
+
+    assert torch.autograd.gradcheck(run, (x, *parameters), eps=1e-6, atol=1e-6, rtol=1e-4)
+
+
+def test_implicit_gradients_are_those_of_a_full_unroll():
+    cell = TanhCell()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    z = torch.zeros_like(x)
+    for _ in range(200):
+        z = cell(z, x)
+    target = torch.randn_like(x)
+    (unrolled,) = torch.autograd.grad((z * target).sum(), cell.w)
+    (implicit,) = torch.autograd.grad((tight(cell)(x) * target).sum(), cell.w)
+    torch.testing.assert_close(implicit, unrolled, rtol=1e-9, atol=1e-10)
+
+
+def test_differentiating_twice_is_an_error_and_not_a_wrong_number():
+    deq = tight(TanhCell())
+    x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad(deq(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"differentiate twice"):
+        first.sum().backward()
+
+
+def test_the_value_returned_is_the_one_the_solution_speaks_of():
+    deq = mb.DEQ(TanhCell(), rtol=1e-3)
+    x = torch.randn(2, 4, dtype=torch.float64)
+    assert torch.equal(deq(x), deq.last_solution.z)
+    with torch.no_grad():
+        assert not deq(x).requires_grad
+
+
+def test_costs_are_reported_for_both_directions():
+    deq = mb.DEQ(TanhCell())
+    deq(torch.randn(2, 4, dtype=torch.float64)).sum().backward()
+    assert deq.last_solution.nfe.min() > 1
+    assert deq.last_backward_solution.converged.all()
+
+
+def test_a_layer_may_be_used_twice_before_backward():
+    deq = tight(TanhCell())
+    x = torch.randn(2, 4, dtype=torch.float64)
+    (both,) = torch.autograd.grad((deq(x) + 2 * deq(2 * x)).sum(), deq.cell.w)
+    (one,) = torch.autograd.grad(deq(x).sum(), deq.cell.w)
+    (two,) = torch.autograd.grad(deq(2 * x).sum(), deq.cell.w)
+    torch.testing.assert_close(both, one + 2 * two)
+
+
+def test_it_warns_once_when_samples_fail():
+    deq = mb.DEQ(TanhCell(), rtol=1e-12, max_nfe=2)
+    x = torch.randn(2, 4, dtype=torch.float64)
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match="DEQ: 2 of 2 samples did not converge: 2 × max_nfe"):
+            deq(x)
+        deq(x)
+
+
+def test_it_says_so_when_the_weights_have_moved_since_the_fit():
+    cell = ConvCell(4, 4, 2)
+    x = torch.randn(30, 4, 3, 3)
+    solver = mb.fit_solver(cell, x, steps=1, progress=False)
+    deq = mb.DEQ(cell, solver=solver, warn=False)
+    with torch.no_grad():
+        deq(x[:2])  # silent: a warning is an error here
+        cell.norm3.weight.mul_(1.01)
+        with pytest.warns(UserWarning, match="GroupedLSTM was fitted to other weights of f"):
+            deq(x[:2])
+        deq(x[:2])
+
+
+def test_a_learned_solver_is_no_part_of_the_model():
+    cell = ConvCell(4, 4, 2)
+    deq = mb.DEQ(cell, solver=mb.load_solver(mb.pretrained()[0]))
+    assert {id(p) for p in deq.parameters()} == {id(p) for p in cell.parameters()}
+    assert all(key.startswith("cell.") for key in deq.state_dict())
+
+
+def test_a_state_that_cannot_be_guessed_is_asked_for():
+    deq = mb.DEQ(TanhCell())
+    with pytest.raises(ValueError, match=r"context of type dict: give z0, or give the cell a method initial_state"):
+        deq({"x": torch.ones(2, 4)})
+    with pytest.raises(ValueError, match="wanted 2 rows"):
+        deq(torch.ones(3, 4, dtype=torch.float64), torch.zeros(2, 4, dtype=torch.float64))
+
+
+def test_a_classifier_learns_through_it():
+    model = ConvClassifier(ConvClassifierConfig(channels=4, inner=4, groups=2, side=4, classes=2), warn=False)
+    images = torch.randn(32, 1, 4, 4)
+    labels = (images.mean(dim=(1, 2, 3)) > 0).long()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = []
+    with warnings.catch_warnings():
+        for _ in range(25):
+            loss = nn.functional.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0]

@@ -1,0 +1,91 @@
+"""Every experiment runs on a tiny budget, resumes after an interruption, and writes what it promises."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+import metabroyden as mb
+from experiments import __main__ as cli
+from experiments import digits
+from experiments.registry import EXPERIMENTS
+from metabroyden.meta.trainer import MetaTrainer
+
+PROMISED = ("rows.jsonl", "report.md", "config.json", "grouped.safetensors", "coordinatewise.safetensors",
+            "model.safetensors", "residual_by_evaluations.png", "residual_by_time.png", "evaluations_to_tolerance.png",
+            "accuracy_by_evaluations.png", "reduction_by_image.png")  # fmt: skip
+
+
+def tiny(tmp_path) -> digits.Digits:
+    return digits.Digits(
+        epochs=1,
+        grouped_steps=4,
+        coordinatewise_steps=2,
+        unroll=3,
+        budget=20,
+        repeats=1,
+        test_samples=24,
+        results=tmp_path / "results",
+        runs=tmp_path / "runs",
+        progress=False,
+    )
+
+
+def test_digits_resumes_after_an_interruption_and_writes_what_it_promises(tmp_path, monkeypatch, capsys):
+    config = tiny(tmp_path)
+    original = MetaTrainer.run
+
+    def interrupted(self, progress=None, until=None):
+        if self.solver.kind == "coordinatewise":
+            raise KeyboardInterrupt
+        return original(self, progress, until)
+
+    monkeypatch.setattr(MetaTrainer, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        digits.run(config)
+    assert not config.results.exists()
+    kept = {path.name: path.stat().st_mtime_ns for path in config.runs.rglob("*.safetensors")}
+    assert {"model.safetensors", "grouped.safetensors"} <= set(kept)
+    monkeypatch.setattr(MetaTrainer, "run", original)
+    digits.run(config)
+    for path in config.runs.rglob("*.safetensors"):
+        assert kept.get(path.name, path.stat().st_mtime_ns) == path.stat().st_mtime_ns, "finished work was done again"
+    folder = config.results / "seed0"
+    assert {path.name for path in folder.iterdir()} == set(PROMISED)
+    assert (config.results / "report.md").exists()
+    described = json.loads((folder / "config.json").read_text())
+    assert described["config"]["grouped_steps"] == 4
+    assert described["provenance"]["versions"]["torch"]
+    assert described["equilibria_known"] <= 1
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    assert {row["row"] for row in rows} == {"sample", "curve", "accuracy", "clock", "path", "part"}
+    assert {row["sample"] for row in rows if row["row"] == "sample"} == set(range(24))
+    loaded = mb.load_solver(folder / "grouped.safetensors")
+    assert loaded.fingerprint is not None
+    shown = capsys.readouterr().out
+    assert "The saved solver, reloaded into the reloaded DEQ" in shown
+    assert "report.md" in shown.replace("\n", "")
+    before = (folder / "rows.jsonl").read_bytes()
+    digits.run(config)  # a third run has nothing left to do
+    assert (folder / "rows.jsonl").read_bytes() == before
+    digits.run(replace(config, fresh=True, epochs=1))
+    assert len((folder / "rows.jsonl").read_bytes().splitlines()) == len(before.splitlines())
+
+
+def test_help_shows_every_experiment_with_its_options(capsys):
+    cli.main(["--help"])
+    shown = capsys.readouterr().out
+    for name, (config_type, _) in EXPERIMENTS.items():
+        assert f"python -m experiments {name}" in shown
+        for option in config_type.__dataclass_fields__:
+            assert f"--{option.replace('_', '-')}" in shown
+
+
+def test_unknown_experiments_and_options_are_refused(capsys):
+    with pytest.raises(SystemExit, match="unknown experiment 'digit': known are digits"):
+        cli.main(["digit"])
+    with pytest.raises(SystemExit):
+        cli.main(["digits", "--epoch", "3"])
+    assert "--epoch" in capsys.readouterr().err

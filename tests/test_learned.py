@@ -1,0 +1,191 @@
+"""Learned solvers: they start as Picard, run on every layout, and never strand a sample."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import metabroyden as mb
+from metabroyden.learned import LEARNED, GroupedConfig, LearnedConfig, Safeguard
+from metabroyden.learned.layout import Layout, guess_layout
+from metabroyden.meta.fit import make_learned
+from tests.conftest import tanh
+
+SHAPES = {"nd": (12,), "nct": (4, 6), "ntc": (6, 4), "nchw": (4, 5, 5)}
+
+
+def problem_of(kind: str, batch: int = 5, gain: float = 0.7):
+    """A contraction over states of this layout that mixes channels, with its contexts."""
+    layout = Layout(kind, SHAPES[kind])
+    c = layout.channels
+    w = gain * torch.linalg.qr(torch.randn(c, c, generator=torch.Generator().manual_seed(0))).Q
+
+    def f(z, x):
+        return torch.tanh(z @ w + x) if kind in ("nd", "ntc") else torch.tanh(torch.einsum("bc...,cd->bd...", z, w) + x)
+
+    x = torch.randn(batch, *layout.shape, generator=torch.Generator().manual_seed(1))
+    return layout, f, torch.zeros_like(x), x
+
+
+CASES = [(name, kind) for name in LEARNED for kind in SHAPES]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+@pytest.mark.parametrize("context", ["f0", "native"])
+def test_untrained_it_is_picard(name, kind, context):
+    layout, f, z0, x = problem_of(kind)
+    solver = make_learned(name, layout, context=context)
+    ours = mb.solve(f, z0, x, solver=solver, rtol=1e-4)
+    picard = mb.solve(f, z0, x, solver=mb.Picard(), rtol=1e-4)
+    torch.testing.assert_close(ours.trace.residual, picard.trace.residual, rtol=1e-4, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(ours.nfe, picard.nfe)
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_with_any_weights_it_hands_over_and_converges(name, kind):
+    layout, f, z0, x = problem_of(kind)
+    solver = make_learned(name, layout)
+    for parameter in solver.parameters():
+        parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+    solution = mb.solve(f, z0, x, solver=solver, rtol=1e-5, max_nfe=120)
+    assert (solution.trace.phase > 0).any(), "weights this bad must be handed over"
+    assert torch.isfinite(solution.z).all()
+
+
+class Poison(torch.nn.Module):
+    """A learned step that goes non-finite on some samples, diverges on others, and never helps."""
+
+    def __init__(self, safeguard: Safeguard) -> None:
+        super().__init__()
+        self.fallback_plan = safeguard
+        self.safeguard = self
+
+    def plan(self, solver):
+        return self.fallback_plan.phases(self)
+
+    def start(self, z0, problem):
+        return z0 + 3
+
+    def init(self, z, g, problem):
+        return ()
+
+    def step(self, z, g, state, problem):
+        kind = torch.arange(len(z)) % 2 == 0
+        return mb.solvers.Step(torch.where(kind[:, None], torch.nan, z * 7), state)
+
+
+def test_given_what_was_already_spent_it_never_fails_where_broyden_converges():
+    problem = tanh(batch=40, n=16, gain=1.6, seed=3)
+    safeguard = Safeguard(horizon=6, patience=3)
+    alone = mb.solve(problem.f, problem.z0, problem.x, solver=safeguard.fallback(), rtol=1e-7, max_nfe=60, throw=False)
+    assert alone.converged.any()
+    helped = mb.solve(
+        problem.f, problem.z0, problem.x, solver=Poison(safeguard), rtol=1e-7, max_nfe=60 + 200, throw=False
+    )
+    assert helped.converged[alone.converged].all()
+    phases = helped.trace.phase
+    assert (phases == 1).any(dim=0).sum() > 0
+
+
+def test_a_resumed_phase_that_stalls_starts_again_from_z0_and_repeats_broydens_own_path():
+    problem = tanh(batch=12, n=16, gain=2.5)
+    safeguard = Safeguard(horizon=2, patience=1, resumed_patience=1)
+    solution = mb.solve(problem.f, problem.z0, problem.x, solver=Poison(safeguard), rtol=1e-8, max_nfe=200, throw=False)
+    broyden = mb.solve(problem.f, problem.z0, problem.x, solver=safeguard.fallback(), rtol=1e-8, max_nfe=200)
+    restarted = (solution.trace.phase == 2).any(dim=0).nonzero().flatten().tolist()
+    assert len(restarted) >= 3
+    for sample in restarted:
+        last = solution.trace.residual[solution.trace.phase[:, sample] == 2, sample]
+        own = broyden.trace.residual[:, sample]
+        own = own[~own.isnan()]
+        torch.testing.assert_close(last[: len(own)], own[: len(last)])
+
+
+def test_hand_over_costs_no_evaluation(nonlinear):
+    safeguard = Safeguard(horizon=3, patience=None)
+    torch.manual_seed(0)
+    solver = mb.GroupedLSTM(GroupedConfig(layout="nd", shape=(12,), context="native", safeguard=safeguard)).double()
+    solution = mb.solve(nonlinear.f, nonlinear.z0, nonlinear.x, solver=solver, rtol=1e-9, max_nfe=60)
+    phase = solution.trace.phase[:, 0]
+    assert phase.tolist()[:5] == [0, 0, 0, 0, 1]
+    assert solution.trace.nfe[:5, 0].tolist() == [1, 2, 3, 4, 5]
+
+
+def test_a_sequence_solver_does_not_look_ahead():
+    """With a causal f, what happens at the last tokens changes nothing at earlier ones while the LSTM is at work."""
+    for kind in ("nct", "ntc"):
+        layout, f, z0, x = problem_of(kind)
+        for name in LEARNED:
+            solver = make_learned(name, layout, safeguard=Safeguard(horizon=50, patience=None))
+            for parameter in solver.parameters():
+                parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+            changed = x.clone()
+            time = 2 if kind == "nct" else 1
+            changed.narrow(time, 4, 2).add_(1)
+            found = [mb.solve(f, z0, at, solver=solver, rtol=0.0, max_nfe=6, throw=False) for at in (x, changed)]
+            # the driver returns the best iterate of the sample, so compare it where both picked the same one
+            best = [solution.trace.residual.argmin(dim=0) for solution in found]
+            same = best[0] == best[1]
+            assert same.any()
+            early = [solution.z[same].narrow(time, 0, 4) for solution in found]
+            torch.testing.assert_close(early[0], early[1], rtol=1e-5, atol=1e-6)
+
+
+def test_it_runs_on_other_extents_but_not_on_other_channels():
+    solver = make_learned("grouped", Layout("nchw", (4, 5, 5)))
+    x = torch.randn(2, 4, 7, 3)
+    assert mb.solve(lambda z, x: 0.5 * z + x, torch.zeros_like(x), x, solver=solver).converged.all()
+    with pytest.raises(ValueError, match=r"4 channels\); got per-sample shape \(3, 5, 5\)"):
+        mb.solve(lambda z, x: 0.5 * z + x, torch.zeros(2, 3, 5, 5), torch.ones(2, 3, 5, 5), solver=solver)
+    pair = (torch.zeros(2, 3), torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="fitted to one tensor"):
+        mb.solve(lambda z: z, pair, solver=solver)
+
+
+def test_a_flattened_state_is_recognised():
+    layout, f, z0, x = problem_of("nchw")
+    solver = make_learned("grouped", layout)
+    flat = mb.solve(lambda z, x: f(z.reshape(x.shape), x).flatten(1), z0.flatten(1), x, solver=solver, rtol=1e-5)
+    full = mb.solve(f, z0, x, solver=solver, rtol=1e-5)
+    torch.testing.assert_close(flat.z, full.z.flatten(1))
+
+
+def test_a_native_context_that_is_missing_or_misshapen_is_refused():
+    solver = make_learned("grouped", Layout("nchw", (4, 5, 5)), context="native")
+    z0 = torch.zeros(2, 4, 5, 5)
+    with pytest.raises(ValueError, match="native context"):
+        mb.solve(lambda z: 0.5 * z, z0 + 1, solver=solver)
+    with pytest.raises(ValueError, match=r"needs a context tensor with 4 channels.*got shape \(2, 7, 5, 5\)"):
+        mb.solve(lambda z, x: 0.5 * z, z0 + 1, torch.ones(2, 7, 5, 5), solver=solver)
+
+
+def test_layouts_are_guessed_only_where_unambiguous():
+    assert guess_layout((7,)).kind == "nd"
+    assert guess_layout((3, 8, 8)).kind == "nchw"
+    with pytest.raises(ValueError, match="layout= is needed"):
+        guess_layout((5, 6))
+    with pytest.raises(ValueError, match="layout must be one of"):
+        Layout("nhwc", (8, 8, 3))
+    with pytest.raises(ValueError, match="wants 3 axes"):
+        Layout("nchw", (8, 8))
+
+
+@pytest.mark.parametrize("options", [{"context": "x"}, {"hidden": 0}, {"initializer": -1}])
+def test_bad_sizes_are_refused(options):
+    with pytest.raises(ValueError, match="must be"):
+        LearnedConfig(layout="nd", shape=(3,), **options)
+    with pytest.raises(ValueError, match="rank"):
+        GroupedConfig(layout="nd", shape=(3,), rank=0)
+
+
+def test_the_learned_inverse_jacobian_is_linear_in_the_residual():
+    layout, _f, z0, x = problem_of("nchw")
+    solver = make_learned("grouped", layout)
+    for parameter in solver.parameters():
+        parameter.data.normal_()
+    gates = solver.preconditioner.gates(z0, x)
+    a, b = torch.randn_like(x), torch.randn_like(x)
+    apply = solver.preconditioner
+    torch.testing.assert_close(
+        apply(2 * a - 3 * b, gates), 2 * apply(a, gates) - 3 * apply(b, gates), rtol=1e-3, atol=1e-3
+    )
