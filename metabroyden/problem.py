@@ -45,13 +45,22 @@ class Ledger:
     """Calls f for a whole solve and writes down what it cost and what it found.
 
     Attributes:
-        nfe: (B,) evaluations spent, on the host. best_z, best_g: (B, n). best: (B,) relative residual of best_z, NaN
-        before the first finite evaluation. converged, finite: (B,) bool on the device; finite speaks of the sample's
-        last evaluation. phase: (B,) host, the phase of the driver a sample is in.
+        nfe: (B,) evaluations spent, on the host. best_z: (B, n); best_g: its g, None where nothing will be handed over.
+        best: (B,) relative residual of best_z, NaN before the first finite evaluation. converged, finite: (B,) bool on
+        the device; finite speaks of the sample's last evaluation. phase: (B,) host, the phase of the driver a sample is in.
     """
 
     def __init__(
-        self, f: F, packing: Packing, z0: Tensor, context: Any, *, rtol: float, atol: float, max_nfe: int
+        self,
+        f: F,
+        packing: Packing,
+        z0: Tensor,
+        context: Any,
+        *,
+        rtol: float,
+        atol: float,
+        max_nfe: int,
+        keep_g: bool = True,
     ) -> None:
         self.f, self.packing, self.context, self.max_nfe = f, packing, context, max_nfe
         self.rtol, self.atol = rtol, atol
@@ -60,7 +69,8 @@ class Ledger:
         self.phase = np.zeros(batch, dtype=np.int8)
         self.z0 = z0
         self.origin: Tensor | None = None
-        self.best_z, self.best_g = z0, torch.zeros_like(z0)
+        self.best_z = z0
+        self.best_g = torch.zeros_like(z0) if keep_g else None
         self.best = z0.new_full((batch,), torch.nan)
         self.converged = torch.zeros(batch, dtype=torch.bool, device=z0.device)
         self.finite = torch.ones(batch, dtype=torch.bool, device=z0.device)
@@ -117,13 +127,14 @@ class Ledger:
         if index is None:
             self.best, self.converged, self.finite = best, done, finite
             self.best_z = torch.where(mask, z, self.best_z)
-            self.best_g = torch.where(mask, g, self.best_g)
+            self.best_g = None if self.best_g is None else torch.where(mask, g, self.best_g)
         else:
             self.best = self.best.index_copy(0, index, best)
             self.converged = self.converged.index_copy(0, index, done)
             self.finite = self.finite.index_copy(0, index, finite)
             self.best_z = self.best_z.index_copy(0, index, torch.where(mask, z, self.best_z[index]))
-            self.best_g = self.best_g.index_copy(0, index, torch.where(mask, g, self.best_g[index]))
+            if self.best_g is not None:
+                self.best_g = self.best_g.index_copy(0, index, torch.where(mask, g, self.best_g[index]))
         self._events.append((rows, residual, self.nfe[rows.host].copy(), self.phase[rows.host].copy()))
         return g
 

@@ -80,11 +80,12 @@ def solve(
     with torch.no_grad():
         flat = packing.pack(z0).detach()
         check_context(context, len(flat))
-        ledger = Ledger(f, packing, flat, context, rtol=rtol, atol=atol, max_nfe=max_nfe)
+        guarded = getattr(solver, "safeguard", None) is not None
+        ledger = Ledger(f, packing, flat, context, rtol=rtol, atol=atol, max_nfe=max_nfe, keep_g=guarded)
         driver = _Driver(ledger, solver)
         driver.run(flat)
         solution = Solution(
-            z=packing.unpack(ledger.best_z),
+            z=packing.unpack(flat.clone() if ledger.best_z is flat else ledger.best_z),
             residual=ledger.best,
             nfe=torch.from_numpy(ledger.nfe),
             steps=torch.from_numpy(driver.steps),
@@ -272,8 +273,9 @@ class _Driver:
             cohort = _Cohort(self.ledger, self.plan, number, host[chosen])
             index = cohort.rows.index
             if chosen is from_best:
-                pair = (self.ledger.best_z, self.ledger.best_g)
-                cohort.z, cohort.g = pair if index is None else (pair[0][index], pair[1][index])
+                best_z, best_g = self.ledger.best_z, self.ledger.best_g
+                assert best_g is not None
+                cohort.z, cohort.g = (best_z, best_g) if index is None else (best_z[index], best_g[index])
             else:
                 cohort.z = self.ledger.z0 if index is None else self.ledger.z0[index]
                 if self.ledger.origin is not None:

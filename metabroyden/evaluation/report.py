@@ -113,6 +113,18 @@ def accuracy_table(results: Results, budgets: Sequence[int]) -> str:
     return table(["solver", *(str(nfe) for nfe in budgets)], body)
 
 
+def short_budget_table(results: Results, learned: Sequence[str], reference: str, nfe: int) -> str:
+    """Accuracy with so many evaluations allowed, beside the converged one, seed by seed."""
+    converged = max(row["nfe"] for row in results.of("accuracy"))
+    body = []
+    for seed in results.seeds:
+        last = results.mean("accuracy", "accuracy", solver=reference, nfe=converged, seed=seed)
+        cells = [results.mean("accuracy", "accuracy", solver=name, nfe=nfe, seed=seed) for name in learned]
+        points = [f"{100 * cell:.2f}% ({100 * (cell - last):+.2f} points)" for cell in cells]
+        body.append([seed, f"{100 * last:.2f}%", *points])
+    return table(["seed", f"{reference}, {converged}", *(f"{name}, {nfe}" for name in learned)], body)
+
+
 def claims_table(results: Results, learned: str, classical: Sequence[str], reference: str) -> str:
     """The learned solver against Broyden and the best classical solver, each seed and all together."""
     body = []
