@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
-from torch.utils import _pytree as pytree
 
 from metabroyden.solution import Solution, State
 from metabroyden.solve import solve
@@ -21,9 +20,10 @@ from metabroyden.state import Packing
 class Implicit:
     """Implicit differentiation (Bai et al. 2019, theorem 1): the cotangent v at z* becomes u = (I − Jᵀ)⁻¹v.
 
-    u is found as the fixed point of u ↦ Jᵀu + v by any of our solvers; one more evaluation of the cell carries u to the
-    parameters and the context. Exact up to the tolerances; memory independent of the evaluations spent. First order
-    only: differentiating twice raises a RuntimeError.
+    u is found as the fixed point of u ↦ Jᵀu + v by any of our solvers. One evaluation of the cell at z* gives the graph
+    for both Jᵀ and the way from u to the parameters and the context, which are those of the forward pass. Exact up to
+    the tolerances; memory independent of the evaluations spent. First order only: differentiating twice raises a
+    RuntimeError.
 
     Attributes:
         solver: solves the adjoint system.
@@ -38,40 +38,31 @@ class Implicit:
         self, cell: Callable[..., State], z: State, context: Any, report: Callable[[Solution], None] | None = None
     ) -> State:
         """z* with gradients towards the cell's parameters and the context; `report` receives the adjoint's solution."""
-        value = cell(z, context)
         packing = Packing.of(z, "z")
-        parts = (value,) if isinstance(value, Tensor) else value
+        with torch.enable_grad():
+            point = tuple(part.detach().requires_grad_() for part in _parts(z))
+            image = cell(point[0] if packing.single else point, context)
+        flat = packing.pack(image)
 
         def adjoint(cotangent: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            with torch.enable_grad():
-                point = pytree.tree_map(lambda part: part.detach().requires_grad_(), z)
-                frozen = pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, context)
-                image = packing.pack(cell(point, frozen))
-            leaves = [point] if isinstance(point, Tensor) else list(point)
-            v = packing.pack(cotangent if len(cotangent) > 1 or not packing.single else cotangent[0])
+            v = packing.pack(cotangent[0] if packing.single else cotangent)
 
             def transpose(u: Tensor) -> Tensor:
-                pulled = torch.autograd.grad(image, leaves, u, retain_graph=True)
+                pulled = torch.autograd.grad(flat, point, u, retain_graph=True)
                 return packing.pack(pulled[0] if packing.single else pulled) + v
 
             found = solve(transpose, v, solver=self.solver, rtol=self.rtol, max_nfe=self.max_nfe, throw=False)
             if report is not None:
                 report(found)
-            assert isinstance(found.z, Tensor)
-            u = packing.unpack(found.z)
-            return (u,) if isinstance(u, Tensor) else u
+            return _parts(packing.unpack(found.z))  # type: ignore[arg-type]
 
-        attached = _Adjoint.apply(adjoint, *(_at(part, star) for part, star in zip(parts, _parts(z), strict=True)))
+        values = [_Replace.apply(value, star) for value, star in zip(_parts(image), _parts(z), strict=True)]
+        attached = _Adjoint.apply(adjoint, *values)
         return attached[0] if packing.single else tuple(attached)
 
 
 def _parts(z: State) -> tuple[Tensor, ...]:
     return (z,) if isinstance(z, Tensor) else z
-
-
-def _at(value: Tensor, star: Tensor) -> Tensor:
-    """The value of z* with the graph of f(z*)."""
-    return _Replace.apply(value, star)
 
 
 class _Replace(torch.autograd.Function):

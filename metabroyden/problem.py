@@ -74,7 +74,7 @@ class Ledger:
         self.best = z0.new_full((batch,), torch.nan)
         self.converged = torch.zeros(batch, dtype=torch.bool, device=z0.device)
         self.finite = torch.ones(batch, dtype=torch.bool, device=z0.device)
-        self._events: list[tuple[Rows, Tensor, np.ndarray, np.ndarray]] = []
+        self._events: list[tuple[np.ndarray, Tensor | None, Tensor, np.ndarray, np.ndarray]] = []
         self._seconds: list[float] = []
         self._began = time.perf_counter()
 
@@ -135,7 +135,10 @@ class Ledger:
             self.best_z = self.best_z.index_copy(0, index, torch.where(mask, z, self.best_z[index]))
             if self.best_g is not None:
                 self.best_g = self.best_g.index_copy(0, index, torch.where(mask, g, self.best_g[index]))
-        self._events.append((rows, residual, self.nfe[rows.host].copy(), self.phase[rows.host].copy()))
+        if self.origin is None and z is self.z0:
+            self.origin = z + g
+        host = rows.host
+        self._events.append((host, index, residual, self.nfe[host].copy(), self.phase[host].copy()))
         return g
 
     def stamp(self) -> None:
@@ -149,9 +152,9 @@ class Ledger:
         calls, batch = len(self._events), len(self.nfe)
         residual = self.best.new_full((calls, batch), torch.nan)
         nfe, phase = np.zeros((calls, batch), dtype=np.int64), np.full((calls, batch), -1, dtype=np.int8)
-        for k, (rows, value, spent, where) in enumerate(self._events):
-            residual[k, slice(None) if rows.index is None else rows.index] = value
-            nfe[k, rows.host], phase[k, rows.host] = spent, where
+        for k, (host, index, value, spent, where) in enumerate(self._events):
+            residual[k, slice(None) if index is None else index] = value
+            nfe[k, host], phase[k, host] = spent, where
         return Trace(
             residual, torch.from_numpy(nfe), torch.tensor(self._seconds, dtype=torch.float64), torch.from_numpy(phase)
         )
@@ -189,11 +192,14 @@ class Problem:
         return self._ledger.packing.unpack(flat)
 
     def origin(self) -> Tensor:
-        """f(z0), (R, n): the context every solver has. Counted when first asked for (by `start`, for the whole batch)."""
+        """f(z0), (R, n): the context every solver has, known from the solve's first evaluation.
+
+        Where the solve did not begin at z0, it is evaluated, and counted for the whole batch, when first asked for.
+        """
         ledger = self._ledger
         if ledger.origin is None:
-            everyone = ledger.rows(np.arange(len(ledger.nfe)))
-            ledger.origin = ledger.z0 + ledger.evaluate(ledger.z0, everyone)
+            ledger.evaluate(ledger.z0, ledger.rows(np.arange(len(ledger.nfe))))
+        assert ledger.origin is not None
         return ledger.origin if self._rows.index is None else ledger.origin.index_select(0, self._rows.index)
 
     def residual(self, z: Tensor) -> Tensor:

@@ -74,6 +74,18 @@ def test_implicit_gradients_are_those_of_a_full_unroll():
     torch.testing.assert_close(implicit, unrolled, rtol=1e-9, atol=1e-10)
 
 
+def test_the_adjoint_uses_the_weights_of_the_forward_pass():
+    """Under functional_call the module's own weights are others by the time backward runs."""
+    deq, x = tight(TanhCell()), torch.randn(2, 4, dtype=torch.float64)
+    other = (0.5 * torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64)).Q).requires_grad_()
+    called = torch.func.functional_call(deq, {"cell.w": other}, (x,))
+    (ours,) = torch.autograd.grad(called.square().sum(), other)
+    with torch.no_grad():
+        deq.cell.w.copy_(other)
+    (wanted,) = torch.autograd.grad(deq(x).square().sum(), deq.cell.w)
+    torch.testing.assert_close(ours, wanted)
+
+
 def test_differentiating_twice_is_an_error_and_not_a_wrong_number():
     deq = tight(TanhCell())
     x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)

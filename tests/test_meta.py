@@ -90,6 +90,12 @@ def test_training_leaves_f_as_it_was():
     assert all(parameter.requires_grad and parameter.grad is None for parameter in cell.parameters())
 
 
+def test_what_f_closes_over_collects_no_gradients():
+    cell = Cell()
+    MetaTrainer(grouped(), tasks(lambda z, x: cell(z, x)), SMALL).run(until=1)
+    assert all(parameter.grad is None for parameter in cell.parameters())
+
+
 def test_splits_that_overlap_are_refused():
     train = contexts(10)
     with pytest.raises(ValueError, match="validation split is in the train split"):

@@ -168,6 +168,27 @@ def test_the_budget_is_kept_and_failure_raises_with_the_solution_attached(nonlin
             assert caught.value.solution.nfe.max() <= budget
 
 
+def test_f_at_z0_is_known_to_a_solver_that_begins_there_and_costs_finished_samples_nothing(nonlinear):
+    x = nonlinear.x.clone()
+    x[0] = 0
+
+    class Curious(mb.Picard):
+        def init(self, z, g, problem):
+            return (problem.origin(),)
+
+    solution = mb.solve(nonlinear.f, nonlinear.z0, x, solver=Curious(), rtol=1e-8, max_nfe=200)
+    plain = mb.solve(nonlinear.f, nonlinear.z0, x, solver=mb.Picard(), rtol=1e-8, max_nfe=200)
+    assert solution.nfe.tolist() == plain.nfe.tolist()
+    assert solution.nfe[0] == 1
+
+
+def test_the_result_shares_no_memory_with_z0():
+    z0 = torch.ones(2, 3)
+    solution = mb.solve(lambda z: z * torch.nan, z0, solver=mb.Broyden(), throw=False)
+    solution.z.zero_()
+    assert (z0 == 1).all()
+
+
 def test_atol_counts_in_absolute_terms(contraction):
     solution = mb.solve(contraction.f, contraction.z0, contraction.x, solver=mb.Picard(), rtol=0.0, atol=1e-3)
     g = (contraction.f(solution.z, contraction.x) - solution.z).norm(dim=1)

@@ -128,8 +128,10 @@ class MetaTrainer:
         z0, x = self.tasks.draw(config.batch, self.generator)
         residuals, _ = unroll(self.solver, self.tasks.f, z0, x, steps=config.unroll, backend=config.backend)
         loss = config.objective(residuals)
-        self.optimizer.zero_grad()
-        loss.backward()
+        # not loss.backward(): whatever else f closes over must not collect gradients
+        parameters = list(self.solver.parameters())
+        for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+            parameter.grad = grad
         norm = nn.utils.clip_grad_norm_(self.solver.parameters(), config.clip)
         if not torch.isfinite(norm):
             self.skipped += 1
@@ -197,8 +199,9 @@ def mean_evaluations(
     solver: Any, tasks: TaskSet, *, split: str = "validation", limit: int = 256, rtol: float = 1e-3, max_nfe: int = 60
 ) -> float:
     """Mean evaluations to rtol over (at most `limit`) problems of a split, a failure counting twice the budget."""
+    raw = tasks.split(split)
     z0, x = tasks.problems(split)
-    z0, x = gather((z0, x), torch.arange(min(limit, len(tasks.split(split)))))
+    z0, x = gather((z0, x), torch.arange(min(limit, len(raw)), device=raw.device))
     solution = solve(tasks.f, z0, x, solver=solver, rtol=rtol, max_nfe=max_nfe, throw=False)
     cost = np.where(solution.converged.cpu().numpy(), solution.nfe.numpy(), 2 * max_nfe)
     return float(cost.mean())
