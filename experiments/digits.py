@@ -16,6 +16,7 @@ from rich.markdown import Markdown
 from metabroyden import Anderson, Broyden, Implicit, load_solver, save_solver
 from metabroyden.data.digits import ImageSplit, load_digits, shift
 from metabroyden.evaluation import benchmark, report
+from metabroyden.evaluation.family_report import FamilyReport, read_rows
 from metabroyden.evaluation.peers import TorchDEQSolver, torchdeq_available
 from metabroyden.evaluation.provenance import config_hash, provenance
 from metabroyden.learned.fingerprint import fingerprint
@@ -36,10 +37,14 @@ from metabroyden.storage import atomic_write
 
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4)
 BUDGETS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 40, 60)
-SHORT = 8  # the budget at which accuracy is held against the converged one
 GROUPED, COORDINATEWISE = "grouped LSTM", "coordinatewise LSTM"
-MAIN = (GROUPED, COORDINATEWISE, "Broyden", "Anderson", "Picard")
-CLASSICAL = ("Picard", "Anderson", "Broyden", "tuned Broyden", "torchdeq Anderson", "torchdeq Broyden")
+REPORT = FamilyReport(
+    title="Digits: learned root finders against classical ones",
+    about="A convolutional DEQ on 8×8 digits",
+    learned=(GROUPED, COORDINATEWISE),
+    classical=("Picard", "Anderson", "Broyden", "tuned Broyden", "torchdeq Anderson", "torchdeq Broyden"),
+    shown=(GROUPED, COORDINATEWISE, "Broyden", "Anderson", "Picard"),
+)
 
 
 @dataclass(frozen=True)
@@ -203,7 +208,7 @@ def _evaluate(
                 name, solver, problems, tolerances=TOLERANCES, budget=config.budget, star=star, known=known
             )
             tick(name)
-            if name in MAIN:
+            if name in REPORT.shown:
                 rows += benchmark.accuracy_rows(
                     name, solver, problems, budgets=[b for b in BUDGETS if b <= config.budget], rtol=TOLERANCES[-1]
                 )
@@ -244,75 +249,17 @@ def _publish(config: Digits, work: Path) -> None:
         **json.loads((work / "evaluation.json").read_text()),
     }
     atomic_write(folder / "config.json", json.dumps(described, indent=2) + "\n")
-    _write_report(folder, [folder])
-    _write_report(config.results, sorted(config.results.glob("seed*/")))
-
-
-def _read_rows(folders: list[Path]) -> list[dict[str, Any]]:
-    return [json.loads(line) for folder in folders for line in (folder / "rows.jsonl").read_text().splitlines()]
-
-
-def _write_report(folder: Path, seeds: list[Path]) -> None:
-    results = report.Results(_read_rows(seeds))
-    figures = report.write_figures(results, folder, main=MAIN, learned=GROUPED, reference="Broyden")
-    classical = [name for name in CLASSICAL if name in results.solvers]
-    described = [json.loads((seed / "config.json").read_text()) for seed in seeds]
-    figure = {path.stem: f"![{path.stem}]({path.name})" for path in figures}
-    commands = "\n".join(item["command"] for item in described)
-    notes = "\n".join(
-        f"- seed {item['config']['seed']}: tuned {', '.join(item['tuned'].values())}; float64 equilibrium found for "
-        f"{100 * item['equilibria_known']:.1f}% of {item['test_samples']} test images; meta-training took "
-        f"{', '.join(f'{seconds:g} s ({name})' for name, seconds in item['meta_training_seconds'].items())}; "
-        f"commit {item['provenance']['commit'][:12]}, {item['provenance']['cores']} cores"
-        for item in described
-    )
-    sections = [
-        "# Digits: learned root finders against classical ones",
-        f"A convolutional DEQ on 8×8 digits; {len(results.seeds)} seed(s) of DEQ and meta-training; held-out test images, "
-        "read once a run. A sample that does not get there within the budget counts as the budget. Made by",
-        f"```\n{commands}\n```",
-        "## Evaluations to a tolerance\n\nMedian / 90th percentile / success rate.",
-        report.evaluations_table(results),
-        figure["residual_by_evaluations"],
-        figure["evaluations_to_tolerance"],
-        f"## {GROUPED.capitalize()} against Broyden and the best classical solver\n\nMedian evaluations (success rate).",
-        report.claims_table(results, GROUPED, classical, "Broyden"),
-        f"The same for the {COORDINATEWISE}:",
-        report.claims_table(results, COORDINATEWISE, classical, "Broyden"),
-        figure["reduction_by_image"],
-        "## Wall-clock\n\nInterleaved repeats in one process, medians; in brackets the ratio to Broyden, below one is "
-        "faster. torchdeq stops a batch when its worst sample is done.",
-        "To 1e-2:",
-        report.clock_table(results, 1e-2),
-        "To 1e-3:",
-        report.clock_table(results, 1e-3),
-        figure["residual_by_time"],
-        "What each learned part costs on the whole batch (start: initializer, once a solve; init: gates, once a solve; "
-        "step: once an evaluation). An f-equivalent is the time of one evaluation of f on the same batch.",
-        report.parts_table(results),
-        "## Same equilibrium\n\nRelative distance to the float64 equilibrium of what each solver returned when asked for "
-        "1e-4; whether the class is the one predicted there; accuracy; samples the safeguard handed to Broyden.",
-        report.equilibrium_table(results),
-        "## Accuracy against evaluations",
-        report.accuracy_table(results, [b for b in BUDGETS if results.of("accuracy", nfe=b)]),
-        figure["accuracy_by_evaluations"],
-        f"With {SHORT} evaluations allowed, against the converged one:",
-        report.short_budget_table(results, [GROUPED, COORDINATEWISE], "Broyden", SHORT),
-        "## Setting",
-        notes,
-    ]
-    atomic_write(folder / "report.md", "\n\n".join(sections) + "\n")
+    REPORT.write(folder, [folder])
+    REPORT.write(config.results, sorted(config.results.glob("seed*/")))
 
 
 def _show(config: Digits, console: Console) -> None:
     """e. The table, where the figures are, and the saved solver at work inside the reloaded DEQ."""
     folder = config.results / f"seed{config.seed}"
-    results = report.Results(_read_rows([folder]))
+    results = report.Results(read_rows([folder]))
     console.print(Markdown("## Evaluations to a tolerance: median / 90th percentile / success"))
     console.print(Markdown(report.evaluations_table(results)))
-    console.print(
-        Markdown(report.claims_table(results, GROUPED, [n for n in CLASSICAL if n in results.solvers], "Broyden"))
-    )
+    console.print(Markdown(REPORT.claims(results)))
     data = load_digits()
     lines = []
     for title, solver, rtol, budget in (

@@ -83,6 +83,8 @@ def test_given_what_was_already_spent_it_never_fails_where_broyden_converges():
         problem.f, problem.z0, problem.x, solver=Poison(safeguard), rtol=1e-7, max_nfe=60 + 200, throw=False
     )
     assert helped.converged[alone.converged].all()
+    again = mb.relative_residual(helped.z, problem.f(helped.z, problem.x))
+    torch.testing.assert_close(again, helped.residual, rtol=1e-5, atol=1e-14)  # cohorts did not mix up their samples
     phases = helped.trace.phase
     assert (phases == 1).any(dim=0).sum() > 0
 
