@@ -14,7 +14,7 @@ from metabroyden.learned.preconditioner import LearnedInverse, Preconditioner
 from metabroyden.solve import Phase
 from metabroyden.solvers.base import Step
 
-_DIRECTIONS = 5  # residual, preconditioned residual, previous update, state, bias
+_DIRECTIONS = 4  # residual, preconditioned residual, previous update, state; and one bias a group
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,8 @@ class GroupedLSTM(LearnedSolver):
     """z⁺ = z + s·Σᵢ wᵢdᵢ over the directions r, P(r), previous update, z/rms(z) and 1, weights w from one LSTM a group.
 
     s is the residual's root mean square, r = g/s, P a `Preconditioner`. The LSTM of a group (see `Layout`) sees the
-    Gram matrix of the directions over the group's coordinates: sizes, correlations, means; and log s with its last
-    change. Untrained, P = 0 and w = (1, 1, 0, 0, 0): Picard. The Gram matrix and the weighted sum are one small batched
-    product each, which keeps the step at a fraction of a coordinatewise cell's cost.
+    sizes, correlations and means of the directions over the group's coordinates, log s and its last change. Untrained,
+    P = 0 and w = (1, 1, 0, 0, 0): Picard.
     """
 
     config_type = GroupedConfig
@@ -64,13 +63,11 @@ class GroupedLSTM(LearnedSolver):
     def __init__(self, config: GroupedConfig) -> None:
         super().__init__(config)
         self.preconditioner = Preconditioner(self.layout, self.context_channels, config.rank)
-        inputs = _DIRECTIONS * (_DIRECTIONS + 1) // 2 - 1 + 2
-        self.lstm = SharedLSTM(inputs, config.hidden, _DIRECTIONS, self.layout.identities)
-        upper = torch.triu_indices(_DIRECTIONS, _DIRECTIONS)
-        pairs = upper[:, :-1]  # the last pair is 1·1
+        pairs = torch.triu_indices(_DIRECTIONS, _DIRECTIONS, offset=1)
+        inputs = _DIRECTIONS + pairs.shape[1] + _DIRECTIONS + 2  # sizes, correlations, means, log s and its change
+        self.lstm = SharedLSTM(inputs, config.hidden, _DIRECTIONS + 1, self.layout.identities)
         self.register_buffer("_pairs", pairs, persistent=False)
-        base = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0])
-        self.register_buffer("_base", base[:, None], persistent=False)
+        self.register_buffer("_base", torch.tensor([[1.0], [1.0], [0.0], [0.0], [0.0]]), persistent=False)
 
     def plan(self, solver: Any) -> list[Phase]:
         """As every learned solver's; Broyden carries on from the learned inverse Jacobian."""
@@ -95,22 +92,23 @@ class GroupedLSTM(LearnedSolver):
         r = gc / scale
         size = layout.scale(zc)
         directions = [r, self.preconditioner(r, state.gates), layout.canonical(state.update, shape), zc / size]
-        stack = layout.grouped(torch.stack([*directions, torch.ones_like(r)], dim=2))  # (R, G, 5, P)
-        gram = stack @ stack.transpose(2, 3) / stack.shape[3]
-        output, hidden, cell = self.lstm(self._features(gram, scale, state.scale), state.hidden, state.cell)
-        weights = (output + self._base).transpose(1, 2).unsqueeze(2)  # (R, G, 1, 5)
-        update = layout.ungrouped((weights @ stack).squeeze(2), shape)
+        stack = layout.grouped(torch.stack(directions, dim=2))  # (R, G, 4, P)
+        features = self._features(stack, scale, state.scale)
+        output, hidden, cell = self.lstm(features, state.hidden, state.cell)
+        weights = (output + self._base).transpose(1, 2)  # (R, G, 5)
+        mixed = weights[..., _DIRECTIONS:]
+        for k in range(_DIRECTIONS):  # several times faster than one batched product this small
+            mixed = torch.addcmul(mixed, weights[..., k : k + 1], stack[:, :, k])
+        update = layout.ungrouped(mixed, shape)
         z = z + layout.flat(scale * layout.canonical(update, shape))
         return Step(z, state._replace(update=update, hidden=hidden, cell=cell, scale=scale))
 
-    def _features(self, gram: Tensor, scale: Tensor, before: Tensor) -> Tensor:
-        """(R, F, G): log sizes, correlations and means of the directions, log s and its change."""
-        square = torch.diagonal(gram, dim1=2, dim2=3)
-        root = (square + 1e-8).sqrt()
-        normal = gram / (root.unsqueeze(3) * root.unsqueeze(2))
-        rows, columns = self._pairs.unbind(0)
-        diagonal = rows == columns
-        picked = torch.where(diagonal, root[:, :, rows].log(), normal[:, :, rows, columns])  # (R, G, 14)
+    def _features(self, stack: Tensor, scale: Tensor, before: Tensor) -> Tensor:
+        """(R, F, G): log sizes, correlations and means of the directions (R, G, 4, P), log s and its change."""
+        gram = stack @ stack.transpose(2, 3) / stack.shape[3]
+        root = (torch.diagonal(gram, dim1=2, dim2=3) + 1e-8).sqrt()
+        first, second = self._pairs.unbind(0)
+        correlations = gram[:, :, first, second] / (root[..., first] * root[..., second])
         sizes = [scale.log() / 5, (scale / before).log().clamp(-3, 3)]
-        groups = [value.flatten(1).unsqueeze(2).expand(-1, picked.shape[1], 1) for value in sizes]
-        return torch.cat([picked, *groups], dim=2).transpose(1, 2)
+        common = [value.flatten(1).unsqueeze(2).expand(-1, stack.shape[1], 1) for value in sizes]
+        return torch.cat([root.log(), correlations, stack.mean(dim=3) / root, *common], dim=2).transpose(1, 2)
