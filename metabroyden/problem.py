@@ -94,11 +94,18 @@ class Ledger:
     def call(self, z: Tensor, rows: Rows) -> Tensor:
         """f at z (R, n) for the given rows, flat (R, n). With no context f sees the full batch, the rest at its best."""
         if self.context is not None:
-            return self._checked(self.f(self.packing.unpack(z), rows.context(self.context)), z)
+            return self._apply(z, rows.context(self.context))
         if rows.index is None:
-            return self._checked(self.f(self.packing.unpack(z)), z)
-        full = self.best_z.index_copy(0, rows.index, z)
-        return self._checked(self.f(self.packing.unpack(full)), full).index_select(0, rows.index)
+            return self._apply(z)
+        return self._apply(self.best_z.index_copy(0, rows.index, z)).index_select(0, rows.index)
+
+    def _apply(self, z: Tensor, *context: Any) -> Tensor:
+        """f's value, flat; refused when it is not shaped like the state, or when f wrote into its argument."""
+        version = None if z.is_inference() else z._version
+        value = self._checked(self.f(self.packing.unpack(z), *context), z)
+        if version is not None and z._version != version:
+            raise ValueError("f changed its argument z in place: a fixed-point map must leave z as it was")
+        return value
 
     def _checked(self, value: Any, z: Tensor) -> Tensor:
         """f's value, flat; refused when it is not shaped like the state."""

@@ -161,6 +161,14 @@ def test_a_native_context_that_is_missing_or_misshapen_is_refused():
         mb.solve(lambda z, x: 0.5 * z, z0 + 1, torch.ones(2, 7, 5, 5), solver=solver)
 
 
+def test_a_state_of_another_dtype_is_refused_with_the_remedy():
+    solver = make_learned("grouped", Layout("nd", (3,)))
+    z0 = torch.zeros(2, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"weights are torch.float32, the state is torch.float64: solver.to\("):
+        mb.solve(lambda z: 0.5 * z + 1, z0, solver=solver)
+    assert mb.solve(lambda z: 0.5 * z + 1, z0, solver=solver.to(torch.float64)).converged.all()
+
+
 def test_layouts_are_guessed_only_where_unambiguous():
     assert guess_layout((7,)).kind == "nd"
     assert guess_layout((3, 8, 8)).kind == "nchw"

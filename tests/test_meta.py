@@ -145,6 +145,11 @@ def test_fit_solver_makes_a_faster_drop_in_and_says_by_how_much(tmp_path):
         ({"layout": "chw"}, ValueError, "layout must be one of"),
         ({"x_train": torch.randn(20, 3, 4)}, ValueError, "layout= is needed"),
         ({"steps": 0}, ValueError, "steps"),
+        ({"x_train": torch.randint(0, 9, (20, 3, 4, 4))}, ValueError, "x_train is torch.int64.*give z0="),
+        ({"x_train": torch.full((20, 3), torch.nan)}, ValueError, "x_train must be finite"),
+        ({"z0": lambda x: torch.zeros(3, 3, 4, 4)}, ValueError, r"row for each of 4 contexts, got 3"),
+        ({"z0": lambda x: (x, x)}, ValueError, "states of one tensor"),
+        ({"f": lambda z, x: z[:, :1]}, ValueError, "f must return what z is shaped like"),
     ],
 )
 def test_fit_solver_refuses_bad_input(change, error, words):

@@ -214,6 +214,7 @@ BAD = [
     ({"f": lambda z, x: z > 0}, ValueError, "floating"),
     ({"f": lambda z, x: None}, TypeError, "got NoneType"),
     ({"tolerance": 1e-3}, TypeError, "tolerance"),
+    ({"f": lambda z, x: z.mul_(0.5).add_(x)}, ValueError, "f changed its argument z in place"),
 ]
 
 

@@ -104,6 +104,9 @@ class LearnedSolver(nn.Module):
 
     def start(self, z0: Tensor, problem: Any) -> Tensor:
         """The learned first iterate, (R, n)."""
+        dtype = next(self.parameters()).dtype
+        if z0.dtype != dtype:
+            raise ValueError(f"this solver's weights are {dtype}, the state is {z0.dtype}: solver.to({z0.dtype}) first")
         shape = self.layout.resolve(problem.shape)
         context = self.context_feature(problem, shape)
         base = problem.origin() if self.config.context == "f0" else z0

@@ -18,6 +18,7 @@ from metabroyden.meta.tasks import TaskSet
 from metabroyden.meta.trainer import MetaConfig, MetaTrainer, mean_evaluations
 from metabroyden.solution import State
 from metabroyden.solvers.broyden import Broyden
+from metabroyden.state import check_state
 
 ALIASES = {"metabroyden": "grouped"}
 """Names of presets: the default is the grouped LSTM whose safeguard starts Broyden at the learned inverse Jacobian."""
@@ -88,12 +89,21 @@ def fit_solver(
     if not isinstance(x_train, Tensor) or x_train.dim() < 1 or len(x_train) < 10:
         shape = tuple(x_train.shape) if isinstance(x_train, Tensor) else type(x_train).__name__
         raise ValueError(f"x_train must be a tensor with at least 10 samples first, got {shape}")
+    if x_train.is_floating_point() and not bool(torch.isfinite(x_train).all()):
+        raise ValueError("x_train must be finite, got NaN or infinity in it")
+    if z0 is None and not x_train.is_floating_point():
+        raise ValueError(f"x_train is {x_train.dtype}, so the state cannot be zeros like it: give z0=, a map x → start")
     if device is not None:
         x_train = x_train.to(device)
     tasks = _split(f, x_train, z0, seed)
     start, _ = tasks.problems("validation")
     if not isinstance(start, Tensor):
         raise ValueError("fit_solver takes states of one tensor; this z0 returns a tuple")
+    check_state(start, "z0(x)")
+    if len(start) != len(tasks.split("validation")):
+        raise ValueError(
+            f"z0(x) must have a row for each of {len(tasks.split('validation'))} contexts, got {len(start)}"
+        )
     shape = tuple(start.shape[1:])
     where = guess_layout(shape) if layout is None else Layout(layout, shape)
     learned = make_learned(solver, where, seed=seed).to(device=start.device, dtype=start.dtype)
