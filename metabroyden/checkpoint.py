@@ -57,7 +57,9 @@ def read(path: str | Path, kind: str | None = None) -> tuple[dict[str, Tensor], 
         schema, found = header["schema"], header["kind"]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is a safetensors file, but not one that metabroyden wrote") from error
-    if not isinstance(schema, int) or schema > SCHEMA:
+    if not isinstance(schema, int) or not isinstance(found, str) or found.count("/") != 1:
+        raise CheckpointError(f"{path}: its description is damaged: schema {schema!r}, kind {found!r}")
+    if schema > SCHEMA:
         raise CheckpointError(f"{path} has schema {schema}, newer than {SCHEMA}: update metabroyden to read it")
     if kind is not None and found.split("/")[0] != kind:
         raise CheckpointError(f"{path} holds a {found!r}, wanted a {kind!r}")
@@ -136,9 +138,10 @@ def load_solver(path_or_name: str | Path) -> Any:
             raise CheckpointError(f"{path} holds a solver of unknown kind {name!r}; known: {sorted(LEARNED)}")
         solver = LEARNED[name].from_config(header["config"])
         solver.fingerprint, solver.summary = header["fingerprint"], header["summary"]
+        solver.to(next(iter(tensors.values())).dtype)
     except CheckpointError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, StopIteration) as error:
         raise CheckpointError(f"{path}: its description is damaged: {error}") from error
     load_weights(solver, tensors, path)
     return solver.eval().requires_grad_(False)

@@ -23,7 +23,7 @@ class DEQ(nn.Module):
         solver: any of our solvers, learned ones included (default `Broyden()`); may be reassigned at any time.
         backward: gradient mode (default `Implicit()`); used only where gradients are enabled.
         rtol, atol, max_nfe: as in `solve`.
-        warn: say once when samples fail.
+        warn: say once when samples fail, forward or backward.
 
     After each call `last_solution` tells what the solve cost, and `last_backward_solution`, after a backward pass, what
     the adjoint cost. Samples that fail keep their best iterate; the first time that happens a warning says so.
@@ -57,10 +57,12 @@ class DEQ(nn.Module):
         # A learned solver is a module, but no part of the model: its weights must not be trained or saved with it.
         self._solver = [Broyden() if solver is None else solver]
         self.backward_mode = Implicit() if backward is None else backward
+        if not callable(getattr(self.backward_mode, "attach", None)):
+            raise TypeError(f"backward must be a gradient mode such as Implicit(), got {backward!r}")
         self.rtol, self.atol, self.max_nfe = rtol, atol, max_nfe
         self.last_solution: Solution | None = None
         self.last_backward_solution: Solution | None = None
-        self._warned = not warn
+        self._warned = self._warned_backward = not warn
         self._watch = FingerprintWatch()
 
     @property
@@ -95,6 +97,9 @@ class DEQ(nn.Module):
 
     def _note_backward(self, solution: Solution) -> None:
         self.last_backward_solution = solution
+        if not self._warned_backward and not bool(solution.converged.all()):
+            self._warned_backward = True
+            warnings.warn(f"DEQ, backward: {solution.failures()} (said once; see last_backward_solution)", stacklevel=2)
 
     def _initial_state(self, x: Any) -> State:
         maker = getattr(self.cell, "initial_state", None)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from metabroyden.solution import Solution, State
 from metabroyden.solve import solve
@@ -41,20 +41,24 @@ class Implicit:
         packing = Packing.of(z, "z")
         with torch.enable_grad():
             point = tuple(part.detach().requires_grad_() for part in _parts(z))
-            image = cell(point[0] if packing.single else point, context)
+            start = point[0] if packing.single else point
+            image = cell(start) if context is None else cell(start, context)
         flat = packing.pack(image)
 
         def adjoint(cotangent: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            v = packing.pack(cotangent[0] if packing.single else cotangent)
+            given = packing.pack(cotangent[0] if packing.single else cotangent)
+            finite = torch.isfinite(given)
+            v = torch.where(finite, given, 0.0)  # what is not finite passes by the solve, as it would in a network
 
             def transpose(u: Tensor) -> Tensor:
-                pulled = torch.autograd.grad(flat, point, u, retain_graph=True)
+                pulled = torch.autograd.grad(flat, point, u, retain_graph=True, materialize_grads=True)
                 return packing.pack(pulled[0] if packing.single else pulled) + v
 
             found = solve(transpose, v, solver=self.solver, rtol=self.rtol, max_nfe=self.max_nfe, throw=False)
             if report is not None:
                 report(found)
-            return _parts(packing.unpack(found.z))  # type: ignore[arg-type]
+            assert isinstance(found.z, Tensor)
+            return _parts(packing.unpack(torch.where(finite, found.z, given)))
 
         values = [_Replace.apply(value, star) for value, star in zip(_parts(image), _parts(z), strict=True)]
         attached = _Adjoint.apply(adjoint, *values)
@@ -83,9 +87,25 @@ class _Adjoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, adjoint: Any, *parts: Tensor) -> tuple[Tensor, ...]:
         ctx.adjoint = adjoint
+        ctx.save_for_backward(*parts)
         return tuple(part.view_as(part) for part in parts)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *ctx.adjoint(grads))
+        with torch.no_grad():
+            pulled = ctx.adjoint(tuple(grad.detach() for grad in grads))
+        if torch.is_grad_enabled():  # somebody builds a graph of this backward: let them meet an error, not a number
+            pulled = tuple(_Refuse.apply(u, *ctx.saved_tensors, *grads) for u in pulled)
+        return (None, *pulled)
+
+
+class _Refuse(torch.autograd.Function):
+    """The identity on u, tied to all that it depends on: whoever differentiates it is told that this cannot be had."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, u: Tensor, *ties: Tensor) -> Tensor:
+        return u.clone()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> Any:
+        raise RuntimeError("implicit gradients are of first order: this would differentiate twice through a DEQ")

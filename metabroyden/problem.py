@@ -6,6 +6,7 @@ trace. `Problem` is what a solver sees of it: a set of samples ("rows"), their c
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -68,6 +69,7 @@ class Ledger:
         self.nfe = np.zeros(batch, dtype=np.int64)
         self.phase = np.zeros(batch, dtype=np.int8)
         self.z0 = z0
+        self.forward_ad: bool | None = None  # whether f has forward AD; None: not tried yet
         self.origin: Tensor | None = None
         self.best_z = z0
         self.best_g = torch.zeros_like(z0) if keep_g else None
@@ -94,35 +96,20 @@ class Ledger:
     def call(self, z: Tensor, rows: Rows) -> Tensor:
         """f at z (R, n) for the given rows, flat (R, n). With no context f sees the full batch, the rest at its best."""
         if self.context is not None:
-            return self._apply(z, rows.context(self.context))
+            return self.packing.take(self.f(self.packing.unpack(z), rows.context(self.context)), z)
         if rows.index is None:
-            return self._apply(z)
-        return self._apply(self.best_z.index_copy(0, rows.index, z)).index_select(0, rows.index)
-
-    def _apply(self, z: Tensor, *context: Any) -> Tensor:
-        """f's value, flat; refused when it is not shaped like the state, or when f wrote into its argument."""
-        version = None if z.is_inference() else z._version
-        value = self._checked(self.f(self.packing.unpack(z), *context), z)
-        if version is not None and z._version != version:
-            raise ValueError("f changed its argument z in place: a fixed-point map must leave z as it was")
-        return value
-
-    def _checked(self, value: Any, z: Tensor) -> Tensor:
-        """f's value, flat; refused when it is not shaped like the state."""
-        parts = (value,) if isinstance(value, Tensor) else value
-        if not isinstance(parts, tuple) or not all(isinstance(part, Tensor) for part in parts):
-            raise TypeError(f"f must return a tensor or a tuple of tensors like z, got {type(value).__name__}")
-        wanted = [(len(z), *shape) for shape in self.packing.shapes]
-        got = [tuple(part.shape) for part in parts]
-        if got != wanted or not all(part.is_floating_point() for part in parts):
-            kinds = [str(part.dtype) for part in parts]
-            raise ValueError(f"f must return what z is shaped like: wanted {wanted} floating, got {got} {kinds}")
-        return self.packing.pack(value).to(z.dtype)
+            return self.packing.take(self.f(self.packing.unpack(z)), z)
+        full = self.best_z.index_copy(0, rows.index, z)
+        return self.packing.take(self.f(self.packing.unpack(full)), full).index_select(0, rows.index)
 
     def evaluate(self, z: Tensor, rows: Rows) -> Tensor:
         """g = f(z) − z at z (R, n), counted, traced, tested for convergence and for being the best so far."""
         self.spend(rows)
-        g, g_norm, f_norm = residual_norms(z, self.call(z, rows))
+        version = None if z.is_inference() else z._version
+        fz = self.call(z, rows)
+        if version is not None and z._version != version:
+            raise ValueError("f changed its argument z in place: a fixed-point map must leave z as it was")
+        g, g_norm, f_norm = residual_norms(z, fz)
         residual = relative(g_norm, f_norm)
         finite = torch.isfinite(g_norm) & torch.isfinite(f_norm)
         reached = finite & (g_norm <= self.atol + self.rtol * f_norm)
@@ -194,6 +181,11 @@ class Problem:
         """Evaluations that every live row can still afford."""
         return int(self._ledger.max_nfe - self._ledger.nfe[self.live_rows.host].max())
 
+    @property
+    def affordable_jvps(self) -> int:
+        """Jacobian products that every live row can still afford; the first may cost two evaluations (see `jvp`)."""
+        return self.remaining - (self._ledger.forward_ad is None)
+
     def unpack(self, flat: Tensor) -> State:
         """The (R, n) matrix as f's state."""
         return self._ledger.packing.unpack(flat)
@@ -220,13 +212,19 @@ class Problem:
         """J_f(z) v for z, v of shape (R, n): one counted evaluation. Forward AD, else a finite difference from fz = f(z)."""
         if self.live_index is not None:
             z, v, fz = (tensor.index_select(0, self.live_index) for tensor in (z, v, fz))
-        self._ledger.spend(self.live_rows)
-        try:
-            product = torch.func.jvp(lambda point: self._ledger.call(point, self.live_rows), (z,), (v,))[1]
-        except (NotImplementedError, RuntimeError):  # an operation without forward AD
+        ledger = self._ledger
+        product = None
+        if ledger.forward_ad is not False:
+            ledger.spend(self.live_rows)
+            # raised by an operation without forward AD: f was called in vain
+            with contextlib.suppress(NotImplementedError, RuntimeError):
+                product = torch.func.jvp(lambda point: ledger.call(point, self.live_rows), (z,), (v,))[1]
+            ledger.forward_ad = product is not None
+        if product is None:
+            ledger.spend(self.live_rows)
             eps = torch.finfo(z.dtype).eps ** 0.5
             size = eps * (1 + z.norm(dim=1, keepdim=True)) / v.norm(dim=1, keepdim=True).clamp_min(1e-30)
-            product = (self._ledger.call(z + size * v, self.live_rows) - fz) / size
+            product = (ledger.call(z + size * v, self.live_rows) - fz) / size
         if self.live_index is None:
             return product
         return product.new_zeros(len(self._rows), product.shape[1]).index_copy(0, self.live_index, product)

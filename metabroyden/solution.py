@@ -103,7 +103,10 @@ def residual_norms(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def relative(g_norm: Tensor, f_norm: Tensor) -> Tensor:
     """‖g‖₂ / ‖f(z)‖₂ per sample, with 0/0 = 0 (an exact fixed point at the origin)."""
-    return torch.where(g_norm == 0, torch.where(torch.isfinite(f_norm), 0.0, torch.nan), g_norm / f_norm)
+    exact = g_norm == 0
+    # the quotient not taken must be finite too: its gradient would be NaN
+    quotient = g_norm / torch.where(exact, 1.0, f_norm)
+    return torch.where(exact & ~torch.isfinite(f_norm), torch.nan, quotient)
 
 
 def relative_residual(z: Tensor, fz: Tensor) -> Tensor:

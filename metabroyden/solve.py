@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -78,14 +79,14 @@ def solve(
     packing = Packing.of(z0)
     _check_options(f, solver, rtol, atol, max_nfe)
     with torch.no_grad():
-        flat = packing.pack(z0).detach()
+        flat = packing.pack(z0).detach().clone()
         check_context(context, len(flat))
         guarded = getattr(solver, "safeguard", None) is not None
         ledger = Ledger(f, packing, flat, context, rtol=rtol, atol=atol, max_nfe=max_nfe, keep_g=guarded)
         driver = _Driver(ledger, solver)
         driver.run(flat)
         solution = Solution(
-            z=packing.unpack(flat.clone() if ledger.best_z is flat else ledger.best_z),
+            z=packing.unpack(ledger.best_z),
             residual=ledger.best,
             nfe=torch.from_numpy(ledger.nfe),
             steps=torch.from_numpy(driver.steps),
@@ -107,7 +108,7 @@ def _check_options(f: Any, solver: Any, rtol: float, atol: float, max_nfe: int) 
     for name, value in (("rtol", rtol), ("atol", atol)):
         if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
             raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
-    if isinstance(max_nfe, bool) or not isinstance(max_nfe, int) or max_nfe < 1:
+    if isinstance(max_nfe, bool) or not isinstance(max_nfe, Integral) or max_nfe < 1:
         raise ValueError(f"max_nfe must be an integer of at least 1, got {max_nfe!r}")
 
 

@@ -42,6 +42,21 @@ class Packing:
             return z.reshape(len(z), -1)
         return torch.cat([part.reshape(len(part), -1) for part in z], dim=1)
 
+    def take(self, value: Any, z: Tensor) -> Tensor:
+        """What f returned at z (R, n), packed and in z's dtype.
+
+        TypeError for what is no tensor or tuple of tensors, ValueError for what is not shaped like the state.
+        """
+        parts = (value,) if isinstance(value, Tensor) else value
+        if not isinstance(parts, tuple) or not all(isinstance(part, Tensor) for part in parts):
+            raise TypeError(f"f must return a tensor or a tuple of tensors like z, got {type(value).__name__}")
+        wanted = [(len(z), *shape) for shape in self.shapes]
+        got = [tuple(part.shape) for part in parts]
+        if got != wanted or not all(part.is_floating_point() for part in parts):
+            kinds = [str(part.dtype) for part in parts]
+            raise ValueError(f"f must return what z is shaped like: wanted {wanted} floating, got {got} {kinds}")
+        return self.pack(value).to(z.dtype)
+
     def unpack(self, flat: Tensor) -> State:
         """The state of a (B, n) matrix, as the user's f takes it."""
         if self.single:
@@ -61,6 +76,11 @@ def check_state(z: Any, name: str) -> None:
             raise ValueError(f"{name} must have a batch axis first, got a 0-dimensional tensor")
         if not part.is_floating_point():
             raise ValueError(f"{name} must be of a floating dtype, got {part.dtype}")
+        if part.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"{name} must be float32 or float64, got {part.dtype}: iterates are kept in at least float32; "
+                "f may compute in half precision, what it returns is converted"
+            )
         if part.shape[0] == 0 or part.numel() == 0:
             raise ValueError(f"{name} must hold at least one sample and one coordinate, got shape {tuple(part.shape)}")
         if (part.shape[0], part.dtype, part.device) != (first.shape[0], first.dtype, first.device):
@@ -73,8 +93,14 @@ def check_state(z: Any, name: str) -> None:
 
 
 def check_context(context: Any, batch: int) -> None:
-    """Refuse a context with a tensor that has not the batch on its first axis (ValueError)."""
+    """Refuse a context with a tensor that has not the batch on its first axis (ValueError), or with something else that
+    may hold the batch and could not be gathered (TypeError)."""
     for leaf in pytree.tree_leaves(context):
+        if not isinstance(leaf, (Tensor, bool, int, float, str, type(None))):
+            raise TypeError(
+                "context must be a pytree (tuples, lists, dicts) of tensors and plain values, "
+                f"got {type(leaf).__name__} in it"
+            )
         if isinstance(leaf, Tensor) and (leaf.dim() == 0 or leaf.shape[0] != batch):
             raise ValueError(
                 f"every tensor of context must have the batch first: wanted {batch} rows as in z0, "

@@ -37,6 +37,13 @@ def test_a_learned_solver_comes_back_as_it_was(tmp_path, name):
         assert torch.equal(value, loaded.state_dict()[key])
 
 
+def test_a_solver_keeps_its_precision(tmp_path):
+    solver = some_solver().double()
+    loaded = mb.load_solver(mb.save_solver(solver, tmp_path / "s.safetensors"))
+    for key, value in solver.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[key])
+
+
 @pytest.mark.parametrize("name", sorted(mb.SOLVERS))
 def test_a_classical_solver_comes_back_as_it_was(tmp_path, name):
     solver = mb.make_solver(name, damping=0.7)
@@ -84,6 +91,10 @@ DAMAGE = [
     (lambda data: with_header(data, lambda h: h.update(kind="model/conv")), "holds a 'model/conv', wanted a 'solver'"),
     (lambda data: with_header(data, lambda h: h.pop("fingerprint")), "description is damaged"),
     (lambda data: with_header(data, lambda h: h["config"].update(hidden=7)), "weights do not fit"),
+    (lambda data: with_header(data, lambda h: h.update(kind=5)), "damaged: schema 1, kind 5"),
+    (lambda data: with_header(data, lambda h: h.update(schema="1")), "damaged: schema '1'"),
+    (lambda data: with_header(data, lambda h: h["config"].update(shape=[-3, 3, 3])), "damaged: "),
+    (lambda data: with_header(data, lambda h: h["config"]["safeguard"].update(memory=0)), "memory must be an integer"),
     (lambda data: with_header(data, lambda h: h["config"].update(depth=7)), "unknown config fields"),
 ]
 

@@ -89,9 +89,53 @@ def test_the_adjoint_uses_the_weights_of_the_forward_pass():
 def test_differentiating_twice_is_an_error_and_not_a_wrong_number():
     deq = tight(TanhCell())
     x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
-    (first,) = torch.autograd.grad(deq(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"differentiate twice"):
-        first.sum().backward()
+    for loss in (torch.sum, lambda z: z.square().sum()):
+        for leaf in (x, deq.cell.w):
+            (first,) = torch.autograd.grad(loss(deq(x)), leaf, create_graph=True)
+            with pytest.raises(RuntimeError, match="differentiate twice"):
+                torch.autograd.grad(first.sum(), leaf)
+            (first,) = torch.autograd.grad(loss(deq(x)), leaf, create_graph=True)
+            with pytest.raises(RuntimeError, match="differentiate twice"):
+                first.square().sum().backward()
+
+
+def test_a_cotangent_that_is_not_finite_passes_through():
+    deq, x = tight(TanhCell()), torch.randn(2, 4, dtype=torch.float64)
+    (deq(x).sum() * float("inf")).backward()
+    assert not torch.isfinite(deq.cell.w.grad).all()
+
+
+def test_a_tensor_of_the_state_that_the_cell_does_not_use_has_no_part_in_the_gradient():
+    class Ends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = TanhCell()
+
+        def initial_state(self, x):
+            return torch.zeros_like(x), torch.zeros_like(x)
+
+        def forward(self, z, x):
+            return self.inner(z[0], x), torch.tanh(z[0])
+
+    deq, x = tight(Ends()), torch.randn(2, 4, dtype=torch.float64)
+    first, second = deq(x)
+    (ours,) = torch.autograd.grad((first + second).sum(), deq.cell.inner.w)
+    z = tight(deq.cell.inner)(x)
+    (wanted,) = torch.autograd.grad((z + torch.tanh(z)).sum(), deq.cell.inner.w)
+    torch.testing.assert_close(ours, wanted, rtol=1e-8, atol=1e-10)
+
+
+def test_a_failed_adjoint_is_said_once():
+    deq = mb.DEQ(TanhCell(), backward=mb.Implicit(rtol=1e-12, max_nfe=2))
+    x = torch.randn(2, 4, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="DEQ, backward: 2 of 2 samples did not converge"):
+        deq(x).sum().backward()
+    deq(x).sum().backward()
+
+
+def test_a_foreign_gradient_mode_is_refused():
+    with pytest.raises(TypeError, match="backward must be a gradient mode such as Implicit"):
+        mb.DEQ(TanhCell(), backward="implicit")
 
 
 def test_the_value_returned_is_the_one_the_solution_speaks_of():

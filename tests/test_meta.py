@@ -149,6 +149,15 @@ def test_fit_solver_makes_a_faster_drop_in_and_says_by_how_much(tmp_path):
         ({"x_train": torch.full((20, 3), torch.nan)}, ValueError, "x_train must be finite"),
         ({"z0": lambda x: torch.zeros(3, 3, 4, 4)}, ValueError, r"row for each of 4 contexts, got 3"),
         ({"z0": lambda x: (x, x)}, ValueError, "states of one tensor"),
+        ({"z0": torch.zeros(20, 3, 4, 4)}, TypeError, "z0 must be a map x → start, got Tensor"),
+        ({"x_train": torch.randn(20)}, ValueError, "needs an axis besides the samples"),
+        (
+            {"x_train": torch.randn(20, 3).half()},
+            ValueError,
+            "float32, float64 or of an integer dtype, got torch.float16",
+        ),
+        ({"seed": "a"}, ValueError, "seed must be an integer, got 'a'"),
+        ({"rtol": "1e-3"}, ValueError, "validation_rtol must be a positive number, got '1e-3'"),
         ({"f": lambda z, x: z[:, :1]}, ValueError, "f must return what z is shaped like"),
     ],
 )
@@ -156,6 +165,18 @@ def test_fit_solver_refuses_bad_input(change, error, words):
     arguments = {"f": lambda z, x: 0.5 * z + x, "x_train": contexts(20), "progress": False, "steps": 2} | change
     with pytest.raises(error, match=words):
         mb.fit_solver(arguments.pop("f"), arguments.pop("x_train"), **arguments)
+
+
+def test_f_may_compute_in_another_precision_and_no_grad_may_surround_the_fit():
+    cell = Cell()
+    with torch.no_grad():
+        solver = mb.fit_solver(lambda z, x: cell(z, x).bfloat16(), contexts(20), steps=2, progress=False)
+    assert solver.summary["skipped_steps"] == 0
+
+
+def test_a_fit_whose_gradients_blow_up_says_so():
+    with pytest.warns(UserWarning, match="6 of 6 steps were skipped because their gradient was not finite"):
+        mb.fit_solver(lambda z, x: 1e30 * (z + x) ** 3, contexts(20), steps=6, progress=False)
 
 
 def test_equal_contexts_stay_on_one_side_of_the_split():

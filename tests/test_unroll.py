@@ -127,6 +127,15 @@ def test_unroll_follows_solve():
     torch.testing.assert_close(residuals.detach(), solution.trace.residual[1:6])  # the first one is f(z0)
 
 
+def test_an_exact_fixed_point_in_the_batch_does_no_harm_to_the_gradient():
+    problem = tanh(batch=3, n=6, gain=1.1)
+    x = problem.x.clone()
+    x[1] = 0  # z* = z0 = 0
+    solver = make_learned("grouped", Layout("nd", (6,)), context="native").double()
+    residuals, _ = unroll(solver, problem.f, problem.z0, x, steps=3)
+    assert torch.isfinite(gradients(solver, ResidualObjective()(residuals))).all()
+
+
 def test_bad_arguments_are_refused():
     problem = tanh()
     with pytest.raises(ValueError, match="backend must be one of higher, native, got 'jax'"):

@@ -36,7 +36,8 @@ class FingerprintWatch:
         self._warned = False
 
     def check(self, solver: Any, f: Any) -> None:
-        """Compare the solver's fingerprint with f's weights, hashing them only when a tensor was written to."""
+        """Compare the solver's fingerprint with f's weights, hashing them only when a tensor was written to (through
+        `.data` that goes unseen, as torch does not note it)."""
         wanted, module = getattr(solver, "fingerprint", None), module_of(f)
         if wanted is None or module is None or self._warned:
             return

@@ -19,16 +19,24 @@ class Safeguard:
     max_nfe plus what was already spent, a learned solve never fails where its fallback converges.
 
     Attributes:
-        horizon: learned steps at most.
-        patience: evaluations without a new best residual.
+        horizon: learned steps at most; None: no limit.
+        patience: evaluations without a new best residual; None: no limit.
         memory: of the fallback.
         resumed_patience: evaluations in which the resumed phase must halve the best residual.
     """
 
-    horizon: int = 20
-    patience: int = 5
+    horizon: int | None = 20
+    patience: int | None = 5
     memory: int = 30
     resumed_patience: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("horizon", "patience", "memory", "resumed_patience"):
+            value = getattr(self, name)
+            if name in ("horizon", "patience") and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"Safeguard: {name} must be an integer of at least 1, got {value!r}")
 
     def fallback(self) -> Broyden:
         """The classical solver the guarantee speaks of."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -84,34 +85,37 @@ def fit_solver(
     Raises:
         ValueError, TypeError: bad input, saying what was given and what is wanted.
     """
-    if not callable(f):
-        raise TypeError(f"f must be callable, got {type(f).__name__}")
-    if not isinstance(x_train, Tensor) or x_train.dim() < 1 or len(x_train) < 10:
-        shape = tuple(x_train.shape) if isinstance(x_train, Tensor) else type(x_train).__name__
-        raise ValueError(f"x_train must be a tensor with at least 10 samples first, got {shape}")
-    if x_train.is_floating_point() and not bool(torch.isfinite(x_train).all()):
-        raise ValueError("x_train must be finite, got NaN or infinity in it")
-    if z0 is None and not x_train.is_floating_point():
-        raise ValueError(f"x_train is {x_train.dtype}, so the state cannot be zeros like it: give z0=, a map x → start")
+    config = MetaConfig(
+        steps=steps,
+        seed=seed,
+        backend="higher" if importlib.util.find_spec("higher") else "native",
+        validation_rtol=rtol,
+    )
+    _check_arguments(f, x_train, z0)
     if device is not None:
         x_train = x_train.to(device)
     tasks = _split(f, x_train, z0, seed)
     start, _ = tasks.problems("validation")
+    check_state(start, "z0(x)")
     if not isinstance(start, Tensor):
         raise ValueError("fit_solver takes states of one tensor; this z0 returns a tuple")
-    check_state(start, "z0(x)")
-    if len(start) != len(tasks.split("validation")):
-        raise ValueError(
-            f"z0(x) must have a row for each of {len(tasks.split('validation'))} contexts, got {len(start)}"
-        )
+    size = len(tasks.split("validation"))
+    if len(start) != size:
+        raise ValueError(f"z0(x) must have a row for each of {size} contexts, got {len(start)}")
     shape = tuple(start.shape[1:])
+    if not shape:
+        raise ValueError("a state needs an axis besides the samples': give x_train (or z0) as (N, 1)")
     where = guess_layout(shape) if layout is None else Layout(layout, shape)
     learned = make_learned(solver, where, seed=seed).to(device=start.device, dtype=start.dtype)
-    backend = "higher" if importlib.util.find_spec("higher") else "native"
-    size = len(tasks.split("validation"))
-    config = MetaConfig(steps=steps, seed=seed, backend=backend, validation_rtol=rtol, validation_size=size)
     with progress_bar("meta-training", steps, show=progress) as report:
-        MetaTrainer(learned, tasks, config).run(report)
+        trainer = MetaTrainer(learned, tasks, config)
+        trainer.run(report)
+    if trainer.skipped > steps // 10:
+        warnings.warn(
+            f"fit_solver: {trainer.skipped} of {steps} steps were skipped because their gradient was not finite: f blows up "
+            "on some contexts, and the solver has learned little",
+            stacklevel=2,
+        )
     learned.fingerprint = fingerprint(f)
     learned.summary["held_out"] = {
         "rtol": rtol,
@@ -121,6 +125,23 @@ def fit_solver(
         "samples": size,
     }
     return learned
+
+
+def _check_arguments(f: Any, x_train: Any, z0: Any) -> None:
+    """TypeError or ValueError for arguments of `fit_solver` that cannot work."""
+    if not callable(f):
+        raise TypeError(f"f must be callable, got {type(f).__name__}")
+    if z0 is not None and not callable(z0):
+        raise TypeError(f"z0 must be a map x → start, got {type(z0).__name__}")
+    if not isinstance(x_train, Tensor) or x_train.dim() < 1 or len(x_train) < 10:
+        shape = tuple(x_train.shape) if isinstance(x_train, Tensor) else type(x_train).__name__
+        raise ValueError(f"x_train must be a tensor with at least 10 samples first, got {shape}")
+    if x_train.dtype in (torch.float16, torch.bfloat16) or x_train.is_complex():
+        raise ValueError(f"x_train must be float32, float64 or of an integer dtype, got {x_train.dtype}")
+    if x_train.is_floating_point() and not bool(torch.isfinite(x_train).all()):
+        raise ValueError("x_train must be finite, got NaN or infinity in it")
+    if z0 is None and not x_train.is_floating_point():
+        raise ValueError(f"x_train is {x_train.dtype}, so the state cannot be zeros like it: give z0=, a map x → start")
 
 
 def _split(f: Callable[..., State], x: Tensor, z0: Callable[[Tensor], State] | None, seed: int) -> TaskSet:

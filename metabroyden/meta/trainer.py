@@ -56,12 +56,14 @@ class MetaConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "unroll", "batch", "validate_every", "validation_size", "validation_nfe"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"MetaConfig: {name} must be an integer of at least 1, got {value!r}")
         for name in ("learning_rate", "clip", "validation_rtol"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
                 raise ValueError(f"MetaConfig: {name} must be a positive number, got {value!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"MetaConfig: seed must be an integer, got {self.seed!r}")
         if self.backend not in BACKENDS:
             raise ValueError(f"MetaConfig: backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
 
@@ -109,7 +111,8 @@ class MetaTrainer:
                 self._validate(math.nan)
             while self.step < last:
                 began = time.perf_counter()
-                loss = self._update()
+                with torch.enable_grad():
+                    loss = self._update()
                 self.step += 1
                 self.seconds += time.perf_counter() - began
                 if self.step % self.config.validate_every == 0 or self.step == self.config.steps:

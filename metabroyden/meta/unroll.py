@@ -31,7 +31,7 @@ class UnrolledProblem:
     def evaluate(self, z: Tensor) -> Tensor:
         """f(z), (R, n)."""
         state = self.packing.unpack(z)
-        return self.packing.pack(self.f(state) if self.context is None else self.f(state, self.context))
+        return self.packing.take(self.f(state) if self.context is None else self.f(state, self.context), z)
 
     def residual(self, z: Tensor) -> Tensor:
         """f(z) − z, (R, n)."""

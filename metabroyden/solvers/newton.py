@@ -27,7 +27,7 @@ class Newton(ClassicalSolver):
 
     damping: float = 1.0
     krylov: int = 20
-    min_nfe = 2
+    min_nfe = 3
 
     def __post_init__(self) -> None:
         check_number("Newton", "damping", self.damping, 0, 2)
@@ -40,7 +40,7 @@ class Newton(ClassicalSolver):
     def step(self, z: Tensor, g: Tensor, state: tuple[()], problem: Problem) -> Step:
         """One damped (inexact) Newton step, (R, n)."""
         rows, n = z.shape
-        directions = min(self.krylov, n, problem.remaining - 1)
+        directions = min(self.krylov, n, problem.affordable_jvps - 1)
         size = torch.linalg.vector_norm(g, dim=1, keepdim=True)
         basis = z.new_zeros(rows, directions + 1, n)
         hessenberg = z.new_zeros(rows, directions + 1, directions)
