@@ -217,13 +217,15 @@ def tune_classical(problems: Problems, *, budget: int, tolerances: tuple[float, 
     The score is the mean over samples and tolerances of log(evaluations), a failure counting as twice the budget.
     """
     grids: dict[str, list[Any]] = {
-        "picard": [Picard(damping) for damping in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)],
+        "picard": [Picard(damping) for damping in (0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5)],
         "anderson": [
             Anderson(memory, damping, ridge)
-            for memory, damping, ridge in itertools.product((3, 5, 8, 12), (0.8, 1.0, 1.2), (1e-8, 1e-5, 1e-3))
+            for memory, damping, ridge in itertools.product(
+                (3, 5, 8, 12, 20), (0.8, 1.0, 1.2, 1.5), (1e-8, 1e-5, 1e-3, 1e-2)
+            )
         ],
         "broyden": [
-            Broyden(memory, damping) for memory, damping in itertools.product((10, 20, 60), (0.7, 0.85, 1.0, 1.1))
+            Broyden(memory, damping) for memory, damping in itertools.product((10, 20, 60), (0.7, 0.85, 1.0, 1.15, 1.3))
         ],
     }
     best: dict[str, tuple[Any, float]] = {}
