@@ -217,11 +217,11 @@ def tune_classical(problems: Problems, *, budget: int, tolerances: tuple[float, 
     The score is the mean over samples and tolerances of log(evaluations), a failure counting as twice the budget.
     """
     grids: dict[str, list[Any]] = {
-        "picard": [Picard(damping) for damping in (0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5)],
+        "picard": [Picard(damping) for damping in (0.7, 0.85, 1.0, 1.15, 1.3, 1.45, 1.6, 1.75, 1.9)],
         "anderson": [
             Anderson(memory, damping, ridge)
             for memory, damping, ridge in itertools.product(
-                (3, 5, 8, 12, 20), (0.8, 1.0, 1.2, 1.5), (1e-8, 1e-5, 1e-3, 1e-2)
+                (3, 5, 8, 12), (0.8, 1.0, 1.25, 1.5, 1.75, 2.0), (1e-8, 1e-4, 1e-2, 1e-1)
             )
         ],
         "broyden": [
