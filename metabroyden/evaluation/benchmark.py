@@ -220,9 +220,7 @@ def tune_classical(problems: Problems, *, budget: int, tolerances: tuple[float, 
         "picard": [Picard(damping) for damping in (0.7, 0.85, 1.0, 1.15, 1.3, 1.45, 1.6, 1.75, 1.9)],
         "anderson": [
             Anderson(memory, damping, ridge)
-            for memory, damping, ridge in itertools.product(
-                (3, 5, 8, 12), (0.8, 1.0, 1.25, 1.5, 1.75, 2.0), (1e-8, 1e-4, 1e-2, 1e-1)
-            )
+            for memory, damping, ridge in itertools.product((5, 8, 12), (1.0, 1.5, 2.0), (1e-8, 1e-2, 1e-1))
         ],
         "broyden": [
             Broyden(memory, damping) for memory, damping in itertools.product((10, 20, 60), (0.7, 0.85, 1.0, 1.15, 1.3))
