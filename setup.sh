@@ -9,7 +9,7 @@ fi
 [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
 wanted=requirements.txt
 if ! command -v "${CC:-cc}" >/dev/null 2>&1 && ! command -v gcc >/dev/null 2>&1; then
-    echo "There is no C compiler here, so learned-task sets of learn2learn are left out; everything else is installed." >&2
+    echo "There is no C compiler here, so learn2learn is left out and its task sets will not work; everything else is installed." >&2
     wanted=.venv/requirements-without-learn2learn.txt
     grep -v '^learn2learn' requirements.txt >"$wanted"
 fi
