@@ -261,11 +261,12 @@ def _show(config: Digits, console: Console) -> None:
     console.print(Markdown(report.evaluations_table(results)))
     console.print(Markdown(REPORT.claims(results)))
     data = load_digits()
+    saved = load_solver(folder / "grouped.safetensors")
     lines = []
     for title, solver, rtol, budget in (
         ("Broyden to 1e-3", Broyden(memory=60), 1e-3, 60),
-        ("saved solver to 1e-3", load_solver(folder / "grouped.safetensors"), 1e-3, 60),
-        ("saved solver, 8 evaluations at most", load_solver(folder / "grouped.safetensors"), 1e-3, 8),
+        ("saved solver to 1e-3", saved, 1e-3, 60),
+        ("saved solver, 8 evaluations at most", saved, 1e-3, 8),
     ):
         model = load_model(folder / "model.safetensors", solver=solver, rtol=rtol, max_nfe=budget, warn=False)
         right = accuracy(model, data.test)

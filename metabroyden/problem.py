@@ -209,7 +209,10 @@ class Problem:
         return torch.zeros_like(z).index_copy(0, self.live_index, g)
 
     def jvp(self, z: Tensor, v: Tensor, fz: Tensor) -> Tensor:
-        """J_f(z) v for z, v of shape (R, n): one counted evaluation. Forward AD, else a finite difference from fz = f(z)."""
+        """J_f(z) v for z, v of shape (R, n) and fz = f(z): one counted evaluation.
+
+        Forward AD, or a finite difference from fz where f has none; finding that out costs one more, once a solve.
+        """
         if self.live_index is not None:
             z, v, fz = (tensor.index_select(0, self.live_index) for tensor in (z, v, fz))
         ledger = self._ledger

@@ -2,7 +2,8 @@
 
 A row is a JSON object with a key "row" that says what it tells:
   sample  one solver on one sample: evaluations to each tolerance (budget where not reached), status, distance to z*
-  curve   one solver: quantiles of the residual after k evaluations; accuracy at a budget of k evaluations
+  curve   one solver: quantiles of the residual after k evaluations
+  accuracy  one solver: accuracy at a budget of k evaluations
   clock   one solver: wall-clock to a tolerance, interleaved with the others, and its ratio to the reference
   path    one solver: median residual against wall-clock
   part    one part of a solver: its time in seconds and in f-equivalents

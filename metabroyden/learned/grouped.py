@@ -99,7 +99,7 @@ class GroupedLSTM(LearnedSolver):
         mixed = weights[..., _DIRECTIONS:]
         for k in range(_DIRECTIONS):  # several times faster than one batched product this small
             mixed = torch.addcmul(mixed, weights[..., k : k + 1], stack[:, :, k])
-        update = layout.ungrouped(mixed, shape)
+        update = layout.ungrouped(mixed)
         z = z + layout.flat(scale * layout.canonical(update, shape))
         return Step(z, state._replace(update=update, hidden=hidden, cell=cell, scale=scale))
 

@@ -88,7 +88,7 @@ class Layout:
             return stack.flatten(3)
         return stack.permute(0, 3, 2, 1) if self.causal else stack.permute(0, 2, 1).unsqueeze(1)
 
-    def ungrouped(self, value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def ungrouped(self, value: Tensor) -> Tensor:
         """(R, G, P) → (R, n)."""
         if self.kind == "nct":
             value = value.transpose(1, 2)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from metabroyden import checkpoint
+from metabroyden.learned.fingerprint import module_of
 from metabroyden.meta.objectives import ResidualObjective
 from metabroyden.meta.tasks import TaskSet
 from metabroyden.meta.unroll import BACKENDS, unroll
@@ -214,8 +215,8 @@ class _frozen:
     """While it lasts, the parameters of f (where it is a module) do not require gradients."""
 
     def __init__(self, f: Any) -> None:
-        owner = getattr(f, "__self__", f)
-        self.parameters = [p for p in owner.parameters() if p.requires_grad] if isinstance(owner, nn.Module) else []
+        module = module_of(f)
+        self.parameters = [] if module is None else [p for p in module.parameters() if p.requires_grad]
 
     def __enter__(self) -> None:
         for parameter in self.parameters:
