@@ -9,25 +9,29 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from metabroyden.solution import State, Trace, relative, residual_norms
+from metabroyden.solution import State, Trace, scaled_norm
 from metabroyden.state import Packing, gather
 
 F = Callable[..., State]
 
 
 class Rows:
-    """Some samples of a batch, in order: their numbers on the host and, where it is not the whole batch, on the device."""
+    """Some samples of a batch, in order: their numbers on the host and, where it is not the whole batch, on the device.
+
+    `pick` selects them from a (B,) host array: a slice where they are the whole batch, in order.
+    """
 
     def __init__(self, host: np.ndarray, device: torch.device, batch: int) -> None:
         self.host = host
-        whole = len(host) == batch and bool((host == np.arange(batch)).all())  # all of them, and in order
+        whole = len(host) == batch and bool((host == np.arange(batch)).all())
         self.index = None if whole else torch.as_tensor(host, device=device)
+        self.pick: Any = slice(None) if whole else host
         self._context: Any = None
 
     def __len__(self) -> int:
@@ -42,13 +46,31 @@ class Rows:
         return self._context
 
 
+class _Evaluation(NamedTuple):
+    """An evaluation whose outcome the host has not seen yet."""
+
+    rows: Rows
+    z: Tensor  # (R, n)
+    fz: Tensor
+    g: Tensor
+    norms: tuple[Tensor, Tensor]  # ‖g‖, ‖f(z)‖, (R,) each, on the device
+    nfe: np.ndarray  # (R,) spent so far
+    phase: np.ndarray
+    round: int
+
+
 class Ledger:
     """Calls f for a whole solve and writes down what it cost and what it found.
 
-    Attributes:
-        nfe: (B,) evaluations spent, on the host. best_z: (B, n); best_g: its g, None where nothing will be handed over.
-        best: (B,) relative residual of best_z, NaN before the first finite evaluation. converged, finite: (B,) bool on
-        the device; finite speaks of the sample's last evaluation. phase: (B,) host, the phase of the driver a sample is in.
+    Evaluations are judged on the host, when `settle` is called: what they converged to, which are the best. That is the
+    one host synchronisation; until then they wait, with their iterates.
+
+    Attributes (host arrays over the B samples):
+        nfe: evaluations spent. phase: the phase of the driver a sample is in.
+        best: relative residual of the best iterate, NaN before the first finite evaluation. converged.
+        broken: not finite at the end of a round (what a line search tries and drops does not count).
+        residual, f_norm, f_norm_before: of the sample's last evaluation (and of the one before).
+    On the device: best_z (B, n); best_g: its g, None where nothing will be handed over.
     """
 
     def __init__(
@@ -62,95 +84,154 @@ class Ledger:
         atol: float,
         max_nfe: int,
         keep_g: bool = True,
+        f_dtype: torch.dtype | None = None,
     ) -> None:
         self.f, self.packing, self.context, self.max_nfe = f, packing, context, max_nfe
-        self.rtol, self.atol = rtol, atol
+        self.rtol, self.atol, self.f_dtype = rtol, atol, f_dtype
         batch = len(z0)
         self.nfe = np.zeros(batch, dtype=np.int64)
         self.phase = np.zeros(batch, dtype=np.int8)
         self.z0 = z0
         self.forward_ad: bool | None = None  # whether f has forward AD; None: not tried yet
         self.origin: Tensor | None = None
-        self.best_z = z0
-        self.best_g = torch.zeros_like(z0) if keep_g else None
-        self.best = z0.new_full((batch,), torch.nan)
-        self.converged = torch.zeros(batch, dtype=torch.bool, device=z0.device)
-        self.finite = torch.ones(batch, dtype=torch.bool, device=z0.device)
-        self._events: list[tuple[np.ndarray, Tensor | None, Tensor, np.ndarray, np.ndarray]] = []
+        self.best_z, self._owned = z0, False  # owned: no iterate shares best_z's memory, it may be written to
+        self.best_g = z0.new_zeros(z0.shape) if keep_g else None
+        self.best = np.full(batch, np.nan)
+        self.converged = np.zeros(batch, dtype=bool)
+        self.broken = np.zeros(batch, dtype=bool)
+        self._finite = np.ones(batch, dtype=bool)  # the last evaluation
+        self.round = self._judged_round = 0  # the driver's, to which evaluations belong
+        self.residual = np.full(batch, np.nan)
+        self.f_norm = np.full(batch, np.nan)
+        self.f_norm_before = np.full(batch, np.nan)
+        # squares of norms outside this range may have over- or underflowed
+        self._trusted = (1e-15, 1e15) if z0.dtype == torch.float32 else (1e-140, 1e140)
+        self._pending: list[_Evaluation] = []
+        self._events: list[tuple[Rows, np.ndarray, np.ndarray, np.ndarray]] = []
         self._seconds: list[float] = []
         self._began = time.perf_counter()
 
     def rows(self, host: np.ndarray) -> Rows:
         """The samples with these numbers."""
-        return Rows(host, self.best_z.device, len(self.nfe))
+        return Rows(host, self.z0.device, len(self.nfe))
 
     def spend(self, rows: Rows) -> None:
         """Count one evaluation on each row; RuntimeError when a solver would overdraw the budget."""
-        if (self.nfe[rows.host] >= self.max_nfe).any():
+        spent = self.nfe[rows.pick] + 1
+        if spent.max() > self.max_nfe:
             raise RuntimeError(
                 f"a solver asked for more than max_nfe={self.max_nfe} evaluations on a sample; "
                 "its min_nfe must say how many one step needs"
             )
-        self.nfe[rows.host] += 1
+        self.nfe[rows.pick] = spent
 
     def call(self, z: Tensor, rows: Rows) -> Tensor:
         """f at z (R, n) for the given rows, flat (R, n). With no context f sees the full batch, the rest at its best."""
         if self.context is not None:
-            return self.packing.take(self.f(self.packing.unpack(z), rows.context(self.context)), z)
+            return self._image(z, rows.context(self.context))
         if rows.index is None:
-            return self.packing.take(self.f(self.packing.unpack(z)), z)
-        full = self.best_z.index_copy(0, rows.index, z)
-        return self.packing.take(self.f(self.packing.unpack(full)), full).index_select(0, rows.index)
+            return self._image(z)
+        return self._image(self.best_z.index_copy(0, rows.index, z)).index_select(0, rows.index)
+
+    def _image(self, z: Tensor, *context: Any) -> Tensor:
+        point = z if self.f_dtype is None else z.to(self.f_dtype)
+        return self.packing.take(self.f(self.packing.unpack(point), *context), z)
 
     def evaluate(self, z: Tensor, rows: Rows) -> Tensor:
-        """g = f(z) − z at z (R, n), counted, traced, tested for convergence and for being the best so far."""
+        """g = f(z) − z at z (R, n): counted at once, judged when `settle` is called."""
         self.spend(rows)
         version = None if z.is_inference() else z._version
         fz = self.call(z, rows)
         if version is not None and z._version != version:
             raise ValueError("f changed its argument z in place: a fixed-point map must leave z as it was")
-        g, g_norm, f_norm = residual_norms(z, fz)
-        residual = relative(g_norm, f_norm)
-        finite = torch.isfinite(g_norm) & torch.isfinite(f_norm)
-        reached = finite & (g_norm <= self.atol + self.rtol * f_norm)
-        index = rows.index
-        best, done = (self.best, self.converged) if index is None else (self.best[index], self.converged[index])
-        better = ~done & (reached | (finite & ~(residual >= best)))
-        best, done = torch.where(better, residual, best), done | reached
-        mask = better[:, None]
-        if index is None:
-            self.best, self.converged, self.finite = best, done, finite
-            self.best_z = torch.where(mask, z, self.best_z)
-            self.best_g = None if self.best_g is None else torch.where(mask, g, self.best_g)
-        else:
-            self.best = self.best.index_copy(0, index, best)
-            self.converged = self.converged.index_copy(0, index, done)
-            self.finite = self.finite.index_copy(0, index, finite)
-            self.best_z = self.best_z.index_copy(0, index, torch.where(mask, z, self.best_z[index]))
-            if self.best_g is not None:
-                self.best_g = self.best_g.index_copy(0, index, torch.where(mask, g, self.best_g[index]))
+        g = fz - z
+        norms = torch.linalg.vector_norm(g, dim=1), torch.linalg.vector_norm(fz, dim=1)
         if self.origin is None and z is self.z0:
-            self.origin = z + g
-        host = rows.host
-        self._events.append((host, index, residual, self.nfe[host].copy(), self.phase[host].copy()))
+            self.origin = fz
+        pick = rows.pick
+        spent, phase = self.nfe[pick].copy(), self.phase[pick].copy()
+        self._pending.append(_Evaluation(rows, z, fz, g, norms, spent, phase, self.round))
         return g
 
-    def stamp(self) -> None:
-        """Note the time for the evaluations made since the last stamp; the driver calls it once it has their outcome."""
+    def settle(self) -> None:
+        """Judge the evaluations made since the last call, in their order. One host synchronisation for all of them."""
+        if not self._pending:
+            return
+        pending, self._pending = self._pending, []
+        seen = to_host(torch.cat([norm for evaluation in pending for norm in evaluation.norms])).astype(np.float64)
+        start = 0
+        for evaluation in pending:
+            count = len(evaluation.rows)
+            self._judge(evaluation, seen[start : start + count], seen[start + count : start + 2 * count])
+            start += 2 * count
+        self.broken |= ~self._finite
         now = time.perf_counter() - self._began
-        self._seconds.extend([now] * (len(self._events) - len(self._seconds)))
+        self._seconds.extend([now] * len(pending))
+
+    def _judge(self, evaluation: _Evaluation, g_norm: np.ndarray, f_norm: np.ndarray) -> None:
+        """Is it finite, has it converged, is it the best so far? A norm far from one is measured again, scaled."""
+        rows, z, fz, g, _, nfe, phase, number = evaluation
+        if number != self._judged_round:
+            self.broken |= ~self._finite
+            self._judged_round = number
+        low, high = self._trusted
+        both = np.concatenate((g_norm, f_norm))
+        if not (both.min() > low and both.max() < high):
+            g_norm, f_norm = to_host(torch.stack([scaled_norm(g), scaled_norm(fz)]))
+        finite = np.isfinite(g_norm + f_norm)
+        with np.errstate(all="ignore"):
+            residual = np.where((g_norm == 0) & finite, 0.0, g_norm / f_norm)
+            reached = finite & (g_norm <= self.atol + self.rtol * f_norm)
+            pick = rows.pick
+            best, done = self.best[pick], self.converged[pick]
+            better = ~done & (reached | (finite & ~(residual >= best)))
+        self.best[pick] = np.where(better, residual, best)
+        self.converged[pick] = done | reached
+        self._finite[pick], self.residual[pick] = finite, residual
+        self.f_norm_before[pick] = self.f_norm[pick]
+        self.f_norm[pick] = f_norm
+        self._keep_best(rows, better, z, g)
+        self._events.append((rows, residual, nfe, phase))
+
+    def _keep_best(self, rows: Rows, better: np.ndarray, z: Tensor, g: Tensor) -> None:
+        """Take over the iterates that are the best so far; where all of a full batch are, without a copy."""
+        if not better.any():
+            return
+        whole = rows.index is None
+        if whole and better.all():
+            self.best_z, self._owned = z, False
+            self.best_g = None if self.best_g is None else g
+            return
+        mask = torch.from_numpy(better).to(z.device)[:, None]
+        if whole:
+            self.best_z, self._owned = torch.where(mask, z, self.best_z), True
+            self.best_g = None if self.best_g is None else torch.where(mask, g, self.best_g)
+            return
+        if not self._owned:
+            self.best_z, self._owned = self.best_z.clone(), True
+            self.best_g = None if self.best_g is None else self.best_g.clone()
+        for store, value in ((self.best_z, z), (self.best_g, g)):
+            if store is not None:
+                kept = value if better.all() else torch.where(mask, value, store.index_select(0, rows.index))
+                store.index_copy_(0, rows.index, kept)
+
+    def forgive(self, host: np.ndarray) -> None:
+        """These samples go on from a finite iterate."""
+        self.broken[host], self._finite[host] = False, True
 
     def trace(self) -> Trace:
         """All evaluations so far, unpadded."""
-        self.stamp()
+        self.settle()
         calls, batch = len(self._events), len(self.nfe)
-        residual = self.best.new_full((calls, batch), torch.nan)
+        residual = np.full((calls, batch), np.nan)
         nfe, phase = np.zeros((calls, batch), dtype=np.int64), np.full((calls, batch), -1, dtype=np.int8)
-        for k, (host, index, value, spent, where) in enumerate(self._events):
-            residual[k, slice(None) if index is None else index] = value
-            nfe[k, host], phase[k, host] = spent, where
+        for k, (rows, value, spent, where) in enumerate(self._events):
+            residual[k, rows.pick], nfe[k, rows.pick], phase[k, rows.pick] = value, spent, where
         return Trace(
-            residual, torch.from_numpy(nfe), torch.tensor(self._seconds, dtype=torch.float64), torch.from_numpy(phase)
+            torch.from_numpy(residual).to(self.z0),
+            torch.from_numpy(nfe),
+            torch.tensor(self._seconds, dtype=torch.float64),
+            torch.from_numpy(phase),
         )
 
 
@@ -158,12 +239,13 @@ class Problem:
     """What a solver sees of a solve: some rows of the batch, flat. R rows, n coordinates.
 
     `live` are the positions among the rows that are still being solved: a solver may carry rows that have stopped, and
-    those cost no evaluation (their residual comes back as zero).
+    those cost no evaluation (their residual comes back as zero). `residual` and `jvp` can be asked for a part of the
+    rows, `among` (R,) bool on the host: only the live ones of these are evaluated and counted.
     """
 
     def __init__(self, ledger: Ledger, rows: Rows, live: np.ndarray | None = None) -> None:
-        self._ledger, self._rows = ledger, rows
-        self.live_index = None if live is None else torch.as_tensor(live, device=ledger.best_z.device)
+        self._ledger, self._rows, self._live = ledger, rows, live
+        self.live_index = None if live is None else torch.as_tensor(live, device=ledger.z0.device)
         self.live_rows = rows if live is None else ledger.rows(rows.host[live])
 
     @property
@@ -177,14 +259,20 @@ class Problem:
         return self._rows.context(self._ledger.context)
 
     @property
-    def remaining(self) -> int:
-        """Evaluations that every live row can still afford."""
-        return int(self._ledger.max_nfe - self._ledger.nfe[self.live_rows.host].max())
+    def budget(self) -> np.ndarray:
+        """(R,) evaluations each row can still afford; 0 for rows that have stopped."""
+        left = self._ledger.max_nfe - self._ledger.nfe[self._rows.pick]
+        if self._live is None:
+            return left
+        alive = np.zeros(len(left), dtype=bool)
+        alive[self._live] = True
+        return np.where(alive, left, 0)
 
     @property
     def affordable_jvps(self) -> int:
         """Jacobian products that every live row can still afford; the first may cost two evaluations (see `jvp`)."""
-        return self.remaining - (self._ledger.forward_ad is None)
+        left = self._ledger.max_nfe - self._ledger.nfe[self.live_rows.pick].max()
+        return int(left) - (self._ledger.forward_ad is None)
 
     def unpack(self, flat: Tensor) -> State:
         """The (R, n) matrix as f's state."""
@@ -201,33 +289,49 @@ class Problem:
         assert ledger.origin is not None
         return ledger.origin if self._rows.index is None else ledger.origin.index_select(0, self._rows.index)
 
-    def residual(self, z: Tensor) -> Tensor:
-        """g = f(z) − z at z (R, n): one counted evaluation on each live row."""
-        if self.live_index is None:
-            return self._ledger.evaluate(z, self._rows)
-        g = self._ledger.evaluate(z.index_select(0, self.live_index), self.live_rows)
-        return torch.zeros_like(z).index_copy(0, self.live_index, g)
+    def residual(self, z: Tensor, among: np.ndarray | None = None) -> Tensor:
+        """g = f(z) − z at z (R, n): one counted evaluation on each live row (of those `among`; zero elsewhere)."""
+        rows, index = self._chosen(among)
+        if index is None:
+            return self._ledger.evaluate(z, rows)
+        g = self._ledger.evaluate(z.index_select(0, index), rows)
+        return torch.zeros_like(z).index_copy(0, index, g)
 
-    def jvp(self, z: Tensor, v: Tensor, fz: Tensor) -> Tensor:
-        """J_f(z) v for z, v of shape (R, n) and fz = f(z): one counted evaluation.
+    def jvp(self, z: Tensor, v: Tensor, fz: Tensor, among: np.ndarray | None = None) -> Tensor:
+        """J_f(z) v for z, v of shape (R, n) and fz = f(z): one counted evaluation on each live row (of those `among`).
 
         Forward AD, or a finite difference from fz where f has none; finding that out costs one more, once a solve.
         """
-        if self.live_index is not None:
-            z, v, fz = (tensor.index_select(0, self.live_index) for tensor in (z, v, fz))
+        rows, index = self._chosen(among)
+        if index is not None:
+            z, v, fz = (tensor.index_select(0, index) for tensor in (z, v, fz))
         ledger = self._ledger
         product = None
         if ledger.forward_ad is not False:
-            ledger.spend(self.live_rows)
+            ledger.spend(rows)
             # raised by an operation without forward AD: f was called in vain
             with contextlib.suppress(NotImplementedError, RuntimeError):
-                product = torch.func.jvp(lambda point: ledger.call(point, self.live_rows), (z,), (v,))[1]
+                product = torch.func.jvp(lambda point: ledger.call(point, rows), (z,), (v,))[1]
             ledger.forward_ad = product is not None
         if product is None:
-            ledger.spend(self.live_rows)
-            eps = torch.finfo(z.dtype).eps ** 0.5
+            ledger.spend(rows)
+            eps = torch.finfo(z.dtype if ledger.f_dtype is None else ledger.f_dtype).eps ** 0.5
             size = eps * (1 + z.norm(dim=1, keepdim=True)) / v.norm(dim=1, keepdim=True).clamp_min(1e-30)
-            product = (ledger.call(z + size * v, self.live_rows) - fz) / size
-        if self.live_index is None:
+            product = (ledger.call(z + size * v, rows) - fz) / size
+        if index is None:
             return product
-        return product.new_zeros(len(self._rows), product.shape[1]).index_copy(0, self.live_index, product)
+        return product.new_zeros(len(self._rows), product.shape[1]).index_copy(0, index, product)
+
+    def _chosen(self, among: np.ndarray | None) -> tuple[Rows, Tensor | None]:
+        """The rows to evaluate and their positions on the device; None: all of them."""
+        if among is None:
+            return self.live_rows, self.live_index
+        places = np.flatnonzero(among) if self._live is None else self._live[among[self._live]]
+        if len(places) == len(self._rows):
+            return self._rows, None
+        return self._ledger.rows(self._rows.host[places]), torch.as_tensor(places, device=self._ledger.z0.device)
+
+
+def to_host(tensor: Tensor) -> np.ndarray:
+    """A tensor's values on the host: the only place where a solve waits for the device."""
+    return tensor.cpu().numpy()

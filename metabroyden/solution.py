@@ -101,6 +101,13 @@ def residual_norms(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return g, torch.linalg.vector_norm(g, dim=1), torch.linalg.vector_norm(fz, dim=1)
 
 
+def scaled_norm(x: Tensor) -> Tensor:
+    """‖x‖₂ per sample in float64, (B,), for x (B, n) of any magnitude: scaled first, so that no square over- or underflows."""
+    top = x.abs().amax(dim=1, keepdim=True).double()
+    scale = torch.where((top > 0) & torch.isfinite(top), top, 1.0)
+    return torch.linalg.vector_norm(x.double() / scale, dim=1) * scale.squeeze(1)
+
+
 def relative(g_norm: Tensor, f_norm: Tensor) -> Tensor:
     """‖g‖₂ / ‖f(z)‖₂ per sample, with 0/0 = 0 (an exact fixed point at the origin)."""
     exact = g_norm == 0
@@ -115,5 +122,5 @@ def relative_residual(z: Tensor, fz: Tensor) -> Tensor:
     >>> relative_residual(torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0]]))
     tensor([0.5000])
     """
-    _, g_norm, f_norm = residual_norms(z.reshape(len(z), -1), fz.reshape(len(fz), -1))
-    return relative(g_norm, f_norm)
+    flat = fz.reshape(len(fz), -1)
+    return relative(scaled_norm(flat - z.reshape(len(z), -1)), scaled_norm(flat)).to(z.dtype)

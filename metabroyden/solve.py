@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metabroyden.problem import Ledger, Problem
+from metabroyden.problem import Ledger, Problem, Rows, to_host
 from metabroyden.solution import Solution, SolveError, State, Status
 from metabroyden.state import Packing, check_context, gather
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from metabroyden.solvers.base import Solver
 
 _COMPACT_AT = 0.7  # a solver's own memory is gathered once so small a share of its rows is still at work
+_SAME = 16  # roundings by which ‖f(z)‖ may change where z has stopped moving
+_FLOOR = 1e3  # roundings below which a relative residual may be the floor
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ def solve(
     atol: float = 0.0,
     max_nfe: int = 50,
     throw: bool = True,
+    check_every: int = 1,
+    f_dtype: torch.dtype | None = None,
 ) -> Solution:
     """Find z with f(z) = z, or f(z, context) = z, for every sample of a batch.
 
@@ -63,6 +67,10 @@ def solve(
         rtol, atol: a sample has converged once ‖f(z)−z‖₂ ≤ atol + rtol·‖f(z)‖₂ (2-norms over all its coordinates).
         max_nfe: evaluations of f each sample may cost, Jacobian products and verification included.
         throw: raise `SolveError` when a sample fails; its `.solution` holds the result. Else look at `Solution.status`.
+        check_every: steps between two looks at the outcome, each of which waits for the device. With more than one a
+            sample may cost up to check_every − 1 evaluations after it converged; they are counted, its result is the same.
+        f_dtype: dtype that f is called in, torch.bfloat16 say; the context is the caller's to cast. Iterates, norms and
+            the solver's memory stay in z0's dtype. Rounding sets a floor under the residual: see tolerances from 1e-2.
 
     Returns:
         A `Solution` of detached tensors: the solve runs under no_grad.
@@ -77,20 +85,20 @@ def solve(
     (True, True)
     """
     packing = Packing.of(z0)
-    _check_options(f, solver, rtol, atol, max_nfe)
+    _check_options(f, solver, rtol, atol, max_nfe, check_every, f_dtype)
     with torch.no_grad():
         flat = packing.pack(z0).detach().clone()
         check_context(context, len(flat))
-        guarded = getattr(solver, "safeguard", None) is not None
-        ledger = Ledger(f, packing, flat, context, rtol=rtol, atol=atol, max_nfe=max_nfe, keep_g=guarded)
-        driver = _Driver(ledger, solver)
-        driver.run(flat)
+        driver = _Driver(
+            flat, packing, f, context, solver, check_every, rtol=rtol, atol=atol, max_nfe=max_nfe, f_dtype=f_dtype
+        )
+        ledger = driver.run()
         solution = Solution(
-            z=packing.unpack(ledger.best_z),
-            residual=ledger.best,
+            z=packing.unpack(ledger.best_z.clone()),
+            residual=torch.from_numpy(ledger.best).to(flat),
             nfe=torch.from_numpy(ledger.nfe),
             steps=torch.from_numpy(driver.steps),
-            converged=ledger.converged,
+            converged=torch.from_numpy(ledger.converged).to(flat.device),
             status=torch.from_numpy(driver.status),
             trace=ledger.trace(),
         )
@@ -99,7 +107,9 @@ def solve(
     return solution
 
 
-def _check_options(f: Any, solver: Any, rtol: float, atol: float, max_nfe: int) -> None:
+def _check_options(
+    f: Any, solver: Any, rtol: float, atol: float, max_nfe: int, check_every: int, f_dtype: torch.dtype | None
+) -> None:
     if not callable(f):
         raise TypeError(f"f must be callable, got {type(f).__name__}")
     for name in ("start", "init", "step"):
@@ -108,8 +118,11 @@ def _check_options(f: Any, solver: Any, rtol: float, atol: float, max_nfe: int) 
     for name, value in (("rtol", rtol), ("atol", atol)):
         if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
             raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
-    if isinstance(max_nfe, bool) or not isinstance(max_nfe, Integral) or max_nfe < 1:
-        raise ValueError(f"max_nfe must be an integer of at least 1, got {max_nfe!r}")
+    for name, value in (("max_nfe", max_nfe), ("check_every", check_every)):
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    if f_dtype is not None and not (isinstance(f_dtype, torch.dtype) and f_dtype.is_floating_point):
+        raise ValueError(f"f_dtype must be a floating dtype such as torch.bfloat16, got {f_dtype!r}")
 
 
 class _Cohort:
@@ -124,6 +137,7 @@ class _Cohort:
         self.rows, self.live = ledger.rows(host), None
         self.problem = Problem(ledger, self.rows)
         self.z: Tensor
+        self.z_before: Tensor | None = None
         self.g: Tensor | None = None
         self.state: Any = None
         self.steps = 0
@@ -132,23 +146,25 @@ class _Cohort:
         ledger.phase[host] = number
 
     @property
-    def live_host(self) -> np.ndarray:
-        """Numbers of the samples still at work."""
-        return self.rows.host if self.live is None else self.rows.host[self.live]
+    def live_rows(self) -> Rows:
+        """The samples still at work."""
+        return self.problem.live_rows
 
     def take_live(self, tensor: Tensor) -> Tensor:
         """The rows of a (R, ...) tensor that are still at work."""
         return tensor if self.problem.live_index is None else tensor.index_select(0, self.problem.live_index)
 
-    def advance(self) -> tuple[Tensor, Tensor | None]:
-        """The next iterate of every row, and its residual where the step has evaluated it already."""
-        solver = self.phase.solver
-        assert self.g is not None
+    def advance(self) -> None:
+        """Go to the next iterate, for every row; take over its residual where the step has evaluated it already."""
+        solver, z = self.phase.solver, self.z
+        version = None if z.is_inference() else z._version
         if self.state is None:
-            self.state = solver.init(self.z, self.g, self.problem)
-        step = solver.step(self.z, self.g, self.state, self.problem)
-        self.state, self.steps = step.state, self.steps + 1
-        return step.z, step.g
+            self.state = solver.init(z, self.g, self.problem)
+        step = solver.step(z, self.g, self.state, self.problem)
+        if version is not None and z._version != version:
+            raise ValueError(f"{solver!r}.step changed the iterate z in place: it must return a new one")
+        self.z_before, self.z, self.g, self.state = z, step.z, step.g, step.state
+        self.steps += 1
 
     def keep(self, mask: np.ndarray) -> None:
         """Go on with these of the live rows only; the solver's state follows once enough have gone."""
@@ -156,7 +172,7 @@ class _Cohort:
             return
         self.mark, self.since = self.mark[mask], self.since[mask]
         live = (np.arange(len(self.rows)) if self.live is None else self.live)[mask]
-        if len(live) > _COMPACT_AT * len(self.rows):
+        if self.state != () and len(live) > _COMPACT_AT * len(self.rows):
             self.live = live
             self.problem = Problem(self.ledger, self.rows, live)
             return
@@ -164,15 +180,28 @@ class _Cohort:
         index = torch.as_tensor(live, device=self.z.device)
         self.z = self.z.index_select(0, index)
         self.g = None if self.g is None else self.g.index_select(0, index)
+        self.z_before = None
         if self.state is not None:
             self.state = getattr(self.phase.solver, "gather", gather)(self.state, index)
         self.problem = Problem(self.ledger, self.rows)
 
-    def stuck(self, best: np.ndarray) -> np.ndarray:
-        """Which live rows have used up the phase's patience or its horizon."""
+    def still(self) -> np.ndarray:
+        """Which live rows have stopped moving: a step below rounding, ‖Δz‖ ≤ eps‖z‖. Looked at only where it may be so."""
+        ledger, pick = self.ledger, self.live_rows.pick
+        eps = torch.finfo(self.z.dtype).eps
+        now, before = ledger.f_norm[pick], ledger.f_norm_before[pick]
+        with np.errstate(all="ignore"):
+            suspect = (np.abs(now - before) <= _SAME * eps * now) | (ledger.residual[pick] <= _FLOOR * eps)
+        if self.z_before is None or not suspect.any():
+            return np.zeros(len(now), dtype=bool)
+        moved = torch.linalg.vector_norm(self.z - self.z_before, dim=1)
+        return to_host(self.take_live(moved <= eps * torch.linalg.vector_norm(self.z_before, dim=1)))
+
+    def stuck(self, best: np.ndarray, evaluations: int) -> np.ndarray:
+        """Which live rows have used up the phase's patience or its horizon; `evaluations` since the last look."""
         fresh = ~(best >= self.phase.progress * self.mark)  # NaN marks: nothing seen yet
         self.mark = np.where(fresh, best, self.mark)
-        self.since = np.where(fresh, 0, self.since + 1)
+        self.since = np.where(fresh, 0, self.since + evaluations)
         if self.phase.horizon is not None and self.steps >= self.phase.horizon:
             return np.ones(len(best), dtype=bool)
         if self.phase.patience is None:
@@ -183,46 +212,53 @@ class _Cohort:
 class _Driver:
     """Runs the phases of one solve. A plain solver has one phase; a safeguarded one hands samples on (see `Phase`)."""
 
-    def __init__(self, ledger: Ledger, solver: Solver) -> None:
-        batch = len(ledger.nfe)
-        self.ledger, self.solver = ledger, solver
+    def __init__(
+        self, z0: Tensor, packing: Packing, f: Any, context: Any, solver: Solver, check_every: int, **options: Any
+    ) -> None:
         safeguard = getattr(solver, "safeguard", None)
+        self.ledger = Ledger(f, packing, z0, context, keep_g=safeguard is not None, **options)
         self.plan: list[Phase] = [Phase(solver)] if safeguard is None else safeguard.plan(solver)
-        self.status = np.full(batch, int(Status.MAX_NFE), dtype=np.int64)
-        self.steps = np.zeros(batch, dtype=np.int64)
+        self.check_every, self.unseen = check_every, 0
+        self.status = np.full(len(z0), int(Status.MAX_NFE), dtype=np.int64)
+        self.steps = np.zeros(len(z0), dtype=np.int64)
         self.cohorts: list[_Cohort] = []
 
-    def run(self, z0: Tensor) -> None:
+    def run(self) -> Ledger:
         """Drive every sample to a status."""
+        z0 = self.ledger.z0
         first = _Cohort(self.ledger, self.plan, 0, np.arange(len(z0)))
         first.z = first.phase.solver.start(z0, first.problem)
         if first.z.shape != z0.shape:
-            raise ValueError(f"{self.solver!r}.start must return shape {tuple(z0.shape)}, got {tuple(first.z.shape)}")
+            raise ValueError(
+                f"{first.phase.solver!r}.start must return shape {tuple(z0.shape)}, got {tuple(first.z.shape)}"
+            )
         self.cohorts = [first]
         if self.ledger.nfe.any():  # start has looked at f: some samples may be done
-            self._decide(first, torch.zeros(len(z0), dtype=torch.bool, device=z0.device))
+            self._look()
         while self.cohorts:
             self._round()
+        return self.ledger
 
     def _round(self) -> None:
-        """One step of every cohort, one call of f for all the new iterates, one look at the outcome."""
-        cohorts = list(self.cohorts)
-        moved: list[Tensor] = []
-        pending: list[_Cohort] = []
-        for cohort in cohorts:
-            z, still = cohort.z, None
+        """One step of every cohort, one call of f for all the new iterates; a look at the outcome when it is due."""
+        self.ledger.round += 1
+        for cohort in self.cohorts:
             if cohort.g is not None:
-                z, cohort_g = cohort.advance()
-                self.steps[cohort.live_host] += 1
-                eps = torch.finfo(z.dtype).eps
-                still = torch.linalg.vector_norm(z - cohort.z, dim=1) <= eps * torch.linalg.vector_norm(cohort.z, dim=1)
-                cohort.z, cohort.g = z, cohort_g
-            if cohort.g is None:
-                pending.append(cohort)
-            moved.append(torch.zeros(len(z), dtype=torch.bool, device=z.device) if still is None else still)
-        self._evaluate(pending)
-        for cohort, still in zip(cohorts, moved, strict=True):
-            self._decide(cohort, still)
+                cohort.advance()
+                self.steps[cohort.live_rows.pick] += 1
+        self._evaluate([cohort for cohort in self.cohorts if cohort.g is None])
+        self.unseen += 1
+        if self.unseen >= self.check_every or any(map(self._must_look, self.cohorts)):
+            self._look()
+
+    def _must_look(self, cohort: _Cohort) -> bool:
+        """Whether a phase or somebody's budget has come to its end."""
+        return cohort.phase.horizon == cohort.steps or bool(self._spent(cohort).any())
+
+    def _spent(self, cohort: _Cohort) -> np.ndarray:
+        """Which live rows cannot afford another step."""
+        needs = getattr(cohort.phase.solver, "min_nfe", 1)
+        return self.ledger.nfe[cohort.live_rows.pick] + needs > self.ledger.max_nfe
 
     def _evaluate(self, cohorts: list[_Cohort]) -> None:
         """Call f once for the iterates of all these cohorts and hand each its residuals."""
@@ -230,44 +266,49 @@ class _Driver:
             return
         points = [cohort.take_live(cohort.z) for cohort in cohorts]
         if len(cohorts) == 1:
-            parts = [self.ledger.evaluate(points[0], cohorts[0].problem.live_rows)]
+            parts = [self.ledger.evaluate(points[0], cohorts[0].live_rows)]
         else:
-            rows = self.ledger.rows(np.concatenate([cohort.live_host for cohort in cohorts]))
+            rows = self.ledger.rows(np.concatenate([cohort.live_rows.host for cohort in cohorts]))
             parts = list(self.ledger.evaluate(torch.cat(points), rows).split([len(point) for point in points]))
         for cohort, g in zip(cohorts, parts, strict=True):
             index = cohort.problem.live_index
             cohort.g = g if index is None else torch.zeros_like(cohort.z).index_copy(0, index, g)
 
-    def _decide(self, cohort: _Cohort, still: Tensor) -> None:
-        """Freeze what is done, hand over what is stuck, keep the rest. The one host synchronisation of a step."""
-        ledger = self.ledger
-        rows = cohort.problem.live_rows
-        columns = (ledger.converged, ledger.finite, ledger.best)
-        picked = [column if rows.index is None else column[rows.index] for column in columns]
-        seen = torch.stack([column.double() for column in (*picked, cohort.take_live(still))]).cpu().numpy()
-        ledger.stamp()
-        converged, finite, best, still_host = seen[0] > 0, seen[1] > 0, seen[2], seen[3] > 0
-        host = rows.host
+    def _look(self) -> None:
+        """See what has happened since the last look, and decide. The one host synchronisation."""
+        self.ledger.settle()
+        for cohort in list(self.cohorts):
+            self._decide(cohort)
+        self.unseen = 0
+
+    def _decide(self, cohort: _Cohort) -> None:
+        """Freeze what is done, hand over what is stuck, keep the rest."""
+        ledger, rows = self.ledger, cohort.live_rows
+        pick, host = rows.pick, rows.host
+        converged, finite, best = ledger.converged[pick], ~ledger.broken[pick], ledger.best[pick]
+        still = cohort.still()
         last = cohort.number + 1 == len(self.plan)
-        broken = ~finite | still_host
+        broken = ~finite | still
         if not last:
-            broken |= cohort.stuck(best)
-        spent = ledger.nfe[host] + getattr(cohort.phase.solver, "min_nfe", 1) > ledger.max_nfe
-        self.status[host[~finite]] = Status.NON_FINITE
-        self.status[host[finite & still_host]] = Status.STALLED
-        self.status[host[finite & ~still_host]] = Status.MAX_NFE
-        self.status[host[converged]] = Status.CONVERGED
+            broken |= cohort.stuck(best, self.unseen)
         leaving = broken & ~converged
+        gone = leaving | converged | self._spent(cohort)
+        if not gone.any():
+            return
+        status = np.where(still, Status.STALLED, Status.MAX_NFE)
+        status = np.where(finite, status, Status.NON_FINITE)
+        self.status[pick] = np.where(converged, Status.CONVERGED, status)
         if not last:
-            going = leaving & (ledger.nfe[host] < ledger.max_nfe)
+            going = leaving & (ledger.nfe[pick] < ledger.max_nfe)
             self._hand_over(host[going], best[going], cohort.number + 1)
-        cohort.keep(~(converged | leaving | spent))
-        if len(cohort.live_host) == 0:
+        cohort.keep(~gone)
+        if len(cohort.live_rows) == 0:
             self.cohorts.remove(cohort)
 
     def _hand_over(self, host: np.ndarray, best: np.ndarray, number: int) -> None:
         """New cohorts in phase `number`: from the best iterate, whose residual is known, or from z0 where there is none."""
         from_best = np.isfinite(best) if self.plan[number].origin == "best" else np.zeros(len(host), dtype=bool)
+        self.ledger.forgive(host)
         for chosen in (from_best, ~from_best):
             if not chosen.any():
                 continue
@@ -276,7 +317,9 @@ class _Driver:
             if chosen is from_best:
                 best_z, best_g = self.ledger.best_z, self.ledger.best_g
                 assert best_g is not None
-                cohort.z, cohort.g = (best_z, best_g) if index is None else (best_z[index], best_g[index])
+                # the whole batch: copies, since the best iterates may later be written in place
+                pair = (best_z.clone(), best_g.clone()) if index is None else (best_z[index], best_g[index])
+                cohort.z, cohort.g = pair
             else:
                 cohort.z = self.ledger.z0 if index is None else self.ledger.z0[index]
                 if self.ledger.origin is not None:
