@@ -67,7 +67,7 @@ class Ledger:
 
     Attributes (host arrays over the B samples):
         nfe: evaluations spent. phase: the phase of the driver a sample is in.
-        best: relative residual of the best iterate, NaN before the first finite evaluation. converged.
+        best: relative residual of the best iterate, infinite before the first finite evaluation. converged.
         broken: not finite at the end of a round (what a line search tries and drops does not count).
         residual, f_norm, f_norm_before: of the sample's last evaluation (and of the one before).
     On the device: best_z (B, n); best_g: its g, None where nothing will be handed over.
@@ -96,7 +96,7 @@ class Ledger:
         self.origin: Tensor | None = None
         self.best_z, self._owned = z0, False  # owned: no iterate shares best_z's memory, it may be written to
         self.best_g = z0.new_zeros(z0.shape) if keep_g else None
-        self.best = np.full(batch, np.nan)
+        self.best = np.full(batch, np.inf)
         self.converged = np.zeros(batch, dtype=bool)
         self.broken = np.zeros(batch, dtype=bool)
         self._finite = np.ones(batch, dtype=bool)  # the last evaluation
@@ -158,13 +158,11 @@ class Ledger:
         if not self._pending:
             return
         pending, self._pending = self._pending, []
-        seen = to_host(torch.cat([norm for evaluation in pending for norm in evaluation.norms])).astype(np.float64)
-        start = 0
-        for evaluation in pending:
-            count = len(evaluation.rows)
-            self._judge(evaluation, seen[start : start + count], seen[start + count : start + 2 * count])
-            start += 2 * count
-        self.broken |= ~self._finite
+        norms = to_host([norm for evaluation in pending for norm in evaluation.norms])
+        for k, evaluation in enumerate(pending):
+            self._judge(evaluation, norms[2 * k], norms[2 * k + 1])
+        if not self._finite.all():
+            self.broken |= ~self._finite
         now = time.perf_counter() - self._began
         self._seconds.extend([now] * len(pending))
 
@@ -175,35 +173,43 @@ class Ledger:
             self.broken |= ~self._finite
             self._judged_round = number
         low, high = self._trusted
-        both = np.concatenate((g_norm, f_norm))
-        if not (both.min() > low and both.max() < high):
-            g_norm, f_norm = to_host(torch.stack([scaled_norm(g), scaled_norm(fz)]))
-        finite = np.isfinite(g_norm + f_norm)
-        with np.errstate(all="ignore"):
+        pick = rows.pick
+        trusted = g_norm.min() > low and f_norm.min() > low and g_norm.max() < high and f_norm.max() < high
+        if trusted:
+            residual = g_norm / f_norm
+            better = residual <= self.best[pick]
+            finite: Any = True
+        else:
+            g_norm, f_norm = to_host([scaled_norm(g), scaled_norm(fz)])
+            finite = np.isfinite(g_norm + f_norm)
             residual = np.where((g_norm == 0) & finite, 0.0, g_norm / f_norm)
-            reached = finite & (g_norm <= self.atol + self.rtol * f_norm)
-            pick = rows.pick
-            best, done = self.best[pick], self.converged[pick]
-            better = ~done & (reached | (finite & ~(residual >= best)))
-        self.best[pick] = np.where(better, residual, best)
-        self.converged[pick] = done | reached
-        self._finite[pick], self.residual[pick] = finite, residual
-        self.f_norm_before[pick] = self.f_norm[pick]
-        self.f_norm[pick] = f_norm
-        self._keep_best(rows, better, z, g)
-        self._events.append((rows, residual, nfe, phase))
+            better = finite & (residual <= self.best[pick])
+        self._finite[pick] = finite
+        reached = finite & (g_norm <= self.atol + self.rtol * f_norm)
+        if reached.any() or self.converged.any():
+            done = self.converged[pick]
+            better = ~done & (reached | better)
+            self.converged[pick] = done | reached
+        if rows.index is None:
+            self.residual, self.f_norm, self.f_norm_before = residual, f_norm, self.f_norm
+        else:
+            self.residual[pick], self.f_norm_before[pick], self.f_norm[pick] = residual, self.f_norm[pick], f_norm
+        self._events.append((rows, residual.copy(), nfe, phase))
+        if better.all():
+            self.best[pick] = residual
+            self._keep_best(rows, None, z, g)
+        elif better.any():
+            self.best[pick] = np.where(better, residual, self.best[pick])
+            self._keep_best(rows, better, z, g)
 
-    def _keep_best(self, rows: Rows, better: np.ndarray, z: Tensor, g: Tensor) -> None:
-        """Take over the iterates that are the best so far; where all of a full batch are, without a copy."""
-        if not better.any():
-            return
-        whole = rows.index is None
-        if whole and better.all():
+    def _keep_best(self, rows: Rows, better: np.ndarray | None, z: Tensor, g: Tensor) -> None:
+        """Take over the iterates that are `better` (None: all): for all of a full batch, without a copy."""
+        if rows.index is None and better is None:
             self.best_z, self._owned = z, False
             self.best_g = None if self.best_g is None else g
             return
-        mask = torch.from_numpy(better).to(z.device)[:, None]
-        if whole:
+        mask = None if better is None else torch.from_numpy(better).to(z.device)[:, None]
+        if rows.index is None:
             self.best_z, self._owned = torch.where(mask, z, self.best_z), True
             self.best_g = None if self.best_g is None else torch.where(mask, g, self.best_g)
             return
@@ -212,12 +218,20 @@ class Ledger:
             self.best_g = None if self.best_g is None else self.best_g.clone()
         for store, value in ((self.best_z, z), (self.best_g, g)):
             if store is not None:
-                kept = value if better.all() else torch.where(mask, value, store.index_select(0, rows.index))
+                kept = value if mask is None else torch.where(mask, value, store.index_select(0, rows.index))
                 store.index_copy_(0, rows.index, kept)
 
     def forgive(self, host: np.ndarray) -> None:
         """These samples go on from a finite iterate."""
         self.broken[host], self._finite[host] = False, True
+
+    def outcome(self) -> np.ndarray:
+        """(B,) relative residual of the best iterates; NaN where no evaluation was finite."""
+        best = self.best.copy()
+        for sample in np.flatnonzero(np.isinf(best)):  # an infinite ratio of finite norms, or nothing finite at all
+            seen = [value[rows.host == sample] for rows, value, _, _ in self._events]
+            best[sample] = np.inf if np.isposinf(np.concatenate(seen)).any() else np.nan
+        return best
 
     def trace(self) -> Trace:
         """All evaluations so far, unpadded."""
@@ -332,6 +346,10 @@ class Problem:
         return self._ledger.rows(self._rows.host[places]), torch.as_tensor(places, device=self._ledger.z0.device)
 
 
-def to_host(tensor: Tensor) -> np.ndarray:
-    """A tensor's values on the host: the only place where a solve waits for the device."""
-    return tensor.cpu().numpy()
+def to_host(tensors: list[Tensor]) -> list[np.ndarray]:
+    """Tensors of one dimension on the host, real numbers in float64: the only place where a solve waits for the device."""
+    if tensors[0].is_cuda:
+        sizes = [len(tensor) for tensor in tensors]
+        whole = torch.cat([tensor.double() for tensor in tensors]).cpu().numpy()
+        return np.split(whole, np.cumsum(sizes)[:-1])
+    return [tensor.cpu().numpy().astype(np.float64) for tensor in tensors]

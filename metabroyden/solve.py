@@ -92,10 +92,11 @@ def solve(
         driver = _Driver(
             flat, packing, f, context, solver, check_every, rtol=rtol, atol=atol, max_nfe=max_nfe, f_dtype=f_dtype
         )
-        ledger = driver.run()
+        with np.errstate(all="ignore"):
+            ledger = driver.run()
         solution = Solution(
             z=packing.unpack(ledger.best_z.clone()),
-            residual=torch.from_numpy(ledger.best).to(flat),
+            residual=torch.from_numpy(ledger.outcome()).to(flat),
             nfe=torch.from_numpy(ledger.nfe),
             steps=torch.from_numpy(driver.steps),
             converged=torch.from_numpy(ledger.converged).to(flat.device),
@@ -190,12 +191,12 @@ class _Cohort:
         ledger, pick = self.ledger, self.live_rows.pick
         eps = torch.finfo(self.z.dtype).eps
         now, before = ledger.f_norm[pick], ledger.f_norm_before[pick]
-        with np.errstate(all="ignore"):
-            suspect = (np.abs(now - before) <= _SAME * eps * now) | (ledger.residual[pick] <= _FLOOR * eps)
+        suspect = (np.abs(now - before) <= _SAME * eps * now) | (ledger.residual[pick] <= _FLOOR * eps)
         if self.z_before is None or not suspect.any():
             return np.zeros(len(now), dtype=bool)
         moved = torch.linalg.vector_norm(self.z - self.z_before, dim=1)
-        return to_host(self.take_live(moved <= eps * torch.linalg.vector_norm(self.z_before, dim=1)))
+        size = torch.linalg.vector_norm(self.z_before, dim=1)
+        return to_host([self.take_live(moved <= eps * size)])[0] > 0
 
     def stuck(self, best: np.ndarray, evaluations: int) -> np.ndarray:
         """Which live rows have used up the phase's patience or its horizon; `evaluations` since the last look."""

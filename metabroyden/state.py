@@ -48,7 +48,9 @@ class Packing:
         TypeError for what is no tensor or tuple of tensors, ValueError for what is not shaped like the state.
         """
         if self.single and isinstance(value, Tensor) and value.dtype == z.dtype and value.shape[1:] == self.shapes[0]:
-            if len(value) == len(z):  # the usual case, without ceremony
+            if value.shape == z.shape:  # the usual case, without ceremony
+                return value
+            if value.shape[0] == z.shape[0]:
                 return value.reshape(z.shape)
         parts = (value,) if isinstance(value, Tensor) else value
         if not isinstance(parts, tuple) or not all(isinstance(part, Tensor) for part in parts):
@@ -63,6 +65,8 @@ class Packing:
     def unpack(self, flat: Tensor) -> State:
         """The state of a (B, n) matrix, as the user's f takes it."""
         if self.single:
+            if len(self.shapes[0]) == 1:
+                return flat
             return flat.reshape(len(flat), *self.shapes[0])
         pieces = flat.split([shape.numel() for shape in self.shapes], dim=1)
         return tuple(piece.reshape(len(flat), *shape) for piece, shape in zip(pieces, self.shapes, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from metabroyden.problem import Problem
@@ -33,4 +34,4 @@ class Picard(ClassicalSolver):
 
     def step(self, z: Tensor, g: Tensor, state: tuple[()], problem: Problem) -> Step:
         """One damped step, (R, n)."""
-        return Step(z + self.damping * g, state)
+        return Step(torch.add(z, g, alpha=self.damping), state)
