@@ -102,7 +102,7 @@ def residual_norms(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def scaled_norm(x: Tensor) -> Tensor:
-    """‖x‖₂ per sample in float64, (B,), for x (B, n) of any magnitude: scaled first, so that no square over- or underflows."""
+    """‖x‖₂ per sample in float64, (B,), for x (B, n) of any magnitude: scaled, so that no square over- or underflows."""
     top = x.abs().amax(dim=1, keepdim=True).double()
     scale = torch.where((top > 0) & torch.isfinite(top), top, 1.0)
     return torch.linalg.vector_norm(x.double() / scale, dim=1) * scale.squeeze(1)

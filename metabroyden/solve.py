@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metabroyden.problem import Ledger, Problem, Rows, to_host
+from metabroyden.ledger import Ledger, Rows, to_host
+from metabroyden.problem import Problem
 from metabroyden.solution import Solution, SolveError, State, Status
 from metabroyden.state import Packing, check_context, gather
 
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from metabroyden.solvers.base import Solver
 
 _COMPACT_AT = 0.7  # a solver's own memory is gathered once so small a share of its rows is still at work
-_SAME = 16  # roundings by which ‖f(z)‖ may change where z has stopped moving
-_FLOOR = 1e3  # roundings below which a relative residual may be the floor
+_SAME = 64  # roundings by which the relative residual may change where z has stopped moving
+_NONE = np.zeros(1, dtype=bool)  # no row, however many there are
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def solve(
         with np.errstate(all="ignore"):
             ledger = driver.run()
         solution = Solution(
-            z=packing.unpack(ledger.best_z.clone()),
+            z=packing.unpack(ledger.best_z),
             residual=torch.from_numpy(ledger.outcome()).to(flat),
             nfe=torch.from_numpy(ledger.nfe),
             steps=torch.from_numpy(driver.steps),
@@ -144,7 +145,8 @@ class _Cohort:
         self.steps = 0
         self.mark = np.full(len(host), np.nan)  # best residual when progress was last seen
         self.since = np.zeros(len(host), dtype=np.int64)  # evaluations since then
-        ledger.phase[host] = number
+        if number:
+            ledger.enter(host, number)
 
     @property
     def live_rows(self) -> Rows:
@@ -190,13 +192,14 @@ class _Cohort:
         """Which live rows have stopped moving: a step below rounding, ‖Δz‖ ≤ eps‖z‖. Looked at only where it may be so."""
         ledger, pick = self.ledger, self.live_rows.pick
         eps = torch.finfo(self.z.dtype).eps
-        now, before = ledger.f_norm[pick], ledger.f_norm_before[pick]
-        suspect = (np.abs(now - before) <= _SAME * eps * now) | (ledger.residual[pick] <= _FLOOR * eps)
-        if self.z_before is None or not suspect.any():
-            return np.zeros(len(now), dtype=bool)
+        if self.z_before is None or not ledger.idle:
+            return _NONE
+        # where z stays, the residual stays, but for rounding
+        if not np.count_nonzero(np.abs(ledger.residual[pick] - ledger.residual_before[pick]) <= _SAME * eps):
+            return _NONE
         moved = torch.linalg.vector_norm(self.z - self.z_before, dim=1)
         size = torch.linalg.vector_norm(self.z_before, dim=1)
-        return to_host([self.take_live(moved <= eps * size)])[0] > 0
+        return to_host([self.take_live(moved <= eps * size)]) > 0
 
     def stuck(self, best: np.ndarray, evaluations: int) -> np.ndarray:
         """Which live rows have used up the phase's patience or its horizon; `evaluations` since the last look."""
@@ -233,6 +236,8 @@ class _Driver:
             raise ValueError(
                 f"{first.phase.solver!r}.start must return shape {tuple(z0.shape)}, got {tuple(first.z.shape)}"
             )
+        if first.z is not z0:
+            first.z = first.z.clone()  # it may be what f returned, and f may have kept it
         self.cohorts = [first]
         if self.ledger.nfe.any():  # start has looked at f: some samples may be done
             self._look()
@@ -258,8 +263,10 @@ class _Driver:
 
     def _spent(self, cohort: _Cohort) -> np.ndarray:
         """Which live rows cannot afford another step."""
-        needs = getattr(cohort.phase.solver, "min_nfe", 1)
-        return self.ledger.nfe[cohort.live_rows.pick] + needs > self.ledger.max_nfe
+        ledger, left = self.ledger, self.ledger.max_nfe - getattr(cohort.phase.solver, "min_nfe", 1)
+        if ledger.most <= left:
+            return _NONE
+        return ledger.nfe[cohort.live_rows.pick] > left
 
     def _evaluate(self, cohorts: list[_Cohort]) -> None:
         """Call f once for the iterates of all these cohorts and hand each its residuals."""
@@ -286,15 +293,17 @@ class _Driver:
         """Freeze what is done, hand over what is stuck, keep the rest."""
         ledger, rows = self.ledger, cohort.live_rows
         pick, host = rows.pick, rows.host
-        converged, finite, best = ledger.converged[pick], ~ledger.broken[pick], ledger.best[pick]
-        still = cohort.still()
+        still, spent = cohort.still(), self._spent(cohort)
         last = cohort.number + 1 == len(self.plan)
+        if last and not (ledger.news or spent.any() or still.any()):
+            return
+        converged, finite, best = ledger.converged[pick], ~ledger.broken[pick], ledger.best[pick]
         broken = ~finite | still
         if not last:
             broken |= cohort.stuck(best, self.unseen)
         leaving = broken & ~converged
-        gone = leaving | converged | self._spent(cohort)
-        if not gone.any():
+        gone = leaving | converged | spent
+        if not np.count_nonzero(gone):
             return
         status = np.where(still, Status.STALLED, Status.MAX_NFE)
         status = np.where(finite, status, Status.NON_FINITE)
@@ -309,7 +318,6 @@ class _Driver:
     def _hand_over(self, host: np.ndarray, best: np.ndarray, number: int) -> None:
         """New cohorts in phase `number`: from the best iterate, whose residual is known, or from z0 where there is none."""
         from_best = np.isfinite(best) if self.plan[number].origin == "best" else np.zeros(len(host), dtype=bool)
-        self.ledger.forgive(host)
         for chosen in (from_best, ~from_best):
             if not chosen.any():
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -95,7 +96,8 @@ def check_state(z: Any, name: str) -> None:
                 f"the tensors of {name} must agree in batch size, dtype and device, got "
                 f"{(part.shape[0], part.dtype, part.device)} beside {(first.shape[0], first.dtype, first.device)}"
             )
-        if not bool(torch.isfinite(part).all()):
+        low, high = torch.aminmax(part.detach())  # NaN passes through
+        if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError(f"{name} must be finite, got NaN or infinity in it")
 
 
@@ -117,4 +119,6 @@ def check_context(context: Any, batch: int) -> None:
 
 def gather(tree: T, index: Tensor) -> T:
     """The rows `index` of every tensor in a pytree (a context, a solver state); what is no tensor passes through."""
+    if isinstance(tree, Tensor):  # the usual case, without ceremony
+        return tree.index_select(0, index)  # type: ignore[return-value]
     return pytree.tree_map(lambda leaf: leaf.index_select(0, index) if isinstance(leaf, Tensor) else leaf, tree)

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from metabroyden.evaluation.metrics import evaluations_to, residual_after, residual_by_time, seconds_to
 from metabroyden.evaluation.peers import TorchDEQSolver
-from metabroyden.problem import Ledger, Problem
+from metabroyden.ledger import Ledger
+from metabroyden.problem import Problem
 from metabroyden.solution import Status, Trace
 from metabroyden.solve import solve
 from metabroyden.solvers import Anderson, Broyden, Picard

@@ -1,0 +1,271 @@
+"""The books of one solve: calls of f counted per sample on the host, the best iterate, the trace."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metabroyden.solution import State, Trace, scaled_norm
+from metabroyden.state import Packing, gather
+
+F = Callable[..., State]
+
+
+class Rows:
+    """Some samples of a batch, in order: their numbers on the host and, where it is not the whole batch, on the device.
+
+    `pick` selects them from a (B,) host array: a slice where they are the whole batch, in order.
+    """
+
+    def __init__(self, host: np.ndarray, device: torch.device, batch: int) -> None:
+        self.host = host
+        whole = len(host) == batch and bool((host == np.arange(batch)).all())
+        self.index = None if whole else torch.as_tensor(host, device=device)
+        self.pick: Any = slice(None) if whole else host
+        self._context: Any = None
+
+    def __len__(self) -> int:
+        return len(self.host)
+
+    def context(self, full: Any) -> Any:
+        """The context of these rows, gathered once."""
+        if self.index is None or full is None:
+            return full
+        if self._context is None:
+            self._context = gather(full, self.index)
+        return self._context
+
+
+class _Evaluation(NamedTuple):
+    """An evaluation whose outcome the host has not seen yet."""
+
+    rows: Rows
+    z: Tensor  # (R, n)
+    fz: Tensor
+    g: Tensor
+    norms: tuple[Tensor, Tensor]  # ‖g‖, ‖f(z)‖, (R,) each, on the device
+    nfe: np.ndarray  # (R,) spent so far
+    phase: np.ndarray | int
+    round: int
+
+
+class Ledger:
+    """Calls f for a whole solve and writes down what it cost and what it found.
+
+    Evaluations are judged on the host, when `settle` is called: what they converged to, which are the best. That is the
+    one host synchronisation; until then they wait, with their iterates. The usual case, every row finite and better than
+    before, takes a dozen operations on (R,) arrays.
+
+    Attributes (host arrays over the B samples):
+        nfe: evaluations spent; no entry above `most`. phase: the phase of the driver a sample is in.
+        best: relative residual of the best iterate, infinite before the first finite evaluation. converged.
+        broken: not finite at the end of a round (what a line search tries and drops does not count).
+        residual, residual_before: of the sample's last evaluation and of the one before.
+    On the device: best_z (B, n); best_g: its g, None where nothing will be handed over.
+    Of the last `settle`: `news`, something converged or is not finite; `idle`, something did not improve.
+    """
+
+    def __init__(
+        self,
+        f: F,
+        packing: Packing,
+        z0: Tensor,
+        context: Any,
+        *,
+        rtol: float,
+        atol: float,
+        max_nfe: int,
+        keep_g: bool = True,
+        f_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.f, self.packing, self.context, self.max_nfe = f, packing, context, max_nfe
+        self.rtol, self.atol, self.f_dtype = rtol, atol, f_dtype
+        batch = len(z0)
+        self.nfe = np.zeros(batch, dtype=np.int64)
+        self.most = 0
+        self.phase, self.phased = np.zeros(batch, dtype=np.int8), False
+        self.z0 = z0
+        self.forward_ad: bool | None = None  # whether f has forward AD; None: not tried yet
+        self.origin: Tensor | None = None
+        self.best_z, self._owned = z0, False  # owned: no iterate shares best_z's memory, it may be written to
+        self.best_g = z0.new_zeros(z0.shape) if keep_g else None
+        self.best = np.full(batch, np.inf)
+        self.converged = np.zeros(batch, dtype=bool)
+        self.broken = np.zeros(batch, dtype=bool)
+        self._finite = np.ones(batch, dtype=bool)  # the last evaluation
+        self._all_finite, self._any_converged = True, False
+        self.round = self._judged_round = 0  # the driver's, to which evaluations belong
+        self.news = self.idle = False
+        self.residual, self.residual_before = np.full((2, batch), np.nan)
+        # squares of norms outside this range may have over- or underflowed
+        self._trusted = (1e-15, 1e15) if z0.dtype == torch.float32 else (1e-140, 1e140)
+        self._pending: list[_Evaluation] = []
+        self._events: list[tuple[Rows, np.ndarray, np.ndarray, np.ndarray | int]] = []
+        self._seconds: list[float] = []
+        self._began = time.perf_counter()
+
+    def rows(self, host: np.ndarray) -> Rows:
+        """The samples with these numbers."""
+        return Rows(host, self.z0.device, len(self.nfe))
+
+    def spend(self, rows: Rows) -> None:
+        """Count one evaluation on each row; RuntimeError when a solver would overdraw the budget."""
+        if self.most >= self.max_nfe:
+            if self.nfe[rows.pick].max() >= self.max_nfe:
+                raise RuntimeError(
+                    f"a solver asked for more than max_nfe={self.max_nfe} evaluations on a sample; "
+                    "its min_nfe must say how many one step needs"
+                )
+            self.most = int(self.nfe.max())
+        self.nfe[rows.pick] += 1
+        self.most += 1
+
+    def call(self, z: Tensor, rows: Rows) -> Tensor:
+        """f at z (R, n) for the given rows, flat (R, n). With no context f sees the full batch, the rest at its best."""
+        if self.context is not None:
+            return self._image(z, rows.context(self.context))
+        if rows.index is None:
+            return self._image(z)
+        return self._image(self.best_z.index_copy(0, rows.index, z)).index_select(0, rows.index)
+
+    def _image(self, z: Tensor, *context: Any) -> Tensor:
+        point = z if self.f_dtype is None else z.to(self.f_dtype)
+        return self.packing.take(self.f(self.packing.unpack(point), *context), z)
+
+    def evaluate(self, z: Tensor, rows: Rows) -> Tensor:
+        """g = f(z) − z at z (R, n): counted at once, judged when `settle` is called."""
+        self.spend(rows)
+        version = None if z.is_inference() else z._version
+        fz = self.call(z, rows)
+        if version is not None and z._version != version:
+            raise ValueError("f changed its argument z in place: a fixed-point map must leave z as it was")
+        g = fz - z
+        norms = torch.linalg.vector_norm(g, dim=1), torch.linalg.vector_norm(fz, dim=1)
+        if self.origin is None and z is self.z0:
+            self.origin = fz
+        pick = rows.pick
+        phase = self.phase[pick].copy() if self.phased else 0
+        self._pending.append(_Evaluation(rows, z, fz, g, norms, self.nfe[pick].copy(), phase, self.round))
+        return g
+
+    def settle(self) -> None:
+        """Judge the evaluations made since the last call, in their order. One host synchronisation for all of them."""
+        self.news = self.idle = False
+        if not self._pending:
+            return
+        pending, self._pending = self._pending, []
+        norms = to_host([norm for evaluation in pending for norm in evaluation.norms])
+        start = 0
+        for evaluation in pending:
+            pair = norms[start : start + 2 * len(evaluation.rows)].reshape(2, -1)
+            start += pair.size
+            self._judge(evaluation, pair)
+        if not self._all_finite:
+            self.broken |= ~self._finite
+        now = time.perf_counter() - self._began
+        self._seconds.extend([now] * len(pending))
+
+    def _judge(self, evaluation: _Evaluation, norms: np.ndarray) -> None:
+        """Is it finite, has it converged, is it the best so far? A norm far from one is measured again, scaled."""
+        rows, z, fz, g, _, nfe, phase, number = evaluation
+        if number != self._judged_round:
+            self._judged_round = number
+            if not self._all_finite:
+                self.broken |= ~self._finite
+        pick, count = rows.pick, len(rows)
+        best, (g_norm, f_norm) = self.best[pick], norms
+        low, high = self._trusted
+        trusted = np.count_nonzero((norms > low) & (norms < high)) == 2 * count
+        if trusted:
+            residual = g_norm / f_norm
+            reached, better = g_norm <= self.atol + self.rtol * f_norm, residual < best
+        else:
+            g_norm, f_norm = to_host([scaled_norm(g), scaled_norm(fz)]).reshape(2, -1)
+            finite = np.isfinite(g_norm + f_norm)
+            residual = np.where((g_norm == 0) & finite, 0.0, g_norm / f_norm)
+            reached, better = finite & (g_norm <= self.atol + self.rtol * f_norm), finite & (residual <= best)
+        if not (trusted and self._all_finite):
+            self._finite[pick] = trusted or finite
+            self._all_finite = bool(self._finite.all())
+            self.news = True
+        if np.count_nonzero(reached) or self._any_converged:
+            done = self.converged[pick]
+            better = ~done & (reached | better)
+            self.converged[pick] = done | reached
+            self._any_converged = self.news = True
+        self.residual_before = self.residual
+        if rows.index is None:
+            self.residual = residual
+        else:
+            self.residual = self.residual.copy()
+            self.residual[pick] = residual
+        self._events.append((rows, residual, nfe, phase))
+        gained = np.count_nonzero(better)
+        if gained == count:
+            self.best[pick] = residual
+            self._keep_best(rows, None, z, g)
+            return
+        self.idle = True
+        if gained:
+            self.best[pick] = np.where(better, residual, best)
+            self._keep_best(rows, better, z, g)
+
+    def _keep_best(self, rows: Rows, better: np.ndarray | None, z: Tensor, g: Tensor) -> None:
+        """Take over the iterates that are `better` (None: all): for all of a full batch, without a copy."""
+        if better is None and rows.index is None:
+            self.best_z, self._owned = z, False
+            self.best_g = None if self.best_g is None else g
+            return
+        if not self._owned:
+            self.best_z, self._owned = self.best_z.clone(), True
+            self.best_g = None if self.best_g is None else self.best_g.clone()
+        chosen = None if better is None else torch.from_numpy(np.flatnonzero(better)).to(z.device)
+        target = rows.index
+        if chosen is not None:
+            z = z.index_select(0, chosen)
+            g = g if self.best_g is None else g.index_select(0, chosen)
+            target = chosen if target is None else target.index_select(0, chosen)
+        assert target is not None
+        self.best_z.index_copy_(0, target, z)
+        if self.best_g is not None:
+            self.best_g.index_copy_(0, target, g)
+
+    def enter(self, host: np.ndarray, phase: int) -> None:
+        """These samples begin a phase, from a finite iterate."""
+        self.phase[host], self.phased = phase, True
+        self.broken[host], self._finite[host] = False, True
+
+    def outcome(self) -> np.ndarray:
+        """(B,) relative residual of the best iterates; NaN where no evaluation was finite."""
+        best = self.best.copy()
+        for sample in np.flatnonzero(np.isinf(best)):  # an infinite ratio of finite norms, or nothing finite at all
+            seen = [value[rows.host == sample] for rows, value, _, _ in self._events]
+            best[sample] = np.inf if np.isposinf(np.concatenate(seen)).any() else np.nan
+        return best
+
+    def trace(self) -> Trace:
+        """All evaluations so far, unpadded."""
+        self.settle()
+        calls, batch = len(self._events), len(self.nfe)
+        residual = np.full((calls, batch), np.nan)
+        nfe, phase = np.zeros((calls, batch), dtype=np.int64), np.full((calls, batch), -1, dtype=np.int8)
+        for k, (rows, value, spent, where) in enumerate(self._events):
+            residual[k, rows.pick], nfe[k, rows.pick], phase[k, rows.pick] = value, spent, where
+        return Trace(
+            torch.from_numpy(residual).to(self.z0),
+            torch.from_numpy(nfe),
+            torch.tensor(self._seconds, dtype=torch.float64),
+            torch.from_numpy(phase),
+        )
+
+
+def to_host(tensors: list[Tensor]) -> np.ndarray:
+    """The values of some (k,) tensors, one after the other, in float64: the only place where a solve waits."""
+    if tensors[0].device.type != "cpu":
+        return torch.cat([tensor.double() for tensor in tensors]).cpu().numpy()
+    return np.concatenate([tensor.numpy() for tensor in tensors], dtype=np.float64)
