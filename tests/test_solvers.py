@@ -105,10 +105,11 @@ def test_broyden_walks_as_scipys_does():
     np.testing.assert_allclose(ours, np.array(points[: len(ours)]), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["good", "bad"])
 @pytest.mark.parametrize("damping", [1.0, 0.6])
-def test_broyden_keeps_the_newest_secant_equation_for_ever(damping):
+def test_broyden_keeps_the_newest_secant_equation_for_ever(damping, kind):
     problem = tanh(batch=3, n=8, gain=2.0)
-    solver = mb.Broyden(memory=3, damping=damping)
+    solver = mb.Broyden(memory=3, damping=damping, kind=kind)
     z, g = problem.z0, problem.f(problem.z0, problem.x) - problem.z0
     state = solver.init(z, g, None)
     for _ in range(12):
@@ -127,12 +128,13 @@ def _copy(state):
 
 
 def _apply(state, r):
-    """B r from the factors of a Broyden state, in the order they were made."""
-    count, memory = state.steps - 1, state.dz.shape[1]
+    """B r from the updates of a Broyden state, in the order they were made."""
+    count, memory = state.steps - 1, state.v.shape[1]
+    good = state.mix.dim() == 3
     out = -r
     for age in range(max(0, count - memory), count):
-        dz, u = state.dz[:, age % memory], state.u[:, age % memory]
-        out = out + u * (dz * out).sum(1, keepdim=True)
+        v, u = state.v[:, age % memory], state.u[:, age % memory]
+        out = out + u * (v * (out if good else r)).sum(1, keepdim=True)
     return out
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metabroyden.problem import Problem
-from metabroyden.solvers.base import ClassicalSolver, Step, check_number
+from metabroyden.solvers.base import ClassicalSolver, Step, check_number, gather_ring
 from metabroyden.solvers.registry import register
 
 
@@ -17,7 +17,7 @@ class AndersonState(NamedTuple):
     """Ring buffers of the last `memory` differences. R rows, m memory, n coordinates."""
 
     residuals: Tensor  # (R, m, n) Δgᵢ / ‖Δgᵢ‖
-    iterates: Tensor  # (R, m, n) Δzᵢ / ‖Δgᵢ‖
+    mixed: Tensor  # (R, m, n) (Δzᵢ + βΔgᵢ) / ‖Δgᵢ‖
     gram: Tensor  # (R, m, m) inner products of `residuals`, kept in float64
     z: Tensor  # (R, n) previous iterate
     g: Tensor  # (R, n) its residual
@@ -49,34 +49,37 @@ class Anderson(ClassicalSolver):
 
     def init(self, z: Tensor, g: Tensor, problem: Problem) -> AndersonState:
         """Empty buffers."""
-        buffers = z.new_empty(2, len(z), self.memory, z.shape[1])
+        residuals, mixed = (z.new_empty(len(z), self.memory, z.shape[1]) for _ in range(2))
         gram = torch.zeros(len(z), self.memory, self.memory, dtype=torch.float64, device=z.device)
-        return AndersonState(buffers[0], buffers[1], gram, z, g, 0)
+        return AndersonState(residuals, mixed, gram, z, g, 0)
 
     def step(self, z: Tensor, g: Tensor, state: AndersonState, problem: Problem) -> Step:
         """Plain damped step first; from then on the mixed step over the differences seen so far."""
+        plain = torch.add(z, g, alpha=self.damping)
+        after = state._replace(z=z, g=g, steps=state.steps + 1)
         if state.steps == 0:
-            return Step(z + self.damping * g, state._replace(z=z, g=g, steps=1))
-        used = min(state.steps, self.memory)
-        slot = (state.steps - 1) % self.memory
-        dz, dg = z - state.z, g - state.g
-        size = torch.linalg.vector_norm(dg, dim=1, keepdim=True)
-        inverse = torch.where(size > 0, 1 / size, 0.0)
-        state.residuals[:, slot] = dg * inverse
-        state.iterates[:, slot] = dz * inverse
+            return Step(plain, after)
+        used, slot = min(state.steps, self.memory), (state.steps - 1) % self.memory
+        dg = g - state.g
+        size = torch.linalg.vector_norm(dg, dim=1, keepdim=True).clamp_min_(torch.finfo(z.dtype).tiny)
+        torch.div(dg, size, out=state.residuals[:, slot])
+        torch.div((z - state.z).add_(dg, alpha=self.damping), size, out=state.mixed[:, slot])
         basis = state.residuals[:, :used]
-        products = torch.bmm(basis, torch.stack([basis[:, slot], g], dim=2)).double()
-        state.gram[:, slot, :used] = products[..., 0]
-        state.gram[:, :used, slot] = products[..., 0]
-        weights = self._weights(state.gram[:, :used, :used], products[..., 1]).to(z.dtype).unsqueeze(1)
-        back_z = torch.bmm(weights, state.iterates[:, :used]).squeeze(1)
-        back_g = torch.bmm(weights, basis).squeeze(1)
-        return Step(z - back_z + self.damping * (g - back_g), state._replace(z=z, g=g, steps=state.steps + 1))
+        across = basis.transpose(1, 2)
+        row = torch.bmm(basis[:, slot : slot + 1], across).squeeze(1)
+        state.gram[:, slot, :used] = row
+        state.gram[:, :used, slot] = row
+        state.gram[:, slot, slot] += self.ridge
+        right = torch.bmm(g.unsqueeze(1), across).squeeze(1).double()
+        gamma, _ = torch.linalg.solve_ex(state.gram[:, :used, :used], right)
+        # A system that cannot be solved (overflow) leaves the plain step. Contiguous: else the product is ten times slower.
+        weights = torch.nan_to_num_(gamma.neg_(), 0.0, 0.0, 0.0).to(z.dtype).contiguous()
+        step = torch.baddbmm(plain.unsqueeze(1), weights.unsqueeze(1), state.mixed[:, :used])
+        return Step(step.squeeze(1), after)
 
-    def _weights(self, gram: Tensor, right: Tensor) -> Tensor:
-        """γ of the ridged normal equations, (R, k); zero (a plain step) where they cannot be solved."""
-        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        gamma, info = torch.linalg.solve_ex(gram + self.ridge * eye, right.unsqueeze(-1))
-        gamma = gamma.squeeze(-1)
-        good = (info == 0) & torch.isfinite(gamma).all(dim=1)
-        return torch.where(good[:, None], gamma, 0.0)
+    def gather(self, state: AndersonState, index: Tensor) -> AndersonState:
+        """The rows `index`, without copying the part of the buffers that nothing was written to."""
+        used = min(max(state.steps - 1, 0), self.memory)
+        residuals, mixed = (gather_ring(buffer, index, used) for buffer in (state.residuals, state.mixed))
+        gram, z, g = (part.index_select(0, index) for part in (state.gram, state.z, state.g))
+        return AndersonState(residuals, mixed, gram, z, g, state.steps)

@@ -47,6 +47,14 @@ class ClassicalSolver:
         return z0
 
 
+def gather_ring(buffer: Tensor, index: Tensor, used: int) -> Tensor:
+    """The rows `index` of a ring buffer (R, m, n) of which only the first `used` entries were ever written."""
+    new = buffer.new_empty(len(index), *buffer.shape[1:])
+    if used:
+        new[:, :used] = buffer[:, :used].index_select(0, index)
+    return new
+
+
 def check_number(solver: str, name: str, value: Any, low: float, high: float, *, whole: bool = False) -> None:
     """ValueError unless low < value ≤ high and, where asked, an integer; the message names all of it."""
     kind = "an integer" if whole else "a number"

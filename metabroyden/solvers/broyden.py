@@ -1,4 +1,4 @@
-"""Broyden's good method in product form, with limited memory and an optional initial inverse Jacobian."""
+"""Broyden's methods, good and bad, with limited memory and an optional initial inverse Jacobian."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from metabroyden.problem import Problem
-from metabroyden.solvers.base import ClassicalSolver, Step, check_number
+from metabroyden.solvers.base import ClassicalSolver, Step, check_number, gather_ring
+from metabroyden.solvers.line_search import backtrack
 from metabroyden.solvers.registry import register
 from metabroyden.state import gather
+
+_TRIALS = 6  # backtracking steps at most
 
 
 class InverseJacobian(Protocol):
@@ -30,13 +33,19 @@ class InverseJacobian(Protocol):
 
 
 class BroydenState(NamedTuple):
-    """Ring buffers of the last `memory` rank-one factors I + uᵢΔzᵢᵀ. R rows, m memory, n coordinates."""
+    """Ring buffers of the last `memory` rank-one updates. R rows, m memory, n coordinates.
 
-    dz: Tensor  # (R, m, n) steps Δzᵢ
+    Good: factors I + uᵢvᵢᵀ with vᵢ = Δzᵢ. Bad: terms uᵢvᵢᵀ with vᵢ = Δgᵢ / ‖Δgᵢ‖.
+    """
+
+    v: Tensor  # (R, m, n)
     u: Tensor  # (R, m, n)
-    mix: Tensor  # (R, m, m) inverse of I − S, Sᵢⱼ = Δzᵢᵀuⱼ for j older than i, else 0; slots are rows and columns
+    mix: Tensor  # (R, m, m) good: inverse of I − S, Sᵢⱼ = vᵢᵀuⱼ for j older than i, else 0; bad: empty
+    alive: Tensor  # (R, m) one; zero for what a restart has forgotten
     z: Tensor  # (R, n) previous iterate
+    g: Tensor  # (R, n) its residual
     b: Tensor  # (R, n) B₀g there
+    bg: Tensor  # (R, n) Bg there
     frozen: Any  # what the initial inverse Jacobian keeps
     steps: int
 
@@ -44,72 +53,133 @@ class BroydenState(NamedTuple):
 @register("broyden")
 @dataclass(frozen=True)
 class Broyden(ClassicalSolver):
-    """z⁺ = z − damping·B g with the good update B⁺ = (I + uΔzᵀ)B, u = (Δz − BΔg) / (ΔzᵀBΔg), started at B₀ = −(I + P).
+    """z⁺ = z − damping·B g, where B approximates the inverse Jacobian of g, from B₀ = −(I + P) on, by rank-one updates.
 
-    Broyden (1965); the product form needs no transpose of B₀. With k factors, B r = b + Uᵀc where b = B₀r and
-    (I − S)c = ΔZ b: a triangular system whose inverse is kept up to date, so a step is a handful of batched products.
-    Once the memory is full the oldest factor is dropped BEFORE the newest is made: B⁺Δg = Δz holds exactly, always.
+    Both of Broyden (1965), with s = Δz, y = Δg:
+
+    - good: B⁺ = (I + u sᵀ)B, u = (s − By) / (sᵀBy). The product form needs no transpose of B₀. With k factors
+      B r = b + Uᵀc where b = B₀r and (I − S)c = V b: a triangular system whose inverse is kept up to date, so a step is
+      three products of a vector with a buffer.
+    - bad: B⁺ = B + (s − By)yᵀ / ‖y‖²: two such products.
+
+    Once the memory is full the oldest update is dropped BEFORE the newest is made: B⁺y = s holds exactly, always.
+    A sample restarts from B₀ where its update breaks down: where |sᵀBy| is below `guard`·‖s‖² / step length (good), where
+    y = 0 (bad), or where a line search fails.
 
     Attributes:
-        memory: factors kept, m ≥ 1.
+        memory: updates kept, m ≥ 1.
         damping: step length in (0, 2].
+        kind: "good" or "bad".
+        line_search: backtrack, per sample, where a step does not bring the residual down (see `backtrack`).
+        guard: in (0, 1]; the longest step an update can cause is 1/guard times the last one.
         initial: P as an `InverseJacobian`; None for P = 0.
     """
 
     memory: int = 30
     damping: float = 1.0
+    kind: str = "good"
+    line_search: bool = False
+    guard: float = 1e-6
     initial: InverseJacobian | None = None
 
     def __post_init__(self) -> None:
         check_number("Broyden", "memory", self.memory, 0, 10_000, whole=True)
         check_number("Broyden", "damping", self.damping, 0, 2)
+        check_number("Broyden", "guard", self.guard, 0, 1)
+        if self.kind not in ("good", "bad"):
+            raise ValueError(f"Broyden: kind must be 'good' or 'bad', got {self.kind!r}")
+        if not isinstance(self.line_search, bool):
+            raise ValueError(f"Broyden: line_search must be True or False, got {self.line_search!r}")
 
     def init(self, z: Tensor, g: Tensor, problem: Problem) -> BroydenState:
         """Empty buffers; the initial inverse Jacobian looks at z and g once."""
         frozen = None if self.initial is None else self.initial.init(z, g, problem)
-        buffers = z.new_empty(2, len(z), self.memory, z.shape[1])
-        mix = z.new_zeros(len(z), self.memory, self.memory)
-        return BroydenState(buffers[0], buffers[1], mix, z, g, frozen, 0)
+        rows, m = len(z), self.memory
+        v, u = (z.new_empty(rows, m, z.shape[1]) for _ in range(2))
+        mix = (
+            torch.eye(m, dtype=z.dtype, device=z.device).repeat(rows, 1, 1)
+            if self.kind == "good"
+            else z.new_empty(rows)
+        )
+        return BroydenState(v, u, mix, z.new_ones(rows, m), z, g, z, z, frozen, 0)
 
     def step(self, z: Tensor, g: Tensor, state: BroydenState, problem: Problem) -> Step:
         """One quasi-Newton step; the first is z − damping·B₀g."""
         b = -g if self.initial is None else -(g + self.initial.apply(g, state.frozen))
-        if state.steps == 0:
-            return Step(z - self.damping * b, state._replace(z=z, b=b, steps=1))
-        slot, used = (state.steps - 1) % self.memory, min(state.steps, self.memory)
-        dz = z - state.z
-        if state.steps > self.memory:  # drop the oldest factor
-            state.mix[:, slot] = 0
-            state.mix[:, :, slot] = 0
-            # an infinite value in the dropped slot would survive a zero weight
-            state.dz[:, slot] = 0
-            state.u[:, slot] = 0
-        known = used if state.steps > self.memory else used - 1
-        right = torch.stack([b - state.b, b], dim=1)  # (R, 2, n): B₀Δg and B₀g
+        update = self._good if self.kind == "good" else self._bad
+        bg = update(z, g, b, state) if state.steps else b
+        after = state._replace(z=z, g=g, b=b, bg=bg, steps=state.steps + 1)
+        if not self.line_search:
+            return Step(torch.add(z, bg, alpha=-self.damping), after)
+        slack = 1 / (1 + state.steps) ** 2  # summable: the residual stays bounded
+        z_next, g_next, failed = backtrack(z, g, -self.damping * bg, problem, trials=_TRIALS, slack=slack)
+        after.alive.masked_fill_(failed[:, None], 0.0)
+        return Step(z_next, after, g_next)
+
+    def _slot(self, state: BroydenState) -> tuple[int, int, bool]:
+        """Where the newest update goes, how many older ones are in use, whether the oldest had to be dropped for it."""
+        full = state.steps > self.memory
+        slot = (state.steps - 1) % self.memory
+        if full:  # what is dropped may be infinite, and would survive a zero weight
+            state.v[:, slot], state.u[:, slot], state.alive[:, slot] = 0, 0, 1
+        return slot, self.memory if full else slot, full
+
+    def _good(self, z: Tensor, g: Tensor, b: Tensor, state: BroydenState) -> Tensor:
+        """Make the newest factor; B⁺g."""
+        slot, known, full = self._slot(state)
+        v, u, mix, alive = state.v[:, :known], state.u[:, :known], state.mix[:, :known, :known], state.alive[:, :known]
+        if full:
+            state.mix[:, slot], state.mix[:, :, slot], state.mix[:, slot, slot] = 0, 0, 1
+            both = torch.stack([b, state.b], dim=1)  # the old Bg was made with the factor that is gone
+            weights = torch.bmm(both, v.transpose(1, 2)).mul_(alive.unsqueeze(1))
+            h, bg = torch.baddbmm(both, torch.bmm(weights, mix.transpose(1, 2)), u).unbind(1)
+        else:
+            h, bg = b, state.bg
+            if known:
+                weights = torch.bmm(b.unsqueeze(1), v.transpose(1, 2)).mul_(alive.unsqueeze(1))
+                h = torch.baddbmm(b.unsqueeze(1), torch.bmm(weights, mix.transpose(1, 2)), u).squeeze(1)
+        s = torch.sub(z, state.z, out=state.v[:, slot])
+        ahead, behind = torch.linalg.vecdot(s, h), torch.linalg.vecdot(s, bg)  # behind = −‖s‖² / step length
+        slope = ahead - behind  # sᵀBy
+        sound = (slope.abs() > self.guard * behind.abs()).unsqueeze(1)
+        inverse = torch.where(sound, slope.reciprocal().unsqueeze(1), 0.0)
+        torch.mul((s - h).add_(bg), inverse, out=state.u[:, slot])
         if known:
-            coefficients = torch.bmm(right, state.dz[:, :known].transpose(1, 2)) @ state.mix[
-                :, :known, :known
-            ].transpose(1, 2)
-            right = torch.baddbmm(right, coefficients, state.u[:, :known])
-        by, bg = right[:, 0], right[:, 1]
-        products = torch.bmm(right, dz.unsqueeze(2)).squeeze(2)  # Δzᵀ(BΔg), Δzᵀ(Bg)
-        sizes = torch.linalg.vector_norm(dz, dim=1) * torch.linalg.vector_norm(by, dim=1)
-        safe = products[:, 0].abs() > 10 * torch.finfo(z.dtype).eps * sizes
-        u = torch.where(safe[:, None], (dz - by) / torch.where(safe, products[:, 0], 1.0)[:, None], 0.0)
+            older = torch.bmm(s.unsqueeze(1), u.transpose(1, 2)).mul_(alive.unsqueeze(1))
+            row = torch.bmm(older, mix).squeeze(1)
+            state.mix[:, slot, :known] = row
+            if full:
+                state.mix[:, slot, slot] = 1
+            alive.mul_(sound)  # a breakdown forgets everything
+        return torch.where(sound, torch.addcmul(h, state.u[:, slot], ahead.unsqueeze(1)), b)
+
+    def _bad(self, z: Tensor, g: Tensor, b: Tensor, state: BroydenState) -> Tensor:
+        """Make the newest term; B⁺g."""
+        slot, known, full = self._slot(state)
+        v, u, alive = state.v[:, :known], state.u[:, :known], state.alive[:, :known]
+        h, bg = b, state.bg
         if known:
-            older = torch.bmm(state.u[:, :known], dz.unsqueeze(2)).transpose(1, 2)  # (R, 1, known): Δzᵀuⱼ
-            state.mix[:, slot, :known] = torch.bmm(older, state.mix[:, :known, :known]).squeeze(1)
-        state.mix[:, slot, slot] = 1
-        state.dz[:, slot] = dz
-        state.u[:, slot] = u
-        direction = bg + u * products[:, 1:]
-        return Step(z - self.damping * direction, state._replace(z=z, b=b, steps=state.steps + 1))
+            across = v.transpose(1, 2)
+            weights = torch.bmm(g.unsqueeze(1), across).mul_(alive.unsqueeze(1))
+            h = torch.baddbmm(b.unsqueeze(1), weights, u).squeeze(1)
+            if full:  # the old Bg was made with the term that is gone
+                weights = torch.bmm(state.g.unsqueeze(1), across).mul_(alive.unsqueeze(1))
+                bg = torch.baddbmm(state.b.unsqueeze(1), weights, u).squeeze(1)
+        y = g - state.g
+        size = torch.linalg.vector_norm(y, dim=1, keepdim=True)
+        sound = size > 0
+        inverse = torch.where(sound, size.reciprocal(), 0.0)
+        unit = torch.mul(y, inverse, out=state.v[:, slot])
+        torch.mul((z - state.z).sub_(h).add_(bg), inverse, out=state.u[:, slot])
+        if known:
+            alive.mul_(sound)  # a breakdown forgets everything
+        ahead = torch.linalg.vecdot(unit, g).unsqueeze(1)
+        return torch.where(sound, torch.addcmul(h, state.u[:, slot], ahead), b)
 
     def gather(self, state: BroydenState, index: Tensor) -> BroydenState:
         """The rows `index`, without copying the part of the buffers that nothing was written to."""
         used = min(max(state.steps - 1, 0), self.memory)
-        buffers = state.dz.new_empty(2, len(index), *state.dz.shape[1:])
-        buffers[0, :, :used] = state.dz[index, :used]
-        buffers[1, :, :used] = state.u[index, :used]
-        mix, z, b, frozen = gather((state.mix, state.z, state.b, state.frozen), index)
-        return BroydenState(buffers[0], buffers[1], mix, z, b, frozen, state.steps)
+        frozen = None if state.frozen is None else gather(state.frozen, index)
+        v, u = gather_ring(state.v, index, used), gather_ring(state.u, index, used)
+        mix, alive, z, g, b, bg = (part.index_select(0, index) for part in state[2:8])
+        return BroydenState(v, u, mix, alive, z, g, b, bg, frozen, state.steps)
