@@ -16,9 +16,9 @@ from metabroyden.solvers.registry import register
 class AndersonState(NamedTuple):
     """Ring buffers of the last `memory` differences. R rows, m memory, n coordinates."""
 
-    residuals: Tensor  # (R, m, n) Δgᵢ / ‖Δgᵢ‖
-    mixed: Tensor  # (R, m, n) (Δzᵢ + βΔgᵢ) / ‖Δgᵢ‖
-    gram: Tensor  # (R, m, m) inner products of `residuals`, kept in float64
+    residuals: Tensor  # (R, m, n) Δgᵢ
+    mixed: Tensor  # (R, m, n) Δzᵢ + βΔgᵢ
+    gram: Tensor  # (R, m, m) inner products of `residuals`, the diagonal times 1 + ridge, kept in float64
     z: Tensor  # (R, n) previous iterate
     g: Tensor  # (R, n) its residual
     steps: int
@@ -27,10 +27,11 @@ class AndersonState(NamedTuple):
 @register("anderson")
 @dataclass(frozen=True)
 class Anderson(ClassicalSolver):
-    """z⁺ = z + βg − (ΔZ + βΔG)γ with γ = argmin ‖g − ΔGγ‖² + ridge·‖γ‖², the columns of ΔG scaled to unit length.
+    """z⁺ = z + βg − (ΔZ + βΔG)γ with γ = argmin ‖g − ΔGγ‖² + ridge·Σ(‖Δgᵢ‖γᵢ)².
 
     The type-II form of Anderson (1965) as in Walker & Ni, SIAM J. Numer. Anal. 49 (2011), eq. 2.7. The ridge is relative
-    to the columns, so it does not grow in weight as the residual shrinks; the Gram matrix is solved in float64.
+    to the columns, so it does not grow in weight as the residual shrinks; the Gram matrix is solved in float64. Where it
+    cannot be solved (overflow) the step is the plain one, z + βg.
 
     Attributes:
         memory: differences kept, m ≥ 1.
@@ -60,21 +61,19 @@ class Anderson(ClassicalSolver):
         if state.steps == 0:
             return Step(plain, after)
         used, slot = min(state.steps, self.memory), (state.steps - 1) % self.memory
-        dg = g - state.g
-        size = torch.linalg.vector_norm(dg, dim=1, keepdim=True).clamp_min_(torch.finfo(z.dtype).tiny)
-        torch.div(dg, size, out=state.residuals[:, slot])
-        torch.div((z - state.z).add_(dg, alpha=self.damping), size, out=state.mixed[:, slot])
-        basis = state.residuals[:, :used]
-        across = basis.transpose(1, 2)
-        row = torch.bmm(basis[:, slot : slot + 1], across).squeeze(1)
-        state.gram[:, slot, :used] = row
-        state.gram[:, :used, slot] = row
-        state.gram[:, slot, slot] += self.ridge
+        dg = torch.sub(g, state.g, out=state.residuals.select(1, slot))
+        torch.sub(z, state.z, out=state.mixed.select(1, slot)).add_(dg, alpha=self.damping)
+        across = state.residuals.narrow(1, 0, used).transpose(1, 2)
+        row = torch.bmm(dg.unsqueeze(1), across).squeeze(1)
+        state.gram.select(1, slot).narrow(1, 0, used).copy_(row)
+        state.gram.select(2, slot).narrow(1, 0, used).copy_(row)
+        state.gram.select(1, slot).select(1, slot).mul_(1 + self.ridge)
         right = torch.bmm(g.unsqueeze(1), across).squeeze(1).double()
-        gamma, _ = torch.linalg.solve_ex(state.gram[:, :used, :used], right)
-        # A system that cannot be solved (overflow) leaves the plain step. Contiguous: else the product is ten times slower.
+        gram = state.gram.narrow(1, 0, used).narrow(2, 0, used)
+        gamma, _ = torch.linalg.solve_ex(gram, right)
+        # contiguous: else the product is ten times slower
         weights = torch.nan_to_num_(gamma.neg_(), 0.0, 0.0, 0.0).to(z.dtype).contiguous()
-        step = torch.baddbmm(plain.unsqueeze(1), weights.unsqueeze(1), state.mixed[:, :used])
+        step = torch.baddbmm(plain.unsqueeze(1), weights.unsqueeze(1), state.mixed.narrow(1, 0, used))
         return Step(step.squeeze(1), after)
 
     def gather(self, state: AndersonState, index: Tensor) -> AndersonState:

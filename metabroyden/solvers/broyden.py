@@ -127,7 +127,8 @@ class Broyden(ClassicalSolver):
     def _good(self, z: Tensor, g: Tensor, b: Tensor, state: BroydenState) -> Tensor:
         """Make the newest factor; B⁺g."""
         slot, known, full = self._slot(state)
-        v, u, mix, alive = state.v[:, :known], state.u[:, :known], state.mix[:, :known, :known], state.alive[:, :known]
+        v, u, mix, alive = (part.narrow(1, 0, known) for part in (state.v, state.u, state.mix, state.alive))
+        mix = mix.narrow(2, 0, known)
         if full:
             state.mix[:, slot], state.mix[:, :, slot], state.mix[:, slot, slot] = 0, 0, 1
             both = torch.stack([b, state.b], dim=1)  # the old Bg was made with the factor that is gone
@@ -138,25 +139,24 @@ class Broyden(ClassicalSolver):
             if known:
                 weights = torch.bmm(b.unsqueeze(1), v.transpose(1, 2)).mul_(alive.unsqueeze(1))
                 h = torch.baddbmm(b.unsqueeze(1), torch.bmm(weights, mix.transpose(1, 2)), u).squeeze(1)
-        s = torch.sub(z, state.z, out=state.v[:, slot])
+        s = torch.sub(z, state.z, out=state.v.select(1, slot))
         ahead, behind = torch.linalg.vecdot(s, h), torch.linalg.vecdot(s, bg)  # behind = −‖s‖² / step length
         slope = ahead - behind  # sᵀBy
         sound = (slope.abs() > self.guard * behind.abs()).unsqueeze(1)
         inverse = torch.where(sound, slope.reciprocal().unsqueeze(1), 0.0)
-        torch.mul((s - h).add_(bg), inverse, out=state.u[:, slot])
+        new = torch.mul((s - h).add_(bg), inverse, out=state.u.select(1, slot))
         if known:
             older = torch.bmm(s.unsqueeze(1), u.transpose(1, 2)).mul_(alive.unsqueeze(1))
-            row = torch.bmm(older, mix).squeeze(1)
-            state.mix[:, slot, :known] = row
+            state.mix.select(1, slot).narrow(1, 0, known).copy_(torch.bmm(older, mix).squeeze(1))
             if full:
                 state.mix[:, slot, slot] = 1
             alive.mul_(sound)  # a breakdown forgets everything
-        return torch.where(sound, torch.addcmul(h, state.u[:, slot], ahead.unsqueeze(1)), b)
+        return torch.where(sound, torch.addcmul(h, new, ahead.unsqueeze(1)), b)
 
     def _bad(self, z: Tensor, g: Tensor, b: Tensor, state: BroydenState) -> Tensor:
         """Make the newest term; B⁺g."""
         slot, known, full = self._slot(state)
-        v, u, alive = state.v[:, :known], state.u[:, :known], state.alive[:, :known]
+        v, u, alive = (part.narrow(1, 0, known) for part in (state.v, state.u, state.alive))
         h, bg = b, state.bg
         if known:
             across = v.transpose(1, 2)
@@ -169,12 +169,12 @@ class Broyden(ClassicalSolver):
         size = torch.linalg.vector_norm(y, dim=1, keepdim=True)
         sound = size > 0
         inverse = torch.where(sound, size.reciprocal(), 0.0)
-        unit = torch.mul(y, inverse, out=state.v[:, slot])
-        torch.mul((z - state.z).sub_(h).add_(bg), inverse, out=state.u[:, slot])
+        unit = torch.mul(y, inverse, out=state.v.select(1, slot))
+        new = torch.mul((z - state.z).sub_(h).add_(bg), inverse, out=state.u.select(1, slot))
         if known:
             alive.mul_(sound)  # a breakdown forgets everything
         ahead = torch.linalg.vecdot(unit, g).unsqueeze(1)
-        return torch.where(sound, torch.addcmul(h, state.u[:, slot], ahead), b)
+        return torch.where(sound, torch.addcmul(h, new, ahead), b)
 
     def gather(self, state: BroydenState, index: Tensor) -> BroydenState:
         """The rows `index`, without copying the part of the buffers that nothing was written to."""
