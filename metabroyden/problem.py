@@ -37,14 +37,16 @@ class Problem:
         return self._rows.context(self._ledger.context)
 
     @property
-    def budget(self) -> np.ndarray:
-        """(R,) evaluations each row can still afford; 0 for rows that have stopped."""
-        left = self._ledger.max_nfe - self._ledger.nfe[self._rows.pick]
+    def alive(self) -> np.ndarray:
+        """(R,) bool, on the host: the rows that are still being solved."""
         if self._live is None:
-            return left
-        alive = np.zeros(len(left), dtype=bool)
-        alive[self._live] = True
-        return np.where(alive, left, 0)
+            return np.ones(len(self._rows), dtype=bool)
+        return np.isin(np.arange(len(self._rows)), self._live)
+
+    @property
+    def budget(self) -> np.ndarray:
+        """(R,) on the host: evaluations each row can still afford; 0 for rows that have stopped."""
+        return np.where(self.alive, self._ledger.max_nfe - self._ledger.nfe[self._rows.pick], 0)
 
     @property
     def affordable_jvps(self) -> int:

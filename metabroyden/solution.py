@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,6 +59,16 @@ class Trace:
     nfe: Tensor
     seconds: Tensor
     phase: Tensor
+
+    def evaluations_to(self, tolerance: float, budget: int) -> tuple[np.ndarray, np.ndarray]:
+        """(evaluations, reached), (B,) each: what a sample had spent when its residual first reached the tolerance.
+
+        A sample that does not get there within the budget counts as the budget, with reached False.
+        """
+        hit = (self.residual <= tolerance).cpu().numpy()
+        spent = np.where(hit, self.nfe.numpy(), budget + 1).min(axis=0, initial=budget + 1)
+        reached = spent <= budget
+        return np.where(reached, spent, budget), reached
 
 
 @dataclass(frozen=True)

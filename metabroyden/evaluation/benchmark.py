@@ -22,13 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metabroyden.evaluation.metrics import evaluations_to, residual_after, residual_by_time, seconds_to
+from metabroyden.evaluation.metrics import residual_after, residual_by_time, seconds_to
 from metabroyden.evaluation.peers import TorchDEQSolver
 from metabroyden.ledger import Ledger
 from metabroyden.problem import Problem
 from metabroyden.solution import Status, Trace
 from metabroyden.solve import solve
 from metabroyden.solvers import Anderson, Broyden, Picard
+from metabroyden.solvers.tuning import tune
 from metabroyden.state import Packing
 
 Row = dict[str, Any]
@@ -67,7 +68,7 @@ def run_solver(solver: Any, problems: Problems, rtol: float, max_nfe: int) -> tu
     """(z, trace, status (B,)) of one solve, by `solve` or by a peer's own loop (whose status is read off its trace)."""
     if isinstance(solver, TorchDEQSolver):
         z, trace = solver.run(problems.f, problems.z0, problems.x, rtol, max_nfe)
-        _, reached = evaluations_to(trace, rtol, max_nfe)
+        _, reached = trace.evaluations_to(rtol, max_nfe)
         return z, trace, np.where(reached, Status.CONVERGED, Status.MAX_NFE)
     solution = solve(problems.f, problems.z0, problems.x, solver=solver, rtol=rtol, max_nfe=max_nfe, throw=False)
     assert isinstance(solution.z, Tensor)
@@ -80,7 +81,7 @@ def sample_rows(
     """One row a sample, and the residual curve. `star` is the float64 equilibrium, `known` (B,) where it was found."""
     tolerances = sorted(tolerances, reverse=True)
     z, trace, status = run_solver(solver, problems, tolerances[-1], budget)
-    hits = {tolerance: evaluations_to(trace, tolerance, budget) for tolerance in tolerances}
+    hits = {tolerance: trace.evaluations_to(tolerance, budget) for tolerance in tolerances}
     distance = (z.double() - star).flatten(1).norm(dim=1) / star.flatten(1).norm(dim=1)
     predicted = problems.classify(z).argmax(dim=1)
     wanted = problems.classify(star.to(z.dtype)).argmax(dim=1)
@@ -214,10 +215,7 @@ def part_rows(solvers: dict[str, Any], problems: Problems, *, repeats: int) -> l
 
 
 def tune_classical(problems: Problems, *, budget: int, tolerances: tuple[float, ...]) -> dict[str, tuple[Any, float]]:
-    """The best Picard, Anderson and Broyden of a grid, with their scores, on validation problems.
-
-    The score is the mean over samples and tolerances of log(evaluations), a failure counting as twice the budget.
-    """
+    """The best Picard, Anderson and Broyden of a grid, with their scores (see `tune`), on validation problems."""
     grids: dict[str, list[Any]] = {
         "picard": [Picard(damping) for damping in (0.7, 0.85, 1.0, 1.15, 1.3, 1.45, 1.6, 1.75, 1.9)],
         "anderson": [
@@ -228,20 +226,10 @@ def tune_classical(problems: Problems, *, budget: int, tolerances: tuple[float, 
             Broyden(memory, damping) for memory, damping in itertools.product((10, 20, 60), (0.7, 0.85, 1.0, 1.15, 1.3))
         ],
     }
-    best: dict[str, tuple[Any, float]] = {}
-    for name, grid in grids.items():
-        scored = [(solver, _score(solver, problems, budget, tolerances)) for solver in grid]
-        best[name] = min(scored, key=lambda pair: pair[1])
-    return best
-
-
-def _score(solver: Any, problems: Problems, budget: int, tolerances: tuple[float, ...]) -> float:
-    _, trace, _ = run_solver(solver, problems, min(tolerances), budget)
-    logs = []
-    for tolerance in tolerances:
-        evaluations, reached = evaluations_to(trace, tolerance, budget)
-        logs.append(np.log(np.where(reached, evaluations, 2 * budget)))
-    return float(np.mean(logs))
+    return {
+        name: tune(grid, problems.f, problems.z0, problems.x, tolerances=tolerances, max_nfe=budget)[0]
+        for name, grid in grids.items()
+    }
 
 
 def reference_equilibrium(

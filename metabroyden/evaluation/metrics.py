@@ -1,21 +1,10 @@
-"""Numbers read off traces: evaluations and time to a tolerance, residual after so many evaluations."""
+"""Numbers read off traces: time to a tolerance, residual after so many evaluations; see also `Trace.evaluations_to`."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from metabroyden.solution import Trace
-
-
-def evaluations_to(trace: Trace, tolerance: float, budget: int) -> tuple[np.ndarray, np.ndarray]:
-    """(evaluations, reached), (B,) each: what each sample had spent when its residual first reached the tolerance.
-
-    A sample that does not get there within the budget counts as the budget, with reached False.
-    """
-    hit = (trace.residual <= tolerance).cpu().numpy()
-    spent = np.where(hit, trace.nfe.numpy(), budget + 1).min(axis=0, initial=budget + 1)
-    reached = spent <= budget
-    return np.where(reached, spent, budget), reached
 
 
 def seconds_to(trace: Trace, tolerance: float) -> np.ndarray:

@@ -13,24 +13,21 @@ _DECREASE = 1e-4  # share of the full decrease that a step must bring
 
 
 def backtrack(
-    z: Tensor, g: Tensor, step: Tensor, problem: Problem, *, trials: int, slack: float
+    z: Tensor, g: Tensor, step: Tensor, problem: Problem, *, ceiling: Tensor, trials: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Shorten `step` (R, n) where it does not bring ‖g‖ down: (z + λ·step, g there, failed (R,) bool).
+    """Shorten `step` (R, n) where it makes the residual too large: (z + λ·step, g there, failed (R,) bool).
 
-    Non-monotone, after Li & Fukushima, Optim. Methods Softw. 13 (2000): λ = 1 is taken where ‖g⁺‖ ≤ (1 + slack − 1e-4 λ)‖g‖,
-    else λ is cut to the minimiser of a quadratic through what is known, within [λ/10, λ/2], at most `trials` times and
-    as the budget allows. Failed rows get the best point tried. Only the rows that are still searching are evaluated;
-    each trial is one wait for the device.
+    λ = 1 is taken where ‖g⁺‖ ≤ max(ceiling, (1 − 1e-4 λ)‖g‖), else λ is cut to the minimiser of a quadratic through what
+    is known (Dennis & Schnabel 1983, section 6.3), within [λ/10, λ/2], at most `trials` times and as the budget allows.
+    A ceiling (R,) makes the search non-monotone. Rows that find no such λ get the best point tried. Only rows that are
+    still searching are evaluated and counted; each trial is one more wait for the device.
     """
     best_z = z + step
     best_g = problem.residual(best_z)
-    start, found = to_host([torch.linalg.vector_norm(g, dim=1), torch.linalg.vector_norm(best_g, dim=1)]).reshape(2, -1)
+    size = torch.linalg.vector_norm
+    start, found, allowed = to_host([size(g, dim=1), size(best_g, dim=1), ceiling]).reshape(3, -1)
     length, reached = np.ones(len(z)), found.copy()
-    active = (
-        problem.budget >= 0 if problem.live_index is None else np.isin(np.arange(len(z)), to_host([problem.live_index]))
-    )
-    enough = lambda: reached <= (1 + slack - _DECREASE * length) * start  # noqa: E731
-    searching = active & ~enough()
+    searching = problem.alive & ~(reached <= np.maximum(allowed, (1 - _DECREASE) * start))
     for _ in range(trials):
         trying = searching & (problem.budget > 0)
         if not trying.any():
@@ -40,10 +37,10 @@ def backtrack(
         length = np.where(trying, np.clip(model, 0.1 * length, 0.5 * length), length)
         trial_z = z + torch.from_numpy(length).to(z)[:, None] * step
         trial_g = problem.residual(trial_z, among=trying)
-        reached = np.where(trying, to_host([torch.linalg.vector_norm(trial_g, dim=1)]), reached)
+        reached = np.where(trying, to_host([size(trial_g, dim=1)]), reached)
         gained = trying & ~(reached >= found)
         mask = torch.from_numpy(gained).to(z.device)[:, None]
         best_z, best_g = torch.where(mask, trial_z, best_z), torch.where(mask, trial_g, best_g)
         found = np.where(gained, reached, found)
-        searching = searching & ~(trying & enough())
+        searching &= ~(trying & (reached <= np.maximum(allowed, (1 - _DECREASE * length) * start)))
     return best_z, best_g, torch.from_numpy(searching).to(z.device)

@@ -1,4 +1,4 @@
-"""Damped Newton with the linear system solved by GMRES: exact where the state is small, inexact where it is large."""
+"""Damped Newton: the Jacobian itself where the state is small, GMRES where it is large."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from metabroyden.ledger import to_host
 from metabroyden.problem import Problem
 from metabroyden.solvers.base import ClassicalSolver, Step, check_number
 from metabroyden.solvers.registry import register
@@ -15,23 +16,28 @@ from metabroyden.solvers.registry import register
 @register("newton")
 @dataclass(frozen=True)
 class Newton(ClassicalSolver):
-    """z⁺ = z + damping·s with (I − J)s = g, J the Jacobian of f at z, solved by at most `krylov` GMRES directions.
+    """z⁺ = z + damping·s with (I − J)s = g, J the Jacobian of f at z. Every product with J counts as one evaluation of f.
 
-    Saad & Schultz (1986), per sample, modified Gram–Schmidt. Each direction is one Jacobian–vector product and counts as
-    one evaluation of f; where the budget leaves fewer, fewer are used. With n ≤ krylov the step is Newton's own.
+    States of n ≤ `krylov` coordinates: J column by column, n products, and an LU factorisation; exact. Larger ones, and
+    where the budget does not reach that far: GMRES (Saad & Schultz 1986) from zero, orthogonalised twice, of at most
+    `krylov` directions; a sample stops at ‖g − (I − J)s‖ ≤ forcing·‖g‖ (inexact Newton: Dembo, Eisenstat & Steihaug 1982),
+    which is looked at after every direction.
 
     Attributes:
         damping: step length in (0, 2].
         krylov: directions a step.
+        forcing: relative linear residual at which GMRES stops, in (0, 1).
     """
 
     damping: float = 1.0
     krylov: int = 20
+    forcing: float = 1e-2
     min_nfe = 3
 
     def __post_init__(self) -> None:
         check_number("Newton", "damping", self.damping, 0, 2)
         check_number("Newton", "krylov", self.krylov, 0, 10_000, whole=True)
+        check_number("Newton", "forcing", self.forcing, 0, 1)
 
     def init(self, z: Tensor, g: Tensor, problem: Problem) -> tuple[()]:
         """No state."""
@@ -39,31 +45,53 @@ class Newton(ClassicalSolver):
 
     def step(self, z: Tensor, g: Tensor, state: tuple[()], problem: Problem) -> Step:
         """One damped (inexact) Newton step, (R, n)."""
+        directions = min(self.krylov, z.shape[1], problem.affordable_jvps - 1)
+        s = self._exact(z, g, problem) if directions == z.shape[1] else self._gmres(z, g, problem, directions)
+        finite = torch.isfinite(s).all(dim=1, keepdim=True)
+        return Step(torch.add(z, torch.where(finite, s, g), alpha=self.damping), state)
+
+    def _exact(self, z: Tensor, g: Tensor, problem: Problem) -> Tensor:
+        """s by the Jacobian, (R, n)."""
+        eye = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
+        columns = [problem.jvp(z, direction.expand_as(z).contiguous(), z + g) for direction in eye]
+        return torch.linalg.solve_ex(eye - torch.stack(columns, dim=2), g)[0]
+
+    def _gmres(self, z: Tensor, g: Tensor, problem: Problem, directions: int) -> Tensor:
+        """s by GMRES, (R, n)."""
         rows, n = z.shape
-        directions = min(self.krylov, n, problem.affordable_jvps - 1)
         size = torch.linalg.vector_norm(g, dim=1, keepdim=True)
         basis = z.new_zeros(rows, directions + 1, n)
         hessenberg = z.new_zeros(rows, directions + 1, directions)
+        right = z.new_zeros(rows, directions + 1, 1)
+        right[:, 0] = size
         basis[:, 0] = _over(g, size)
+        working = problem.alive
+        weights = z.new_zeros(rows, 0, 1)
         for k in range(directions):
             v = basis[:, k]
-            w = v - problem.jvp(z, v, z + g)
+            w = v - problem.jvp(z, v, z + g, among=working)
             length = torch.linalg.vector_norm(w, dim=1, keepdim=True)
-            for _ in range(2):  # orthogonalise twice: enough in float32
-                overlap = torch.bmm(basis[:, : k + 1], w.unsqueeze(2))
-                hessenberg[:, : k + 1, k] += overlap.squeeze(2)
-                w = w - torch.bmm(overlap.transpose(1, 2), basis[:, : k + 1]).squeeze(1)
+            known = basis[:, : k + 1]
+            for _ in range(2):
+                overlap = torch.bmm(w.unsqueeze(1), known.transpose(1, 2))
+                hessenberg[:, : k + 1, k] += overlap.squeeze(1)
+                w = w - torch.bmm(overlap, known).squeeze(1)
             rest = torch.linalg.vector_norm(w, dim=1, keepdim=True)
             rest = torch.where(rest > 10 * torch.finfo(z.dtype).eps * length, rest, 0.0)  # a happy breakdown
             hessenberg[:, k + 1, k] = rest.squeeze(1)
             basis[:, k + 1] = _over(w, rest)
-        right = z.new_zeros(rows, directions + 1, 1)
-        right[:, 0] = size
-        finite = torch.isfinite(hessenberg).flatten(1).all(dim=1) & torch.isfinite(size.squeeze(1))
-        weights = torch.linalg.pinv(torch.where(finite[:, None, None], hessenberg, 0.0)) @ right
-        s = torch.bmm(weights.transpose(1, 2), basis[:, :directions]).squeeze(1)
-        s = torch.where(finite[:, None], s, g)
-        return Step(z + self.damping * s, state)
+            small, target = hessenberg[:, : k + 2, : k + 1], right[:, : k + 2]
+            finite = torch.isfinite(small).all(dim=2).all(dim=1) & torch.isfinite(size.squeeze(1))
+            fresh = torch.linalg.pinv(torch.where(finite[:, None, None], small, 0.0)) @ target
+            # a sample that has stopped keeps its weights: what comes after is not of its making
+            keeps = torch.from_numpy(~working).to(z.device)[:, None, None]
+            weights = torch.where(keeps, torch.nn.functional.pad(weights, (0, 0, 0, 1)), fresh)
+            left = torch.linalg.vector_norm(target - small @ weights, dim=1)
+            working = working & (to_host([(left > self.forcing * size).squeeze(1) & finite]) > 0)
+            if not working.any():
+                break
+        used = weights.shape[1]
+        return torch.bmm(weights.transpose(1, 2), basis[:, :used]).squeeze(1)
 
 
 def _over(vector: Tensor, size: Tensor) -> Tensor:
