@@ -24,7 +24,7 @@ LAYERS = [
     ["checkpoint"],
     ["gradients"],
     ["deq"],
-    ["data"],
+    ["data", "testbed"],
     ["models"],
     ["meta"],
     ["evaluation"],
