@@ -7,6 +7,7 @@
 
 from metabroyden.checkpoint import CheckpointError, load_solver, pretrained, save_solver
 from metabroyden.deq import DEQ
+from metabroyden.fixed import FixedBudget
 from metabroyden.gradients import Implicit
 from metabroyden.learned import LEARNED, CoordinatewiseLSTM, GroupedLSTM, Safeguard
 from metabroyden.meta import fit_solver
@@ -22,6 +23,7 @@ __all__ = [
     "Broyden",
     "CheckpointError",
     "CoordinatewiseLSTM",
+    "FixedBudget",
     "GroupedLSTM",
     "Implicit",
     "Newton",

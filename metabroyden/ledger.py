@@ -187,7 +187,7 @@ class Ledger:
         else:
             g_norm, f_norm = to_host([scaled_norm(g), scaled_norm(fz)]).reshape(2, -1)
             finite = np.isfinite(g_norm + f_norm)
-            residual = np.where((g_norm == 0) & finite, 0.0, g_norm / f_norm)
+            residual = np.where(finite, np.where(g_norm == 0, 0.0, g_norm / f_norm), np.nan)
             reached, better = finite & (g_norm <= self.atol + self.rtol * f_norm), finite & (residual <= best)
         if not (trusted and self._all_finite):
             self._finite[pick] = trusted or finite

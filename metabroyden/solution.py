@@ -48,7 +48,8 @@ class Trace:
     """What happened at each call of f, in order; K calls, B samples.
 
     Attributes:
-        residual: (K, B), relative residual that the call measured; NaN where that sample took no part in it.
+        residual: (K, B), relative residual that the call measured; NaN where that sample took no part in it, or where
+            f was not finite.
         nfe: (K, B) int64, evaluations the sample had spent once the call was made (Jacobian products included).
         seconds: (K,) float64, wall-clock seconds since `solve` began, read after the stopping test of that call.
         phase: (K, B) int8, 0 while the solver itself is at work, 1, 2, … after its safeguard handed the sample over;

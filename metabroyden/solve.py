@@ -86,7 +86,7 @@ def solve(
     (True, True)
     """
     packing = Packing.of(z0)
-    _check_options(f, solver, rtol, atol, max_nfe, check_every, f_dtype)
+    check_options(f, solver, rtol, atol, max_nfe, check_every, f_dtype)
     with torch.no_grad():
         flat = packing.pack(z0).detach().clone()
         check_context(context, len(flat))
@@ -109,9 +109,10 @@ def solve(
     return solution
 
 
-def _check_options(
+def check_options(
     f: Any, solver: Any, rtol: float, atol: float, max_nfe: int, check_every: int, f_dtype: torch.dtype | None
 ) -> None:
+    """Refuse bad arguments of a solve: TypeError or ValueError, naming what was given and what is wanted."""
     if not callable(f):
         raise TypeError(f"f must be callable, got {type(f).__name__}")
     for name in ("start", "init", "step"):

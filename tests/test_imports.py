@@ -19,6 +19,7 @@ LAYERS = [
     ["ledger"],
     ["problem"],
     ["solve"],
+    ["fixed"],
     ["solvers"],
     ["learned"],
     ["checkpoint"],

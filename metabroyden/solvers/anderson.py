@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metabroyden.problem import Problem
-from metabroyden.solvers.base import ClassicalSolver, Step, check_number, gather_ring
+from metabroyden.solvers.base import ClassicalSolver, Step, check_number, gather_ring, into
 from metabroyden.solvers.registry import register
 
 
@@ -61,8 +61,8 @@ class Anderson(ClassicalSolver):
         if state.steps == 0:
             return Step(plain, after)
         used, slot = min(state.steps, self.memory), (state.steps - 1) % self.memory
-        dg = torch.sub(g, state.g, out=state.residuals.select(1, slot))
-        torch.sub(z, state.z, out=state.mixed.select(1, slot)).add_(dg, alpha=self.damping)
+        dg = into(state.residuals.select(1, slot), torch.sub, g, state.g)
+        into(state.mixed.select(1, slot), torch.sub, z, state.z).add_(dg, alpha=self.damping)
         across = state.residuals.narrow(1, 0, used).transpose(1, 2)
         row = torch.bmm(dg.unsqueeze(1), across).squeeze(1)
         state.gram.select(1, slot).narrow(1, 0, used).copy_(row)

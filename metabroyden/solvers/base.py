@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from metabroyden.problem import Problem
@@ -23,8 +24,13 @@ class Step(NamedTuple):
 
 @runtime_checkable
 class Solver(Protocol):
-    """What `solve` asks of a solver. Optional: `min_nfe`, evaluations a step needs (1); `gather(state, index)`;
-    `safeguard`, an object whose `plan(solver)` lists the phases of a safeguarded solve."""
+    """What `solve` asks of a solver. A step must not change z or g in place. Optional attributes:
+
+    - `min_nfe`: evaluations a step needs (1);
+    - `gather(state, index)`: the rows of its state (default: of every tensor in it);
+    - `fixed_cost`: whether a step costs a number of evaluations known beforehand (True);
+    - `safeguard`: an object whose `plan(solver)` lists the phases of a safeguarded solve.
+    """
 
     def start(self, z0: Tensor, problem: Problem) -> Tensor:
         """The first iterate, (R, n); a learned initializer. z0 itself for classical solvers."""
@@ -53,6 +59,13 @@ def gather_ring(buffer: Tensor, index: Tensor, used: int) -> Tensor:
     if used:
         new[:, :used] = buffer[:, :used].index_select(0, index)
     return new
+
+
+def into(slot: Tensor, operation: Any, a: Tensor, b: Tensor) -> Tensor:
+    """operation(a, b) written to a slot of a ring buffer: in one pass, or as a compiler understands it."""
+    if torch.compiler.is_compiling():
+        return slot.copy_(operation(a, b))
+    return operation(a, b, out=slot)
 
 
 def check_number(solver: str, name: str, value: Any, low: float, high: float, *, whole: bool = False) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metabroyden.problem import Problem
-from metabroyden.solvers.base import ClassicalSolver, Step, check_number, gather_ring
+from metabroyden.solvers.base import ClassicalSolver, Step, check_number, gather_ring, into
 from metabroyden.solvers.line_search import backtrack
 from metabroyden.solvers.registry import register
 from metabroyden.state import gather
@@ -94,6 +94,11 @@ class Broyden(ClassicalSolver):
         if not isinstance(self.line_search, bool):
             raise ValueError(f"Broyden: line_search must be True or False, got {self.line_search!r}")
 
+    @property
+    def fixed_cost(self) -> bool:
+        """Whether a step costs a number of evaluations known beforehand."""
+        return not self.line_search
+
     def init(self, z: Tensor, g: Tensor, problem: Problem) -> BroydenState:
         """Empty buffers; the initial inverse Jacobian looks at z and g once."""
         frozen = None if self.initial is None else self.initial.init(z, g, problem)
@@ -142,12 +147,12 @@ class Broyden(ClassicalSolver):
             if known:
                 weights = torch.bmm(b.unsqueeze(1), v.transpose(1, 2)).mul_(alive.unsqueeze(1))
                 h = torch.baddbmm(b.unsqueeze(1), torch.bmm(weights, mix.transpose(1, 2)), u).squeeze(1)
-        s = torch.sub(z, state.z, out=state.v.select(1, slot))
+        s = into(state.v.select(1, slot), torch.sub, z, state.z)
         ahead, behind = torch.linalg.vecdot(s, h), torch.linalg.vecdot(s, bg)  # behind = −‖s‖² / step length
         slope = ahead - behind  # sᵀBy
         sound = (slope.abs() > self.guard * behind.abs()).unsqueeze(1)
         inverse = torch.where(sound, slope.reciprocal().unsqueeze(1), 0.0)
-        new = torch.mul((s - h).add_(bg), inverse, out=state.u.select(1, slot))
+        new = into(state.u.select(1, slot), torch.mul, (s - h).add_(bg), inverse)
         if known:
             older = torch.bmm(s.unsqueeze(1), u.transpose(1, 2)).mul_(alive.unsqueeze(1))
             state.mix.select(1, slot).narrow(1, 0, known).copy_(torch.bmm(older, mix).squeeze(1))
@@ -172,8 +177,8 @@ class Broyden(ClassicalSolver):
         size = torch.linalg.vector_norm(y, dim=1, keepdim=True)
         sound = size > 0
         inverse = torch.where(sound, size.reciprocal(), 0.0)
-        unit = torch.mul(y, inverse, out=state.v.select(1, slot))
-        new = torch.mul((z - state.z).sub_(h).add_(bg), inverse, out=state.u.select(1, slot))
+        unit = into(state.v.select(1, slot), torch.mul, y, inverse)
+        new = into(state.u.select(1, slot), torch.mul, (z - state.z).sub_(h).add_(bg), inverse)
         if known:
             alive.mul_(sound)  # a breakdown forgets everything
         ahead = torch.linalg.vecdot(unit, g).unsqueeze(1)

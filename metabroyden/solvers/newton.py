@@ -33,6 +33,7 @@ class Newton(ClassicalSolver):
     krylov: int = 20
     forcing: float = 1e-2
     min_nfe = 3
+    fixed_cost = False
 
     def __post_init__(self) -> None:
         check_number("Newton", "damping", self.damping, 0, 2)

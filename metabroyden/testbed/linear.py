@@ -23,6 +23,7 @@ def _problem(
     contractive: bool = False,
     max_nfe: int = 200,
     scale: Tensor | None = None,
+    distance: float = 1e-6,
 ) -> KnownProblem:
     """The problem of a float64 matrix; with a scale (n,), in the coordinates z = scale·y."""
     n = len(w)
@@ -43,6 +44,7 @@ def _problem(
         max_nfe=max_nfe,
         expects=expects or {},
         contractive=contractive,
+        distance=distance,
     )
 
 
@@ -85,4 +87,4 @@ def ill_scaled(dtype: torch.dtype, batch: int, seed: int) -> KnownProblem:
     w = q @ torch.diag(torch.linspace(-0.9, 0.9, _N, dtype=torch.float64)) @ q.T
     scale = torch.logspace(-3, 3, _N, dtype=torch.float64)
     correct = "Every solver converges; the smallest coordinates are less exact than the relative residual."
-    return _problem(w, dtype, batch, seed, correct, max_nfe=400, scale=scale)
+    return _problem(w, dtype, batch, seed, correct, max_nfe=400, scale=scale, distance=1e-5)

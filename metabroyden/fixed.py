@@ -1,0 +1,181 @@
+"""Solving with a fixed budget and no decisions on the host: what can be compiled as one graph."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metabroyden.solution import Solution, State, Status, Trace, relative, scaled_norm
+from metabroyden.solve import check_options
+from metabroyden.state import Packing, check_context
+
+
+class FixedBudget:
+    """`solve` without looking: every sample gets the same number of evaluations, on the full batch, in one graph.
+
+    Nothing is frozen or gathered and nothing is read back until the end, so that `torch.compile` can fuse the solver's
+    arithmetic with f, and a GPU never waits. Every sample costs what the whole batch costs. The iterate returned is, as in
+    `solve`, the first that reached the tolerance, else the best one. A learned solver runs its learned steps only: there
+    is no hand-over here. Recompiles for every new shape of z0 or of the context.
+
+    Args:
+        f: batch-first map, f(z) or f(z, context), as for `solve`.
+        solver: any solver whose steps cost a number of evaluations known beforehand (not `Newton`, no line search).
+        max_nfe: evaluations of f for every sample.
+        rtol, atol, f_dtype: as for `solve`.
+        compiled: False runs the same code eagerly; so does, with a warning, a failure to compile.
+        mode: passed to `torch.compile`, for instance "reduce-overhead" for CUDA graphs.
+
+    Attributes:
+        compile_seconds: wall-clock seconds of the calls that compiled, in sum.
+
+    Raises:
+        ValueError, TypeError: bad input, naming what was given and what is wanted.
+
+    >>> import metabroyden as mb
+    >>> run = mb.FixedBudget(torch.cos, mb.Anderson(), max_nfe=10, compiled=False)
+    >>> solution = run(torch.zeros(3, 1))
+    >>> solution.nfe.tolist(), bool(solution.converged.all())
+    ([10, 10, 10], True)
+    """
+
+    def __init__(
+        self,
+        f: Callable[..., State],
+        solver: Any,
+        *,
+        max_nfe: int,
+        rtol: float = 1e-3,
+        atol: float = 0.0,
+        f_dtype: torch.dtype | None = None,
+        compiled: bool = True,
+        mode: str | None = None,
+    ) -> None:
+        check_options(f, solver, rtol, atol, max_nfe, 1, f_dtype)
+        if not getattr(solver, "fixed_cost", True):
+            raise ValueError(
+                f"FixedBudget needs a solver whose steps cost a known number of evaluations; {solver!r} decides on the way"
+            )
+        self.f, self.solver, self.max_nfe = f, solver, max_nfe
+        self.rtol, self.atol, self.f_dtype = rtol, atol, f_dtype
+        self.compile_seconds = 0.0
+        self._seen: set[Any] = set()
+        self._compiled = torch.compile(self._iterate, dynamic=False, mode=mode) if compiled else None
+
+    def __call__(self, z0: State, context: Any = None) -> Solution:
+        """The solution for a batch; nothing raises where samples fail, see `Solution.status`."""
+        packing = Packing.of(z0)
+        with torch.no_grad():
+            flat = packing.pack(z0).detach().clone()
+            check_context(context, len(flat))
+            began = time.perf_counter()
+            z, best, done, last, residuals = self._run(packing, flat, context)
+            calls, batch = residuals.shape
+            status = torch.where(
+                done, int(Status.CONVERGED), torch.where(last, int(Status.MAX_NFE), int(Status.NON_FINITE))
+            )
+            nfe = torch.arange(1, calls + 1)[:, None].expand(calls, batch)
+            seconds = torch.full((calls,), torch.nan, dtype=torch.float64)
+            status = status.cpu()
+            seconds[-1] = time.perf_counter() - began
+        return Solution(
+            z=packing.unpack(z),
+            residual=best,
+            nfe=torch.full((batch,), calls),
+            steps=torch.full((batch,), calls - 1),
+            converged=done,
+            status=status,
+            trace=Trace(residuals, nfe.clone(), seconds, torch.zeros(calls, batch, dtype=torch.int8)),
+        )
+
+    def _run(self, packing: Packing, z0: Tensor, context: Any) -> tuple[Tensor, ...]:
+        if self._compiled is None:
+            return self._iterate(packing, z0, context)
+        shapes = (
+            z0.shape,
+            z0.dtype,
+            str(torch.utils._pytree.tree_map_only(Tensor, lambda t: (t.shape, t.dtype), context)),
+        )
+        began = time.perf_counter()
+        try:
+            found = self._compiled(packing, z0, context)
+        except Exception as error:  # what f itself raises, it raises again when it is run as it stands
+            found = self._iterate(packing, z0, context)
+            self._compiled = None
+            warnings.warn(f"FixedBudget runs uncompiled: {type(error).__name__}: {str(error)[:200]}", stacklevel=3)
+        if shapes not in self._seen:
+            self._seen.add(shapes)
+            self.compile_seconds += time.perf_counter() - began
+        return found
+
+    def _iterate(self, packing: Packing, z0: Tensor, context: Any) -> tuple[Tensor, ...]:
+        """(best z, its residual, converged, last evaluation finite, residuals of all calls)."""
+        problem = _FixedProblem(self, packing, z0, context)
+        z = self.solver.start(z0, problem)
+        state = None
+        while True:
+            g = problem.residual(z)
+            if len(problem.residuals) + getattr(self.solver, "min_nfe", 1) > self.max_nfe:
+                break
+            state = self.solver.init(z, g, problem) if state is None else state
+            step = self.solver.step(z, g, state, problem)
+            z, state = step.z, step.state
+        return problem.best_z, problem.best, problem.done, problem.last, torch.stack(problem.residuals)
+
+
+class _FixedProblem:
+    """What a solver sees of a solve with a fixed budget: `Problem`, as far as it makes sense without a host."""
+
+    live_index = None
+
+    def __init__(self, owner: FixedBudget, packing: Packing, z0: Tensor, context: Any) -> None:
+        self._owner, self._packing, self._z0, self.context = owner, packing, z0, context
+        self.shape = packing.shape
+        self._origin: Tensor | None = None
+        self.residuals: list[Tensor] = []
+        batch = z0.shape[0]
+        self.best_z, self.best = z0, z0.new_full((batch,), torch.nan)
+        self.done = torch.zeros(batch, dtype=torch.bool, device=z0.device)
+        self.last = ~self.done
+
+    @property
+    def budget(self) -> np.ndarray:
+        """(R,) evaluations left."""
+        return np.full(self._z0.shape[0], self._owner.max_nfe - len(self.residuals))
+
+    def unpack(self, flat: Tensor) -> State:
+        """The (R, n) matrix as f's state."""
+        return self._packing.unpack(flat)
+
+    def origin(self) -> Tensor:
+        """f(z0), (R, n); evaluated when first asked for, unless the solve began there."""
+        if self._origin is None:
+            self.residual(self._z0)
+        assert self._origin is not None
+        return self._origin
+
+    def residual(self, z: Tensor) -> Tensor:
+        """g = f(z) − z at z (R, n); the best iterate is kept."""
+        owner = self._owner
+        point = z if owner.f_dtype is None else z.to(owner.f_dtype)
+        arguments = () if self.context is None else (self.context,)
+        fz = self._packing.take(owner.f(self._packing.unpack(point), *arguments), z)
+        if z is self._z0:
+            self._origin = fz
+        g = fz - z
+        g_norm, f_norm = scaled_norm(g), scaled_norm(fz)
+        residual = relative(g_norm, f_norm).to(z.dtype)
+        self.last = torch.isfinite(g_norm) & torch.isfinite(f_norm)
+        reached = self.last & (g_norm <= owner.atol + owner.rtol * f_norm)
+        better = ~self.done & (reached | (self.last & ~(residual >= self.best)))
+        self.best_z = torch.where(better[:, None], z, self.best_z)
+        self.best = torch.where(better, residual, self.best)
+        self.done = self.done | reached
+        self.residuals.append(residual)
+        return g
