@@ -17,7 +17,7 @@ from metabroyden import Anderson, Broyden, Implicit, load_solver, save_solver
 from metabroyden.data.digits import ImageSplit, load_digits, shift
 from metabroyden.evaluation import benchmark, report
 from metabroyden.evaluation.family_report import FamilyReport, read_rows
-from metabroyden.evaluation.peers import TorchDEQSolver, torchdeq_available
+from metabroyden.evaluation.peers import TorchDEQSolver, available
 from metabroyden.evaluation.provenance import config_hash, provenance
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.layout import Layout
@@ -186,7 +186,7 @@ def _evaluate(
         "Anderson + learned start": benchmark.WithStart(start, tuned["anderson"][0]),
         "Broyden + learned start": benchmark.WithStart(start, tuned["broyden"][0]),
     }
-    if torchdeq_available():
+    if available("torchdeq"):
         solvers["torchdeq Anderson"] = TorchDEQSolver("anderson")
         solvers["torchdeq Broyden"] = TorchDEQSolver("broyden")
     double = _in_double(model)

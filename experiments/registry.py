@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from experiments import digits
+from experiments import digits, solvers
 
-EXPERIMENTS: dict[str, tuple[type, Callable[[Any], None]]] = {"digits": (digits.Digits, digits.run)}
+EXPERIMENTS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "digits": (digits.Digits, digits.run),
+    "solvers": (solvers.Solvers, solvers.run),
+}

@@ -9,6 +9,7 @@ from scipy import optimize
 
 import metabroyden as mb
 from metabroyden.solvers.base import Solver
+from metabroyden.testbed.cells import blas
 from tests.conftest import linear, tanh
 
 
@@ -212,3 +213,167 @@ def test_overflow_and_singular_systems_raise_nothing(solver):
     assert not explosive.converged.any()
     translation = mb.solve(lambda z: z + 1, torch.zeros(2, 3), solver=solver, rtol=1e-9, max_nfe=20, throw=False)
     assert torch.isfinite(translation.z).all()
+
+
+def dense_bad_broyden(problem, steps: int, memory: int | None = None) -> list[torch.Tensor]:
+    """Bad Broyden with the inverse Jacobian as a matrix; the last `memory` updates only."""
+    start = -torch.eye(problem.x.shape[1], dtype=problem.x.dtype)
+    z = problem.z0[0]
+    residual = lambda z: problem.f(z[None], problem.x[:1])[0] - z  # noqa: E731
+    g, points, terms = residual(z), [z], []
+    b = start
+    for _ in range(steps - 1):
+        z_next = z - b @ g
+        g_next = residual(z_next)
+        points.append(z_next)
+        dz, dg = z_next - z, g_next - g
+        if memory is not None and len(terms) == memory:
+            terms.pop(0)
+            b = start + sum(terms, torch.zeros_like(start))
+        terms.append(torch.outer(dz - b @ dg, dg) / (dg @ dg))
+        b = b + terms[-1]
+        torch.testing.assert_close(b @ dg, dz)  # the secant equation
+        z, g = z_next, g_next
+    return points
+
+
+@pytest.mark.parametrize("memory", [40, 5, 2, 1])
+def test_bad_broyden_is_dense_bad_broyden_before_and_after_its_memory_is_full(memory):
+    problem = tanh(n=10, gain=1.5)
+    ours = iterates(mb.Broyden(memory=memory, kind="bad"), problem, 15)
+    dense = dense_bad_broyden(problem, 15, memory)
+    torch.testing.assert_close(torch.stack(ours), torch.stack(dense), rtol=1e-6, atol=1e-9)
+
+
+def test_bad_broyden_walks_as_scipys_second_method_does():
+    problem = tanh(n=10, gain=1.2)
+    points: list[np.ndarray] = []
+
+    def g(z):
+        points.append(z.copy())
+        return (problem.f(torch.from_numpy(z)[None], problem.x[:1])[0]).numpy() - z
+
+    with pytest.raises(optimize.NoConvergence):
+        optimize.broyden2(g, np.zeros(10), alpha=1.0, line_search=None, maxiter=8, f_tol=1e-14)
+    ours = torch.stack(iterates(mb.Broyden(kind="bad"), problem, 8)).numpy()
+    np.testing.assert_allclose(ours, np.array(points[: len(ours)]), rtol=1e-6, atol=1e-9)
+
+
+def test_limited_memory_costs_little_on_symmetric_cells():
+    for norm in (0.95, 1.5):
+        problem = blas(32, 256, norm, symmetric=True)
+        full, limited = (
+            mb.solve(
+                problem.f,
+                problem.z0,
+                problem.context,
+                solver=mb.Broyden(memory=memory),
+                rtol=1e-5,
+                max_nfe=budget,
+                throw=False,
+            )
+            for memory, budget in ((200, 200), (10, 400))
+        )
+        kept = limited.converged & (limited.nfe <= 2 * full.nfe)
+        assert full.converged.all()
+        assert kept.double().mean() >= 0.9
+
+
+@pytest.mark.parametrize("kind", ["good", "bad"])
+def test_a_breakdown_restarts_that_sample_and_no_other(kind):
+    # g(z) = Az + x with A a quarter turn: the first pair has sᵀBy = 0. The second sample is a plain contraction.
+    turn = torch.tensor([[[0.0, -1.0], [1.0, 0.0]], [[-0.5, 0.1], [0.0, -0.7]]], dtype=torch.float64)
+    x = torch.ones(2, 2, dtype=torch.float64)
+    f = lambda z, c: z + (c[0] @ z.unsqueeze(2)).squeeze(2) + c[1]  # noqa: E731
+    solver = mb.Broyden(kind=kind)
+    z = torch.zeros_like(x)
+    g = f(z, (turn, x)) - z
+    step = solver.step(z, g, solver.init(z, g, None), None)
+    state = solver.step(step.z, f(step.z, (turn, x)) - step.z, step.state, None).state
+    if kind == "good":
+        torch.testing.assert_close(state.bg[0], state.b[0])  # B₀ again
+        assert (state.bg[1] - state.b[1]).abs().max() > 1e-3
+    both = mb.solve(f, z, (turn, x), solver=solver, rtol=1e-10, throw=False)
+    alone = mb.solve(f, z[1:], (turn[1:], x[1:]), solver=solver, rtol=1e-10)
+    assert both.converged[1]
+    torch.testing.assert_close(both.z[1:], alone.z)
+    assert torch.isfinite(both.z).all()
+
+
+def test_broyden_goes_on_after_a_pair_without_change():
+    def f(z, x):  # constant residual at first, then a contraction: y = 0 once
+        return torch.where(z < 2.5, z + 1, 3 + 0.5 * (z - 3)) + 0 * x
+
+    x = torch.zeros(1, 1, dtype=torch.float64)
+    for kind in ("good", "bad"):
+        solution = mb.solve(f, x, x, solver=mb.Broyden(kind=kind), rtol=1e-8, max_nfe=60)
+        torch.testing.assert_close(solution.z, torch.full_like(x, 3.0))
+
+
+def test_the_line_search_is_counted_per_sample_and_saves_a_sample_that_diverges_without():
+    x = torch.tensor([[1.0], [40.0]], dtype=torch.float64)
+    seen: list[torch.Tensor] = []
+
+    def f(z, context):  # the textbook's example: g flattens out, full secant steps overshoot ever further
+        seen.append(context[0])
+        return z - context[1] * torch.atan(z - 3)
+
+    context = (torch.arange(2), x)
+    z0 = torch.zeros(2, 1, dtype=torch.float64)
+    plain = mb.solve(f, z0, context, solver=mb.Broyden(), rtol=1e-8, max_nfe=60, throw=False)
+    assert not plain.converged.any()
+    seen.clear()
+    searched = mb.solve(f, z0, context, solver=mb.Broyden(line_search=True), rtol=1e-8, max_nfe=60)
+    np.testing.assert_array_equal(searched.nfe.numpy(), np.bincount(torch.cat(seen).numpy(), minlength=2))
+    torch.testing.assert_close(searched.z, torch.full_like(z0, 3.0))
+    assert searched.nfe[1] > searched.steps[1] + 1  # trials
+    assert searched.nfe[0] >= searched.steps[0] + 1
+    for budget in range(1, 12):
+        seen.clear()
+        stopped = mb.solve(f, z0, context, solver=mb.Broyden(line_search=True), rtol=0.0, max_nfe=budget, throw=False)
+        np.testing.assert_array_equal(stopped.nfe.numpy(), np.bincount(torch.cat(seen).numpy(), minlength=2))
+        assert stopped.nfe.max() <= budget
+
+
+def test_a_line_search_steps_back_from_where_f_is_not_finite():
+    x = torch.full((1, 1), 0.5, dtype=torch.float64)
+    f = lambda z, x: torch.sqrt(x - z)  # noqa: E731
+    assert not mb.solve(f, 0 * x, x, solver=mb.Broyden(), rtol=1e-8, throw=False).converged.any()
+    found = mb.solve(f, 0 * x, x, solver=mb.Broyden(line_search=True), rtol=1e-8)
+    torch.testing.assert_close(found.z, f(found.z, x), rtol=1e-7, atol=1e-9)
+
+
+def test_picards_damping_is_tuned_to_the_best_constant_step():
+    problem = linear(batch=16, n=20, radius=1.0)
+    w = torch.diag(torch.linspace(-3.0, 0.5, 20, dtype=torch.float64))
+    f = lambda z, x: z @ w + x  # noqa: E731
+    best = mb.Picard.tuned(f, problem.z0[:, :1].expand(-1, 20).contiguous(), problem.x, tolerances=(1e-6,), max_nfe=200)
+    assert abs(best.damping - 2 / (2 - (-3.0) - 0.5)) < 0.06  # Richardson's step for a spectrum in [-3, 0.5]
+    assert not mb.solve(f, problem.z0, problem.x, solver=mb.Picard(), max_nfe=200, throw=False).converged.any()
+    assert mb.solve(f, problem.z0, problem.x, solver=best, rtol=1e-6, max_nfe=200).converged.all()
+
+
+def test_newton_with_gmres_takes_fewer_products_for_a_looser_forcing_and_none_for_finished_samples():
+    problem = tanh(batch=4, n=40, gain=0.95)
+    x = problem.x.clone()
+    x[0] = 0  # z* = z0
+    tight, loose = (
+        mb.solve(problem.f, problem.z0, x, solver=mb.Newton(krylov=20, forcing=forcing), rtol=1e-8, max_nfe=300)
+        for forcing in (1e-10, 1e-1)
+    )
+    assert tight.nfe[0] == loose.nfe[0] == 1
+    assert (loose.nfe[1:] < tight.nfe[1:]).all()
+    torch.testing.assert_close(loose.z, tight.z, rtol=1e-6, atol=1e-7)
+
+
+def test_anderson_survives_overflow_and_half_precision_cells():
+    explosive = mb.solve(
+        lambda z: 1e30 * (z + 1) ** 5, torch.ones(2, 3), solver=mb.Anderson(ridge=1e-14), max_nfe=20, throw=False
+    )
+    assert torch.isfinite(explosive.z).all()
+    problem = tanh(batch=4, n=12, gain=0.9, dtype=torch.float32)
+    half = lambda z, x: torch.tanh(z.half() * 0.9 + x.half())  # noqa: E731
+    found = mb.solve(half, problem.z0, problem.x, solver=mb.Anderson(memory=12, ridge=1e-14), rtol=1e-2)
+    assert found.converged.all()
+    constant = mb.solve(lambda z: torch.ones_like(z), torch.zeros(2, 3), solver=mb.Anderson(), rtol=0.0)
+    assert constant.converged.all()  # steps 0 to 2 with differences that vanish

@@ -29,7 +29,8 @@ def _style(name: str, number: int) -> dict[str, Any]:
     return {"color": colour, "linestyle": line, "linewidth": width}
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save_figure(figure: Any, path: Path) -> Path:
+    """Write a figure and let it go."""
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, metadata={"Software": None})
@@ -37,7 +38,8 @@ def _save(figure: Any, path: Path) -> Path:
     return path
 
 
-def _new(width: float = 6.4) -> tuple[Any, Any]:
+def new_axes(width: float = 6.4) -> tuple[Any, Any]:
+    """A figure with one plot in the house style."""
     figure, axes = plt.subplots(figsize=(width, 4.2))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -55,7 +57,7 @@ def _mean_over_seeds(rows: list[Row], value: str) -> tuple[np.ndarray, np.ndarra
 
 def residual_by_evaluations(rows: list[Row], solvers: list[str], path: Path) -> Path:
     """Median and interquartile band of the residual against evaluations."""
-    figure, axes = _new()
+    figure, axes = new_axes()
     for number, name in enumerate(solvers):
         chosen = [row for row in rows if row["row"] == "curve" and row["solver"] == name]
         nfe, bands = _mean_over_seeds(chosen, "residual")
@@ -65,12 +67,12 @@ def residual_by_evaluations(rows: list[Row], solvers: list[str], path: Path) -> 
     axes.set(xlabel="evaluations of f", ylabel="relative residual (best so far)", xlim=(0, None))
     axes.legend(frameon=False)
     axes.set_title("Held-out images: median, and the middle half")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def residual_by_time(rows: list[Row], solvers: list[str], path: Path) -> Path:
     """Median residual of the batch against wall-clock."""
-    figure, axes = _new()
+    figure, axes = new_axes()
     paths = [row for row in rows if row["row"] == "path"]
     first = min((row.get("seed", 0) for row in paths), default=0)
     tightest = min((row["rtol"] for row in paths), default=0)
@@ -82,12 +84,12 @@ def residual_by_time(rows: list[Row], solvers: list[str], path: Path) -> Path:
     axes.set(xlabel="milliseconds, whole batch", ylabel="median relative residual (best so far)")
     axes.legend(frameon=False)
     axes.set_title(f"Wall-clock, seed {first}: interleaved runs, median")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def accuracy_by_evaluations(rows: list[Row], solvers: list[str], path: Path) -> Path:
     """Accuracy against the budget of evaluations, mean over seeds."""
-    figure, axes = _new()
+    figure, axes = new_axes()
     for number, name in enumerate(solvers):
         at: dict[int, list[float]] = {}
         for row in rows:
@@ -99,12 +101,12 @@ def accuracy_by_evaluations(rows: list[Row], solvers: list[str], path: Path) -> 
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.legend(frameon=False)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def evaluations_to_tolerance(rows: list[Row], solvers: list[str], tolerances: list[str], path: Path) -> Path:
     """Median evaluations to each tolerance (whisker: 90th percentile), success rate written above."""
-    figure, axes = _new(8.4)
+    figure, axes = new_axes(8.4)
     width = 0.8 / len(solvers)
     for number, name in enumerate(solvers):
         samples = [row for row in rows if row["row"] == "sample" and row["solver"] == name]
@@ -121,7 +123,7 @@ def evaluations_to_tolerance(rows: list[Row], solvers: list[str], tolerances: li
     axes.set(xlabel="relative residual", ylabel="evaluations of f (median, to 90th percentile)")
     axes.legend(frameon=False, loc="upper left", fontsize=8)
     axes.set_title("Above: share of samples that got there within the budget")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def reduction_by_image(rows: list[Row], learned: str, classical: str, tolerance: str, path: Path) -> Path:
@@ -146,4 +148,4 @@ def reduction_by_image(rows: list[Row], learned: str, classical: str, tolerance:
     left.set_title(f"each image, to {float(tolerance):g} (not reached = budget)", fontsize=10)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    return _save(figure, path)
+    return save_figure(figure, path)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("metabroyden", "torch", "higher", "numpy", "scikit-learn", "torchdeq")
+_PACKAGES = ("metabroyden", "torch", "higher", "numpy", "scikit-learn", "torchdeq", "xitorch", "scipy", "pypower")
 
 
 def config_hash(config: Any) -> str:

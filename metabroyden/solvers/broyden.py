@@ -15,7 +15,7 @@ from metabroyden.solvers.registry import register
 from metabroyden.state import gather
 
 _TRIALS = 6  # backtracking steps at most
-_ROAM = 10.0  # the residual may stay so many times above the least one seen before a step is shortened
+_RECENT = 20  # a step is shortened where it takes the residual above the largest of so many before it
 
 
 class InverseJacobian(Protocol):
@@ -47,7 +47,7 @@ class BroydenState(NamedTuple):
     g: Tensor  # (R, n) its residual
     b: Tensor  # (R, n) B₀g there
     bg: Tensor  # (R, n) Bg there
-    least: Tensor  # (R,) smallest ‖g‖ so far (with a line search)
+    recent: Tensor  # (R, 20) the last ‖g‖, for the line search; (R, 0) without
     frozen: Any  # what the initial inverse Jacobian keeps
     steps: int
 
@@ -72,8 +72,9 @@ class Broyden(ClassicalSolver):
         memory: updates kept, m ≥ 1.
         damping: step length in (0, 2].
         kind: "good" or "bad".
-        line_search: backtrack, per sample, where a step takes the residual above ten times the least one seen and does
-            not bring it down (see `backtrack`).
+        line_search: backtrack, per sample, where a step takes the residual above the largest of the last twenty
+            (non-monotone: Grippo, Lampariello & Lucidi 1986; see `backtrack`). For divergent problems; where plain steps
+            converge it costs success, since Broyden's path to a root is not downhill.
         guard: in (0, 1]; the longest step an update can cause is 1/guard times the last one.
         initial: P as an `InverseJacobian`; None for P = 0.
     """
@@ -109,7 +110,9 @@ class Broyden(ClassicalSolver):
             if self.kind == "good"
             else z.new_empty(rows)
         )
-        return BroydenState(v, u, mix, z.new_ones(rows, m), z, g, z, z, z.new_full((rows,), torch.inf), frozen, 0)
+        return BroydenState(
+            v, u, mix, z.new_ones(rows, m), z, g, z, z, z.new_zeros(rows, _RECENT * self.line_search), frozen, 0
+        )
 
     def step(self, z: Tensor, g: Tensor, state: BroydenState, problem: Problem) -> Step:
         """One quasi-Newton step; the first is z − damping·B₀g."""
@@ -119,10 +122,11 @@ class Broyden(ClassicalSolver):
         after = state._replace(z=z, g=g, b=b, bg=bg, steps=state.steps + 1)
         if not self.line_search:
             return Step(torch.add(z, bg, alpha=-self.damping), after)
-        least = torch.minimum(state.least, torch.linalg.vector_norm(g, dim=1))
-        z_next, g_next, failed = backtrack(z, g, -self.damping * bg, problem, ceiling=_ROAM * least, trials=_TRIALS)
+        state.recent[:, state.steps % _RECENT] = torch.linalg.vector_norm(g, dim=1)
+        ceiling = state.recent.amax(dim=1)
+        z_next, g_next, failed = backtrack(z, g, -self.damping * bg, problem, ceiling=ceiling, trials=_TRIALS)
         after.alive.masked_fill_(failed[:, None], 0.0)
-        return Step(z_next, after._replace(least=least), g_next)
+        return Step(z_next, after, g_next)
 
     def _slot(self, state: BroydenState) -> tuple[int, int, bool]:
         """Where the newest update goes, how many older ones are in use, whether the oldest had to be dropped for it."""
@@ -189,5 +193,5 @@ class Broyden(ClassicalSolver):
         used = min(max(state.steps - 1, 0), self.memory)
         frozen = None if state.frozen is None else gather(state.frozen, index)
         v, u = gather_ring(state.v, index, used), gather_ring(state.u, index, used)
-        mix, alive, z, g, b, bg, least = (part.index_select(0, index) for part in state[2:9])
-        return BroydenState(v, u, mix, alive, z, g, b, bg, least, frozen, state.steps)
+        mix, alive, z, g, b, bg, recent = (part.index_select(0, index) for part in state[2:9])
+        return BroydenState(v, u, mix, alive, z, g, b, bg, recent, frozen, state.steps)

@@ -42,16 +42,18 @@ def dense(
     )
 
 
-def blas(batch: int, n: int, norm: float, *, symmetric: bool = False, seed: int = 0) -> KnownProblem:
+def blas(batch: int, n: int, norm: float, *, symmetric: bool = False, seed: int = 0, x_seed: int = 1) -> KnownProblem:
     """The dense cell as a network has it, float32, one matrix product; x standard normal, the answer not singled out."""
     w = weights(n, norm, symmetric=symmetric, seed=seed, dtype=torch.float32).T.contiguous()
-    x = torch.randn(batch, n, generator=generator(seed + 1))
+    x = torch.randn(batch, n, generator=generator(seed + 1000 * x_seed))
     return KnownProblem(
         lambda z, x: torch.tanh(torch.addmm(x, z, w)), torch.zeros(batch, n), x, "Converges to an equilibrium."
     )
 
 
-def conv(batch: int, channels: int, side: int, norm: float, *, symmetric: bool = False, seed: int = 0) -> KnownProblem:
+def conv(
+    batch: int, channels: int, side: int, norm: float, *, symmetric: bool = False, seed: int = 0, x_seed: int = 1
+) -> KnownProblem:
     """A 3×3 convolutional cell, float32, its norm by power iteration on the side×side grid with zero padding."""
     w = torch.randn(channels, channels, 3, 3, generator=generator(seed))
     if symmetric:
@@ -61,7 +63,7 @@ def conv(batch: int, channels: int, side: int, norm: float, *, symmetric: bool =
         v = functional.conv_transpose2d(functional.conv2d(v, w, padding=1), w, padding=1)
         v = v / v.norm()
     w = norm * w / functional.conv2d(v, w, padding=1).norm()
-    x = torch.randn(batch, channels, side, side, generator=generator(seed + 2))
+    x = torch.randn(batch, channels, side, side, generator=generator(seed + 1000 * x_seed))
     return KnownProblem(
         lambda z, x: torch.tanh(functional.conv2d(z, w, padding=1) + x),
         torch.zeros_like(x),

@@ -1,0 +1,142 @@
+"""The classical solvers against torchdeq, xitorch and scipy: overhead, evaluations, success, on cells and known problems."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markdown import Markdown
+
+from metabroyden import Anderson, Broyden, Newton, Picard
+from metabroyden.evaluation import race, race_report
+from metabroyden.evaluation.peers import ScipySolver, TorchDEQSolver, XitorchSolver, available
+from metabroyden.evaluation.provenance import provenance
+from metabroyden.meta.progress import progress_bar
+from metabroyden.storage import atomic_write
+from metabroyden.testbed import PROBLEMS, KnownProblem
+from metabroyden.testbed.cells import blas, conv
+
+
+@dataclass(frozen=True)
+class Solvers:
+    """Race the classical solvers against the published libraries' and write results/solvers/."""
+
+    repeats: int = 7
+    """Interleaved timing repeats."""
+    budget: int = 61
+    """Evaluations each sample may cost in the race."""
+    batch: int = 64
+    """Samples of the dense problems; the convolutional ones have half as many."""
+    seeds: int = 4
+    """Seeds of the limited-memory comparison."""
+    problems: int = 8
+    """Samples of each registered problem."""
+    compiled: bool = True
+    """Compile a fixed budget too (a minute or two)."""
+    results: Path = Path("results/solvers")
+    """Where rows, figures and the report go."""
+    progress: bool = True
+    """Show a progress bar."""
+
+
+def run(config: Solvers) -> None:
+    """The whole job; what it wrote before is replaced at the end."""
+    if not available("torchdeq"):
+        raise SystemExit("python -m experiments solvers needs torchdeq: pip install torchdeq==0.1.0")
+    console = Console()
+    began = time.perf_counter()
+    jobs = _jobs(config)
+    rows: list[dict[str, Any]] = []
+    with progress_bar("racing", len(jobs), show=config.progress) as bar:
+        for number, (words, job) in enumerate(jobs):
+            rows += job()
+            if bar is not None:
+                bar(number + 1, words)
+    described = {
+        "command": "python -m experiments solvers",
+        "config": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()},
+        "seconds": round(time.perf_counter() - began),
+        "provenance": provenance(),
+    }
+    atomic_write(config.results / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    atomic_write(config.results / "config.json", json.dumps(described, indent=2) + "\n")
+    report = race_report.write(config.results, rows, described)
+    console.print(Markdown(race_report.verdicts(rows)))
+    console.print(f"Figures and report: {report} ({described['seconds']} s)")
+
+
+def _jobs(config: Solvers) -> list[tuple[str, Callable[[], list[dict[str, Any]]]]]:
+    """What there is to do, with a word for each."""
+    cells = _cells(config)
+    easy = {name: cell for name, cell in cells.items() if "gaussian 0.95" in name}
+    options = {"budget": config.budget, "repeats": config.repeats}
+    jobs: list[tuple[str, Callable[[], list[dict[str, Any]]]]] = [
+        *((name, partial(_race, config, name, cell, rtol)) for name, cell in cells.items() for rtol in (1e-3, 1e-5)),
+        *(("anatomy", partial(race.anatomy_rows, name, cell, rtol=1e-5, **options)) for name, cell in easy.items()),
+        ("overhead", partial(race.gap_rows, (1, 8, 64, 512), (2, 5, 10, 20, 40), repeats=config.repeats)),
+        ("limited memory", partial(race.limited_rows, rtols=(1e-3, 1e-5), seeds=config.seeds)),
+        *((name, partial(_registry, config, name)) for name in PROBLEMS),
+    ]
+    if config.compiled:
+        dense = _dense(config, "gaussian", 1.5)
+        compiled = partial(race.compiled_rows, dense, "dense gaussian 1.5", budget=12, repeats=3 * config.repeats)
+        jobs.append(("compiling", compiled))
+    return jobs
+
+
+def _dense(config: Solvers, kind: str, norm: float, x_seed: int = 1) -> KnownProblem:
+    return blas(config.batch, 256, norm, symmetric=kind == "symmetric", x_seed=x_seed)
+
+
+def _conv(config: Solvers, kind: str, norm: float, x_seed: int = 1) -> KnownProblem:
+    return conv(config.batch // 2, 16, 32, norm, symmetric=kind == "symmetric", x_seed=x_seed)
+
+
+def _cells(config: Solvers, x_seed: int = 1) -> dict[str, KnownProblem]:
+    """Easy, symmetric and norm-3 cells, dense and convolutional; the contexts of one seed."""
+    kinds = (("gaussian", 0.95), ("symmetric", 0.95), ("symmetric", 1.5), ("gaussian", 3.0))
+    dense = {f"dense {kind} {norm:g}": _dense(config, kind, norm, x_seed) for kind, norm in kinds}
+    return dense | {f"conv {kind} {norm:g}": _conv(config, kind, norm, x_seed) for kind, norm in kinds}
+
+
+def _race(config: Solvers, name: str, problem: KnownProblem, rtol: float) -> list[dict[str, Any]]:
+    contestants: dict[str, dict[str, Any]] = {
+        "Broyden": {"ours": Broyden(memory=config.budget), "torchdeq": TorchDEQSolver("broyden")},
+        "Anderson": {"ours": Anderson(memory=6), "torchdeq": TorchDEQSolver("anderson", (("m", 6),))},
+        "Picard": {"ours": Picard(), "torchdeq": TorchDEQSolver("fixed_point_iter")},
+    }
+    if available("xitorch"):
+        options = (("alpha", -1.0), ("line_search", False), ("max_rank", config.budget))
+        contestants["Broyden"]["xitorch"] = XitorchSolver("broyden1", options)
+        contestants["Anderson"]["xitorch"] = XitorchSolver("anderson_acc", (("msize", 6),))
+    other = _cells(config, x_seed=2)[name]  # validation: the same weights, other samples
+    contestants["Picard"]["ours, tuned damping"] = Picard.tuned(
+        other.f, other.z0, other.context, tolerances=(rtol,), max_nfe=config.budget
+    )
+    return race.race_rows(name, problem, contestants, rtol=rtol, budget=config.budget, repeats=config.repeats)
+
+
+def _registry(config: Solvers, name: str) -> list[dict[str, Any]]:
+    solvers: dict[str, Any] = {
+        "Picard": Picard(),
+        "Anderson": Anderson(),
+        "Broyden": Broyden(),
+        "bad Broyden": Broyden(kind="bad"),
+        "Broyden, line search": Broyden(line_search=True),
+        "Newton": Newton(),
+        "torchdeq Picard": TorchDEQSolver("fixed_point_iter"),
+        "torchdeq Anderson": TorchDEQSolver("anderson"),
+        "torchdeq Broyden": TorchDEQSolver("broyden"),
+        "scipy broyden1": ScipySolver("broyden1"),
+        "scipy anderson": ScipySolver("anderson"),
+        "scipy krylov": ScipySolver("krylov"),
+        "scipy hybr": ScipySolver("hybr"),
+    }
+    tolerances = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+    return race.registry_rows([name], solvers, tolerances=tolerances, budget=200, batch=config.problems)
