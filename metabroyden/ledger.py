@@ -48,7 +48,7 @@ class _Evaluation(NamedTuple):
     z: Tensor  # (R, n)
     fz: Tensor
     g: Tensor
-    norms: tuple[Tensor, Tensor]  # ‖g‖, ‖f(z)‖, (R,) each, on the device
+    norms: Tensor  # (2, R) ‖g‖, ‖f(z)‖ on the device
     nfe: np.ndarray  # (R,) spent so far
     phase: np.ndarray | int
     round: int
@@ -128,7 +128,7 @@ class Ledger:
     def call(self, z: Tensor, rows: Rows) -> Tensor:
         """f at z (R, n) for the given rows, flat (R, n). With no context f sees the full batch, the rest at its best."""
         if self.context is not None:
-            return self._image(z, rows.context(self.context))
+            return self._image(z, self.context if rows.index is None else rows.context(self.context))
         if rows.index is None:
             return self._image(z)
         return self._image(self.best_z.index_copy(0, rows.index, z)).index_select(0, rows.index)
@@ -145,7 +145,9 @@ class Ledger:
         if version is not None and z._version != version:
             raise ValueError("f changed its argument z in place: a fixed-point map must leave z as it was")
         g = fz - z
-        norms = torch.linalg.vector_norm(g, dim=1), torch.linalg.vector_norm(fz, dim=1)
+        norms = z.new_empty(2, z.shape[0])  # both in one, to be read at once
+        torch.linalg.vector_norm(g, dim=1, out=norms[0])
+        torch.linalg.vector_norm(fz, dim=1, out=norms[1])
         if self.origin is None and z is self.z0:
             self.origin = fz
         pick = rows.pick
@@ -159,12 +161,8 @@ class Ledger:
         if not self._pending:
             return
         pending, self._pending = self._pending, []
-        norms = to_host([norm for evaluation in pending for norm in evaluation.norms])
-        start = 0
-        for evaluation in pending:
-            pair = norms[start : start + 2 * len(evaluation.rows)].reshape(2, -1)
-            start += pair.size
-            self._judge(evaluation, pair)
+        for evaluation, norms in zip(pending, to_host([evaluation.norms for evaluation in pending]), strict=True):
+            self._judge(evaluation, norms)
         if not self._all_finite:
             self.broken |= ~self._finite
         now = time.perf_counter() - self._began
@@ -185,7 +183,7 @@ class Ledger:
             residual = g_norm / f_norm
             reached, better = g_norm <= self.atol + self.rtol * f_norm, residual < best
         else:
-            g_norm, f_norm = to_host([scaled_norm(g), scaled_norm(fz)]).reshape(2, -1)
+            g_norm, f_norm = to_host([scaled_norm(g), scaled_norm(fz)])
             finite = np.isfinite(g_norm + f_norm)
             residual = np.where(finite, np.where(g_norm == 0, 0.0, g_norm / f_norm), np.nan)
             reached, better = finite & (g_norm <= self.atol + self.rtol * f_norm), finite & (residual <= best)
@@ -264,8 +262,10 @@ class Ledger:
         )
 
 
-def to_host(tensors: list[Tensor]) -> np.ndarray:
-    """The values of some (k,) tensors, one after the other, in float64: the only place where a solve waits."""
-    if tensors[0].device.type != "cpu":
-        return torch.cat([tensor.double() for tensor in tensors]).cpu().numpy()
-    return np.concatenate([tensor.numpy() for tensor in tensors], dtype=np.float64)
+def to_host(tensors: list[Tensor]) -> list[np.ndarray]:
+    """The values of some tensors in float64, for one wait for the device: the only place where a solve waits."""
+    if tensors[0].device.type == "cpu":
+        return [tensor.numpy().astype(np.float64) for tensor in tensors]
+    whole = torch.cat([tensor.flatten().double() for tensor in tensors]).cpu().numpy()
+    ends = np.cumsum([tensor.numel() for tensor in tensors])[:-1]
+    return [part.reshape(tensor.shape) for part, tensor in zip(np.split(whole, ends), tensors, strict=True)]

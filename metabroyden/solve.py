@@ -88,7 +88,7 @@ def solve(
     packing = Packing.of(z0)
     check_options(f, solver, rtol, atol, max_nfe, check_every, f_dtype)
     with torch.no_grad():
-        flat = packing.pack(z0).detach().clone()
+        flat = packing.pack(z0).detach()
         check_context(context, len(flat))
         driver = _Driver(
             flat, packing, f, context, solver, check_every, rtol=rtol, atol=atol, max_nfe=max_nfe, f_dtype=f_dtype
@@ -96,7 +96,7 @@ def solve(
         with np.errstate(all="ignore"):
             ledger = driver.run()
         solution = Solution(
-            z=packing.unpack(ledger.best_z),
+            z=packing.unpack(ledger.best_z.clone() if ledger.best_z is flat else ledger.best_z),
             residual=torch.from_numpy(ledger.outcome()).to(flat),
             nfe=torch.from_numpy(ledger.nfe),
             steps=torch.from_numpy(driver.steps),
@@ -200,7 +200,7 @@ class _Cohort:
             return _NONE
         moved = torch.linalg.vector_norm(self.z - self.z_before, dim=1)
         size = torch.linalg.vector_norm(self.z_before, dim=1)
-        return to_host([self.take_live(moved <= eps * size)]) > 0
+        return to_host([self.take_live(moved <= eps * size)])[0] > 0
 
     def stuck(self, best: np.ndarray, evaluations: int) -> np.ndarray:
         """Which live rows have used up the phase's patience or its horizon; `evaluations` since the last look."""

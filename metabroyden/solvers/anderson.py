@@ -68,12 +68,12 @@ class Anderson(ClassicalSolver):
         state.gram.select(1, slot).narrow(1, 0, used).copy_(row)
         state.gram.select(2, slot).narrow(1, 0, used).copy_(row)
         state.gram.select(1, slot).select(1, slot).mul_(1 + self.ridge)
-        right = torch.bmm(g.unsqueeze(1), across).squeeze(1).double()
+        right = torch.bmm(g.unsqueeze(1), across)
         gram = state.gram.narrow(1, 0, used).narrow(2, 0, used)
-        gamma, _ = torch.linalg.solve_ex(gram, right)
-        # contiguous: else the product is ten times slower
-        weights = torch.nan_to_num_(gamma.neg_(), 0.0, 0.0, 0.0).to(z.dtype).contiguous()
-        step = torch.baddbmm(plain.unsqueeze(1), weights.unsqueeze(1), state.mixed.narrow(1, 0, used))
+        gamma, _ = torch.linalg.solve_ex(gram, right.squeeze(1).double())
+        weights = right.copy_(gamma.unsqueeze(1)).neg_()  # contiguous: else the product is ten times slower
+        torch.nan_to_num_(weights, 0.0, 0.0, 0.0)
+        step = torch.baddbmm(plain.unsqueeze(1), weights, state.mixed.narrow(1, 0, used))
         return Step(step.squeeze(1), after)
 
     def gather(self, state: AndersonState, index: Tensor) -> AndersonState:

@@ -25,7 +25,7 @@ def backtrack(
     best_z = z + step
     best_g = problem.residual(best_z)
     size = torch.linalg.vector_norm
-    start, found, allowed = to_host([size(g, dim=1), size(best_g, dim=1), ceiling]).reshape(3, -1)
+    start, found, allowed = to_host([size(g, dim=1), size(best_g, dim=1), ceiling])
     length, reached = np.ones(len(z)), found.copy()
     searching = problem.alive & ~(reached <= np.maximum(allowed, (1 - _DECREASE) * start))
     for _ in range(trials):
@@ -37,7 +37,7 @@ def backtrack(
         length = np.where(trying, np.clip(model, 0.1 * length, 0.5 * length), length)
         trial_z = z + torch.from_numpy(length).to(z)[:, None] * step
         trial_g = problem.residual(trial_z, among=trying)
-        reached = np.where(trying, to_host([size(trial_g, dim=1)]), reached)
+        reached = np.where(trying, to_host([size(trial_g, dim=1)])[0], reached)
         gained = trying & ~(reached >= found)
         mask = torch.from_numpy(gained).to(z.device)[:, None]
         best_z, best_g = torch.where(mask, trial_z, best_z), torch.where(mask, trial_g, best_g)

@@ -88,7 +88,7 @@ class Newton(ClassicalSolver):
             keeps = torch.from_numpy(~working).to(z.device)[:, None, None]
             weights = torch.where(keeps, torch.nn.functional.pad(weights, (0, 0, 0, 1)), fresh)
             left = torch.linalg.vector_norm(target - small @ weights, dim=1)
-            working = working & (to_host([(left > self.forcing * size).squeeze(1) & finite]) > 0)
+            working = working & (to_host([(left > self.forcing * size).squeeze(1) & finite])[0] > 0)
             if not working.any():
                 break
         used = weights.shape[1]
