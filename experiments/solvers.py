@@ -108,7 +108,7 @@ def _cells(config: Solvers, x_seed: int = 1) -> dict[str, KnownProblem]:
 def _race(config: Solvers, name: str, problem: KnownProblem, rtol: float) -> list[dict[str, Any]]:
     contestants: dict[str, dict[str, Any]] = {
         "Broyden": {"ours": Broyden(memory=config.budget), "torchdeq": TorchDEQSolver("broyden")},
-        "Anderson": {"ours": Anderson(memory=6), "torchdeq": TorchDEQSolver("anderson", (("m", 6),))},
+        "Anderson": {"ours": Anderson(memory=5), "torchdeq": TorchDEQSolver("anderson", (("m", 6),))},
         "Picard": {"ours": Picard(), "torchdeq": TorchDEQSolver("fixed_point_iter")},
     }
     if available("xitorch"):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from metabroyden.solvers.base import Solver
 
 _COMPACT_AT = 0.7  # a solver's own memory is gathered once so small a share of its rows is still at work
-_SAME = 64  # roundings by which the relative residual may change where z has stopped moving
+_SAME = 16  # roundings by which the relative residual may change where z has stopped moving
 _NONE = np.zeros(1, dtype=bool)  # no row, however many there are
 
 

@@ -168,7 +168,7 @@ def gap_rows(batches: Iterable[int], memories: Iterable[int], *, repeats: int, s
     full = {
         "Broyden": Broyden(memory=steps),
         "torchdeq Broyden": TorchDEQSolver("broyden"),
-        "Anderson": Anderson(memory=6),
+        "Anderson": Anderson(memory=5),
         "torchdeq Anderson": TorchDEQSolver("anderson", (("m", 6),)),
         "Picard": Picard(),
         "torchdeq Picard": TorchDEQSolver("fixed_point_iter"),
@@ -185,7 +185,7 @@ def gap_rows(batches: Iterable[int], memories: Iterable[int], *, repeats: int, s
             "Broyden": Broyden(memory=memory),
             "torchdeq Broyden": TorchDEQSolver("broyden", (("LBFGS_thres", memory),)),
             "Anderson": Anderson(memory=memory),
-            "torchdeq Anderson": TorchDEQSolver("anderson", (("m", memory),)),
+            "torchdeq Anderson": TorchDEQSolver("anderson", (("m", memory + 1),)),
         }
         measure("memory", memory, blas(64, 256, 3.0), entries, memory + 2)
     return rows
@@ -214,7 +214,7 @@ class _Watched:
 def anatomy_rows(name: str, problem: KnownProblem, *, rtol: float, budget: int, repeats: int) -> list[Row]:
     """Where the time of a solve goes: f, the solver's own arithmetic, the driver; per call of f, medians."""
     rows: list[Row] = []
-    for label, solver in (("Picard", Picard()), ("Anderson", Anderson(memory=6)), ("Broyden", Broyden(memory=budget))):
+    for label, solver in (("Picard", Picard()), ("Anderson", Anderson(memory=5)), ("Broyden", Broyden(memory=budget))):
         parts = []
         for _ in range(repeats + 1):
             watched = _Watched(solver)
@@ -280,7 +280,7 @@ def limited_rows(*, rtols: Iterable[float], seeds: int, memory: int = 10, budget
 def compiled_rows(problem: KnownProblem, name: str, *, budget: int, repeats: int) -> list[Row]:
     """A fixed budget, compiled, against `solve` with the same budget; interleaved medians, and the compiler's time."""
     rows: list[Row] = []
-    for label, solver in (("Picard", Picard()), ("Anderson", Anderson(memory=6)), ("Broyden", Broyden(memory=budget))):
+    for label, solver in (("Picard", Picard()), ("Anderson", Anderson(memory=5)), ("Broyden", Broyden(memory=budget))):
         fixed = FixedBudget(problem.f, solver, max_nfe=budget, rtol=0.0)
         found = fixed(problem.z0, problem.context)
         usual = solve(problem.f, problem.z0, problem.context, solver=solver, rtol=0.0, max_nfe=budget, throw=False)

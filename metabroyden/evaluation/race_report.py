@@ -58,7 +58,8 @@ def write(folder: Path, rows: Sequence[Row], described: dict[str, Any]) -> Path:
         "process; figures are medians over repeats, ratios medians of paired ratios. Evaluations are a sample's own, up "
         "to the first that measured the tolerance; a failed sample counts as the budget. torchdeq and xitorch stop when "
         "the worst sample is done; xitorch takes the whole batch for one system. torchdeq's solvers have its default "
-        f"options, but for m = 6 in both Andersons. At most {budget} evaluations; f in float32.",
+        f"options; its Anderson's m = 6 iterates are our memory of 5 differences. At most {budget} evaluations; f in "
+        "float32.",
         "## What was asked",
         verdicts(rows),
         "## Race",
@@ -239,7 +240,7 @@ def gaps(rows: Sequence[Row], path: Path) -> Path:
         axes.semilogy(*np.array(points).T, label=solver, **_drawn(solver))
     axes.set(xlabel="call of f", ylabel="microseconds outside f before it")
     axes.legend(frameon=False, fontsize=8, ncols=2)
-    axes.set_title("Overhead by step: batch 64, 256 coordinates, full memory (Anderson: 6)", fontsize=10)
+    axes.set_title("Overhead by step: batch 64, 256 coordinates, full memory (Anderson: 5)", fontsize=10)
     return save_figure(figure, path)
 
 

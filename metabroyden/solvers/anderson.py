@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metabroyden.problem import Problem
-from metabroyden.solvers.base import ClassicalSolver, Step, check_number, gather_ring, into
+from metabroyden.solvers.base import ClassicalSolver, Step, check_number, combine, gather_ring, into
 from metabroyden.solvers.registry import register
 
 
@@ -73,8 +73,7 @@ class Anderson(ClassicalSolver):
         gamma, _ = torch.linalg.solve_ex(gram, right.squeeze(1).double())
         weights = right.copy_(gamma.unsqueeze(1)).neg_()  # contiguous: else the product is ten times slower
         torch.nan_to_num_(weights, 0.0, 0.0, 0.0)
-        step = torch.baddbmm(plain.unsqueeze(1), weights, state.mixed.narrow(1, 0, used))
-        return Step(step.squeeze(1), after)
+        return Step(combine(plain, weights, state.mixed.narrow(1, 0, used)), after)
 
     def gather(self, state: AndersonState, index: Tensor) -> AndersonState:
         """The rows `index`, without copying the part of the buffers that nothing was written to."""

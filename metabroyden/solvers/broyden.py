@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metabroyden.problem import Problem
-from metabroyden.solvers.base import ClassicalSolver, Step, check_number, gather_ring, into
+from metabroyden.solvers.base import ClassicalSolver, Step, check_number, combine, gather_ring, into
 from metabroyden.solvers.line_search import backtrack
 from metabroyden.solvers.registry import register
 from metabroyden.state import gather
@@ -150,7 +150,7 @@ class Broyden(ClassicalSolver):
             h, bg = b, state.bg
             if known:
                 weights = torch.bmm(b.unsqueeze(1), v.transpose(1, 2)).mul_(alive.unsqueeze(1))
-                h = torch.baddbmm(b.unsqueeze(1), torch.bmm(weights, mix.transpose(1, 2)), u).squeeze(1)
+                h = combine(b, torch.bmm(weights, mix.transpose(1, 2)), u)
         s = into(state.v.select(1, slot), torch.sub, z, state.z)
         ahead, behind = torch.linalg.vecdot(s, h), torch.linalg.vecdot(s, bg)  # behind = −‖s‖² / step length
         slope = ahead - behind  # sᵀBy
@@ -173,10 +173,10 @@ class Broyden(ClassicalSolver):
         if known:
             across = v.transpose(1, 2)
             weights = torch.bmm(g.unsqueeze(1), across).mul_(alive.unsqueeze(1))
-            h = torch.baddbmm(b.unsqueeze(1), weights, u).squeeze(1)
+            h = combine(b, weights, u)
             if full:  # the old Bg was made with the term that is gone
                 weights = torch.bmm(state.g.unsqueeze(1), across).mul_(alive.unsqueeze(1))
-                bg = torch.baddbmm(state.b.unsqueeze(1), weights, u).squeeze(1)
+                bg = combine(state.b, weights, u)
         y = g - state.g
         size = torch.linalg.vector_norm(y, dim=1, keepdim=True)
         sound = size > 0
