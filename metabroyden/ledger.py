@@ -28,9 +28,17 @@ class Rows:
         self.index = None if whole else torch.as_tensor(host, device=device)
         self.pick: Any = slice(None) if whole else host
         self._context: Any = None
+        self._norms: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.host)
+
+    def norms(self, like: Tensor, *, fresh: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """(2, R) for two norms a row, and its two rows; the same memory every time unless a fresh one is asked for."""
+        if self._norms is None or fresh:
+            both = like.new_empty(2, len(self.host))
+            self._norms = both, both[0], both[1]
+        return self._norms
 
     def context(self, full: Any) -> Any:
         """The context of these rows, gathered once."""
@@ -85,6 +93,7 @@ class Ledger:
     ) -> None:
         self.f, self.packing, self.context, self.max_nfe = f, packing, context, max_nfe
         self.rtol, self.atol, self.f_dtype = rtol, atol, f_dtype
+        self._plain = packing.is_flat and f_dtype is None  # f takes what solvers see
         batch = len(z0)
         self.nfe = np.zeros(batch, dtype=np.int64)
         self.most = 0
@@ -128,7 +137,10 @@ class Ledger:
     def call(self, z: Tensor, rows: Rows) -> Tensor:
         """f at z (R, n) for the given rows, flat (R, n). With no context f sees the full batch, the rest at its best."""
         if self.context is not None:
-            return self._image(z, self.context if rows.index is None else rows.context(self.context))
+            context = self.context if rows.index is None else rows.context(self.context)
+            if self._plain:
+                return self.packing.take(self.f(z, context), z)
+            return self._image(z, context)
         if rows.index is None:
             return self._image(z)
         return self._image(self.best_z.index_copy(0, rows.index, z)).index_select(0, rows.index)
@@ -145,9 +157,9 @@ class Ledger:
         if version is not None and z._version != version:
             raise ValueError("f changed its argument z in place: a fixed-point map must leave z as it was")
         g = fz - z
-        norms = z.new_empty(2, z.shape[0])  # both in one, to be read at once
-        torch.linalg.vector_norm(g, dim=1, out=norms[0])
-        torch.linalg.vector_norm(fz, dim=1, out=norms[1])
+        norms, g_norm, f_norm = rows.norms(z, fresh=bool(self._pending))
+        torch.linalg.vector_norm(g, dim=1, out=g_norm)
+        torch.linalg.vector_norm(fz, dim=1, out=f_norm)
         if self.origin is None and z is self.z0:
             self.origin = fz
         pick = rows.pick

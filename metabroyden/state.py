@@ -33,6 +33,11 @@ class Packing:
         return cls(tuple(part.shape[1:] for part in parts), isinstance(z, Tensor))
 
     @property
+    def is_flat(self) -> bool:
+        """Whether the state is one tensor (B, n) already."""
+        return self.single and len(self.shapes[0]) == 1
+
+    @property
     def shape(self) -> torch.Size | tuple[torch.Size, ...]:
         """Per-sample shape of the state as the user sees it."""
         return self.shapes[0] if self.single else self.shapes
@@ -66,9 +71,7 @@ class Packing:
     def unpack(self, flat: Tensor) -> State:
         """The state of a (B, n) matrix, as the user's f takes it."""
         if self.single:
-            if len(self.shapes[0]) == 1:
-                return flat
-            return flat.reshape(len(flat), *self.shapes[0])
+            return flat if self.is_flat else flat.reshape(len(flat), *self.shapes[0])
         pieces = flat.split([shape.numel() for shape in self.shapes], dim=1)
         return tuple(piece.reshape(len(flat), *shape) for piece, shape in zip(pieces, self.shapes, strict=True))
 

@@ -57,7 +57,7 @@ class Anderson(ClassicalSolver):
     def step(self, z: Tensor, g: Tensor, state: AndersonState, problem: Problem) -> Step:
         """Plain damped step first; from then on the mixed step over the differences seen so far."""
         plain = torch.add(z, g, alpha=self.damping)
-        after = state._replace(z=z, g=g, steps=state.steps + 1)
+        after = AndersonState(state.residuals, state.mixed, state.gram, z, g, state.steps + 1)
         if state.steps == 0:
             return Step(plain, after)
         used, slot = min(state.steps, self.memory), (state.steps - 1) % self.memory

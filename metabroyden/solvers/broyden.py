@@ -119,7 +119,7 @@ class Broyden(ClassicalSolver):
         b = -g if self.initial is None else -(g + self.initial.apply(g, state.frozen))
         update = self._good if self.kind == "good" else self._bad
         bg = update(z, g, b, state) if state.steps else b
-        after = state._replace(z=z, g=g, b=b, bg=bg, steps=state.steps + 1)
+        after = BroydenState(*state[:4], z, g, b, bg, state.recent, state.frozen, state.steps + 1)
         if not self.line_search:
             return Step(torch.add(z, bg, alpha=-self.damping), after)
         state.recent[:, state.steps % _RECENT] = torch.linalg.vector_norm(g, dim=1)
