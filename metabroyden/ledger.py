@@ -190,15 +190,17 @@ class Ledger:
         pick, count = rows.pick, len(rows)
         best, (g_norm, f_norm) = self.best[pick], norms
         low, high = self._trusted
-        trusted = np.count_nonzero((norms > low) & (norms < high)) == 2 * count
+        trusted = norms.min() > low and norms.max() < high  # never where there is a NaN
+        bound = self.rtol * f_norm if self.atol == 0 else self.atol + self.rtol * f_norm
         if trusted:
             residual = g_norm / f_norm
-            reached, better = g_norm <= self.atol + self.rtol * f_norm, residual < best
+            reached, better = g_norm <= bound, residual < best
         else:
             g_norm, f_norm = to_host([scaled_norm(g), scaled_norm(fz)])
             finite = np.isfinite(g_norm + f_norm)
             residual = np.where(finite, np.where(g_norm == 0, 0.0, g_norm / f_norm), np.nan)
-            reached, better = finite & (g_norm <= self.atol + self.rtol * f_norm), finite & (residual <= best)
+            reached = finite & (g_norm <= self.atol + self.rtol * f_norm)
+            better = finite & (residual <= best)
         if not (trusted and self._all_finite):
             self._finite[pick] = trusted or finite
             self._all_finite = bool(self._finite.all())

@@ -137,6 +137,7 @@ class _Cohort:
     def __init__(self, ledger: Ledger, plan: list[Phase], number: int, host: np.ndarray) -> None:
         self.ledger, self.plan, self.number = ledger, plan, number
         self.phase = plan[number]
+        self.needs = getattr(self.phase.solver, "min_nfe", 1)
         self.rows, self.live = ledger.rows(host), None
         self.problem = Problem(ledger, self.rows)
         self.z: Tensor
@@ -191,10 +192,10 @@ class _Cohort:
 
     def still(self) -> np.ndarray:
         """Which live rows have stopped moving: a step below rounding, ‖Δz‖ ≤ eps‖z‖. Looked at only where it may be so."""
-        ledger, pick = self.ledger, self.live_rows.pick
-        eps = torch.finfo(self.z.dtype).eps
-        if self.z_before is None or not ledger.idle:
+        ledger = self.ledger
+        if not ledger.idle or self.z_before is None:
             return _NONE
+        pick, eps = self.live_rows.pick, torch.finfo(self.z.dtype).eps
         # where z stays, the residual stays, but for rounding
         if not np.count_nonzero(np.abs(ledger.residual[pick] - ledger.residual_before[pick]) <= _SAME * eps):
             return _NONE
@@ -255,7 +256,7 @@ class _Driver:
                 self.steps[cohort.live_rows.pick] += 1
         self._evaluate([cohort for cohort in self.cohorts if cohort.g is None])
         self.unseen += 1
-        if self.unseen >= self.check_every or any(map(self._must_look, self.cohorts)):
+        if self.unseen == self.check_every or any(map(self._must_look, self.cohorts)):
             self._look()
 
     def _must_look(self, cohort: _Cohort) -> bool:
@@ -264,7 +265,7 @@ class _Driver:
 
     def _spent(self, cohort: _Cohort) -> np.ndarray:
         """Which live rows cannot afford another step."""
-        ledger, left = self.ledger, self.ledger.max_nfe - getattr(cohort.phase.solver, "min_nfe", 1)
+        ledger, left = self.ledger, self.ledger.max_nfe - cohort.needs
         if ledger.most <= left:
             return _NONE
         return ledger.nfe[cohort.live_rows.pick] > left
@@ -273,12 +274,12 @@ class _Driver:
         """Call f once for the iterates of all these cohorts and hand each its residuals."""
         if not cohorts:
             return
-        points = [cohort.take_live(cohort.z) for cohort in cohorts]
         if len(cohorts) == 1:
-            parts = [self.ledger.evaluate(points[0], cohorts[0].live_rows)]
-        else:
-            rows = self.ledger.rows(np.concatenate([cohort.live_rows.host for cohort in cohorts]))
-            parts = list(self.ledger.evaluate(torch.cat(points), rows).split([len(point) for point in points]))
+            cohorts[0].g = cohorts[0].problem.residual(cohorts[0].z)
+            return
+        points = [cohort.take_live(cohort.z) for cohort in cohorts]
+        rows = self.ledger.rows(np.concatenate([cohort.live_rows.host for cohort in cohorts]))
+        parts = self.ledger.evaluate(torch.cat(points), rows).split([len(point) for point in points])
         for cohort, g in zip(cohorts, parts, strict=True):
             index = cohort.problem.live_index
             cohort.g = g if index is None else torch.zeros_like(cohort.z).index_copy(0, index, g)
@@ -292,12 +293,13 @@ class _Driver:
 
     def _decide(self, cohort: _Cohort) -> None:
         """Freeze what is done, hand over what is stuck, keep the rest."""
-        ledger, rows = self.ledger, cohort.live_rows
-        pick, host = rows.pick, rows.host
+        ledger = self.ledger
         still, spent = cohort.still(), self._spent(cohort)
         last = cohort.number + 1 == len(self.plan)
-        if last and not (ledger.news or spent.any() or still.any()):
+        if last and not ledger.news and (still is spent or not (spent.any() or still.any())):
             return
+        rows = cohort.live_rows
+        pick, host = rows.pick, rows.host
         converged, finite, best = ledger.converged[pick], ~ledger.broken[pick], ledger.best[pick]
         broken = ~finite | still
         if not last:

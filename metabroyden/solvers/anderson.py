@@ -73,7 +73,7 @@ class Anderson(ClassicalSolver):
         gamma, _ = torch.linalg.solve_ex(gram, right.squeeze(1).double())
         weights = right.copy_(gamma.unsqueeze(1)).neg_()  # contiguous: else the product is ten times slower
         torch.nan_to_num_(weights, 0.0, 0.0, 0.0)
-        return Step(combine(plain, weights, state.mixed.narrow(1, 0, used)), after)
+        return Step(combine(plain, weights, state.mixed.narrow(1, 0, used), in_place=True), after)
 
     def gather(self, state: AndersonState, index: Tensor) -> AndersonState:
         """The rows `index`, without copying the part of the buffers that nothing was written to."""
