@@ -74,7 +74,7 @@ class Ledger:
         best: relative residual of the best iterate, infinite before the first finite evaluation. converged.
         broken: not finite at the end of a round (what a line search tries and drops does not count).
         residual, residual_before: of the sample's last evaluation and of the one before.
-    On the device: best_z (B, n); best_g: its g, None where nothing will be handed over.
+    On the device: best_z (B, n); best_g: its g, None where nothing will be handed over; g0: f(z0) − z0, once known.
     Of the last `settle`: `news`, something converged or is not finite; `idle`, something did not improve.
     """
 
@@ -100,7 +100,8 @@ class Ledger:
         self.phase, self.phased = np.zeros(batch, dtype=np.int8), False
         self.z0 = z0
         self.forward_ad: bool | None = None  # whether f has forward AD; None: not tried yet
-        self.origin: Tensor | None = None
+        self.g0: Tensor | None = None
+        self._origin: Tensor | None = None
         self.best_z, self._owned = z0, False  # owned: no iterate shares best_z's memory, it may be written to
         self.best_g = z0.new_zeros(z0.shape) if keep_g else None
         self.best = np.full(batch, np.inf)
@@ -160,12 +161,18 @@ class Ledger:
         norms, g_norm, f_norm = rows.norms(z, fresh=bool(self._pending))
         torch.linalg.vector_norm(g, dim=1, out=g_norm)
         torch.linalg.vector_norm(fz, dim=1, out=f_norm)
-        if self.origin is None and z is self.z0:
-            self.origin = fz
+        if self.g0 is None and z is self.z0:
+            self.g0 = g
         pick = rows.pick
         phase = self.phase[pick].copy() if self.phased else 0
         self._pending.append(_Evaluation(rows, z, fz, g, norms, self.nfe[pick].copy(), phase, self.round))
         return g
+
+    def origin(self) -> Tensor | None:
+        """f(z0), (B, n), where it has been evaluated; in memory of ours, for f may use its own again."""
+        if self._origin is None and self.g0 is not None:
+            self._origin = self.z0 + self.g0
+        return self._origin
 
     def settle(self) -> None:
         """Judge the evaluations made since the last call, in their order. One host synchronisation for all of them."""

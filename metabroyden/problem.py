@@ -64,10 +64,12 @@ class Problem:
         Where the solve did not begin at z0, it is evaluated, and counted for the whole batch, when first asked for.
         """
         ledger = self._ledger
-        if ledger.origin is None:
+        origin = ledger.origin()
+        if origin is None:
             ledger.evaluate(ledger.z0, ledger.rows(np.arange(len(ledger.nfe))))
-        assert ledger.origin is not None
-        return ledger.origin if self._rows.index is None else ledger.origin.index_select(0, self._rows.index)
+            origin = ledger.origin()
+        assert origin is not None
+        return origin if self._rows.index is None else origin.index_select(0, self._rows.index)
 
     def residual(self, z: Tensor, among: np.ndarray | None = None) -> Tensor:
         """g = f(z) − z at z (R, n): one counted evaluation on each live row (of those `among`; zero elsewhere)."""

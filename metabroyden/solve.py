@@ -238,8 +238,6 @@ class _Driver:
             raise ValueError(
                 f"{first.phase.solver!r}.start must return shape {tuple(z0.shape)}, got {tuple(first.z.shape)}"
             )
-        if first.z is not z0:
-            first.z = first.z.clone()  # it may be what f returned, and f may have kept it
         self.cohorts = [first]
         if self.ledger.nfe.any():  # start has looked at f: some samples may be done
             self._look()
@@ -334,6 +332,6 @@ class _Driver:
                 cohort.z, cohort.g = pair
             else:
                 cohort.z = self.ledger.z0 if index is None else self.ledger.z0[index]
-                if self.ledger.origin is not None:
-                    cohort.g = (self.ledger.origin if index is None else self.ledger.origin[index]) - cohort.z
+                g = self.ledger.g0
+                cohort.g = g if g is None or index is None else g[index]
             self.cohorts.append(cohort)

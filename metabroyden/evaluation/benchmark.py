@@ -184,6 +184,7 @@ def clock_rows(
     return [{key: _short(value) for key, value in row.items()} for row in rows]
 
 
+@torch.no_grad()
 def part_rows(solvers: dict[str, Any], problems: Problems, *, repeats: int) -> list[Row]:
     """What f, and each learned part, costs on the whole batch: interleaved medians, and in f-equivalents."""
     flat = problems.z0.flatten(1)
@@ -198,12 +199,11 @@ def part_rows(solvers: dict[str, Any], problems: Problems, *, repeats: int) -> l
         jobs[name, "init"] = partial(solver.init, z, g, problem)
         jobs[name, "step"] = partial(solver.step, z, g, state, problem)
     times: dict[tuple[str, str], list[float]] = {job: [] for job in jobs}
-    with torch.no_grad():
-        for _ in range(repeats + 1):
-            for job, call in jobs.items():
-                began = time.perf_counter()
-                call()
-                times[job].append(time.perf_counter() - began)
+    for _ in range(repeats + 1):
+        for job, call in jobs.items():
+            began = time.perf_counter()
+            call()
+            times[job].append(time.perf_counter() - began)
     median = {job: float(np.median(values[1:])) for job, values in times.items()}
     return [
         {

@@ -19,7 +19,7 @@ class AndersonState(NamedTuple):
     residuals: Tensor  # (R, m, n) Δgᵢ
     mixed: Tensor  # (R, m, n) Δzᵢ + βΔgᵢ
     gram: Tensor  # (R, m, m) inner products of `residuals`, the diagonal times 1 + ridge, kept in float64
-    z: Tensor  # (R, n) previous iterate
+    plain: Tensor  # (R, n) previous iterate z + βg
     g: Tensor  # (R, n) its residual
     steps: int
 
@@ -57,12 +57,12 @@ class Anderson(ClassicalSolver):
     def step(self, z: Tensor, g: Tensor, state: AndersonState, problem: Problem) -> Step:
         """Plain damped step first; from then on the mixed step over the differences seen so far."""
         plain = torch.add(z, g, alpha=self.damping)
-        after = AndersonState(state.residuals, state.mixed, state.gram, z, g, state.steps + 1)
+        after = AndersonState(state.residuals, state.mixed, state.gram, plain, g, state.steps + 1)
         if state.steps == 0:
             return Step(plain, after)
         used, slot = min(state.steps, self.memory), (state.steps - 1) % self.memory
         dg = into(state.residuals.select(1, slot), torch.sub, g, state.g)
-        into(state.mixed.select(1, slot), torch.sub, z, state.z).add_(dg, alpha=self.damping)
+        into(state.mixed.select(1, slot), torch.sub, plain, state.plain)
         across = state.residuals.narrow(1, 0, used).transpose(1, 2)
         row = torch.bmm(dg.unsqueeze(1), across).squeeze(1)
         state.gram.select(1, slot).narrow(1, 0, used).copy_(row)
@@ -73,11 +73,11 @@ class Anderson(ClassicalSolver):
         gamma, _ = torch.linalg.solve_ex(gram, right.squeeze(1).double())
         weights = right.copy_(gamma.unsqueeze(1)).neg_()  # contiguous: else the product is ten times slower
         torch.nan_to_num_(weights, 0.0, 0.0, 0.0)
-        return Step(combine(plain, weights, state.mixed.narrow(1, 0, used), in_place=True), after)
+        return Step(combine(plain, weights, state.mixed.narrow(1, 0, used)), after)
 
     def gather(self, state: AndersonState, index: Tensor) -> AndersonState:
         """The rows `index`, without copying the part of the buffers that nothing was written to."""
         used = min(max(state.steps - 1, 0), self.memory)
         residuals, mixed = (gather_ring(buffer, index, used) for buffer in (state.residuals, state.mixed))
-        gram, z, g = (part.index_select(0, index) for part in (state.gram, state.z, state.g))
-        return AndersonState(residuals, mixed, gram, z, g, state.steps)
+        gram, plain, g = (part.index_select(0, index) for part in (state.gram, state.plain, state.g))
+        return AndersonState(residuals, mixed, gram, plain, g, state.steps)

@@ -68,14 +68,10 @@ def into(slot: Tensor, operation: Any, a: Tensor, b: Tensor) -> Tensor:
     return operation(a, b, out=slot)
 
 
-def combine(base: Tensor, weights: Tensor, buffer: Tensor, *, in_place: bool = False) -> Tensor:
+def combine(base: Tensor, weights: Tensor, buffer: Tensor) -> Tensor:
     """base + Σⱼ weightsⱼ bufferⱼ, (R, n), for base (R, n), weights (R, 1, k) contiguous and buffer (R, k, n)."""
     if buffer.shape[1] == 1:  # the batched product is eight times slower here
-        factors = weights.squeeze(1), buffer.squeeze(1)
-        return base.addcmul_(*factors) if in_place else torch.addcmul(base, *factors)
-    if in_place:
-        base.unsqueeze(1).baddbmm_(weights, buffer)
-        return base
+        return torch.addcmul(base, weights.squeeze(1), buffer.squeeze(1))
     return torch.baddbmm(base.unsqueeze(1), weights, buffer).squeeze(1)
 
 
