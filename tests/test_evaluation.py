@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import metabroyden as mb
-from metabroyden.evaluation import benchmark, metrics, report
-from metabroyden.evaluation.peers import TorchDEQSolver
+from metabroyden.evaluation import benchmark, metrics, race, report
+from metabroyden.evaluation.peers import ScipySolver, TorchDEQSolver, XitorchSolver, available
 from metabroyden.learned.layout import Layout
 from metabroyden.meta.fit import make_learned
 from metabroyden.solvers.tuning import tune
+from metabroyden.testbed.cells import blas
 from tests.conftest import tanh
 
 NAN = float("nan")
@@ -130,3 +131,76 @@ def test_rows_tell_what_happened_and_reports_are_made_of_rows_alone(tmp_path, mo
 def test_no_rows_no_report():
     with pytest.raises(ValueError, match="no rows"):
         report.Results([])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchdeq") is None, reason="torchdeq is not installed")
+@pytest.mark.parametrize("name", ["anderson", "broyden", "fixed_point_iter"])
+def test_what_a_peer_measured_is_not_lost_when_it_writes_over_its_points(name):
+    p = problems()
+    points: list[torch.Tensor] = []
+
+    def f(z, x):
+        points.append(z.clone())
+        return p.f(z, x)
+
+    _, trace = TorchDEQSolver(name).run(f, p.z0, p.x, 1e-6, 30)
+    truth = torch.stack([mb.relative_residual(z, p.f(z, p.x)) for z in points])
+    torch.testing.assert_close(trace.residual, truth)
+    assert (trace.seconds.diff() > 0).all()
+    assert len(TorchDEQSolver(name).clock(p.f, p.z0, p.x, 1e-6, 30)) == len(truth)
+
+
+@pytest.mark.parametrize(
+    "peer",
+    [XitorchSolver("broyden1", (("alpha", -1.0),)), *map(ScipySolver, ("broyden1", "anderson", "krylov", "hybr"))],
+    ids=str,
+)
+def test_other_peers_stop_by_our_rule_and_within_our_budget(peer):
+    if isinstance(peer, XitorchSolver) and not available("xitorch"):
+        pytest.skip("xitorch is not installed")
+    p = problems()
+    one = isinstance(peer, ScipySolver)
+    z0, x = (p.z0[:1], p.x[:1]) if one else (p.z0, p.x)
+    count = 0
+
+    def f(z):
+        nonlocal count
+        count += 1
+        return p.f(z, x)
+
+    _, recorder = peer.solve(f, z0, 1e-6, 80)
+    trace = recorder.trace()
+    assert count == recorder.count == len(trace.residual) <= 80
+    reached = (trace.residual <= 1e-6).all(dim=1)
+    assert reached[-1]
+    assert not reached[:-1].any()
+    _, short = peer.solve(f, z0, 1e-12, 5)
+    assert short.count == 5
+
+
+def test_the_race_of_classical_solvers_tells_what_happened():
+    cell = blas(6, 12, 1.2)
+    other = blas(6, 12, 1.2, x_seed=2)
+    contestants = {"Broyden": {"ours": mb.Broyden(), "torchdeq": TorchDEQSolver("broyden")}}
+    rows = race.race_rows("tiny", [cell, other], contestants, rtol=1e-4, budget=30, repeats=2)
+    ours, theirs = rows
+    assert ours["samples"] == 12
+    assert ours["success"] == theirs["success"] == 1
+    assert abs(ours["median"] - theirs["median"]) <= 1
+    assert theirs["ratio_overhead"] == theirs["ratio_total"] == 1
+    assert 0 < ours["overhead"] < ours["total"]
+    expected = mb.solve(cell.f, cell.z0, cell.context, solver=mb.Broyden(), rtol=1e-4, max_nfe=30)
+    assert ours["calls"] == int(expected.nfe.max())
+    anatomy = race.anatomy_rows("tiny", cell, rtol=1e-4, budget=30, repeats=1)
+    assert all(min(row["f"], row["step"], row["driver"]) > 0 for row in anatomy)
+    gaps = race.gap_rows((2,), (2,), repeats=1, steps=8)
+    assert {row["by"] for row in gaps} == {"step", "batch", "memory"}
+    samples = race.registry_rows(
+        ["two_tensors", "logistic"],
+        {"ours": mb.Anderson(), "hybr": ScipySolver("hybr")},
+        tolerances=(1e-2, 1e-5),
+        budget=60,
+        batch=2,
+    )
+    assert len(samples) == 2 * 2 * 2
+    assert all(row["reached"]["1e-05"] for row in samples)

@@ -9,7 +9,7 @@ import pytest
 
 import metabroyden as mb
 from experiments import __main__ as cli
-from experiments import digits
+from experiments import digits, solvers
 from experiments.registry import EXPERIMENTS
 from metabroyden.meta.trainer import MetaTrainer
 
@@ -74,6 +74,32 @@ def test_digits_resumes_after_an_interruption_and_writes_what_it_promises(tmp_pa
     assert len((folder / "rows.jsonl").read_bytes().splitlines()) == len(before.splitlines())
 
 
+def test_solvers_races_and_writes_what_it_promises(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(solvers, "PROBLEMS", dict.fromkeys(("cosine", "logistic", "tanh_symmetric_1.5")))
+    config = solvers.Solvers(
+        repeats=1, budget=9, batch=2, seeds=1, problems=2, compiled=False, results=tmp_path, progress=False
+    )
+    solvers.run(config)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "rows.jsonl",
+        "config.json",
+        "report.md",
+        "overhead_by_history.png",
+        "overhead_by_size.png",
+        "anatomy.png",
+        "performance_profiles.png",
+        "work_precision.png",
+    }
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert {row["row"] for row in rows} == {"race", "anatomy", "gap", "limited", "sample"}
+    described = json.loads((tmp_path / "config.json").read_text())
+    assert described["config"]["budget"] == 9
+    assert described["provenance"]["versions"]["torchdeq"] == "0.1.0"
+    assert "geometric mean" in capsys.readouterr().out
+    report = (tmp_path / "report.md").read_text()
+    assert "nan" not in report.lower().replace("not finite", "")
+
+
 def test_help_shows_every_experiment_with_its_options(capsys):
     cli.main(["--help"])
     shown = capsys.readouterr().out
@@ -84,7 +110,7 @@ def test_help_shows_every_experiment_with_its_options(capsys):
 
 
 def test_unknown_experiments_and_options_are_refused(capsys):
-    with pytest.raises(SystemExit, match="unknown experiment 'digit': known are digits"):
+    with pytest.raises(SystemExit, match="unknown experiment 'digit': known are digits, solvers"):
         cli.main(["digit"])
     with pytest.raises(SystemExit):
         cli.main(["digits", "--epoch", "3"])

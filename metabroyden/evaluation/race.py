@@ -12,7 +12,7 @@ A row is a JSON object with a key "row" that says what it tells:
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -99,7 +99,7 @@ def traced(solver: Any, problem: KnownProblem, rtol: float, max_nfe: int) -> Tra
 
 def race_rows(
     name: str,
-    problem: KnownProblem,
+    problems: Sequence[KnownProblem],
     contestants: dict[str, dict[str, Any]],
     *,
     rtol: float,
@@ -107,17 +107,23 @@ def race_rows(
     repeats: int,
     reference: str = "torchdeq",
 ) -> list[Row]:
-    """Each method's contestants on one problem, interleaved; ratios are medians of paired ratios to the reference."""
+    """Each method's contestants on a cell: evaluations on all the problems (batches of it), time on the first.
+
+    Timed runs are interleaved; ratios are medians of paired ratios to the reference.
+    """
     rows: list[Row] = []
     for method, entries in contestants.items():
-        traces = {label: traced(solver, problem, rtol, budget) for label, solver in entries.items()}  # and warm up
+        hits = {
+            label: [traced(solver, problem, rtol, budget).evaluations_to(rtol, budget) for problem in problems]
+            for label, solver in entries.items()
+        }
         runs: dict[str, list[Run]] = {label: [] for label in entries}
         for _ in range(repeats):
             for label, solver in entries.items():
-                runs[label].append(timed(solver, problem, rtol, budget))
+                runs[label].append(timed(solver, problems[0], rtol, budget))
         base = runs[reference]
         for label, found in runs.items():
-            evaluations, reached = traces[label].evaluations_to(rtol, budget)
+            evaluations, reached = (np.concatenate(values) for values in zip(*hits[label], strict=True))
             pairs = list(zip(found, base, strict=True))
             rows.append(
                 {
@@ -134,6 +140,7 @@ def race_rows(
                     "p90": float(np.percentile(evaluations, 90)),
                     "worst": int(evaluations.max()),
                     "success": float(reached.mean()),
+                    "samples": len(reached),
                     "ratio_overhead": _median(ours.overhead / theirs.overhead for ours, theirs in pairs),
                     "ratio_total": _median(ours.total / theirs.total for ours, theirs in pairs),
                 }
@@ -162,7 +169,7 @@ def gap_rows(batches: Iterable[int], memories: Iterable[int], *, repeats: int, s
                     for k, gap in enumerate(middle)
                 )
             else:
-                seconds = _short(float(np.median(middle[skip:])))
+                seconds = _short(float(np.median(middle[min(skip, len(middle) - 1) :])))
                 rows.append({"row": "gap", "by": what, "value": value, "solver": label, "seconds": seconds})
 
     full = {
