@@ -127,9 +127,10 @@ def _registry(config: Solvers, name: str) -> list[dict[str, Any]]:
     solvers: dict[str, Any] = {
         "Picard": Picard(),
         "Anderson": Anderson(),
-        "Broyden": Broyden(),
-        "bad Broyden": Broyden(kind="bad"),
-        "Broyden, line search": Broyden(line_search=True),
+        "Broyden": Broyden(memory=200),  # full memory, as the peers have
+        "bad Broyden": Broyden(memory=200, kind="bad"),
+        "Broyden, memory 10": Broyden(memory=10),
+        "Broyden, line search": Broyden(memory=200, line_search=True),
         "Newton": Newton(),
         "torchdeq Picard": TorchDEQSolver("fixed_point_iter"),
         "torchdeq Anderson": TorchDEQSolver("anderson"),
