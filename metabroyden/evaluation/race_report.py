@@ -80,7 +80,7 @@ def write(folder: Path, rows: Sequence[Row], described: dict[str, Any]) -> Path:
         "## The registered problems",
         f"Eight samples of each of {len({row['problem'] for row in rows if row['row'] == 'sample'})} problems, float64, at "
         "most 200 evaluations (Jacobian products included). Broyden has full memory unless it says otherwise. scipy solves "
-        "one sample at a time. The share of samples solved within so many times the evaluations of the solver that was best on the sample:",
+        "one sample at a time. The share of samples solved within so many times the evaluations of the best solver on it:",
         profile,
         work,
         registry_table(rows, "1e-06"),
