@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -119,7 +118,7 @@ class FixedBudget:
         problem = _FixedProblem(self, packing, z0, context)
         z = self.solver.start(z0, problem)
         state = None
-        while True:
+        while len(problem.residuals) < self.max_nfe:
             g = problem.residual(z)
             if len(problem.residuals) + getattr(self.solver, "min_nfe", 1) > self.max_nfe:
                 break
@@ -132,8 +131,6 @@ class FixedBudget:
 class _FixedProblem:
     """What a solver sees of a solve with a fixed budget: `Problem`, as far as it makes sense without a host."""
 
-    live_index = None
-
     def __init__(self, owner: FixedBudget, packing: Packing, z0: Tensor, context: Any) -> None:
         self._owner, self._packing, self._z0, self.context = owner, packing, z0, context
         self.shape = packing.shape
@@ -145,13 +142,9 @@ class _FixedProblem:
         self.last = ~self.done
 
     @property
-    def budget(self) -> np.ndarray:
-        """(R,) evaluations left."""
-        return np.full(self._z0.shape[0], self._owner.max_nfe - len(self.residuals))
-
-    def unpack(self, flat: Tensor) -> State:
-        """The (R, n) matrix as f's state."""
-        return self._packing.unpack(flat)
+    def steps_left(self) -> int:
+        """No sample can make more steps than this."""
+        return self._owner.max_nfe - len(self.residuals)
 
     def origin(self) -> Tensor:
         """f(z0), (R, n); evaluated when first asked for, unless the solve began there."""
@@ -166,9 +159,9 @@ class _FixedProblem:
         point = z if owner.f_dtype is None else z.to(owner.f_dtype)
         arguments = () if self.context is None else (self.context,)
         fz = self._packing.take(owner.f(self._packing.unpack(point), *arguments), z)
-        if z is self._z0:
-            self._origin = fz
         g = fz - z
+        if z is self._z0:
+            self._origin = z + g  # in memory of ours: f may use its own again
         g_norm, f_norm = scaled_norm(g), scaled_norm(fz)
         residual = relative(g_norm, f_norm).to(z.dtype)
         self.last = torch.isfinite(g_norm) & torch.isfinite(f_norm)

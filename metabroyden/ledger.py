@@ -16,6 +16,25 @@ from metabroyden.state import Packing, gather
 F = Callable[..., State]
 
 
+class InCallersMode:
+    """f run as the caller would run it, under autocast or inference mode, whatever the solver's own arithmetic runs in."""
+
+    def __init__(self, f: Callable[..., State], device: str) -> None:
+        self.f, self.device = f, device
+        self.inference, self.autocast = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(device)
+        self.dtype = torch.get_autocast_dtype(device) if self.autocast else None
+
+    def __call__(self, *arguments: Any) -> State:
+        """f."""
+        with torch.inference_mode(self.inference):
+            return self.differentiable(*arguments)
+
+    def differentiable(self, *arguments: Any) -> State:
+        """f outside inference mode, in which forward AD does not work."""
+        with torch.autocast(self.device, dtype=self.dtype, enabled=self.autocast):
+            return self.f(*arguments)
+
+
 class Rows:
     """Some samples of a batch, in order: their numbers on the host and, where it is not the whole batch, on the device.
 
@@ -115,6 +134,8 @@ class Ledger:
         # squares of norms outside this range may have over- or underflowed
         self._trusted = (1e-15, 1e15) if z0.dtype == torch.float32 else (1e-140, 1e140)
         self._pending: list[_Evaluation] = []
+        self._owned_images = False  # whether the images that wait are all in memory of ours
+        self._taken: list[tuple[Rows, Tensor]] = []
         self._events: list[tuple[Rows, np.ndarray, np.ndarray, np.ndarray | int]] = []
         self._seconds: list[float] = []
         self._began = time.perf_counter()
@@ -135,27 +156,31 @@ class Ledger:
         self.nfe[rows.pick] += 1
         self.most += 1
 
-    def call(self, z: Tensor, rows: Rows) -> Tensor:
+    def call(self, z: Tensor, rows: Rows, *, differentiable: bool = False) -> Tensor:
         """f at z (R, n) for the given rows, flat (R, n). With no context f sees the full batch, the rest at its best."""
+        f = self.f.differentiable if differentiable and isinstance(self.f, InCallersMode) else self.f
+        if self._pending and not self._owned_images:  # f may write its next value where it wrote the last
+            self._pending[-1] = self._pending[-1]._replace(fz=self._pending[-1].fz.clone())
+            self._owned_images = True
         if self.context is not None:
             context = self.context if rows.index is None else rows.context(self.context)
             if self._plain:
-                return self.packing.take(self.f(z, context), z)
-            return self._image(z, context)
+                return self.packing.take(f(z, context), z)
+            return self._image(f, z, context)
         if rows.index is None:
-            return self._image(z)
-        return self._image(self.best_z.index_copy(0, rows.index, z)).index_select(0, rows.index)
+            return self._image(f, z)
+        return self._image(f, self.best_z.index_copy(0, rows.index, z)).index_select(0, rows.index)
 
-    def _image(self, z: Tensor, *context: Any) -> Tensor:
+    def _image(self, f: F, z: Tensor, *context: Any) -> Tensor:
         point = z if self.f_dtype is None else z.to(self.f_dtype)
-        return self.packing.take(self.f(self.packing.unpack(point), *context), z)
+        return self.packing.take(f(self.packing.unpack(point), *context), z)
 
     def evaluate(self, z: Tensor, rows: Rows) -> Tensor:
         """g = f(z) − z at z (R, n): counted at once, judged when `settle` is called."""
         self.spend(rows)
-        version = None if z.is_inference() else z._version
+        version = z._version
         fz = self.call(z, rows)
-        if version is not None and z._version != version:
+        if z._version != version:
             raise ValueError("f changed its argument z in place: a fixed-point map must leave z as it was")
         g = fz - z
         norms, g_norm, f_norm = rows.norms(z, fresh=bool(self._pending))
@@ -166,6 +191,7 @@ class Ledger:
         pick = rows.pick
         phase = self.phase[pick].copy() if self.phased else 0
         self._pending.append(_Evaluation(rows, z, fz, g, norms, self.nfe[pick].copy(), phase, self.round))
+        self._owned_images = False
         return g
 
     def origin(self) -> Tensor | None:
@@ -174,14 +200,23 @@ class Ledger:
             self._origin = self.z0 + self.g0
         return self._origin
 
+    def take(self, g: Tensor, rows: Rows) -> None:
+        """A step has evaluated several points and goes on from one with this g (R, n): whether that is finite counts."""
+        self._taken.append((rows, g.abs().amax(dim=1)))
+
     def settle(self) -> None:
         """Judge the evaluations made since the last call, in their order. One host synchronisation for all of them."""
         self.news = self.idle = False
         if not self._pending:
             return
         pending, self._pending = self._pending, []
-        for evaluation, norms in zip(pending, to_host([evaluation.norms for evaluation in pending]), strict=True):
+        taken, self._taken = self._taken, []
+        seen = to_host([evaluation.norms for evaluation in pending] + [largest for _, largest in taken])
+        for evaluation, norms in zip(pending, seen, strict=False):
             self._judge(evaluation, norms)
+        for (rows, _), largest in zip(taken, seen[len(pending) :], strict=True):
+            self._finite[rows.pick] = np.isfinite(largest)
+            self._all_finite = bool(self._finite.all())
         if not self._all_finite:
             self.broken |= ~self._finite
         now = time.perf_counter() - self._began
@@ -198,16 +233,17 @@ class Ledger:
         best, (g_norm, f_norm) = self.best[pick], norms
         low, high = self._trusted
         trusted = norms.min() > low and norms.max() < high  # never where there is a NaN
-        bound = self.rtol * f_norm if self.atol == 0 else self.atol + self.rtol * f_norm
         if trusted:
+            bound = self.rtol * f_norm if self.atol == 0 else self.atol + self.rtol * f_norm
             residual = g_norm / f_norm
             reached, better = g_norm <= bound, residual < best
         else:
-            g_norm, f_norm = to_host([scaled_norm(g), scaled_norm(fz)])
+            far = ~((norms > low) & (norms < high)).all(axis=0)
+            g_norm, f_norm = np.where(far, to_host([scaled_norm(g), scaled_norm(fz)]), norms)
             finite = np.isfinite(g_norm + f_norm)
             residual = np.where(finite, np.where(g_norm == 0, 0.0, g_norm / f_norm), np.nan)
             reached = finite & (g_norm <= self.atol + self.rtol * f_norm)
-            better = finite & (residual <= best)
+            better = finite & ((residual < best) | (far & (residual <= best)))
         if not (trusted and self._all_finite):
             self._finite[pick] = trusted or finite
             self._all_finite = bool(self._finite.all())

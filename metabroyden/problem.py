@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from metabroyden.ledger import Ledger, Rows
-from metabroyden.solution import State
 
 
 class Problem:
@@ -49,14 +48,14 @@ class Problem:
         return np.where(self.alive, self._ledger.max_nfe - self._ledger.nfe[self._rows.pick], 0)
 
     @property
-    def affordable_jvps(self) -> int:
-        """Jacobian products that every live row can still afford; the first may cost two evaluations (see `jvp`)."""
-        left = self._ledger.max_nfe - self._ledger.nfe[self.live_rows.pick].max()
-        return int(left) - (self._ledger.forward_ad is None)
+    def steps_left(self) -> int:
+        """No row can make more steps than this."""
+        return int(self.budget.max())
 
-    def unpack(self, flat: Tensor) -> State:
-        """The (R, n) matrix as f's state."""
-        return self._ledger.packing.unpack(flat)
+    @property
+    def affordable_jvps(self) -> np.ndarray:
+        """(R,) on the host: Jacobian products each row can still afford; the first may cost two evaluations (see `jvp`)."""
+        return self.budget - (self._ledger.forward_ad is None)
 
     def origin(self) -> Tensor:
         """f(z0), (R, n): the context every solver has, known from the solve's first evaluation.
@@ -82,7 +81,8 @@ class Problem:
     def jvp(self, z: Tensor, v: Tensor, fz: Tensor, among: np.ndarray | None = None) -> Tensor:
         """J_f(z) v for z, v of shape (R, n) and fz = f(z): one counted evaluation on each live row (of those `among`).
 
-        Forward AD, or a finite difference from fz where f has none; finding that out costs one more, once a solve.
+        Forward AD, or finite differences from fz where the first product of a solve finds that f has none; finding that
+        out costs one more. What f raises later is passed on.
         """
         rows, index = self._chosen(among)
         if index is not None:
@@ -91,9 +91,16 @@ class Problem:
         product = None
         if ledger.forward_ad is not False:
             ledger.spend(rows)
-            # raised by an operation without forward AD: f was called in vain
-            with contextlib.suppress(NotImplementedError, RuntimeError):
-                product = torch.func.jvp(lambda point: ledger.call(point, rows), (z,), (v,))[1]
+            points = z.contiguous(), v.contiguous()  # forward AD refuses expanded memory
+            f = partial(ledger.call, rows=rows, differentiable=True)
+            try:
+                product = torch.func.jvp(f, points[:1], points[1:])[1]
+            except (
+                NotImplementedError,
+                RuntimeError,
+            ):  # an operation without forward AD, or f's own error: it will recur
+                if ledger.forward_ad:
+                    raise
             ledger.forward_ad = product is not None
         if product is None:
             ledger.spend(rows)

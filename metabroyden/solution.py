@@ -50,7 +50,8 @@ class Trace:
     Attributes:
         residual: (K, B), relative residual that the call measured; NaN where that sample took no part in it, or where
             f was not finite.
-        nfe: (K, B) int64, evaluations the sample had spent once the call was made (Jacobian products included).
+        nfe: (K, B) int64, evaluations the sample had spent once the call was made (Jacobian products included, which have
+            no row of their own); 0 where it took no part.
         seconds: (K,) float64, wall-clock seconds since `solve` began, read after the stopping test of that call.
         phase: (K, B) int8, 0 while the solver itself is at work, 1, 2, … after its safeguard handed the sample over;
             -1 where that sample took no part.
@@ -74,11 +75,12 @@ class Trace:
 
 @dataclass(frozen=True)
 class Solution:
-    """The result of `metabroyden.solve`, per sample. See DESIGN's contract; B samples.
+    """The result of `metabroyden.solve`, per sample; B samples.
 
     Attributes:
-        z: shaped like z0, per sample the iterate of smallest relative residual.
-        residual: (B,), ‖f(z)−z‖₂ / ‖f(z)‖₂ at `z` (0/0 = 0); NaN only where f(z0) itself is not finite.
+        z: shaped like z0, per sample the first iterate that reached the tolerance, else that of smallest relative residual;
+            never non-finite.
+        residual: (B,), ‖f(z)−z‖₂ / ‖f(z)‖₂ at `z` (0/0 = 0); NaN where not one evaluation gave a finite f(z) − z.
         nfe: (B,) int64, evaluations of f spent on the sample, Jacobian products included; at most max_nfe.
         steps: (B,) int64, solver steps.
         converged: (B,) bool, ‖f(z)−z‖₂ ≤ atol + rtol·‖f(z)‖₂.

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metabroyden.ledger import Ledger, Rows, to_host
+from metabroyden.ledger import InCallersMode, Ledger, Rows, to_host
 from metabroyden.problem import Problem
 from metabroyden.solution import Solution, SolveError, State, Status
 from metabroyden.state import Packing, check_context, gather
@@ -69,7 +69,8 @@ def solve(
         max_nfe: evaluations of f each sample may cost, Jacobian products and verification included.
         throw: raise `SolveError` when a sample fails; its `.solution` holds the result. Else look at `Solution.status`.
         check_every: steps between two looks at the outcome, each of which waits for the device. With more than one a
-            sample may cost up to check_every − 1 evaluations after it converged; they are counted, its result is the same.
+            sample may make up to check_every − 1 steps after it converged; their evaluations are counted, its result is
+            the same. A learned solver's hand-over may come as much later, too.
         f_dtype: dtype that f is called in, torch.bfloat16 say; the context is the caller's to cast. Iterates, norms and
             the solver's memory stay in z0's dtype. Rounding sets a floor under the residual: see tolerances from 1e-2.
 
@@ -87,8 +88,11 @@ def solve(
     """
     packing = Packing.of(z0)
     check_options(f, solver, rtol, atol, max_nfe, check_every, f_dtype)
-    with torch.no_grad():
-        flat = packing.pack(z0).detach()
+    f = in_callers_mode(f, _device(z0))
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(_device(z0), enabled=False):
+        flat = packing.pack(z0).detach().contiguous()
+        if flat.is_inference():
+            flat = flat.clone()
         check_context(context, len(flat))
         driver = _Driver(
             flat, packing, f, context, solver, check_every, rtol=rtol, atol=atol, max_nfe=max_nfe, f_dtype=f_dtype
@@ -107,6 +111,16 @@ def solve(
     if throw and (driver.status != Status.CONVERGED).any():
         raise SolveError(solution.failures(), solution)
     return solution
+
+
+def in_callers_mode(f: Callable[..., State], device: str) -> Callable[..., State]:
+    """f itself where the caller is in neither mode."""
+    wrapped = InCallersMode(f, device)
+    return wrapped if wrapped.inference or wrapped.autocast else f
+
+
+def _device(z: State) -> str:
+    return (z if isinstance(z, Tensor) else z[0]).device.type
 
 
 def check_options(
@@ -162,11 +176,11 @@ class _Cohort:
     def advance(self) -> None:
         """Go to the next iterate, for every row; take over its residual where the step has evaluated it already."""
         solver, z = self.phase.solver, self.z
-        version = None if z.is_inference() else z._version
+        version = z._version
         if self.state is None:
             self.state = solver.init(z, self.g, self.problem)
         step = solver.step(z, self.g, self.state, self.problem)
-        if version is not None and z._version != version:
+        if z._version != version:
             raise ValueError(f"{solver!r}.step changed the iterate z in place: it must return a new one")
         self.z_before, self.z, self.g, self.state = z, step.z, step.g, step.state
         self.steps += 1
@@ -252,6 +266,8 @@ class _Driver:
             if cohort.g is not None:
                 cohort.advance()
                 self.steps[cohort.live_rows.pick] += 1
+                if cohort.g is not None:
+                    self.ledger.take(cohort.take_live(cohort.g), cohort.live_rows)
         self._evaluate([cohort for cohort in self.cohorts if cohort.g is None])
         self.unseen += 1
         if self.unseen == self.check_every or any(map(self._must_look, self.cohorts)):
@@ -294,7 +310,7 @@ class _Driver:
         ledger = self.ledger
         still, spent = cohort.still(), self._spent(cohort)
         last = cohort.number + 1 == len(self.plan)
-        if last and not ledger.news and (still is spent or not (spent.any() or still.any())):
+        if last and not (ledger.news or spent.any() or still.any()):
             return
         rows = cohort.live_rows
         pick, host = rows.pick, rows.host

@@ -15,8 +15,9 @@ class Safeguard:
 
     A sample leaves the learned phase when its best residual has not fallen for `patience` evaluations, when it turns
     non-finite, or after `horizon` steps. Broyden carries on from the best iterate, whose residual is known; where that
-    does not halve the best residual in `resumed_patience` evaluations, plain Broyden starts again from z0. So, given
-    max_nfe plus what was already spent, a learned solve never fails where its fallback converges.
+    does not halve the best residual in `resumed_patience` evaluations, plain Broyden starts again from z0. So, with a
+    horizon or a patience, and given max_nfe plus what was already spent, a learned solve does not fail where its fallback
+    converges.
 
     Attributes:
         horizon: learned steps at most; None: no limit.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metabroyden.problem import Problem
-from metabroyden.solvers.base import ClassicalSolver, Step, check_number, combine, gather_ring, into
+from metabroyden.solvers.base import ClassicalSolver, Step, check_number, combine, gather_ring, into, ring_size
 from metabroyden.solvers.registry import register
 
 
@@ -50,8 +50,9 @@ class Anderson(ClassicalSolver):
 
     def init(self, z: Tensor, g: Tensor, problem: Problem) -> AndersonState:
         """Empty buffers."""
-        residuals, mixed = (z.new_empty(len(z), self.memory, z.shape[1]) for _ in range(2))
-        gram = torch.zeros(len(z), self.memory, self.memory, dtype=torch.float64, device=z.device)
+        memory = ring_size(self.memory, problem)
+        residuals, mixed = (z.new_empty(len(z), memory, z.shape[1]) for _ in range(2))
+        gram = torch.zeros(len(z), memory, memory, dtype=torch.float64, device=z.device)
         return AndersonState(residuals, mixed, gram, z, g, 0)
 
     def step(self, z: Tensor, g: Tensor, state: AndersonState, problem: Problem) -> Step:
@@ -60,7 +61,8 @@ class Anderson(ClassicalSolver):
         after = AndersonState(state.residuals, state.mixed, state.gram, plain, g, state.steps + 1)
         if state.steps == 0:
             return Step(plain, after)
-        used, slot = min(state.steps, self.memory), (state.steps - 1) % self.memory
+        memory = state.residuals.shape[1]
+        used, slot = min(state.steps, memory), (state.steps - 1) % memory
         dg = into(state.residuals.select(1, slot), torch.sub, g, state.g)
         into(state.mixed.select(1, slot), torch.sub, plain, state.plain)
         across = state.residuals.narrow(1, 0, used).transpose(1, 2)
@@ -77,7 +79,7 @@ class Anderson(ClassicalSolver):
 
     def gather(self, state: AndersonState, index: Tensor) -> AndersonState:
         """The rows `index`, without copying the part of the buffers that nothing was written to."""
-        used = min(max(state.steps - 1, 0), self.memory)
+        used = min(max(state.steps - 1, 0), state.residuals.shape[1])
         residuals, mixed = (gather_ring(buffer, index, used) for buffer in (state.residuals, state.mixed))
         gram, plain, g = (part.index_select(0, index) for part in (state.gram, state.plain, state.g))
         return AndersonState(residuals, mixed, gram, plain, g, state.steps)

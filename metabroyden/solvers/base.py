@@ -53,6 +53,11 @@ class ClassicalSolver:
         return z0
 
 
+def ring_size(memory: int, problem: Any) -> int:
+    """Entries of a ring buffer: the memory asked for, but no more than there can be steps."""
+    return memory if problem is None else max(1, min(memory, problem.steps_left))
+
+
 def gather_ring(buffer: Tensor, index: Tensor, used: int) -> Tensor:
     """The rows `index` of a ring buffer (R, m, n) of which only the first `used` entries were ever written."""
     new = buffer.new_empty(len(index), *buffer.shape[1:])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metabroyden.problem import Problem
-from metabroyden.solvers.base import ClassicalSolver, Step, check_number, combine, gather_ring, into
+from metabroyden.solvers.base import ClassicalSolver, Step, check_number, combine, gather_ring, into, ring_size
 from metabroyden.solvers.line_search import backtrack
 from metabroyden.solvers.registry import register
 from metabroyden.state import gather
@@ -64,7 +64,7 @@ class Broyden(ClassicalSolver):
       three products of a vector with a buffer.
     - bad: B⁺ = B + (s − By)yᵀ / ‖y‖²: two such products.
 
-    Once the memory is full the oldest update is dropped BEFORE the newest is made: B⁺y = s holds exactly, always.
+    Once the memory is full the oldest update is dropped BEFORE the newest is made: B⁺y = s holds after every update.
     A sample restarts from B₀ where its update breaks down: where |sᵀBy| is below `guard`·‖s‖² / step length (good), where
     y = 0 (bad), or where a line search fails.
 
@@ -103,7 +103,7 @@ class Broyden(ClassicalSolver):
     def init(self, z: Tensor, g: Tensor, problem: Problem) -> BroydenState:
         """Empty buffers; the initial inverse Jacobian looks at z and g once."""
         frozen = None if self.initial is None else self.initial.init(z, g, problem)
-        rows, m = len(z), self.memory
+        rows, m = len(z), ring_size(self.memory, problem)
         v, u = (z.new_empty(rows, m, z.shape[1]) for _ in range(2))
         mix = (
             torch.eye(m, dtype=z.dtype, device=z.device).repeat(rows, 1, 1)
@@ -125,16 +125,18 @@ class Broyden(ClassicalSolver):
         state.recent[:, state.steps % _RECENT] = torch.linalg.vector_norm(g, dim=1)
         ceiling = state.recent.amax(dim=1)
         z_next, g_next, failed = backtrack(z, g, -self.damping * bg, problem, ceiling=ceiling, trials=_TRIALS)
-        after.alive.masked_fill_(failed[:, None], 0.0)
-        return Step(z_next, after, g_next)
+        written = min(state.steps, state.v.shape[1])
+        after.alive[:, :written].masked_fill_(failed[:, None], 0.0)  # restart: B₀ is what the next pair is made with
+        return Step(z_next, after._replace(bg=torch.where(failed[:, None], b, bg)), g_next)
 
     def _slot(self, state: BroydenState) -> tuple[int, int, bool]:
         """Where the newest update goes, how many older ones are in use, whether the oldest had to be dropped for it."""
-        full = state.steps > self.memory
-        slot = (state.steps - 1) % self.memory
+        memory = state.v.shape[1]
+        full = state.steps > memory
+        slot = (state.steps - 1) % memory
         if full:  # what is dropped may be infinite, and would survive a zero weight
             state.v[:, slot], state.u[:, slot], state.alive[:, slot] = 0, 0, 1
-        return slot, self.memory if full else slot, full
+        return slot, memory if full else slot, full
 
     def _good(self, z: Tensor, g: Tensor, b: Tensor, state: BroydenState) -> Tensor:
         """Make the newest factor; B⁺g."""
@@ -190,7 +192,7 @@ class Broyden(ClassicalSolver):
 
     def gather(self, state: BroydenState, index: Tensor) -> BroydenState:
         """The rows `index`, without copying the part of the buffers that nothing was written to."""
-        used = min(max(state.steps - 1, 0), self.memory)
+        used = min(max(state.steps - 1, 0), state.v.shape[1])
         frozen = None if state.frozen is None else gather(state.frozen, index)
         v, u = gather_ring(state.v, index, used), gather_ring(state.u, index, used)
         mix, alive, z, g, b, bg, recent = (part.index_select(0, index) for part in state[2:9])

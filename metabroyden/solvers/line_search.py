@@ -38,7 +38,7 @@ def backtrack(
         trial_z = z + torch.from_numpy(length).to(z)[:, None] * step
         trial_g = problem.residual(trial_z, among=trying)
         reached = np.where(trying, to_host([size(trial_g, dim=1)])[0], reached)
-        gained = trying & ~(reached >= found)
+        gained = trying & np.isfinite(reached) & ~(reached >= found)
         mask = torch.from_numpy(gained).to(z.device)[:, None]
         best_z, best_g = torch.where(mask, trial_z, best_z), torch.where(mask, trial_g, best_g)
         found = np.where(gained, reached, found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,27 +47,34 @@ class Newton(ClassicalSolver):
 
     def step(self, z: Tensor, g: Tensor, state: tuple[()], problem: Problem) -> Step:
         """One damped (inexact) Newton step, (R, n)."""
-        directions = min(self.krylov, z.shape[1], problem.affordable_jvps - 1)
-        s = self._exact(z, g, problem) if directions == z.shape[1] else self._gmres(z, g, problem, directions)
+        directions = np.minimum(problem.affordable_jvps - 1, min(self.krylov, z.shape[1]))
+        exact = problem.alive & (directions == z.shape[1])
+        s = g
+        if exact.any():
+            s = self._exact(z, g, problem, exact)
+        if (problem.alive & ~exact).any():
+            inexact = self._gmres(z, g, problem, np.where(exact, 0, directions))
+            s = torch.where(torch.from_numpy(exact).to(z.device)[:, None], s, inexact)
         finite = torch.isfinite(s).all(dim=1, keepdim=True)
         return Step(torch.add(z, torch.where(finite, s, g), alpha=self.damping), state)
 
-    def _exact(self, z: Tensor, g: Tensor, problem: Problem) -> Tensor:
-        """s by the Jacobian, (R, n)."""
+    def _exact(self, z: Tensor, g: Tensor, problem: Problem, among: np.ndarray) -> Tensor:
+        """s by the Jacobian, (R, n), of these rows."""
         eye = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
-        columns = [problem.jvp(z, direction.expand_as(z).contiguous(), z + g) for direction in eye]
+        columns = [problem.jvp(z, direction.expand_as(z), z + g, among) for direction in eye]
         return torch.linalg.solve_ex(eye - torch.stack(columns, dim=2), g)[0]
 
-    def _gmres(self, z: Tensor, g: Tensor, problem: Problem, directions: int) -> Tensor:
-        """s by GMRES, (R, n)."""
+    def _gmres(self, z: Tensor, g: Tensor, problem: Problem, allowed: np.ndarray) -> Tensor:
+        """s by GMRES, (R, n), of the rows that are allowed directions."""
         rows, n = z.shape
+        directions = int(allowed.max())
         size = torch.linalg.vector_norm(g, dim=1, keepdim=True)
         basis = z.new_zeros(rows, directions + 1, n)
         hessenberg = z.new_zeros(rows, directions + 1, directions)
         right = z.new_zeros(rows, directions + 1, 1)
         right[:, 0] = size
         basis[:, 0] = _over(g, size)
-        working = problem.alive
+        working = problem.alive & (allowed > 0)
         weights = z.new_zeros(rows, 0, 1)
         for k in range(directions):
             v = basis[:, k]
@@ -88,7 +96,7 @@ class Newton(ClassicalSolver):
             keeps = torch.from_numpy(~working).to(z.device)[:, None, None]
             weights = torch.where(keeps, torch.nn.functional.pad(weights, (0, 0, 0, 1)), fresh)
             left = torch.linalg.vector_norm(target - small @ weights, dim=1)
-            working = working & (to_host([(left > self.forcing * size).squeeze(1) & finite])[0] > 0)
+            working &= (to_host([(left > self.forcing * size).squeeze(1) & finite])[0] > 0) & (allowed > k + 1)
             if not working.any():
                 break
         used = weights.shape[1]
