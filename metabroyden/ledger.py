@@ -135,7 +135,10 @@ class Ledger:
         self._trusted = (1e-15, 1e15) if z0.dtype == torch.float32 else (1e-140, 1e140)
         self._pending: list[_Evaluation] = []
         self._owned_images = False  # whether the images that wait are all in memory of ours
-        self._taken: list[tuple[Rows, Tensor]] = []
+        self._taken: list[tuple[int, Rows, Tensor]] = []
+        self._verdicts: dict[
+            int, list[tuple[Rows, np.ndarray]]
+        ] = {}  # by round: rows, and whether what they took is finite
         self._events: list[tuple[Rows, np.ndarray, np.ndarray, np.ndarray | int]] = []
         self._seconds: list[float] = []
         self._began = time.perf_counter()
@@ -202,7 +205,7 @@ class Ledger:
 
     def take(self, g: Tensor, rows: Rows) -> None:
         """A step has evaluated several points and goes on from one with this g (R, n): whether that is finite counts."""
-        self._taken.append((rows, g.abs().amax(dim=1)))
+        self._taken.append((self.round, rows, g.abs().amax(dim=1)))
 
     def settle(self) -> None:
         """Judge the evaluations made since the last call, in their order. One host synchronisation for all of them."""
@@ -211,24 +214,21 @@ class Ledger:
             return
         pending, self._pending = self._pending, []
         taken, self._taken = self._taken, []
-        seen = to_host([evaluation.norms for evaluation in pending] + [largest for _, largest in taken])
+        seen = to_host([evaluation.norms for evaluation in pending] + [largest for _, _, largest in taken])
+        for (number, rows, _), largest in zip(taken, seen[len(pending) :], strict=True):
+            self._verdicts.setdefault(number, []).append((rows, np.isfinite(largest)))
         for evaluation, norms in zip(pending, seen, strict=False):
+            if evaluation.round != self._judged_round:
+                self._close_round()
+                self._judged_round = evaluation.round
             self._judge(evaluation, norms)
-        for (rows, _), largest in zip(taken, seen[len(pending) :], strict=True):
-            self._finite[rows.pick] = np.isfinite(largest)
-            self._all_finite = bool(self._finite.all())
-        if not self._all_finite:
-            self.broken |= ~self._finite
+        self._close_round()
         now = time.perf_counter() - self._began
         self._seconds.extend([now] * len(pending))
 
     def _judge(self, evaluation: _Evaluation, norms: np.ndarray) -> None:
         """Is it finite, has it converged, is it the best so far? A norm far from one is measured again, scaled."""
-        rows, z, fz, g, _, nfe, phase, number = evaluation
-        if number != self._judged_round:
-            self._judged_round = number
-            if not self._all_finite:
-                self.broken |= ~self._finite
+        rows, z, fz, g, _, nfe, phase, _ = evaluation
         pick, count = rows.pick, len(rows)
         best, (g_norm, f_norm) = self.best[pick], norms
         low, high = self._trusted
@@ -269,6 +269,14 @@ class Ledger:
         if gained:
             self.best[pick] = np.where(better, residual, best)
             self._keep_best(rows, better, z, g)
+
+    def _close_round(self) -> None:
+        """At the end of a round: what stands at a point that is not finite is broken."""
+        for rows, finite in self._verdicts.pop(self._judged_round, ()):
+            self._finite[rows.pick] = finite
+            self._all_finite = bool(self._finite.all())
+        if not self._all_finite:
+            self.broken |= ~self._finite
 
     def _keep_best(self, rows: Rows, better: np.ndarray | None, z: Tensor, g: Tensor) -> None:
         """Take over the iterates that are `better` (None: all): for all of a full batch, without a copy."""

@@ -182,12 +182,21 @@ def _applied(state, r):
     return out
 
 
-def test_what_a_line_search_dropped_does_not_count_as_not_finite():
+@pytest.mark.parametrize("every", [1, 2, 4])
+def test_what_a_line_search_dropped_does_not_count_as_not_finite(every):
     def g(z, x):
         return z + torch.where(z <= 0, 1 + 0 * z, torch.where(z > 0.999, 10 + 0 * z, torch.nan))
 
     x = torch.zeros(1, dtype=D)
-    solution = mb.solve(g, torch.zeros(1, 1, dtype=D), x, solver=mb.Broyden(line_search=True), max_nfe=30, throw=False)
+    solution = mb.solve(
+        g,
+        torch.zeros(1, 1, dtype=D),
+        x,
+        solver=mb.Broyden(line_search=True),
+        max_nfe=30,
+        check_every=every,
+        throw=False,
+    )
     assert solution.nfe.tolist() == [30]  # it went on from the finite point each time, to the end of its budget
     assert solution.steps[0] > 5
 
