@@ -74,10 +74,10 @@ def run(config: Solvers) -> None:
 def _jobs(config: Solvers) -> list[tuple[str, Callable[[], list[dict[str, Any]]]]]:
     """What there is to do, with a word for each."""
     cells = _cells(config)
-    easy = {name: cell for name, cell in cells.items() if "gaussian 0.95" in name}
+    easy = {name: cell() for name, cell in cells.items() if "gaussian 0.95" in name}
     options = {"budget": config.budget, "repeats": config.repeats}
     jobs: list[tuple[str, Callable[[], list[dict[str, Any]]]]] = [
-        *((name, partial(_race, config, name, rtol)) for name in cells for rtol in (1e-3, 1e-5)),
+        *((name, partial(_race, config, name, cell, rtol)) for name, cell in cells.items() for rtol in (1e-3, 1e-5)),
         *(("anatomy", partial(race.anatomy_rows, name, cell, rtol=1e-5, **options)) for name, cell in easy.items()),
         ("overhead", partial(race.gap_rows, (1, 8, 64, 512), (2, 5, 10, 20, 40), repeats=config.repeats)),
         ("limited memory", partial(race.limited_rows, rtols=(1e-3, 1e-5), seeds=config.seeds)),
@@ -98,14 +98,16 @@ def _conv(config: Solvers, kind: str, norm: float, x_seed: int = 1) -> KnownProb
     return conv(config.batch // 2, 16, 32, norm, symmetric=kind == "symmetric", x_seed=x_seed)
 
 
-def _cells(config: Solvers, x_seed: int = 1) -> dict[str, KnownProblem]:
-    """Easy, symmetric and norm-3 cells, dense and convolutional; the contexts of one seed."""
+def _cells(config: Solvers) -> dict[str, Callable[..., KnownProblem]]:
+    """Easy, symmetric and norm-3 cells, dense and convolutional; each made when called, with contexts of an x_seed."""
     kinds = (("gaussian", 0.95), ("symmetric", 0.95), ("symmetric", 1.5), ("gaussian", 3.0))
-    dense = {f"dense {kind} {norm:g}": _dense(config, kind, norm, x_seed) for kind, norm in kinds}
-    return dense | {f"conv {kind} {norm:g}": _conv(config, kind, norm, x_seed) for kind, norm in kinds}
+    makers = (("dense", _dense), ("conv", _conv))
+    return {
+        f"{word} {kind} {norm:g}": partial(maker, config, kind, norm) for word, maker in makers for kind, norm in kinds
+    }
 
 
-def _race(config: Solvers, name: str, rtol: float) -> list[dict[str, Any]]:
+def _race(config: Solvers, name: str, cell: Callable[..., KnownProblem], rtol: float) -> list[dict[str, Any]]:
     contestants: dict[str, dict[str, Any]] = {
         "Broyden": {"ours": Broyden(memory=config.budget), "torchdeq": TorchDEQSolver("broyden")},
         "Anderson": {"ours": Anderson(memory=5), "torchdeq": TorchDEQSolver("anderson", (("m", 6),))},
@@ -115,11 +117,11 @@ def _race(config: Solvers, name: str, rtol: float) -> list[dict[str, Any]]:
         options = (("alpha", -1.0), ("line_search", False), ("max_rank", config.budget))
         contestants["Broyden"]["xitorch"] = XitorchSolver("broyden1", options)
         contestants["Anderson"]["xitorch"] = XitorchSolver("anderson_acc", (("msize", 6),))
-    other = _cells(config, x_seed=1000)[name]  # validation: the same weights, other samples
+    other = cell(x_seed=1000)  # validation: the same weights, other samples
     contestants["Picard"]["ours, tuned damping"] = Picard.tuned(
         other.f, other.z0, other.context, tolerances=(rtol,), max_nfe=config.budget
     )
-    problems = [_cells(config, x_seed=1 + seed)[name] for seed in range(config.seeds)]
+    problems = [cell(x_seed=1 + seed) for seed in range(config.seeds)]
     return race.race_rows(name, problems, contestants, rtol=rtol, budget=config.budget, repeats=config.repeats)
 
 

@@ -136,9 +136,8 @@ class Ledger:
         self._pending: list[_Evaluation] = []
         self._owned_images = False  # whether the images that wait are all in memory of ours
         self._taken: list[tuple[int, Rows, Tensor]] = []
-        self._verdicts: dict[
-            int, list[tuple[Rows, np.ndarray]]
-        ] = {}  # by round: rows, and whether what they took is finite
+        # by round: rows, and whether what they took is finite
+        self._verdicts: dict[int, list[tuple[Rows, np.ndarray]]] = {}
         self._events: list[tuple[Rows, np.ndarray, np.ndarray, np.ndarray | int]] = []
         self._seconds: list[float] = []
         self._began = time.perf_counter()

@@ -95,10 +95,7 @@ class Problem:
             f = partial(ledger.call, rows=rows, differentiable=True)
             try:
                 product = torch.func.jvp(f, points[:1], points[1:])[1]
-            except (
-                NotImplementedError,
-                RuntimeError,
-            ):  # an operation without forward AD, or f's own error: it will recur
+            except (NotImplementedError, RuntimeError):  # no forward AD; or f's own error, which will recur
                 if ledger.forward_ad:
                     raise
             ledger.forward_ad = product is not None

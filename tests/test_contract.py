@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ def flat(z) -> Tensor:
 def rows(problem: KnownProblem, index: list[int]) -> KnownProblem:
     """The problem of some of its samples, in this order."""
     take = lambda tree: pytree.tree_map(lambda leaf: leaf[index], tree)  # noqa: E731
-    return KnownProblem(**{**vars(problem), "z0": take(problem.z0), "context": take(problem.context), "star": None})
+    return replace(problem, z0=take(problem.z0), context=take(problem.context), star=None)
 
 
 def recomputed(problem: KnownProblem, z) -> Tensor:

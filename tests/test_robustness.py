@@ -10,6 +10,7 @@ from metabroyden.learned import GroupedConfig
 from metabroyden.testbed import make_problem
 from metabroyden.testbed.cells import dense
 from tests.conftest import tanh
+from tests.test_solvers import _apply, _copy
 
 D = torch.float64
 SOLVERS = [mb.Picard(), mb.Anderson(), mb.Broyden(), mb.Broyden(kind="bad"), mb.Broyden(line_search=True), mb.Newton()]
@@ -163,23 +164,11 @@ def test_a_failed_line_search_restarts_and_the_next_secant_equation_holds(kind, 
     state = solver.init(z, g, None)
     for k in range(8):
         step = solver.step(z, g, state, None)
-        after = solver.step(step.z, step.g, _copied(step.state), None).state
+        after = solver.step(step.z, step.g, _copy(step.state), None).state
         if k != 2:  # the pair of the failed step itself is forgotten with the rest, once it is known to have failed
-            torch.testing.assert_close(_applied(after, step.g - g), step.z - z, rtol=1e-7, atol=1e-9)
+            torch.testing.assert_close(_apply(after, step.g - g), step.z - z, rtol=1e-7, atol=1e-9)
         z, g, state = step.z, step.g, step.state
     assert (state.alive[:, 3:] == 1).all()
-
-
-def _copied(state):
-    return type(state)(*(item.clone() if isinstance(item, torch.Tensor) else item for item in state))
-
-
-def _applied(state, r):
-    good, out = state.mix.dim() == 3, -r
-    for age in range(state.steps - 1):
-        v, u, alive = state.v[:, age], state.u[:, age], state.alive[:, age : age + 1]
-        out = out + alive * u * (v * (out if good else r)).sum(1, keepdim=True)
-    return out
 
 
 @pytest.mark.parametrize("every", [1, 2, 4])

@@ -135,7 +135,8 @@ def _apply(state, r):
     out = -r
     for age in range(max(0, count - memory), count):
         v, u = state.v[:, age % memory], state.u[:, age % memory]
-        out = out + u * (v * (out if good else r)).sum(1, keepdim=True)
+        alive = state.alive[:, age % memory, None]  # zero for what a restart has forgotten
+        out = out + alive * u * (v * (out if good else r)).sum(1, keepdim=True)
     return out
 
 

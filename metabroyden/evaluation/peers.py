@@ -90,9 +90,9 @@ class Recorder:
         known = np.array([start for start, _, _ in self._moments[1:]] + [done]) - self.began
         return torch.from_numpy(known - np.cumsum([on - end for _, end, on in self._moments]))
 
-    def trace(self, done: float | None = None) -> Trace:
+    def trace(self) -> Trace:
         """What the calls measured."""
-        seconds = self.seconds(time.perf_counter() if done is None else done)
+        seconds = self.seconds(time.perf_counter())
         rows = [relative(*residual_norms(z.reshape(len(z), -1), v.reshape(len(z), -1))[1:]) for z, v in self._calls]
         residual = torch.stack(rows)
         nfe = torch.arange(1, len(rows) + 1)[:, None].expand(residual.shape).clone()

@@ -49,7 +49,7 @@ class Run:
         return (self.total - self.in_f) / self.calls
 
 
-def run_ours(solver: Any, problem: KnownProblem, rtol: float, max_nfe: int, **options: Any) -> Run:
+def run_ours(solver: Any, problem: KnownProblem, rtol: float, max_nfe: int) -> Run:
     """A solve by `solve`, timed."""
     moments: list[tuple[float, float]] = []
 
@@ -60,7 +60,7 @@ def run_ours(solver: Any, problem: KnownProblem, rtol: float, max_nfe: int, **op
         return value
 
     began = time.perf_counter()
-    solution = solve(f, problem.z0, problem.context, solver=solver, rtol=rtol, max_nfe=max_nfe, throw=False, **options)
+    solution = solve(f, problem.z0, problem.context, solver=solver, rtol=rtol, max_nfe=max_nfe, throw=False)
     total = time.perf_counter() - began
     starts, ends = np.array(moments).T
     return Run(total, float((ends - starts).sum()), len(moments), solution.trace, starts[1:] - ends[:-1])

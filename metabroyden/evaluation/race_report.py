@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -357,9 +356,3 @@ def work_precision(
         axes.set_ylabel("relative residual")
     panels[0][0].legend(frameon=False, fontsize=7)
     return save_figure(figure, path)
-
-
-def read(folder: Path) -> tuple[list[Row], dict[str, Any]]:
-    """The rows and the description written beside them."""
-    lines = (folder / "rows.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines], json.loads((folder / "config.json").read_text())

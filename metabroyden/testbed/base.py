@@ -14,6 +14,9 @@ from metabroyden.solution import State
 Maker = Callable[[torch.dtype, int, int], "KnownProblem"]
 PROBLEMS: dict[str, Maker] = {}
 OUTCOMES = ("solves", "fails", "open")
+_CLASSICAL = ("picard", "anderson", "broyden", "newton")
+ALL_OPEN = dict.fromkeys(_CLASSICAL, "open")
+ALL_FAIL = dict.fromkeys(_CLASSICAL, "fails")
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from metabroyden.testbed.base import KnownProblem, generator, register
+from metabroyden.testbed.base import ALL_OPEN, KnownProblem, generator, register
 
 
 def weights(n: int, norm: float, *, symmetric: bool, seed: int, dtype: torch.dtype) -> Tensor:
@@ -78,7 +79,7 @@ def _registered(symmetric: bool, norm: float, expects: Mapping[str, str], correc
     @register(f"tanh_{kind}_{norm:g}")
     def maker(dtype: torch.dtype, batch: int, seed: int) -> KnownProblem:
         problem = dense(batch, 32, norm, symmetric=symmetric, seed=seed, dtype=dtype)
-        return KnownProblem(**{**vars(problem), "expects": expects, "correct": correct})
+        return replace(problem, expects=expects, correct=correct)
 
     maker.__doc__ = f"tanh(Wz + x), W {kind} of norm {norm:g}, 32 coordinates."
 
@@ -86,11 +87,10 @@ def _registered(symmetric: bool, norm: float, expects: Mapping[str, str], correc
 _EASY = "A contraction: every solver converges to the one equilibrium."
 _MIDDLE = "Secant methods converge; Picard may cycle; undamped Newton from zero is not promised."
 _HARD = "Chaotic for Picard. Whatever is found has a true residual; failures are reported."
-_OPEN = dict.fromkeys(("picard", "anderson", "broyden", "newton"), "open")
 for _symmetric in (False, True):
     _registered(_symmetric, 0.95, {}, _EASY)
     _registered(_symmetric, 1.5, {"picard": "open", "newton": "open"}, _MIDDLE)
-    _registered(_symmetric, 3.0, _OPEN, _HARD)
+    _registered(_symmetric, 3.0, ALL_OPEN, _HARD)
 
 
 @register("cosine")

@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metabroyden.testbed.base import KnownProblem, register
-
-_ALL_FAIL = dict.fromkeys(("picard", "anderson", "broyden", "newton"), "fails")
-_ALL_OPEN = dict.fromkeys(("picard", "anderson", "broyden", "newton"), "open")
+from metabroyden.testbed.base import ALL_FAIL, ALL_OPEN, KnownProblem, register
 
 
 def _spread(batch: int, low: float, high: float, dtype: torch.dtype) -> Tensor:
@@ -21,7 +18,7 @@ def divergent(dtype: torch.dtype, batch: int, seed: int) -> KnownProblem:
     """f(z) = 2|z| + x, x > 0: no fixed point, and ‖f(z) − z‖ / ‖f(z)‖ is never below one half."""
     x = _spread(batch, 0.5, 2.0, dtype).expand(-1, 3).contiguous()
     correct = "No solver converges, and every one says so; z stays finite."
-    return KnownProblem(lambda z, x: 2 * z.abs() + x, torch.zeros_like(x), x, correct, expects=_ALL_FAIL)
+    return KnownProblem(lambda z, x: 2 * z.abs() + x, torch.zeros_like(x), x, correct, expects=ALL_FAIL)
 
 
 @register("overflowing")
@@ -29,7 +26,7 @@ def overflowing(dtype: torch.dtype, batch: int, seed: int) -> KnownProblem:
     """f(z) = x·(z⁴ + 1) with x > 1: no fixed point; a few plain steps leave the range of the dtype."""
     x = _spread(batch, 1.5, 4.0, dtype).expand(-1, 2).contiguous()
     correct = "Failure is reported, nothing raises, the best iterate kept is finite."
-    return KnownProblem(lambda z, x: x * (z**4 + 1), torch.zeros_like(x), x, correct, expects=_ALL_FAIL)
+    return KnownProblem(lambda z, x: x * (z**4 + 1), torch.zeros_like(x), x, correct, expects=ALL_FAIL)
 
 
 @register("cyclic")
@@ -63,7 +60,7 @@ def singular_jacobian(dtype: torch.dtype, batch: int, seed: int) -> KnownProblem
     x = _spread(batch, 2.0, 4.0, torch.float64)
     correct = "Slow progress towards x; what is reported as converged has a true residual, though z is far from x."
     return KnownProblem(
-        lambda z, x: z - 0.5 * (z - x) ** 2, (x + 1).to(dtype), x.to(dtype), correct, None, expects=_ALL_OPEN
+        lambda z, x: z - 0.5 * (z - x) ** 2, (x + 1).to(dtype), x.to(dtype), correct, None, expects=ALL_OPEN
     )
 
 
@@ -73,7 +70,7 @@ def vanishing(dtype: torch.dtype, batch: int, seed: int) -> KnownProblem:
     z0 = _spread(batch, 1.0, 3.0, dtype).expand(-1, 3).contiguous()
     correct = "Picard approaches zero at a relative residual of one and reports failure; others may hit zero exactly."
     return KnownProblem(
-        lambda z, x: 0.5 * z + 0 * x, z0, torch.zeros_like(z0), correct, expects=_ALL_OPEN | {"picard": "fails"}
+        lambda z, x: 0.5 * z + 0 * x, z0, torch.zeros_like(z0), correct, expects=ALL_OPEN | {"picard": "fails"}
     )
 
 
@@ -85,7 +82,7 @@ def nan_throwing(dtype: torch.dtype, batch: int, seed: int) -> KnownProblem:
         "What is not finite at the start comes back as z0, the rest with a true residual; no sample harms another."
     )
     return KnownProblem(
-        lambda z, x: torch.sqrt(x - z), torch.zeros(batch, 1, dtype=dtype), x.to(dtype), correct, expects=_ALL_OPEN
+        lambda z, x: torch.sqrt(x - z), torch.zeros(batch, 1, dtype=dtype), x.to(dtype), correct, expects=ALL_OPEN
     )
 
 
