@@ -8,7 +8,7 @@
 from metabroyden.checkpoint import CheckpointError, load_solver, pretrained, save_solver
 from metabroyden.deq import DEQ
 from metabroyden.fixed import FixedBudget
-from metabroyden.gradients import Implicit
+from metabroyden.gradients import Implicit, JacobianFree, Phantom, Unroll
 from metabroyden.learned import LEARNED, CoordinatewiseLSTM, GroupedLSTM, Safeguard
 from metabroyden.meta import fit_solver
 from metabroyden.solution import Solution, SolveError, Status, Trace, relative_residual
@@ -26,13 +26,16 @@ __all__ = [
     "FixedBudget",
     "GroupedLSTM",
     "Implicit",
+    "JacobianFree",
     "Newton",
+    "Phantom",
     "Picard",
     "Safeguard",
     "Solution",
     "SolveError",
     "Status",
     "Trace",
+    "Unroll",
     "fit_solver",
     "load_solver",
     "make_solver",

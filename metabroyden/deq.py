@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metabroyden.gradients import Implicit
+from metabroyden.gradients import Implicit, JacobianFree
 from metabroyden.learned.fingerprint import FingerprintWatch
 from metabroyden.solution import Solution, State
 from metabroyden.solve import solve
@@ -21,7 +23,8 @@ class DEQ(nn.Module):
     Args:
         cell: module `f(z, x)`, batch first, samples independent of one another.
         solver: any of our solvers, learned ones included (default `Broyden()`); may be reassigned at any time.
-        backward: gradient mode (default `Implicit()`); used only where gradients are enabled.
+        backward: gradient mode (default `Implicit()`; `Phantom`, `JacobianFree`, `Unroll`); used only where gradients are
+            enabled.
         rtol, atol, max_nfe: as in `solve`.
         warn: say once when samples fail, forward or backward.
 
@@ -81,19 +84,50 @@ class DEQ(nn.Module):
         z0 defaults to `cell.initial_state(x)` where the cell has one, else to zeros like x. ValueError where neither
         is possible.
         """
+        return self._equilibrium(x, z0, ())[-1]
+
+    def states(self, x: Any, after: Sequence[int], z0: State | None = None) -> list[State]:
+        """The iterates after so many evaluations (rising), then the equilibrium: for a loss over the way to it.
+
+        The equilibrium has the gradients of the layer's mode, the iterates before it Jacobian-free ones (one step each),
+        as in sparse fixed-point correction (Bai et al. 2022). See `fixed_point_correction`.
+        """
+        return self._equilibrium(x, z0, after)
+
+    def _equilibrium(self, x: Any, z0: State | None, after: Sequence[int]) -> list[State]:
         if z0 is None:
             z0 = self._initial_state(x)
+        mode, graph = self.backward_mode, torch.is_grad_enabled()
+        if graph and hasattr(mode, "run"):
+            if after:
+                raise ValueError(f"{mode!r} has no solve whose iterates could be given")
+            z, self.last_solution = mode.run(self.cell, z0, x, rtol=self.rtol, atol=self.atol)
+            return [z]
         self._watch.check(self.solver, self.cell)
         solution = solve(
-            self.cell, z0, x, solver=self.solver, rtol=self.rtol, atol=self.atol, max_nfe=self.max_nfe, throw=False
+            self.cell,
+            z0,
+            x,
+            solver=self.solver,
+            rtol=self.rtol,
+            atol=self.atol,
+            max_nfe=self.max_nfe,
+            throw=False,
+            snapshots=after,
+            keep_inverse=graph and getattr(mode, "wants_inverse", False),
         )
-        self.last_solution = solution
+        self.last_solution = replace(solution, inverse=None)
         if not self._warned and not bool(solution.converged.all()):
             self._warned = True
-            warnings.warn(f"DEQ: {solution.failures()} (said once; see last_solution)", stacklevel=2)
-        if not torch.is_grad_enabled():
-            return solution.z
-        return self.backward_mode.attach(self.cell, solution.z, x, self._note_backward)
+            warnings.warn(f"DEQ: {solution.failures()} (said once; see last_solution)", stacklevel=3)
+        if not graph:
+            return [*solution.snapshots, solution.z]
+        early = [JacobianFree().attach(self.cell, replace(solution, z=z), x) for z in solution.snapshots]
+        return [*early, mode.attach(self.cell, solution, x, self._note_backward)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what the last calls cost, for copies and `torch.save`."""
+        return {**super().__getstate__(), "last_solution": None, "last_backward_solution": None}
 
     def _note_backward(self, solution: Solution) -> None:
         self.last_backward_solution = solution

@@ -74,7 +74,7 @@ class FixedBudget:
             flat = packing.pack(z0).detach().clone()
             check_context(context, len(flat))
             began = time.perf_counter()
-            z, best, done, last, residuals = self._run(packing, flat, context)
+            z, best, done, last, residuals, absolute = self._run(packing, flat, context)
             calls, batch = residuals.shape
             status = torch.where(
                 done, int(Status.CONVERGED), torch.where(last, int(Status.MAX_NFE), int(Status.NON_FINITE))
@@ -90,7 +90,7 @@ class FixedBudget:
             steps=torch.full((batch,), calls - 1),
             converged=done,
             status=status,
-            trace=Trace(residuals, nfe.clone(), seconds, torch.zeros(calls, batch, dtype=torch.int8)),
+            trace=Trace(residuals, nfe.clone(), seconds, torch.zeros(calls, batch, dtype=torch.int8), absolute),
         )
 
     def _run(self, packing: Packing, z0: Tensor, context: Any) -> tuple[Tensor, ...]:
@@ -114,7 +114,7 @@ class FixedBudget:
         return found
 
     def _iterate(self, packing: Packing, z0: Tensor, context: Any) -> tuple[Tensor, ...]:
-        """(best z, its residual, converged, last evaluation finite, residuals of all calls)."""
+        """(best z, its residual, converged, last evaluation finite; of all calls the residuals, relative and absolute)."""
         problem = _FixedProblem(self, packing, z0, context)
         z = self.solver.start(z0, problem)
         state = None
@@ -125,7 +125,8 @@ class FixedBudget:
             state = self.solver.init(z, g, problem) if state is None else state
             step = self.solver.step(z, g, state, problem)
             z, state = step.z, step.state
-        return problem.best_z, problem.best, problem.done, problem.last, torch.stack(problem.residuals)
+        residuals, absolute = torch.stack(problem.residuals), torch.stack(problem.absolute)
+        return problem.best_z, problem.best, problem.done, problem.last, residuals, absolute
 
 
 class _FixedProblem:
@@ -136,6 +137,7 @@ class _FixedProblem:
         self.shape = packing.shape
         self._origin: Tensor | None = None
         self.residuals: list[Tensor] = []
+        self.absolute: list[Tensor] = []
         batch = z0.shape[0]
         self.best_z, self.best = z0, z0.new_full((batch,), torch.nan)
         self.done = torch.zeros(batch, dtype=torch.bool, device=z0.device)
@@ -171,4 +173,5 @@ class _FixedProblem:
         self.best = torch.where(better, residual, self.best)
         self.done = self.done | reached
         self.residuals.append(residual)
+        self.absolute.append(torch.where(self.last, g_norm, torch.nan).to(z.dtype))
         return g

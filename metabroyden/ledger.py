@@ -138,7 +138,7 @@ class Ledger:
         self._taken: list[tuple[int, Rows, Tensor]] = []
         # by round: rows, and whether what they took is finite
         self._verdicts: dict[int, list[tuple[Rows, np.ndarray]]] = {}
-        self._events: list[tuple[Rows, np.ndarray, np.ndarray, np.ndarray | int]] = []
+        self._events: list[tuple[Rows, np.ndarray, np.ndarray, np.ndarray, np.ndarray | int]] = []  # see `trace`
         self._seconds: list[float] = []
         self._began = time.perf_counter()
 
@@ -258,7 +258,7 @@ class Ledger:
         else:
             self.residual = self.residual.copy()
             self.residual[pick] = residual
-        self._events.append((rows, residual, nfe, phase))
+        self._events.append((rows, residual, g_norm, nfe, phase))
         gained = np.count_nonzero(better)
         if gained == count:
             self.best[pick] = residual
@@ -306,7 +306,7 @@ class Ledger:
         """(B,) relative residual of the best iterates; NaN where no evaluation was finite."""
         best = self.best.copy()
         for sample in np.flatnonzero(np.isinf(best)):  # an infinite ratio of finite norms, or nothing finite at all
-            seen = [value[rows.host == sample] for rows, value, _, _ in self._events]
+            seen = [value[rows.host == sample] for rows, value, *_ in self._events]
             best[sample] = np.inf if np.isposinf(np.concatenate(seen)).any() else np.nan
         return best
 
@@ -314,15 +314,17 @@ class Ledger:
         """All evaluations so far, unpadded."""
         self.settle()
         calls, batch = len(self._events), len(self.nfe)
-        residual = np.full((calls, batch), np.nan)
+        residual, absolute = np.full((2, calls, batch), np.nan)
         nfe, phase = np.zeros((calls, batch), dtype=np.int64), np.full((calls, batch), -1, dtype=np.int8)
-        for k, (rows, value, spent, where) in enumerate(self._events):
+        for k, (rows, value, size, spent, where) in enumerate(self._events):
             residual[k, rows.pick], nfe[k, rows.pick], phase[k, rows.pick] = value, spent, where
+            absolute[k, rows.pick] = np.where(np.isnan(value), np.nan, size)
         return Trace(
             torch.from_numpy(residual).to(self.z0),
             torch.from_numpy(nfe),
             torch.tensor(self._seconds, dtype=torch.float64),
             torch.from_numpy(phase),
+            torch.from_numpy(absolute).to(self.z0),
         )
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from metabroyden.inverse import FinalInverse
 
 State = Tensor | tuple[Tensor, ...]
 """A DEQ state as the user sees it: one batch-first tensor, or several (a tuple of scales)."""
@@ -55,12 +59,14 @@ class Trace:
         seconds: (K,) float64, wall-clock seconds since `solve` began, read after the stopping test of that call.
         phase: (K, B) int8, 0 while the solver itself is at work, 1, 2, … after its safeguard handed the sample over;
             -1 where that sample took no part.
+        absolute: (K, B), ‖f(z)−z‖₂, NaN as in `residual`; None in a record of another library's run.
     """
 
     residual: Tensor
     nfe: Tensor
     seconds: Tensor
     phase: Tensor
+    absolute: Tensor | None = None
 
     def evaluations_to(self, tolerance: float, budget: int) -> tuple[np.ndarray, np.ndarray]:
         """(evaluations, reached), (B,) each: what a sample had spent when its residual first reached the tolerance.
@@ -86,6 +92,8 @@ class Solution:
         converged: (B,) bool, ‖f(z)−z‖₂ ≤ atol + rtol·‖f(z)‖₂.
         status: (B,) int64 of `Status` values.
         trace: every evaluation, see `Trace`.
+        snapshots: where asked for, the best iterates after so many evaluations, each shaped like z0.
+        inverse: where asked for, what the solver knows of the inverse Jacobian at the end, see `FinalInverse`.
     """
 
     z: State
@@ -95,6 +103,8 @@ class Solution:
     converged: Tensor
     status: Tensor
     trace: Trace
+    snapshots: tuple[State, ...] = ()
+    inverse: FinalInverse | None = None
 
     def failures(self) -> str:
         """A sentence saying how many samples failed and why; empty when none did."""

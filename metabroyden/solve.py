@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metabroyden.inverse import FinalInverse
 from metabroyden.ledger import InCallersMode, Ledger, Rows, to_host
 from metabroyden.problem import Problem
 from metabroyden.solution import Solution, SolveError, State, Status
@@ -56,6 +57,8 @@ def solve(
     throw: bool = True,
     check_every: int = 1,
     f_dtype: torch.dtype | None = None,
+    snapshots: Sequence[int] = (),
+    keep_inverse: bool = False,
 ) -> Solution:
     """Find z with f(z) = z, or f(z, context) = z, for every sample of a batch.
 
@@ -73,6 +76,9 @@ def solve(
             the same. A learned solver's hand-over may come as much later, too.
         f_dtype: dtype that f is called in, torch.bfloat16 say; the context is the caller's to cast. Iterates, norms and
             the solver's memory stay in z0's dtype. Rounding sets a floor under the residual: see tolerances from 1e-2.
+        snapshots: rising numbers of evaluations; `Solution.snapshots` then holds each sample's best iterate once so many
+            were spent (or the last there was). At the end of a step, where a step costs several.
+        keep_inverse: keep what the solver knows of the inverse Jacobian, in `Solution.inverse`; copies its memory.
 
     Returns:
         A `Solution` of detached tensors: the solve runs under no_grad.
@@ -88,6 +94,10 @@ def solve(
     """
     packing = Packing.of(z0)
     check_options(f, solver, rtol, atol, max_nfe, check_every, f_dtype)
+    if any(isinstance(k, bool) or not isinstance(k, Integral) or k < 1 for k in snapshots) or list(snapshots) != sorted(
+        set(snapshots)
+    ):
+        raise ValueError(f"snapshots must be rising integers of at least 1, got {snapshots!r}")
     f = in_callers_mode(f, _device(z0))
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(_device(z0), enabled=False):
         flat = packing.pack(z0).detach().contiguous()
@@ -97,6 +107,8 @@ def solve(
         driver = _Driver(
             flat, packing, f, context, solver, check_every, rtol=rtol, atol=atol, max_nfe=max_nfe, f_dtype=f_dtype
         )
+        driver.due = list(snapshots)
+        driver.inverse = FinalInverse() if keep_inverse else None
         with np.errstate(all="ignore"):
             ledger = driver.run()
         solution = Solution(
@@ -107,6 +119,8 @@ def solve(
             converged=torch.from_numpy(ledger.converged).to(flat.device),
             status=torch.from_numpy(driver.status),
             trace=ledger.trace(),
+            snapshots=tuple(packing.unpack(z) for z in driver.kept),
+            inverse=driver.inverse,
         )
     if throw and (driver.status != Status.CONVERGED).any():
         raise SolveError(solution.failures(), solution)
@@ -204,6 +218,15 @@ class _Cohort:
             self.state = getattr(self.phase.solver, "gather", gather)(self.state, index)
         self.problem = Problem(self.ledger, self.rows)
 
+    def bequeath(self, mask: np.ndarray, heir: FinalInverse) -> None:
+        """Leave what the solver knows of the inverse Jacobian of these of the live rows."""
+        known = getattr(self.phase.solver, "inverse", None)
+        if known is None or self.state is None or not mask.any():
+            return
+        places = np.flatnonzero(mask) if self.live is None else self.live[mask]
+        frozen = known(self.state, torch.as_tensor(places, device=self.z.device))
+        heir.add(torch.as_tensor(self.live_rows.host[mask], device=self.z.device), self.phase.solver, frozen)
+
     def still(self) -> np.ndarray:
         """Which live rows have stopped moving: a step below rounding, ‖Δz‖ ≤ eps‖z‖. Looked at only where it may be so."""
         ledger = self.ledger
@@ -242,6 +265,9 @@ class _Driver:
         self.status = np.full(len(z0), int(Status.MAX_NFE), dtype=np.int64)
         self.steps = np.zeros(len(z0), dtype=np.int64)
         self.cohorts: list[_Cohort] = []
+        self.due: list[int] = []  # evaluations after which to keep the best iterates
+        self.kept: list[Tensor] = []
+        self.inverse: FinalInverse | None = None
 
     def run(self) -> Ledger:
         """Drive every sample to a status."""
@@ -257,6 +283,7 @@ class _Driver:
             self._look()
         while self.cohorts:
             self._round()
+        self.kept += [self.ledger.best_z.clone() for _ in self.due]
         return self.ledger
 
     def _round(self) -> None:
@@ -270,8 +297,12 @@ class _Driver:
                     self.ledger.take(cohort.take_live(cohort.g), cohort.live_rows)
         self._evaluate([cohort for cohort in self.cohorts if cohort.g is None])
         self.unseen += 1
-        if self.unseen == self.check_every or any(map(self._must_look, self.cohorts)):
+        due = bool(self.due) and self.ledger.nfe.max() >= self.due[0]
+        if due or self.unseen == self.check_every or any(map(self._must_look, self.cohorts)):
             self._look()
+        while due and self.due and self.ledger.nfe.max() >= self.due[0]:
+            self.kept.append(self.ledger.best_z.clone())
+            del self.due[0]
 
     def _must_look(self, cohort: _Cohort) -> bool:
         """Whether a phase or somebody's budget has come to its end."""
@@ -325,8 +356,10 @@ class _Driver:
         status = np.where(still, Status.STALLED, Status.MAX_NFE)
         status = np.where(finite, status, Status.NON_FINITE)
         self.status[pick] = np.where(converged, Status.CONVERGED, status)
-        if not last:
-            going = leaving & (ledger.nfe[pick] < ledger.max_nfe)
+        going = leaving & (ledger.nfe[pick] < ledger.max_nfe) if not last else np.zeros(len(host), dtype=bool)
+        if self.inverse is not None:
+            cohort.bequeath(gone & ~going, self.inverse)
+        if going.any():
             self._hand_over(host[going], best[going], cohort.number + 1)
         cohort.keep(~gone)
         if len(cohort.live_rows) == 0:

@@ -16,7 +16,7 @@ PACKAGE = Path(metabroyden.__file__).parent
 # Lower layers first. A module may import from its own layer and from those below, never from above.
 LAYERS = [
     ["solution", "state", "storage"],
-    ["ledger"],
+    ["ledger", "inverse"],
     ["problem"],
     ["solve"],
     ["fixed"],

@@ -103,6 +103,14 @@ class GroupedLSTM(LearnedSolver):
         z = z + layout.flat(scale * layout.canonical(update, shape))
         return Step(z, state._replace(update=update, hidden=hidden, cell=cell, scale=scale))
 
+    def inverse(self, state: GroupedState, index: Tensor) -> Tensor:
+        """What `transposed` needs of the rows `index`: the preconditioner's gates."""
+        return state.gates.index_select(0, index)
+
+    def transposed(self, w: Tensor, gates: Tensor) -> Tensor:
+        """Bᵀw with B = −(I + P), for w (R, n)."""
+        return -(w + LearnedInverse(self).transpose(w, gates))
+
     def _features(self, stack: Tensor, scale: Tensor, before: Tensor) -> Tensor:
         """(R, F, G): log sizes, correlations and means of the directions (R, G, 4, P), log s and its change."""
         gram = stack @ stack.transpose(2, 3) / stack.shape[3]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -148,3 +149,12 @@ class Mixer(nn.Module):
     def forward(self, value: Tensor) -> Tensor:
         """(R, inputs, *S) → (R, outputs, *S)."""
         return self.map(nn.functional.pad(value, (2, 0)) if self.causal else value)
+
+    def transpose(self, value: Tensor) -> Tensor:
+        """The transposed linear map (its bias left out), (R, outputs, *S) → (R, inputs, *S)."""
+        weight: Any = self.map.weight
+        if isinstance(self.map, nn.Conv2d):
+            return nn.functional.conv_transpose2d(value, weight, padding=1)
+        if isinstance(self.map, nn.Conv1d):
+            return nn.functional.conv_transpose1d(value, weight)[..., 2:]
+        return nn.functional.linear(value, weight.T)

@@ -31,6 +31,10 @@ class Preconditioner(nn.Module):
         """P(r), shaped like r (R, C, *S)."""
         return self.outward(self.inward(r) * gates)
 
+    def transpose(self, w: Tensor, gates: Tensor) -> Tensor:
+        """Pᵀ(w), shaped like w (R, C, *S)."""
+        return self.inward.transpose(self.outward.transpose(w) * gates)
+
 
 class LearnedInverse:
     """A trained `Preconditioner` as the `InverseJacobian` of Broyden's method."""
@@ -49,6 +53,12 @@ class LearnedInverse:
         layout = self.solver.layout
         shape = layout.shape_like(frozen.shape[2:])
         return layout.flat(self.solver.preconditioner(layout.canonical(r, shape), frozen))
+
+    def transpose(self, w: Tensor, frozen: Tensor) -> Tensor:
+        """Pᵀw for w (R, n)."""
+        layout = self.solver.layout
+        shape = layout.shape_like(frozen.shape[2:])
+        return layout.flat(self.solver.preconditioner.transpose(layout.canonical(w, shape), frozen))
 
     def __repr__(self) -> str:
         return f"LearnedInverse({type(self.solver).__name__})"

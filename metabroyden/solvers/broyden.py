@@ -32,6 +32,10 @@ class InverseJacobian(Protocol):
         """P r for r (R, n)."""
         ...
 
+    def transpose(self, w: Tensor, frozen: Any) -> Tensor:
+        """Pᵀw for w (R, n); asked for only where B is transposed."""
+        ...
+
 
 class BroydenState(NamedTuple):
     """Ring buffers of the last `memory` rank-one updates. R rows, m memory, n coordinates.
@@ -190,9 +194,33 @@ class Broyden(ClassicalSolver):
         ahead = torch.linalg.vecdot(unit, g).unsqueeze(1)
         return torch.where(sound, torch.addcmul(h, new, ahead), b)
 
+    def inverse(self, state: BroydenState, index: Tensor) -> tuple[Any, ...]:
+        """What `transposed` needs of the rows `index`."""
+        used = self._used(state)
+        v, u, alive = (part[:, :used].index_select(0, index) for part in (state.v, state.u, state.alive))
+        mix = state.mix[:, :used, :used].index_select(0, index) if self.kind == "good" else None
+        return v, u, mix, alive, None if state.frozen is None else gather(state.frozen, index)
+
+    def transposed(self, w: Tensor, inverse: tuple[Any, ...]) -> Tensor:
+        """Bᵀw for w (R, n), with what `inverse` gave; AttributeError where B₀ has no transpose."""
+        v, u, mix, alive, frozen = inverse
+        outer = torch.zeros_like(w)
+        if v.shape[1]:
+            weights = torch.bmm(w.unsqueeze(1), u.transpose(1, 2))
+            weights = (weights if mix is None else torch.bmm(weights, mix)) * alive.unsqueeze(1)
+            outer = torch.bmm(weights, v).squeeze(1)
+        inner = w if mix is None else w + outer
+        initial = -inner if self.initial is None else -(inner + self.initial.transpose(inner, frozen))
+        return initial + outer if mix is None else initial
+
+    @staticmethod
+    def _used(state: BroydenState) -> int:
+        """Slots of the buffers that were ever written to."""
+        return min(max(state.steps - 1, 0), state.v.shape[1])
+
     def gather(self, state: BroydenState, index: Tensor) -> BroydenState:
         """The rows `index`, without copying the part of the buffers that nothing was written to."""
-        used = min(max(state.steps - 1, 0), state.v.shape[1])
+        used = self._used(state)
         frozen = None if state.frozen is None else gather(state.frozen, index)
         v, u = gather_ring(state.v, index, used), gather_ring(state.u, index, used)
         mix, alive, z, g, b, bg, recent = (part.index_select(0, index) for part in state[2:9])

@@ -1,0 +1,85 @@
+"""What gradient modes share. A mode has `attach`, or `run` where it replaces the solve (see `Unroll`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from metabroyden.solution import Solution, State
+
+Report = Callable[[Solution], None]
+
+
+class GradientMode(Protocol):
+    """How the equilibrium of a cell gets its gradient. Optional attribute `wants_inverse`: the forward solve is to keep
+    what its solver knows of the inverse Jacobian, in `Solution.inverse`."""
+
+    def attach(
+        self, cell: Callable[..., State], solution: Solution, context: Any, report: Report | None = None
+    ) -> State:
+        """The equilibrium `solution.z`, to the last bit, with gradients towards the cell's parameters and the context.
+
+        `report` receives the `Solution` of an adjoint solve, where there is one.
+        """
+        ...
+
+
+def parts_of(z: State) -> tuple[Tensor, ...]:
+    """The tensors of a state."""
+    return (z,) if isinstance(z, Tensor) else tuple(z)
+
+
+def evaluate(cell: Callable[..., State], parts: tuple[Tensor, ...], single: bool, context: Any) -> tuple[Tensor, ...]:
+    """The tensors of cell(z) or cell(z, context), in the dtype of the state."""
+    z = parts[0] if single else tuple(parts)
+    image = cell(z) if context is None else cell(z, context)
+    return tuple(value.to(part.dtype) for value, part in zip(parts_of(image), parts, strict=True))
+
+
+class Replace(torch.autograd.Function):
+    """Forward: z*, the iterate that was found and reported. Backward: the graph of `value`."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, value: Tensor, star: Tensor) -> Tensor:
+        """A copy of z*."""
+        return star.clone()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
+        """The cotangent, to the graph of `value`."""
+        return grads[0], None
+
+
+class FirstOrder(torch.autograd.Function):
+    """The identity on tensors whose gradient is no function to be differentiated: whoever tries meets an error."""
+
+    @staticmethod
+    def forward(ctx: Any, reason: str, *parts: Tensor) -> tuple[Tensor, ...]:
+        """The tensors themselves."""
+        ctx.reason = reason
+        ctx.save_for_backward(*parts)
+        return tuple(part.view_as(part) for part in parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The cotangents; where somebody builds a graph of this backward, tied to an error."""
+        if torch.is_grad_enabled():
+            grads = tuple(_Refuse.apply(ctx.reason, u, *ctx.saved_tensors, *grads) for u in grads)
+        return (None, *grads)
+
+
+class _Refuse(torch.autograd.Function):
+    """The identity on u, tied to all that it depends on: whoever differentiates it is told that this cannot be had."""
+
+    @staticmethod
+    def forward(ctx: Any, reason: str, u: Tensor, *ties: Tensor) -> Tensor:
+        ctx.reason = reason
+        return u.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(ctx.reason)

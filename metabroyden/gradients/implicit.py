@@ -1,0 +1,295 @@
+"""Implicit differentiation: the adjoint fixed point, solved by any solver, to any order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.utils import _pytree as pytree
+
+from metabroyden.gradients.base import Replace, Report, evaluate, parts_of
+from metabroyden.inverse import FinalInverse, TransposedInverse
+from metabroyden.ledger import InCallersMode
+from metabroyden.solution import Solution, State
+from metabroyden.solve import solve
+from metabroyden.solvers.base import ClassicalSolver
+from metabroyden.solvers.broyden import Broyden
+from metabroyden.state import Packing
+
+Parts = tuple[Tensor, ...]
+Map = Callable[[Parts, Sequence[Tensor]], Parts]
+"""A fixed-point map of the state's tensors that depends on further tensors."""
+
+
+@dataclass(frozen=True)
+class Implicit:
+    """Implicit differentiation (Bai et al. 2019, theorem 1): the cotangent v at z* becomes u = (I − Jᵀ)⁻¹v.
+
+    u is found as the fixed point of u ↦ Jᵀu + v by any of our solvers. One evaluation of the cell at z* gives the graph
+    for both Jᵀ and the way from u to the parameters and the context, which are those of the forward pass.
+
+    Bias: none but the two tolerances. Cost: one evaluation with its graph, and a vector–Jacobian product for each
+    evaluation of the adjoint, which `DEQ.last_backward_solution` reports; memory independent of the evaluations. Of any
+    order: a backward that is itself to be differentiated evaluates the cell three more times, and u becomes a fixed point
+    with implicit gradients of its own. Then the cell must be a module, or depend on nothing that requires gradients but z
+    and the context: else a RuntimeError.
+
+    Attributes:
+        solver: solves the adjoint system. A learned one must be homogeneous in v (`AdjointLSTM`); it gets a context with
+            the equilibrium (R, n) under "z".
+        rtol, max_nfe: its tolerance and its budget of products. Where the cell computed in half precision (autocast), no
+            tolerance below four roundings of it is asked for.
+        precondition: reuse the forward solve's inverse Jacobian, transposed, as start and as initial inverse Jacobian of
+            the adjoint's Broyden (SHINE, Ramzi et al. 2022, in its refined form). Needs a forward solver that has one,
+            `Broyden` or `GroupedLSTM`, and a Broyden here.
+    """
+
+    solver: Any = field(default_factory=lambda: Broyden(memory=30))
+    rtol: float = 1e-3
+    max_nfe: int = 30
+    precondition: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precondition and not (isinstance(self.solver, Broyden) and self.solver.initial is None):
+            raise ValueError(
+                f"Implicit(precondition=True) starts a plain Broyden from the forward inverse, got solver={self.solver!r}"
+            )
+
+    @property
+    def wants_inverse(self) -> bool:
+        """Whether the forward solve is to keep its inverse Jacobian."""
+        return self.precondition
+
+    def attach(
+        self, cell: Callable[..., State], solution: Solution, context: Any, report: Report | None = None
+    ) -> State:
+        """z* with implicit gradients; `report` receives the adjoint's `Solution`."""
+        final = solution.inverse if self.precondition else None
+        if self.precondition and (final is None or not final.known):
+            converged_at_once = bool((solution.nfe == 1).all())
+            if not converged_at_once:
+                raise ValueError(
+                    "Implicit(precondition=True) needs a forward solver with an inverse Jacobian (Broyden, GroupedLSTM)"
+                )
+        frozen = _Frozen(cell, context, solution.z)
+        adjoint = _AdjointSolve(self, Packing.of(solution.z, "z"), final, report, 4 * frozen.rounding)
+        attached = _fixed_point(frozen, frozen.tensors, parts_of(solution.z), adjoint)
+        return attached[0] if isinstance(solution.z, Tensor) else attached
+
+
+@dataclass(frozen=True)
+class _AdjointSolve:
+    """Solves u = Jᵀu + v, given the product with Jᵀ."""
+
+    mode: Implicit
+    packing: Packing
+    final: FinalInverse | None
+    report: Report | None
+    floor: float  # no tolerance below it
+
+    def __call__(self, pull: Callable[[Parts], Parts], cotangent: Parts, star: Parts) -> Parts:
+        """u for the cotangent v; `pull` gives Jᵀu. What is not finite passes by the solve, as it would in a network."""
+        mode, packing = self.mode, self.packing
+        given = packing.pack(cotangent[0] if packing.single else cotangent)
+        finite = torch.isfinite(given)
+        v = torch.where(finite, given, 0.0)
+        sample = torch.arange(len(v), device=v.device)
+
+        def transpose(u: Tensor, rows: dict[str, Tensor]) -> Tensor:
+            whole = rows["sample"] is sample
+            full = u if whole else torch.zeros_like(v).index_copy(0, rows["sample"], u)
+            pulled = pull(parts_of(packing.unpack(full)))
+            image = packing.pack(pulled[0] if packing.single else pulled) + v
+            return image if whole else image.index_select(0, rows["sample"])
+
+        solver, start = mode.solver, v
+        if self.final is not None:
+            solver, start = replace(solver, initial=TransposedInverse(self.final)), -self.final.transpose(v)
+            start = torch.where(torch.isfinite(start).all(dim=1, keepdim=True), start, v)
+        context = {"sample": sample, "z": packing.pack(star[0] if packing.single else star), "v": v}
+        rtol = max(mode.rtol, self.floor)
+        found = solve(transpose, start, context, solver=solver, rtol=rtol, max_nfe=mode.max_nfe, throw=False)
+        if self.report is not None:
+            self.report(found)
+        assert isinstance(found.z, Tensor)
+        return parts_of(packing.unpack(torch.where(finite, found.z, given)))
+
+    def plain(self) -> _AdjointSolve:
+        """The solver of the adjoint of an adjoint: its matrix is J again, so no trained solver, and nobody asked what
+        it costs."""
+        solver = self.mode.solver if isinstance(self.mode.solver, ClassicalSolver) else Broyden(memory=30)
+        return _AdjointSolve(
+            replace(self.mode, precondition=False, solver=solver), self.packing, None, None, self.floor
+        )
+
+
+class _Frozen:
+    """A cell with the weights and the context of this moment, as a map of the state and of what requires gradients.
+
+    The weights a module has when backward runs may be others (`torch.func.functional_call`); those of the forward pass are
+    put back for an evaluation. Parametrised weights are computed as they were: a power iteration does not go on.
+    """
+
+    def __init__(self, cell: Callable[..., State], context: Any, z: State) -> None:
+        self.cell, self.single = cell, isinstance(z, Tensor)
+        device = parts_of(z)[0].device.type
+        leaves, self._spec = pytree.tree_flatten(context)
+        self._named: dict[str, Tensor] = {}
+        if isinstance(cell, nn.Module):
+            self._named = dict(cell.named_parameters())
+            for name, buffer in cell.named_buffers():
+                self._named[name] = buffer.clone() if ".parametrizations." in f".{name}" else buffer
+        everything = [*leaves, *self._named.values()]
+        self._live = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in everything]
+        self._constant = [None if live else leaf for leaf, live in zip(everything, self._live, strict=True)]
+        self.tensors = [leaf for leaf, live in zip(everything, self._live, strict=True) if live]
+        self._mode = InCallersMode(self._evaluate, device)
+        self._call = self._mode.differentiable
+
+    @property
+    def rounding(self) -> float:
+        """Unit rounding of the dtype that autocast chose; 0 without autocast."""
+        return 0.0 if self._mode.dtype is None else torch.finfo(self._mode.dtype).eps
+
+    def first(self, point: Parts) -> Any:
+        """The map at a point while the weights are still in their place."""
+        return self._call(self.cell, point, self._context_with(self.tensors))
+
+    def __call__(self, point: Parts, tensors: Sequence[Tensor]) -> Any:
+        """The map at a point, with these in the place of the tensors that require gradients."""
+        context = self._context_with(tensors)
+        if not isinstance(self.cell, nn.Module):
+            return self._call(self.cell, point, context)
+        values = self._filled(tensors)[self._spec.num_leaves :]
+        named = dict(zip(self._named, values, strict=True))
+        module = self.cell
+
+        def cell(*arguments: Any) -> State:
+            return torch.func.functional_call(module, named, arguments)
+
+        with _resting(module):
+            return self._call(cell, point, context)
+
+    def _evaluate(self, cell: Callable[..., State], point: Parts, context: Any) -> Any:
+        return evaluate(cell, point, self.single, context)
+
+    def _filled(self, tensors: Sequence[Tensor]) -> list[Any]:
+        given = iter(tensors)
+        return [next(given) if live else leaf for leaf, live in zip(self._constant, self._live, strict=True)]
+
+    def _context_with(self, tensors: Sequence[Tensor]) -> Any:
+        return pytree.tree_unflatten(self._filled(tensors)[: self._spec.num_leaves], self._spec)
+
+
+@contextmanager
+def _resting(module: nn.Module) -> Iterator[None]:
+    """While it lasts, parametrisations do not learn."""
+    busy = [
+        part
+        for owner in module.modules()
+        if isinstance(owner, ParametrizationList)
+        for part in owner.modules()
+        if part.training
+    ]
+    for part in busy:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in busy:
+            part.training = True
+
+
+def _fixed_point(function: Any, tensors: Sequence[Tensor], star: Parts, adjoint: _AdjointSolve) -> Parts:
+    """star = function(star, tensors), with gradients towards the tensors (and whatever else the function's graph holds)."""
+    with torch.enable_grad():
+        point = tuple(part.detach().requires_grad_() for part in star)
+        first = getattr(function, "first", None)
+        image = function(point, tensors) if first is None else first(point)
+        values = [Replace.apply(value, part) for value, part in zip(image, star, strict=True)]
+        return _Adjoint.apply(_Node(function, adjoint, point, image), *values, *tensors)
+
+
+@dataclass(frozen=True)
+class _Node:
+    """What the backward of one fixed point needs: its map, the solver of its adjoint, the graph at the equilibrium."""
+
+    function: Map
+    adjoint: _AdjointSolve
+    point: Parts
+    image: Parts
+
+    def pull(self, u: Parts) -> Parts:
+        """Jᵀu at the equilibrium."""
+        live = [(value, part) for value, part in zip(self.image, u, strict=True) if value.requires_grad]
+        if not live:
+            return tuple(torch.zeros_like(part) for part in self.point)
+        values, cotangents = zip(*live, strict=True)
+        return torch.autograd.grad(values, self.point, cotangents, retain_graph=True, materialize_grads=True)
+
+
+class _Adjoint(torch.autograd.Function):
+    """The identity on the values (the tensors pass by), whose backward solves the adjoint system.
+
+    An ordinary backward hands u to the graph of the values. One that is to be differentiated itself may not: that graph
+    ends at a detached z*. It computes the tensors' gradients anew, from the live z* and from a u with a graph.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, node: _Node, *inputs: Tensor) -> Parts:
+        count = len(node.point)
+        outputs = tuple(value.view_as(value) for value in inputs[:count])
+        ctx.node, ctx.others = node, len(inputs) - count
+        ctx.save_for_backward(*outputs, *inputs[count:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        node, count = ctx.node, len(grads)
+        with torch.no_grad():
+            detached = tuple(grad.detach() for grad in grads)
+            u = node.adjoint(node.pull, detached, tuple(part.detach() for part in node.point))
+        if not torch.is_grad_enabled():
+            return (None, *u, *[None] * ctx.others)
+        live, tensors = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        if isinstance(node.function, _Frozen):
+            _refuse_hidden(node.function, live, tensors)
+        transposed = _Transposed(node.function, count, len(tensors))
+        found = _fixed_point(transposed, (*live, *tensors, *grads), u, node.adjoint.plain())
+        if not tensors:
+            return (None, *[None] * count)
+        partial = [tensor.view_as(tensor) for tensor in tensors]  # z* depends on the tensors too: not that way
+        image = node.function(live, partial)
+        towards = torch.autograd.grad(image, partial, found, create_graph=True, allow_unused=True)
+        return (None, *[None] * count, *towards)
+
+
+@dataclass(frozen=True)
+class _Transposed:
+    """u ↦ Jᵀu + v as a map of u that depends on z*, on what the cell depends on, and on v."""
+
+    function: Map
+    count: int
+    others: int
+
+    def __call__(self, u: Parts, tensors: Sequence[Tensor]) -> Parts:
+        live, rest = tuple(tensors[: self.count]), tensors[self.count : self.count + self.others]
+        v = tensors[self.count + self.others :]
+        image = self.function(live, rest)
+        pulled = torch.autograd.grad(image, live, u, create_graph=True, materialize_grads=True)
+        return tuple(a + b for a, b in zip(pulled, v, strict=True))
+
+
+def _refuse_hidden(function: Map, live: Parts, tensors: Sequence[Tensor]) -> None:
+    """RuntimeError where the cell depends on something that requires gradients and that we do not know."""
+    image = function(tuple(part.detach() for part in live), [tensor.detach() for tensor in tensors])
+    if any(value.requires_grad for value in image):
+        raise RuntimeError(
+            "this would differentiate twice through a DEQ whose cell holds tensors that require gradients and are neither "
+            "its parameters nor in its context: make the cell a module, or pass them in the context"
+        )

@@ -1,0 +1,55 @@
+"""Backpropagation through the iteration itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metabroyden.gradients.base import evaluate, parts_of
+from metabroyden.solution import Solution, State
+from metabroyden.solve import solve
+from metabroyden.solvers.base import check_number
+from metabroyden.solvers.picard import Picard
+
+
+@dataclass(frozen=True)
+class Unroll:
+    """Full unroll: `steps` damped Picard steps from z0, with their graph: the weight-tied network of that depth.
+
+    In place of the solve, wherever gradients are enabled; the DEQ's own solver serves where they are not. The gradient is
+    exactly that of the network of this depth, to any order, and tends to the equilibrium's where the iteration converges.
+    Bias: that of the depth. Cost: `steps` evaluations and a backward through all of them, memory in proportion, and one
+    evaluation that measures the residual.
+
+    Attributes:
+        steps: depth, at least 1.
+        damping: in (0, 1].
+    """
+
+    steps: int = 30
+    damping: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("Unroll", "steps", self.steps, 0, 10**6, whole=True)
+        check_number("Unroll", "damping", self.damping, 0, 1)
+
+    def run(
+        self, cell: Callable[..., State], z0: State, context: Any, *, rtol: float, atol: float
+    ) -> tuple[State, Solution]:
+        """(z with its graph, its `Solution`); z0 may require gradients."""
+        parts, single = parts_of(z0), isinstance(z0, Tensor)
+        for _ in range(self.steps):
+            image = evaluate(cell, parts, single, context)
+            parts = tuple(torch.lerp(z, fz, self.damping) for z, fz in zip(parts, image, strict=True))
+        z = parts[0] if single else parts
+        seen = parts[0].detach() if single else tuple(part.detach() for part in parts)
+        finite = all(bool(torch.isfinite(part).all()) for part in parts_of(seen))
+        if not finite:
+            raise RuntimeError(f"the unrolled iteration is not finite after {self.steps} steps: it diverges")
+        found = solve(cell, seen, context, solver=Picard(), rtol=rtol, atol=atol, max_nfe=1, throw=False)
+        spent = replace(found, nfe=found.nfe + self.steps, steps=found.steps + self.steps)
+        return z, spent

@@ -1,0 +1,63 @@
+"""What a solve leaves behind of the inverse Jacobian: reused by the backward pass (SHINE)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+class FinalInverse:
+    """B ≈ (J − I)⁻¹ at the end of a solve, sample by sample, for J the Jacobian of f; B samples, n coordinates.
+
+    A solver that has such an operator offers `inverse(state, index)`, what its rows `index` know, a pytree of tensors, and
+    `transposed(w, frozen)`, Bᵀw for w (k, n). Samples of which nothing is known have B = −I.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Tensor, Any, Any]] = []
+
+    def add(self, samples: Tensor, solver: Any, frozen: Any) -> None:
+        """Take over what a solver knows of these samples (k,)."""
+        self._parts.append((samples, solver, frozen))
+
+    @property
+    def known(self) -> int:
+        """Number of samples of which something is known."""
+        return sum(len(samples) for samples, _, _ in self._parts)
+
+    def transpose(self, w: Tensor, samples: Tensor | None = None) -> Tensor:
+        """Bᵀw for w (R, n), of these samples (R,) (None: all, in order)."""
+        if samples is None:
+            whole = w
+        elif self._parts:
+            batch = 1 + max(int(samples.max()), *(int(part.max()) for part, _, _ in self._parts))
+            whole = w.new_zeros(batch, w.shape[1]).index_copy(0, samples, w)
+        else:
+            return -w
+        result = -whole
+        for part, solver, frozen in self._parts:
+            result = result.index_copy(0, part, solver.transposed(whole.index_select(0, part), frozen))
+        return result if samples is None else result.index_select(0, samples)
+
+
+class TransposedInverse:
+    """A `FinalInverse`, transposed, as the initial inverse Jacobian of a quasi-Newton method on the adjoint system.
+
+    The adjoint's Jacobian is Jᵀ − I, whose inverse Bᵀ approximates: −(I + P) = Bᵀ. Its context must be a dict with the
+    sample numbers under "sample".
+    """
+
+    def __init__(self, final: FinalInverse) -> None:
+        self.final = final
+
+    def init(self, z: Tensor, g: Tensor, problem: Any) -> Tensor:
+        """Sample numbers of the rows."""
+        return problem.context["sample"]
+
+    def apply(self, r: Tensor, frozen: Tensor) -> Tensor:
+        """P r for r (R, n)."""
+        return -self.final.transpose(r, frozen) - r
+
+    def __repr__(self) -> str:
+        return "TransposedInverse(…)"
