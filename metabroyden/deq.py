@@ -82,7 +82,7 @@ class DEQ(nn.Module):
         is possible.
         """
         if z0 is None:
-            z0 = self._initial_state(x)
+            z0 = initial_state(self.cell, x)
         self._watch.check(self.solver, self.cell)
         solution = solve(
             self.cell, z0, x, solver=self.solver, rtol=self.rtol, atol=self.atol, max_nfe=self.max_nfe, throw=False
@@ -101,13 +101,15 @@ class DEQ(nn.Module):
             self._warned_backward = True
             warnings.warn(f"DEQ, backward: {solution.failures()} (said once; see last_backward_solution)", stacklevel=2)
 
-    def _initial_state(self, x: Any) -> State:
-        maker = getattr(self.cell, "initial_state", None)
-        if maker is not None:
-            return maker(x)
-        if isinstance(x, Tensor) and x.is_floating_point():
-            return torch.zeros_like(x)
-        raise ValueError(
-            f"DEQ cannot guess the shape of the state from a context of type {type(x).__name__}: "
-            "give z0, or give the cell a method initial_state(x)"
-        )
+
+def initial_state(cell: nn.Module, x: Any) -> State:
+    """`cell.initial_state(x)` where the cell has one, else zeros like x; ValueError where neither is possible."""
+    maker = getattr(cell, "initial_state", None)
+    if maker is not None:
+        return maker(x)
+    if isinstance(x, Tensor) and x.is_floating_point():
+        return torch.zeros_like(x)
+    raise ValueError(
+        f"DEQ cannot guess the shape of the state from a context of type {type(x).__name__}: "
+        "give z0, or give the cell a method initial_state(x)"
+    )
