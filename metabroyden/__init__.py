@@ -11,6 +11,7 @@ from metabroyden.fixed import FixedBudget
 from metabroyden.gradients import Implicit, JacobianFree, Phantom, Unroll
 from metabroyden.learned import LEARNED, CoordinatewiseLSTM, GroupedLSTM, Safeguard
 from metabroyden.meta import fit_solver
+from metabroyden.models import compose, to_deq
 from metabroyden.solution import Solution, SolveError, Status, Trace, relative_residual
 from metabroyden.solve import solve
 from metabroyden.solvers import SOLVERS, Anderson, Broyden, Newton, Picard, make_solver
@@ -36,6 +37,7 @@ __all__ = [
     "Status",
     "Trace",
     "Unroll",
+    "compose",
     "fit_solver",
     "load_solver",
     "make_solver",
@@ -43,4 +45,5 @@ __all__ = [
     "relative_residual",
     "save_solver",
     "solve",
+    "to_deq",
 ]

@@ -96,7 +96,7 @@ class DEQ(nn.Module):
 
     def _equilibrium(self, x: Any, z0: State | None, after: Sequence[int]) -> list[State]:
         if z0 is None:
-            z0 = self._initial_state(x)
+            z0 = initial_state(self.cell, x)
         mode, graph = self.backward_mode, torch.is_grad_enabled()
         if graph and hasattr(mode, "run"):
             if after:
@@ -135,13 +135,15 @@ class DEQ(nn.Module):
             self._warned_backward = True
             warnings.warn(f"DEQ, backward: {solution.failures()} (said once; see last_backward_solution)", stacklevel=2)
 
-    def _initial_state(self, x: Any) -> State:
-        maker = getattr(self.cell, "initial_state", None)
-        if maker is not None:
-            return maker(x)
-        if isinstance(x, Tensor) and x.is_floating_point():
-            return torch.zeros_like(x)
-        raise ValueError(
-            f"DEQ cannot guess the shape of the state from a context of type {type(x).__name__}: "
-            "give z0, or give the cell a method initial_state(x)"
-        )
+
+def initial_state(cell: nn.Module, x: Any) -> State:
+    """`cell.initial_state(x)` where the cell has one, else zeros like x; ValueError where neither is possible."""
+    maker = getattr(cell, "initial_state", None)
+    if maker is not None:
+        return maker(x)
+    if isinstance(x, Tensor) and x.is_floating_point():
+        return torch.zeros_like(x)
+    raise ValueError(
+        f"DEQ cannot guess the shape of the state from a context of type {type(x).__name__}: "
+        "give z0, or give the cell a method initial_state(x)"
+    )

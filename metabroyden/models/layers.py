@@ -1,0 +1,185 @@
+"""Which layers of a feedforward network may be part of a DEQ, and why others may not; shapes without an evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+
+def _of_torch(names: str) -> frozenset[type[nn.Module]]:
+    return frozenset(getattr(nn, name) for name in names.split())
+
+
+MIXING = _of_torch("Linear Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d")
+_BATCH_NORMS = _of_torch("BatchNorm1d BatchNorm2d BatchNorm3d")
+_INSTANCE_NORMS = _of_torch("InstanceNorm1d InstanceNorm2d InstanceNorm3d")
+_NORMS = _BATCH_NORMS | _INSTANCE_NORMS | _of_torch("LayerNorm GroupNorm RMSNorm LocalResponseNorm")
+_DROPOUTS = _of_torch("Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout")
+_ACTIVATIONS = _of_torch(
+    "CELU ELU GELU GLU Hardshrink Hardsigmoid Hardswish Hardtanh LeakyReLU LogSigmoid LogSoftmax Mish PReLU RReLU ReLU "
+    "ReLU6 SELU SiLU Sigmoid Softmax Softmax2d Softmin Softplus Softshrink Softsign Tanh Tanhshrink Threshold"
+)
+_POOLS = _of_torch(
+    "AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d AdaptiveMaxPool1d AdaptiveMaxPool2d AdaptiveMaxPool3d "
+    "AvgPool1d AvgPool2d AvgPool3d LPPool1d LPPool2d LPPool3d MaxPool1d MaxPool2d MaxPool3d"
+)
+_SHAPERS = _of_torch(
+    "CircularPad1d CircularPad2d CircularPad3d ConstantPad1d ConstantPad2d ConstantPad3d Flatten Identity PixelShuffle "
+    "PixelUnshuffle ReflectionPad1d ReflectionPad2d ReflectionPad3d ReplicationPad1d ReplicationPad2d ReplicationPad3d "
+    "Unflatten Upsample ZeroPad1d ZeroPad2d ZeroPad3d"
+)
+_SUPPORTED = MIXING | _NORMS | _DROPOUTS | _ACTIVATIONS | _POOLS | _SHAPERS
+# With one axis fewer torch takes the first for the channels, or the pixels, of a single sample.
+_SPATIAL = MIXING - {nn.Linear} | _INSTANCE_NORMS | {nn.Softmax2d, nn.PixelShuffle, nn.PixelUnshuffle}
+_ALONG = {nn.Softmax: "dim", nn.Softmin: "dim", nn.LogSoftmax: "dim", nn.GLU: "dim", nn.Unflatten: "dim"}
+_ALONG |= {nn.Flatten: "start_dim"}
+
+Layers = list[tuple[str, nn.Module]]
+
+
+def kind_of(layer: nn.Module) -> Any:
+    """The class of a layer, parametrizations of its tensors apart."""
+    return parametrize.type_before_parametrizations(layer)
+
+
+def flatten(network: nn.Sequential, prefix: str = "") -> Layers:
+    """The layers of a Sequential, nested ones opened, with their names; TypeError for a foreign container."""
+    if not isinstance(network, nn.Sequential) or type(network).forward is not nn.Sequential.forward:
+        raise TypeError(
+            f"network must be an nn.Sequential with nn.Sequential's own forward, got {type(network).__name__}"
+            f"{f' at {prefix[:-1]}' if prefix else ''}"
+        )
+    layers: Layers = []
+    for name, layer in network._modules.items():  # named_children() leaves out repeats
+        assert layer is not None
+        layers += flatten(layer, f"{prefix}{name}.") if isinstance(layer, nn.Sequential) else [(prefix + name, layer)]
+    return layers
+
+
+def check_layer(name: str, layer: nn.Module) -> None:
+    """Refuse a layer that can be no part of a DEQ: TypeError for its class, ValueError for its settings or its mode."""
+    kind = kind_of(layer)
+    if kind not in _SUPPORTED:
+        raise TypeError(_refusal(name, layer, _why_not(kind)))
+    reason = _settings(layer) or changes(layer)
+    if reason:
+        raise ValueError(_refusal(name, layer, reason))
+
+
+def check_mode(name: str, layer: nn.Module) -> None:
+    """Refuse a layer that is, in the mode it is in now, no fixed function of each sample (ValueError)."""
+    reason = changes(layer)
+    if reason:
+        raise ValueError(_refusal(name, layer, reason))
+
+
+def has_modes(layer: nn.Module) -> bool:
+    """Whether `check_mode` may judge the layer differently after train() or eval()."""
+    return kind_of(layer) in _BATCH_NORMS | _INSTANCE_NORMS | _DROPOUTS | {nn.RReLU} or _spectral(layer)
+
+
+def changes(layer: Any) -> str:
+    """Why the layer is no fixed function of each sample in the mode it is in; empty where it is one."""
+    kind = kind_of(layer)
+    if kind in _BATCH_NORMS and (layer.training or layer.running_mean is None):
+        return "it takes its statistics over the batch, which ties samples together; track statistics and call .eval()"
+    if not layer.training:
+        return ""
+    if kind in _INSTANCE_NORMS and layer.running_mean is not None:
+        return "in training mode each evaluation would move its running statistics; call .eval()"
+    if kind in _DROPOUTS and layer.p > 0:
+        return "in training mode it draws anew at each evaluation, so there is no fixed point; call .eval()"
+    if kind is nn.RReLU:
+        return "in training mode it draws its slope anew at each evaluation; call .eval()"
+    if _spectral(layer):
+        return "in training mode spectral norm changes the weight at each evaluation; call .eval()"
+    return ""
+
+
+def output_shape(name: str, layer: nn.Module, x: Tensor) -> Tensor:
+    """What the layer makes of x, a tensor on the meta device, with no hook run and nothing computed.
+
+    ValueError where it cannot take x, or would reach across the first axis, the samples.
+    """
+    shape = tuple(x.shape)
+    reason = _across(layer, x.dim())
+    if reason:
+        raise ValueError(_refusal(name, layer, f"for an input of shape {shape} {reason}"))
+    try:
+        y = kind_of(layer).forward(_skeleton(layer), x)
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise ValueError(f"layer {name} ({_class(layer)}) cannot take an input of shape {shape}: {error}") from error
+    if y.shape[:1] != x.shape[:1]:
+        raise ValueError(_refusal(name, layer, f"it turns an input of shape {shape} into one of {tuple(y.shape)}"))
+    return y
+
+
+def _class(layer: nn.Module) -> str:
+    return kind_of(layer).__name__
+
+
+def _refusal(name: str, layer: nn.Module, reason: str) -> str:
+    return f"layer {name} ({_class(layer)}) cannot be part of a DEQ: {reason}"
+
+
+def _why_not(kind: type[nn.Module]) -> str:
+    if issubclass(kind, (nn.RNNBase, nn.RNNCellBase)):
+        return "a recurrent layer has a state of its own and returns it"
+    if issubclass(kind, nn.MultiheadAttention) or kind.__name__.startswith("Transformer"):
+        return "attention takes several inputs or masks; write a cell f(z, x) for it"
+    if issubclass(kind, nn.modules.lazy.LazyModuleMixin):
+        return "it has no parameters yet; run the network once before it is converted"
+    return "it cannot be known to treat samples apart, with one tensor in and one out; write a cell f(z, x) for it"
+
+
+def _settings(layer: nn.Module) -> str:
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        if tensor.dtype not in (torch.float32, torch.float64) and (tensor.is_floating_point() or tensor.is_complex()):
+            return f"its parameters are {tensor.dtype}, and a state is float32 or float64"
+    if getattr(layer, "return_indices", False):
+        return "with return_indices it returns a pair"
+    if kind_of(layer) in _ALONG and getattr(layer, _ALONG[kind_of(layer)]) is None:
+        return "its dim is not given"
+    return _across(layer, None)
+
+
+def _across(layer: Any, axes: int | None) -> str:
+    """Why the layer would reach across samples, given the number of axes of its input (None: not known yet)."""
+    kind = kind_of(layer)
+    if kind in _ALONG and getattr(layer, _ALONG[kind]) in (0, None if axes is None else -axes):
+        return "it works along the first axis, the samples"
+    if axes is None:
+        return ""
+    if kind is nn.Linear and axes < 2:
+        return "it works along the first axis, the samples"
+    if kind in (nn.LayerNorm, nn.RMSNorm) and len(layer.normalized_shape) >= axes:
+        return "it normalises along the first axis, the samples"
+    if kind in _SPATIAL:
+        wanted = 2 + int(kind.__name__[-2]) if kind.__name__.endswith("d") else 4
+        if axes != wanted:
+            return f"it wants {wanted} axes, the samples first"
+    return ""
+
+
+def _spectral(layer: nn.Module) -> bool:
+    parts = (*layer.modules(), *layer._forward_pre_hooks.values())  # either of torch's two ways to attach it
+    return any(type(part).__name__.endswith("SpectralNorm") for part in parts)
+
+
+def _skeleton(layer: Any) -> nn.Module:
+    """The layer without hooks and parametrizations, with the shapes of its tensors on the meta device."""
+    kind = kind_of(layer)
+    twin = kind.__new__(kind)
+    twin.__dict__.update(layer.__dict__)
+    nn.Module.__init__(twin)  # forgets parameters, buffers and hooks; the settings stay
+    twin.training = layer.training
+    plain = [key for key, value in layer.__dict__.items() if isinstance(value, Tensor)]
+    parametrized = layer.parametrizations if parametrize.is_parametrized(layer) else ()
+    with torch.no_grad():
+        for key in (*layer._parameters, *layer._buffers, *parametrized, *plain):
+            value = getattr(layer, key)
+            twin.__dict__[key] = None if value is None else value.to("meta")
+    return twin
