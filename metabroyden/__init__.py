@@ -14,6 +14,14 @@ from metabroyden.meta import fit_solver
 from metabroyden.solution import Solution, SolveError, Status, Trace, relative_residual
 from metabroyden.solve import solve
 from metabroyden.solvers import SOLVERS, Anderson, Broyden, Newton, Picard, make_solver
+from metabroyden.training import (
+    EquilibriumCache,
+    VariationalDropout,
+    fixed_point_correction,
+    jacobian_penalty,
+    normalise,
+    spectral_radius,
+)
 
 __all__ = [
     "DEQ",
@@ -23,6 +31,7 @@ __all__ = [
     "Broyden",
     "CheckpointError",
     "CoordinatewiseLSTM",
+    "EquilibriumCache",
     "FixedBudget",
     "GroupedLSTM",
     "Implicit",
@@ -33,11 +42,16 @@ __all__ = [
     "SolveError",
     "Status",
     "Trace",
+    "VariationalDropout",
     "fit_solver",
+    "fixed_point_correction",
+    "jacobian_penalty",
     "load_solver",
     "make_solver",
+    "normalise",
     "pretrained",
     "relative_residual",
     "save_solver",
     "solve",
+    "spectral_radius",
 ]

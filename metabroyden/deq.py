@@ -13,6 +13,8 @@ from metabroyden.learned.fingerprint import FingerprintWatch
 from metabroyden.solution import Solution, State
 from metabroyden.solve import solve
 from metabroyden.solvers.broyden import Broyden
+from metabroyden.training.dropout import restless
+from metabroyden.training.pin import pin
 
 
 class DEQ(nn.Module):
@@ -27,6 +29,9 @@ class DEQ(nn.Module):
 
     After each call `last_solution` tells what the solve cost, and `last_backward_solution`, after a backward pass, what
     the adjoint cost. Samples that fail keep their best iterate; the first time that happens a warning says so.
+
+    Through one call the cell is one map: parametrized weights (`normalise`) are computed once, `VariationalDropout` draws
+    one mask a sample, and an ordinary dropout layer in training mode brings a warning, once.
 
     >>> import torch, metabroyden as mb
     >>> class Cell(torch.nn.Module):
@@ -62,7 +67,7 @@ class DEQ(nn.Module):
         self.rtol, self.atol, self.max_nfe = rtol, atol, max_nfe
         self.last_solution: Solution | None = None
         self.last_backward_solution: Solution | None = None
-        self._warned = self._warned_backward = not warn
+        self._warned = self._warned_backward = self._warned_restless = not warn
         self._watch = FingerprintWatch()
 
     @property
@@ -84,8 +89,10 @@ class DEQ(nn.Module):
         if z0 is None:
             z0 = self._initial_state(x)
         self._watch.check(self.solver, self.cell)
+        self._watch_dropout()
+        f, context = pin(self.cell, x, z0)
         solution = solve(
-            self.cell, z0, x, solver=self.solver, rtol=self.rtol, atol=self.atol, max_nfe=self.max_nfe, throw=False
+            f, z0, context, solver=self.solver, rtol=self.rtol, atol=self.atol, max_nfe=self.max_nfe, throw=False
         )
         self.last_solution = solution
         if not self._warned and not bool(solution.converged.all()):
@@ -93,7 +100,19 @@ class DEQ(nn.Module):
             warnings.warn(f"DEQ: {solution.failures()} (said once; see last_solution)", stacklevel=2)
         if not torch.is_grad_enabled():
             return solution.z
-        return self.backward_mode.attach(self.cell, solution.z, x, self._note_backward)
+        return self.backward_mode.attach(f, solution.z, context, self._note_backward)
+
+    def _watch_dropout(self) -> None:
+        if self._warned_restless:
+            return
+        names = restless(self.cell)
+        if names:
+            self._warned_restless = True
+            warnings.warn(
+                f"DEQ: {', '.join(names)} drops anew at every evaluation, so that the cell has no fixed point to find; "
+                "use VariationalDropout (said once)",
+                stacklevel=3,
+            )
 
     def _note_backward(self, solution: Solution) -> None:
         self.last_backward_solution = solution
