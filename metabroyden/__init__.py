@@ -15,6 +15,14 @@ from metabroyden.models import compose, to_deq
 from metabroyden.solution import Solution, SolveError, Status, Trace, relative_residual
 from metabroyden.solve import solve
 from metabroyden.solvers import SOLVERS, Anderson, Broyden, Newton, Picard, make_solver
+from metabroyden.training import (
+    EquilibriumCache,
+    VariationalDropout,
+    fixed_point_correction,
+    jacobian_penalty,
+    normalise,
+    spectral_radius,
+)
 
 __all__ = [
     "DEQ",
@@ -24,6 +32,7 @@ __all__ = [
     "Broyden",
     "CheckpointError",
     "CoordinatewiseLSTM",
+    "EquilibriumCache",
     "FixedBudget",
     "GroupedLSTM",
     "Implicit",
@@ -37,13 +46,18 @@ __all__ = [
     "Status",
     "Trace",
     "Unroll",
+    "VariationalDropout",
     "compose",
     "fit_solver",
+    "fixed_point_correction",
+    "jacobian_penalty",
     "load_solver",
     "make_solver",
+    "normalise",
     "pretrained",
     "relative_residual",
     "save_solver",
     "solve",
+    "spectral_radius",
     "to_deq",
 ]

@@ -15,6 +15,8 @@ from metabroyden.learned.fingerprint import FingerprintWatch
 from metabroyden.solution import Solution, State
 from metabroyden.solve import solve
 from metabroyden.solvers.broyden import Broyden
+from metabroyden.training.dropout import restless
+from metabroyden.training.pin import pin
 
 
 class DEQ(nn.Module):
@@ -30,6 +32,9 @@ class DEQ(nn.Module):
 
     After each call `last_solution` tells what the solve cost, and `last_backward_solution`, after a backward pass, what
     the adjoint cost. Samples that fail keep their best iterate; the first time that happens a warning says so.
+
+    Through one call the cell is one map: parametrized weights (`normalise`) are computed once, `VariationalDropout` draws
+    one mask a sample, and an ordinary dropout layer in training mode brings a warning, once.
 
     >>> import torch, metabroyden as mb
     >>> class Cell(torch.nn.Module):
@@ -65,7 +70,7 @@ class DEQ(nn.Module):
         self.rtol, self.atol, self.max_nfe = rtol, atol, max_nfe
         self.last_solution: Solution | None = None
         self.last_backward_solution: Solution | None = None
-        self._warned = self._warned_backward = not warn
+        self._warned = self._warned_backward = self._warned_restless = not warn
         self._watch = FingerprintWatch()
 
     @property
@@ -97,17 +102,19 @@ class DEQ(nn.Module):
     def _equilibrium(self, x: Any, z0: State | None, after: Sequence[int]) -> list[State]:
         if z0 is None:
             z0 = initial_state(self.cell, x)
+        self._watch_dropout()
         mode, graph = self.backward_mode, torch.is_grad_enabled()
+        f, context = pin(self.cell, x, z0)
         if graph and hasattr(mode, "run"):
             if after:
                 raise ValueError(f"{mode!r} has no solve whose iterates could be given")
-            z, self.last_solution = mode.run(self.cell, z0, x, rtol=self.rtol, atol=self.atol)
+            z, self.last_solution = mode.run(f, z0, context, rtol=self.rtol, atol=self.atol)
             return [z]
         self._watch.check(self.solver, self.cell)
         solution = solve(
-            self.cell,
+            f,
             z0,
-            x,
+            context,
             solver=self.solver,
             rtol=self.rtol,
             atol=self.atol,
@@ -122,12 +129,24 @@ class DEQ(nn.Module):
             warnings.warn(f"DEQ: {solution.failures()} (said once; see last_solution)", stacklevel=3)
         if not graph:
             return [*solution.snapshots, solution.z]
-        early = [JacobianFree().attach(self.cell, replace(solution, z=z), x) for z in solution.snapshots]
-        return [*early, mode.attach(self.cell, solution, x, self._note_backward)]
+        early = [JacobianFree().attach(f, replace(solution, z=z), context) for z in solution.snapshots]
+        return [*early, mode.attach(f, solution, context, self._note_backward)]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what the last calls cost, for copies and `torch.save`."""
         return {**super().__getstate__(), "last_solution": None, "last_backward_solution": None}
+
+    def _watch_dropout(self) -> None:
+        if self._warned_restless:
+            return
+        names = restless(self.cell)
+        if names:
+            self._warned_restless = True
+            warnings.warn(
+                f"DEQ: {', '.join(names)} drops anew at every evaluation, so that the cell has no fixed point to find; "
+                "use VariationalDropout (said once)",
+                stacklevel=4,
+            )
 
     def _note_backward(self, solution: Solution) -> None:
         self.last_backward_solution = solution

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metabroyden.ledger import Ledger, Rows
+from metabroyden.state import Companion
 
 
 class Problem:
@@ -33,7 +34,8 @@ class Problem:
     @property
     def context(self) -> Any:
         """The context of these rows (None where f takes none)."""
-        return self._rows.context(self._ledger.context)
+        context = self._rows.context(self._ledger.context)
+        return context.context if isinstance(context, Companion) else context
 
     @property
     def alive(self) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,13 @@ from torch.utils import _pytree as pytree
 from metabroyden.solution import State
 
 T = TypeVar("T")
+
+
+class Companion(NamedTuple):
+    """A caller's context and what else f needs of every sample, batch first: solvers see the former only."""
+
+    context: Any
+    beside: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ LAYERS = [
     ["solve"],
     ["fixed"],
     ["solvers"],
+    ["training"],
     ["learned"],
     ["checkpoint"],
     ["gradients"],

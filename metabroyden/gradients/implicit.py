@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils import _pytree as pytree
 
 from metabroyden.gradients.base import Replace, Report, evaluate, parts_of
@@ -20,6 +18,7 @@ from metabroyden.solve import solve
 from metabroyden.solvers.base import ClassicalSolver
 from metabroyden.solvers.broyden import Broyden
 from metabroyden.state import Packing
+from metabroyden.training.pin import Pinned
 
 Parts = tuple[Tensor, ...]
 Map = Callable[[Parts, Sequence[Tensor]], Parts]
@@ -132,19 +131,21 @@ class _Frozen:
     """A cell with the weights and the context of this moment, as a map of the state and of what requires gradients.
 
     The weights a module has when backward runs may be others (`torch.func.functional_call`); those of the forward pass are
-    put back for an evaluation. Parametrised weights are computed as they were: a power iteration does not go on.
+    put back for an evaluation, and so are weights and masks that were pinned (`pin`).
     """
 
     def __init__(self, cell: Callable[..., State], context: Any, z: State) -> None:
-        self.cell, self.single = cell, isinstance(z, Tensor)
+        self.cell: Any = cell
+        self.single = isinstance(z, Tensor)
         device = parts_of(z)[0].device.type
         leaves, self._spec = pytree.tree_flatten(context)
-        self._named: dict[str, Tensor] = {}
-        if isinstance(cell, nn.Module):
-            self._named = dict(cell.named_parameters())
-            for name, buffer in cell.named_buffers():
-                self._named[name] = buffer.clone() if ".parametrizations." in f".{name}" else buffer
-        everything = [*leaves, *self._named.values()]
+        module = cell.cell if isinstance(cell, Pinned) else cell
+        self._module = module if isinstance(module, nn.Module) else None
+        named: dict[str, Tensor] = {}
+        if self._module is not None:
+            named = {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}
+        self._names = list(named)
+        everything = [*leaves, *named.values(), *(cell.weights if isinstance(cell, Pinned) else ())]
         self._live = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in everything]
         self._constant = [None if live else leaf for leaf, live in zip(everything, self._live, strict=True)]
         self.tensors = [leaf for leaf, live in zip(everything, self._live, strict=True) if live]
@@ -162,18 +163,19 @@ class _Frozen:
 
     def __call__(self, point: Parts, tensors: Sequence[Tensor]) -> Any:
         """The map at a point, with these in the place of the tensors that require gradients."""
-        context = self._context_with(tensors)
-        if not isinstance(self.cell, nn.Module):
+        context, module = self._context_with(tensors), self._module
+        if module is None:
             return self._call(self.cell, point, context)
         values = self._filled(tensors)[self._spec.num_leaves :]
-        named = dict(zip(self._named, values, strict=True))
-        module = self.cell
+        named = dict(zip(self._names, values, strict=False))
 
         def cell(*arguments: Any) -> State:
             return torch.func.functional_call(module, named, arguments)
 
-        with _resting(module):
-            return self._call(cell, point, context)
+        def pinned(z: State, context: Any = None) -> State:
+            return self.cell.call(cell, values[len(named) :], z, context)
+
+        return self._call(pinned if isinstance(self.cell, Pinned) else cell, point, context)
 
     def _evaluate(self, cell: Callable[..., State], point: Parts, context: Any) -> Any:
         return evaluate(cell, point, self.single, context)
@@ -184,25 +186,6 @@ class _Frozen:
 
     def _context_with(self, tensors: Sequence[Tensor]) -> Any:
         return pytree.tree_unflatten(self._filled(tensors)[: self._spec.num_leaves], self._spec)
-
-
-@contextmanager
-def _resting(module: nn.Module) -> Iterator[None]:
-    """While it lasts, parametrisations do not learn."""
-    busy = [
-        part
-        for owner in module.modules()
-        if isinstance(owner, ParametrizationList)
-        for part in owner.modules()
-        if part.training
-    ]
-    for part in busy:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in busy:
-            part.training = True
 
 
 def _fixed_point(function: Any, tensors: Sequence[Tensor], star: Parts, adjoint: _AdjointSolve) -> Parts:

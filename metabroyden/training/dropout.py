@@ -1,0 +1,118 @@
+"""Dropout that leaves f one map through a solve."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+
+class VariationalDropout(nn.Module):
+    """Dropout whose mask is drawn once a call of the DEQ and kept through its solve and its backward pass.
+
+    Gal & Ghahramani 2016, A theoretically grounded application of dropout in recurrent neural networks; a fixed point
+    exists only for a mask that stands still. `DEQ` draws a mask for every sample and lets it travel with the context, so
+    that each sample keeps its own while others leave the solve. In evaluation mode the identity. In training mode, used
+    outside a `DEQ` (and outside `held_masks`), it draws afresh at every call, as ordinary dropout does.
+
+    Args:
+        p: probability that an entry is dropped, 0 ≤ p < 1; what stays is scaled by 1 / (1 − p).
+        shape: of one sample's mask, as many axes as the layer's input has after the batch, each of its size or 1:
+            (C, 1, 1) drops whole channels of (B, C, H, W), (1, D) features of (B, T, D) alike at all times.
+
+    Raises:
+        ValueError: p or shape out of range; at a call, an input that the mask does not fit.
+
+    >>> import torch, metabroyden as mb
+    >>> channels = mb.VariationalDropout(0.5, (4, 1, 1))
+    >>> dropped = channels(torch.ones(2, 4, 3, 3))
+    >>> bool((dropped == dropped[:, :, :1, :1]).all()), sorted(dropped.unique().tolist())
+    (True, [0.0, 2.0])
+    """
+
+    def __init__(self, p: float, shape: Sequence[int]) -> None:
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"p must lie in [0, 1), got {p}")
+        self.p, self.shape = float(p), tuple(shape)
+        if not self.shape or any(size < 1 for size in self.shape):
+            raise ValueError(f"shape must be that of one sample's mask, sizes of at least 1, got {self.shape}")
+        self.mask: Tensor | None = None  # (B, *shape) bool, True stays; set for the time of a call only
+
+    @property
+    def active(self) -> bool:
+        """Whether the layer drops anything."""
+        return self.training and self.p > 0
+
+    def draw(self, batch: int, device: torch.device) -> Tensor:
+        """A mask (batch, *shape); the one that is held, where one is."""
+        if self.mask is not None:
+            return self.mask
+        return torch.rand(batch, *self.shape, device=device) >= self.p
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x with entries dropped, shaped like x (B, ...)."""
+        if not self.active:
+            return x
+        mask = self.draw(len(x), x.device)
+        # what torch would broadcast unasked would drop the wrong axis
+        fits = mask.dim() == x.dim() and len(mask) == len(x)
+        if not fits or any(size not in (1, wanted) for size, wanted in zip(self.shape, x.shape[1:], strict=True)):
+            raise ValueError(
+                f"a mask of shape {tuple(mask.shape)} does not fit an input of shape {tuple(x.shape)}: "
+                "wanted the batch first, then for every axis its size or 1"
+            )
+        return torch.where(mask, x / (1 - self.p), 0.0)
+
+    def extra_repr(self) -> str:
+        """For `print`."""
+        return f"p={self.p}, shape={self.shape}"
+
+
+def dropouts(module: nn.Module) -> list[VariationalDropout]:
+    """The variational dropout layers of a module that drop something at present."""
+    return [layer for layer in module.modules() if isinstance(layer, VariationalDropout) and layer.active]
+
+
+@contextmanager
+def held_masks(module: nn.Module, batch: int, device: torch.device | str | None = None) -> Iterator[None]:
+    """Draw the masks of a module's `VariationalDropout` layers for `batch` samples, and hold them for a `with` block.
+
+    Within it a `DEQ` uses these masks, and so does whatever else calls the cell on the whole batch: a Jacobian penalty at
+    the equilibrium, say, which else would meet masks of its own. `device`: where the state lives; None: where the
+    module's parameters are.
+
+    >>> import torch, metabroyden as mb
+    >>> layer = mb.VariationalDropout(0.5, (100,))
+    >>> with mb.training.held_masks(layer, 3):
+    ...     bool((layer(torch.ones(3, 100)) == layer(torch.ones(3, 100))).all())
+    True
+    """
+    where = torch.device(device) if device is not None else next((p.device for p in module.parameters()), None)
+    layers = dropouts(module)
+    before = [layer.mask for layer in layers]
+    for layer in layers:
+        layer.mask = layer.draw(batch, where or torch.device("cpu"))
+    try:
+        yield
+    finally:
+        for layer, mask in zip(layers, before, strict=True):
+            layer.mask = mask
+
+
+def restless(module: nn.Module) -> list[str]:
+    """Names of ordinary layers in a module that drop anew at every call: under a solve they make f a moving target."""
+
+    def rate(layer: nn.Module) -> float:
+        if isinstance(layer, _DropoutNd):
+            return layer.p
+        return layer.dropout if isinstance(layer, (nn.MultiheadAttention, nn.RNNBase)) else 0.0
+
+    return [
+        f"{name or 'cell'} ({type(layer).__name__})"
+        for name, layer in module.named_modules()
+        if layer.training and rate(layer) > 0
+    ]
