@@ -65,7 +65,7 @@ class DEQ(nn.Module):
         # A learned solver is a module, but no part of the model: its weights must not be trained or saved with it.
         self._solver = [Broyden() if solver is None else solver]
         self.backward_mode = Implicit() if backward is None else backward
-        if not callable(getattr(self.backward_mode, "attach", None)):
+        if not any(callable(getattr(self.backward_mode, name, None)) for name in ("attach", "run")):
             raise TypeError(f"backward must be a gradient mode such as Implicit(), got {backward!r}")
         self.rtol, self.atol, self.max_nfe = rtol, atol, max_nfe
         self.last_solution: Solution | None = None
