@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from experiments import digits, solvers
+from experiments import digits, memory, solvers
 
 EXPERIMENTS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "digits": (digits.Digits, digits.run),
     "solvers": (solvers.Solvers, solvers.run),
+    "memory": (memory.Memory, memory.run),
 }

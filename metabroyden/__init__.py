@@ -9,8 +9,8 @@ from metabroyden.checkpoint import CheckpointError, load_solver, pretrained, sav
 from metabroyden.deq import DEQ
 from metabroyden.fixed import FixedBudget
 from metabroyden.gradients import Implicit, JacobianFree, Phantom, Unroll
-from metabroyden.learned import LEARNED, CoordinatewiseLSTM, GroupedLSTM, Safeguard
-from metabroyden.meta import fit_solver
+from metabroyden.learned import LEARNED, AdjointLSTM, CoordinatewiseLSTM, GroupedLSTM, Safeguard
+from metabroyden.meta import fit_adjoint, fit_solver
 from metabroyden.models import compose, to_deq
 from metabroyden.solution import Solution, SolveError, Status, Trace, relative_residual
 from metabroyden.solve import solve
@@ -28,6 +28,7 @@ __all__ = [
     "DEQ",
     "LEARNED",
     "SOLVERS",
+    "AdjointLSTM",
     "Anderson",
     "Broyden",
     "CheckpointError",
@@ -48,6 +49,7 @@ __all__ = [
     "Unroll",
     "VariationalDropout",
     "compose",
+    "fit_adjoint",
     "fit_solver",
     "fixed_point_correction",
     "jacobian_penalty",

@@ -83,6 +83,12 @@ class DEQ(nn.Module):
         self._solver = [solver]
         self._watch = FingerprintWatch()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "solver":  # nn.Module would take a learned solver for a child of its own, past the property
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def forward(self, x: Any, z0: State | None = None) -> State:
         """The equilibrium for the context x (a pytree of batch-first tensors), shaped like the state.
 

@@ -120,10 +120,13 @@ def test_it_says_so_when_the_weights_have_moved_since_the_fit():
 
 
 def test_a_learned_solver_is_no_part_of_the_model():
-    cell = ConvCell(4, 4, 2)
-    deq = mb.DEQ(cell, solver=mb.load_solver(mb.pretrained()[0]))
-    assert {id(p) for p in deq.parameters()} == {id(p) for p in cell.parameters()}
-    assert all(key.startswith("cell.") for key in deq.state_dict())
+    cell, solver = ConvCell(4, 4, 2), mb.load_solver(mb.pretrained()[0])
+    assigned = mb.DEQ(cell)
+    assigned.solver = solver
+    for deq in (mb.DEQ(cell, solver=solver), assigned):
+        assert deq.solver is solver
+        assert {id(p) for p in deq.parameters()} == {id(p) for p in cell.parameters()}
+        assert all(key.startswith("cell.") for key in deq.state_dict())
 
 
 def test_a_state_that_cannot_be_guessed_is_asked_for():

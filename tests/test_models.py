@@ -9,7 +9,16 @@ import torch
 
 import metabroyden as mb
 from metabroyden.data.digits import ImageData, load_digits, shift
-from metabroyden.models import ClassifierTraining, ConvCell, ConvClassifier, ConvClassifierConfig, train_classifier
+from metabroyden.models import (
+    CELLS,
+    CausalCell,
+    ClassifierTraining,
+    ConvCell,
+    ConvClassifier,
+    ConvClassifierConfig,
+    make_cell,
+    train_classifier,
+)
 
 
 def small_digits() -> ImageData:
@@ -84,3 +93,83 @@ def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path):
 def test_a_batch_larger_than_the_data_is_refused():
     with pytest.raises(ValueError, match="a batch of 1000 is more than the 128 training images"):
         train_classifier(build, small_digits(), ClassifierTraining(batch=1000))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", CELLS)
+def test_the_example_of_a_cell_is_small_keeps_shape_and_dtype_and_follows_from_its_seed(name, dtype):
+    cell, x = make_cell(name, dtype=dtype, batch=3, seed=1)
+    assert x[0].numel() <= 60
+    z = torch.randn_like(x)
+    assert (cell(z, x).shape, cell(z, x).dtype) == (x.shape, dtype)
+    again, x_again = make_cell(name, dtype=dtype, batch=3, seed=1)
+    assert torch.equal(again(z, x_again), cell(z, x))
+    _, other = make_cell(name, dtype=dtype, batch=3, seed=2)
+    assert not torch.equal(x, other)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", CELLS)
+def test_a_cell_has_a_fixed_point_at_its_initial_weights(name, seed):
+    cell, x = make_cell(name, dtype=torch.float64, batch=4, seed=seed)
+    solution = mb.solve(cell, torch.zeros_like(x), x, solver=mb.Broyden(), rtol=1e-6)
+    torch.testing.assert_close(cell(solution.z, x), solution.z, rtol=0, atol=1e-4)
+    assert float(solution.z.std()) > 0.1
+    assert int(solution.nfe.min()) > 5
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_a_cell_treats_samples_apart_and_depends_on_all_that_it_is_given(name):
+    cell, x = make_cell(name, dtype=torch.float64, batch=3)
+    z = torch.randn_like(x).requires_grad_()
+    x.requires_grad_()
+    torch.testing.assert_close(cell(z, x)[1:2], cell(z[1:2], x[1:2]))
+    weights = torch.randn_like(x)
+    for gradient in torch.autograd.grad((cell(z, x) * weights).sum(), [z, x, *cell.parameters()]):
+        assert float(gradient.abs().max()) > 1e-4
+
+
+def test_unknown_cells_are_refused():
+    with pytest.raises(ValueError, match="unknown cell 'dens': known are dense, conv, causal"):
+        make_cell("dens")
+
+
+@pytest.mark.parametrize(("width", "dilation"), [(2, 1), (3, 2)])
+def test_the_causal_cell_carries_nothing_from_the_future_to_the_past(width, dilation):
+    cell = CausalCell(6, 5, width, dilation).double()
+    z, x = torch.randn(3, 6, 12).double(), torch.randn(3, 6, 12).double()
+    for position in range(12):
+        later_z, later_x = z.clone(), x.clone()
+        later_z[:, :, position:] = torch.randn(3, 6, 12 - position).double()
+        later_x[:, :, position:] = torch.randn(3, 6, 12 - position).double()
+        before, after = cell(z, x), cell(later_z, later_x)
+        torch.testing.assert_close(after[:, :, :position], before[:, :, :position], rtol=0, atol=1e-12)
+        assert not torch.allclose(after[:, :, position], before[:, :, position])
+
+
+def test_the_causal_cell_looks_back_as_far_as_its_taps_reach():
+    cell = CausalCell(6, 5, width=3, dilation=2).double()
+    z, x = torch.randn(1, 6, 12).double(), torch.randn(1, 6, 12).double()
+    moved = z.clone()
+    moved[:, :, 3] += 1
+    changed = (cell(moved, x) - cell(z, x)).abs().amax(dim=(0, 1)) > 1e-9
+    assert changed.nonzero().flatten().tolist() == [3, 5, 7]
+    for wrong in ({"width": 1}, {"dilation": 0}):
+        with pytest.raises(ValueError, match="width must be at least 2 and dilation at least 1"):
+            CausalCell(6, **wrong)
+
+
+def test_the_causal_and_the_dense_cell_are_what_their_docstrings_say():
+    cell, x = make_cell("causal", dtype=torch.float64)
+    z = torch.randn_like(x)
+    norm = lambda v: torch.nn.functional.layer_norm(v.transpose(1, 2), (6,)).transpose(1, 2)  # noqa: E731
+    before = torch.cat([torch.zeros_like(z[:, :, :1]), z[:, :, :-1]], dim=2)
+    w, u, v = cell.conv.weight, cell.inject.weight[:, :, 0], cell.out.weight[:, :, 0]
+    both = w[:, :, 0] @ before + w[:, :, 1] @ z + u @ x + cell.inject.bias[:, None]
+    h = torch.tanh(both[:, :5]) * torch.sigmoid(both[:, 5:])
+    torch.testing.assert_close(cell(z, x), norm(z + norm(x + v @ h)))
+    cell, x = make_cell("dense", dtype=torch.float64)
+    z = torch.randn_like(x)
+    wanted = torch.tanh(torch.nn.functional.layer_norm(z @ cell.linear.weight.T + x, (12,)))
+    torch.testing.assert_close(cell(z, x), wanted)
+    assert float(torch.linalg.matrix_norm(cell.linear.weight.detach(), 2)) == pytest.approx(0.8, abs=1e-6)

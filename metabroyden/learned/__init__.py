@@ -1,5 +1,6 @@
 """Learned solvers and their parts, one a file. `LEARNED` knows them by name."""
 
+from metabroyden.learned.adjoint import AdjointConfig, AdjointLSTM
 from metabroyden.learned.base import LEARNED, LearnedConfig, LearnedSolver
 from metabroyden.learned.coordinatewise import CoordinatewiseLSTM
 from metabroyden.learned.grouped import GroupedConfig, GroupedLSTM
@@ -7,6 +8,8 @@ from metabroyden.learned.safeguard import Safeguard
 
 __all__ = [
     "LEARNED",
+    "AdjointConfig",
+    "AdjointLSTM",
     "CoordinatewiseLSTM",
     "GroupedConfig",
     "GroupedLSTM",

@@ -44,6 +44,7 @@ class GroupedState(NamedTuple):
     hidden: Tensor  # (R, H, G)
     cell: Tensor  # (R, H, G)
     scale: Tensor  # (R, 1, …) previous residual scale
+    first: Tensor  # (R, 1, …) the first one
 
 
 @register("grouped")
@@ -57,6 +58,7 @@ class GroupedLSTM(LearnedSolver):
 
     config_type = GroupedConfig
     config: GroupedConfig
+    homogeneous = False  # whether a step must scale with the problem, sign included: see `AdjointLSTM`
     _pairs: Tensor
     _base: Tensor
 
@@ -64,24 +66,30 @@ class GroupedLSTM(LearnedSolver):
         super().__init__(config)
         self.preconditioner = Preconditioner(self.layout, self.context_channels, config.rank)
         pairs = torch.triu_indices(_DIRECTIONS, _DIRECTIONS, offset=1)
-        inputs = _DIRECTIONS + pairs.shape[1] + _DIRECTIONS + 2  # sizes, correlations, means, log s and its change
-        self.lstm = SharedLSTM(inputs, config.hidden, _DIRECTIONS + 1, self.layout.identities)
+        means, bias = (0, 0) if self.homogeneous else (_DIRECTIONS, 1)
+        inputs = _DIRECTIONS + pairs.shape[1] + means + 2  # sizes, correlations, means, log s and its change
+        self.lstm = SharedLSTM(inputs, config.hidden, _DIRECTIONS + bias, self.layout.identities)
         self.register_buffer("_pairs", pairs, persistent=False)
-        self.register_buffer("_base", torch.tensor([[1.0], [1.0], [0.0], [0.0], [0.0]]), persistent=False)
+        base = torch.tensor([[1.0], [1.0], [0.0], [0.0], [0.0]])[: _DIRECTIONS + bias]
+        self.register_buffer("_base", base, persistent=False)
 
     def plan(self, solver: Any) -> list[Phase]:
         """As every learned solver's; Broyden carries on from the learned inverse Jacobian."""
         return self.config.safeguard.phases(self, LearnedInverse(self) if self.config.secant_start else None)
 
+    def gates(self, z: Tensor, problem: Any) -> Tensor:
+        """The preconditioner's gates at z (R, n): (R, rank, *S)."""
+        shape = self.layout.resolve(problem.shape)
+        return self.preconditioner.gates(self.layout.canonical(z, shape), self.context_feature(problem, shape))
+
     def init(self, z: Tensor, g: Tensor, problem: Any) -> GroupedState:
         """Zero memory; the preconditioner's gate is taken once."""
         shape = self.layout.resolve(problem.shape)
-        canonical = self.layout.canonical(z, shape)
-        gates = self.preconditioner.gates(canonical, self.context_feature(problem, shape))
+        gates = self.gates(z, problem)
         groups = shape[0] if self.layout.kind != "nct" else shape[1]
         hidden, cell = self.lstm.begin(len(z), 1 if self.layout.kind == "nd" else groups, z)
         scale = self.layout.scale(self.layout.canonical(g, shape))
-        return GroupedState(gates, torch.zeros_like(z), hidden, cell, scale)
+        return GroupedState(gates, torch.zeros_like(z), hidden, cell, scale, scale)
 
     def step(self, z: Tensor, g: Tensor, state: GroupedState, problem: Any) -> Step:
         """One learned step, (R, n)."""
@@ -93,10 +101,12 @@ class GroupedLSTM(LearnedSolver):
         size = layout.scale(zc)
         directions = [r, self.preconditioner(r, state.gates), layout.canonical(state.update, shape), zc / size]
         stack = layout.grouped(torch.stack(directions, dim=2))  # (R, G, 4, P)
-        features = self._features(stack, scale, state.scale)
+        features = self._features(stack, scale, state)
         output, hidden, cell = self.lstm(features, state.hidden, state.cell)
         weights = (output + self._base).transpose(1, 2)  # (R, G, 5)
         mixed = weights[..., _DIRECTIONS:]
+        if self.homogeneous:  # no bias, which would not scale with the problem
+            mixed = torch.zeros_like(stack[:, :, 0])
         for k in range(_DIRECTIONS):  # several times faster than one batched product this small
             mixed = torch.addcmul(mixed, weights[..., k : k + 1], stack[:, :, k])
         update = layout.ungrouped(mixed)
@@ -111,12 +121,14 @@ class GroupedLSTM(LearnedSolver):
         """Bᵀw with B = −(I + P), for w (R, n)."""
         return -(w + LearnedInverse(self).transpose(w, gates))
 
-    def _features(self, stack: Tensor, scale: Tensor, before: Tensor) -> Tensor:
+    def _features(self, stack: Tensor, scale: Tensor, state: GroupedState) -> Tensor:
         """(R, F, G): log sizes, correlations and means of the directions (R, G, 4, P), log s and its change."""
         gram = stack @ stack.transpose(2, 3) / stack.shape[3]
         root = (torch.diagonal(gram, dim1=2, dim2=3) + 1e-8).sqrt()
         first, second = self._pairs.unbind(0)
         correlations = gram[:, :, first, second] / (root[..., first] * root[..., second])
-        sizes = [scale.log() / 5, (scale / before).log().clamp(-3, 3)]
+        level = scale / state.first if self.homogeneous else scale
+        sizes = [level.log() / 5, (scale / state.scale).log().clamp(-3, 3)]
         common = [value.flatten(1).unsqueeze(2).expand(-1, stack.shape[1], 1) for value in sizes]
-        return torch.cat([root.log(), correlations, stack.mean(dim=3) / root, *common], dim=2).transpose(1, 2)
+        means = [] if self.homogeneous else [stack.mean(dim=3) / root]  # odd, where weights must be even
+        return torch.cat([root.log(), correlations, *means, *common], dim=2).transpose(1, 2)

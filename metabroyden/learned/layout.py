@@ -114,6 +114,23 @@ class Layout:
         return square.sqrt()
 
 
+class BackwardLayout(Layout):
+    """The layout of an adjoint state: as its own, but time runs backwards, as it does for the cotangents of a sequence."""
+
+    def canonical(self, flat: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """(R, n) → (R, C, *S), the last token first."""
+        found = super().canonical(flat, shape)
+        return found.flip(2) if self.causal else found
+
+    def flat(self, canonical: Tensor) -> Tensor:
+        """(R, C, *S) → (R, n)."""
+        return super().flat(canonical.flip(2) if self.causal else canonical)
+
+    def ungrouped(self, value: Tensor) -> Tensor:
+        """(R, G, P) → (R, n)."""
+        return super().ungrouped(value.flip(1) if self.causal else value)
+
+
 def guess_layout(shape: tuple[int, ...]) -> Layout:
     """The layout of a per-sample shape where it is unambiguous (one axis: nd; three: nchw); ValueError otherwise.
 

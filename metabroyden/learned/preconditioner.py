@@ -44,9 +44,7 @@ class LearnedInverse:
 
     def init(self, z: Tensor, g: Tensor, problem: Any) -> Tensor:
         """The gate, frozen at z."""
-        shape = self.solver.layout.resolve(problem.shape)
-        context = self.solver.context_feature(problem, shape)
-        return self.solver.preconditioner.gates(self.solver.layout.canonical(z, shape), context)
+        return self.solver.gates(z, problem)
 
     def apply(self, r: Tensor, frozen: Tensor) -> Tensor:
         """P r for r (R, n)."""

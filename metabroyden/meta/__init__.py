@@ -1,9 +1,19 @@
-"""Meta-training: tasks, differentiable unrolls, objectives, the outer loop, and `fit_solver`."""
+"""Meta-training: tasks, differentiable unrolls, objectives, the outer loop, `fit_solver` and `fit_adjoint`."""
 
+from metabroyden.meta.adjoint import AdjointMap, fit_adjoint
 from metabroyden.meta.fit import fit_solver
 from metabroyden.meta.objectives import ResidualObjective
 from metabroyden.meta.tasks import TaskSet
 from metabroyden.meta.trainer import MetaConfig, MetaTrainer
 from metabroyden.meta.unroll import unroll
 
-__all__ = ["MetaConfig", "MetaTrainer", "ResidualObjective", "TaskSet", "fit_solver", "unroll"]
+__all__ = [
+    "AdjointMap",
+    "MetaConfig",
+    "MetaTrainer",
+    "ResidualObjective",
+    "TaskSet",
+    "fit_adjoint",
+    "fit_solver",
+    "unroll",
+]

@@ -1,0 +1,121 @@
+"""Adjoint systems as tasks, and `fit_adjoint`: a solver for the backward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metabroyden.deq import initial_state
+from metabroyden.learned import AdjointLSTM
+from metabroyden.learned.fingerprint import fingerprint
+from metabroyden.learned.layout import Layout, guess_layout
+from metabroyden.meta.fit import make_learned
+from metabroyden.meta.progress import progress_bar
+from metabroyden.meta.tasks import TaskSet
+from metabroyden.meta.trainer import MetaConfig, MetaTrainer, mean_evaluations
+from metabroyden.solve import solve
+from metabroyden.solvers.broyden import Broyden
+from metabroyden.state import gather
+
+
+class AdjointMap(nn.Module):
+    """f(u, context) = Jᵀu + v for the Jacobian J of a cell at z*; all (B, n), flat.
+
+    The context is a dict of z*, of the cell's own context x and of the cotangent v, under "z", "x" and "v". One graph of
+    the cell serves all evaluations with the same z*; linear in u, with gradients towards it.
+    """
+
+    def __init__(self, cell: nn.Module, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.cell, self.shape = cell, tuple(shape)
+        self._graph: tuple[Tensor, Tensor, Tensor] | None = None  # the z* it is for, that with a graph, its image
+
+    def forward(self, u: Tensor, context: dict[str, Any]) -> Tensor:
+        """Jᵀu + v, (B, n)."""
+        star = context["z"]
+        with torch.enable_grad():
+            if self._graph is None or self._graph[0] is not star:
+                z = star.detach().reshape(-1, *self.shape).requires_grad_()
+                self._graph = star, z, self.cell(z) if context["x"] is None else self.cell(z, context["x"])
+            _, z, image = self._graph
+            keep = u.requires_grad
+            (pulled,) = torch.autograd.grad(image, z, u.reshape(z.shape), create_graph=keep, retain_graph=True)
+        return pulled.flatten(1) + context["v"]
+
+    def forget(self) -> None:
+        """Let go of the graph."""
+        self._graph = None
+
+
+def fit_adjoint(
+    cell: nn.Module,
+    x_train: Tensor,
+    *,
+    cotangents: Tensor | None = None,
+    layout: str | None = None,
+    rtol: float = 1e-3,
+    steps: int = 400,
+    unroll: int = 10,
+    seed: int = 0,
+    progress: bool = True,
+    **options: Any,
+) -> AdjointLSTM:
+    """Meta-train a solver for the backward pass of a trained DEQ: `mb.Implicit(solver=fit_adjoint(cell, x))`.
+
+    Equilibria of x_train are found once (by Broyden, to 1e-4), a fifth of them (at most 256) is held out; what was gained
+    there over Broyden is in `summary["held_out"]`.
+
+    Args:
+        cell: module f(z, x) with a state of one tensor.
+        x_train: contexts (N, ...), N ≥ 10.
+        cotangents: (N, ...) shaped like the states: gradients of the loss at the equilibria; default standard normal.
+        layout: as in `fit_solver`.
+        rtol: tolerance at which it is judged. steps: outer steps. unroll: inner ones. seed: of weights and batches.
+        progress: show a bar (needs rich). options: of `AdjointConfig`.
+
+    Raises:
+        ValueError: too few contexts, a state of several tensors, or cotangents that are not shaped like the states.
+    """
+    if not isinstance(x_train, Tensor) or x_train.dim() < 1 or len(x_train) < 10:
+        raise ValueError(f"x_train must be a tensor with at least 10 samples first, got {x_train!r:.80}")
+    z0 = initial_state(cell, x_train)
+    if not isinstance(z0, Tensor):
+        raise ValueError("fit_adjoint takes states of one tensor")
+    star = solve(cell, z0, x_train, solver=Broyden(memory=60), rtol=1e-4, max_nfe=100, throw=False).z
+    assert isinstance(star, Tensor)
+    if cotangents is None:
+        noise = torch.randn(star.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        cotangents = noise.to(star)
+    if cotangents.shape != star.shape:
+        raise ValueError(
+            f"cotangents must be shaped like the states, {tuple(star.shape)}, got {tuple(cotangents.shape)}"
+        )
+    shape = tuple(star.shape[1:])
+    where = guess_layout(shape) if layout is None else Layout(layout, shape)
+    learned = make_learned("adjoint", where, seed=seed, context="native", **options).to(star)
+    known = {"z": star.flatten(1), "x": x_train, "v": cotangents.flatten(1)}
+    order = torch.randperm(len(star), generator=torch.Generator().manual_seed(seed)).unsqueeze(1)
+    held = max(1, min(256, len(star) // 5))
+    system = AdjointMap(cell, shape)
+    tasks = TaskSet(
+        system,
+        order[held:],
+        order[:held],
+        encode=lambda rows: gather(known, rows.squeeze(1).to(star.device)),
+        z0=lambda context: context["v"],
+    )
+    config = MetaConfig(steps=steps, unroll=unroll, seed=seed, validation_rtol=rtol, backend="native")
+    with progress_bar("meta-training the adjoint", steps, show=progress) as report:
+        MetaTrainer(learned, tasks, config).run(report)
+    learned.fingerprint = fingerprint(cell)
+    learned.summary["held_out"] = {
+        "rtol": rtol,
+        "max_nfe": config.validation_nfe,
+        "mean_evaluations": mean_evaluations(learned, tasks, rtol=rtol),
+        "mean_evaluations_broyden": mean_evaluations(Broyden(memory=60), tasks, rtol=rtol),
+        "samples": held,
+    }
+    system.forget()
+    return learned
