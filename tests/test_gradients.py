@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 import metabroyden as mb
 from metabroyden.learned.layout import Layout, Mixer
 from metabroyden.learned.preconditioner import Preconditioner
-from metabroyden.models import ConvCell
+from metabroyden.models import CELLS as MODELS
+from metabroyden.models import ConvCell, make_cell
 from metabroyden.testbed.cells import dense
 from tests.test_deq import PairCell, TanhCell, tight
 
@@ -38,13 +39,24 @@ def _dropping() -> nn.Module:
     return cell
 
 
+def _converted() -> nn.Module:
+    network = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 2))
+    return mb.to_deq(network.double()).cell
+
+
 CELLS = {
     "tanh": (lambda: TanhCell(3), (2, 3)),
     "two tensors": (PairCell, (1, 5)),
-    "conv": (lambda: ConvCell(2, 2, 1).double(), (2, 2, 2, 2)),
+    "small conv": (lambda: ConvCell(2, 2, 1).double(), (2, 2, 2, 2)),
     "normalised": (_normalised, (2, 3)),
     "dropout": (_dropping, (2, 3)),
+    "converted network": (_converted, (2, 3)),
+    **{  # every cell of the registry
+        name: (lambda name=name: make_cell(name, dtype=torch.float64)[0], (2, *example.shape))
+        for name, example in MODELS.items()
+    },
 }
+LARGE = set(MODELS)  # gradcheck of these along random directions
 
 
 def seeded(name: str, **options):
@@ -76,7 +88,8 @@ EXACT = {
 @pytest.mark.parametrize("name", CELLS)
 def test_exact_modes_pass_gradcheck(name, mode):
     run, arguments = seeded(name, backward=EXACT[mode])
-    assert torch.autograd.gradcheck(run, arguments, eps=1e-6, atol=1e-6, rtol=1e-4, fast_mode=mode == "unroll")
+    fast = mode == "unroll" or name in LARGE
+    assert torch.autograd.gradcheck(run, arguments, eps=1e-6, atol=1e-6, rtol=1e-4, fast_mode=fast)
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -95,7 +108,7 @@ def test_implicit_and_unrolled_gradients_agree_to_second_order(name):
             torch.testing.assert_close(ours, wanted, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["tanh", "two tensors", "normalised"])
+@pytest.mark.parametrize("name", CELLS)
 def test_second_derivatives_pass_gradgradcheck(name):
     run, arguments = seeded(name, backward=EXACT["implicit"])
     assert torch.autograd.gradgradcheck(run, arguments, atol=1e-5, rtol=1e-3, fast_mode=True)
@@ -188,6 +201,25 @@ def test_the_adjoint_takes_any_solver_and_reports_its_cost(solver):
     torch.testing.assert_close(ours, wanted, rtol=1e-6, atol=1e-8)
     assert deq.last_backward_solution.nfe.min() > 1
     assert deq.last_backward_solution.converged.all()
+
+
+def test_once_few_samples_are_left_products_are_made_for_them_alone():
+    """Samples of very different difficulty: the late evaluations of the adjoint see the hard ones only."""
+    cell, x = TanhCell(6), torch.randn(8, 6, dtype=torch.float64)
+    with torch.no_grad():
+        cell.w.mul_(1.6)
+    x[:6] += 4 * torch.sign(x[:6])  # saturated: almost no Jacobian
+    deq = mb.DEQ(cell, rtol=1e-10, max_nfe=90, backward=mb.Implicit(solver=mb.Anderson(8), rtol=1e-9, max_nfe=90))
+    weight = torch.randn_like(x)
+    z = deq(x)
+    sizes = []
+    cell.register_forward_hook(lambda module, arguments, _: sizes.append(len(arguments[0])))
+    (ours,) = torch.autograd.grad((z * weight).sum(), cell.w)
+    spent = deq.last_backward_solution.nfe
+    assert spent[:6].max() < spent[6:].min()
+    assert sizes[0] == 2, "a graph for the two that were left"
+    (wanted,) = torch.autograd.grad((tight(cell)(x) * weight).sum(), cell.w)
+    torch.testing.assert_close(ours, wanted, rtol=1e-6, atol=1e-8)
 
 
 # The forward solve's inverse Jacobian, reused.

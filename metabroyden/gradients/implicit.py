@@ -17,10 +17,12 @@ from metabroyden.solution import Solution, State
 from metabroyden.solve import solve
 from metabroyden.solvers.base import ClassicalSolver
 from metabroyden.solvers.broyden import Broyden
-from metabroyden.state import Packing
+from metabroyden.state import Packing, gather
 from metabroyden.training.pin import Pinned
 
 Parts = tuple[Tensor, ...]
+_RESTRICT_AT = 0.5  # the graph is made anew for the samples that are left once so small a share of its rows is
+
 Map = Callable[[Parts, Sequence[Tensor]], Parts]
 """A fixed-point map of the state's tensors that depends on further tensors."""
 
@@ -33,7 +35,8 @@ class Implicit:
     for both Jᵀ and the way from u to the parameters and the context, which are those of the forward pass.
 
     Bias: none but the two tolerances. Cost: one evaluation with its graph, and a vector–Jacobian product for each
-    evaluation of the adjoint, which `DEQ.last_backward_solution` reports; memory independent of the evaluations. Of any
+    evaluation of the adjoint, which `DEQ.last_backward_solution` reports (a product is one of the whole batch, until half
+    of the samples are done: then the graph is made anew for the rest); memory independent of the evaluations. Of any
     order: a backward that is itself to be differentiated evaluates the cell three more times, and u becomes a fixed point
     with implicit gradients of its own. Then the cell must be a module, or depend on nothing that requires gradients but z
     and the context: else a RuntimeError.
@@ -91,20 +94,26 @@ class _AdjointSolve:
     report: Report | None
     floor: float  # no tolerance below it
 
-    def __call__(self, pull: Callable[[Parts], Parts], cotangent: Parts, star: Parts) -> Parts:
-        """u for the cotangent v; `pull` gives Jᵀu. What is not finite passes by the solve, as it would in a network."""
-        mode, packing = self.mode, self.packing
+    def __call__(self, graph: _Graph, cotangent: Parts) -> Parts:
+        """u for the cotangent v. What is not finite passes by the solve, as it would in a network."""
+        mode, packing, star = self.mode, self.packing, tuple(part.detach() for part in graph.point)
         given = packing.pack(cotangent[0] if packing.single else cotangent)
         finite = torch.isfinite(given)
         v = torch.where(finite, given, 0.0)
         sample = torch.arange(len(v), device=v.device)
 
+        def product(u: Tensor) -> Tensor:
+            pulled = graph.pull(parts_of(packing.unpack(u)))
+            return packing.pack(pulled[0] if packing.single else pulled)
+
         def transpose(u: Tensor, rows: dict[str, Tensor]) -> Tensor:
-            whole = rows["sample"] is sample
-            full = u if whole else torch.zeros_like(v).index_copy(0, rows["sample"], u)
-            pulled = pull(parts_of(packing.unpack(full)))
-            image = packing.pack(pulled[0] if packing.single else pulled) + v
-            return image if whole else image.index_select(0, rows["sample"])
+            nonlocal graph
+            if rows["sample"] is sample and graph.place is None:
+                return product(u) + v
+            graph = graph.for_rows(rows["sample"])
+            place = rows["sample"] if graph.place is None else graph.place[rows["sample"]]
+            spread = u.new_zeros(len(graph.point[0]), u.shape[1]).index_copy(0, place, u)
+            return product(spread).index_select(0, place) + rows["v"]
 
         solver, start = mode.solver, v
         if self.final is not None:
@@ -163,7 +172,18 @@ class _Frozen:
 
     def __call__(self, point: Parts, tensors: Sequence[Tensor]) -> Any:
         """The map at a point, with these in the place of the tensors that require gradients."""
-        context, module = self._context_with(tensors), self._module
+        return self._at(point, tensors, self._context_with(tensors))
+
+    def for_rows(self, samples: Tensor) -> Callable[[Parts], Any] | None:
+        """The map of these samples' points; None where there is no context, since f then sees the full batch always."""
+        if not self._spec.num_leaves or (self._spec.is_leaf() and self._constant[0] is None and not self._live[0]):
+            return None
+        constant = [tensor.detach() for tensor in self.tensors]
+        context = gather(self._context_with(constant), samples)
+        return lambda point: self._at(point, constant, context)
+
+    def _at(self, point: Parts, tensors: Sequence[Tensor], context: Any) -> Any:
+        module = self._module
         if module is None:
             return self._call(self.cell, point, context)
         values = self._filled(tensors)[self._spec.num_leaves :]
@@ -195,17 +215,42 @@ def _fixed_point(function: Any, tensors: Sequence[Tensor], star: Parts, adjoint:
         first = getattr(function, "first", None)
         image = function(point, tensors) if first is None else first(point)
         values = [Replace.apply(value, part) for value, part in zip(image, star, strict=True)]
-        return _Adjoint.apply(_Node(function, adjoint, point, image), *values, *tensors)
+        return _Adjoint.apply(_Node(_Graph(function, point, image), adjoint), *values, *tensors)
 
 
 @dataclass(frozen=True)
 class _Node:
-    """What the backward of one fixed point needs: its map, the solver of its adjoint, the graph at the equilibrium."""
+    """What the backward of one fixed point needs: the graph of its map and the solver of its adjoint."""
+
+    graph: _Graph
+    adjoint: _AdjointSolve
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """The graph of a map at the equilibria of some samples. `place` (B,) says where a sample stands; None: all, in order."""
 
     function: Map
-    adjoint: _AdjointSolve
     point: Parts
     image: Parts
+    place: Tensor | None = None
+
+    def for_rows(self, samples: Tensor) -> _Graph:
+        """The graph to go on with where only these samples are left: a new one once they are few.
+
+        Making it costs them one evaluation; each product then saves the work on all others.
+        """
+        if len(samples) > _RESTRICT_AT * len(self.point[0]) or not isinstance(self.function, _Frozen):
+            return self
+        cell = self.function.for_rows(samples)
+        if cell is None:
+            return self
+        here = samples if self.place is None else self.place[samples]
+        point = tuple(part.detach().index_select(0, here).requires_grad_() for part in self.point)
+        size = len(self.point[0]) if self.place is None else len(self.place)
+        place = samples.new_zeros(size).index_copy(0, samples, torch.arange(len(samples), device=samples.device))
+        with torch.enable_grad():
+            return _Graph(self.function, point, cell(point), place)
 
     def pull(self, u: Parts) -> Parts:
         """Jᵀu at the equilibrium."""
@@ -225,7 +270,7 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, node: _Node, *inputs: Tensor) -> Parts:
-        count = len(node.point)
+        count = len(node.graph.point)
         outputs = tuple(value.view_as(value) for value in inputs[:count])
         ctx.node, ctx.others = node, len(inputs) - count
         ctx.save_for_backward(*outputs, *inputs[count:])
@@ -236,18 +281,19 @@ class _Adjoint(torch.autograd.Function):
         node, count = ctx.node, len(grads)
         with torch.no_grad():
             detached = tuple(grad.detach() for grad in grads)
-            u = node.adjoint(node.pull, detached, tuple(part.detach() for part in node.point))
+            u = node.adjoint(node.graph, detached)
         if not torch.is_grad_enabled():
             return (None, *u, *[None] * ctx.others)
         live, tensors = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        if isinstance(node.function, _Frozen):
-            _refuse_hidden(node.function, live, tensors)
-        transposed = _Transposed(node.function, count, len(tensors))
+        function = node.graph.function
+        if isinstance(function, _Frozen):
+            _refuse_hidden(function, live, tensors)
+        transposed = _Transposed(function, count, len(tensors))
         found = _fixed_point(transposed, (*live, *tensors, *grads), u, node.adjoint.plain())
         if not tensors:
             return (None, *[None] * count)
         partial = [tensor.view_as(tensor) for tensor in tensors]  # z* depends on the tensors too: not that way
-        image = node.function(live, partial)
+        image = function(live, partial)
         towards = torch.autograd.grad(image, partial, found, create_graph=True, allow_unused=True)
         return (None, *[None] * count, *towards)
 

@@ -41,9 +41,9 @@ class AdjointLSTM(GroupedLSTM):
 
     def start(self, z0: Tensor, problem: Any) -> Tensor:
         """v + Q(v), (R, n)."""
-        shape = self.layout.resolve(problem.shape)
+        gates, shape = self.gates(z0, problem), self.layout.resolve(problem.shape)
         v = problem.context["v"]
-        return v + self.layout.flat(self.preconditioner(self.layout.canonical(v, shape), self.gates(v, problem)))
+        return v + self.layout.flat(self.preconditioner(self.layout.canonical(v, shape), gates))
 
     def gates(self, z: Tensor, problem: Any) -> Tensor:
         """Gates of the preconditioner at the equilibrium that the adjoint belongs to."""

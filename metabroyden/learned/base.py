@@ -66,6 +66,7 @@ class LearnedSolver(nn.Module):
     """
 
     kind: str
+    homogeneous = False  # whether a step scales with the problem, sign included, as adjoint systems want it
     config_type: type[LearnedConfig] = LearnedConfig
 
     def __init__(self, config: LearnedConfig) -> None:

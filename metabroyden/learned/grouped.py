@@ -58,7 +58,6 @@ class GroupedLSTM(LearnedSolver):
 
     config_type = GroupedConfig
     config: GroupedConfig
-    homogeneous = False  # whether a step must scale with the problem, sign included: see `AdjointLSTM`
     _pairs: Tensor
     _base: Tensor
 

@@ -92,6 +92,8 @@ def fit_solver(
         validation_rtol=rtol,
     )
     _check_arguments(f, x_train, z0)
+    if solver == "adjoint":
+        raise ValueError("the adjoint solver is for backward passes: fit_adjoint(cell, x_train) fits it")
     if device is not None:
         x_train = x_train.to(device)
     tasks = _split(f, x_train, z0, seed)
