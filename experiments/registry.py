@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from experiments import digits, memory, solvers
+from experiments import alternate, digits, memory, solvers
 
 EXPERIMENTS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "alternate": (alternate.Alternate, alternate.run),
     "digits": (digits.Digits, digits.run),
     "solvers": (solvers.Solvers, solvers.run),
     "memory": (memory.Memory, memory.run),

@@ -10,7 +10,7 @@ from metabroyden.deq import DEQ
 from metabroyden.fixed import FixedBudget
 from metabroyden.gradients import Implicit, JacobianFree, Phantom, Unroll
 from metabroyden.learned import LEARNED, AdjointLSTM, CoordinatewiseLSTM, GroupedLSTM, Safeguard
-from metabroyden.meta import fit_adjoint, fit_solver
+from metabroyden.meta import KeepUp, KeepUpConfig, fit_adjoint, fit_solver
 from metabroyden.models import compose, to_deq
 from metabroyden.solution import Solution, SolveError, Status, Trace, relative_residual
 from metabroyden.solve import solve
@@ -38,6 +38,8 @@ __all__ = [
     "GroupedLSTM",
     "Implicit",
     "JacobianFree",
+    "KeepUp",
+    "KeepUpConfig",
     "Newton",
     "Phantom",
     "Picard",

@@ -2,6 +2,7 @@
 
 from metabroyden.meta.adjoint import AdjointMap, fit_adjoint
 from metabroyden.meta.fit import fit_solver
+from metabroyden.meta.keep_up import KeepUp, KeepUpConfig
 from metabroyden.meta.objectives import ResidualObjective
 from metabroyden.meta.tasks import TaskSet
 from metabroyden.meta.trainer import MetaConfig, MetaTrainer
@@ -9,6 +10,8 @@ from metabroyden.meta.unroll import unroll
 
 __all__ = [
     "AdjointMap",
+    "KeepUp",
+    "KeepUpConfig",
     "MetaConfig",
     "MetaTrainer",
     "ResidualObjective",

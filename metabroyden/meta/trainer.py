@@ -107,7 +107,7 @@ class MetaTrainer:
         """Train to the end (or to step `until`) and return the solver, in evaluation mode once at the end."""
         last = self.config.steps if until is None else min(until, self.config.steps)
         self.solver.requires_grad_(True).train()
-        with _frozen(self.tasks.f):
+        with frozen(self.tasks.f):
             if self.step == 0 and not self.history:
                 self._validate(math.nan)
             while self.step < last:
@@ -211,7 +211,7 @@ def mean_evaluations(
     return float(cost.mean())
 
 
-class _frozen:
+class frozen:
     """While it lasts, the parameters of f (where it is a module) do not require gradients."""
 
     def __init__(self, f: Any) -> None:

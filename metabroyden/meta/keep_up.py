@@ -1,0 +1,166 @@
+"""A DEQ in training, its solvers kept up to date in alternation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metabroyden.deq import DEQ, initial_state
+from metabroyden.gradients import Implicit
+from metabroyden.learned import AdjointLSTM, LearnedSolver
+from metabroyden.meta.adjoint import AdjointMap
+from metabroyden.meta.objectives import ResidualObjective
+from metabroyden.meta.trainer import frozen
+from metabroyden.meta.unroll import unroll
+from metabroyden.state import gather
+
+
+@dataclass(frozen=True)
+class KeepUpConfig:
+    """How the solvers follow the weights.
+
+    Attributes:
+        burst: training steps at the beginning with a meta-step each. every: training steps from one meta-step to the next
+            after that. unroll: solver steps of a meta-step. batch: its problems, drawn from the training batch.
+        learning_rate: of the meta-steps (Adam). clip: of their gradient's norm. objective: see `ResidualObjective`.
+    """
+
+    burst: int = 40
+    every: int = 8
+    unroll: int = 8
+    batch: int = 16
+    learning_rate: float = 2e-3
+    clip: float = 1.0
+    objective: ResidualObjective = field(default_factory=ResidualObjective)
+
+    def __post_init__(self) -> None:
+        for name in ("every", "unroll", "batch"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"KeepUpConfig: {name} must be an integer of at least 1, got {value!r}")
+        if isinstance(self.burst, bool) or not isinstance(self.burst, int) or self.burst < 0:
+            raise ValueError(f"KeepUpConfig: burst must be an integer of at least 0, got {self.burst!r}")
+
+
+class KeepUp:
+    """Meta-steps for a DEQ's learned solvers between its own training steps, on the problems that training meets.
+
+    It watches the layer: the contexts, equilibria and cotangents of a training step are the problems of the next
+    meta-step, so none is solved twice. While the first burst of meta-steps lasts, the layer keeps the classical solvers it
+    has; then the learned ones take their place, with the hand-over of their safeguards.
+
+        keep_up = KeepUp(deq, make_learned("grouped", layout), make_learned("adjoint", layout, context="native"))
+        for x, y in batches:
+            loss(head(deq(x)), y).backward()
+            optimizer.step()
+            keep_up.step()
+
+    Args:
+        deq: the layer, with a cell of one tensor. forward, backward: learned solvers of its two directions, trained in
+            place; None leaves a direction as it is. config: see `KeepUpConfig`. seed: of the problems that are drawn.
+
+    Attributes:
+        steps: meta-steps made. skipped: those whose gradient was not finite. losses: the last loss of either solver.
+    """
+
+    def __init__(
+        self,
+        deq: DEQ,
+        forward: LearnedSolver | None = None,
+        backward: AdjointLSTM | None = None,
+        *,
+        config: KeepUpConfig | None = None,
+        seed: int = 0,
+    ) -> None:
+        if forward is None and backward is None:
+            raise ValueError("KeepUp needs a learned solver, forward or backward")
+        if forward is not None and (not isinstance(forward, LearnedSolver) or forward.homogeneous):
+            raise TypeError(f"forward must be a learned solver such as GroupedLSTM, got {type(forward).__name__}")
+        if backward is not None and not isinstance(backward, AdjointLSTM):
+            raise TypeError(f"backward must be an AdjointLSTM, got {type(backward).__name__}")
+        if backward is not None and not isinstance(deq.backward_mode, Implicit):
+            raise TypeError(f"a backward solver needs a DEQ with Implicit gradients, got {deq.backward_mode!r}")
+        self.deq, self.config = deq, KeepUpConfig() if config is None else config
+        self.steps = self.skipped = self._seen = 0
+        self.losses: dict[str, float] = {}
+        self._problem: dict[str, Any] = {}
+        both: dict[str, LearnedSolver | None] = {"forward": forward, "backward": backward}
+        self.solvers = {name: solver for name, solver in both.items() if solver is not None}
+        parameters = [p for solver in self.solvers.values() for p in solver.requires_grad_(True).parameters()]
+        self.optimizer = torch.optim.Adam(parameters, lr=self.config.learning_rate)
+        self.generator = torch.Generator().manual_seed(seed)
+        self._hook = deq.register_forward_hook(self._watch)
+        if self.config.burst == 0:
+            self.take_over()
+
+    def take_over(self) -> None:
+        """Give the layer its learned solvers."""
+        if "forward" in self.solvers:
+            self.deq.solver = self.solvers["forward"]
+        if "backward" in self.solvers:
+            self.deq.backward_mode = replace(
+                self.deq.backward_mode, solver=self.solvers["backward"], precondition=False
+            )
+
+    def _watch(self, deq: nn.Module, arguments: tuple[Any, ...], z: Any) -> None:
+        if not (torch.is_grad_enabled() and isinstance(z, Tensor) and z.requires_grad):
+            return
+        x = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, arguments[0])
+        problem = {"x": x, "z": z.detach()}
+        self._problem = problem
+        if "backward" in self.solvers:
+            z.register_hook(lambda grad: problem.update(v=grad.detach()))
+
+    def step(self) -> bool:
+        """Count a training step; make a meta-step where one is due. Whether one was made."""
+        self._seen += 1
+        due = self._seen <= self.config.burst or self._seen % self.config.every == 0
+        if not due or not self._problem:
+            return False
+        self.meta_step()
+        if self._seen == self.config.burst:
+            self.take_over()
+        return True
+
+    def meta_step(self) -> None:
+        """One meta-step for each learned solver, on a random part of the last batch."""
+        z = self._problem["z"]
+        rows = torch.randperm(len(z), generator=self.generator)[: self.config.batch].to(z.device)
+        problem = gather(self._problem, rows)
+        cell, shape = self.deq.cell, tuple(problem["z"].shape[1:])
+        self.optimizer.zero_grad()
+        with frozen(cell), torch.enable_grad():
+            if "forward" in self.solvers:
+                self._descend("forward", cell, initial_state(cell, problem["x"]), problem["x"])
+            if "backward" in self.solvers and "v" in problem:
+                v = problem["v"].flatten(1)
+                # what trains on a mean loss has tiny cotangents; the solver is homogeneous, the unroll's guards are not
+                v = v / v.norm(dim=1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny) * v.shape[1] ** 0.5
+                context = {"z": problem["z"].flatten(1), "x": problem["x"], "v": v}
+                self._descend("backward", AdjointMap(cell, shape), v, context)
+        self.optimizer.step()
+        self.steps += 1
+
+    def _descend(self, name: str, f: Any, z0: Any, context: Any) -> None:
+        solver, config = self.solvers[name], self.config
+        residuals, _ = unroll(solver, f, z0, context, steps=config.unroll, backend="native")
+        loss = config.objective(residuals)
+        parameters = list(solver.parameters())
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
+        self.losses[name] = float(loss.detach())
+        if not torch.isfinite(nn.utils.clip_grad_norm_(parameters, config.clip)):
+            self.skipped += 1
+            for parameter in parameters:
+                parameter.grad = None
+
+    def close(self) -> None:
+        """Stop watching; the solvers no longer require gradients."""
+        self._hook.remove()
+        self._problem = {}
+        for solver in self.solvers.values():
+            solver.requires_grad_(False).eval()
