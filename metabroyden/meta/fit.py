@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metabroyden.integrations.torchdeq import FixedPointMap, holds_deq
 from metabroyden.learned import LEARNED
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.layout import Layout, guess_layout
@@ -69,9 +70,10 @@ def fit_solver(
     through it, else by plain autograd, with the same gradients.
 
     Args:
-        f: z⁺ = f(z, x), batch first, differentiable; a module's parameters are left as they are.
+        f: z⁺ = f(z, x), batch first, differentiable; a module's parameters are left as they are. Or a model with a
+            torchdeq DEQ in it: x are then the model's inputs, see `FixedPointMap`.
         x_train: contexts, (N, ...) with N ≥ 10, on any device.
-        z0: x → start; default zeros like x.
+        z0: x → start; default `f.initial_state` where f has one, else zeros like x.
         layout: "nd", "nct", "ntc" or "nchw": which axes of the state are channels, space, time (see `Layout`); guessed
             where that is unambiguous.
         solver: "metabroyden" (the default), "grouped" or "coordinatewise".
@@ -91,6 +93,10 @@ def fit_solver(
         backend="higher" if importlib.util.find_spec("higher") else "native",
         validation_rtol=rtol,
     )
+    if holds_deq(f):
+        f = FixedPointMap(f)  # type: ignore[arg-type]
+    if z0 is None:
+        z0 = getattr(f, "initial_state", None)
     _check_arguments(f, x_train, z0)
     if device is not None:
         x_train = x_train.to(device)
@@ -116,7 +122,7 @@ def fit_solver(
             "on some contexts, and the solver has learned little",
             stacklevel=2,
         )
-    learned.fingerprint = fingerprint(f)
+    learned.fingerprint = fingerprint(f.model if isinstance(f, FixedPointMap) else f)
     learned.summary["held_out"] = {
         "rtol": rtol,
         "max_nfe": config.validation_nfe,
