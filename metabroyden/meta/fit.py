@@ -6,6 +6,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ def fit_solver(
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: bool = True,
+    checkpoint: str | Path | None = None,
 ) -> Any:
     """Meta-train a root finder for the fixed points of f(z, x), without labels.
 
@@ -80,6 +82,7 @@ def fit_solver(
         rtol: tolerance at which the solver is judged while it trains.
         steps: outer steps. seed: of weights and batches. device: where to train; default that of x_train.
         progress: show a bar (needs rich).
+        checkpoint: file for the training's state, from which the same call goes on after an interruption.
 
     Returns:
         A learned solver in evaluation mode, for `solve`, `DEQ` and `save_solver`.
@@ -114,7 +117,7 @@ def fit_solver(
     where = guess_layout(shape) if layout is None else Layout(layout, shape)
     learned = make_learned(solver, where, seed=seed).to(device=start.device, dtype=start.dtype)
     with progress_bar("meta-training", steps, show=progress) as report:
-        trainer = MetaTrainer(learned, tasks, config)
+        trainer = MetaTrainer(learned, tasks, config, checkpoint=checkpoint)
         trainer.run(report)
     if trainer.skipped > steps // 10:
         warnings.warn(
