@@ -225,7 +225,7 @@ def _keep_up(config: Alternate, model: ConvClassifier, seed: int) -> KeepUp:
     return KeepUp(
         model.deq,
         make_learned("grouped", layout, seed=seed, initializer=config.width, **sizes),
-        make_learned("adjoint", layout, seed=seed, context="native", **sizes),
+        make_learned("adjoint", layout, seed=seed, **sizes),
         config=KeepUpConfig(
             burst=config.burst,
             every=config.every,

@@ -5,6 +5,7 @@
 ['anderson', 'broyden', 'newton', 'picard']
 """
 
+from metabroyden import integrations
 from metabroyden.checkpoint import CheckpointError, load_solver, pretrained, save_solver
 from metabroyden.deq import DEQ
 from metabroyden.fixed import FixedBudget
@@ -54,6 +55,7 @@ __all__ = [
     "fit_adjoint",
     "fit_solver",
     "fixed_point_correction",
+    "integrations",
     "jacobian_penalty",
     "load_solver",
     "make_solver",

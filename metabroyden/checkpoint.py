@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from metabroyden.learned.base import LEARNED
+from metabroyden.learned.base import ADJOINT, LEARNED
 from metabroyden.solvers.registry import SOLVERS, make_solver
 from metabroyden.storage import atomic_write
 
@@ -115,7 +115,7 @@ def save_solver(solver: Any, path: str | Path) -> Path:
     TypeError for what is no solver of ours, or a Broyden with an operator inside (save the learned solver it is of).
     """
     kind = getattr(solver, "kind", None)
-    if kind in LEARNED and type(solver) is LEARNED[kind]:
+    if type(solver) in (LEARNED | ADJOINT).values():
         return write(path, f"solver/{kind}", solver.state_dict(), solver.describe())
     names = [name for name, cls in SOLVERS.items() if cls is type(solver)]
     if not names or not is_dataclass(solver) or getattr(solver, "initial", None) is not None:
@@ -134,9 +134,10 @@ def load_solver(path_or_name: str | Path) -> Any:
     try:
         if name in SOLVERS:
             return make_solver(name, **header["config"])
-        if name not in LEARNED:
-            raise CheckpointError(f"{path} holds a solver of unknown kind {name!r}; known: {sorted(LEARNED)}")
-        solver = LEARNED[name].from_config(header["config"])
+        known = LEARNED | ADJOINT
+        if name not in known:
+            raise CheckpointError(f"{path} holds a solver of unknown kind {name!r}; known: {sorted(known)}")
+        solver = known[name].from_config(header["config"])
         solver.fingerprint, solver.summary = header["fingerprint"], header["summary"]
         solver.to(next(iter(tensors.values())).dtype)
     except CheckpointError:

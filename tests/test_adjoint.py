@@ -47,7 +47,7 @@ def problem_of(kind: str, batch: int = 5):
 
 
 def solver_of(kind: str, noise: float = 0.3, **options):
-    solver = make_learned("adjoint", Layout(kind, SHAPES[kind]), context="native", hidden=4, rank=5, **options).double()
+    solver = make_learned("adjoint", Layout(kind, SHAPES[kind]), hidden=4, rank=5, **options).double()
     for parameter in solver.parameters():
         parameter.data += noise * torch.randn(parameter.shape, dtype=parameter.dtype)
     return solver
@@ -111,7 +111,7 @@ def test_in_a_sequence_nothing_of_the_past_enters_the_future(kind):
 
 def test_it_is_for_adjoints_only():
     x = torch.randn(20, 6)
-    solver = make_learned("adjoint", Layout("nd", (6,)), context="native")
+    solver = make_learned("adjoint", Layout("nd", (6,)))
     with pytest.raises(ValueError, match="solves the adjoint systems of Implicit, whose context holds"):
         mb.solve(lambda z, x: torch.tanh(z + x), torch.zeros_like(x), x, solver=solver)
     with pytest.raises(ValueError, match=r"fit_adjoint\(cell, x_train\) fits it"):

@@ -10,7 +10,7 @@ import torch
 
 import metabroyden as mb
 from metabroyden import checkpoint
-from metabroyden.learned import LEARNED
+from metabroyden.learned import ADJOINT, LEARNED
 from metabroyden.learned.layout import Layout
 from metabroyden.meta.fit import make_learned
 from metabroyden.models import ConvClassifier, load_model, save_model
@@ -25,7 +25,7 @@ def some_solver(name: str = "grouped"):
     return solver
 
 
-@pytest.mark.parametrize("name", sorted(LEARNED))
+@pytest.mark.parametrize("name", sorted(LEARNED | ADJOINT))
 def test_a_learned_solver_comes_back_as_it_was(tmp_path, name):
     solver = some_solver(name)
     loaded = mb.load_solver(mb.save_solver(solver, tmp_path / "deep" / "s.safetensors"))

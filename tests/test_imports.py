@@ -26,6 +26,7 @@ LAYERS = [
     ["checkpoint"],
     ["gradients"],
     ["deq"],
+    ["integrations"],
     ["data", "testbed"],
     ["models"],
     ["meta"],

@@ -27,8 +27,7 @@ def problem_of(kind: str, batch: int = 5, gain: float = 0.7):
     return layout, f, torch.zeros_like(x), x
 
 
-FORWARD = [name for name in LEARNED if name != "adjoint"]
-CASES = [(name, kind) for name in FORWARD for kind in SHAPES]
+CASES = [(name, kind) for name in LEARNED for kind in SHAPES]
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -118,7 +117,7 @@ def test_a_sequence_solver_does_not_look_ahead():
     """With a causal f, what happens at the last tokens changes nothing at earlier ones while the LSTM is at work."""
     for kind in ("nct", "ntc"):
         layout, f, z0, x = problem_of(kind)
-        for name in FORWARD:
+        for name in LEARNED:
             solver = make_learned(name, layout, safeguard=Safeguard(horizon=50, patience=None))
             for parameter in solver.parameters():
                 parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))

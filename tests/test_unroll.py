@@ -61,7 +61,7 @@ def gradients(solver, loss):
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(solver.parameters()))])
 
 
-@pytest.mark.parametrize("name", sorted(set(LEARNED) - {"adjoint"}))
+@pytest.mark.parametrize("name", sorted(LEARNED))
 @pytest.mark.parametrize("context", ["f0", "native"])
 def test_higher_and_native_and_a_handwritten_unroll_agree(name, context):
     solver = trained_a_little(name, context)
@@ -74,7 +74,7 @@ def test_higher_and_native_and_a_handwritten_unroll_agree(name, context):
         torch.testing.assert_close(gradients(solver, loss), reference, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", sorted(set(LEARNED) - {"adjoint"}))
+@pytest.mark.parametrize("name", sorted(LEARNED))
 def test_backpropagation_through_time_agrees_with_finite_differences(name):
     solver = trained_a_little(name)
     analytic = gradients(solver, loss_of(solver, "higher"))

@@ -178,9 +178,8 @@ class _Frozen:
         """The map of these samples' points; None where there is no context, since f then sees the full batch always."""
         if not self._spec.num_leaves or (self._spec.is_leaf() and self._constant[0] is None and not self._live[0]):
             return None
-        constant = [tensor.detach() for tensor in self.tensors]
-        context = gather(self._context_with(constant), samples)
-        return lambda point: self._at(point, constant, context)
+        context = gather(self._context_with(self.tensors), samples)
+        return lambda point: self._at(point, self.tensors, context)
 
     def _at(self, point: Parts, tensors: Sequence[Tensor], context: Any) -> Any:
         module = self._module

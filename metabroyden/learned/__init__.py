@@ -1,12 +1,13 @@
-"""Learned solvers and their parts, one a file. `LEARNED` knows them by name."""
+"""Learned solvers and their parts, one a file. `LEARNED` and `ADJOINT` know them by name."""
 
 from metabroyden.learned.adjoint import AdjointConfig, AdjointLSTM
-from metabroyden.learned.base import LEARNED, LearnedConfig, LearnedSolver
+from metabroyden.learned.base import ADJOINT, LEARNED, LearnedConfig, LearnedSolver
 from metabroyden.learned.coordinatewise import CoordinatewiseLSTM
 from metabroyden.learned.grouped import GroupedConfig, GroupedLSTM
 from metabroyden.learned.safeguard import Safeguard
 
 __all__ = [
+    "ADJOINT",
     "LEARNED",
     "AdjointConfig",
     "AdjointLSTM",

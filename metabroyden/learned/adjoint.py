@@ -15,9 +15,8 @@ from metabroyden.learned.preconditioner import Preconditioner
 
 @dataclass(frozen=True)
 class AdjointConfig(GroupedConfig):
-    """As `GroupedConfig`; the context is the equilibrium and there is no initializer but the preconditioner."""
+    """As `GroupedConfig`, without an initializer but the preconditioner."""
 
-    context: str = "native"
     initializer: int = 0
 
 

@@ -14,15 +14,18 @@ from metabroyden.learned.safeguard import Safeguard
 from metabroyden.solve import Phase
 
 LEARNED: dict[str, type[LearnedSolver]] = {}
+"""Learned root finders by name."""
+ADJOINT: dict[str, type[LearnedSolver]] = {}
+"""Learned solvers of adjoint systems by name."""
 C = TypeVar("C", bound="type[LearnedSolver]")
 
 
 def register(name: str) -> Callable[[C], C]:
-    """Class decorator: makes a learned solver known to `fit_solver` and to checkpoints under a name."""
+    """Class decorator: makes a learned solver known under a name, in `LEARNED` or, if homogeneous, in `ADJOINT`."""
 
     def add(cls: C) -> C:
         cls.kind = name
-        LEARNED[name] = cls
+        (ADJOINT if cls.homogeneous else LEARNED)[name] = cls
         return cls
 
     return add

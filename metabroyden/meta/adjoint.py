@@ -94,7 +94,7 @@ def fit_adjoint(
         )
     shape = tuple(star.shape[1:])
     where = guess_layout(shape) if layout is None else Layout(layout, shape)
-    learned = make_learned("adjoint", where, seed=seed, context="native", **options).to(star)
+    learned = make_learned("adjoint", where, seed=seed, **options).to(star)
     known = {"z": star.flatten(1), "x": x_train, "v": cotangents.flatten(1)}
     order = torch.randperm(len(star), generator=torch.Generator().manual_seed(seed)).unsqueeze(1)
     held = max(1, min(256, len(star) // 5))

@@ -6,12 +6,14 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from metabroyden.learned import LEARNED
+from metabroyden.integrations.torchdeq import FixedPointMap, holds_deq
+from metabroyden.learned import ADJOINT, LEARNED
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.layout import Layout, guess_layout
 from metabroyden.meta.progress import progress_bar
@@ -28,11 +30,12 @@ ALIASES = {"metabroyden": "grouped"}
 def make_learned(
     kind: str, layout: Layout, *, seed: int = 0, context: str = "f0", context_channels: int = 0, **options: Any
 ) -> Any:
-    """An untrained learned solver of this kind (a name in `LEARNED` or `ALIASES`); ValueError for an unknown one."""
+    """An untrained solver of this kind (a name in `LEARNED`, `ADJOINT` or `ALIASES`); ValueError for an unknown one."""
     name = ALIASES.get(kind, kind)
-    if name not in LEARNED:
-        raise ValueError(f"unknown learned solver {kind!r}: known are {', '.join(sorted({*LEARNED, *ALIASES}))}")
-    cls = LEARNED[name]
+    known = LEARNED | ADJOINT
+    if name not in known:
+        raise ValueError(f"unknown learned solver {kind!r}: known are {', '.join(sorted({*known, *ALIASES}))}")
+    cls = known[name]
     unknown = set(options) - {item.name for item in fields(cls.config_type)}
     if unknown:
         raise TypeError(f"unknown options for {kind!r}: {', '.join(sorted(unknown))}")
@@ -61,6 +64,7 @@ def fit_solver(
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: bool = True,
+    checkpoint: str | Path | None = None,
 ) -> Any:
     """Meta-train a root finder for the fixed points of f(z, x), without labels.
 
@@ -69,15 +73,17 @@ def fit_solver(
     through it, else by plain autograd, with the same gradients.
 
     Args:
-        f: z⁺ = f(z, x), batch first, differentiable; a module's parameters are left as they are.
+        f: z⁺ = f(z, x), batch first, differentiable; a module's parameters are left as they are. Or a model with a
+            torchdeq DEQ in it: x are then the model's inputs, see `FixedPointMap`.
         x_train: contexts, (N, ...) with N ≥ 10, on any device.
-        z0: x → start; default zeros like x.
+        z0: x → start; default `f.initial_state` where f has one, else zeros like x.
         layout: "nd", "nct", "ntc" or "nchw": which axes of the state are channels, space, time (see `Layout`); guessed
             where that is unambiguous.
         solver: "metabroyden" (the default), "grouped" or "coordinatewise".
         rtol: tolerance at which the solver is judged while it trains.
         steps: outer steps. seed: of weights and batches. device: where to train; default that of x_train.
         progress: show a bar (needs rich).
+        checkpoint: file for the training's state, from which the same call goes on after an interruption.
 
     Returns:
         A learned solver in evaluation mode, for `solve`, `DEQ` and `save_solver`.
@@ -91,8 +97,12 @@ def fit_solver(
         backend="higher" if importlib.util.find_spec("higher") else "native",
         validation_rtol=rtol,
     )
+    if holds_deq(f):
+        f = FixedPointMap(f)  # type: ignore[arg-type]
+    if z0 is None:
+        z0 = getattr(f, "initial_state", None)
     _check_arguments(f, x_train, z0)
-    if solver == "adjoint":
+    if solver in ADJOINT:
         raise ValueError("the adjoint solver is for backward passes: fit_adjoint(cell, x_train) fits it")
     if device is not None:
         x_train = x_train.to(device)
@@ -110,7 +120,7 @@ def fit_solver(
     where = guess_layout(shape) if layout is None else Layout(layout, shape)
     learned = make_learned(solver, where, seed=seed).to(device=start.device, dtype=start.dtype)
     with progress_bar("meta-training", steps, show=progress) as report:
-        trainer = MetaTrainer(learned, tasks, config)
+        trainer = MetaTrainer(learned, tasks, config, checkpoint=checkpoint)
         trainer.run(report)
     if trainer.skipped > steps // 10:
         warnings.warn(
@@ -118,7 +128,7 @@ def fit_solver(
             "on some contexts, and the solver has learned little",
             stacklevel=2,
         )
-    learned.fingerprint = fingerprint(f)
+    learned.fingerprint = fingerprint(f.model if isinstance(f, FixedPointMap) else f)
     learned.summary["held_out"] = {
         "rtol": rtol,
         "max_nfe": config.validation_nfe,

@@ -52,7 +52,7 @@ class KeepUp:
     meta-step, so none is solved twice. While the first burst of meta-steps lasts, the layer keeps the classical solvers it
     has; then the learned ones take their place, with the hand-over of their safeguards.
 
-        keep_up = KeepUp(deq, make_learned("grouped", layout), make_learned("adjoint", layout, context="native"))
+        keep_up = KeepUp(deq, make_learned("grouped", layout), make_learned("adjoint", layout))
         for x, y in batches:
             loss(head(deq(x)), y).backward()
             optimizer.step()

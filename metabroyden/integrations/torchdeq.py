@@ -1,0 +1,293 @@
+"""torchdeq (Geng & Kolter 2023): our solvers in its DEQs, and its models handed to `fit_solver`.
+
+`register` makes a solver known to torchdeq by a name; `FixedPointMap` is the f(z, x) inside an unmodified torchdeq model.
+torchdeq itself is imported when one of them is used.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metabroyden.solution import Solution, Status
+from metabroyden.solve import check_options, solve
+from metabroyden.state import Packing
+
+OWN_NAMES = ("anderson", "broyden", "fixed_point_iter", "simple_fixed_point_iter")
+"""Names of torchdeq's own solvers."""
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def register(
+    name: str, solver: Any, *, replace: bool = False, check_every: int = 1, f_dtype: torch.dtype | None = None
+) -> Callable[..., tuple[Any, list[Any], dict[str, Tensor]]]:
+    """Make a solver of ours known to torchdeq: `torchdeq.get_deq(f_solver=name)`, or `b_solver=name`, with either core.
+
+    torchdeq looks names up when a DEQ is built. In one that is there already, `deq.f_solver = register(name, solver)`
+    changes the forward solver; the backward one is fixed.
+
+    - At most `max_iter` evaluations of f, counted; `tol` is our rtol in mode "rel", our atol in mode "abs". Samples that
+      are done stay as they are, but f is called on the whole batch: torchdeq has no context to take rows from.
+    - States (`indexing`): the best iterate after so many evaluations, always as many as asked for; from max_iter on, the
+      solution. An early stop therefore never takes a DEQ's implicit gradient from it.
+    - A sample whose start or whose every evaluation was not finite comes back as NaN, so that a loss scaler sees an
+      infinite cotangent. Half-precision states are solved in float32 with f called in their own dtype.
+    - info is torchdeq's SolverStat: `abs_lowest` and `rel_lowest` (B,) at the returned iterate, `nstep` the evaluations
+      spent when that was measured, `abs_trace` and `rel_trace` (B, K) with NaN once a sample had stopped; and `nfe`,
+      `converged`, `status` as in `Solution`.
+
+    Args:
+        name: what torchdeq shall call it; a name registered before is taken over.
+        solver: any of our solvers. A learned one needs no context, and unflattens a flattened state by its layout.
+        replace: allow the name of one of torchdeq's own solvers.
+        check_every, f_dtype: as in `solve`.
+
+    Returns:
+        The function that was registered. It raises TypeError for options it does not know (torchdeq's solvers ignore
+        such), ValueError for a wrong stop_mode or max_iter.
+
+    Raises:
+        ImportError: torchdeq is not installed. TypeError, ValueError: a bad solver, name or option.
+    """
+    check_options(torch.cos, solver, 0.0, 0.0, 1, check_every, f_dtype)
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"name must be a non-empty string, got {name!r}")
+    if name in OWN_NAMES and not replace:
+        raise ValueError(f"{name!r} is a solver of torchdeq's own: choose another name, or say replace=True")
+
+    kind = type(solver).__name__
+
+    # A closure: torchdeq would take a module as a part of the DEQ, to be trained and saved with it.
+    def drop_in(
+        func: Callable[[Any], Any],
+        x0: Any,
+        max_iter: int = 50,
+        tol: float = 1e-3,
+        stop_mode: str = "abs",
+        indexing: Sequence[int] | None = None,
+        **unknown: Any,
+    ) -> tuple[Any, list[Any], dict[str, Tensor]]:
+        if unknown:
+            raise TypeError(f"solver {name!r} takes no {', '.join(sorted(unknown))}: set options on the {kind} itself")
+        if stop_mode not in ("abs", "rel"):
+            raise ValueError(f"stop_mode must be 'abs' or 'rel', got {stop_mode!r}")
+        if max_iter < 1:
+            raise ValueError(f"max_iter must be at least 1, got {max_iter}")
+        f, z0, back = _single(func, x0)
+        start, dtype = z0.detach(), z0.dtype
+        if dtype in _HALF:
+            start = start.float()
+        finite = torch.isfinite(start).flatten(1).all(dim=1)
+        start = torch.where(_beside(finite, start), start, 0)
+        budget, wanted = int(max_iter), indexing or ()
+        early = sorted({step for step in wanted if step < budget})
+        solution = solve(
+            f,
+            start,
+            solver=solver,
+            rtol=tol if stop_mode == "rel" else 0.0,
+            atol=tol if stop_mode == "abs" else 0.0,
+            max_nfe=budget,
+            throw=False,
+            check_every=check_every,
+            f_dtype=dtype if f_dtype is None and dtype in _HALF else f_dtype,
+            snapshots=early,
+        )
+        lost = ~finite | solution.residual.isnan()
+        some_lost = bool(lost.any())
+
+        def finish(z: Any) -> Any:
+            z = torch.where(_beside(lost, z), torch.nan, z) if some_lost else z
+            return back(z.to(dtype))
+
+        at = dict(zip(early, solution.snapshots, strict=True))
+        states = [finish(at.get(step, solution.z)) for step in wanted]
+        return finish(solution.z), states, _statistics(solution, lost)
+
+    _library().register_solver(name, drop_in)
+    return drop_in
+
+
+class FixedPointMap(nn.Module):
+    """f(z, x) of the DEQ inside an unmodified torchdeq model, x being rows of the model's raw inputs.
+
+    The model runs on x, in evaluation mode and without gradients, up to the moment its DEQ calls the forward solver; the
+    function that solver was to solve is f, its start the initial state. So everything before the DEQ runs once for an x
+    (the very tensor, unchanged) and the DEQ's weights as they are. Gradients flow through z, not into parameters.
+
+    A state of several tensors is one flat tensor (B, D), as torchdeq makes of it. A model that calls its DEQ more than
+    once in a forward pass is taken at its first call.
+
+    Args:
+        model: the model; its first argument is x.
+        deq: the DEQ, or its name in the model, where the model has several.
+
+    Raises:
+        ValueError: no torchdeq DEQ in the model, or several and none named. TypeError: no module.
+    """
+
+    def __init__(self, model: nn.Module, deq: str | nn.Module | None = None) -> None:
+        super().__init__()
+        chosen = _find(model, deq)
+        self.model = model
+        self._deq = [chosen]  # a part of the model already
+        self._captured: tuple[Any, Any, Callable[[Tensor], Tensor], Tensor] | None = None
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        """f(z, x), shaped like z."""
+        f, _ = self._problem(x)
+        with _at_rest(self.model):
+            return f(z)
+
+    def initial_state(self, x: Tensor) -> Tensor:
+        """Where the model starts its solve."""
+        return self._problem(x)[1]
+
+    def _problem(self, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """(f, z0) for x, captured once."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, the model's raw inputs, got {type(x).__name__}")
+        if x.is_inference():  # has no version to go by
+            return self._capture(x)
+        weights = itertools.chain(self.model.parameters(), self.model.buffers())
+        key = (x._version, *((id(weight), weight._version) for weight in weights))
+        if self._captured is None or self._captured[0]() is not x or self._captured[1] != key:
+            self._captured = (weakref.ref(x), key, *self._capture(x))
+        return self._captured[2], self._captured[3]
+
+    def _capture(self, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        attributes = self._deq[0].__dict__  # where an entry hides a module of that name, too
+        usual = attributes.get("f_solver")
+        attributes["f_solver"] = _leave
+        try:
+            with torch.inference_mode(False), torch.no_grad(), _at_rest(self.model):
+                self.model(x)
+        except _Captured as captured:
+            f, z0, _ = _single(captured.func, captured.x0)
+            return f, z0.detach()
+        finally:
+            if usual is None:
+                del attributes["f_solver"]
+            else:
+                attributes["f_solver"] = usual
+        raise ValueError(f"{type(self.model).__name__} did not call its torchdeq DEQ when run on x in evaluation mode")
+
+
+def holds_deq(f: Any) -> bool:
+    """Whether f is a module with a torchdeq DEQ in it, and not a `FixedPointMap` yet."""
+    core = sys.modules.get("torchdeq.core")
+    if core is None or not isinstance(f, nn.Module) or isinstance(f, FixedPointMap):
+        return False
+    return any(isinstance(module, core.DEQBase) for module in f.modules())
+
+
+class _Captured(BaseException):
+    """The way out of a model once its DEQ calls the solver. No Exception: those a model may catch."""
+
+    def __init__(self, func: Callable[[Any], Any], x0: Any) -> None:
+        super().__init__()
+        self.func, self.x0 = func, x0
+
+
+def _leave(func: Callable[[Any], Any], x0: Any, *_: Any, **__: Any) -> None:
+    raise _Captured(func, x0)
+
+
+def _library() -> Any:
+    try:
+        import torchdeq
+    except ImportError as error:
+        raise ImportError("this needs torchdeq, which is not installed: pip install torchdeq==0.1.0") from error
+    return torchdeq
+
+
+def _find(model: Any, deq: str | nn.Module | None) -> nn.Module:
+    """The DEQ of a model, the named one where there are several."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module, got {type(model).__name__}")
+    _library()
+    from torchdeq.core import DEQBase
+
+    found = {name: module for name, module in model.named_modules() if isinstance(module, DEQBase)}
+    if not found or "" in found:
+        given = "is one itself: give the model that calls it" if found else "has none"
+        raise ValueError(f"model must hold a torchdeq DEQ; {type(model).__name__} {given}")
+    chosen = [module for name, module in found.items() if deq in (None, name) or deq is module]
+    if len(chosen) != 1:
+        raise ValueError(
+            f"{type(model).__name__} has {len(found)} torchdeq DEQs ({', '.join(found)}): say which one is meant with "
+            f"FixedPointMap(model, deq=name), got {deq if deq is None or isinstance(deq, str) else type(deq).__name__!r}"
+        )
+    return chosen[0]
+
+
+def _single(func: Callable[[Any], Any], x0: Any) -> tuple[Callable[[Tensor], Tensor], Tensor, Callable[[Tensor], Any]]:
+    """(f, z0, back): torchdeq's problem on one tensor, batch first, of two axes or more; and the way back to its form.
+
+    torchdeq hands over a tensor, (B,) and 0-dimensional ones included, or (no_stat) a list of tensors.
+    """
+    if isinstance(x0, Tensor):
+        shape = x0.shape
+        if x0.dim() > 1:
+            return func, x0, lambda z: z
+        return lambda z: func(z.reshape(shape)).reshape(-1, 1), x0.reshape(-1, 1), lambda z: z.reshape(shape)
+    packing = Packing(tuple(part.shape[1:] for part in x0), single=False)
+    return (
+        lambda z: packing.take(tuple(func(list(packing.unpack(z)))), z),
+        packing.pack(tuple(x0)),
+        lambda z: list(packing.unpack(z)),
+    )
+
+
+def _beside(mask: Tensor, z: Any) -> Tensor:
+    """(B,) broadcastable over z."""
+    return mask.reshape(-1, *[1] * (z.dim() - 1))
+
+
+def _statistics(solution: Solution, lost: Tensor) -> Any:
+    """torchdeq's SolverStat of a solve; `lost` (B,): the samples with nothing to show."""
+    from torchdeq.solver.stat import SolverStat
+
+    trace, device = solution.trace, lost.device
+    assert trace.absolute is not None
+    relative, absolute = (torch.where(lost, torch.nan, value) for value in (trace.residual, trace.absolute))
+    rel_lowest = torch.where(lost, torch.nan, solution.residual)
+    measured = (relative == rel_lowest).int().argmax(dim=0, keepdim=True)  # the call that saw the returned iterate
+    spent = trace.nfe.to(device).gather(0, measured)[0]
+    status = solution.status.to(device)
+    return SolverStat(
+        abs_lowest=absolute.gather(0, measured)[0],
+        rel_lowest=rel_lowest,
+        abs_trace=absolute.T,
+        rel_trace=relative.T,
+        nstep=torch.where(lost, 0, spent).float(),
+        nfe=solution.nfe.to(device),
+        converged=solution.converged & ~lost,
+        status=torch.where(lost, int(Status.NON_FINITE), status),
+    )
+
+
+@contextmanager
+def _at_rest(model: nn.Module) -> Iterator[None]:
+    """While it lasts the model is in evaluation mode and its parameters ask for no gradients."""
+    training = [module for module in model.modules() if module.training]
+    wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for module in training:
+        module.training = False
+    for parameter in wanting:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in wanting:
+            parameter.requires_grad_(True)
