@@ -110,7 +110,7 @@ def test_help_shows_every_experiment_with_its_options(capsys):
 
 
 def test_unknown_experiments_and_options_are_refused(capsys):
-    with pytest.raises(SystemExit, match="unknown experiment 'digit': known are digits, drop-in, solvers"):
+    with pytest.raises(SystemExit, match="unknown experiment 'digit': known are digits, solvers"):
         cli.main(["digit"])
     with pytest.raises(SystemExit):
         cli.main(["digits", "--epoch", "3"])

@@ -75,7 +75,8 @@ def test_implicit_training_needs_the_same_memory_at_any_depth_and_unrolled_train
     totals = [row["saved"] + row["solver"] for row in (few, many)]
     assert max(totals) <= 1.05 * min(totals)
     assert many["peak"] <= 1.05 * few["peak"]
-    assert few["saved"] == many["saved"] <= few["held"]
+    injection = 4 * 4 * 8 * (16 * 16 if cell == "conv" else 16)  # saved for a second derivative; not counted as held
+    assert few["saved"] == many["saved"] <= few["held"] + injection
     few, many = at("unrolled")
     assert many["saved"] >= 0.8 * 3 * few["saved"]
     assert many["peak"] >= 0.8 * 3 * few["peak"]
