@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from experiments import alternate, digits, drop_in, memory, solvers
+from experiments import alternate, digits, drop_in, gradients, memory, solvers
 
 EXPERIMENTS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "digits": (digits.Digits, digits.run),
     "solvers": (solvers.Solvers, solvers.run),
+    "gradients": (gradients.Gradients, gradients.run),
     "memory": (memory.Memory, memory.run),
     "drop-in": (drop_in.DropIn, drop_in.run),
     "alternate": (alternate.Alternate, alternate.run),

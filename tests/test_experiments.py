@@ -9,7 +9,7 @@ import pytest
 
 import metabroyden as mb
 from experiments import __main__ as cli
-from experiments import digits, solvers
+from experiments import alternate, digits, gradients, solvers
 from experiments.registry import EXPERIMENTS
 from metabroyden.meta.trainer import MetaTrainer
 
@@ -115,3 +115,56 @@ def test_unknown_experiments_and_options_are_refused(capsys):
     with pytest.raises(SystemExit):
         cli.main(["digits", "--epoch", "3"])
     assert "--epoch" in capsys.readouterr().err
+
+
+def test_alternate_resumes_and_writes_what_it_promises(tmp_path, capsys, monkeypatch):
+    config = alternate.Alternate(
+        seeds=2,
+        epochs=2,
+        batch=32,
+        channels=4,
+        side=8,
+        burst=2,
+        every=2,
+        unroll=2,
+        meta_batch=4,
+        width=4,
+        images=96,
+        results=tmp_path / "results",
+        runs=tmp_path / "runs",
+        progress=False,
+    )
+    original = alternate._seed
+
+    def interrupted(config, seed, bar):
+        if seed == 1:
+            raise KeyboardInterrupt
+        return original(config, seed, bar)
+
+    monkeypatch.setattr(alternate, "_seed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        alternate.run(config)
+    seeds: list[int] = []
+    monkeypatch.setattr(alternate, "_seed", lambda config, seed, bar: seeds.append(seed) or original(config, seed, bar))
+    alternate.run(config)
+    assert seeds == [1], "the finished seed was not trained again"
+    names = {"rows.jsonl", "config.json", "report.md", "accuracy_by_time.png", "evaluations_by_epoch.png"}
+    assert {path.name for path in config.results.iterdir()} == names
+    rows = [json.loads(line) for line in (config.results / "rows.jsonl").read_text().splitlines()]
+    assert {row["way"] for row in rows} == {*alternate.WAYS, *alternate.FIXED_IMAGES}
+    learned = [row for row in rows if row["way"] == alternate.LEARNED]
+    assert all(row["spent"]["meta"] > 0 for row in learned)
+    assert "nan" not in (config.results / "report.md").read_text()
+    assert "Against Anderson" in capsys.readouterr().out
+
+
+def test_gradients_writes_what_it_promises(tmp_path, capsys):
+    config = gradients.Gradients(
+        seeds=(0,), steps=1, rtols=(1e-1,), budget=12, samples=12, repeats=1, results=tmp_path, progress=False
+    )
+    gradients.run(config)
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "config.json", "report.md", "bias_by_time.png"}
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    error = {row["mode"]: row["error"] for row in rows if row["row"] == "mode"}
+    assert error["implicit, 0.001"] < error["phantom, 5 steps"] < error["Jacobian-free"]
+    assert "adjoint LSTM" in capsys.readouterr().out

@@ -1,0 +1,151 @@
+"""A DEQ in training whose solvers learn on the way."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import metabroyden as mb
+from metabroyden.learned.layout import Layout
+from metabroyden.meta.fit import make_learned
+from metabroyden.models import ConvCell
+
+LAYOUT = Layout("nchw", (4, 5, 5))
+
+
+def made(gain: float = 3.0, **options):
+    """(layer, forward solver, backward solver)."""
+    torch.manual_seed(0)
+    cell = ConvCell(4, 8, 2)
+    with torch.no_grad():
+        for convolution in (cell.conv1, cell.conv2):
+            convolution.weight.mul_(gain)
+    deq = mb.DEQ(cell, rtol=1e-2, max_nfe=60, backward=mb.Implicit(rtol=1e-2, max_nfe=60), warn=False, **options)
+    return deq, *(make_learned(kind, LAYOUT, hidden=6, rank=12) for kind in ("grouped", "adjoint"))
+
+
+def train(deq, keep_up, steps: int, seed: int = 1) -> list[float]:
+    """A few training steps on a random regression; mean evaluations of each, forward and backward in sum."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(deq.parameters(), lr=1e-4)
+    spent = []
+    for _ in range(steps):
+        x, y = (torch.randn(16, 4, 5, 5, generator=generator) for _ in range(2))
+        optimizer.zero_grad()
+        (deq(x) - y).square().mean().backward()
+        optimizer.step()
+        keep_up.step()
+        spent.append(float((deq.last_solution.nfe + deq.last_backward_solution.nfe).double().mean()))
+    return spent
+
+
+def test_the_solvers_take_over_after_the_burst_and_need_fewer_evaluations():
+    deq, forward, backward = made(gain=8.0)
+    keep_up = mb.KeepUp(deq, forward, backward, config=mb.KeepUpConfig(burst=80, every=5, unroll=6, learning_rate=5e-3))
+    before = train(deq, keep_up, 79)
+    assert isinstance(deq.solver, mb.Broyden)
+    assert keep_up.steps == 79
+    after = train(deq, keep_up, 21, seed=2)
+    assert deq.solver is forward
+    assert deq.backward_mode.solver is backward
+    assert keep_up.steps == 79 + 1 + 4, "one that ended the burst, then every fifth"
+    assert sum(after[1:]) / 20 < 0.9 * sum(before[-20:]) / 20
+    assert set(keep_up.losses) == {"forward", "backward"}
+
+
+def test_training_with_it_does_to_the_model_what_training_without_it_does():
+    """While classical solvers still solve, meta-steps leave no trace: no gradients, no draws, no weights."""
+    found = []
+    for watched in (False, True):
+        deq, forward, backward = made()
+        state = torch.random.get_rng_state()
+        keep_up = mb.KeepUp(deq, forward, backward, config=mb.KeepUpConfig(burst=50)) if watched else None
+        optimizer = torch.optim.Adam(deq.parameters(), lr=1e-3)
+        generator = torch.Generator().manual_seed(3)
+        for _ in range(4):
+            x = torch.randn(6, 4, 5, 5, generator=generator)
+            optimizer.zero_grad()
+            deq(x).pow(3).mean().backward()
+            optimizer.step()
+            if keep_up is not None:
+                before = [p.grad.clone() for p in deq.parameters()]
+                assert keep_up.step()
+                assert all(torch.equal(p.grad, g) for p, g in zip(deq.parameters(), before, strict=True))
+        assert torch.equal(torch.random.get_rng_state(), state)
+        found.append([p.detach().clone() for p in deq.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_meta_steps_lower_the_loss_of_both_directions_on_the_same_problem():
+    deq, forward, backward = made(gain=8.0)
+    config = mb.KeepUpConfig(batch=16, unroll=5, learning_rate=3e-3)
+    keep_up = mb.KeepUp(deq, forward, backward, config=config)
+    deq(torch.randn(16, 4, 5, 5)).pow(3).sum().backward()
+    keep_up.meta_step()
+    first = dict(keep_up.losses)
+    for _ in range(40):
+        keep_up.meta_step()
+    assert all(keep_up.losses[name] < first[name] - 0.1 for name in ("forward", "backward"))
+
+
+def test_evaluation_between_steps_is_not_taken_for_training():
+    deq, forward, backward = made()
+    keep_up = mb.KeepUp(deq, forward, backward, config=mb.KeepUpConfig(burst=1))
+    with torch.no_grad():
+        deq(torch.randn(3, 4, 5, 5))
+    assert not keep_up.step(), "nothing was seen yet"
+    deq(torch.randn(5, 4, 5, 5)).sum().backward()
+    with torch.no_grad():
+        deq(torch.randn(3, 4, 5, 5))
+    keep_up.meta_step()
+    assert keep_up.steps == 1
+
+
+def test_one_direction_alone():
+    deq, forward, backward = made()
+    keep_up = mb.KeepUp(deq, forward, config=mb.KeepUpConfig(burst=0))
+    assert deq.solver is forward
+    train(deq, keep_up, 8)
+    assert list(keep_up.losses) == ["forward"]
+    assert isinstance(deq.backward_mode.solver, mb.Broyden)
+    keep_up.close()
+    assert not any(p.requires_grad for p in forward.parameters())
+    deq, _, backward = made()
+    train(deq, mb.KeepUp(deq, backward=backward, config=mb.KeepUpConfig(burst=2)), 3)
+    assert isinstance(deq.solver, mb.Broyden)
+    assert deq.backward_mode.solver is backward
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
+    deq, forward, _ = made()
+    keep_up = mb.KeepUp(deq, forward, config=mb.KeepUpConfig(burst=5))
+    deq(torch.randn(6, 4, 5, 5)).sum().backward()
+    before = copy.deepcopy(forward.state_dict())
+    with torch.no_grad():
+        deq.cell.norm3.weight.fill_(float("nan"))
+    keep_up.meta_step()
+    assert keep_up.skipped == 1
+    assert all(torch.equal(value, before[name]) for name, value in forward.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda deq, f, b: mb.KeepUp(deq), "needs a learned solver, forward or backward"),
+        (lambda deq, f, b: mb.KeepUp(deq, mb.Broyden()), "forward must be a learned solver such as GroupedLSTM"),
+        (lambda deq, f, b: mb.KeepUp(deq, b), "forward must be a learned solver such as GroupedLSTM, got AdjointLSTM"),
+        (lambda deq, f, b: mb.KeepUp(deq, backward=f), "backward must be an AdjointLSTM, got GroupedLSTM"),
+        (
+            lambda deq, f, b: mb.KeepUp(mb.DEQ(nn.Linear(2, 2), backward=mb.Unroll()), backward=b),
+            "needs a DEQ with Implicit gradients, got Unroll",
+        ),
+        (lambda deq, f, b: mb.KeepUpConfig(every=0), "every must be an integer of at least 1, got 0"),
+        (lambda deq, f, b: mb.KeepUpConfig(burst=-1), "burst must be an integer of at least 0, got -1"),
+    ],
+)
+def test_bad_arguments_are_refused(build, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        build(*made())
