@@ -27,13 +27,24 @@ def made(gain: float = 3.0, **options):
     return deq, *(make_learned(kind, LAYOUT, hidden=6, rank=12) for kind in ("grouped", "adjoint"))
 
 
-def train(deq, keep_up, steps: int, seed: int = 1) -> list[float]:
+class Rotating(nn.Module):
+    """tanh(zW + x), W nearly a rotation: a slow iteration with an inverse Jacobian that can be learned."""
+
+    def __init__(self, n: int = 32) -> None:
+        super().__init__()
+        self.w = nn.Parameter(0.97 * torch.linalg.qr(torch.randn(n, n)).Q)
+
+    def forward(self, z, x):
+        return torch.tanh(z @ self.w + x)
+
+
+def train(deq, keep_up, steps: int, seed: int = 1, shape: tuple[int, ...] = (4, 5, 5)) -> list[float]:
     """A few training steps on a random regression; mean evaluations of each, forward and backward in sum."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(deq.parameters(), lr=1e-4)
     spent = []
     for _ in range(steps):
-        x, y = (torch.randn(16, 4, 5, 5, generator=generator) for _ in range(2))
+        x, y = (0.3 * torch.randn(16, *shape, generator=generator) for _ in range(2))
         optimizer.zero_grad()
         (deq(x) - y).square().mean().backward()
         optimizer.step()
@@ -43,12 +54,14 @@ def train(deq, keep_up, steps: int, seed: int = 1) -> list[float]:
 
 
 def test_the_solvers_take_over_after_the_burst_and_need_fewer_evaluations():
-    deq, forward, backward = made(gain=8.0)
-    keep_up = mb.KeepUp(deq, forward, backward, config=mb.KeepUpConfig(burst=80, every=5, unroll=6, learning_rate=5e-3))
-    before = train(deq, keep_up, 79)
+    torch.manual_seed(0)
+    deq = mb.DEQ(Rotating(), rtol=1e-2, max_nfe=60, backward=mb.Implicit(rtol=1e-2, max_nfe=60), warn=False)
+    forward, backward = (make_learned(kind, Layout("nd", (32,)), hidden=6, rank=32) for kind in ("grouped", "adjoint"))
+    keep_up = mb.KeepUp(deq, forward, backward, config=mb.KeepUpConfig(burst=80, every=5, unroll=4, learning_rate=5e-3))
+    before = train(deq, keep_up, 79, shape=(32,))
     assert isinstance(deq.solver, mb.Broyden)
     assert keep_up.steps == 79
-    after = train(deq, keep_up, 21, seed=2)
+    after = train(deq, keep_up, 21, seed=2, shape=(32,))
     assert deq.solver is forward
     assert deq.backward_mode.solver is backward
     assert keep_up.steps == 79 + 1 + 4, "one that ended the burst, then every fifth"
