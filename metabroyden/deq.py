@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +13,15 @@ from torch import Tensor, nn
 from metabroyden.gradients import Implicit, JacobianFree
 from metabroyden.learned.fingerprint import FingerprintWatch
 from metabroyden.solution import Solution, State
-from metabroyden.solve import solve
+from metabroyden.solve import check_options, solve
 from metabroyden.solvers.broyden import Broyden
 from metabroyden.training.dropout import restless
 from metabroyden.training.pin import pin
+
+_ROUNDINGS = 8  # a residual of so many is as good as none
+
+Observer = Callable[[Callable[..., State], Any, State], None]
+"""Called with the map f that was solved (weights and masks pinned), its context and the equilibrium with its graph."""
 
 
 class DEQ(nn.Module):
@@ -65,13 +70,18 @@ class DEQ(nn.Module):
         # A learned solver is a module, but no part of the model: its weights must not be trained or saved with it.
         self._solver = [Broyden() if solver is None else solver]
         self.backward_mode = Implicit() if backward is None else backward
-        if not any(callable(getattr(self.backward_mode, name, None)) for name in ("attach", "run")):
+        if not isinstance(cell, nn.Module):
+            raise TypeError(f"cell must be a module f(z, x), got {type(cell).__name__}")
+        check_options(cell, self.solver, rtol, atol, max_nfe, 1, None)
+        known = any(callable(getattr(self.backward_mode, name, None)) for name in ("attach", "run"))
+        if isinstance(self.backward_mode, type) or not known:
             raise TypeError(f"backward must be a gradient mode such as Implicit(), got {backward!r}")
         self.rtol, self.atol, self.max_nfe = rtol, atol, max_nfe
         self.last_solution: Solution | None = None
         self.last_backward_solution: Solution | None = None
         self._warned = self._warned_backward = self._warned_restless = not warn
         self._watch = FingerprintWatch()
+        self.observer: Observer | None = None  # told of each equilibrium that gets gradients
 
     @property
     def solver(self) -> Any:
@@ -117,6 +127,11 @@ class DEQ(nn.Module):
             z, self.last_solution = mode.run(f, z0, context, rtol=self.rtol, atol=self.atol)
             return [z]
         self._watch.check(self.solver, self.cell)
+        reuse = graph and getattr(mode, "wants_inverse", False)
+        if reuse and not hasattr(self.solver, "inverse"):
+            raise ValueError(
+                f"{mode!r} needs a forward solver with an inverse Jacobian, Broyden or GroupedLSTM; got {self.solver!r:.80}"
+            )
         solution = solve(
             f,
             z0,
@@ -127,20 +142,23 @@ class DEQ(nn.Module):
             max_nfe=self.max_nfe,
             throw=False,
             snapshots=after,
-            keep_inverse=graph and getattr(mode, "wants_inverse", False),
+            keep_inverse=reuse,
         )
         self.last_solution = replace(solution, inverse=None)
-        if not self._warned and not bool(solution.converged.all()):
+        if not self._warned and _fell_short(solution):
             self._warned = True
-            warnings.warn(f"DEQ: {solution.failures()} (said once; see last_solution)", stacklevel=3)
+            warnings.warn(f"DEQ: {solution.failures()} (said once; see last_solution)", stacklevel=5)
         if not graph:
             return [*solution.snapshots, solution.z]
         early = [JacobianFree().attach(f, replace(solution, z=z), context) for z in solution.snapshots]
-        return [*early, mode.attach(f, solution, context, self._note_backward)]
+        z = mode.attach(f, solution, context, self._note_backward)
+        if self.observer is not None:
+            self.observer(f, context, z)
+        return [*early, z]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what the last calls cost, for copies and `torch.save`."""
-        return {**super().__getstate__(), "last_solution": None, "last_backward_solution": None}
+        """Without what the last calls cost and who watches, for copies and `torch.save`."""
+        return {**super().__getstate__(), "last_solution": None, "last_backward_solution": None, "observer": None}
 
     def _watch_dropout(self) -> None:
         if self._warned_restless:
@@ -149,16 +167,22 @@ class DEQ(nn.Module):
         if names:
             self._warned_restless = True
             warnings.warn(
-                f"DEQ: {', '.join(names)} drops anew at every evaluation, so that the cell has no fixed point to find; "
-                "use VariationalDropout (said once)",
-                stacklevel=4,
+                f"DEQ: {', '.join(names)} drops or learns anew at every evaluation, so that the cell has no fixed point to "
+                "find; use VariationalDropout or normalise (said once)",
+                stacklevel=5,
             )
 
     def _note_backward(self, solution: Solution) -> None:
         self.last_backward_solution = solution
-        if not self._warned_backward and not bool(solution.converged.all()):
+        if not self._warned_backward and _fell_short(solution):
             self._warned_backward = True
             warnings.warn(f"DEQ, backward: {solution.failures()} (said once; see last_backward_solution)", stacklevel=2)
+
+
+def _fell_short(solution: Solution) -> bool:
+    """Whether a sample missed the tolerance by more than rounding."""
+    at_rounding = solution.residual <= _ROUNDINGS * torch.finfo(solution.residual.dtype).eps
+    return not bool((solution.converged | at_rounding).all())
 
 
 def initial_state(cell: nn.Module, x: Any) -> State:

@@ -121,6 +121,7 @@ class Ledger:
         self.forward_ad: bool | None = None  # whether f has forward AD; None: not tried yet
         self.g0: Tensor | None = None
         self._origin: Tensor | None = None
+        self.last: tuple[Tensor, Tensor] | None = None  # the last point and its image, in f's own memory
         self.best_z, self._owned = z0, False  # owned: no iterate shares best_z's memory, it may be written to
         self.best_g = z0.new_zeros(z0.shape) if keep_g else None
         self.best = np.full(batch, np.inf)
@@ -185,6 +186,7 @@ class Ledger:
         if z._version != version:
             raise ValueError("f changed its argument z in place: a fixed-point map must leave z as it was")
         g = fz - z
+        self.last = z, fz
         norms, g_norm, f_norm = rows.norms(z, fresh=bool(self._pending))
         torch.linalg.vector_norm(g, dim=1, out=g_norm)
         torch.linalg.vector_norm(fz, dim=1, out=f_norm)

@@ -72,6 +72,11 @@ class Problem:
         assert origin is not None
         return origin if self._rows.index is None else origin.index_select(0, self._rows.index)
 
+    def image(self, z: Tensor, g: Tensor) -> Tensor:
+        """f(z), (R, n), where g = f(z) − z is known: to the last bit where z is the point evaluated last, else z + g."""
+        last = self._ledger.last
+        return last[1].clone() if last is not None and last[0] is z else z + g
+
     def residual(self, z: Tensor, among: np.ndarray | None = None) -> Tensor:
         """g = f(z) − z at z (R, n): one counted evaluation on each live row (of those `among`; zero elsewhere)."""
         rows, index = self._chosen(among)

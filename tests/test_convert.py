@@ -342,7 +342,7 @@ REFUSED_INPUTS = {
     "linear over samples": ([nn.Linear(4, 2)], (4,), r"layer 0 \(Linear\) .* along the first axis"),
     "norm over samples": ([nn.LayerNorm([4, 3])], (4, 3), r"layer 0 \(LayerNorm\) .* normalises along the first axis"),
     "softmax from the end": ([nn.Linear(3, 3), nn.Softmax(-2)], (4, 3), r"layer 1 \(Softmax\) .* along the first axis"),
-    "padding of the batch": ([nn.ConstantPad2d(1, 0.0)], (4, 3), r"ConstantPad2d.* \(4, 3\) into one of \(6, 5\)"),
+    "padding of the batch": ([nn.ConstantPad2d(1, 0.0)], (4, 3), r"ConstantPad2d.* it pads the first axis, the samples"),
     "wrong width": ([nn.Linear(3, 3), nn.ReLU(), nn.Linear(5, 2)], (4, 3), r"layer 2 \(Linear\) cannot take .* \(4, 3\)"),
 }  # fmt: skip
 

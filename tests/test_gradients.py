@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import weakref
 
 import pytest
 import torch
@@ -288,7 +290,7 @@ def test_preconditioning_asks_for_solvers_that_can():
     with pytest.raises(ValueError, match=r"starts a plain Broyden from the forward inverse, got solver=Anderson"):
         mb.Implicit(solver=mb.Anderson(), precondition=True)
     deq = mb.DEQ(TanhCell(), solver=mb.Anderson(), backward=mb.Implicit(precondition=True))
-    with pytest.raises(ValueError, match="needs a forward solver with an inverse Jacobian"):
+    with pytest.raises(ValueError, match=r"needs a forward solver with an inverse Jacobian, .* got Anderson"):
         deq(torch.randn(2, 4, dtype=torch.float64))
 
 
@@ -462,3 +464,190 @@ def test_states_on_the_way_have_gradients_for_a_correction():
     torch.testing.assert_close(ours, wanted)
     with pytest.raises(ValueError, match="rising integers"):
         deq.states(x, after=(4, 2))
+
+
+# What a reviewer broke once.
+
+
+class Shared(nn.Module):
+    """One submodule under two names, and a weight tied to another's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(3, 3).double()
+        self.g = self.f
+        self.tied = nn.Linear(3, 3, bias=False).double()
+        self.tied.weight = self.f.weight
+
+    def forward(self, z, x):
+        return 0.5 * torch.tanh(self.tied(self.g(self.f(z))) + x)
+
+
+def test_shared_submodules_and_tied_weights_come_out_of_a_double_backward_as_they_were():
+    deq, x = tight(Shared()), torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    before = dict(deq.named_parameters())
+    (first,) = torch.autograd.grad(deq(x).square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), deq.cell.f.weight, create_graph=True)
+    third = torch.autograd.grad(second.square().sum(), x)[0]
+    assert all(value is before[name] and value.is_leaf for name, value in deq.named_parameters())
+
+    def unrolled(x):
+        z = torch.zeros_like(x)
+        for _ in range(90):
+            z = deq.cell(z, x)
+        return z
+
+    (first,) = torch.autograd.grad(unrolled(x).square().sum(), x, create_graph=True)
+    (wanted,) = torch.autograd.grad(first.square().sum(), deq.cell.f.weight, create_graph=True)
+    torch.testing.assert_close(second, wanted)
+    torch.testing.assert_close(third, torch.autograd.grad(wanted.square().sum(), x)[0])
+
+
+class Buffered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Linear(8, 8).double()
+        self.register_buffer("shift", torch.zeros(8, dtype=torch.float64))
+        with torch.no_grad():
+            self.w.weight.mul_(1.2)
+
+    def forward(self, z, x):
+        return torch.tanh(self.w(z) + x + self.shift)
+
+
+CHANGES = {
+    "the context": lambda deq, x: x.copy_(torch.randn_like(x)),
+    "a bias": lambda deq, x: deq.cell.w.bias.data.add_(1),
+    "a buffer": lambda deq, x: deq.cell.shift.add_(1),
+}
+
+
+@pytest.mark.parametrize("change", ["the context", "a buffer"])
+def test_what_is_overwritten_after_the_forward_pass_does_not_enter_its_gradient(change):
+    """Samples of different difficulty, so that the graph would be made anew for those that are left."""
+    spread = torch.linspace(0.1, 4, 64, dtype=torch.float64)[:, None]
+    x = torch.randn(64, 8, dtype=torch.float64) * spread
+    deq = mb.DEQ(Buffered(), rtol=1e-10, max_nfe=90, backward=mb.Implicit(rtol=1e-10, max_nfe=90))
+    (wanted,) = torch.autograd.grad(deq(x.clone()).square().sum(), deq.cell.w.weight)
+    z = deq(x)
+    with torch.no_grad():
+        CHANGES[change](deq, x)
+    (ours,) = torch.autograd.grad(z.square().sum(), deq.cell.w.weight)
+    torch.testing.assert_close(ours, wanted, rtol=1e-7, atol=1e-9)
+    x = torch.randn(64, 8, dtype=torch.float64) * spread
+    z = deq(x)
+    with torch.no_grad():
+        CHANGES[change](deq, x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(z.square().sum(), deq.cell.w.weight, create_graph=True)
+
+
+def test_a_mode_switched_before_backward_does_not_enter_the_gradient():
+    deq = mb.DEQ(_dropping(), rtol=1e-12, max_nfe=90, backward=EXACT["implicit"])
+    x = torch.randn(6, 3, dtype=torch.float64) * torch.linspace(0.1, 5, 6, dtype=torch.float64)[:, None]
+    found = []
+    for switch in (False, True):
+        torch.manual_seed(5)
+        z = deq.train()(x)
+        if switch:
+            deq.eval()
+        found.append(torch.autograd.grad(z.square().sum(), deq.cell.first.weight)[0])
+    torch.testing.assert_close(*found)
+    z = deq.train()(x)
+    deq.eval()
+    with pytest.raises(RuntimeError, match="changed between training and evaluation mode"):
+        torch.autograd.grad(z.square().sum(), deq.cell.first.weight, create_graph=True)
+
+
+def test_a_loss_that_is_linear_in_the_state_has_higher_derivatives_too():
+    deq = tight(TanhCell(3))
+    x = torch.randn(2, 3, dtype=torch.float64)
+    found = []
+    for f in (deq, mb.DEQ(deq.cell, backward=mb.Unroll(90))):
+        (first,) = torch.autograd.grad(f(x).sum(), deq.cell.w, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), deq.cell.w, create_graph=True)
+        found.append(torch.autograd.grad(second.square().sum(), deq.cell.w)[0])
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-8)
+
+
+class Nested(nn.Module):
+    """A cell with a DEQ in it, and one part of its state constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tight(TanhCell(3))
+        self.w = nn.Parameter(0.3 * torch.eye(3, dtype=torch.float64))
+
+    def initial_state(self, x):
+        return torch.zeros_like(x), torch.zeros_like(x)
+
+    def forward(self, z, x):
+        return torch.tanh(z[0] @ self.w + 0.5 * self.inner(x + 0.1 * z[0])), torch.ones_like(z[1])
+
+
+def test_a_deq_within_a_cell_and_a_constant_part_of_a_state():
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    cell = Nested()
+    found = []
+    for mode in (EXACT["implicit"], mb.Unroll(60)):
+        outer = mb.DEQ(cell, rtol=1e-12, max_nfe=90, backward=mode)
+        z, _ = outer(x)
+        (first,) = torch.autograd.grad(z.pow(3).sum(), x, create_graph=True)
+        found.append((first, *torch.autograd.grad(first.square().sum(), (cell.w, cell.inner.cell.w))))
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-6, atol=1e-8)
+
+
+def test_a_frozen_layer_builds_no_graph():
+    cell = TanhCell().requires_grad_(False)
+    x = torch.randn(2, 4, dtype=torch.float64)
+    for mode in (mb.Implicit(), mb.JacobianFree(), mb.Phantom(), mb.Unroll()):
+        z = mb.DEQ(cell, backward=mode, warn=False)(x)
+        assert not z.requires_grad
+    assert mb.DEQ(cell)(x.requires_grad_()).requires_grad
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_cotangents_may_be_of_any_size(size):
+    cell = TanhCell().float()
+    deq, x = mb.DEQ(cell, rtol=1e-5), torch.randn(2, 4)
+    one, other = (torch.autograd.grad(deq(x), cell.w, torch.full_like(x, v))[0] for v in (1.0, size))
+    torch.testing.assert_close(other / size, one, rtol=1e-4, atol=1e-6)
+
+
+def test_calls_leave_no_reference_cycles():
+    deq = mb.DEQ(TanhCell())
+    gc.collect()
+    gc.disable()
+    try:
+        seen = []
+        for _ in range(5):
+            x = torch.randn(2, 4, dtype=torch.float64) * 1.0
+            deq(x).sum().backward()
+            seen.append(weakref.ref(x))
+            del x
+        assert not any(reference() is not None for reference in seen)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: mb.Implicit(rtol=-1.0), "rtol must be a finite number of at least 0, got -1.0"),
+        (lambda: mb.Implicit(max_nfe=0), "max_nfe must be an integer of at least 1, got 0"),
+        (lambda: mb.Implicit(solver="broyden"), "solver must be an instance with start, init and step"),
+        (
+            lambda: mb.Implicit(solver=mb.load_solver(mb.pretrained()[0])),
+            "GroupedLSTM is no solver of adjoint systems, .* fit_adjoint makes one",
+        ),
+        (lambda: mb.DEQ(TanhCell(), rtol=-1.0), "rtol must be"),
+        (lambda: mb.DEQ(TanhCell(), backward=mb.Implicit), "backward must be a gradient mode such as Implicit"),
+        (lambda: mb.DEQ(lambda z, x: z), r"cell must be a module f\(z, x\), got function"),
+        (lambda: mb.Unroll(steps=0), "steps must be an integer"),
+        (lambda: mb.JacobianFree(steps=2), "one undamped step: for others there is Phantom"),
+    ],
+)
+def test_bad_settings_are_refused_at_once(build, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        build()

@@ -110,11 +110,57 @@ def test_evaluation_between_steps_is_not_taken_for_training():
     with torch.no_grad():
         deq(torch.randn(3, 4, 5, 5))
     assert not keep_up.step(), "nothing was seen yet"
+    with pytest.raises(RuntimeError, match="has seen no training step of its DEQ yet"):
+        keep_up.meta_step()
     deq(torch.randn(5, 4, 5, 5)).sum().backward()
     with torch.no_grad():
         deq(torch.randn(3, 4, 5, 5))
+    assert keep_up.step(), "the burst is over, but nothing has been learned yet"
+    assert deq.backward_mode.solver is backward
+    assert not any(keep_up.step() for _ in range(20)), "no problem is trained on twice"
+
+
+def test_a_problem_is_kept_with_its_own_cotangent():
+    """A second call of the layer that no gradient comes to does not take the place of the first."""
+    deq, forward, backward = made()
+    keep_up = mb.KeepUp(deq, forward, backward, config=mb.KeepUpConfig(burst=3))
+    z = deq(x=torch.randn(5, 4, 5, 5))
+    deq(torch.randn(7, 4, 5, 5))
+    z.sum().backward()
+    assert keep_up.step()
+    assert set(keep_up.losses) == {"forward", "backward"}
+    states = deq.states(torch.randn(5, 4, 5, 5), after=(2,))
+    states[-1].sum().backward()
+    assert keep_up.step()
+
+
+def test_meta_steps_leave_a_cells_normalisation_and_its_masks_alone():
+    class Cell(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.map = mb.normalise(nn.Linear(6, 6), max_norm=0.9)
+            self.drop = mb.VariationalDropout(0.4, (6,))
+            self.seen = []
+
+        def forward(self, z, x):
+            if self.drop.mask is not None:
+                self.seen.append(self.drop.mask)
+            return torch.tanh(self.map(self.drop(z)) + x)
+
+    deq = mb.DEQ(Cell(), warn=False)
+    sizes = {"hidden": 4, "rank": 6}
+    solvers = (make_learned(kind, Layout("nd", (6,)), **sizes) for kind in ("grouped", "adjoint"))
+    keep_up = mb.KeepUp(deq, *solvers, config=mb.KeepUpConfig(unroll=3, batch=16))
+    deq(torch.randn(16, 6)).sum().backward()
+    before = {name: buffer.clone() for name, buffer in deq.named_buffers()}
+    drawn = torch.stack(sorted(deq.cell.seen[0].float(), key=str))
+    deq.cell.seen.clear()
+    state = torch.random.get_rng_state()
     keep_up.meta_step()
-    assert keep_up.steps == 1
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in deq.named_buffers())
+    assert all(torch.equal(torch.stack(sorted(mask.float(), key=str)), drawn) for mask in deq.cell.seen)
+    assert len(deq.cell.seen) >= 4
 
 
 def test_one_direction_alone():

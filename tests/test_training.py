@@ -552,7 +552,9 @@ def test_an_ordinary_dropout_layer_brings_a_warning_once():
     deq, x = mb.DEQ(Restless(), max_nfe=200), torch.zeros(2, 4)
     deq.eval()(x)  # silent: a warning is an error here
     deq.train()
-    with pytest.warns(UserWarning, match=r"drop \(Dropout\) drops anew at every evaluation.*VariationalDropout"):
+    with pytest.warns(
+        UserWarning, match=r"drop \(Dropout\) drops or learns anew at every evaluation.*VariationalDropout"
+    ):
         deq(x)
     deq(x)
     mb.DEQ(Restless(), warn=False)(x)

@@ -14,7 +14,7 @@ from metabroyden.gradients.base import Replace, Report, evaluate, parts_of
 from metabroyden.inverse import FinalInverse, TransposedInverse
 from metabroyden.ledger import InCallersMode
 from metabroyden.solution import Solution, State
-from metabroyden.solve import solve
+from metabroyden.solve import check_options, solve
 from metabroyden.solvers.base import ClassicalSolver
 from metabroyden.solvers.broyden import Broyden
 from metabroyden.state import Packing, gather
@@ -57,6 +57,12 @@ class Implicit:
     precondition: bool = False
 
     def __post_init__(self) -> None:
+        check_options(solve, self.solver, self.rtol, 0.0, self.max_nfe, 1, None)
+        if getattr(self.solver, "homogeneous", True) is False:
+            raise ValueError(
+                f"{type(self.solver).__name__} is no solver of adjoint systems, which scale with the cotangent: fit_adjoint "
+                "makes one"
+            )
         if self.precondition and not (isinstance(self.solver, Broyden) and self.solver.initial is None):
             raise ValueError(
                 f"Implicit(precondition=True) starts a plain Broyden from the forward inverse, got solver={self.solver!r}"
@@ -95,11 +101,15 @@ class _AdjointSolve:
     floor: float  # no tolerance below it
 
     def __call__(self, graph: _Graph, cotangent: Parts) -> Parts:
-        """u for the cotangent v. What is not finite passes by the solve, as it would in a network."""
+        """u for the cotangent v. Coordinates of v that are not finite pass by the solve, to the weights."""
         mode, packing, star = self.mode, self.packing, tuple(part.detach() for part in graph.point)
         given = packing.pack(cotangent[0] if packing.single else cotangent)
         finite = torch.isfinite(given)
         v = torch.where(finite, given, 0.0)
+        # by a power of two, so that nothing under- or overflows and not a bit changes otherwise
+        _, exponent = torch.frexp(v.abs().amax(dim=1, keepdim=True))
+        scale = torch.exp2(exponent.clamp(-100, 100).to(v.dtype))
+        v = v / scale
         sample = torch.arange(len(v), device=v.device)
 
         def product(u: Tensor) -> Tensor:
@@ -125,7 +135,7 @@ class _AdjointSolve:
         if self.report is not None:
             self.report(found)
         assert isinstance(found.z, Tensor)
-        return parts_of(packing.unpack(torch.where(finite, found.z, given)))
+        return parts_of(packing.unpack(torch.where(finite, found.z * scale, given)))
 
     def plain(self) -> _AdjointSolve:
         """The solver of the adjoint of an adjoint: its matrix is J again, so no trained solver, and nobody asked what
@@ -139,79 +149,110 @@ class _AdjointSolve:
 class _Frozen:
     """A cell with the weights and the context of this moment, as a map of the state and of what requires gradients.
 
-    The weights a module has when backward runs may be others (`torch.func.functional_call`); those of the forward pass are
-    put back for an evaluation, and so are weights and masks that were pinned (`pin`).
+    What the cell reads when backward runs may be something else (`torch.func.functional_call`): the tensors of the forward
+    pass are put back for an evaluation, pinned weights and masks (`pin`) among them. Not what was overwritten in place:
+    `unchanged` says whether something was.
     """
 
     def __init__(self, cell: Callable[..., State], context: Any, z: State) -> None:
         self.cell: Any = cell
         self.single = isinstance(z, Tensor)
-        device = parts_of(z)[0].device.type
-        leaves, self._spec = pytree.tree_flatten(context)
         module = cell.cell if isinstance(cell, Pinned) else cell
-        self._module = module if isinstance(module, nn.Module) else None
-        named: dict[str, Tensor] = {}
-        if self._module is not None:
-            named = {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}
-        self._names = list(named)
-        everything = [*leaves, *named.values(), *(cell.weights if isinstance(cell, Pinned) else ())]
-        self._live = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in everything]
-        self._constant = [None if live else leaf for leaf, live in zip(everything, self._live, strict=True)]
-        self.tensors = [leaf for leaf, live in zip(everything, self._live, strict=True) if live]
-        self._mode = InCallersMode(self._evaluate, device)
-        self._call = self._mode.differentiable
+        self._modules = list(module.modules()) if isinstance(module, nn.Module) else []
+        # where a module keeps its tensors; a tied one stands in several places
+        self._slots = [
+            (places, name, id(tensor))
+            for owner in self._modules
+            for places in (owner._parameters, owner._buffers)
+            for name, tensor in places.items()
+            if tensor is not None
+        ]
+        own = {id(tensor): tensor for places, name, _ in self._slots if (tensor := places[name]) is not None}
+        self._order = {key: number for number, key in enumerate(own)}
+        leaves, self._spec = pytree.tree_flatten(context)
+        self._everything = [*leaves, *own.values(), *(cell.weights if isinstance(cell, Pinned) else ())]
+        self._live = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in self._everything]
+        self.tensors = [leaf for leaf, live in zip(self._everything, self._live, strict=True) if live]
+        self._versions, self._modes = self._state()
+        self._call = InCallersMode(evaluate, parts_of(z)[0].device.type)
 
     @property
     def rounding(self) -> float:
         """Unit rounding of the dtype that autocast chose; 0 without autocast."""
-        return 0.0 if self._mode.dtype is None else torch.finfo(self._mode.dtype).eps
+        return 0.0 if self._call.dtype is None else torch.finfo(self._call.dtype).eps
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether nothing that the cell reads was written to since, and no module has changed its mode."""
+        return self._state() == (self._versions, self._modes)
+
+    def _state(self) -> tuple[list[int], list[bool]]:
+        tensors = (leaf for leaf in self._everything if isinstance(leaf, Tensor) and not leaf.is_inference())
+        return [tensor._version for tensor in tensors], [module.training for module in self._modules]
 
     def first(self, point: Parts) -> Any:
         """The map at a point while the weights are still in their place."""
-        return self._call(self.cell, point, self._context_with(self.tensors))
+        return self._call.differentiable(self.cell, point, self.single, self._context_with(self.tensors))
 
     def __call__(self, point: Parts, tensors: Sequence[Tensor]) -> Any:
         """The map at a point, with these in the place of the tensors that require gradients."""
         return self._at(point, tensors, self._context_with(tensors))
 
     def for_rows(self, samples: Tensor) -> Callable[[Parts], Any] | None:
-        """The map of these samples' points; None where there is no context, since f then sees the full batch always."""
-        if not self._spec.num_leaves or (self._spec.is_leaf() and self._constant[0] is None and not self._live[0]):
+        """The map of these samples' points; None where something has changed, or where there is no context, since f
+        then sees the full batch always."""
+        if all(leaf is None for leaf in self._everything[: self._spec.num_leaves]) or not self.unchanged:
             return None
         context = gather(self._context_with(self.tensors), samples)
         return lambda point: self._at(point, self.tensors, context)
 
     def _at(self, point: Parts, tensors: Sequence[Tensor], context: Any) -> Any:
-        module = self._module
-        if module is None:
-            return self._call(self.cell, point, context)
         values = self._filled(tensors)[self._spec.num_leaves :]
-        named = dict(zip(self._names, values, strict=False))
+        pinned = values[len(self._order) :]
 
-        def cell(*arguments: Any) -> State:
-            return torch.func.functional_call(module, named, arguments)
+        def cell(z: State, context: Any = None) -> State:
+            if isinstance(self.cell, Pinned):
+                return self.cell.call(self.cell.cell, pinned, z, context)
+            return self.cell(z) if context is None else self.cell(z, context)
 
-        def pinned(z: State, context: Any = None) -> State:
-            return self.cell.call(cell, values[len(named) :], z, context)
-
-        return self._call(pinned if isinstance(self.cell, Pinned) else cell, point, context)
-
-    def _evaluate(self, cell: Callable[..., State], point: Parts, context: Any) -> Any:
-        return evaluate(cell, point, self.single, context)
+        before: list[tuple[Any, str, Tensor | None]] = []
+        for places, name, key in self._slots:
+            value = values[self._order[key]]
+            if places[name] is not value:
+                before.append((places, name, places[name]))
+                before[-1][0][name] = value
+        try:
+            return self._call.differentiable(cell, point, self.single, context)
+        finally:
+            for places, name, value in before:
+                places[name] = value
 
     def _filled(self, tensors: Sequence[Tensor]) -> list[Any]:
         given = iter(tensors)
-        return [next(given) if live else leaf for leaf, live in zip(self._constant, self._live, strict=True)]
+        return [next(given) if live else leaf for leaf, live in zip(self._everything, self._live, strict=True)]
 
     def _context_with(self, tensors: Sequence[Tensor]) -> Any:
         return pytree.tree_unflatten(self._filled(tensors)[: self._spec.num_leaves], self._spec)
 
 
+def pull(values: Parts, towards: Sequence[Tensor], cotangents: Parts, **options: Any) -> Parts:
+    """Σ ∂valuesᵀ cotangents towards some tensors; zeros where nothing depends on them."""
+    live = [(value, cotangent) for value, cotangent in zip(values, cotangents, strict=True) if value.requires_grad]
+    if not live:
+        return tuple(torch.zeros_like(tensor) for tensor in towards)
+    images, given = zip(*live, strict=True)
+    return torch.autograd.grad(images, towards, given, materialize_grads=True, **options)
+
+
 def _fixed_point(function: Any, tensors: Sequence[Tensor], star: Parts, adjoint: _AdjointSolve) -> Parts:
     """star = function(star, tensors), with gradients towards the tensors (and whatever else the function's graph holds)."""
+    first = getattr(function, "first", None)
     with torch.enable_grad():
+        if first is not None and not tensors:  # whether there is anything to differentiate, known to us or not
+            values = first(tuple(part.detach() for part in star))
+            if not any(value.requires_grad for value in values):
+                return tuple(part.clone() for part in star)
         point = tuple(part.detach().requires_grad_() for part in star)
-        first = getattr(function, "first", None)
         image = function(point, tensors) if first is None else first(point)
         values = [Replace.apply(value, part) for value, part in zip(image, star, strict=True)]
         return _Adjoint.apply(_Node(_Graph(function, point, image), adjoint), *values, *tensors)
@@ -253,11 +294,7 @@ class _Graph:
 
     def pull(self, u: Parts) -> Parts:
         """Jᵀu at the equilibrium."""
-        live = [(value, part) for value, part in zip(self.image, u, strict=True) if value.requires_grad]
-        if not live:
-            return tuple(torch.zeros_like(part) for part in self.point)
-        values, cotangents = zip(*live, strict=True)
-        return torch.autograd.grad(values, self.point, cotangents, retain_graph=True, materialize_grads=True)
+        return pull(self.image, self.point, u, retain_graph=True)
 
 
 class _Adjoint(torch.autograd.Function):
@@ -289,11 +326,13 @@ class _Adjoint(torch.autograd.Function):
             _refuse_hidden(function, live, tensors)
         transposed = _Transposed(function, count, len(tensors))
         found = _fixed_point(transposed, (*live, *tensors, *grads), u, node.adjoint.plain())
-        if not tensors:
-            return (None, *[None] * count)
+        wanted = [number for number, tensor in enumerate(tensors) if tensor.requires_grad]
         partial = [tensor.view_as(tensor) for tensor in tensors]  # z* depends on the tensors too: not that way
-        image = function(live, partial)
-        towards = torch.autograd.grad(image, partial, found, create_graph=True, allow_unused=True)
+        towards: list[Tensor | None] = [None] * len(tensors)
+        if wanted:
+            pulled = pull(function(live, partial), [partial[number] for number in wanted], found, create_graph=True)
+            for number, gradient in zip(wanted, pulled, strict=True):
+                towards[number] = gradient
         return (None, *[None] * count, *towards)
 
 
@@ -309,12 +348,17 @@ class _Transposed:
         live, rest = tuple(tensors[: self.count]), tensors[self.count : self.count + self.others]
         v = tensors[self.count + self.others :]
         image = self.function(live, rest)
-        pulled = torch.autograd.grad(image, live, u, create_graph=True, materialize_grads=True)
+        pulled = pull(image, live, u, create_graph=True)
         return tuple(a + b for a, b in zip(pulled, v, strict=True))
 
 
-def _refuse_hidden(function: Map, live: Parts, tensors: Sequence[Tensor]) -> None:
-    """RuntimeError where the cell depends on something that requires gradients and that we do not know."""
+def _refuse_hidden(function: _Frozen, live: Parts, tensors: Sequence[Tensor]) -> None:
+    """RuntimeError where the cell depends on something that requires gradients and that we do not know, or has changed."""
+    if not function.unchanged:
+        raise RuntimeError(
+            "this would differentiate twice through a DEQ whose weights, buffers or context were modified by an inplace "
+            "operation, or whose cell changed between training and evaluation mode, since its forward pass"
+        )
     image = function(tuple(part.detach() for part in live), [tensor.detach() for tensor in tensors])
     if any(value.requires_grad for value in image):
         raise RuntimeError(

@@ -81,6 +81,8 @@ def register(
             raise ValueError(f"stop_mode must be 'abs' or 'rel', got {stop_mode!r}")
         if max_iter < 1:
             raise ValueError(f"max_iter must be at least 1, got {max_iter}")
+        if any(step < 1 for step in indexing or ()):
+            raise ValueError(f"indexing must hold numbers of evaluations, at least 1, got {list(indexing or ())}")
         f, z0, back = _single(func, x0)
         start, dtype = z0.detach(), z0.dtype
         if dtype in _HALF:
@@ -121,7 +123,8 @@ class FixedPointMap(nn.Module):
 
     The model runs on x, in evaluation mode and without gradients, up to the moment its DEQ calls the forward solver; the
     function that solver was to solve is f, its start the initial state. So everything before the DEQ runs once for an x
-    (the very tensor, unchanged) and the DEQ's weights as they are. Gradients flow through z, not into parameters.
+    (the very tensor) until x or a weight or buffer of the model is written to; through `.data` or NumPy that goes unseen, as
+    torch does not note it. Gradients flow through z, not into parameters.
 
     A state of several tensors is one flat tensor (B, D), as torchdeq makes of it. A model that calls its DEQ more than
     once in a forward pass is taken at its first call.

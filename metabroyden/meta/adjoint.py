@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from metabroyden.deq import initial_state
+from metabroyden.gradients.implicit import pull
 from metabroyden.learned import AdjointLSTM
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.layout import Layout, guess_layout
@@ -27,7 +29,7 @@ class AdjointMap(nn.Module):
     the cell serves all evaluations with the same z*; linear in u, with gradients towards it.
     """
 
-    def __init__(self, cell: nn.Module, shape: tuple[int, ...]) -> None:
+    def __init__(self, cell: Callable[..., Any], shape: tuple[int, ...]) -> None:
         super().__init__()
         self.cell, self.shape = cell, tuple(shape)
         self._graph: tuple[Tensor, Tensor, Tensor] | None = None  # the z* it is for, that with a graph, its image
@@ -40,8 +42,7 @@ class AdjointMap(nn.Module):
                 z = star.detach().reshape(-1, *self.shape).requires_grad_()
                 self._graph = star, z, self.cell(z) if context["x"] is None else self.cell(z, context["x"])
             _, z, image = self._graph
-            keep = u.requires_grad
-            (pulled,) = torch.autograd.grad(image, z, u.reshape(z.shape), create_graph=keep, retain_graph=True)
+            (pulled,) = pull((image,), (z,), (u.reshape(z.shape),), create_graph=u.requires_grad, retain_graph=True)
         return pulled.flatten(1) + context["v"]
 
     def forget(self) -> None:
@@ -68,7 +69,7 @@ def fit_adjoint(
     there over Broyden is in `summary["held_out"]`.
 
     Args:
-        cell: module f(z, x) with a state of one tensor.
+        cell: module f(z, x) with a state of one tensor; in evaluation mode while the fit lasts.
         x_train: contexts (N, ...), N ≥ 10.
         cotangents: (N, ...) shaped like the states: gradients of the loss at the equilibria; default standard normal.
         layout: as in `fit_solver`.
@@ -80,11 +81,34 @@ def fit_adjoint(
     """
     if not isinstance(x_train, Tensor) or x_train.dim() < 1 or len(x_train) < 10:
         raise ValueError(f"x_train must be a tensor with at least 10 samples first, got {x_train!r:.80}")
+    busy = [module for module in cell.modules() if module.training]
+    cell.eval()
+    try:
+        return _fit(cell, x_train, cotangents, layout, rtol, steps, unroll, seed, progress, options)
+    finally:
+        for module in busy:
+            module.training = True
+
+
+def _fit(
+    cell: nn.Module,
+    x_train: Tensor,
+    cotangents: Tensor | None,
+    layout: str | None,
+    rtol: float,
+    steps: int,
+    unroll: int,
+    seed: int,
+    progress: bool,
+    options: dict[str, Any],
+) -> AdjointLSTM:
     z0 = initial_state(cell, x_train)
     if not isinstance(z0, Tensor):
         raise ValueError("fit_adjoint takes states of one tensor")
     star = solve(cell, z0, x_train, solver=Broyden(memory=60), rtol=1e-4, max_nfe=100, throw=False).z
     assert isinstance(star, Tensor)
+    if cotangents is not None and not isinstance(cotangents, Tensor):
+        raise TypeError(f"cotangents must be a tensor, got {type(cotangents).__name__}")
     if cotangents is None:
         noise = torch.randn(star.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         cotangents = noise.to(star)

@@ -15,7 +15,8 @@ from metabroyden.meta.adjoint import AdjointMap
 from metabroyden.meta.objectives import ResidualObjective
 from metabroyden.meta.trainer import frozen
 from metabroyden.meta.unroll import unroll
-from metabroyden.state import gather
+from metabroyden.state import Companion, gather
+from metabroyden.training.pin import Pinned
 
 
 @dataclass(frozen=True)
@@ -92,55 +93,71 @@ class KeepUp:
         parameters = [p for solver in self.solvers.values() for p in solver.requires_grad_(True).parameters()]
         self.optimizer = torch.optim.Adam(parameters, lr=self.config.learning_rate)
         self.generator = torch.Generator().manual_seed(seed)
-        self._hook = deq.register_forward_hook(self._watch)
+        self._waiting = set(self.solvers)  # which have not taken over yet
+        deq.observer = self._watch
         if self.config.burst == 0:
             self.take_over()
 
     def take_over(self) -> None:
         """Give the layer its learned solvers."""
-        if "forward" in self.solvers:
+        if "forward" in self._waiting:
             self.deq.solver = self.solvers["forward"]
-        if "backward" in self.solvers:
+        if "backward" in self._waiting:
             self.deq.backward_mode = replace(
                 self.deq.backward_mode, solver=self.solvers["backward"], precondition=False
             )
+        self._waiting = set()
 
-    def _watch(self, deq: nn.Module, arguments: tuple[Any, ...], z: Any) -> None:
-        if not (torch.is_grad_enabled() and isinstance(z, Tensor) and z.requires_grad):
-            return
-        x = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, arguments[0])
-        problem = {"x": x, "z": z.detach()}
-        self._problem = problem
-        if "backward" in self.solvers:
-            z.register_hook(lambda grad: problem.update(v=grad.detach()))
+    def _watch(self, f: Any, context: Any, z: Any) -> None:
+        """Keep the problem of a training step, once its cotangent is known where one is wanted."""
+        if not isinstance(z, Tensor):
+            raise TypeError("KeepUp takes states of one tensor")
+        x = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, context)
+        problem = {"f": f.detached() if isinstance(f, Pinned) else f, "x": x, "z": z.detach()}
+        if "backward" not in self.solvers:
+            self._problem = problem
+        elif z.requires_grad:
+            z.register_hook(lambda grad: self._complete(problem, grad.detach()))
+
+    def _complete(self, problem: dict[str, Any], v: Tensor) -> None:
+        self._problem = {**problem, "v": v}
 
     def step(self) -> bool:
-        """Count a training step; make a meta-step where one is due. Whether one was made."""
+        """Count a training step; make a meta-step where one is due. Whether one was made.
+
+        None is made where no equilibrium of this step was seen with its gradient.
+        """
         self._seen += 1
-        due = self._seen <= self.config.burst or self._seen % self.config.every == 0
-        if not due or not self._problem:
-            return False
-        self.meta_step()
-        if self._seen == self.config.burst:
+        due = self._seen <= self.config.burst or self._seen % self.config.every == 0 or bool(self._waiting)
+        made = due and bool(self._problem)
+        if made:
+            self.meta_step()
+        self._problem = {}
+        if self._seen >= self.config.burst and self._waiting and self.steps:
             self.take_over()
-        return True
+        return made
 
     def meta_step(self) -> None:
-        """One meta-step for each learned solver, on a random part of the last batch."""
-        z = self._problem["z"]
+        """One meta-step for each learned solver, on a random part of the last problem."""
+        if not self._problem:
+            raise RuntimeError("KeepUp has seen no training step of its DEQ yet")
+        f, x, z = (self._problem[key] for key in ("f", "x", "z"))
         rows = torch.randperm(len(z), generator=self.generator)[: self.config.batch].to(z.device)
-        problem = gather(self._problem, rows)
-        cell, shape = self.deq.cell, tuple(problem["z"].shape[1:])
+        if x is None:  # f sees the whole batch always
+            rows = torch.arange(len(z), device=z.device)
+        x, z = gather((x, z), rows)
+        plain = x.context if isinstance(x, Companion) else x
         self.optimizer.zero_grad()
-        with frozen(cell), torch.enable_grad():
+        with frozen(self.deq.cell), torch.enable_grad():
             if "forward" in self.solvers:
-                self._descend("forward", cell, initial_state(cell, problem["x"]), problem["x"])
-            if "backward" in self.solvers and "v" in problem:
-                v = problem["v"].flatten(1)
-                # what trains on a mean loss has tiny cotangents; the solver is homogeneous, the unroll's guards are not
+                start = torch.zeros_like(z) if plain is None else initial_state(self.deq.cell, plain)
+                self._descend("forward", f, start, x)
+            if "backward" in self.solvers:
+                v = self._problem["v"].index_select(0, rows).flatten(1)
+                # a mean loss has tiny cotangents; the solver is homogeneous, the guards of an unroll are not
                 v = v / v.norm(dim=1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny) * v.shape[1] ** 0.5
-                context = {"z": problem["z"].flatten(1), "x": problem["x"], "v": v}
-                self._descend("backward", AdjointMap(cell, shape), v, context)
+                context = {"z": z.flatten(1), "x": x, "v": v}
+                self._descend("backward", AdjointMap(f, tuple(z.shape[1:])), v, context)
         self.optimizer.step()
         self.steps += 1
 
@@ -160,7 +177,7 @@ class KeepUp:
 
     def close(self) -> None:
         """Stop watching; the solvers no longer require gradients."""
-        self._hook.remove()
+        self.deq.observer = None
         self._problem = {}
         for solver in self.solvers.values():
             solver.requires_grad_(False).eval()

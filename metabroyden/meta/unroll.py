@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metabroyden.solution import State, relative, residual_norms
-from metabroyden.state import Packing
+from metabroyden.state import Companion, Packing
 
 BACKENDS = ("higher", "native")
 
@@ -18,7 +18,8 @@ class UnrolledProblem:
     """What a solver sees of an unrolled problem: as `Problem`, without counter or no_grad. R rows, n coordinates."""
 
     def __init__(self, f: Callable[..., State], z0: State, context: Any) -> None:
-        self.f, self.context = f, context
+        self.f, self._given = f, context
+        self.context = context.context if isinstance(context, Companion) else context
         self.packing = Packing.of(z0)
         self.z0 = self.packing.pack(z0)
         self._origin: Tensor | None = None
@@ -31,7 +32,7 @@ class UnrolledProblem:
     def evaluate(self, z: Tensor) -> Tensor:
         """f(z), (R, n)."""
         state = self.packing.unpack(z)
-        return self.packing.take(self.f(state) if self.context is None else self.f(state, self.context), z)
+        return self.packing.take(self.f(state) if self._given is None else self.f(state, self._given), z)
 
     def residual(self, z: Tensor) -> Tensor:
         """f(z) − z, (R, n)."""

@@ -90,9 +90,9 @@ def compose(
     Args:
         first, second: a `DEQ`, whose output is its state, or what `to_deq` or `compose` made.
         between: maps the first's output to the second's context, samples apart; a module's parameters are trained too.
-        deq_options: of `DEQ`. Defaults: the smaller rtol and atol of the two and the sum of their max_nfe; their solver
-            and gradient mode where they agree, else `Broyden()` and `Implicit()`. A learned solver, fitted to another f,
-            is never taken over.
+        deq_options: of `DEQ`. Defaults: the smaller rtol (of a DEQ beside a converted network, the DEQ's) and atol, the
+            sum of their max_nfe; their solver and gradient mode where they agree, else `Broyden()` and `Implicit()`. A
+            learned solver, fitted to another f, is never taken over.
 
     Raises:
         TypeError: an argument of another kind.
@@ -110,10 +110,11 @@ def compose(
     if between is not None and not callable(between):
         raise TypeError(f"between must be callable or None, got {type(between).__name__}")
     one, two = _deq(first), _deq(second)
+    shared = _shared(one.solver, two.solver)
     defaults = {
-        "solver": one.solver if _shared(one.solver, two.solver) else Broyden(),
+        "solver": one.solver if shared else Broyden(),
         "backward": _backward(one.backward_mode, two.backward_mode),
-        "rtol": min(one.rtol, two.rtol),
+        "rtol": min(one.rtol, two.rtol) if shared else _reachable(one.rtol, two.rtol),
         "atol": min(one.atol, two.atol),
         "max_nfe": one.max_nfe + two.max_nfe,
     }
@@ -132,8 +133,15 @@ def _backward(one: Any, two: Any) -> Any:
     """The gradient mode of the pair: theirs where they agree, implicit with the tighter tolerance and both budgets."""
     if not (isinstance(one, Implicit) and isinstance(two, Implicit)):
         return one if one == two else Implicit()
-    solver = one.solver if _shared(one.solver, two.solver) else Implicit().solver
-    return dataclasses.replace(one, solver=solver, rtol=min(one.rtol, two.rtol), max_nfe=one.max_nfe + two.max_nfe)
+    shared = _shared(one.solver, two.solver)
+    rtol = min(one.rtol, two.rtol) if shared else _reachable(one.rtol, two.rtol)
+    solver = one.solver if shared else Implicit().solver
+    return dataclasses.replace(one, solver=solver, rtol=rtol, max_nfe=one.max_nfe + two.max_nfe)
+
+
+def _reachable(*rtols: float) -> float:
+    """The smallest tolerance that is not zero: none but substitution along a stack gets there."""
+    return min(rtol for rtol in rtols if rtol > 0)
 
 
 def _parts(z: State) -> tuple[Tensor, ...]:

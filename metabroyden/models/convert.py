@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,17 @@ from metabroyden.models.layers import (
 )
 from metabroyden.models.readout import Readout
 from metabroyden.solution import State
+from metabroyden.solvers.base import Step
 from metabroyden.solvers.picard import Picard
+
+
+@dataclass(frozen=True)
+class Substitution(Picard):
+    """z⁺ = f(z) to the last bit, where Picard's z + (f(z) − z) rounds: a stack of L stages is exact after L evaluations."""
+
+    def step(self, z: Tensor, g: Tensor, state: tuple[()], problem: Any) -> Step:
+        """f(z), (R, n)."""
+        return Step(problem.image(z, g), state)
 
 
 class StackCell(nn.Module):
@@ -118,9 +129,10 @@ def to_deq(network: nn.Sequential, **deq_options: Any) -> ConvertedNetwork:
 
     Args:
         network: the network, batch first, in float32 or float64.
-        deq_options: of `DEQ`. Defaults: `Picard()` in both directions, which needs L + 1 evaluations and a few more
-            where rounding delays it; rtol 1e-12 for a float64 network, else 1e-6; max_nfe 50, or 2L + 2 if that is more.
-            With a looser rtol the solve may stop before the last layers have seen their final input.
+        deq_options: of `DEQ`. Defaults: `Substitution()`, backward `Picard()`, until nothing moves (rtol 0), L + 1
+            evaluations and a few more where rounding delays it; max_nfe 2L + 10. With another solver rtol is 1e-12 for a
+            float64 network, else 1e-6. That is one tolerance for all activations together: the solve may stop before small
+            ones among them are right.
 
     Raises:
         TypeError: no Sequential, or a layer that cannot be known to treat samples apart and have one input.
@@ -141,13 +153,13 @@ def to_deq(network: nn.Sequential, **deq_options: Any) -> ConvertedNetwork:
             f"max_nfe must be more than the {depth} stages of the network, got {budget}: {depth} evaluations reach its "
             "output and one more verifies it"
         )
+    most = 2 * depth + 10
     double = any(p.dtype == torch.float64 for p in network.parameters())
-    rtol, most = 1e-12 if double else 1e-6, 2 * depth + 2
     defaults = {
-        "solver": Picard(),
-        "backward": Implicit(solver=Picard(), rtol=rtol, max_nfe=max(30, most)),
-        "rtol": rtol,
-        "max_nfe": max(50, most),
+        "solver": Substitution(),
+        "backward": Implicit(solver=Picard(), rtol=0.0, max_nfe=most),
+        "rtol": (1e-12 if double else 1e-6) if "solver" in deq_options else 0.0,
+        "max_nfe": most,
     }
     return ConvertedNetwork(cell, **defaults | deq_options)
 

@@ -157,6 +157,8 @@ def _across(layer: Any, axes: int | None) -> str:
         return "it works along the first axis, the samples"
     if kind in (nn.LayerNorm, nn.RMSNorm) and len(layer.normalized_shape) >= axes:
         return "it normalises along the first axis, the samples"
+    if "Pad" in kind.__name__ and len(layer.padding) // 2 >= axes:
+        return "it pads the first axis, the samples"
     if kind in _SPATIAL:
         wanted = 2 + int(kind.__name__[-2]) if kind.__name__.endswith("d") else 4
         if axes != wanted:

@@ -32,7 +32,8 @@ def fixed_point_correction(
         gamma: in (0, 1]; of no effect on uniform weights.
 
     Raises:
-        ValueError: no states, unknown weights, gamma out of range, or a criterion that is no scalar.
+        ValueError: no states, unknown weights, gamma out of range, or a criterion that is no scalar. TypeError: a bare
+            tensor of states.
 
     >>> import torch, metabroyden as mb
     >>> fixed_point_correction(torch.sum, [torch.ones(2), torch.ones(2)], gamma=0.5)  # 0.5 · 2 + 1 · 2
@@ -42,11 +43,14 @@ def fixed_point_correction(
         raise ValueError(f"weights must be one of {sorted(_WEIGHTS)}, got {weights!r}")
     if not 0 < gamma <= 1:
         raise ValueError(f"gamma must lie in (0, 1], got {gamma}")
+    if isinstance(states, Tensor):
+        raise TypeError("states must be a sequence of states, got one tensor")
     losses = [torch.as_tensor(criterion(state)) for state in states]
     if not losses:
         raise ValueError("fixed_point_correction needs at least one state, got none")
-    if losses[0].dim():
-        raise ValueError(f"criterion must return a scalar, got shape {tuple(losses[0].shape)}")
+    for loss in losses:
+        if loss.dim():
+            raise ValueError(f"criterion must return a scalar, got shape {tuple(loss.shape)}")
     count = len(losses)
     factors = [_WEIGHTS[weights](count - 1 - k, count, gamma) for k in range(count)]
     return torch.stack([factor * loss for factor, loss in zip(factors, losses, strict=True)]).sum()

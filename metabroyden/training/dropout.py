@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 
 class VariationalDropout(nn.Module):
@@ -104,11 +105,16 @@ def held_masks(module: nn.Module, batch: int, device: torch.device | str | None 
 
 
 def restless(module: nn.Module) -> list[str]:
-    """Names of ordinary layers in a module that drop anew at every call: under a solve they make f a moving target."""
+    """Names of ordinary layers in a module that change at every call: under a solve they make f a moving target.
+
+    They drop anew, or a spectral norm of the old kind (a hook, which cannot be held) makes another power iteration.
+    """
 
     def rate(layer: nn.Module) -> float:
         if isinstance(layer, _DropoutNd):
             return layer.p
+        if any(isinstance(hook, SpectralNorm) for hook in layer._forward_pre_hooks.values()):
+            return 1.0
         return layer.dropout if isinstance(layer, (nn.MultiheadAttention, nn.RNNBase)) else 0.0
 
     return [

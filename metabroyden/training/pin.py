@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from metabroyden.state import Companion, check_state
 from metabroyden.training.dropout import VariationalDropout, dropouts
 
 _ABSENT = object()
+_LOCK = threading.RLock()
 
 
 def pin(cell: nn.Module, context: Any, z0: State) -> tuple[Callable[..., State], Any]:
@@ -76,17 +78,22 @@ class Pinned:
             *((vars(made), "forward", _constant(weight)) for made, weight in zip(self._made, weights, strict=True)),
             *((vars(layer), "mask", mask) for layer, mask in zip(self._layers, masks, strict=True)),
         ]
-        before = [attributes.get(name, _ABSENT) for attributes, name, _ in held]
-        for attributes, name, value in held:
-            attributes[name] = value
-        try:
-            return cell(z) if x is None else cell(z, x)
-        finally:
-            for (attributes, name, _), value in zip(held, before, strict=True):
-                if value is _ABSENT:
-                    del attributes[name]
-                else:
-                    attributes[name] = value
+        with _LOCK:  # another thread may be solving with the same modules
+            before = [attributes.get(name, _ABSENT) for attributes, name, _ in held]
+            for attributes, name, value in held:
+                attributes[name] = value
+            try:
+                return cell(z) if x is None else cell(z, x)
+            finally:
+                for (attributes, name, _), value in zip(held, before, strict=True):
+                    if value is _ABSENT:
+                        del attributes[name]
+                    else:
+                        attributes[name] = value
+
+    def detached(self) -> Pinned:
+        """The same map without gradients towards its weights."""
+        return Pinned(self.cell, self._made, [weight.detach() for weight in self.weights], self._layers, self._masks)
 
 
 def _constant(value: Tensor) -> Callable[[], Tensor]:
