@@ -6,7 +6,9 @@ import copy
 import gc
 import io
 import weakref
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -222,6 +224,28 @@ def test_once_few_samples_are_left_products_are_made_for_them_alone():
     assert sizes[0] == 2, "a graph for the two that were left"
     (wanted,) = torch.autograd.grad((tight(cell)(x) * weight).sum(), cell.w)
     torch.testing.assert_close(ours, wanted, rtol=1e-6, atol=1e-8)
+
+
+@dataclass(frozen=True)
+class Asking(mb.Picard):
+    """Picard's iteration that looks at a quarter of the samples before each step, as a line search may."""
+
+    min_nfe = 2
+
+    def step(self, z, g, state, problem):
+        some = problem.alive & (np.arange(len(z)) % 4 == 1)
+        if some.any():
+            problem.residual(z, among=some)
+        return super().step(z, g, state, problem)
+
+
+def test_a_solver_that_asks_for_some_rows_and_then_for_others_gets_the_right_products():
+    cell, x = TanhCell(6), torch.randn(8, 6, dtype=torch.float64)
+    v = torch.randn_like(x)
+    deq = mb.DEQ(cell, rtol=1e-11, max_nfe=200, backward=mb.Implicit(solver=Asking(), rtol=1e-10, max_nfe=400))
+    (ours,) = torch.autograd.grad((deq(x) * v).sum(), cell.w)
+    (wanted,) = torch.autograd.grad((tight(cell)(x) * v).sum(), cell.w)
+    torch.testing.assert_close(ours, wanted, rtol=1e-7, atol=1e-9)
 
 
 # The forward solve's inverse Jacobian, reused.

@@ -110,7 +110,7 @@ class _AdjointSolve:
         _, exponent = torch.frexp(v.abs().amax(dim=1, keepdim=True))
         scale = torch.exp2(exponent.clamp(-100, 100).to(v.dtype))
         v = v / scale
-        sample = torch.arange(len(v), device=v.device)
+        sample, whole = torch.arange(len(v), device=v.device), graph
 
         def product(u: Tensor) -> Tensor:
             pulled = graph.pull(parts_of(packing.unpack(u)))
@@ -118,9 +118,9 @@ class _AdjointSolve:
 
         def transpose(u: Tensor, rows: dict[str, Tensor]) -> Tensor:
             nonlocal graph
-            if rows["sample"] is sample and graph.place is None:
+            if rows["sample"] is sample and graph is whole:
                 return product(u) + v
-            graph = graph.for_rows(rows["sample"])
+            graph = (graph if graph.holds(rows["sample"]) else whole).for_rows(rows["sample"])
             place = rows["sample"] if graph.place is None else graph.place[rows["sample"]]
             spread = u.new_zeros(len(graph.point[0]), u.shape[1]).index_copy(0, place, u)
             return product(spread).index_select(0, place) + rows["v"]
@@ -268,12 +268,19 @@ class _Node:
 
 @dataclass(frozen=True)
 class _Graph:
-    """The graph of a map at the equilibria of some samples. `place` (B,) says where a sample stands; None: all, in order."""
+    """The graph of a map at the equilibria of some samples.
+
+    `place` (B,) says where a sample stands, −1 where it does not; None: all stand there, in order.
+    """
 
     function: Map
     point: Parts
     image: Parts
     place: Tensor | None = None
+
+    def holds(self, samples: Tensor) -> bool:
+        """Whether these samples all stand in it: a solver may have asked for some of those at work only."""
+        return self.place is None or not bool((self.place[samples] < 0).any())
 
     def for_rows(self, samples: Tensor) -> _Graph:
         """The graph to go on with where only these samples are left: a new one once they are few.
@@ -288,7 +295,7 @@ class _Graph:
         here = samples if self.place is None else self.place[samples]
         point = tuple(part.detach().index_select(0, here).requires_grad_() for part in self.point)
         size = len(self.point[0]) if self.place is None else len(self.place)
-        place = samples.new_zeros(size).index_copy(0, samples, torch.arange(len(samples), device=samples.device))
+        place = samples.new_full((size,), -1).index_copy(0, samples, torch.arange(len(samples), device=samples.device))
         with torch.enable_grad():
             return _Graph(self.function, point, cell(point), place)
 
