@@ -71,7 +71,7 @@ def _names(rows: Sequence[Row], key: str) -> list[str]:
 def _figure(rows: Sequence[Row], path: Path) -> Path:
     figure, axes = new_axes(7.2)
     modes = [row for row in rows if row["row"] == "mode"]
-    for name, marker in zip(_names(modes, "mode"), "os^Dvp*hX", strict=False):
+    for name, marker in zip(_names(modes, "mode"), "os^Dvp*hXPd", strict=False):
         mine = [row for row in modes if row["mode"] == name]
         seconds, error = (np.mean([row[key] for row in mine]) for key in ("seconds", "error"))
         axes.loglog(1000 * seconds, error, marker, markersize=9, label=name)
