@@ -104,6 +104,31 @@ def test_meta_steps_lower_the_loss_of_both_directions_on_the_same_problem():
     assert all(keep_up.losses[name] < first[name] - 0.1 for name in ("forward", "backward"))
 
 
+def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path):
+    config = mb.KeepUpConfig(burst=2, every=2, unroll=2, batch=4)
+
+    def steps(deq, keep_up, seeds):
+        for seed in seeds:
+            train(deq, keep_up, 1, seed=seed)  # an optimizer of its own each time
+
+    deq, forward, backward = made()
+    keep_up = mb.KeepUp(deq, forward, backward, config=config)
+    steps(deq, keep_up, (1, 2, 3))
+    torch.save({"deq": deq.state_dict(), "keep_up": keep_up.state_dict()}, tmp_path / "state")
+    steps(deq, keep_up, (4, 5, 6))
+    other, *solvers = made()
+    resumed = mb.KeepUp(other, *solvers, config=config)
+    saved = torch.load(tmp_path / "state")
+    other.load_state_dict(saved["deq"])
+    resumed.load_state_dict(saved["keep_up"])
+    assert other.solver is solvers[0]
+    steps(other, resumed, (4, 5, 6))
+    for ours, wanted in ((other, deq), (solvers[0], forward), (solvers[1], backward)):
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), wanted.parameters(), strict=True))
+    with pytest.raises(ValueError, match="not the state of a KeepUp"):
+        resumed.load_state_dict({"solvers": {}})
+
+
 def test_evaluation_between_steps_is_not_taken_for_training():
     deq, forward, backward = made()
     keep_up = mb.KeepUp(deq, forward, backward, config=mb.KeepUpConfig(burst=1))

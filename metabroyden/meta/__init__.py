@@ -1,7 +1,7 @@
 """Meta-training: tasks, differentiable unrolls, objectives, the outer loop, `fit_solver` and `fit_adjoint`."""
 
 from metabroyden.meta.adjoint import AdjointMap, fit_adjoint
-from metabroyden.meta.fit import fit_solver
+from metabroyden.meta.fit import fit_solver, make_learned
 from metabroyden.meta.keep_up import KeepUp, KeepUpConfig
 from metabroyden.meta.objectives import ResidualObjective
 from metabroyden.meta.tasks import TaskSet
@@ -18,5 +18,6 @@ __all__ = [
     "TaskSet",
     "fit_adjoint",
     "fit_solver",
+    "make_learned",
     "unroll",
 ]

@@ -175,6 +175,33 @@ class KeepUp:
             for parameter in parameters:
                 parameter.grad = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on bit for bit after an interruption, the solvers' weights included; not a copy."""
+        return {
+            "solvers": {name: solver.state_dict() for name, solver in self.solvers.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "counts": [self._seen, self.steps, self.skipped],
+            "waiting": bool(self._waiting),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave; the layer gets its learned solvers where they had taken over.
+
+        ValueError for what is no such state, or one of other directions.
+        """
+        if set(state) != {"solvers", "optimizer", "generator", "counts", "waiting"}:
+            raise ValueError(f"not the state of a KeepUp: it holds {sorted(state)}")
+        if set(state["solvers"]) != set(self.solvers):
+            raise ValueError(f"the state is of solvers {sorted(state['solvers'])}, wanted {sorted(self.solvers)}")
+        for name, solver in self.solvers.items():
+            solver.load_state_dict(state["solvers"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self._seen, self.steps, self.skipped = state["counts"]
+        if not state["waiting"]:
+            self.take_over()
+
     def close(self) -> None:
         """Stop watching; the solvers no longer require gradients."""
         self.deq.observer = None
