@@ -14,7 +14,8 @@ class FinalInverse:
     `transposed(w, frozen)`, Bᵀw for w (k, n). Samples of which nothing is known have B = −I.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, batch: int) -> None:
+        self._batch = batch
         self._parts: list[tuple[Tensor, Any, Any]] = []
 
     def add(self, samples: Tensor, solver: Any, frozen: Any) -> None:
@@ -28,13 +29,7 @@ class FinalInverse:
 
     def transpose(self, w: Tensor, samples: Tensor | None = None) -> Tensor:
         """Bᵀw for w (R, n), of these samples (R,) (None: all, in order)."""
-        if samples is None:
-            whole = w
-        elif self._parts:
-            batch = 1 + max(int(samples.max()), *(int(part.max()) for part, _, _ in self._parts))
-            whole = w.new_zeros(batch, w.shape[1]).index_copy(0, samples, w)
-        else:
-            return -w
+        whole = w if samples is None else w.new_zeros(self._batch, w.shape[1]).index_copy(0, samples, w)
         result = -whole
         for part, solver, frozen in self._parts:
             result = result.index_copy(0, part, solver.transposed(whole.index_select(0, part), frozen))

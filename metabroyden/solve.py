@@ -108,7 +108,7 @@ def solve(
             flat, packing, f, context, solver, check_every, rtol=rtol, atol=atol, max_nfe=max_nfe, f_dtype=f_dtype
         )
         driver.due = list(snapshots)
-        driver.inverse = FinalInverse() if keep_inverse else None
+        driver.inverse = FinalInverse(len(flat)) if keep_inverse else None
         with np.errstate(all="ignore"):
             ledger = driver.run()
         solution = Solution(
@@ -300,7 +300,7 @@ class _Driver:
         due = bool(self.due) and self.ledger.nfe.max() >= self.due[0]
         if due or self.unseen == self.check_every or any(map(self._must_look, self.cohorts)):
             self._look()
-        while due and self.due and self.ledger.nfe.max() >= self.due[0]:
+        while self.due and self.ledger.nfe.max() >= self.due[0]:
             self.kept.append(self.ledger.best_z.clone())
             del self.due[0]
 

@@ -40,6 +40,16 @@ def evaluate(cell: Callable[..., State], parts: tuple[Tensor, ...], single: bool
     return tuple(value.to(part.dtype) for value, part in zip(parts_of(image), parts, strict=True))
 
 
+def damped_steps(
+    cell: Callable[..., State], parts: tuple[Tensor, ...], single: bool, context: Any, steps: int, damping: float
+) -> tuple[Tensor, ...]:
+    """z ← z + damping·(f(z) − z), so many times."""
+    for _ in range(steps):
+        image = evaluate(cell, parts, single, context)
+        parts = tuple(torch.lerp(z, fz, damping) for z, fz in zip(parts, image, strict=True))
+    return parts
+
+
 class Replace(torch.autograd.Function):
     """Forward: z*, the iterate that was found and reported. Backward: the graph of `value`."""
 

@@ -78,12 +78,8 @@ class Implicit:
     ) -> State:
         """z* with implicit gradients; `report` receives the adjoint's `Solution`."""
         final = solution.inverse if self.precondition else None
-        if self.precondition and (final is None or not final.known):
-            converged_at_once = bool((solution.nfe == 1).all())
-            if not converged_at_once:
-                raise ValueError(
-                    "Implicit(precondition=True) needs a forward solver with an inverse Jacobian (Broyden, GroupedLSTM)"
-                )
+        if self.precondition and final is None:
+            raise ValueError("Implicit(precondition=True) needs a solution found with keep_inverse=True")
         frozen = _Frozen(cell, context, solution.z)
         adjoint = _AdjointSolve(self, Packing.of(solution.z, "z"), final, report, 4 * frozen.rounding)
         attached = _fixed_point(frozen, frozen.tensors, parts_of(solution.z), adjoint)

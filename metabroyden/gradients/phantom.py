@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from metabroyden.gradients.base import FirstOrder, Replace, Report, evaluate, parts_of
+from metabroyden.gradients.base import FirstOrder, Replace, Report, damped_steps, parts_of
 from metabroyden.solution import Solution, State
 from metabroyden.solvers.base import check_number
 
@@ -44,9 +44,7 @@ class Phantom:
         single = not isinstance(solution.z, tuple)
         with torch.enable_grad():
             parts = tuple(part.detach() for part in star)
-            for _ in range(self.steps):
-                image = evaluate(cell, parts, single, context)
-                parts = tuple(torch.lerp(z, fz, self.damping) for z, fz in zip(parts, image, strict=True))
+            parts = damped_steps(cell, parts, single, context, self.steps, self.damping)
             values = [Replace.apply(value, part) for value, part in zip(parts, star, strict=True)]
             reason = f"{type(self).__name__} gradients are of first order: this would differentiate twice through a DEQ"
             attached = FirstOrder.apply(reason, *values)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metabroyden.gradients.base import evaluate, parts_of
+from metabroyden.gradients.base import damped_steps, parts_of
 from metabroyden.solution import Solution, State
 from metabroyden.solve import solve
 from metabroyden.solvers.base import check_number
@@ -41,10 +41,8 @@ class Unroll:
         self, cell: Callable[..., State], z0: State, context: Any, *, rtol: float, atol: float
     ) -> tuple[State, Solution]:
         """(z with its graph, its `Solution`); z0 may require gradients."""
-        parts, single = parts_of(z0), isinstance(z0, Tensor)
-        for _ in range(self.steps):
-            image = evaluate(cell, parts, single, context)
-            parts = tuple(torch.lerp(z, fz, self.damping) for z, fz in zip(parts, image, strict=True))
+        single = isinstance(z0, Tensor)
+        parts = damped_steps(cell, parts_of(z0), single, context, self.steps, self.damping)
         z = parts[0] if single else parts
         seen = parts[0].detach() if single else tuple(part.detach() for part in parts)
         finite = all(bool(torch.isfinite(part).all()) for part in parts_of(seen))

@@ -129,14 +129,20 @@ def fit_solver(
             stacklevel=2,
         )
     learned.fingerprint = fingerprint(f.model if isinstance(f, FixedPointMap) else f)
-    learned.summary["held_out"] = {
+    learned.summary["held_out"] = held_out(learned, tasks, config)
+    return learned
+
+
+def held_out(learned: Any, tasks: TaskSet, config: MetaConfig) -> dict[str, Any]:
+    """What a fitted solver gained over Broyden on the validation problems."""
+    rtol = config.validation_rtol
+    return {
         "rtol": rtol,
         "max_nfe": config.validation_nfe,
         "mean_evaluations": mean_evaluations(learned, tasks, rtol=rtol),
         "mean_evaluations_broyden": mean_evaluations(Broyden(memory=60), tasks, rtol=rtol),
-        "samples": size,
+        "samples": len(tasks.split("validation")),
     }
-    return learned
 
 
 def _check_arguments(f: Any, x_train: Any, z0: Any) -> None:

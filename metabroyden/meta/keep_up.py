@@ -6,15 +6,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from metabroyden.deq import DEQ, initial_state
 from metabroyden.gradients import Implicit
 from metabroyden.learned import AdjointLSTM, LearnedSolver
 from metabroyden.meta.adjoint import AdjointMap
 from metabroyden.meta.objectives import ResidualObjective
-from metabroyden.meta.trainer import frozen
-from metabroyden.meta.unroll import unroll
+from metabroyden.meta.trainer import differentiate, frozen
 from metabroyden.state import Companion, gather
 from metabroyden.training.pin import Pinned
 
@@ -162,18 +161,12 @@ class KeepUp:
         self.steps += 1
 
     def _descend(self, name: str, f: Any, z0: Any, context: Any) -> None:
-        solver, config = self.solvers[name], self.config
-        residuals, _ = unroll(solver, f, z0, context, steps=config.unroll, backend="native")
-        loss = config.objective(residuals)
-        parameters = list(solver.parameters())
-        grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-        for parameter, grad in zip(parameters, grads, strict=True):
-            parameter.grad = grad
-        self.losses[name] = float(loss.detach())
-        if not torch.isfinite(nn.utils.clip_grad_norm_(parameters, config.clip)):
+        solver = self.solvers[name]
+        loss, finite = differentiate(solver, f, z0, context, self.config, "native")
+        self.losses[name] = float(loss)
+        if not finite:
             self.skipped += 1
-            for parameter in parameters:
-                parameter.grad = None
+            solver.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on bit for bit after an interruption, the solvers' weights included; not a copy."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from metabroyden import checkpoint
 from metabroyden.learned.fingerprint import module_of
@@ -130,20 +130,14 @@ class MetaTrainer:
         """One outer step; a loss or gradient that is not finite is skipped and counted."""
         config = self.config
         z0, x = self.tasks.draw(config.batch, self.generator)
-        residuals, _ = unroll(self.solver, self.tasks.f, z0, x, steps=config.unroll, backend=config.backend)
-        loss = config.objective(residuals)
-        # not loss.backward(): whatever else f closes over must not collect gradients
-        parameters = list(self.solver.parameters())
-        for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
-            parameter.grad = grad
-        norm = nn.utils.clip_grad_norm_(self.solver.parameters(), config.clip)
-        if not torch.isfinite(norm):
+        loss, finite = differentiate(self.solver, self.tasks.f, z0, x, config, config.backend)
+        if not finite:
             self.skipped += 1
             return math.nan
         for group in self.optimizer.param_groups:
             group["lr"] = 0.5 * config.learning_rate * (1 + math.cos(math.pi * self.step / config.steps))
         self.optimizer.step()
-        return float(loss.detach())
+        return float(loss)
 
     def _validate(self, loss: float) -> None:
         score = mean_evaluations(
@@ -209,6 +203,20 @@ def mean_evaluations(
     solution = solve(tasks.f, z0, x, solver=solver, rtol=rtol, max_nfe=max_nfe, throw=False)
     cost = np.where(solution.converged.cpu().numpy(), solution.nfe.numpy(), 2 * max_nfe)
     return float(cost.mean())
+
+
+def differentiate(solver: Any, f: Any, z0: Any, context: Any, config: Any, backend: str) -> tuple[Tensor, bool]:
+    """Unroll a solver and leave the clipped gradient of its objective in its parameters; (loss, whether that is finite).
+
+    `config` has the objective, the steps (`unroll`) and the norm to clip at (`clip`).
+    """
+    residuals, _ = unroll(solver, f, z0, context, steps=config.unroll, backend=backend)
+    loss = config.objective(residuals)
+    # not loss.backward(): whatever else f closes over must not collect gradients
+    parameters = list(solver.parameters())
+    for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+        parameter.grad = grad
+    return loss.detach(), bool(torch.isfinite(nn.utils.clip_grad_norm_(parameters, config.clip)))
 
 
 class frozen:

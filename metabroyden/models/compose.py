@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from metabroyden.deq import DEQ, initial_state
 from metabroyden.gradients import Implicit
+from metabroyden.gradients.base import parts_of
 from metabroyden.models.readout import Readout
 from metabroyden.solution import State
 from metabroyden.solvers.base import ClassicalSolver
@@ -45,15 +46,15 @@ class PairCell(nn.Module):
         with torch.no_grad():
             z1 = initial_state(self.first, x)
             z2 = initial_state(self.second, self._context(z1))
-        self._split = _Split(len(_parts(z1)), (isinstance(z1, Tensor), isinstance(z2, Tensor)))
-        return (*_parts(z1), *_parts(z2))
+        self._split = _Split(len(parts_of(z1)), (isinstance(z1, Tensor), isinstance(z2, Tensor)))
+        return (*parts_of(z1), *parts_of(z2))
 
     def forward(self, z: tuple[Tensor, ...], x: Any) -> tuple[Tensor, ...]:
         """f(z, x), shaped like z."""
         if self._split is None:  # z0 was given by hand
             self.initial_state(x)
         z1, z2 = self.states(z)
-        return (*_parts(self.first(z1, x)), *_parts(self.second(z2, self._context(z1))))
+        return (*parts_of(self.first(z1, x)), *parts_of(self.second(z2, self._context(z1))))
 
     def states(self, z: tuple[Tensor, ...]) -> tuple[State, State]:
         """The states (z₁, z₂) of the two cells, as each takes its own."""
@@ -142,7 +143,3 @@ def _backward(one: Any, two: Any) -> Any:
 def _reachable(*rtols: float) -> float:
     """The smallest tolerance that is not zero: none but substitution along a stack gets there."""
     return min(rtol for rtol in rtols if rtol > 0)
-
-
-def _parts(z: State) -> tuple[Tensor, ...]:
-    return (z,) if isinstance(z, Tensor) else z
