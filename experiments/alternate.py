@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from metabroyden import Anderson, Broyden, EquilibriumCache, Implicit
 from metabroyden.data.digits import ImageSplit, load_digits, shift
 from metabroyden.evaluation import alternate_report
-from metabroyden.evaluation.provenance import config_hash, provenance
+from metabroyden.evaluation.provenance import config_hash, plain, provenance, write_results
 from metabroyden.learned.layout import Layout
 from metabroyden.meta import KeepUp, KeepUpConfig
 from metabroyden.meta.fit import make_learned
@@ -92,12 +92,11 @@ def run(config: Alternate) -> None:
             seconds += kept["seconds"]
     described = {
         "command": "python -m experiments alternate",
-        "config": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()},
+        "config": plain(config),
         "seconds": round(seconds),
         "provenance": kept["provenance"],
     }
-    atomic_write(config.results / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    atomic_write(config.results / "config.json", json.dumps(described, indent=2) + "\n")
+    write_results(config.results, rows, described)
     report = alternate_report.write(config.results, rows, described)
     console.print(Markdown(alternate_report.verdicts(rows)))
     console.print(f"Figures and report: {report} ({described['seconds']} s)")

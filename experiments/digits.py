@@ -18,7 +18,7 @@ from metabroyden.data.digits import ImageSplit, load_digits, shift
 from metabroyden.evaluation import benchmark, report
 from metabroyden.evaluation.family_report import FamilyReport, read_rows
 from metabroyden.evaluation.peers import TorchDEQSolver, available
-from metabroyden.evaluation.provenance import config_hash, provenance
+from metabroyden.evaluation.provenance import config_hash, plain, provenance
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.layout import Layout
 from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet
@@ -245,7 +245,7 @@ def _publish(config: Digits, work: Path) -> None:
         atomic_write(folder / name, (work / name).read_bytes())
     described = {
         "command": f"python -m experiments digits --seed {config.seed}",
-        "config": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()},
+        "config": plain(config),
         **json.loads((work / "evaluation.json").read_text()),
     }
     atomic_write(folder / "config.json", json.dumps(described, indent=2) + "\n")

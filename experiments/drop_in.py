@@ -21,7 +21,7 @@ from metabroyden.data.digits import load_digits
 from metabroyden.evaluation import drop_in, drop_in_report
 from metabroyden.evaluation.benchmark import reference_equilibrium
 from metabroyden.evaluation.peers import available
-from metabroyden.evaluation.provenance import config_hash, provenance
+from metabroyden.evaluation.provenance import config_hash, plain, provenance, write_results
 from metabroyden.integrations.torchdeq import FixedPointMap, register
 from metabroyden.meta.progress import progress_bar
 from metabroyden.models import ClassifierTraining, accuracy, train_classifier
@@ -98,11 +98,10 @@ def run(config: DropIn) -> None:
         notes[str(seed)] = found["notes"]
     described = {
         "command": f"python -m experiments drop-in --seed {config.seed} --seeds {config.seeds}",
-        "config": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()},
+        "config": plain(config),
         "seeds": notes,
     }
-    atomic_write(config.results / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    atomic_write(config.results / "config.json", json.dumps(described, indent=2) + "\n")
+    write_results(config.results, rows, described)
     report = drop_in_report.write(config.results, rows, described)
     console.print(Markdown(drop_in_report.verdicts(rows)))
     console.print(f"Tables and figure: {report}. This sitting took {time.perf_counter() - began:.0f} s.")

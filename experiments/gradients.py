@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,10 @@ from metabroyden import (
 )
 from metabroyden.data.digits import ImageSplit, load_digits
 from metabroyden.evaluation import gradients_report
-from metabroyden.evaluation.provenance import provenance
+from metabroyden.evaluation.provenance import plain, provenance, write_results
 from metabroyden.meta import AdjointMap
 from metabroyden.models import load_model
 from metabroyden.solvers.tuning import tune
-from metabroyden.storage import atomic_write
 
 
 @dataclass(frozen=True)
@@ -69,12 +67,11 @@ def run(config: Gradients) -> None:
         rows += [{"seed": seed, **row} for row in _one(config, seed)]
     described = {
         "command": "python -m experiments gradients",
-        "config": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()},
+        "config": plain(config),
         "seconds": round(time.perf_counter() - began),
         "provenance": provenance(),
     }
-    atomic_write(config.results / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    atomic_write(config.results / "config.json", json.dumps(described, indent=2) + "\n")
+    write_results(config.results, rows, described)
     report = gradients_report.write(config.results, rows, described)
     console.print(Markdown(gradients_report.tables(rows)))
     console.print(f"Figure and report: {report} ({described['seconds']} s)")

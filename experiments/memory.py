@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,8 @@ from rich.markdown import Markdown
 
 from metabroyden.evaluation import memory as measure
 from metabroyden.evaluation import memory_report
-from metabroyden.evaluation.provenance import provenance
+from metabroyden.evaluation.provenance import plain, provenance, write_results
 from metabroyden.meta.progress import progress_bar
-from metabroyden.storage import atomic_write
 
 
 @dataclass(frozen=True)
@@ -67,12 +65,11 @@ def run(config: Memory) -> None:
                 bar(number + 1, words)
     described = {
         "command": "python -m experiments memory",
-        "config": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()},
+        "config": plain(config),
         "seconds": round(time.perf_counter() - began),
         "provenance": provenance(),
     }
-    atomic_write(config.results / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    atomic_write(config.results / "config.json", json.dumps(described, indent=2) + "\n")
+    write_results(config.results, rows, described)
     report = memory_report.write(config.results, rows, described)
     console.print(Markdown(memory_report.verdicts(rows)))
     console.print(f"Figures and report: {report} ({described['seconds']} s)")

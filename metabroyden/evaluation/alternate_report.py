@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from metabroyden.evaluation.plots import save_figure
-from metabroyden.evaluation.report import table
+from metabroyden.evaluation.report import made_by, table
 from metabroyden.storage import atomic_write
 
 Row = dict[str, Any]
@@ -28,11 +28,10 @@ def write(folder: Path, rows: Sequence[Row], described: dict[str, Any]) -> Path:
     """Write report.md and its figures into the folder."""
     _accuracy_figure(rows, folder / "accuracy_by_time.png")
     _cost_figure(rows, folder / "evaluations_by_epoch.png")
-    config, made = described["config"], described["provenance"]
+    config = described["config"]
     sections = [
         "# Training a DEQ while its solvers learn",
-        f"Made by\n\n```\n{described['command']}\n```\n\non {made['cores']} cores, {made['threads']} threads; "
-        f"torch {made['versions']['torch']}; commit {made['commit']}; {described['seconds']} s.",
+        f"{made_by(described['command'], described['provenance'])} {described['seconds']} s.",
         f"A convolutional DEQ ({config['channels']} channels, {config['side']}×{config['side']}), digits shifted at "
         f"random, batch {config['batch']}, {config['epochs']} epochs, {config['seeds']} seeds; forward and backward to "
         f"{config['rtol']:g} within {config['budget']} evaluations, the same for all. The learned solvers (grouped LSTM "

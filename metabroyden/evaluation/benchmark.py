@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metabroyden.evaluation.metrics import residual_after, residual_by_time, seconds_to
+from metabroyden.evaluation.metrics import residual_after, residual_by_time, seconds_to, short
 from metabroyden.evaluation.peers import TorchDEQSolver
 from metabroyden.ledger import Ledger
 from metabroyden.problem import Problem
@@ -181,7 +181,7 @@ def clock_rows(
         rows.append(
             {"row": "path", "solver": name, "rtol": rtol, "seconds": seconds.tolist(), "residual": residual.tolist()}
         )
-    return [{key: _short(value) for key, value in row.items()} for row in rows]
+    return [{key: short(value) for key, value in row.items()} for row in rows]
 
 
 @torch.no_grad()
@@ -211,8 +211,8 @@ def part_rows(solvers: dict[str, Any], problems: Problems, *, repeats: int) -> l
             "solver": job[0],
             "part": job[1],
             "batch": len(flat),
-            "seconds": _short(value),
-            "f_equivalents": _short(value / median["f", "f"]),
+            "seconds": short(value),
+            "f_equivalents": short(value / median["f", "f"]),
         }
         for job, value in median.items()
     ]
@@ -271,10 +271,3 @@ class _TimedCell:
         value = self.f(z, x)
         self.seconds += time.perf_counter() - began
         return value
-
-
-def _short(value: Any) -> Any:
-    """Numbers to five significant digits."""
-    if isinstance(value, list):
-        return [_short(item) for item in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from metabroyden.evaluation.metrics import short
 from metabroyden.solution import relative_residual
 
 Row = dict[str, Any]
@@ -93,9 +94,9 @@ def rows(
                 "rows": record.rows,
                 "nfe": nfe.tolist(),
                 "reached": reached.tolist(),
-                "accuracy": _short(float((predicted == labels).float().mean())),
-                "agreement": _short(float((predicted == wanted)[known].float().mean())) if known.any() else None,
-                "distance": _short(float(distance[known].median())) if known.any() else None,
+                "accuracy": short(float((predicted == labels).float().mean())),
+                "agreement": short(float((predicted == wanted)[known].float().mean())) if known.any() else None,
+                "distance": short(float(distance[known].median())) if known.any() else None,
             }
         )
     seconds = {name: np.empty(repeats) for name in models}
@@ -112,13 +113,8 @@ def rows(
     f_time = float(np.median(f_seconds))
     for row in found:
         total = float(np.median(seconds[row["solver"]]))
-        row["seconds"] = _short(total)
-        row["ratio"] = _short(float(np.median(seconds[row["solver"]] / seconds[reference])))
-        row["f_seconds"] = _short(f_time)
-        row["outside_f"] = _short(1 - row["calls"] * f_time / total)
+        row["seconds"] = short(total)
+        row["ratio"] = short(float(np.median(seconds[row["solver"]] / seconds[reference])))
+        row["f_seconds"] = short(f_time)
+        row["outside_f"] = short(1 - row["calls"] * f_time / total)
     return found
-
-
-def _short(value: float) -> float:
-    """Five significant digits."""
-    return float(f"{value:.5g}")

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from metabroyden.evaluation.plots import save_figure
-from metabroyden.evaluation.report import table
+from metabroyden.evaluation.report import made_by, table
 from metabroyden.storage import atomic_write
 
 Row = dict[str, Any]
@@ -23,10 +23,8 @@ def write(folder: Path, rows: Sequence[Row], described: dict[str, Any]) -> Path:
     figure = bars(rows, folder / "drop_in.png")
     seeds = described["seeds"]
     first = next(iter(seeds.values()))
-    made = first["provenance"]
     config, sizes = described["config"], first["parameters"]
     known = np.mean([note["equilibria_known"] for note in seeds.values()])
-    versions = ", ".join(f"{name} {made['versions'][name]}" for name in ("torch", "torchdeq"))
     fits = "; ".join(
         f"seed {seed}: {note['fit_seconds']:.0f} s, on held-out training images {note['held_out']['mean_evaluations']:.1f} "
         f"evaluations to {note['held_out']['rtol']:g} (Broyden {note['held_out']['mean_evaluations_broyden']:.1f})"
@@ -35,8 +33,7 @@ def write(folder: Path, rows: Sequence[Row], described: dict[str, Any]) -> Path:
     tuned = "; ".join(f"{name}: `{solver}`" for name, solver in first["solvers"].items())
     sections = [
         "# An unmodified torchdeq model, made faster",
-        f"Made by\n\n```\n{described['command']}\n```\n\non {made['cores']} cores, {made['threads']} threads; {versions}; "
-        f"commit {made['commit']}.",
+        made_by(described["command"], first["provenance"], "torchdeq"),
         f"A torchdeq classifier (convolutional DEQ, {config['channels']} channels on 8×8 digits, "
         f"{sizes['model']:,} parameters) is trained with torchdeq's Anderson and implicit differentiation. "
         f'`fit_solver(model, train_images, layout="nchw")` fits a root finder of {sizes["learned solver"]:,} parameters '

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from metabroyden.evaluation.plots import new_axes, save_figure
-from metabroyden.evaluation.report import table
+from metabroyden.evaluation.report import made_by, table
 from metabroyden.storage import atomic_write
 
 Row = dict[str, Any]
@@ -18,11 +18,10 @@ Row = dict[str, Any]
 def write(folder: Path, rows: Sequence[Row], described: dict[str, Any]) -> Path:
     """Write report.md and its figure into the folder."""
     _figure(rows, folder / "bias_by_time.png")
-    config, made = described["config"], described["provenance"]
+    config = described["config"]
     sections = [
         "# Gradients through the digits DEQs",
-        f"Made by\n\n```\n{described['command']}\n```\n\non {made['cores']} cores, {made['threads']} threads; "
-        f"torch {made['versions']['torch']}; commit {made['commit']}; {described['seconds']} s.",
+        f"{made_by(described['command'], described['provenance'])} {described['seconds']} s.",
         f"The trained DEQs of results/digits ({len(config['seeds'])} seeds), {config['samples']} held-out images in one "
         "batch, the cotangent that of their cross-entropy. Means over seeds (times: of medians of "
         f"{config['repeats']} interleaved repeats).",

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator
 
 from metabroyden.evaluation.plots import save_figure
-from metabroyden.evaluation.report import table
+from metabroyden.evaluation.report import made_by, table
 from metabroyden.storage import atomic_write
 
 Row = dict[str, Any]
@@ -30,7 +30,7 @@ def write(folder: Path, rows: Sequence[Row], described: dict[str, Any]) -> Path:
         time_by_evaluations(rows, folder / "time_by_evaluations.png"),
     ]
     memory, seconds = (f"![{path.stem}]({path.name})" for path in figures)
-    config, made = described["config"], described["provenance"]
+    config = described["config"]
     counted = _of(rows, "bytes")
     short = [row for row in counted if row["spent"] < row["evaluations"]]
     spent = (
@@ -40,8 +40,7 @@ def write(folder: Path, rows: Sequence[Row], described: dict[str, Any]) -> Path:
     )
     sections = [
         "# Memory and time of training",
-        f"Made by\n\n```\n{described['command']}\n```\n\non {made['cores']} cores, {made['threads']} threads; "
-        f"torch {made['versions']['torch']}; commit {made['commit']}.",
+        made_by(described["command"], described["provenance"]),
         "One training step: a forward pass to a scalar loss and its backward pass, with gradients towards the cell's "
         f"parameters and the injection. conv: `ConvCell`, batch {config['batch']}, {config['channels']} channels, "
         f"{config['side']}×{config['side']}. causal: `CausalCell`, batch {config['batch']}, {config['width']} channels, "

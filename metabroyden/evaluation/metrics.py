@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from metabroyden.solution import Trace
@@ -37,3 +39,10 @@ def summarise(evaluations: np.ndarray, reached: np.ndarray) -> dict[str, float]:
         "p90": float(np.percentile(evaluations, 90)),
         "success": float(reached.mean()),
     }
+
+
+def short(value: Any) -> Any:
+    """Numbers to five significant digits."""
+    if isinstance(value, list):
+        return [short(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value

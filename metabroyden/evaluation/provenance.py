@@ -8,11 +8,14 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from metabroyden.storage import atomic_write
 
 _PACKAGES = ("metabroyden", "torch", "higher", "numpy", "scikit-learn", "torchdeq", "xitorch", "scipy", "pypower")
 
@@ -20,6 +23,17 @@ _PACKAGES = ("metabroyden", "torch", "higher", "numpy", "scikit-learn", "torchde
 def config_hash(config: Any) -> str:
     """Eight hex digits that change when a value of the config dataclass does."""
     return hashlib.sha256(json.dumps(asdict(config), sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A config dataclass as JSON holds it, paths as strings."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
+
+
+def write_results(folder: Path, rows: Iterable[dict[str, Any]], described: dict[str, Any]) -> None:
+    """Write rows.jsonl, and config.json with how they were made, into a folder, atomically."""
+    atomic_write(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    atomic_write(folder / "config.json", json.dumps(described, indent=2) + "\n")
 
 
 def provenance() -> dict[str, Any]:

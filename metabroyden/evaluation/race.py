@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from metabroyden.evaluation.metrics import short
 from metabroyden.evaluation.peers import ScipySolver, TorchDEQSolver, XitorchSolver
 from metabroyden.fixed import FixedBudget
 from metabroyden.solution import Trace
@@ -165,11 +166,11 @@ def gap_rows(batches: Iterable[int], memories: Iterable[int], *, repeats: int, s
             middle = np.median(np.stack([gap[: min(map(len, gaps))] for gap in gaps]), axis=0)
             if what == "step":
                 rows.extend(
-                    {"row": "gap", "by": what, "value": k + 2, "solver": label, "seconds": _short(float(gap))}
+                    {"row": "gap", "by": what, "value": k + 2, "solver": label, "seconds": short(float(gap))}
                     for k, gap in enumerate(middle)
                 )
             else:
-                seconds = _short(float(np.median(middle[min(skip, len(middle) - 1) :])))
+                seconds = short(float(np.median(middle[min(skip, len(middle) - 1) :])))
                 rows.append({"row": "gap", "by": what, "value": value, "solver": label, "seconds": seconds})
 
     full = {
@@ -234,9 +235,9 @@ def anatomy_rows(name: str, problem: KnownProblem, *, rtol: float, budget: int, 
                 "row": "anatomy",
                 "problem": name,
                 "solver": label,
-                "f": _short(float(f)),
-                "step": _short(float(step)),
-                "driver": _short(float(driver)),
+                "f": short(float(f)),
+                "step": short(float(step)),
+                "driver": short(float(driver)),
             }
         )
     return rows
@@ -308,11 +309,11 @@ def compiled_rows(problem: KnownProblem, name: str, *, budget: int, repeats: int
                 "problem": name,
                 "solver": label,
                 "budget": budget,
-                "compile_seconds": _short(fixed.compile_seconds),
-                "compiled": _short(float(compiled)),
-                "solve": _short(float(eager)),
-                "ratio": _short(float(np.median([a / b for a, b in times]))),
-                "difference": _short(difference),
+                "compile_seconds": short(fixed.compile_seconds),
+                "compiled": short(float(compiled)),
+                "solve": short(float(eager)),
+                "ratio": short(float(np.median([a / b for a, b in times]))),
+                "difference": short(difference),
             }
         )
     return rows
@@ -356,9 +357,4 @@ def _traces(solver: Any, problem: KnownProblem, rtol: float, budget: int, batch:
 
 
 def _median(values: Iterable[float]) -> float:
-    return _short(float(np.median(list(values))))
-
-
-def _short(value: float) -> float:
-    """Five significant digits."""
-    return float(f"{value:.5g}")
+    return short(float(np.median(list(values))))

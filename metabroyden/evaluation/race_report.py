@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from metabroyden.evaluation.plots import new_axes, save_figure
-from metabroyden.evaluation.report import table
+from metabroyden.evaluation.report import made_by, table
 from metabroyden.storage import atomic_write
 
 Row = dict[str, Any]
@@ -47,12 +47,9 @@ def write(folder: Path, rows: Sequence[Row], described: dict[str, Any]) -> Path:
     history, size, parts, profile, work = (f"![{path.stem}]({path.name})" for path in figures)
     limited = [row for row in rows if row["row"] == "limited"]
     budget, batch = described["config"]["budget"], described["config"]["batch"]
-    made = described["provenance"]
-    versions = ", ".join(f"{name} {made['versions'][name]}" for name in ("torch", "torchdeq", "xitorch", "scipy"))
     sections = [
         "# Classical solvers against their peers",
-        f"Made by\n\n```\n{described['command']}\n```\n\non {made['cores']} cores, {made['threads']} threads; {versions}; "
-        f"commit {made['commit']}.",
+        made_by(described["command"], described["provenance"], "torchdeq", "xitorch", "scipy"),
         "Overhead is time outside f per call of f, measured with a stopwatch round f. Contestants take turns in one "
         "process; figures are medians over repeats, ratios medians of paired ratios. Evaluations are a sample's own, up "
         "to the first that measured the tolerance; a failed sample counts as the budget. torchdeq and xitorch stop when "

@@ -14,6 +14,15 @@ from metabroyden.evaluation.metrics import summarise
 Row = dict[str, Any]
 
 
+def made_by(command: str, made: dict[str, Any], *packages: str) -> str:
+    """The command that made a report, and on what: machine, versions of torch and of these packages, commit."""
+    versions = ", ".join(f"{name} {made['versions'][name]}" for name in ("torch", *packages))
+    return (
+        f"Made by\n\n```\n{command}\n```\n\non {made['cores']} cores, {made['threads']} threads; {versions}; "
+        f"commit {made['commit']}."
+    )
+
+
 def table(header: Sequence[str], body: Iterable[Sequence[object]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *body]
