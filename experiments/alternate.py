@@ -15,7 +15,8 @@ from rich.markdown import Markdown
 from torch import Tensor, nn
 
 from metabroyden import Anderson, Broyden, EquilibriumCache, Implicit
-from metabroyden.data.digits import ImageSplit, load_digits, shift
+from metabroyden.data.digits import load_digits
+from metabroyden.data.images import ImageSplit, shift
 from metabroyden.evaluation import alternate_report
 from metabroyden.evaluation.provenance import config_hash, plain, provenance, write_results
 from metabroyden.learned.layout import Layout

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from metabroyden import Anderson, Broyden, Implicit, load_solver, save_solver
-from metabroyden.data.digits import ImageSplit, load_digits, shift
+from metabroyden.data.digits import load_digits
+from metabroyden.data.images import ImageSplit, shift
 from metabroyden.evaluation import benchmark, report
 from metabroyden.evaluation.family_report import FamilyReport, read_rows
 from metabroyden.evaluation.peers import TorchDEQSolver, available

@@ -26,7 +26,8 @@ from metabroyden import (
     fit_adjoint,
     load_solver,
 )
-from metabroyden.data.digits import ImageSplit, load_digits
+from metabroyden.data.digits import load_digits
+from metabroyden.data.images import ImageSplit
 from metabroyden.evaluation import gradients_report
 from metabroyden.evaluation.provenance import plain, provenance, write_results
 from metabroyden.meta import AdjointMap

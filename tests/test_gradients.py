@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import metabroyden as mb
+from metabroyden.gradients.base import parts_of
 from metabroyden.learned.layout import Layout, Mixer
 from metabroyden.learned.preconditioner import Preconditioner
 from metabroyden.models import CELLS as MODELS
@@ -56,8 +57,8 @@ CELLS = {
     "dropout": (_dropping, (2, 3)),
     "converted network": (_converted, (2, 3)),
     **{  # every cell of the registry
-        name: (lambda name=name: make_cell(name, dtype=torch.float64)[0], (2, *example.shape))
-        for name, example in MODELS.items()
+        name: (lambda name=name: make_cell(name, dtype=torch.float64)[0], lambda name=name: make_cell(name)[1])
+        for name in MODELS
     },
 }
 LARGE = set(MODELS)  # gradcheck of these along random directions
@@ -68,17 +69,20 @@ def seeded(name: str, **options):
     build, shape = CELLS[name]
     deq = mb.DEQ(build(), rtol=1e-13, max_nfe=150, warn=False, **options)
     names = [key for key, _ in deq.named_parameters()]
-    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    like = shape() if callable(shape) else torch.empty(shape)
+    context = [torch.randn_like(x, dtype=torch.float64).requires_grad_() for x in parts_of(like)]
 
-    def run(x, *values):
+    def run(*values):
         torch.manual_seed(1)
+        x = values[0] if isinstance(like, torch.Tensor) else values[: len(context)]
         with nn.utils.parametrize.cached():
-            return torch.func.functional_call(deq, dict(zip(names, values, strict=True)), (x,))
+            weights = dict(zip(names, values[len(context) :], strict=True))
+            return torch.func.functional_call(deq, weights, (x,))
 
     for layer in deq.modules():  # a spectral norm learns at every call: for a function it must stand still
         if isinstance(layer, nn.utils.parametrize.ParametrizationList):
             layer.eval()
-    return run, (x, *deq.parameters())
+    return run, (*context, *deq.parameters())
 
 
 EXACT = {

@@ -2,29 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
-from torch import Tensor
 
-
-@dataclass(frozen=True)
-class ImageSplit:
-    """Images (N, channels, H, W) in [0, 1], labels (N,), and the numbers of the samples in the source (N,)."""
-
-    images: Tensor
-    labels: Tensor
-    indices: Tensor
-
-
-@dataclass(frozen=True)
-class ImageData:
-    """Disjoint train, validation and test splits."""
-
-    train: ImageSplit
-    validation: ImageSplit
-    test: ImageSplit
+from metabroyden.data.images import ImageData, ImageSplit
 
 
 def load_digits(*, validation: int = 297, test: int = 300, split_seed: int = 0) -> ImageData:
@@ -42,13 +23,3 @@ def load_digits(*, validation: int = 297, test: int = 300, split_seed: int = 0) 
     order = torch.from_numpy(np.random.default_rng(split_seed).permutation(len(images)))
     parts = order.split([len(images) - validation - test, validation, test])
     return ImageData(*(ImageSplit(images[part], labels[part], part) for part in parts))
-
-
-def shift(images: Tensor, generator: torch.Generator, reach: int = 1) -> Tensor:
-    """Each image moved by up to `reach` pixels in either direction, zeros moving in: the usual augmentation of digits."""
-    count, _, height, width = images.shape
-    padded = torch.nn.functional.pad(images, (reach,) * 4)
-    offsets = torch.randint(0, 2 * reach + 1, (2, count), generator=generator)
-    rows = offsets[0][:, None, None] + torch.arange(height)[None, :, None]
-    columns = offsets[1][:, None, None] + torch.arange(width)[None, None, :]
-    return padded[torch.arange(count)[:, None, None], :, rows, columns].permute(0, 3, 1, 2).contiguous()

@@ -1,5 +1,6 @@
 """Cells f(z, x) and the models round them, one cell a file."""
 
+from metabroyden.models.base import EquilibriumModel, LanguageModel
 from metabroyden.models.causal import CausalCell
 from metabroyden.models.cells import CELLS, make_cell
 from metabroyden.models.compose import ComposedDEQ, PairCell, compose
@@ -18,6 +19,8 @@ __all__ = [
     "ConvClassifierConfig",
     "ConvertedNetwork",
     "DenseCell",
+    "EquilibriumModel",
+    "LanguageModel",
     "PairCell",
     "StackCell",
     "accuracy",

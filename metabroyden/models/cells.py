@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from metabroyden.models.causal import CausalCell
 from metabroyden.models.conv import ConvCell
@@ -14,10 +14,13 @@ from metabroyden.models.dense import DenseCell
 
 
 class Example(NamedTuple):
-    """How to build a small cell, and the shape of one sample of its state and injection (at most 60 coordinates)."""
+    """How to build a small cell, and the shape of one sample of its context: one shape, or a tuple of shapes.
+
+    The state is `initial_state(cell, context)`, of at most 60 coordinates a sample.
+    """
 
     build: Callable[[], nn.Module]
-    shape: tuple[int, ...]
+    context: tuple[int, ...] | tuple[tuple[int, ...], ...]
 
 
 CELLS: dict[str, Example] = {
@@ -28,10 +31,8 @@ CELLS: dict[str, Example] = {
 """Small examples of the cells, by name."""
 
 
-def make_cell(
-    name: str, *, dtype: torch.dtype = torch.float32, batch: int = 2, seed: int = 0
-) -> tuple[nn.Module, Tensor]:
-    """The small example of a cell at its initial weights, and a random injection (batch, ...), shaped like the state.
+def make_cell(name: str, *, dtype: torch.dtype = torch.float32, batch: int = 2, seed: int = 0) -> tuple[nn.Module, Any]:
+    """The small example of a cell at its initial weights, and a random context: a tensor (batch, ...) or a tuple of them.
 
     Both follow from the seed alone; the dtype rounds them. ValueError for an unknown name.
 
@@ -45,5 +46,7 @@ def make_cell(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         cell = example.build()
-        x = torch.randn(batch, *example.shape)
-    return cell.to(dtype), x.to(dtype)
+        if all(isinstance(size, int) for size in example.context):
+            return cell.to(dtype), torch.randn(batch, *example.context).to(dtype)  # type: ignore[arg-type]
+        context = tuple(torch.randn(batch, *shape).to(dtype) for shape in example.context)
+    return cell.to(dtype), context

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metabroyden.deq import DEQ
+from metabroyden.models.base import EquilibriumModel
 
 
 class ConvCell(nn.Module):
@@ -51,38 +51,29 @@ class ConvClassifierConfig:
     side: int = 8
     classes: int = 10
 
+    def narrowed(self, width: int) -> ConvClassifierConfig:
+        """The same with so many channels, and as many inner ones for each; width is rounded up to whole groups."""
+        channels = -(-width // self.groups) * self.groups
+        return replace(self, channels=channels, inner=channels * self.inner // self.channels)
 
-class ConvClassifier(nn.Module):
+
+class ConvClassifier(EquilibriumModel):
     """Images (B, image_channels, side, side) → logits (B, classes): injection, DEQ with a `ConvCell`, linear head."""
 
     kind = "conv-classifier"
 
     def __init__(self, config: ConvClassifierConfig | None = None, **deq_options: Any) -> None:
-        super().__init__()
-        self.config = c = ConvClassifierConfig() if config is None else config
+        c = ConvClassifierConfig() if config is None else config
+        super().__init__(c, ConvCell(c.channels, c.inner, c.groups), **deq_options)
         self.stem = nn.Sequential(
             nn.Conv2d(c.image_channels, c.channels, 3, padding=1), nn.GroupNorm(c.groups, c.channels)
         )
-        self.deq = DEQ(ConvCell(c.channels, c.inner, c.groups), **deq_options)
         self.head = nn.Linear(c.channels * c.side * c.side, c.classes)
 
-    @property
-    def cell(self) -> nn.Module:
-        """The DEQ's cell f(z, x)."""
-        return self.deq.cell
+    def inject(self, inputs: Tensor) -> Tensor:
+        """The injection x of images, (B, channels, side, side): the DEQ's context."""
+        return self.stem(inputs)
 
-    def inject(self, images: Tensor) -> Tensor:
-        """The injection x, (B, channels, side, side): the DEQ's context."""
-        return self.stem(images)
-
-    def classify(self, z: Tensor) -> Tensor:
+    def classify(self, z: Any) -> Tensor:
         """Logits of a state."""
         return self.head(z.flatten(1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits, through a solve."""
-        return self.classify(self.deq(self.inject(images)))
-
-    def describe(self) -> dict[str, Any]:
-        """What a checkpoint needs to build the model again."""
-        return asdict(self.config)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from metabroyden import checkpoint
-from metabroyden.data.digits import ImageData, ImageSplit, shift
+from metabroyden.data.images import ImageData, ImageSplit, shift
 from metabroyden.models.conv import ConvClassifier, ConvClassifierConfig
 
 MODELS: dict[str, tuple[type, type]] = {ConvClassifier.kind: (ConvClassifier, ConvClassifierConfig)}
