@@ -6,13 +6,13 @@ from metabroyden.models.cells import CELLS, make_cell
 from metabroyden.models.compose import ComposedDEQ, PairCell, compose
 from metabroyden.models.conv import ConvCell, ConvClassifier, ConvClassifierConfig
 from metabroyden.models.convert import ConvertedNetwork, StackCell, to_deq
+from metabroyden.models.criteria import Images, NextToken, accuracy, bits_per_token, shift_and_mirror
 from metabroyden.models.dense import DenseCell
-from metabroyden.models.fit import ClassifierTraining, accuracy, load_model, save_model, train_classifier
+from metabroyden.models.fit import Progress, Training, load_model, save_model, train
 
 __all__ = [
     "CELLS",
     "CausalCell",
-    "ClassifierTraining",
     "ComposedDEQ",
     "ConvCell",
     "ConvClassifier",
@@ -20,14 +20,20 @@ __all__ = [
     "ConvertedNetwork",
     "DenseCell",
     "EquilibriumModel",
+    "Images",
     "LanguageModel",
+    "NextToken",
     "PairCell",
+    "Progress",
     "StackCell",
+    "Training",
     "accuracy",
+    "bits_per_token",
     "compose",
     "load_model",
     "make_cell",
     "save_model",
+    "shift_and_mirror",
     "to_deq",
-    "train_classifier",
+    "train",
 ]

@@ -20,7 +20,7 @@ class Example(NamedTuple):
     """
 
     build: Callable[[], nn.Module]
-    context: tuple[int, ...] | tuple[tuple[int, ...], ...]
+    context: tuple[Any, ...]
 
 
 CELLS: dict[str, Example] = {
@@ -47,6 +47,6 @@ def make_cell(name: str, *, dtype: torch.dtype = torch.float32, batch: int = 2, 
         torch.manual_seed(seed)
         cell = example.build()
         if all(isinstance(size, int) for size in example.context):
-            return cell.to(dtype), torch.randn(batch, *example.context).to(dtype)  # type: ignore[arg-type]
+            return cell.to(dtype), torch.randn(batch, *example.context).to(dtype)
         context = tuple(torch.randn(batch, *shape).to(dtype) for shape in example.context)
     return cell.to(dtype), context

@@ -1,8 +1,9 @@
-"""Training and storing of classifiers built round a DEQ."""
+"""Training and storing of models built round a DEQ."""
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,108 +14,160 @@ import torch
 from torch import Tensor, nn
 
 from metabroyden import checkpoint
-from metabroyden.data.images import ImageData, ImageSplit, shift
+from metabroyden.deq import DEQ
+from metabroyden.gradients import Unroll
 from metabroyden.models.conv import ConvClassifier, ConvClassifierConfig
+from metabroyden.models.criteria import Criterion
+from metabroyden.training.jacobian import jacobian_penalty
 
 MODELS: dict[str, tuple[type, type]] = {ConvClassifier.kind: (ConvClassifier, ConvClassifierConfig)}
 """Models by kind, with their config types."""
 
 
 @dataclass(frozen=True)
-class ClassifierTraining:
-    """How a classifier is trained: Adam with a cosine schedule, cross-entropy, images shifted by up to a pixel.
+class Training:
+    """How a model is trained: AdamW, a cosine schedule after a linear warm-up, clipped gradients.
 
     Attributes:
-        epochs, batch, learning_rate, clip: as usual. seed: of weights, order and shifts.
+        epochs: passes, as the criterion counts them. batch, learning_rate, weight_decay, clip: as usual.
+        warmup: share of all steps in which the learning rate rises.
+        pretrain: epochs at first in which a DEQ is trained as the weight-tied network of so many layers, `depth`: shallow
+            steps are cheap (Bai, Kolter & Koltun 2019, section 4).
+        jacobian: weight of the Jacobian penalty at the equilibrium (`jacobian_penalty`).
+        seed: of weights, order and augmentation.
     """
 
     epochs: int = 16
     batch: int = 64
     learning_rate: float = 2e-3
+    weight_decay: float = 0.0
+    warmup: float = 0.0
     clip: float = 1.0
+    pretrain: int = 0
+    depth: int = 8
+    jacobian: float = 0.0
     seed: int = 0
 
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        rising = self.warmup * steps
+        if step < rising:
+            return self.learning_rate * (step + 1) / (rising + 1)
+        return self.learning_rate * (1 + math.cos(math.pi * (step - rising) / (steps - rising))) / 2
 
-def train_classifier(
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a training stands after an epoch: mean loss, score on validation, seconds of training so far."""
+
+    epoch: int
+    loss: float
+    score: float
+    seconds: float
+
+
+def train(
     build: Callable[[], Any],
-    data: ImageData,
-    config: ClassifierTraining,
+    criterion: Criterion,
+    config: Training,
     *,
     path: Path | None = None,
-    progress: Callable[[int, str], None] | None = None,
+    report: Callable[[Progress, Any], None] | None = None,
 ) -> Any:
     """Train the model that `build` makes; with a path, an interrupted run goes on bit for bit from its last epoch.
 
-    `progress` receives (epoch, words). The model comes back in evaluation mode.
+    After every epoch `report` receives where it stands, and the model. The model comes back in evaluation mode.
+
+    Raises:
+        ValueError: the batch is larger than the data.
+        FloatingPointError: a loss that is not finite; the checkpoint of the last epoch stays.
+        CheckpointError: the file at `path` belongs to another training.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = build()
     generator = torch.Generator().manual_seed(config.seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
-    per_epoch = len(data.train.images) // config.batch
-    if per_epoch < 1:
-        raise ValueError(f"a batch of {config.batch} is more than the {len(data.train.images)} training images")
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs * per_epoch)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    criterion.steps(config.batch)  # refuses early
+    described = json.loads(json.dumps(asdict(config)))
     epoch, seconds = 0, 0.0
     if path is not None and path.exists():
         tensors, header = checkpoint.read(path, "training")
-        if header.get("config") != json.loads(json.dumps(asdict(config))):
+        if header.get("config") != described:
             raise checkpoint.CheckpointError(f"{path} was written by another training: {header.get('config')}")
         checkpoint.restore_training(tensors, model, optimizer, generator, path)
         epoch, seconds = header["epoch"], header["seconds"]
-        optimizer.param_groups[0].update(lr=header["learning_rate"], initial_lr=config.learning_rate)
-        schedule.load_state_dict(header["schedule"])
     while epoch < config.epochs:
         began = time.perf_counter()
-        loss = _epoch(model, data.train, config, optimizer, schedule, generator)
+        loss = _epoch(model, criterion, config, epoch, optimizer, generator)
         epoch, seconds = epoch + 1, seconds + time.perf_counter() - began
         if path is not None:
-            header = {
-                "config": asdict(config),
-                "epoch": epoch,
-                "seconds": seconds,
-                "schedule": schedule.state_dict(),
-                "learning_rate": optimizer.param_groups[0]["lr"],
-            }
-            checkpoint.write(
-                path, "training/classifier", checkpoint.training_tensors(model, optimizer, generator), header
-            )
-        if progress is not None:
-            progress(epoch, f"loss {loss:.3f}, validation accuracy {accuracy(model, data.validation):.3f}")
+            header = {"config": described, "epoch": epoch, "seconds": seconds}
+            checkpoint.write(path, "training/model", checkpoint.training_tensors(model, optimizer, generator), header)
+        if report is not None:
+            report(Progress(epoch, loss, criterion.score(model, "validation"), seconds), model)
     return model.eval()
 
 
 def _epoch(
-    model: nn.Module,
-    split: ImageSplit,
-    config: ClassifierTraining,
+    model: Any,
+    criterion: Criterion,
+    config: Training,
+    epoch: int,
     optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
     generator: torch.Generator,
 ) -> float:
+    """One epoch; its mean loss, without the penalty."""
     model.train()
-    order = torch.randperm(len(split.images), generator=generator)
+    per_epoch = criterion.steps(config.batch)
     total = torch.zeros(())
-    batches = order[: len(order) // config.batch * config.batch].split(config.batch)
-    for index in batches:
-        images = shift(split.images[index], generator)
-        loss = nn.functional.cross_entropy(model(images), split.labels[index])
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        optimizer.step()
-        schedule.step()
-        total += loss.detach()
-    return float(total) / len(batches)
+    with _Equilibria(model, config, epoch) as equilibria:
+        for number, loss in enumerate(criterion.losses(model, config.batch, generator)):
+            rate = config.rate(epoch * per_epoch + number, config.epochs * per_epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            total += loss.detach()
+            optimizer.zero_grad()
+            (loss + equilibria.penalty(generator)).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            optimizer.step()
+    if not math.isfinite(total):
+        raise FloatingPointError(f"the loss of epoch {epoch + 1} is not finite: try a smaller learning rate")
+    return float(total) / per_epoch
 
 
-@torch.no_grad()
-def accuracy(model: Callable[[Tensor], Tensor], split: ImageSplit) -> float:
-    """Share of a split's images that the model gets right."""
-    if isinstance(model, nn.Module):
-        model.eval()
-    return float((model(split.images).argmax(dim=1) == split.labels).float().mean())
+class _Equilibria:
+    """A DEQ's gradient mode in an epoch, unrolled at first, and the penalty on the equilibria it finds."""
+
+    def __init__(self, model: Any, config: Training, epoch: int) -> None:
+        self.deq = model.deq if isinstance(model.deq, DEQ) else None
+        self.unrolled = epoch < config.pretrain
+        self.depth, self.weight = config.depth, 0.0 if self.unrolled else config.jacobian
+        self._found: tuple[Any, Any, Any] | None = None
+
+    def __enter__(self) -> _Equilibria:
+        if self.deq is not None:
+            self._before = self.deq.backward_mode, self.deq.observer
+            if self.unrolled:
+                self.deq.backward_mode = Unroll(steps=self.depth)
+            if self.weight:
+                self.deq.observer = self._note
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.deq is not None:
+            self.deq.backward_mode, self.deq.observer = self._before
+
+    def _note(self, f: Any, context: Any, z: Any) -> None:
+        self._found = f, context, z
+
+    def penalty(self, generator: torch.Generator) -> Tensor | float:
+        """The weighted penalty at the equilibrium found last; zero where there is none."""
+        if self._found is None:
+            return 0.0
+        (f, context, z), self._found = self._found, None
+        held = z.detach() if isinstance(z, Tensor) else tuple(part.detach() for part in z)
+        return self.weight * jacobian_penalty(f, held, context, generator=generator)
 
 
 def save_model(model: Any, path: str | Path, summary: dict[str, Any] | None = None) -> Path:
