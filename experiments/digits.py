@@ -24,12 +24,11 @@ from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.layout import Layout
 from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet
 from metabroyden.meta.fit import make_learned
-from metabroyden.meta.progress import progress_bar
+from metabroyden.meta.progress import by_epoch, progress_bar
 from metabroyden.models import (
     ConvClassifier,
     ConvClassifierConfig,
     Images,
-    Progress,
     Training,
     accuracy,
     load_model,
@@ -129,12 +128,9 @@ def _trained_model(config: Digits, work: Path) -> Any:
     data = load_digits()
     training = Training(epochs=config.epochs, seed=config.seed)
     with progress_bar("training the DEQ", config.epochs, show=config.progress) as bar:
-
-        def tick(now: Progress, _: Any) -> None:
-            if bar is not None:
-                bar(now.epoch, f"loss {now.loss:.3f}, validation accuracy {now.score:.3f}")
-
-        model = train(build, Images(data), training, path=work / "model.training.safetensors", report=tick)
+        model = train(
+            build, Images(data), training, path=work / "model.training.safetensors", report=by_epoch(bar, "accuracy")
+        )
     save_model(model, path, {"validation_accuracy": accuracy(model, data.validation), "training": asdict(training)})
     return model
 

@@ -23,8 +23,8 @@ from metabroyden.evaluation.benchmark import reference_equilibrium
 from metabroyden.evaluation.peers import available
 from metabroyden.evaluation.provenance import config_hash, plain, provenance, write_results
 from metabroyden.integrations.torchdeq import FixedPointMap, register
-from metabroyden.meta.progress import progress_bar
-from metabroyden.models import Images, Progress, Training, accuracy, train
+from metabroyden.meta.progress import by_epoch, progress_bar
+from metabroyden.models import Images, Training, accuracy, train
 from metabroyden.models.conv import ConvCell
 from metabroyden.solvers.tuning import tune
 from metabroyden.storage import atomic_write
@@ -147,12 +147,9 @@ def _trained(config: DropIn, work: Path) -> Classifier:
     data = load_digits()
     training = Training(epochs=config.epochs, seed=config.seed)
     with progress_bar("training with torchdeq", config.epochs, show=config.progress) as bar:
-
-        def tick(now: Progress, _: Any) -> None:
-            if bar is not None:
-                bar(now.epoch, f"loss {now.loss:.3f}, validation accuracy {now.score:.3f}")
-
-        model = train(build, Images(data), training, path=work / "model.training.safetensors", report=tick)
+        model = train(
+            build, Images(data), training, path=work / "model.training.safetensors", report=by_epoch(bar, "accuracy")
+        )
     header = {"training": asdict(training), "validation_accuracy": accuracy(model, data.validation)}
     checkpoint.write(path, "model/torchdeq-classifier", model.state_dict(), header)
     return model

@@ -8,7 +8,7 @@ from metabroyden.models.conv import ConvCell, ConvClassifier, ConvClassifierConf
 from metabroyden.models.convert import ConvertedNetwork, StackCell, to_deq
 from metabroyden.models.criteria import Images, NextToken, accuracy, bits_per_token, shift_and_mirror
 from metabroyden.models.dense import DenseCell
-from metabroyden.models.fit import Progress, Training, load_model, save_model, train
+from metabroyden.models.fit import EpochEnd, Training, load_model, save_model, train
 
 __all__ = [
     "CELLS",
@@ -19,12 +19,12 @@ __all__ = [
     "ConvClassifierConfig",
     "ConvertedNetwork",
     "DenseCell",
+    "EpochEnd",
     "EquilibriumModel",
     "Images",
     "LanguageModel",
     "NextToken",
     "PairCell",
-    "Progress",
     "StackCell",
     "Training",
     "accuracy",

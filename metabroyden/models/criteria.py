@@ -62,11 +62,11 @@ class Images:
 
     def losses(self, model: Any, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
         """Mean cross-entropies over one pass through the training images in random order."""
-        split = self.data.train
+        split, device = self.data.train, device_of(model)
         order = torch.randperm(len(split.images), generator=generator)
         for index in order[: self.steps(batch) * batch].split(batch):
-            images = self.augment(split.images[index], generator)
-            yield nn.functional.cross_entropy(model(images), split.labels[index])
+            images = self.augment(split.images[index], generator).to(device)
+            yield nn.functional.cross_entropy(model(images), split.labels[index].to(device))
 
     def score(self, model: Any, split: str) -> float:
         """Share of a split's images that the model gets right."""
@@ -78,8 +78,16 @@ def accuracy(model: Callable[[Tensor], Tensor], split: ImageSplit, batch: int = 
     """Share of a split's images that the model gets right."""
     if isinstance(model, nn.Module):
         model.eval()
-    parts = zip(split.images.split(batch), split.labels.split(batch), strict=True)
-    return sum(int((model(images).argmax(dim=1) == labels).sum()) for images, labels in parts) / len(split.labels)
+    device, right = device_of(model), 0
+    for images, labels in zip(split.images.split(batch), split.labels.split(batch), strict=True):
+        right += int((model(images.to(device)).argmax(dim=1).cpu() == labels).sum())
+    return right / len(split.labels)
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a model's parameters are; the CPU for what has none."""
+    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    return torch.device("cpu") if first is None else first.device
 
 
 @dataclass(frozen=True)
@@ -109,11 +117,11 @@ class NextToken:
 
     def losses(self, model: LanguageModel, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
         """Mean cross-entropies of consecutive segments, of texts that begin at random places in the training split."""
-        memory = None
+        memory, device = None, device_of(model)
         for tokens, targets in self.data.train.random_streams(batch, self.length, self.segments, generator):
-            z = model.deq(model.inject(tokens, memory))
+            z = model.deq(model.inject(tokens.to(device), memory))
             memory = model.remember(z, memory)
-            yield nn.functional.cross_entropy(model.classify(z).flatten(0, 1), targets.flatten())
+            yield nn.functional.cross_entropy(model.classify(z).flatten(0, 1), targets.to(device).flatten())
 
     def score(self, model: LanguageModel, split: str) -> float:
         """Bits per token; of validation at most `limit` tokens."""
@@ -126,12 +134,12 @@ def bits_per_token(
 ) -> float:
     """Mean −log₂ of the probabilities that the model gives the tokens of a split, read in `batch` parallel streams."""
     model.eval()
-    memory, nats, count = None, 0.0, 0
+    memory, nats, count, device = None, 0.0, 0, device_of(model)
     for tokens, targets in getattr(data, split).streams(batch, length):
-        z = model.deq(model.inject(tokens, memory))
+        z = model.deq(model.inject(tokens.to(device), memory))
         memory = model.remember(z, memory)
         logits = model.classify(z).flatten(0, 1)
-        nats += float(nn.functional.cross_entropy(logits, targets.flatten(), reduction="sum"))
+        nats += float(nn.functional.cross_entropy(logits, targets.to(device).flatten(), reduction="sum"))
         count += targets.numel()
         if limit is not None and count >= limit:
             break

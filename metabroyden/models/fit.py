@@ -17,7 +17,7 @@ from metabroyden import checkpoint
 from metabroyden.deq import DEQ
 from metabroyden.gradients import Unroll
 from metabroyden.models.conv import ConvClassifier, ConvClassifierConfig
-from metabroyden.models.criteria import Criterion
+from metabroyden.models.criteria import Criterion, device_of
 from metabroyden.training.jacobian import jacobian_penalty
 
 MODELS: dict[str, tuple[type, type]] = {ConvClassifier.kind: (ConvClassifier, ConvClassifierConfig)}
@@ -57,7 +57,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Progress:
+class EpochEnd:
     """Where a training stands after an epoch: mean loss, score on validation, seconds of training so far."""
 
     epoch: int
@@ -72,7 +72,8 @@ def train(
     config: Training,
     *,
     path: Path | None = None,
-    report: Callable[[Progress, Any], None] | None = None,
+    device: torch.device | str = "cpu",
+    report: Callable[[EpochEnd, Any], None] | None = None,
 ) -> Any:
     """Train the model that `build` makes; with a path, an interrupted run goes on bit for bit from its last epoch.
 
@@ -85,7 +86,7 @@ def train(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = build()
+        model = build().to(device)
     generator = torch.Generator().manual_seed(config.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     criterion.steps(config.batch)  # refuses early
@@ -105,7 +106,7 @@ def train(
             header = {"config": described, "epoch": epoch, "seconds": seconds}
             checkpoint.write(path, "training/model", checkpoint.training_tensors(model, optimizer, generator), header)
         if report is not None:
-            report(Progress(epoch, loss, criterion.score(model, "validation"), seconds), model)
+            report(EpochEnd(epoch, loss, criterion.score(model, "validation"), seconds), model)
     return model.eval()
 
 
@@ -120,7 +121,7 @@ def _epoch(
     """One epoch; its mean loss, without the penalty."""
     model.train()
     per_epoch = criterion.steps(config.batch)
-    total = torch.zeros(())
+    total = torch.zeros((), device=device_of(model))
     with _Equilibria(model, config, epoch) as equilibria:
         for number, loss in enumerate(criterion.losses(model, config.batch, generator)):
             rate = config.rate(epoch * per_epoch + number, config.epochs * per_epoch)
