@@ -8,7 +8,9 @@ from metabroyden.models.conv import ConvCell, ConvClassifier, ConvClassifierConf
 from metabroyden.models.convert import ConvertedNetwork, StackCell, to_deq
 from metabroyden.models.criteria import Images, NextToken, accuracy, bits_per_token, shift_and_mirror
 from metabroyden.models.dense import DenseCell
-from metabroyden.models.fit import EpochEnd, Training, load_model, save_model, train
+from metabroyden.models.episodes import Episodes, load_episodes
+from metabroyden.models.families import FAMILIES, Family, get_family
+from metabroyden.models.fit import EpochEnd, Training, history, load_model, save_model, train
 
 __all__ = [
     "CELLS",
@@ -20,6 +22,12 @@ __all__ = [
     "ConvertedNetwork",
     "DenseCell",
     "EpochEnd",
+    "Episodes",
+    "FAMILIES",
+    "Family",
+    "get_family",
+    "history",
+    "load_episodes",
     "EquilibriumModel",
     "Images",
     "LanguageModel",

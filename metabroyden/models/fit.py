@@ -77,7 +77,8 @@ def train(
 ) -> Any:
     """Train the model that `build` makes; with a path, an interrupted run goes on bit for bit from its last epoch.
 
-    After every epoch `report` receives where it stands, and the model. The model comes back in evaluation mode.
+    After every epoch `report` receives where it stands, and the model (once more where the run was killed before the epoch's
+    checkpoint was written); `history` of a checkpoint reads all of that back. The model comes back in evaluation mode.
 
     Raises:
         ValueError: the batch is larger than the data.
@@ -91,23 +92,30 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     criterion.steps(config.batch)  # refuses early
     described = json.loads(json.dumps(asdict(config)))
-    epoch, seconds = 0, 0.0
+    past: list[dict[str, Any]] = []
     if path is not None and path.exists():
         tensors, header = checkpoint.read(path, "training")
         if header.get("config") != described:
             raise checkpoint.CheckpointError(f"{path} was written by another training: {header.get('config')}")
         checkpoint.restore_training(tensors, model, optimizer, generator, path)
-        epoch, seconds = header["epoch"], header["seconds"]
-    while epoch < config.epochs:
+        past = header["history"]
+    while len(past) < config.epochs:
         began = time.perf_counter()
-        loss = _epoch(model, criterion, config, epoch, optimizer, generator)
-        epoch, seconds = epoch + 1, seconds + time.perf_counter() - began
-        if path is not None:
-            header = {"config": described, "epoch": epoch, "seconds": seconds}
-            checkpoint.write(path, "training/model", checkpoint.training_tensors(model, optimizer, generator), header)
+        loss = _epoch(model, criterion, config, len(past), optimizer, generator)
+        seconds = time.perf_counter() - began + (past[-1]["seconds"] if past else 0.0)
+        now = EpochEnd(len(past) + 1, loss, criterion.score(model, "validation"), seconds)
+        past.append(asdict(now))
         if report is not None:
-            report(EpochEnd(epoch, loss, criterion.score(model, "validation"), seconds), model)
+            report(now, model)
+        if path is not None:
+            tensors = checkpoint.training_tensors(model, optimizer, generator)
+            checkpoint.write(path, "training/model", tensors, {"config": described, "history": past})
     return model.eval()
+
+
+def history(path: Path) -> list[EpochEnd]:
+    """The epochs of the training whose checkpoint this is."""
+    return [EpochEnd(**past) for past in checkpoint.read(path, "training")[1]["history"]]
 
 
 def _epoch(
@@ -183,6 +191,11 @@ def save_model(model: Any, path: str | Path, summary: dict[str, Any] | None = No
 def load_model(path: str | Path, **deq_options: Any) -> Any:
     """The model in a file, in evaluation mode; `deq_options` go to its `DEQ` (solver, rtol, max_nfe, …)."""
     tensors, header = checkpoint.read(path, "model")
+    return build_model(header, tensors, path, **deq_options)
+
+
+def build_model(header: dict[str, Any], tensors: dict[str, Tensor], path: str | Path, **deq_options: Any) -> Any:
+    """The model that a checkpoint's header describes, with these weights; `CheckpointError` where they do not fit."""
     kind = header["kind"].split("/")[1]
     if kind not in MODELS:
         raise checkpoint.CheckpointError(f"{path} holds a model of unknown kind {kind!r}; known: {sorted(MODELS)}")
