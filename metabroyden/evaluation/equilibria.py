@@ -47,8 +47,8 @@ _CHUNK = 64  # samples solved at once: Broyden keeps two states for each evaluat
 class HeldOut:
     """Fixed-point problems of a trained model on a part of a split: f pinned, starts, contexts; `judge` scores states.
 
-    `judge(z, index)` gives (len(index),) scores of the states of these samples: 1 or 0 for a right or wrong class, or bits per
-    token.
+    `judge(z, index)` gives (len(index),) scores of the states of these samples: 1 or 0 for a right or wrong class, or bits
+    per token.
     """
 
     f: Callable[..., State]
@@ -70,8 +70,8 @@ def held_out(model: Any, criterion: Criterion, split: str, limit: int) -> HeldOu
     """The first `limit` problems of a split (for texts: evenly spaced segments)."""
     tasks = family_tasks(model, criterion)
     raw = tasks.split(split)
-    chosen = torch.arange(len(raw)) if isinstance(criterion, Images) else torch.linspace(0, len(raw) - 1, min(limit, len(raw))).long()
-    chosen = chosen[:limit]
+    count = min(limit, len(raw))
+    chosen = torch.arange(count) if isinstance(criterion, Images) else torch.linspace(0, len(raw) - 1, count).long()
     z0, x = tasks.prepare(raw[chosen])
     f, x = pin(model.cell, x, z0)
     if isinstance(criterion, Images):
@@ -157,7 +157,8 @@ def tuned_solvers(validation: HeldOut, budget: int) -> dict[str, Any]:
     }
     z0, x, _ = next(iter(validation.chunks()))
     return {
-        name: tune(grid, validation.f, z0, x, tolerances=(1e-2, 1e-3), max_nfe=budget)[0][0] for name, grid in grids.items()
+        name: tune(grid, validation.f, z0, x, tolerances=(1e-2, 1e-3), max_nfe=budget)[0][0]
+        for name, grid in grids.items()
     }
 
 
@@ -289,13 +290,14 @@ def token_rows(
     tokens, targets = text_windows(criterion.data, "test", criterion.length)
     held = held_out(model, criterion, "test", len(tokens))
     axis = 1 if model.cell.layout == "nct" else 2
-    rows = []
+    rows: list[Row] = []
     for window in windows:
         index = torch.tensor([window])
         z, x = gather(held.z0, index), gather(held.x, index)
         settled = torch.ones(criterion.length, dtype=torch.long)
         for k in range(1, budget + 1):
             image = held.f(z, x)
+            assert isinstance(image, Tensor) and isinstance(z, Tensor)
             residual = (image - z).norm(dim=axis) / image.norm(dim=axis)
             settled = torch.where(residual[0] > tolerance, k + 1, settled)
             z = image

@@ -16,14 +16,17 @@ from metabroyden.models.base import LanguageModel
 
 
 class Criterion(Protocol):
-    """A supervised problem.
+    """A supervised problem."""
 
-    Attributes:
-        metric: the name of the score; higher: whether more of it is better.
-    """
+    @property
+    def metric(self) -> str:
+        """The name of the score."""
+        ...
 
-    metric: str
-    higher: bool
+    @property
+    def higher(self) -> bool:
+        """Whether more of it is better."""
+        ...
 
     def steps(self, batch: int) -> int:
         """Losses in one epoch; ValueError where the batch is larger than the data."""

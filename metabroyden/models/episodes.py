@@ -58,8 +58,9 @@ def load_episodes(path: str | Path, **deq_options: Any) -> dict[int, Any]:
     """
     tensors, header = checkpoint.read(path, "episodes")
     models = {}
+    full = {name: v.float() if v.dtype == torch.half else v for name, v in tensors.items()}
     for epoch in header["epochs"]:
-        weights = {name: v.float() if v.dtype == torch.half else v for name, v in checkpoint.under(tensors, f"{epoch}/").items()}
+        weights = checkpoint.under(full, f"{epoch}/")
         models[epoch] = build_model(header, weights, path, **deq_options)
     return models
 

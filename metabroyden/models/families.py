@@ -9,7 +9,7 @@ from typing import Any
 from metabroyden.data.digits import load_digits
 from metabroyden.gradients import Implicit
 from metabroyden.models.conv import ConvClassifier, ConvClassifierConfig
-from metabroyden.models.criteria import Criterion, Images, NextToken, shift_and_mirror
+from metabroyden.models.criteria import Criterion, Images
 from metabroyden.models.fit import Training
 from metabroyden.solvers import Anderson
 
@@ -27,6 +27,8 @@ class Family:
         solver, backward, rtol, max_nfe: the DEQ's in training, and what is called converged afterwards.
         large: (config, training) for a GPU.
         twins: which networks are trained beside the DEQ.
+        splitting: whether the cell offers what operator splitting needs.
+        pictures: whether activations by depth are drawn.
     """
 
     model: type
@@ -41,6 +43,8 @@ class Family:
     rtol: float = 1e-3
     max_nfe: int = 40
     twins: tuple[str, ...] = ("unrolled", "explicit")
+    splitting: bool = False
+    pictures: bool = False
 
     def build(self, config: Any = None) -> Any:
         """The untrained model with the solver of training; most early solves end at the budget, which is enough there."""
