@@ -330,3 +330,12 @@ def quality_row(way: str, model: Any, criterion: Criterion, seconds: float) -> R
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": short(seconds),
     }
+
+
+def ngram_rows(data: Any, orders: Sequence[int] = (1, 2, 3, 4, 5, 6)) -> list[Row]:
+    """Bits per token of n-gram models of the training split, on the test split."""
+    rows = []
+    for order in orders:
+        model = NGram.fit(data.train.tokens, order, len(data.vocabulary))
+        rows.append({"row": "ngram", "order": order, "score": short(model.bits_per_token(data.test.tokens))})
+    return rows

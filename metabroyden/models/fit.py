@@ -18,9 +18,16 @@ from metabroyden.deq import DEQ
 from metabroyden.gradients import Unroll
 from metabroyden.models.conv import ConvClassifier, ConvClassifierConfig
 from metabroyden.models.criteria import Criterion, device_of
+from metabroyden.models.dense import DenseClassifier, DenseClassifierConfig
+from metabroyden.models.mlp import MLPClassifier, MLPClassifierConfig
+from metabroyden.models.twins import Twin, build_twin
 from metabroyden.training.jacobian import jacobian_penalty
 
-MODELS: dict[str, tuple[type, type]] = {ConvClassifier.kind: (ConvClassifier, ConvClassifierConfig)}
+MODELS: dict[str, tuple[type, type]] = {
+    ConvClassifier.kind: (ConvClassifier, ConvClassifierConfig),
+    DenseClassifier.kind: (DenseClassifier, DenseClassifierConfig),
+    MLPClassifier.kind: (MLPClassifier, MLPClassifierConfig),
+}
 """Models by kind, with their config types."""
 
 
@@ -180,16 +187,20 @@ class _Equilibria:
 
 
 def save_model(model: Any, path: str | Path, summary: dict[str, Any] | None = None) -> Path:
-    """Write a model of `MODELS` (weights and config, not its solver); `summary` is kept beside them."""
+    """Write a model of `MODELS`, or a twin of one (weights and config, not its solver); `summary` is kept beside them."""
     if getattr(model, "kind", None) not in MODELS:
         raise TypeError(f"save_model takes one of {sorted(MODELS)}, got {type(model).__name__}")
-    return checkpoint.write(
-        path, f"model/{model.kind}", model.state_dict(), {"config": model.describe(), "summary": summary or {}}
-    )
+    header = {"config": model.describe(), "summary": summary or {}}
+    if isinstance(model.deq, Twin):
+        header["twin"] = model.deq.describe()
+    return checkpoint.write(path, f"model/{model.kind}", model.state_dict(), header)
 
 
 def load_model(path: str | Path, **deq_options: Any) -> Any:
-    """The model in a file, in evaluation mode; `deq_options` go to its `DEQ` (solver, rtol, max_nfe, …)."""
+    """The model in a file, in evaluation mode; `deq_options` go to its `DEQ` (solver, rtol, max_nfe, …).
+
+    TypeError for options where the file holds a twin, which has no DEQ.
+    """
     tensors, header = checkpoint.read(path, "model")
     return build_model(header, tensors, path, **deq_options)
 
@@ -200,9 +211,13 @@ def build_model(header: dict[str, Any], tensors: dict[str, Tensor], path: str | 
     if kind not in MODELS:
         raise checkpoint.CheckpointError(f"{path} holds a model of unknown kind {kind!r}; known: {sorted(MODELS)}")
     cls, config_type = MODELS[kind]
+    twin = header.get("twin")
+    if twin is not None and deq_options:
+        raise TypeError(f"{path} holds a twin ({twin}), which takes no options of a DEQ; got {sorted(deq_options)}")
     try:
-        model = cls(config_type(**header["config"]), **deq_options)
-    except (KeyError, TypeError) as error:
+        config = config_type(**header["config"])
+        model = cls(config, **deq_options) if twin is None else build_twin(cls, config, twin)
+    except (KeyError, TypeError, ValueError) as error:
         raise checkpoint.CheckpointError(f"{path}: its description is damaged: {error!r}") from error
     checkpoint.load_weights(model, tensors, path)
     return model.eval()
