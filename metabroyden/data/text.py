@@ -47,7 +47,8 @@ class TextSplit:
 
         Raises ValueError where the split is too short for one segment.
         """
-        segments = _positive(batch=batch, length=length) and (len(self.tokens) - 1) // batch // length
+        _positive(batch=batch, length=length)
+        segments = (len(self.tokens) - 1) // batch // length
         if segments < 1:
             raise ValueError(
                 f"{batch} streams of {length} tokens need {batch * length + 1}, the split has {len(self.tokens)}"
@@ -61,7 +62,8 @@ class TextSplit:
 
         The same state of the generator (on the CPU) gives the same streams. Raises ValueError where the split is too short.
         """
-        reach = _positive(batch=batch, length=length, segments=segments) and segments * length
+        _positive(batch=batch, length=length, segments=segments)
+        reach = segments * length
         places = len(self.tokens) - reach
         if places < 1:
             raise ValueError(
@@ -164,11 +166,10 @@ def split_works(
     return TextData(join(train), join(validation), join(test), vocabulary, unit)
 
 
-def _positive(**sizes: int) -> bool:
+def _positive(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
-    return True
 
 
 def _encode_characters(text: str, vocabulary: tuple[str, ...]) -> Tensor:
