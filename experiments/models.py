@@ -18,7 +18,7 @@ from metabroyden.evaluation import equilibria, models_report
 from metabroyden.evaluation.provenance import config_hash, plain, provenance, write_results
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.meta.progress import by_epoch, progress_bar
-from metabroyden.models import EpochEnd, Episodes, history, save_model, train
+from metabroyden.models import Episodes, EpochEnd, history, save_model, train
 from metabroyden.models.criteria import Criterion, NextToken
 from metabroyden.models.families import FAMILIES, Family, get_family
 from metabroyden.models.twins import explicit_twin, flow_twin, unrolled_twin
@@ -124,7 +124,9 @@ class _Job:
             model = train(build, self.criterion, training, path=self._at(way), device=self.device, report=report)
         model = model.cpu().requires_grad_(False)
         if way in (DEQ, REGULARISED):
-            save_model(model, self._at(way, "safetensors"), {"family": self.name, "way": way, "training": asdict(training)})
+            save_model(
+                model, self._at(way, "safetensors"), {"family": self.name, "way": way, "training": asdict(training)}
+            )
         return model
 
     def _measured(self, models: dict[str, Any]) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from torch import Tensor
 from metabroyden.deq import DEQ
 from metabroyden.evaluation.memory import LiveBytes
 from metabroyden.evaluation.metrics import short
+from metabroyden.evaluation.ngram import NGram
 from metabroyden.gradients.base import parts_of
 from metabroyden.meta.families import family_tasks, text_windows
 from metabroyden.models.criteria import Criterion, Images, NextToken
@@ -297,7 +298,8 @@ def token_rows(
         settled = torch.ones(criterion.length, dtype=torch.long)
         for k in range(1, budget + 1):
             image = held.f(z, x)
-            assert isinstance(image, Tensor) and isinstance(z, Tensor)
+            assert isinstance(image, Tensor)
+            assert isinstance(z, Tensor)
             residual = (image - z).norm(dim=axis) / image.norm(dim=axis)
             settled = torch.where(residual[0] > tolerance, k + 1, settled)
             z = image

@@ -6,18 +6,13 @@ from metabroyden.models.cells import CELLS, make_cell
 from metabroyden.models.compose import ComposedDEQ, PairCell, compose
 from metabroyden.models.conv import ConvCell, ConvClassifier, ConvClassifierConfig
 from metabroyden.models.convert import ConvertedNetwork, StackCell, to_deq
-<<<<<<< HEAD
 from metabroyden.models.criteria import Images, NextToken, accuracy, bits_per_token, shift_and_mirror
-from metabroyden.models.dense import DenseCell
+from metabroyden.models.dense import DenseCell, DenseClassifier, DenseClassifierConfig
 from metabroyden.models.episodes import Episodes, load_episodes
 from metabroyden.models.families import FAMILIES, Family, get_family
 from metabroyden.models.fit import EpochEnd, Training, history, load_model, save_model, train
-=======
-from metabroyden.models.dense import DenseCell, DenseClassifier, DenseClassifierConfig
-from metabroyden.models.fit import ClassifierTraining, accuracy, load_model, save_model, train_classifier
 from metabroyden.models.mlp import MLPClassifier, MLPClassifierConfig
 from metabroyden.models.twins import Flow, Stack, Unrolled, explicit_twin, flow_twin, unrolled_twin
->>>>>>> img
 
 __all__ = [
     "CELLS",
@@ -29,51 +24,36 @@ __all__ = [
     "ConvClassifierConfig",
     "ConvertedNetwork",
     "DenseCell",
-<<<<<<< HEAD
+    "DenseClassifier",
+    "DenseClassifierConfig",
     "Episodes",
     "EpochEnd",
     "EquilibriumModel",
     "Family",
-    "Images",
-    "LanguageModel",
-    "NextToken",
-=======
-    "DenseClassifier",
-    "DenseClassifierConfig",
-    "EquilibriumModel",
     "Flow",
+    "Images",
     "LanguageModel",
     "MLPClassifier",
     "MLPClassifierConfig",
->>>>>>> img
+    "NextToken",
     "PairCell",
     "Stack",
     "StackCell",
-<<<<<<< HEAD
     "Training",
-=======
     "Unrolled",
->>>>>>> img
     "accuracy",
     "bits_per_token",
     "compose",
-<<<<<<< HEAD
+    "explicit_twin",
+    "flow_twin",
     "get_family",
     "history",
     "load_episodes",
-=======
-    "explicit_twin",
-    "flow_twin",
->>>>>>> img
     "load_model",
     "make_cell",
     "save_model",
     "shift_and_mirror",
     "to_deq",
-<<<<<<< HEAD
     "train",
-=======
-    "train_classifier",
     "unrolled_twin",
->>>>>>> img
 ]
