@@ -8,6 +8,8 @@ from metabroyden.models.conv import ConvCell, ConvClassifier, ConvClassifierConf
 from metabroyden.models.convert import ConvertedNetwork, StackCell, to_deq
 from metabroyden.models.dense import DenseCell
 from metabroyden.models.fit import ClassifierTraining, accuracy, load_model, save_model, train_classifier
+from metabroyden.models.transformer import DEQTransformer, DEQTransformerConfig, TransformerCell
+from metabroyden.models.trellisnet import TrellisCell, TrellisNet, TrellisNetConfig
 
 __all__ = [
     "CELLS",
@@ -18,11 +20,17 @@ __all__ = [
     "ConvClassifier",
     "ConvClassifierConfig",
     "ConvertedNetwork",
+    "DEQTransformer",
+    "DEQTransformerConfig",
     "DenseCell",
     "EquilibriumModel",
     "LanguageModel",
     "PairCell",
     "StackCell",
+    "TransformerCell",
+    "TrellisCell",
+    "TrellisNet",
+    "TrellisNetConfig",
     "accuracy",
     "compose",
     "load_model",

@@ -15,8 +15,14 @@ from torch import Tensor, nn
 from metabroyden import checkpoint
 from metabroyden.data.images import ImageData, ImageSplit, shift
 from metabroyden.models.conv import ConvClassifier, ConvClassifierConfig
+from metabroyden.models.transformer import DEQTransformer, DEQTransformerConfig
+from metabroyden.models.trellisnet import TrellisNet, TrellisNetConfig
 
-MODELS: dict[str, tuple[type, type]] = {ConvClassifier.kind: (ConvClassifier, ConvClassifierConfig)}
+MODELS: dict[str, tuple[type, type]] = {
+    ConvClassifier.kind: (ConvClassifier, ConvClassifierConfig),
+    DEQTransformer.kind: (DEQTransformer, DEQTransformerConfig),
+    TrellisNet.kind: (TrellisNet, TrellisNetConfig),
+}
 """Models by kind, with their config types."""
 
 
