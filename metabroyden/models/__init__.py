@@ -12,6 +12,8 @@ from metabroyden.models.episodes import Episodes, load_episodes
 from metabroyden.models.families import FAMILIES, Family, get_family
 from metabroyden.models.fit import EpochEnd, Training, history, load_model, save_model, train
 from metabroyden.models.mlp import MLPClassifier, MLPClassifierConfig
+from metabroyden.models.transformer import DEQTransformer, DEQTransformerConfig, TransformerCell
+from metabroyden.models.trellisnet import TrellisCell, TrellisNet, TrellisNetConfig
 from metabroyden.models.twins import Flow, Stack, Unrolled, explicit_twin, flow_twin, unrolled_twin
 
 __all__ = [
@@ -23,6 +25,8 @@ __all__ = [
     "ConvClassifier",
     "ConvClassifierConfig",
     "ConvertedNetwork",
+    "DEQTransformer",
+    "DEQTransformerConfig",
     "DenseCell",
     "DenseClassifier",
     "DenseClassifierConfig",
@@ -40,6 +44,10 @@ __all__ = [
     "Stack",
     "StackCell",
     "Training",
+    "TransformerCell",
+    "TrellisCell",
+    "TrellisNet",
+    "TrellisNetConfig",
     "Unrolled",
     "accuracy",
     "bits_per_token",

@@ -11,6 +11,8 @@ from torch import nn
 from metabroyden.models.causal import CausalCell
 from metabroyden.models.conv import ConvCell
 from metabroyden.models.dense import DenseCell
+from metabroyden.models.transformer import TransformerCell
+from metabroyden.models.trellisnet import TrellisCell
 
 
 class Example(NamedTuple):
@@ -27,6 +29,8 @@ CELLS: dict[str, Example] = {
     "dense": Example(lambda: DenseCell(12), (12,)),
     "conv": Example(lambda: ConvCell(4, 6, 2), (4, 3, 4)),
     "causal": Example(lambda: CausalCell(6, 5), (6, 7)),
+    "trellisnet": Example(lambda: TrellisCell(4, 2), ((16, 6), (8, 2))),
+    "transformer": Example(lambda: TransformerCell(8, 2, 10), ((5, 24), (3, 8))),
 }
 """Small examples of the cells, by name."""
 

@@ -20,6 +20,8 @@ from metabroyden.models.conv import ConvClassifier, ConvClassifierConfig
 from metabroyden.models.criteria import Criterion, device_of
 from metabroyden.models.dense import DenseClassifier, DenseClassifierConfig
 from metabroyden.models.mlp import MLPClassifier, MLPClassifierConfig
+from metabroyden.models.transformer import DEQTransformer, DEQTransformerConfig
+from metabroyden.models.trellisnet import TrellisNet, TrellisNetConfig
 from metabroyden.models.twins import Twin, build_twin
 from metabroyden.training.jacobian import jacobian_penalty
 
@@ -27,6 +29,8 @@ MODELS: dict[str, tuple[type, type]] = {
     ConvClassifier.kind: (ConvClassifier, ConvClassifierConfig),
     DenseClassifier.kind: (DenseClassifier, DenseClassifierConfig),
     MLPClassifier.kind: (MLPClassifier, MLPClassifierConfig),
+    DEQTransformer.kind: (DEQTransformer, DEQTransformerConfig),
+    TrellisNet.kind: (TrellisNet, TrellisNetConfig),
 }
 """Models by kind, with their config types."""
 

@@ -1,0 +1,237 @@
+"""Sequence cells and language models: what they compute, that nothing looks ahead, what memory does."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from torch import nn
+
+import metabroyden as mb
+from metabroyden.models import (
+    DEQTransformer,
+    DEQTransformerConfig,
+    TransformerCell,
+    TrellisCell,
+    TrellisNet,
+    TrellisNetConfig,
+    load_model,
+    save_model,
+)
+from metabroyden.models.transformer import shifted, sinusoids
+
+TOKENS, SEGMENT = 11, 9
+
+
+def trellisnet(stem: str = "conv", dilation: int = 2) -> TrellisNet:
+    config = TrellisNetConfig(TOKENS, channels=6, dilation=dilation, embedding=5, stem=stem)
+    return settled(TrellisNet(config, **TIGHT))
+
+
+def transformer(stem: str = "conv") -> DEQTransformer:
+    config = DEQTransformerConfig(TOKENS, width=8, heads=2, inner=10, memory=5, embedding=5, stem=stem)
+    return settled(DEQTransformer(config, **TIGHT))
+
+
+def settled(model: nn.Module) -> nn.Module:
+    return model.double().eval()
+
+
+TIGHT = {"solver": mb.Anderson(memory=8), "rtol": 1e-13, "max_nfe": 2000}
+MODELS = {"trellisnet": trellisnet, "transformer": transformer}
+
+
+def tokens(batch: int = 3, length: int = SEGMENT) -> torch.Tensor:
+    return torch.randint(TOKENS, (batch, length))
+
+
+def equilibrium(model, inputs: torch.Tensor, memory: torch.Tensor | None = None) -> torch.Tensor:
+    with torch.no_grad():
+        z = model.deq(model.inject(inputs, memory))
+    assert float(model.deq.last_solution.residual.max()) < 1e-12
+    return z
+
+
+def test_the_trellis_cell_is_what_its_docstring_says():
+    cell = TrellisCell(3, dilation=2).double()
+    z, x, memory = torch.randn(2, 6, 5).double(), torch.randn(2, 12, 5).double(), torch.randn(2, 6, 2).double()
+    found = cell(z, (x, memory))
+    w = cell.conv.weight
+    for b in range(2):
+        for t in range(5):
+            before = z[b, :, t - 2] if t >= 2 else memory[b, :, t]
+            a = w[:, :, 0] @ before[3:] + w[:, :, 1] @ z[b, 3:, t] + x[b, :, t]
+            i, f, g, o = a[:3], a[3:6], a[6:9], a[9:]
+            c = torch.sigmoid(f) * before[:3] + torch.sigmoid(i) * torch.tanh(g)
+            h = torch.sigmoid(o) * torch.tanh(c)
+            torch.testing.assert_close(found[b, :, t], torch.cat([c, h]))
+
+
+def test_the_transformer_cell_is_what_its_docstring_says():
+    cell = TransformerCell(6, 3, 7).double()
+    z, x, memory = torch.randn(2, 4, 6).double(), torch.randn(2, 4, 18).double(), torch.randn(2, 3, 6).double()
+    for norm in (cell.norm1, cell.norm2):
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    found = cell(z, (x, memory))
+    rate = torch.tensor([1.0, 10000 ** (-2 / 6), 10000 ** (-4 / 6)]).double()
+    u, v = cell.content_bias, cell.position_bias
+    for b in range(2):
+        past = [cell.qkv.weight @ m for m in memory[b]]
+        now = [cell.qkv.weight @ z[b, t] + x[b, t] for t in range(4)]
+        keys, values = [a[6:12] for a in past + now], [a[12:] for a in past + now]
+        for t in range(4):
+            heard, i = [], 3 + t
+            for part in (slice(0, 2), slice(2, 4), slice(4, 6)):
+                scores = []
+                for j in range(i + 1):
+                    angle = (i - j) * rate
+                    r = cell.position.weight @ torch.cat([angle.sin(), angle.cos()])
+                    q = now[t][:6]
+                    score = (q + u)[part] @ keys[j][part] + (q + v)[part] @ r[part]
+                    scores.append(score / math.sqrt(2))
+                weights = torch.stack(scores).softmax(0)
+                heard.append(sum(weight * values[j][part] for j, weight in enumerate(weights)))
+            y = cell.norm1(z[b, t] + cell.out(torch.cat(heard)))
+            wanted = cell.norm2(y + cell.ff2(nn.functional.gelu(cell.ff1(y))))
+            torch.testing.assert_close(found[b, t], wanted)
+
+
+def test_the_relative_shift_brings_every_distance_to_its_key():
+    queries, length = 4, 7
+    by_distance = torch.arange(length - 1, -1, -1.0).expand(2, queries, length)  # the score is the distance itself
+    by_key = shifted(by_distance)
+    for i in range(queries):
+        position = length - queries + i
+        for j in range(position + 1):
+            assert by_key[0, i, j] == position - j
+    assert torch.equal(sinusoids(length, 4, like=by_key)[-1], torch.tensor([0.0, 0, 1, 1]))
+    torch.testing.assert_close(sinusoids(length, 4, like=by_key)[0, 2], torch.tensor(6.0).cos())
+
+
+@pytest.mark.parametrize("stem", ["linear", "conv"])
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_looks_ahead_in_one_evaluation_or_at_the_equilibrium(name, stem):
+    model = MODELS[name](stem)
+    inputs = tokens()
+    memory = model.remember(equilibrium(model, tokens()))
+    logits = model.classify(equilibrium(model, inputs, memory))
+    context = model.inject(inputs, memory)
+    z = torch.randn_like(model.cell.initial_state(context))
+    time = 2 if model.cell.layout == "nct" else 1
+    for position in (0, 1, 4, SEGMENT - 1):
+        later = inputs.clone()
+        later[:, position:] = (later[:, position:] + 1) % TOKENS
+        z_later = z.clone()
+        z_later.narrow(time, position, SEGMENT - position).normal_()
+        before, after = model.cell(z, context), model.cell(z_later, model.inject(later, memory))
+        kept = position * before.shape[3 - time]  # of both, token by token
+        before, after = (v.movedim(time, 1).flatten(1) for v in (before, after))
+        torch.testing.assert_close(after[:, :kept], before[:, :kept], rtol=0, atol=1e-12)
+        changed = model.classify(equilibrium(model, later, memory))
+        torch.testing.assert_close(changed[:, :position], logits[:, :position], rtol=0, atol=1e-9)
+        assert (changed[:, position] - logits[:, position]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_segment_influences_the_next_through_memory_alone(name):
+    model = MODELS[name]()
+    first, second = tokens(), tokens()
+    z = equilibrium(model, first)
+    memory = model.remember(z)
+    alone, after = equilibrium(model, second), equilibrium(model, second, memory)
+    assert (after - alone).abs().amax(dim=(1, 2)).min() > 1e-4
+    torch.testing.assert_close(equilibrium(model, second, torch.zeros_like(memory)), alone, rtol=0, atol=0)
+    _, kept = model.inject(second, memory)
+    assert torch.equal(kept, memory)
+    assert not model.remember(z.requires_grad_()).requires_grad
+    other = model.remember(equilibrium(model, first[:1]))  # a sample alone: the rest of a batch tells nothing
+    torch.testing.assert_close(equilibrium(model, second[:1], other), after[:1], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("dilation", [1, 2, 3])
+def test_trellisnets_segments_end_to_end_have_the_equilibrium_of_the_whole(dilation):
+    model = trellisnet("linear", dilation)  # the convolution of the other stem begins anew in each segment
+    inputs = tokens(length=2 * SEGMENT)
+    whole = equilibrium(model, inputs)
+    memory, pieces = None, []
+    for segment in inputs.split([2, SEGMENT, SEGMENT - 2], dim=1):
+        pieces.append(equilibrium(model, segment, memory))
+        memory = model.remember(pieces[-1], memory)
+    torch.testing.assert_close(torch.cat(pieces, dim=2), whole, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_memory_is_the_last_tokens_there_are_of_this_segment_and_those_before(name):
+    model = MODELS[name]()
+    time = 2 if model.cell.layout == "nct" else 1
+    size = model.inject(tokens())[1].shape[time]
+    z = torch.randn_like(model.cell.initial_state(model.inject(tokens(length=8))))
+    memory = None
+    for piece in z.split([1, 3, 4], dim=time):
+        memory = model.remember(piece, memory)
+        assert memory.shape[time] == size
+    torch.testing.assert_close(memory, z.narrow(time, 8 - size, size), rtol=0, atol=0)
+    early = model.remember(z.narrow(time, 0, 1))
+    assert float(early.narrow(time, 0, size - 1).abs().max()) == 0
+    assert torch.equal(early.narrow(time, size - 1, 1), z.narrow(time, 0, 1))
+
+
+def test_the_transformer_may_have_no_memory():
+    model = settled(DEQTransformer(replace(transformer().config, memory=0), **TIGHT))
+    first, second = tokens(), tokens()
+    memory = model.remember(equilibrium(model, first))
+    assert memory.shape == (3, 0, 8)
+    assert torch.equal(equilibrium(model, second, memory), equilibrium(model, second))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_reach_every_parameter_through_the_equilibrium(name):
+    model = MODELS[name]()
+    model.deq.backward_mode = mb.Implicit(rtol=1e-9, max_nfe=300)
+    inputs = tokens()
+    memory = model.remember(equilibrium(model, tokens()))
+    logits = model(inputs, memory)
+    assert logits.shape == (3, SEGMENT, TOKENS) and logits.dtype == torch.float64
+    nn.functional.cross_entropy(logits.flatten(0, 1), tokens().flatten()).backward()
+    for parameter in model.parameters():
+        assert float(parameter.grad.abs().max()) > 1e-8
+
+
+@pytest.mark.parametrize("stem", ["linear", "conv"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_stored_model_comes_back(name, stem, tmp_path):
+    model = MODELS[name](stem).float()
+    again = load_model(save_model(model, tmp_path / "model.safetensors"), **TIGHT)
+    assert again.config == model.config and type(again) is type(model)
+    inputs = tokens()
+    again.deq.rtol = model.deq.rtol = 1e-4
+    torch.testing.assert_close(again(inputs), model(inputs), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_narrowed_model_has_another_state_and_all_else_the_same(name):
+    config = MODELS[name]().config
+    sizes = {"trellisnet": {"channels": 4}, "transformer": {"width": 4, "inner": 5}}[name]
+    narrow = config.narrowed(4)
+    assert asdict(narrow) == {**asdict(config), **sizes}
+    model = type(MODELS[name]())(narrow, warn=False)
+    assert model(tokens()).shape == (3, SEGMENT, TOKENS)
+
+
+def test_a_narrowed_width_is_rounded_up_to_whole_even_heads():
+    config = DEQTransformerConfig(width=96, heads=6, inner=192)
+    assert (config.narrowed(50).width, config.narrowed(50).inner) == (54, 108)
+    assert config.narrowed(96) == config
+
+
+def test_bad_sizes_are_refused():
+    with pytest.raises(ValueError, match="must be at least 1, got 4 and 0"):
+        TrellisCell(4, 0)
+    for width, heads in ((9, 3), (8, 3)):
+        with pytest.raises(ValueError, match=f"even and divided by heads, got {width} and {heads}"):
+            TransformerCell(width, heads)
+    with pytest.raises(ValueError, match="stem must be one of .'linear', 'conv'., got 'convolution'"):
+        TrellisNet(TrellisNetConfig(stem="convolution"))
