@@ -194,7 +194,8 @@ def test_gradients_reach_every_parameter_through_the_equilibrium(name):
     inputs = tokens()
     memory = model.remember(equilibrium(model, tokens()))
     logits = model(inputs, memory)
-    assert logits.shape == (3, SEGMENT, TOKENS) and logits.dtype == torch.float64
+    assert logits.shape == (3, SEGMENT, TOKENS)
+    assert logits.dtype == torch.float64
     nn.functional.cross_entropy(logits.flatten(0, 1), tokens().flatten()).backward()
     for parameter in model.parameters():
         assert float(parameter.grad.abs().max()) > 1e-8
@@ -205,7 +206,8 @@ def test_gradients_reach_every_parameter_through_the_equilibrium(name):
 def test_a_stored_model_comes_back(name, stem, tmp_path):
     model = MODELS[name](stem).float()
     again = load_model(save_model(model, tmp_path / "model.safetensors"), **TIGHT)
-    assert again.config == model.config and type(again) is type(model)
+    assert again.config == model.config
+    assert type(again) is type(model)
     inputs = tokens()
     again.deq.rtol = model.deq.rtol = 1e-4
     torch.testing.assert_close(again(inputs), model(inputs), rtol=0, atol=0)

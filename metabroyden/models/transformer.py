@@ -144,6 +144,6 @@ class DEQTransformer(LanguageModel):
         # from the front, since a memory of no tokens is one too
         return torch.cat([memory, z], dim=1)[:, z.shape[1] :].detach()
 
-    def classify(self, z: Tensor) -> Tensor:
+    def classify(self, z: Any) -> Tensor:
         """Logits of a state."""
         return self.head(z)
