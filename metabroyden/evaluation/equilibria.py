@@ -32,7 +32,7 @@ from metabroyden.meta.families import family_tasks, text_windows
 from metabroyden.models.criteria import Criterion, Images, NextToken
 from metabroyden.solution import State, relative_residual
 from metabroyden.solve import solve
-from metabroyden.solvers import Anderson, Broyden, Picard
+from metabroyden.solvers import Anderson, Broyden, ForwardBackward, PeacemanRachford, Picard
 from metabroyden.solvers.tuning import tune
 from metabroyden.state import Packing, gather
 from metabroyden.training.pin import pin
@@ -341,3 +341,12 @@ def ngram_rows(data: Any, orders: Sequence[int] = (1, 2, 3, 4, 5, 6)) -> list[Ro
         model = NGram.fit(data.train.tokens, order, len(data.vocabulary))
         rows.append({"row": "ngram", "order": order, "score": short(model.bits_per_token(data.test.tokens))})
     return rows
+
+
+def splitting_solvers(validation: HeldOut, budget: int) -> dict[str, Any]:
+    """Forward–backward and Peaceman–Rachford with α tuned on validation problems; the cell must offer its parts."""
+    z0, x, _ = next(iter(validation.chunks()))
+    return {
+        "forward-backward": ForwardBackward.tuned(validation.f, z0, x, max_nfe=budget),
+        "Peaceman-Rachford": PeacemanRachford.tuned(validation.f, z0, x, max_nfe=budget),
+    }
