@@ -145,8 +145,8 @@ class Problem:
         """g = f(z) − z at z (R, n) where f(z) follows from parts already counted: written down, at no evaluation."""
         if self.live_index is None:
             return self._ledger.record(z, fz, self.live_rows)
-        points = (tensor.index_select(0, self.live_index) for tensor in (z, fz))
-        return torch.zeros_like(z).index_copy(0, self.live_index, self._ledger.record(*points, self.live_rows))
+        point, image = z.index_select(0, self.live_index), fz.index_select(0, self.live_index)
+        return torch.zeros_like(z).index_copy(0, self.live_index, self._ledger.record(point, image, self.live_rows))
 
     def _chosen(self, among: np.ndarray | None) -> tuple[Rows, Tensor | None]:
         """The rows to evaluate and their positions on the device; None: all of them."""

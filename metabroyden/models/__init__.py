@@ -8,6 +8,8 @@ from metabroyden.models.conv import ConvCell, ConvClassifier, ConvClassifierConf
 from metabroyden.models.convert import ConvertedNetwork, StackCell, to_deq
 from metabroyden.models.dense import DenseCell
 from metabroyden.models.fit import ClassifierTraining, accuracy, load_model, save_model, train_classifier
+from metabroyden.models.monotone import MonotoneCell, MonotoneConv, MonotoneDense, MonotoneMultiTier
+from metabroyden.models.monotone_classifier import MonotoneClassifier, MonotoneClassifierConfig
 
 __all__ = [
     "CELLS",
@@ -21,6 +23,12 @@ __all__ = [
     "DenseCell",
     "EquilibriumModel",
     "LanguageModel",
+    "MonotoneCell",
+    "MonotoneClassifier",
+    "MonotoneClassifierConfig",
+    "MonotoneConv",
+    "MonotoneDense",
+    "MonotoneMultiTier",
     "PairCell",
     "StackCell",
     "accuracy",

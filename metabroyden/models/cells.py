@@ -11,6 +11,7 @@ from torch import nn
 from metabroyden.models.causal import CausalCell
 from metabroyden.models.conv import ConvCell
 from metabroyden.models.dense import DenseCell
+from metabroyden.models.monotone import MonotoneConv, MonotoneDense, MonotoneMultiTier
 
 
 class Example(NamedTuple):
@@ -27,6 +28,9 @@ CELLS: dict[str, Example] = {
     "dense": Example(lambda: DenseCell(12), (12,)),
     "conv": Example(lambda: ConvCell(4, 6, 2), (4, 3, 4)),
     "causal": Example(lambda: CausalCell(6, 5), (6, 7)),
+    "monotone dense": Example(lambda: MonotoneDense(12), (12,)),
+    "monotone conv": Example(lambda: MonotoneConv(3, 4), (3, 4, 4)),
+    "monotone multi-tier": Example(lambda: MonotoneMultiTier((2, 3), 4), ((2, 4, 4), (3, 2, 2))),
 }
 """Small examples of the cells, by name."""
 

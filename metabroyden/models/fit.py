@@ -15,8 +15,12 @@ from torch import Tensor, nn
 from metabroyden import checkpoint
 from metabroyden.data.images import ImageData, ImageSplit, shift
 from metabroyden.models.conv import ConvClassifier, ConvClassifierConfig
+from metabroyden.models.monotone_classifier import MonotoneClassifier, MonotoneClassifierConfig
 
-MODELS: dict[str, tuple[type, type]] = {ConvClassifier.kind: (ConvClassifier, ConvClassifierConfig)}
+MODELS: dict[str, tuple[type, type]] = {
+    ConvClassifier.kind: (ConvClassifier, ConvClassifierConfig),
+    MonotoneClassifier.kind: (MonotoneClassifier, MonotoneClassifierConfig),
+}
 """Models by kind, with their config types."""
 
 

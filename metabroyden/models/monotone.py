@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -145,8 +146,8 @@ class MonotoneMultiTier(MonotoneCell):
         within = [_initial(count, count, 3, 3, fan_in=9 * count) for count in channels]
         self.a = nn.ParameterList(within)
         self.b = nn.ParameterList([_initial(*kernel.shape, fan_in=9 * len(kernel)) for kernel in within])
-        pairs = zip(channels, channels[1:], strict=False)
-        self.d = nn.ParameterList([_initial(fine_to, fine, 3, 3, fan_in=9 * fine) for fine, fine_to in pairs])
+        between = [_initial(coarse, fine, 3, 3, fan_in=9 * fine) for fine, coarse in pairwise(channels)]
+        self.d = nn.ParameterList(between)
 
     def initial_state(self, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Zeros like the injection."""
