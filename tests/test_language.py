@@ -235,5 +235,5 @@ def test_bad_sizes_are_refused():
     for width, heads in ((9, 3), (8, 3)):
         with pytest.raises(ValueError, match=f"even and divided by heads, got {width} and {heads}"):
             TransformerCell(width, heads)
-    with pytest.raises(ValueError, match="stem must be one of .'linear', 'conv'., got 'convolution'"):
+    with pytest.raises(ValueError, match=r"stem must be one of .'linear', 'conv'., got 'convolution'"):
         TrellisNet(TrellisNetConfig(stem="convolution"))

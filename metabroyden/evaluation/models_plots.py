@@ -114,7 +114,9 @@ def tokens(results: FamilyResults, path: Path) -> Path:
             x = number % _LINE
             axes.add_patch(plt.Rectangle((x, -y - 0.5), 1, 0.95, color=shades(share), linewidth=0))
             shown = {"\n": "¶", " ": "␣"}.get(token, token)
-            axes.text(x + 0.5, -y, shown, ha="center", va="center", fontsize=7.5, color="white" if share < 0.55 else "black")
+            axes.text(
+                x + 0.5, -y, shown, ha="center", va="center", fontsize=7.5, color="white" if share < 0.55 else "black"
+            )
         y += 1.6
     axes.set(xlim=(0, _LINE), ylim=(-y + 0.5, 0.8))
     axes.axis("off")

@@ -12,6 +12,8 @@ from metabroyden.models.episodes import Episodes, load_episodes
 from metabroyden.models.families import FAMILIES, Family, get_family
 from metabroyden.models.fit import EpochEnd, Training, history, load_model, save_model, train
 from metabroyden.models.mlp import MLPClassifier, MLPClassifierConfig
+from metabroyden.models.monotone import MonotoneCell, MonotoneConv, MonotoneDense, MonotoneMultiTier
+from metabroyden.models.monotone_classifier import MonotoneClassifier, MonotoneClassifierConfig
 from metabroyden.models.transformer import DEQTransformer, DEQTransformerConfig, TransformerCell
 from metabroyden.models.trellisnet import TrellisCell, TrellisNet, TrellisNetConfig
 from metabroyden.models.twins import Flow, Stack, Unrolled, explicit_twin, flow_twin, unrolled_twin
@@ -39,6 +41,12 @@ __all__ = [
     "LanguageModel",
     "MLPClassifier",
     "MLPClassifierConfig",
+    "MonotoneCell",
+    "MonotoneClassifier",
+    "MonotoneClassifierConfig",
+    "MonotoneConv",
+    "MonotoneDense",
+    "MonotoneMultiTier",
     "NextToken",
     "PairCell",
     "Stack",

@@ -11,6 +11,7 @@ from torch import nn
 from metabroyden.models.causal import CausalCell
 from metabroyden.models.conv import ConvCell
 from metabroyden.models.dense import DenseCell
+from metabroyden.models.monotone import MonotoneConv, MonotoneDense, MonotoneMultiTier
 from metabroyden.models.transformer import TransformerCell
 from metabroyden.models.trellisnet import TrellisCell
 
@@ -31,6 +32,9 @@ CELLS: dict[str, Example] = {
     "causal": Example(lambda: CausalCell(6, 5), (6, 7)),
     "trellisnet": Example(lambda: TrellisCell(4, 2), ((16, 6), (8, 2))),
     "transformer": Example(lambda: TransformerCell(8, 2, 10), ((5, 24), (3, 8))),
+    "monotone dense": Example(lambda: MonotoneDense(12), (12,)),
+    "monotone conv": Example(lambda: MonotoneConv(3, 4), (3, 4, 4)),
+    "monotone multi-tier": Example(lambda: MonotoneMultiTier((2, 3), 4), ((2, 4, 4), (3, 2, 2))),
 }
 """Small examples of the cells, by name."""
 

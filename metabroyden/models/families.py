@@ -7,11 +7,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from metabroyden.data.digits import load_digits
+from metabroyden.data.fashion_mnist import load_fashion_mnist
+from metabroyden.data.shakespeare import load_shakespeare
 from metabroyden.gradients import Implicit
 from metabroyden.models.conv import ConvClassifier, ConvClassifierConfig
-from metabroyden.models.criteria import Criterion, Images
+from metabroyden.models.convert import Substitution
+from metabroyden.models.criteria import Criterion, Images, NextToken, shift_and_mirror
+from metabroyden.models.dense import DenseClassifier, DenseClassifierConfig
 from metabroyden.models.fit import Training
-from metabroyden.solvers import Anderson
+from metabroyden.models.mlp import MLPClassifier, MLPClassifierConfig
+from metabroyden.models.monotone_classifier import MonotoneClassifier, MonotoneClassifierConfig
+from metabroyden.solvers import Anderson, PeacemanRachford
 
 
 @dataclass(frozen=True)
@@ -63,15 +69,67 @@ def _digits() -> Criterion:
     return Images(load_digits())
 
 
+def _fashion() -> Criterion:
+    return Images(load_fashion_mnist(limit=20_000), augment=shift_and_mirror)
+
+
+def _fashion_small() -> Criterion:
+    return Images(load_fashion_mnist(limit=20_000, side=14), augment=shift_and_mirror)
+
+
+def _characters() -> Criterion:
+    return NextToken(load_shakespeare(), length=64, segments=100)
+
+
+def _words() -> Criterion:
+    return NextToken(load_shakespeare("word"), length=32, segments=100)
+
+
+def _monotone(structure: str, width: int, large: int) -> Family:
+    config = MonotoneClassifierConfig(structure=structure, width=width)
+    return Family(
+        MonotoneClassifier,
+        config,
+        _digits,
+        Training(epochs=24, pretrain=0),
+        (replace(config, width=large), Training(epochs=60, batch=256)),
+        solver=PeacemanRachford(alpha=1.0),
+        twins=_IMAGE_TWINS,
+        splitting=True,
+    )
+
+
 FAMILIES: dict[str, Family] = {
+    "dense-digits": Family(
+        DenseClassifier,
+        DenseClassifierConfig(n=64),
+        _digits,
+        Training(epochs=40, pretrain=20),
+        (DenseClassifierConfig(n=256), Training(epochs=60, batch=256)),
+        twins=_IMAGE_TWINS,
+    ),
+    "mlp-digits": Family(
+        MLPClassifier,
+        MLPClassifierConfig(),
+        _digits,
+        Training(epochs=40),
+        (MLPClassifierConfig(hidden=256), Training(epochs=60, batch=256)),
+        jacobian=0.0,
+        solver=Substitution(),
+        rtol=0.0,
+        twins=(),
+    ),
     "conv-digits": Family(
         ConvClassifier,
         ConvClassifierConfig(),
         _digits,
-        Training(epochs=16, pretrain=8),
+        Training(epochs=24, pretrain=12),
         (ConvClassifierConfig(channels=64, inner=128), Training(epochs=60, batch=256)),
         twins=_IMAGE_TWINS,
     ),
+    "monotone-dense-digits": _monotone("dense", 87, 256),
+    "monotone-conv-digits": _monotone("conv", 16, 64),
+    "monotone-multitier-digits": _monotone("multi-tier", 8, 32),
 }
 """The families by name."""
 

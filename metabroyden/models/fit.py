@@ -20,6 +20,7 @@ from metabroyden.models.conv import ConvClassifier, ConvClassifierConfig
 from metabroyden.models.criteria import Criterion, device_of
 from metabroyden.models.dense import DenseClassifier, DenseClassifierConfig
 from metabroyden.models.mlp import MLPClassifier, MLPClassifierConfig
+from metabroyden.models.monotone_classifier import MonotoneClassifier, MonotoneClassifierConfig
 from metabroyden.models.transformer import DEQTransformer, DEQTransformerConfig
 from metabroyden.models.trellisnet import TrellisNet, TrellisNetConfig
 from metabroyden.models.twins import Twin, build_twin
@@ -29,8 +30,9 @@ MODELS: dict[str, tuple[type, type]] = {
     ConvClassifier.kind: (ConvClassifier, ConvClassifierConfig),
     DenseClassifier.kind: (DenseClassifier, DenseClassifierConfig),
     MLPClassifier.kind: (MLPClassifier, MLPClassifierConfig),
-    DEQTransformer.kind: (DEQTransformer, DEQTransformerConfig),
+    MonotoneClassifier.kind: (MonotoneClassifier, MonotoneClassifierConfig),
     TrellisNet.kind: (TrellisNet, TrellisNetConfig),
+    DEQTransformer.kind: (DEQTransformer, DEQTransformerConfig),
 }
 """Models by kind, with their config types."""
 
