@@ -160,7 +160,7 @@ class _Job:
                 rows += equilibria.part_rows(DEQ, parts[DEQ])
             tick("pictures")
             if isinstance(criterion, NextToken):
-                rows += equilibria.token_rows(DEQ, models[DEQ], criterion, windows=(7, 31, 100))
+                rows += equilibria.token_rows(DEQ, models[DEQ], criterion)
                 rows += equilibria.ngram_rows(criterion.data)
             tick("tokens")
             for model in models.values():

@@ -281,18 +281,18 @@ def part_rows(way: str, held: HeldOut, *, depths: int = 30) -> list[Row]:
 
 @torch.no_grad()
 def token_rows(
-    way: str, model: Any, criterion: NextToken, *, windows: Sequence[int], tolerance: float = 1e-2, budget: int = 100
+    way: str, model: Any, criterion: NextToken, *, passages: int = 3, tolerance: float = 1e-2, budget: int = 100
 ) -> list[Row]:
-    """For each token of held-out passages, the plain iterations until its own residual stays below the tolerance.
+    """For each token of some held-out passages, evenly spaced, how many plain iterations it takes to settle.
 
-    A token's residual is ‖f(z)ₜ − zₜ‖ / ‖f(z)ₜ‖ over its channels; the budget where it never settles. `bits` is what the
-    converged model pays for the token that follows.
+    Settled: its own residual ‖f(z)ₜ − zₜ‖ / ‖f(z)ₜ‖, over its channels, stays below the tolerance; the budget where it never
+    does. `bits` is what the model pays there for the token that follows.
     """
     tokens, targets = text_windows(criterion.data, "test", criterion.length)
     held = held_out(model, criterion, "test", len(tokens))
     axis = 1 if model.cell.layout == "nct" else 2
     rows: list[Row] = []
-    for window in windows:
+    for window in torch.linspace(0, len(tokens) - 1, passages + 2).long()[1:-1].tolist():
         index = torch.tensor([window])
         z, x = gather(held.z0, index), gather(held.x, index)
         settled = torch.ones(criterion.length, dtype=torch.long)

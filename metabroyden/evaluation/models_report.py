@@ -117,20 +117,20 @@ def write(folder: Path) -> Path:
     families = [FamilyResults(path.parent) for path in sorted(folder.glob("*/rows.jsonl"))]
     sections = [
         "# Models on real data",
-        "One folder a family, each with its report, figures, checkpoint, weights along training, and rows. Models were chosen "
-        "by their score on validation data alone, before any solver was compared on them, and are frozen. Made by "
-        "`python -m experiments models --family NAME`, two cores.",
+        "One folder a family, each with its report, figures, checkpoint, weights along training, and rows. Models were "
+        "chosen by their score on validation data alone, before any solver was compared on them, and are frozen. Made by "
+        "`python -m experiments models --family NAME`.",
         "## Quality on held-out data",
-        "Unrolled: the same weight-tied network trained and evaluated at a fixed depth. Explicit: weights of its own in each "
-        "layer, as many parameters in all. Neural ODE: the flow z' = f(z, x) − z to time 1.",
+        "Unrolled: the same weight-tied network trained and evaluated at a fixed depth. Explicit: weights of its own in "
+        "each layer, as many parameters in all. Neural ODE: the flow z' = f(z, x) − z to time 1.",
         _quality_overview(families),
         "## How hard the equilibria are to find",
-        "Median evaluations to a relative residual (share of samples within the budget); the best classical solver, tuned ones "
-        f"included. Easy: fewer than {HARD} evaluations to 1e-2; such a family proves little about solvers.",
+        "Median evaluations to a relative residual (share of samples within the budget); the best classical solver, tuned "
+        f"ones included. Easy: fewer than {HARD} evaluations to 1e-2; such a family proves little about solvers.",
         _difficulty_overview(families),
         "## Real equilibria",
-        "The score at the last depth, the best score on the way there, and its lead with the standard error of that (paired, "
-        "over samples).",
+        "The score at the last depth, the best score on the way there, and its lead with the standard error of that "
+        "(paired, over samples).",
         _equilibrium_overview(families),
         "## Cost of a training step",
         _step_overview(families),
