@@ -242,8 +242,8 @@ class Ledger:
         method = method_of(self.f, name)
         if method is None:
             raise TypeError(f"this solver uses parts of f, and {type(self.f).__name__} has no method {name!r}")
-        if self.f_dtype is not None or getattr(self.f, "autocast", False):
-            raise ValueError("a solver that uses parts of f needs f in its own precision: no f_dtype, no autocast")
+        if getattr(self.f, "autocast", False):
+            raise ValueError("a solver that uses parts of f needs f in its own precision: no autocast")
         if self.context is None:
             raise ValueError("a solver that uses parts of f needs a context: f(z, context), not f(z)")
         return alike(self.f, method)

@@ -152,6 +152,8 @@ def check_options(
             f"{type(solver).__name__} needs a cell with the methods {', '.join(solver.parts)}, such as MonotoneDense; "
             f"{type(f).__name__} has no {', '.join(missing)}"
         )
+    if f_dtype is not None and getattr(solver, "parts", ()):
+        raise ValueError(f"{type(solver).__name__} uses parts of f, in its own precision: no f_dtype, got {f_dtype}")
     for name, value in (("rtol", rtol), ("atol", atol)):
         if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
             raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
