@@ -99,6 +99,6 @@ class TrellisNet(LanguageModel):
             memory = z.new_zeros(*z.shape[:2], self.config.dilation)
         return torch.cat([memory, z], dim=2)[:, :, -self.config.dilation :].detach()
 
-    def classify(self, z: Tensor) -> Tensor:
+    def classify(self, z: Any) -> Tensor:
         """Logits of a state."""
         return self.head(z[:, self.config.channels :].transpose(1, 2))
