@@ -24,15 +24,16 @@ from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.layout import Layout
 from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet
 from metabroyden.meta.fit import make_learned
-from metabroyden.meta.progress import progress_bar
+from metabroyden.meta.progress import by_epoch, progress_bar
 from metabroyden.models import (
-    ClassifierTraining,
     ConvClassifier,
     ConvClassifierConfig,
+    Images,
+    Training,
     accuracy,
     load_model,
     save_model,
-    train_classifier,
+    train,
 )
 from metabroyden.storage import atomic_write
 
@@ -125,9 +126,11 @@ def _trained_model(config: Digits, work: Path) -> Any:
         )
 
     data = load_digits()
-    training = ClassifierTraining(epochs=config.epochs, seed=config.seed)
+    training = Training(epochs=config.epochs, seed=config.seed)
     with progress_bar("training the DEQ", config.epochs, show=config.progress) as bar:
-        model = train_classifier(build, data, training, path=work / "model.training.safetensors", progress=bar)
+        model = train(
+            build, Images(data), training, path=work / "model.training.safetensors", report=by_epoch(bar, "accuracy")
+        )
     save_model(model, path, {"validation_accuracy": accuracy(model, data.validation), "training": asdict(training)})
     return model
 

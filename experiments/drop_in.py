@@ -23,8 +23,8 @@ from metabroyden.evaluation.benchmark import reference_equilibrium
 from metabroyden.evaluation.peers import available
 from metabroyden.evaluation.provenance import config_hash, plain, provenance, write_results
 from metabroyden.integrations.torchdeq import FixedPointMap, register
-from metabroyden.meta.progress import progress_bar
-from metabroyden.models import ClassifierTraining, accuracy, train_classifier
+from metabroyden.meta.progress import by_epoch, progress_bar
+from metabroyden.models import Images, Training, accuracy, train
 from metabroyden.models.conv import ConvCell
 from metabroyden.solvers.tuning import tune
 from metabroyden.storage import atomic_write
@@ -145,9 +145,11 @@ def _trained(config: DropIn, work: Path) -> Classifier:
         checkpoint.load_weights(model, checkpoint.read(path, "model")[0], path)
         return model
     data = load_digits()
-    training = ClassifierTraining(epochs=config.epochs, seed=config.seed)
+    training = Training(epochs=config.epochs, seed=config.seed)
     with progress_bar("training with torchdeq", config.epochs, show=config.progress) as bar:
-        model = train_classifier(build, data, training, path=work / "model.training.safetensors", progress=bar)
+        model = train(
+            build, Images(data), training, path=work / "model.training.safetensors", report=by_epoch(bar, "accuracy")
+        )
     header = {"training": asdict(training), "validation_accuracy": accuracy(model, data.validation)}
     checkpoint.write(path, "model/torchdeq-classifier", model.state_dict(), header)
     return model

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from experiments import alternate, digits, drop_in, gradients, memory, solvers
+from experiments import alternate, digits, drop_in, gradients, memory, models, solvers
 
 EXPERIMENTS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "digits": (digits.Digits, digits.run),
+    "models": (models.Models, models.run),
     "solvers": (solvers.Solvers, solvers.run),
     "gradients": (gradients.Gradients, gradients.run),
     "memory": (memory.Memory, memory.run),

@@ -15,7 +15,17 @@ from metabroyden.meta import KeepUp, KeepUpConfig, fit_adjoint, fit_solver
 from metabroyden.models import compose, to_deq
 from metabroyden.solution import Solution, SolveError, Status, Trace, relative_residual
 from metabroyden.solve import solve
-from metabroyden.solvers import SOLVERS, Anderson, Broyden, Newton, Picard, make_solver
+from metabroyden.solvers import (
+    SOLVERS,
+    SPLITTING,
+    Anderson,
+    Broyden,
+    ForwardBackward,
+    Newton,
+    PeacemanRachford,
+    Picard,
+    make_solver,
+)
 from metabroyden.training import (
     EquilibriumCache,
     VariationalDropout,
@@ -29,6 +39,7 @@ __all__ = [
     "DEQ",
     "LEARNED",
     "SOLVERS",
+    "SPLITTING",
     "AdjointLSTM",
     "Anderson",
     "Broyden",
@@ -36,12 +47,14 @@ __all__ = [
     "CoordinatewiseLSTM",
     "EquilibriumCache",
     "FixedBudget",
+    "ForwardBackward",
     "GroupedLSTM",
     "Implicit",
     "JacobianFree",
     "KeepUp",
     "KeepUpConfig",
     "Newton",
+    "PeacemanRachford",
     "Phantom",
     "Picard",
     "Safeguard",

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from metabroyden.learned.base import ADJOINT, LEARNED
-from metabroyden.solvers.registry import SOLVERS, make_solver
+from metabroyden.solvers.registry import SOLVERS, SPLITTING, make_solver
 from metabroyden.storage import atomic_write
 
 SCHEMA = 1
@@ -117,7 +117,7 @@ def save_solver(solver: Any, path: str | Path) -> Path:
     kind = getattr(solver, "kind", None)
     if type(solver) in (LEARNED | ADJOINT).values():
         return write(path, f"solver/{kind}", solver.state_dict(), solver.describe())
-    names = [name for name, cls in SOLVERS.items() if cls is type(solver)]
+    names = [name for name, cls in (SOLVERS | SPLITTING).items() if cls is type(solver)]
     if not names or not is_dataclass(solver) or getattr(solver, "initial", None) is not None:
         raise TypeError(f"save_solver takes a learned solver or a plain classical one, got {solver!r}")
     return write(path, f"solver/{names[0]}", {}, {"config": asdict(solver)})  # type: ignore[arg-type]
@@ -132,7 +132,7 @@ def load_solver(path_or_name: str | Path) -> Any:
     tensors, header = read(path, "solver")
     name = header["kind"].split("/")[1]
     try:
-        if name in SOLVERS:
+        if name in SOLVERS | SPLITTING:
             return make_solver(name, **header["config"])
         known = LEARNED | ADJOINT
         if name not in known:

@@ -57,6 +57,8 @@ class FixedBudget:
         mode: str | None = None,
     ) -> None:
         check_options(f, solver, rtol, atol, max_nfe, 1, f_dtype)
+        if getattr(solver, "parts", ()):
+            raise ValueError(f"FixedBudget evaluates f as a whole, and {solver!r} uses parts of it")
         if not getattr(solver, "fixed_cost", True):
             raise ValueError(
                 f"FixedBudget needs a solver whose steps cost a known number of evaluations; {solver!r} decides on the way"

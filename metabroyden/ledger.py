@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,11 +17,35 @@ from metabroyden.state import Packing, gather
 F = Callable[..., State]
 
 
-class InCallersMode:
+class Surroundings:
+    """A map that runs another one, `inner`, in some surroundings; `alike` runs a function in the same ones."""
+
+    inner: Callable[..., Any]
+
+    def alike(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """This function in the surroundings that `inner` is run in."""
+        raise NotImplementedError
+
+
+def alike(f: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function, run as f is run."""
+    return f.alike(function) if isinstance(f, Surroundings) else function
+
+
+def method_of(f: Any, name: str) -> Callable[..., Any] | None:
+    """A method of the cell behind f, without f's surroundings; None where the cell has none of this name."""
+    while isinstance(f, Surroundings):
+        f = f.inner
+    method = getattr(f, name, None)
+    return method if callable(method) else None
+
+
+class InCallersMode(Surroundings):
     """f run as the caller would run it, under autocast or inference mode, whatever the solver's own arithmetic runs in."""
 
     def __init__(self, f: Callable[..., State], device: str) -> None:
-        self.f, self.device = f, device
+        self.f = self.inner = f
+        self.device = device
         self.inference, self.autocast = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(device)
         self.dtype = torch.get_autocast_dtype(device) if self.autocast else None
 
@@ -33,6 +58,12 @@ class InCallersMode:
         """f outside inference mode, in which forward AD does not work."""
         with torch.autocast(self.device, dtype=self.dtype, enabled=self.autocast):
             return self.f(*arguments)
+
+    def alike(self, function: Callable[..., Any]) -> InCallersMode:
+        """The function in these modes, and in the surroundings of f."""
+        twin = copy.copy(self)
+        twin.f = twin.inner = alike(self.f, function)
+        return twin
 
 
 class Rows:
@@ -185,6 +216,10 @@ class Ledger:
         fz = self.call(z, rows)
         if z._version != version:
             raise ValueError("f changed its argument z in place: a fixed-point map must leave z as it was")
+        return self.record(z, fz, rows)
+
+    def record(self, z: Tensor, fz: Tensor, rows: Rows) -> Tensor:
+        """g = f(z) − z where f(z) (R, n) is known and was counted: written down, judged when `settle` is called."""
         g = fz - z
         self.last = z, fz
         norms, g_norm, f_norm = rows.norms(z, fresh=bool(self._pending))
@@ -197,6 +232,27 @@ class Ledger:
         self._pending.append(_Evaluation(rows, z, fz, g, norms, self.nfe[pick].copy(), phase, self.round))
         self._owned_images = False
         return g
+
+    def part(self, name: str) -> Callable[..., Any]:
+        """A method of the cell behind f, run as f is run. TypeError where the cell has none of this name.
+
+        ValueError where f is to run in another precision than the solver, as what a solver concludes from a part of f
+        would not be true of f, or where there is no context.
+        """
+        method = method_of(self.f, name)
+        if method is None:
+            raise TypeError(f"this solver uses parts of f, and {type(self.f).__name__} has no method {name!r}")
+        if self.f_dtype is not None or getattr(self.f, "autocast", False):
+            raise ValueError("a solver that uses parts of f needs f in its own precision: no f_dtype, no autocast")
+        if self.context is None:
+            raise ValueError("a solver that uses parts of f needs a context: f(z, context), not f(z)")
+        return alike(self.f, method)
+
+    def use(self, part: Callable[..., State], z: Tensor, rows: Rows) -> Tensor:
+        """part(z, context) at z (R, n) for the given rows, flat (R, n): counts as one evaluation of f."""
+        self.spend(rows)
+        value = self.packing.take(part(self.packing.unpack(z), rows.context(self.context)), z)
+        return value.clone() if value.is_inference() else value
 
     def origin(self) -> Tensor | None:
         """f(z0), (B, n), where it has been evaluated; in memory of ours, for f may use its own again."""

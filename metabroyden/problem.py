@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metabroyden.ledger import Ledger, Rows
+from metabroyden.ledger import Ledger, Rows, alike, method_of
+from metabroyden.solution import State
 from metabroyden.state import Companion
 
 
@@ -114,6 +116,37 @@ class Problem:
         if index is None:
             return product
         return product.new_zeros(len(self._rows), product.shape[1]).index_copy(0, index, product)
+
+    def part(self, name: str, *settings: Any) -> Callable[..., State]:
+        """A part of f to `use`: the cell's method of this name, or, with settings, the map that the method makes of them.
+
+        The weights are f's own, pinned ones where there are any. Making a map of settings is not counted. TypeError where
+        the cell has no such method, ValueError where a part would not be f's (see `Ledger.part`).
+        """
+        part = self._ledger.part(name)
+        return alike(self._ledger.f, part(*settings)) if settings else part
+
+    def use(self, part: Callable[..., State], z: Tensor) -> Tensor:
+        """part(z, context) at z (R, n), packed: one counted evaluation on each live row, zero elsewhere."""
+        if self.live_index is None:
+            return self._ledger.use(part, z, self.live_rows)
+        value = self._ledger.use(part, z.index_select(0, self.live_index), self.live_rows)
+        return torch.zeros_like(z).index_copy(0, self.live_index, value)
+
+    def elementwise(self, name: str, v: Tensor) -> Tensor:
+        """The cell's elementwise method of this name at v (R, n): not counted, as it costs next to nothing."""
+        method = method_of(self._ledger.f, name)
+        if method is None:
+            raise TypeError(f"this solver uses parts of f, and {type(self._ledger.f).__name__} has no method {name!r}")
+        packing = self._ledger.packing
+        return packing.take(method(packing.unpack(v)), v)
+
+    def known(self, z: Tensor, fz: Tensor) -> Tensor:
+        """g = f(z) − z at z (R, n) where f(z) follows from parts already counted: written down, at no evaluation."""
+        if self.live_index is None:
+            return self._ledger.record(z, fz, self.live_rows)
+        point, image = z.index_select(0, self.live_index), fz.index_select(0, self.live_index)
+        return torch.zeros_like(z).index_copy(0, self.live_index, self._ledger.record(point, image, self.live_rows))
 
     def _chosen(self, among: np.ndarray | None) -> tuple[Rows, Tensor | None]:
         """The rows to evaluate and their positions on the device; None: all of them."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from metabroyden.inverse import FinalInverse
-from metabroyden.ledger import InCallersMode, Ledger, Rows, to_host
+from metabroyden.ledger import InCallersMode, Ledger, Rows, method_of, to_host
 from metabroyden.problem import Problem
 from metabroyden.solution import Solution, SolveError, State, Status
 from metabroyden.state import Packing, check_context, gather
@@ -146,6 +146,12 @@ def check_options(
     for name in ("start", "init", "step"):
         if isinstance(solver, type) or not callable(getattr(solver, name, None)):
             raise TypeError(f"solver must be an instance with start, init and step, such as Broyden(); got {solver!r}")
+    missing = [name for name in getattr(solver, "parts", ()) if method_of(f, name) is None]
+    if missing:
+        raise TypeError(
+            f"{type(solver).__name__} needs a cell with the methods {', '.join(solver.parts)}, such as MonotoneDense; "
+            f"{type(f).__name__} has no {', '.join(missing)}"
+        )
     for name, value in (("rtol", rtol), ("atol", atol)):
         if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
             raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")

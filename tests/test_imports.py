@@ -78,7 +78,9 @@ def test_inference_needs_torch_numpy_and_safetensors_only():
 import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"higher", "learn2learn", "matplotlib", "rich", "tyro", "sklearn", "torchdeq", "scipy"}:
+        if name.split(".")[0] in set(
+            "higher learn2learn matplotlib rich tyro sklearn torchdeq torchdiffeq scipy".split()
+        ):
             raise ImportError(name)
 sys.meta_path.insert(0, Refuse())
 import torch, metabroyden as mb

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from metabroyden.meta.trainer import Progress
+from metabroyden.models.fit import EpochEnd
 
 
 @contextmanager
@@ -23,3 +25,13 @@ def progress_bar(title: str, total: int, *, show: bool = True) -> Iterator[Progr
     with Bar(*columns, TimeRemainingColumn(), TextColumn("{task.fields[words]}")) as bar:
         task = bar.add_task(title, total=total, words="")
         yield lambda step, words: bar.update(task, completed=step, words=words)
+
+
+def by_epoch(bar: Progress | None, metric: str) -> Callable[[EpochEnd, Any], None]:
+    """What `metabroyden.models.train` may report to, moving a bar; nothing happens where there is none."""
+
+    def report(now: EpochEnd, model: Any) -> None:
+        if bar is not None:
+            bar(now.epoch, f"loss {now.loss:.3f}, validation {metric} {now.score:.3f}")
+
+    return report

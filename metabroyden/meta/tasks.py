@@ -52,15 +52,16 @@ class TaskSet:
 
     def problems(self, name: str) -> tuple[State, Any]:
         """(z0, x) of a whole split, for `solve` and for validation."""
-        return self._prepare(self.split(name))
+        return self.prepare(self.split(name))
 
     def draw(self, batch: int, generator: torch.Generator) -> tuple[State, Any]:
         """(z0, x) of a random training batch, drawn with replacement and augmented."""
         train = self.split("train")
         raw = train[torch.randint(len(train), (batch,), generator=generator)]
-        return self._prepare(raw if self._augment is None else self._augment(raw, generator))
+        return self.prepare(raw if self._augment is None else self._augment(raw, generator))
 
-    def _prepare(self, raw: Tensor) -> tuple[State, Any]:
+    def prepare(self, raw: Tensor) -> tuple[State, Any]:
+        """(z0, x) of raw contexts."""
         with torch.no_grad():
             x = raw if self._encode is None else self._encode(raw)
             return (torch.zeros_like(x) if self._z0 is None else self._z0(x)), x

@@ -19,7 +19,7 @@ class EquilibriumModel(nn.Module):
 
     Args:
         config: a frozen dataclass of plain values, the model's only argument beside `deq_options`. It has a method
-            `narrowed(width)`: the same model with a state of another width.
+            `narrowed(width)`: the same model with a state of another width, any positive one, rounded to what fits.
         cell: the cell f(z, x).
         deq_options: of `DEQ`.
     """
@@ -29,7 +29,7 @@ class EquilibriumModel(nn.Module):
     def __init__(self, config: Any, cell: nn.Module, **deq_options: Any) -> None:
         super().__init__()
         self.config = config
-        self.deq = DEQ(cell, **deq_options)
+        self.deq: Any = DEQ(cell, **deq_options)
 
     @property
     def cell(self) -> nn.Module:

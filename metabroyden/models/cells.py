@@ -11,6 +11,7 @@ from torch import nn
 from metabroyden.models.causal import CausalCell
 from metabroyden.models.conv import ConvCell
 from metabroyden.models.dense import DenseCell
+from metabroyden.models.monotone import MonotoneConv, MonotoneDense, MonotoneMultiTier
 from metabroyden.models.transformer import TransformerCell
 from metabroyden.models.trellisnet import TrellisCell
 
@@ -22,7 +23,7 @@ class Example(NamedTuple):
     """
 
     build: Callable[[], nn.Module]
-    context: tuple[int, ...] | tuple[tuple[int, ...], ...]
+    context: tuple[Any, ...]
 
 
 CELLS: dict[str, Example] = {
@@ -31,6 +32,9 @@ CELLS: dict[str, Example] = {
     "causal": Example(lambda: CausalCell(6, 5), (6, 7)),
     "trellisnet": Example(lambda: TrellisCell(4, 2), ((16, 6), (8, 2))),
     "transformer": Example(lambda: TransformerCell(8, 2, 10), ((5, 32), (3, 8))),
+    "monotone dense": Example(lambda: MonotoneDense(12), (12,)),
+    "monotone conv": Example(lambda: MonotoneConv(3, 4), (3, 4, 4)),
+    "monotone multi-tier": Example(lambda: MonotoneMultiTier((2, 3), 4), ((2, 4, 4), (3, 2, 2))),
 }
 """Small examples of the cells, by name."""
 
@@ -51,6 +55,6 @@ def make_cell(name: str, *, dtype: torch.dtype = torch.float32, batch: int = 2, 
         torch.manual_seed(seed)
         cell = example.build()
         if all(isinstance(size, int) for size in example.context):
-            return cell.to(dtype), torch.randn(batch, *example.context).to(dtype)  # type: ignore[arg-type]
+            return cell.to(dtype), torch.randn(batch, *example.context).to(dtype)
         context = tuple(torch.randn(batch, *shape).to(dtype) for shape in example.context)
     return cell.to(dtype), context

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,7 +43,7 @@ class ConvCell(nn.Module):
 
 @dataclass(frozen=True)
 class ConvClassifierConfig:
-    """Sizes of a `ConvClassifier`: image channels and side, classes, and those of its cell."""
+    """Sizes of a `ConvClassifier`: image channels and side, classes, those of its cell, and the stem's stride."""
 
     channels: int = 16
     inner: int = 32
@@ -50,15 +51,19 @@ class ConvClassifierConfig:
     image_channels: int = 1
     side: int = 8
     classes: int = 10
+    stride: int = 1
 
     def narrowed(self, width: int) -> ConvClassifierConfig:
-        """The same with so many channels, and as many inner ones for each; width is rounded up to whole groups."""
-        channels = -(-width // self.groups) * self.groups
-        return replace(self, channels=channels, inner=channels * self.inner // self.channels)
+        """The same with so many channels, as many inner ones for each, and the groups that divide both."""
+        inner = max(1, round(width * self.inner / self.channels))
+        return replace(self, channels=width, inner=inner, groups=math.gcd(self.groups, width, inner))
 
 
 class ConvClassifier(EquilibriumModel):
-    """Images (B, image_channels, side, side) → logits (B, classes): injection, DEQ with a `ConvCell`, linear head."""
+    """Images (B, image_channels, side, side) → logits (B, classes): injection, DEQ with a `ConvCell`, linear head.
+
+    The state has side/stride pixels a side, rounded up.
+    """
 
     kind = "conv-classifier"
 
@@ -66,12 +71,12 @@ class ConvClassifier(EquilibriumModel):
         c = ConvClassifierConfig() if config is None else config
         super().__init__(c, ConvCell(c.channels, c.inner, c.groups), **deq_options)
         self.stem = nn.Sequential(
-            nn.Conv2d(c.image_channels, c.channels, 3, padding=1), nn.GroupNorm(c.groups, c.channels)
+            nn.Conv2d(c.image_channels, c.channels, 3, c.stride, padding=1), nn.GroupNorm(c.groups, c.channels)
         )
-        self.head = nn.Linear(c.channels * c.side * c.side, c.classes)
+        self.head = nn.Linear(c.channels * math.ceil(c.side / c.stride) ** 2, c.classes)
 
     def inject(self, inputs: Tensor) -> Tensor:
-        """The injection x of images, (B, channels, side, side): the DEQ's context."""
+        """The injection x of images: the DEQ's context, shaped like the state."""
         return self.stem(inputs)
 
     def classify(self, z: Any) -> Tensor:

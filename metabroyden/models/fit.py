@@ -1,8 +1,9 @@
-"""Training and storing of classifiers built round a DEQ."""
+"""Training and storing of models built round a DEQ."""
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,135 +14,216 @@ import torch
 from torch import Tensor, nn
 
 from metabroyden import checkpoint
-from metabroyden.data.images import ImageData, ImageSplit, shift
+from metabroyden.deq import DEQ
+from metabroyden.gradients import Unroll
 from metabroyden.models.conv import ConvClassifier, ConvClassifierConfig
+from metabroyden.models.criteria import Criterion, device_of
+from metabroyden.models.dense import DenseClassifier, DenseClassifierConfig
+from metabroyden.models.mlp import MLPClassifier, MLPClassifierConfig
+from metabroyden.models.monotone_classifier import MonotoneClassifier, MonotoneClassifierConfig
 from metabroyden.models.transformer import DEQTransformer, DEQTransformerConfig
 from metabroyden.models.trellisnet import TrellisNet, TrellisNetConfig
+from metabroyden.models.twins import Twin, build_twin
+from metabroyden.training.jacobian import jacobian_penalty
 
 MODELS: dict[str, tuple[type, type]] = {
     ConvClassifier.kind: (ConvClassifier, ConvClassifierConfig),
-    DEQTransformer.kind: (DEQTransformer, DEQTransformerConfig),
+    DenseClassifier.kind: (DenseClassifier, DenseClassifierConfig),
+    MLPClassifier.kind: (MLPClassifier, MLPClassifierConfig),
+    MonotoneClassifier.kind: (MonotoneClassifier, MonotoneClassifierConfig),
     TrellisNet.kind: (TrellisNet, TrellisNetConfig),
+    DEQTransformer.kind: (DEQTransformer, DEQTransformerConfig),
 }
 """Models by kind, with their config types."""
 
 
 @dataclass(frozen=True)
-class ClassifierTraining:
-    """How a classifier is trained: Adam with a cosine schedule, cross-entropy, images shifted by up to a pixel.
+class Training:
+    """How a model is trained: AdamW, a cosine schedule after a linear warm-up, clipped gradients.
 
     Attributes:
-        epochs, batch, learning_rate, clip: as usual. seed: of weights, order and shifts.
+        epochs: passes, as the criterion counts them. batch, learning_rate, weight_decay, clip: as usual.
+        warmup: share of all steps in which the learning rate rises.
+        pretrain: epochs at first in which a DEQ is trained as the weight-tied network of so many layers, `depth`: shallow
+            steps are cheap (Bai, Kolter & Koltun 2019, section 4).
+        jacobian: weight of the Jacobian penalty at the equilibrium (`jacobian_penalty`).
+        seed: of weights, order and augmentation.
     """
 
     epochs: int = 16
     batch: int = 64
     learning_rate: float = 2e-3
+    weight_decay: float = 0.0
+    warmup: float = 0.0
     clip: float = 1.0
+    pretrain: int = 0
+    depth: int = 8
+    jacobian: float = 0.0
     seed: int = 0
 
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        rising = self.warmup * steps
+        if step < rising:
+            return self.learning_rate * (step + 1) / (rising + 1)
+        return self.learning_rate * (1 + math.cos(math.pi * (step - rising) / (steps - rising))) / 2
 
-def train_classifier(
+
+@dataclass(frozen=True)
+class EpochEnd:
+    """Where a training stands after an epoch: mean loss, score on validation, seconds of training so far."""
+
+    epoch: int
+    loss: float
+    score: float
+    seconds: float
+
+
+def train(
     build: Callable[[], Any],
-    data: ImageData,
-    config: ClassifierTraining,
+    criterion: Criterion,
+    config: Training,
     *,
     path: Path | None = None,
-    progress: Callable[[int, str], None] | None = None,
+    device: torch.device | str = "cpu",
+    report: Callable[[EpochEnd, Any], None] | None = None,
 ) -> Any:
     """Train the model that `build` makes; with a path, an interrupted run goes on bit for bit from its last epoch.
 
-    `progress` receives (epoch, words). The model comes back in evaluation mode.
+    After every epoch `report` receives where it stands, and the model (once more where the run was killed before the epoch's
+    checkpoint was written); `history` of a checkpoint reads all of that back. The model comes back in evaluation mode.
+
+    Raises:
+        ValueError: the batch is larger than the data.
+        FloatingPointError: a loss that is not finite; the checkpoint of the last epoch stays.
+        CheckpointError: the file at `path` belongs to another training.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = build()
+        model = build().to(device)
     generator = torch.Generator().manual_seed(config.seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
-    per_epoch = len(data.train.images) // config.batch
-    if per_epoch < 1:
-        raise ValueError(f"a batch of {config.batch} is more than the {len(data.train.images)} training images")
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs * per_epoch)
-    epoch, seconds = 0, 0.0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    criterion.steps(config.batch)  # refuses early
+    described = json.loads(json.dumps(asdict(config)))
+    past: list[dict[str, Any]] = []
     if path is not None and path.exists():
         tensors, header = checkpoint.read(path, "training")
-        if header.get("config") != json.loads(json.dumps(asdict(config))):
+        if header.get("config") != described:
             raise checkpoint.CheckpointError(f"{path} was written by another training: {header.get('config')}")
         checkpoint.restore_training(tensors, model, optimizer, generator, path)
-        epoch, seconds = header["epoch"], header["seconds"]
-        optimizer.param_groups[0].update(lr=header["learning_rate"], initial_lr=config.learning_rate)
-        schedule.load_state_dict(header["schedule"])
-    while epoch < config.epochs:
+        past = header["history"]
+    while len(past) < config.epochs:
         began = time.perf_counter()
-        loss = _epoch(model, data.train, config, optimizer, schedule, generator)
-        epoch, seconds = epoch + 1, seconds + time.perf_counter() - began
+        loss = _epoch(model, criterion, config, len(past), optimizer, generator)
+        seconds = time.perf_counter() - began + (past[-1]["seconds"] if past else 0.0)
+        now = EpochEnd(len(past) + 1, loss, criterion.score(model, "validation"), seconds)
+        past.append(asdict(now))
+        if report is not None:
+            report(now, model)
         if path is not None:
-            header = {
-                "config": asdict(config),
-                "epoch": epoch,
-                "seconds": seconds,
-                "schedule": schedule.state_dict(),
-                "learning_rate": optimizer.param_groups[0]["lr"],
-            }
-            checkpoint.write(
-                path, "training/classifier", checkpoint.training_tensors(model, optimizer, generator), header
-            )
-        if progress is not None:
-            progress(epoch, f"loss {loss:.3f}, validation accuracy {accuracy(model, data.validation):.3f}")
+            tensors = checkpoint.training_tensors(model, optimizer, generator)
+            checkpoint.write(path, "training/model", tensors, {"config": described, "history": past})
     return model.eval()
 
 
+def history(path: Path) -> list[EpochEnd]:
+    """The epochs of the training whose checkpoint this is."""
+    return [EpochEnd(**past) for past in checkpoint.read(path, "training")[1]["history"]]
+
+
 def _epoch(
-    model: nn.Module,
-    split: ImageSplit,
-    config: ClassifierTraining,
+    model: Any,
+    criterion: Criterion,
+    config: Training,
+    epoch: int,
     optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
     generator: torch.Generator,
 ) -> float:
+    """One epoch; its mean loss, without the penalty."""
     model.train()
-    order = torch.randperm(len(split.images), generator=generator)
-    total = torch.zeros(())
-    batches = order[: len(order) // config.batch * config.batch].split(config.batch)
-    for index in batches:
-        images = shift(split.images[index], generator)
-        loss = nn.functional.cross_entropy(model(images), split.labels[index])
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        optimizer.step()
-        schedule.step()
-        total += loss.detach()
-    return float(total) / len(batches)
+    per_epoch = criterion.steps(config.batch)
+    total = torch.zeros((), device=device_of(model))
+    with _Equilibria(model, config, epoch) as equilibria:
+        for number, loss in enumerate(criterion.losses(model, config.batch, generator)):
+            rate = config.rate(epoch * per_epoch + number, config.epochs * per_epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            total += loss.detach()
+            optimizer.zero_grad()
+            (loss + equilibria.penalty(generator)).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            optimizer.step()
+    if not math.isfinite(total):
+        raise FloatingPointError(f"the loss of epoch {epoch + 1} is not finite: try a smaller learning rate")
+    return float(total) / per_epoch
 
 
-@torch.no_grad()
-def accuracy(model: Callable[[Tensor], Tensor], split: ImageSplit) -> float:
-    """Share of a split's images that the model gets right."""
-    if isinstance(model, nn.Module):
-        model.eval()
-    return float((model(split.images).argmax(dim=1) == split.labels).float().mean())
+class _Equilibria:
+    """A DEQ's gradient mode in an epoch, unrolled at first, and the penalty on the equilibria it finds."""
+
+    def __init__(self, model: Any, config: Training, epoch: int) -> None:
+        self.deq = model.deq if isinstance(model.deq, DEQ) else None
+        self.unrolled = epoch < config.pretrain
+        self.depth, self.weight = config.depth, 0.0 if self.unrolled else config.jacobian
+        self._found: tuple[Any, Any, Any] | None = None
+
+    def __enter__(self) -> _Equilibria:
+        if self.deq is not None:
+            self._before = self.deq.backward_mode, self.deq.observer
+            if self.unrolled:
+                self.deq.backward_mode = Unroll(steps=self.depth)
+            if self.weight:
+                self.deq.observer = self._note
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.deq is not None:
+            self.deq.backward_mode, self.deq.observer = self._before
+
+    def _note(self, f: Any, context: Any, z: Any) -> None:
+        self._found = f, context, z
+
+    def penalty(self, generator: torch.Generator) -> Tensor | float:
+        """The weighted penalty at the equilibrium found last; zero where there is none."""
+        if self._found is None:
+            return 0.0
+        (f, context, z), self._found = self._found, None
+        held = z.detach() if isinstance(z, Tensor) else tuple(part.detach() for part in z)
+        return self.weight * jacobian_penalty(f, held, context, generator=generator)
 
 
 def save_model(model: Any, path: str | Path, summary: dict[str, Any] | None = None) -> Path:
-    """Write a model of `MODELS` (weights and config, not its solver); `summary` is kept beside them."""
+    """Write a model of `MODELS`, or a twin of one (weights and config, not its solver); `summary` is kept beside them."""
     if getattr(model, "kind", None) not in MODELS:
         raise TypeError(f"save_model takes one of {sorted(MODELS)}, got {type(model).__name__}")
-    return checkpoint.write(
-        path, f"model/{model.kind}", model.state_dict(), {"config": model.describe(), "summary": summary or {}}
-    )
+    header = {"config": model.describe(), "summary": summary or {}}
+    if isinstance(model.deq, Twin):
+        header["twin"] = model.deq.describe()
+    return checkpoint.write(path, f"model/{model.kind}", model.state_dict(), header)
 
 
 def load_model(path: str | Path, **deq_options: Any) -> Any:
-    """The model in a file, in evaluation mode; `deq_options` go to its `DEQ` (solver, rtol, max_nfe, …)."""
+    """The model in a file, in evaluation mode; `deq_options` go to its `DEQ` (solver, rtol, max_nfe, …).
+
+    TypeError for options where the file holds a twin, which has no DEQ.
+    """
     tensors, header = checkpoint.read(path, "model")
+    return build_model(header, tensors, path, **deq_options)
+
+
+def build_model(header: dict[str, Any], tensors: dict[str, Tensor], path: str | Path, **deq_options: Any) -> Any:
+    """The model that a checkpoint's header describes, with these weights; `CheckpointError` where they do not fit."""
     kind = header["kind"].split("/")[1]
     if kind not in MODELS:
         raise checkpoint.CheckpointError(f"{path} holds a model of unknown kind {kind!r}; known: {sorted(MODELS)}")
     cls, config_type = MODELS[kind]
+    twin = header.get("twin")
+    if twin is not None and deq_options:
+        raise TypeError(f"{path} holds a twin ({twin}), which takes no options of a DEQ; got {sorted(deq_options)}")
     try:
-        model = cls(config_type(**header["config"]), **deq_options)
-    except (KeyError, TypeError) as error:
+        config = config_type(**header["config"])
+        model = cls(config, **deq_options) if twin is None else build_twin(cls, config, twin)
+    except (KeyError, TypeError, ValueError) as error:
         raise checkpoint.CheckpointError(f"{path}: its description is damaged: {error!r}") from error
     checkpoint.load_weights(model, tensors, path)
     return model.eval()

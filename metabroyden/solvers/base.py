@@ -29,6 +29,7 @@ class Solver(Protocol):
     - `min_nfe`: evaluations a step needs (1);
     - `gather(state, index)`: the rows of its state (default: of every tensor in it);
     - `fixed_cost`: whether a step costs a number of evaluations known beforehand (True);
+    - `parts`: names of methods that f must have beside being callable, for `Problem.part` and `Problem.elementwise` (none);
     - `safeguard`: an object whose `plan(solver)` lists the phases of a safeguarded solve.
     """
 

@@ -7,15 +7,19 @@ from typing import Any, TypeVar
 
 C = TypeVar("C", bound=type)
 SOLVERS: dict[str, type] = {}
+"""Solvers of any f."""
+SPLITTING: dict[str, type] = {}
+"""Solvers that use parts of f, and work for cells that have them only."""
 
 
 def register(name: str) -> Callable[[C], C]:
-    """Class decorator: makes a solver known under a name."""
+    """Class decorator: makes a solver known under a name, in `SOLVERS` or, if it names `parts` of f, in `SPLITTING`."""
 
     def add(cls: C) -> C:
-        if name in SOLVERS:
-            raise ValueError(f"a solver named {name!r} is registered already: {SOLVERS[name].__name__}")
-        SOLVERS[name] = cls
+        known = SOLVERS | SPLITTING
+        if name in known:
+            raise ValueError(f"a solver named {name!r} is registered already: {known[name].__name__}")
+        (SPLITTING if getattr(cls, "parts", ()) else SOLVERS)[name] = cls
         return cls
 
     return add
@@ -27,6 +31,8 @@ def make_solver(name: str, **options: Any) -> Any:
     >>> make_solver("picard", damping=0.5)
     Picard(damping=0.5)
     """
-    if name not in SOLVERS:
-        raise ValueError(f"unknown solver {name!r}: known are {', '.join(sorted(SOLVERS))}")
-    return SOLVERS[name](**options)
+    known = SOLVERS | SPLITTING
+    if name not in known:
+        words = ", ".join(sorted(SOLVERS)), ", ".join(sorted(SPLITTING))
+        raise ValueError(f"unknown solver {name!r}: known are {words[0]}; for cells that offer their parts: {words[1]}")
+    return known[name](**options)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from metabroyden.ledger import Surroundings
 from metabroyden.solution import State
 from metabroyden.state import Companion, check_state
 from metabroyden.training.dropout import VariationalDropout, dropouts
@@ -48,7 +49,7 @@ def _weights(cell: nn.Module) -> list[tuple[nn.Module, Tensor]]:
     ]
 
 
-class Pinned:
+class Pinned(Surroundings):
     """The cell, its computed weights and masks in place for the time of each call.
 
     Attributes:
@@ -64,6 +65,7 @@ class Pinned:
         masks: tuple[Tensor, ...],
     ) -> None:
         self.cell, self.weights = cell, weights
+        self.inner = cell
         self._made, self._layers, self._masks = made, layers, masks
 
     def __call__(self, z: State, context: Any = None) -> State:
@@ -90,6 +92,14 @@ class Pinned:
                         del attributes[name]
                     else:
                         attributes[name] = value
+
+    def alike(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function of z, or of z and the context, with the cell's weights and masks in place."""
+
+        def run(z: Any, context: Any = None) -> Any:
+            return self.call(function, self.weights, z, context)
+
+        return run
 
     def detached(self) -> Pinned:
         """The same map without gradients towards its weights."""

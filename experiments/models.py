@@ -1,0 +1,224 @@
+"""Every model of the sources on real data: train it beside its twins, look at its equilibria, and say how hard they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markdown import Markdown
+
+from metabroyden.evaluation import equilibria, models_report
+from metabroyden.evaluation.provenance import config_hash, plain, provenance, write_results
+from metabroyden.learned.fingerprint import fingerprint
+from metabroyden.meta.progress import by_epoch, progress_bar
+from metabroyden.models import Episodes, EpochEnd, history, save_model, train
+from metabroyden.models.criteria import Criterion, NextToken
+from metabroyden.models.families import FAMILIES, Family, get_family
+from metabroyden.models.twins import explicit_twin, flow_twin, unrolled_twin
+from metabroyden.solvers import Anderson, Broyden, Picard
+from metabroyden.storage import atomic_write
+
+DEQ, REGULARISED = "DEQ", "DEQ, Jacobian penalty"
+
+
+@dataclass(frozen=True)
+class Models:
+    """Train a family's DEQ and its twins, measure them, and write results/models/FAMILY/ and the report over all."""
+
+    family: str = "all"
+    """A family of metabroyden.models.FAMILIES, or "all", one after another."""
+    preset: str = "cpu"
+    """"cpu", at most half an hour a model on two cores, or "gpu", larger."""
+    seed: int = 0
+    """Seed of weights, batches and augmentation; the data splits are always the same."""
+    epochs: int | None = None
+    """Epochs of every training, instead of the family's own; pretraining is shortened alike."""
+    budget: int = 60
+    """Evaluations each sample may cost where solvers are compared."""
+    samples: int = 256
+    """Held-out samples on which equilibria are examined; the score is that of the whole test split."""
+    repeats: int = 5
+    """Interleaved repeats of the timed training steps."""
+    device: str = "auto"
+    """Where to train: "cpu", "cuda", or "auto", a GPU where there is one."""
+    results: Path = Path("results/models")
+    """Where results go."""
+    runs: Path = Path("runs/models")
+    """Where unfinished work is kept, to go on from."""
+    fresh: bool = False
+    """Throw away unfinished and finished work of this configuration and start anew."""
+    progress: bool = True
+    """Show progress bars."""
+
+
+def run(config: Models) -> None:
+    """The whole job. Interrupted, it goes on where it stopped."""
+    console = Console()
+    if config.preset not in ("cpu", "gpu"):
+        raise ValueError(f'preset must be "cpu" or "gpu", got {config.preset!r}')
+    for name in FAMILIES if config.family == "all" else [config.family]:
+        _Job(name, config).run()
+        models_report.write_family(config.results / name)
+        console.print(f"{name}: {config.results / name}")
+    console.print(Markdown(models_report.write(config.results).read_text()))
+
+
+class _Job:
+    """One family: trainings, each in a file of its own, then measurements, then what is published."""
+
+    def __init__(self, name: str, config: Models) -> None:
+        self.name, self.config = name, config
+        family = get_family(name)
+        self.family = _shortened(family.enlarged() if config.preset == "gpu" else family, config)
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = auto if config.device == "auto" else config.device
+        identity = replace(config, family=name, results=Path(), runs=Path(), fresh=False, progress=True, device="")
+        self.work = config.runs / f"{name}-{config_hash(identity)}"
+        if config.fresh and self.work.exists():
+            shutil.rmtree(self.work)
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.criterion: Criterion = self.family.criterion()
+        self.episodes = Episodes(self.family.training.epochs, min(8, self.family.training.epochs))
+
+    def run(self) -> None:
+        """Everything."""
+        models = {way: self._trained(way, build) for way, build in self._ways().items()}
+        rows_path = self.work / "rows.jsonl"
+        if not rows_path.exists():
+            write_results(self.work, self._measured(models), self._described(models))
+        self._publish()
+
+    def _ways(self) -> dict[str, Callable[[], Any]]:
+        """How each variant is built."""
+        family = self.family
+        ways: dict[str, Callable[[], Any]] = {DEQ: family.build}
+        if family.jacobian:
+            ways[REGULARISED] = family.build
+        twins = {
+            "unrolled": lambda: unrolled_twin(family.build(), family.depth),
+            "explicit": lambda: explicit_twin(family.model, family.config, family.depth),
+            "flow": lambda: flow_twin(family.build()),
+        }
+        return ways | {name: twins[name] for name in family.twins}
+
+    def _at(self, way: str, ending: str = "training.safetensors") -> Path:
+        return self.work / f"{way.replace(', ', '-').replace(' ', '-')}.{ending}"
+
+    def _trained(self, way: str, build: Callable[[], Any]) -> Any:
+        training = replace(self.family.training, jacobian=self.family.jacobian if way == REGULARISED else 0.0)
+        with progress_bar(f"{self.name}, {way}", training.epochs, show=self.config.progress) as bar:
+            show = by_epoch(bar, self.criterion.metric)
+
+            def report(now: EpochEnd, model: Any) -> None:
+                if way == DEQ:
+                    self.episodes.note(now.epoch, model, self.work)
+                show(now, model)
+
+            model = train(build, self.criterion, training, path=self._at(way), device=self.device, report=report)
+        model = model.cpu().requires_grad_(False)
+        if way in (DEQ, REGULARISED):
+            save_model(
+                model, self._at(way, "safetensors"), {"family": self.name, "way": way, "training": asdict(training)}
+            )
+        return model
+
+    def _measured(self, models: dict[str, Any]) -> list[dict[str, Any]]:
+        config, criterion, family = self.config, self.criterion, self.family
+        rows: list[dict[str, Any]] = []
+        stages = iter(range(1, 100))
+        with progress_bar(f"{self.name}, measuring", len(models) + 6, show=config.progress) as bar:
+
+            def tick(words: str) -> None:
+                if bar is not None:
+                    bar(next(stages), words)
+
+            for way, model in models.items():
+                past = history(self._at(way))
+                rows += [{"row": "epoch", "way": way, **asdict(epoch)} for epoch in past]
+                rows.append(equilibria.quality_row(way, model, criterion, past[-1].seconds))
+                tick(f"score, {way}")
+            parts = {
+                way: equilibria.held_out(models[way], criterion, "test", config.samples)
+                for way in (DEQ, REGULARISED, "unrolled")
+                if way in models
+            }
+            for way, held in parts.items():
+                if way != "unrolled":
+                    rows += self._examined(way, models[way], held)
+                rows += equilibria.depth_rows(way, held)
+                if family.pictures and way != REGULARISED:
+                    rows += equilibria.unit_rows(way, held, solver=Broyden(memory=200))
+                tick(f"equilibria, {way}")
+            if isinstance(parts[DEQ].z0, tuple):
+                rows += equilibria.part_rows(DEQ, parts[DEQ])
+            tick("pictures")
+            if isinstance(criterion, NextToken):
+                rows += equilibria.token_rows(DEQ, models[DEQ], criterion, windows=(7, 31, 100))
+                rows += equilibria.ngram_rows(criterion.data)
+            tick("tokens")
+            for model in models.values():
+                model.requires_grad_(True)
+            rows += equilibria.step_rows(models, criterion, batch=family.training.batch, repeats=config.repeats)
+            tick("training steps")
+        return rows
+
+    def _examined(self, way: str, model: Any, held: equilibria.HeldOut) -> list[dict[str, Any]]:
+        """How hard the equilibria of a DEQ are to find, and what the score is on the way there."""
+        validation = equilibria.held_out(model, self.criterion, "validation", 64)
+        solvers: dict[str, Any] = {"Picard": Picard(), "Anderson": Anderson(), "Broyden": Broyden(self.config.budget)}
+        solvers |= equilibria.tuned_solvers(validation, self.config.budget)
+        if self.family.splitting:
+            solvers |= equilibria.splitting_solvers(validation, self.config.budget)
+        rows = equilibria.difficulty_rows(way, held, solvers, budget=self.config.budget)
+        rows += equilibria.spectrum_rows(way, held, solver=Broyden(memory=100))
+        return rows + equilibria.depth_rows(way, held, solver=self.family.solver)
+
+    def _described(self, models: dict[str, Any]) -> dict[str, Any]:
+        command = f"python -m experiments models --family {self.name}"
+        command += f" --preset {self.config.preset}" * (self.config.preset != "cpu")
+        command += f" --seed {self.config.seed}" * (self.config.seed != 0)
+        return {
+            "command": command,
+            "config": plain(self.config),
+            "model": asdict(self.family.config),
+            "kind": models[DEQ].kind,
+            "training": asdict(self.family.training),
+            "depth": self.family.depth,
+            "jacobian": self.family.jacobian,
+            "solver": repr(self.family.solver),
+            "backward": repr(self.family.backward),
+            "rtol": self.family.rtol,
+            "fingerprint": {way: fingerprint(models[way].cell) for way in (DEQ, REGULARISED) if way in models},
+            "episodes": self.episodes.epochs,
+            "provenance": provenance(),
+        }
+
+    def _publish(self) -> None:
+        """Copy what a person wants to results/, each model with the hash of its file."""
+        folder = self.config.results / self.name
+        described = json.loads((self.work / "config.json").read_text())
+        described["sha256"] = {}
+        for way, name in ((DEQ, "model.safetensors"), (REGULARISED, "regularised.safetensors")):
+            if way in described["fingerprint"]:
+                data = self._at(way, "safetensors").read_bytes()
+                described["sha256"][name] = hashlib.sha256(data).hexdigest()
+                atomic_write(folder / name, data)
+        self.episodes.collect(self.work, folder / "episodes.safetensors")
+        rows = [json.loads(line) for line in (self.work / "rows.jsonl").read_text().splitlines()]
+        write_results(folder, rows, described)
+
+
+def _shortened(family: Family, config: Models) -> Family:
+    """The family with the seed of a config and, where one is given, its number of epochs."""
+    training = replace(family.training, seed=config.seed)
+    if config.epochs is not None:
+        pretrain = round(training.pretrain * config.epochs / training.epochs)
+        training = replace(training, epochs=config.epochs, pretrain=pretrain)
+    return replace(family, training=training)

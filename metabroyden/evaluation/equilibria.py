@@ -1,0 +1,352 @@
+"""What one trained family is: its quality beside its twins', its equilibria, how hard they are to find. Rows, no pictures.
+
+A row is a JSON object with a key "row" that says what it tells, and "way", the variant of the family it is about:
+  quality     score on the test split, parameters, seconds of training
+  depth       score and residual after k iterations of a method, on a part of the test split
+  difficulty  one solver: evaluations to each tolerance, by sample (the budget where it was not reached)
+  spectrum    spectral radius of the Jacobian at each sample's equilibrium
+  step        seconds and peak memory of one training step, interleaved with the other ways'
+  units       a few coordinates of one sample's state by depth, and where they come to rest
+  parts       relative residual of each tensor of the state by depth
+  tokens      evaluations until each token of a held-out passage has settled
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metabroyden.deq import DEQ
+from metabroyden.evaluation.memory import LiveBytes
+from metabroyden.evaluation.metrics import short
+from metabroyden.evaluation.ngram import NGram
+from metabroyden.gradients.base import parts_of
+from metabroyden.meta.families import family_tasks, text_windows
+from metabroyden.models.criteria import Criterion, Images, NextToken
+from metabroyden.solution import State, relative_residual
+from metabroyden.solve import solve
+from metabroyden.solvers import Anderson, Broyden, ForwardBackward, PeacemanRachford, Picard
+from metabroyden.solvers.tuning import tune
+from metabroyden.state import Packing, gather
+from metabroyden.training.pin import pin
+from metabroyden.training.spectral import spectral_radius
+
+Row = dict[str, Any]
+TOLERANCES = (1e-2, 1e-3, 1e-4)
+DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 50, 64, 80, 100)
+_CHUNK = 64  # samples solved at once: Broyden keeps two states for each evaluation
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Fixed-point problems of a trained model on a part of a split: f pinned, starts, contexts; `judge` scores states.
+
+    `judge(z, index)` gives (len(index),) scores of the states of these samples: 1 or 0 for a right or wrong class, or bits
+    per token.
+    """
+
+    f: Callable[..., State]
+    z0: State
+    x: Any
+    judge: Callable[[State, Tensor], Tensor]
+
+    def __len__(self) -> int:
+        return len(parts_of(self.z0)[0])
+
+    def chunks(self) -> Iterable[tuple[State, Any, Tensor]]:
+        """(z0, x, index) of consecutive samples."""
+        for index in torch.arange(len(self)).split(_CHUNK):
+            yield gather(self.z0, index), gather(self.x, index), index
+
+
+@torch.no_grad()
+def held_out(model: Any, criterion: Criterion, split: str, limit: int) -> HeldOut:
+    """The first `limit` problems of a split (for texts: evenly spaced segments)."""
+    tasks = family_tasks(model, criterion)
+    raw = tasks.split(split)
+    count = min(limit, len(raw))
+    chosen = torch.arange(count) if isinstance(criterion, Images) else torch.linspace(0, len(raw) - 1, count).long()
+    z0, x = tasks.prepare(raw[chosen])
+    f, x = pin(model.cell, x, z0)
+    if isinstance(criterion, Images):
+        labels = getattr(criterion.data, split).labels[chosen]
+        return HeldOut(f, z0, x, lambda z, index: (model.classify(z).argmax(dim=1) == labels[index]).float())
+    assert isinstance(criterion, NextToken)
+    targets = text_windows(criterion.data, split, criterion.length)[1][chosen]
+
+    def bits(z: State, index: Tensor) -> Tensor:
+        logits = model.classify(z)
+        nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets[index], reduction="none")
+        return nats.mean(dim=1) / np.log(2)
+
+    return HeldOut(f, z0, x, bits)
+
+
+@torch.no_grad()
+def depth_rows(way: str, held: HeldOut, *, solver: Any = None, depths: Sequence[int] = DEPTHS) -> list[Row]:
+    """Mean score, its standard error, and quartiles of the residual after k evaluations, of a solver or of z ← f(z).
+
+    The solver's state after k evaluations is the best it has seen; that of plain iteration is the last.
+    """
+    scores: dict[int, list[Tensor]] = {k: [] for k in depths}
+    residuals: dict[int, list[Tensor]] = {k: [] for k in depths}
+    for z0, x, index in held.chunks():
+        for k, z in zip(depths, _states(held.f, z0, x, solver, depths), strict=True):
+            scores[k].append(held.judge(z, index))
+            residuals[k].append(_residual(held.f, z, x))
+    last = torch.cat(scores[depths[-1]])
+    rows = []
+    for k in depths:
+        score, residual = torch.cat(scores[k]), torch.cat(residuals[k]).nan_to_num(torch.inf)
+        against = score - last
+        rows.append(
+            {
+                "row": "depth",
+                "way": way,
+                "method": "plain iteration" if solver is None else type(solver).__name__,
+                "evaluations": k,
+                "score": float(score.mean()),
+                "over_last": float(against.mean()),
+                "over_last_error": float(against.std() / len(against) ** 0.5),
+                "residual": torch.quantile(residual, torch.tensor([0.25, 0.5, 0.75]), interpolation="nearest").tolist(),
+            }
+        )
+    return short(rows)
+
+
+def _states(f: Callable[..., State], z0: State, x: Any, solver: Any, depths: Sequence[int]) -> list[State]:
+    if solver is not None:
+        found = solve(f, z0, x, solver=solver, rtol=0.0, max_nfe=depths[-1] + 1, throw=False, snapshots=depths)
+        return list(found.snapshots)
+    states, z = [], z0
+    for k in range(1, depths[-1] + 1):
+        z = f(z, x)
+        if k in depths:
+            states.append(z)
+    return states
+
+
+def _residual(f: Callable[..., State], z: State, x: Any) -> Tensor:
+    """(B,) ‖f(z) − z‖ / ‖f(z)‖."""
+    packing = Packing.of(gather(z, torch.tensor([0]))) if _finite(z) else None
+    if packing is None:
+        return torch.full((len(parts_of(z)[0]),), torch.inf)
+    flat, image = packing.pack(z), packing.pack(f(z, x))
+    return relative_residual(flat, image)
+
+
+def _finite(z: State) -> bool:
+    return all(bool(torch.isfinite(part).all()) for part in parts_of(z))
+
+
+def tuned_solvers(validation: HeldOut, budget: int) -> dict[str, Any]:
+    """The best Picard, Anderson and Broyden of a grid on validation problems."""
+    grids: dict[str, list[Any]] = {
+        "tuned Picard": [Picard(damping) for damping in (0.5, 0.7, 0.85, 1.0, 1.15, 1.3, 1.6)],
+        "tuned Anderson": [
+            Anderson(memory, damping, ridge)
+            for memory, damping, ridge in itertools.product((5, 10), (0.7, 1.0, 1.5), (1e-8, 1e-2))
+        ],
+        "tuned Broyden": [Broyden(budget, damping) for damping in (0.7, 0.85, 1.0, 1.15)],
+    }
+    z0, x, _ = next(iter(validation.chunks()))
+    return {
+        name: tune(grid, validation.f, z0, x, tolerances=(1e-2, 1e-3), max_nfe=budget)[0][0]
+        for name, grid in grids.items()
+    }
+
+
+def difficulty_rows(way: str, held: HeldOut, solvers: dict[str, Any], *, budget: int) -> list[Row]:
+    """Evaluations of each solver to each of `TOLERANCES`, by sample."""
+    rows = []
+    for name, solver in solvers.items():
+        spent: dict[str, list[int]] = {f"{tolerance:g}": [] for tolerance in TOLERANCES}
+        reached: dict[str, list[bool]] = {f"{tolerance:g}": [] for tolerance in TOLERANCES}
+        for z0, x, _ in held.chunks():
+            found = solve(held.f, z0, x, solver=solver, rtol=TOLERANCES[-1], max_nfe=budget, throw=False)
+            for tolerance in TOLERANCES:
+                nfe, hit = found.trace.evaluations_to(tolerance, budget)
+                spent[f"{tolerance:g}"] += nfe.tolist()
+                reached[f"{tolerance:g}"] += hit.tolist()
+        rows.append(
+            {
+                "row": "difficulty",
+                "way": way,
+                "solver": name,
+                "config": repr(solver),
+                "budget": budget,
+                "nfe": spent,
+                "reached": reached,
+            }
+        )
+    return rows
+
+
+def spectrum_rows(way: str, held: HeldOut, *, solver: Any, max_nfe: int = 200, iterations: int = 40) -> list[Row]:
+    """Spectral radii at equilibria found to 1e-5 (or as closely as the budget allows: `converged` says how many were)."""
+    radii: list[float] = []
+    converged: list[bool] = []
+    for z0, x, _ in held.chunks():
+        found = solve(held.f, z0, x, solver=solver, rtol=1e-5, max_nfe=max_nfe, throw=False)
+        radii += spectral_radius(held.f, found.z, x, iterations=iterations).tolist()
+        converged += found.converged.tolist()
+    return [{"row": "spectrum", "way": way, "radius": short(radii), "converged": float(np.mean(converged))}]
+
+
+def step_rows(models: dict[str, Any], criterion: Criterion, *, batch: int, repeats: int) -> list[Row]:
+    """Seconds and peak bytes of one training step of each model, forward and backward, interleaved; medians."""
+    seconds: dict[str, list[float]] = {way: [] for way in models}
+    peaks: dict[str, int] = {}
+    nfe: dict[str, float] = {}
+    for repeat in range(repeats + 1):
+        for way, model in models.items():
+            model.train()
+            losses = criterion.losses(model, batch, torch.Generator().manual_seed(0))
+            if repeat == 0:
+                with LiveBytes([*model.parameters()]) as live:
+                    next(losses).backward()
+                peaks[way] = live.peak
+                solution = getattr(model.deq, "last_solution", None)
+                nfe[way] = float("nan") if solution is None else float(solution.nfe.float().mean())
+            else:
+                began = time.perf_counter()
+                next(losses).backward()
+                seconds[way].append(time.perf_counter() - began)
+            model.zero_grad()
+            model.eval()
+            if isinstance(model.deq, DEQ):
+                model.deq.last_solution = model.deq.last_backward_solution = None
+    return [
+        {
+            "row": "step",
+            "way": way,
+            "batch": batch,
+            "seconds": short(float(np.median(seconds[way]))),
+            "peak_bytes": peaks[way],
+            "evaluations": None if np.isnan(nfe[way]) else short(nfe[way]),
+        }
+        for way in models
+    ]
+
+
+@torch.no_grad()
+def unit_rows(way: str, held: HeldOut, *, solver: Any, depth: int = 60, units: int = 6, sample: int = 0) -> list[Row]:
+    """A few coordinates of one sample by depth: those that move most between the middle of the way and its end.
+
+    The fixed point is the solver's, to 1e-6 where it gets there; `residual` says how close it came.
+    """
+    index = torch.tensor([sample])
+    z, x = gather(held.z0, index), gather(held.x, index)
+    packing = Packing.of(z)
+    path = [packing.pack(z)[0]]
+    for _ in range(depth):
+        z = held.f(z, x)
+        path.append(packing.pack(z)[0])
+    found = solve(held.f, gather(held.z0, index), x, solver=solver, rtol=1e-6, max_nfe=400, throw=False)
+    star, states = packing.pack(found.z)[0], torch.stack(path)
+    chosen = states[depth // 6 :].std(dim=0).argsort(descending=True)
+    chosen = chosen[: 40 * units : 40] if len(chosen) >= 40 * units else chosen[:units]
+    distance = (states - star).norm(dim=1) / star.norm()
+    return [
+        {
+            "row": "units",
+            "way": way,
+            "activations": short(states[:, chosen].T.tolist()),
+            "fixed_point": short(star[chosen].tolist()),
+            "distance": short(distance.tolist()),
+            "residual": short(float(found.residual[0])),
+        }
+    ]
+
+
+@torch.no_grad()
+def part_rows(way: str, held: HeldOut, *, depths: int = 30) -> list[Row]:
+    """Median relative residual of each tensor of a state of several, after k plain iterations."""
+    z0, x, _ = next(iter(held.chunks()))
+    z, table = z0, []
+    for _ in range(depths):
+        image = held.f(z, x)
+        pairs = zip(parts_of(image), parts_of(z), strict=True)
+        table.append([float(relative_residual(b, a).median()) for a, b in pairs])
+        z = image
+    return [{"row": "parts", "way": way, "residual": short(table)}]
+
+
+@torch.no_grad()
+def token_rows(
+    way: str, model: Any, criterion: NextToken, *, windows: Sequence[int], tolerance: float = 1e-2, budget: int = 100
+) -> list[Row]:
+    """For each token of held-out passages, the plain iterations until its own residual stays below the tolerance.
+
+    A token's residual is ‖f(z)ₜ − zₜ‖ / ‖f(z)ₜ‖ over its channels; the budget where it never settles. `bits` is what the
+    converged model pays for the token that follows.
+    """
+    tokens, targets = text_windows(criterion.data, "test", criterion.length)
+    held = held_out(model, criterion, "test", len(tokens))
+    axis = 1 if model.cell.layout == "nct" else 2
+    rows: list[Row] = []
+    for window in windows:
+        index = torch.tensor([window])
+        z, x = gather(held.z0, index), gather(held.x, index)
+        settled = torch.ones(criterion.length, dtype=torch.long)
+        for k in range(1, budget + 1):
+            image = held.f(z, x)
+            assert isinstance(image, Tensor)
+            assert isinstance(z, Tensor)
+            residual = (image - z).norm(dim=axis) / image.norm(dim=axis)
+            settled = torch.where(residual[0] > tolerance, k + 1, settled)
+            z = image
+        logits = model.classify(z)
+        nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets[index], reduction="none")[0]
+        vocabulary = criterion.data.vocabulary
+        rows.append(
+            {
+                "row": "tokens",
+                "way": way,
+                "tolerance": tolerance,
+                "before": [vocabulary[t] for t in tokens[window, : criterion.length].tolist()],
+                "tokens": [vocabulary[t] for t in tokens[window, criterion.length :].tolist()],
+                "evaluations": settled.clamp_max(budget).tolist(),
+                "bits": short((nats / np.log(2)).tolist()),
+            }
+        )
+    return rows
+
+
+def quality_row(way: str, model: Any, criterion: Criterion, seconds: float) -> Row:
+    """Score on the whole test split, parameters, seconds of training."""
+    return {
+        "row": "quality",
+        "way": way,
+        "metric": criterion.metric,
+        "higher": criterion.higher,
+        "score": short(criterion.score(model, "test")),
+        "validation": short(criterion.score(model, "validation")),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": short(seconds),
+    }
+
+
+def ngram_rows(data: Any, orders: Sequence[int] = (1, 2, 3, 4, 5, 6)) -> list[Row]:
+    """Bits per token of n-gram models of the training split, on the test split."""
+    rows = []
+    for order in orders:
+        model = NGram.fit(data.train.tokens, order, len(data.vocabulary))
+        rows.append({"row": "ngram", "order": order, "score": short(model.bits_per_token(data.test.tokens))})
+    return rows
+
+
+def splitting_solvers(validation: HeldOut, budget: int) -> dict[str, Any]:
+    """Forward–backward and Peaceman–Rachford with α tuned on validation problems; the cell must offer its parts."""
+    z0, x, _ = next(iter(validation.chunks()))
+    return {
+        "forward-backward": ForwardBackward.tuned(validation.f, z0, x, max_nfe=budget),
+        "Peaceman-Rachford": PeacemanRachford.tuned(validation.f, z0, x, max_nfe=budget),
+    }

@@ -1,0 +1,139 @@
+"""Figures of one family, from rows alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from metabroyden.evaluation.plots import new_axes, save_figure
+
+if TYPE_CHECKING:
+    from metabroyden.evaluation.models_report import FamilyResults
+
+_WAYS = {
+    "DEQ": ("#D55E00", "-"),
+    "DEQ, Jacobian penalty": ("#E69F00", "--"),
+    "unrolled": ("#0072B2", "-."),
+    "explicit": ("#000000", ":"),
+    "flow": ("#009E73", "--"),
+}
+_LINE = 64  # characters of a passage in one line
+
+
+def draw(results: FamilyResults, folder: Path) -> list[Path]:
+    """All figures that the rows allow."""
+    made = [training(results, folder / "training.png"), depth(results, folder / "depth.png")]
+    if results.of("units"):
+        made.append(units(results, folder / "units.png"))
+    if results.of("tokens"):
+        made.append(tokens(results, folder / "tokens.png"))
+    if results.of("parts"):
+        made.append(parts(results, folder / "parts.png"))
+    return made
+
+
+def _style(way: str) -> dict[str, Any]:
+    colour, line = _WAYS[way]
+    return {"color": colour, "linestyle": line, "linewidth": 1.9, "label": way}
+
+
+def training(results: FamilyResults, path: Path) -> Path:
+    """Validation score by epoch of every variant."""
+    figure, axes = new_axes()
+    for way in results.ways:
+        epochs = results.of("epoch", way=way)
+        axes.plot([row["epoch"] for row in epochs], [row["score"] for row in epochs], **_style(way))
+    axes.set(xlabel="epoch", ylabel=f"{results.of('quality')[0]['metric']}, validation")
+    axes.legend(frameon=False, fontsize=8)
+    axes.set_title(f"{results.name}: training", fontsize=10)
+    return save_figure(figure, path)
+
+
+def depth(results: FamilyResults, path: Path) -> Path:
+    """Score and residual against evaluations, of the solver and of plain iteration."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.0))
+    for way in results.ways:
+        for method in dict.fromkeys(row["method"] for row in results.of("depth", way=way)):
+            rows = results.of("depth", way=way, method=method)
+            style = _style(way) | {"label": f"{way}, {method}"}
+            if method == "plain iteration" and way != "unrolled":
+                style |= {"alpha": 0.5, "linewidth": 1.3}
+            k = [row["evaluations"] for row in rows]
+            left.plot(k, [row["score"] for row in rows], **style)
+            middle = np.array([row["residual"][1] for row in rows], dtype=float)
+            right.plot(k, np.where(np.isfinite(middle), middle, np.nan), **style)
+    trained = results.described["depth"]
+    left.axvline(trained, color="0.6", linewidth=0.8)
+    left.text(trained, 0.01, " depth of the unrolled", fontsize=7, color="0.4", transform=left.get_xaxis_transform())
+    left.set(xlabel="evaluations of f", ylabel=f"{results.of('quality')[0]['metric']}, test", xscale="log")
+    right.set(xlabel="evaluations of f", ylabel="relative residual, median", xscale="log", yscale="log")
+    right.legend(frameon=False, fontsize=7)
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    return save_figure(figure, path)
+
+
+def units(results: FamilyResults, path: Path) -> Path:
+    """Activations by depth with their fixed points, and the distance to the fixed point, of DEQ and unrolled network."""
+    rows = results.of("units")
+    figure, grid = plt.subplots(1, len(rows) + 1, figsize=(4.4 * (len(rows) + 1), 3.8), squeeze=False)
+    for axes, row in zip(grid[0], rows, strict=False):
+        for number, (path_of, star) in enumerate(zip(row["activations"], row["fixed_point"], strict=True)):
+            colour = f"C{number}"
+            axes.plot(path_of, color=colour, linewidth=1.3)
+            axes.axhline(star, color=colour, linewidth=0.7, linestyle=":")
+        axes.set(xlabel="depth", ylabel="activation")
+        axes.set_title(f"{row['way']}: dotted, the fixed point (residual {row['residual']:.0e})", fontsize=9)
+        grid[0][-1].semilogy(row["distance"], **_style(row["way"]))
+    grid[0][-1].set(xlabel="depth", ylabel="relative distance to the fixed point")
+    grid[0][-1].legend(frameon=False, fontsize=8)
+    for axes in grid[0]:
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    return save_figure(figure, path)
+
+
+def tokens(results: FamilyResults, path: Path) -> Path:
+    """Held-out passages, each token on the colour of the evaluations until it has settled."""
+    rows = results.of("tokens")
+    top = max(max(row["evaluations"]) for row in rows)
+    low = min(min(row["evaluations"]) for row in rows)
+    height = sum(-(-len(row["tokens"]) // _LINE) for row in rows) + len(rows)
+    figure, axes = plt.subplots(figsize=(11.5, 0.42 * height + 0.9))
+    shades = plt.get_cmap("cividis")
+    y = 0.0
+    for row in rows:
+        for number, (token, spent) in enumerate(zip(row["tokens"], row["evaluations"], strict=True)):
+            if number and number % _LINE == 0:
+                y += 1
+            share = (spent - low) / max(1, top - low)
+            x = number % _LINE
+            axes.add_patch(plt.Rectangle((x, -y - 0.5), 1, 0.95, color=shades(share), linewidth=0))
+            shown = {"\n": "¶", " ": "␣"}.get(token, token)
+            axes.text(
+                x + 0.5, -y, shown, ha="center", va="center", fontsize=7.5, color="white" if share < 0.55 else "black"
+            )
+        y += 1.6
+    axes.set(xlim=(0, _LINE), ylim=(-y + 0.5, 0.8))
+    axes.axis("off")
+    bar = figure.colorbar(plt.cm.ScalarMappable(plt.Normalize(low, top), shades), ax=axes, fraction=0.02, pad=0.01)
+    bar.set_label("evaluations", fontsize=8)
+    axes.set_title(f"Evaluations until a token's own residual stays below {rows[0]['tolerance']:g}", fontsize=10)
+    return save_figure(figure, path)
+
+
+def parts(results: FamilyResults, path: Path) -> Path:
+    """Residual of each tensor of the state by depth."""
+    figure, axes = new_axes()
+    table = np.array(results.of("parts")[0]["residual"])
+    for number in range(table.shape[1]):
+        values = np.where(table[:, number] > 0, table[:, number], np.nan)
+        axes.semilogy(np.arange(1, len(table) + 1), values, "o-", markersize=3, label=f"part {number + 1} of the state")
+    axes.set(xlabel="evaluations of f", ylabel="relative residual, median")
+    axes.legend(frameon=False, fontsize=8)
+    axes.set_title(f"{results.name}: each part of the state comes to rest (gaps: exactly zero)", fontsize=10)
+    return save_figure(figure, path)

@@ -1,0 +1,271 @@
+"""results/models: a page and figures for each family, and one report over all of them, from rows alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metabroyden.evaluation import models_plots
+from metabroyden.evaluation.metrics import summarise
+from metabroyden.evaluation.report import made_by, table
+from metabroyden.storage import atomic_write
+
+Row = dict[str, Any]
+DEQ, REGULARISED = "DEQ", "DEQ, Jacobian penalty"
+HARD = 12
+"""A family is easy where the best classical solver's median to 1e-2 is below this (the rule of the project's headlines)."""
+TOLERANCES = ("0.01", "0.001", "0.0001")
+
+
+class FamilyResults:
+    """The rows of one family's folder, and what is read off them.
+
+    Attributes:
+        name: the family. rows: as `metabroyden.evaluation.equilibria` makes them. described: its config.json.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.name = folder.name
+        self.rows: list[Row] = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+        self.described: dict[str, Any] = json.loads((folder / "config.json").read_text())
+
+    def of(self, kind: str, **wanted: Any) -> list[Row]:
+        """Rows of a kind with these values."""
+        return [row for row in self.rows if row["row"] == kind and all(row.get(key) == wanted[key] for key in wanted)]
+
+    @property
+    def ways(self) -> list[str]:
+        """The variants that were trained."""
+        return [row["way"] for row in self.of("quality")]
+
+    @property
+    def higher(self) -> bool:
+        """Whether more of the metric is better."""
+        return self.of("quality")[0]["higher"]
+
+    def score(self, way: str) -> float | None:
+        """The test score of a variant; None where it was not trained."""
+        return next((row["score"] for row in self.of("quality", way=way)), None)
+
+    def shown(self, score: float) -> str:
+        """A score as it is written."""
+        return f"{100 * score:.2f}%" if self.higher else f"{score:.3f}"
+
+    def gain(self, way: str) -> float | None:
+        """By how much the DEQ is better than another variant, as a share of that one's score; negative where it is worse."""
+        ours, theirs = self.score(DEQ), self.score(way)
+        if ours is None or theirs is None:
+            return None
+        return (ours / theirs - 1) * (1 if self.higher else -1)
+
+    def summary(self, row: Row, tolerance: str) -> dict[str, float]:
+        """Median, 90th percentile and success of a row of difficulty."""
+        return summarise(np.array(row["nfe"][tolerance]), np.array(row["reached"][tolerance]))
+
+    def best(self, way: str, tolerance: str = "0.01") -> tuple[str, dict[str, float]]:
+        """The solver with the fewest evaluations (mean of medians and 90th percentiles, failures at the budget)."""
+        scored = [(row["solver"], self.summary(row, tolerance)) for row in self.of("difficulty", way=way)]
+        return min(scored, key=lambda pair: (pair[1]["median"], pair[1]["p90"]))
+
+    def at_equilibrium(self, way: str = DEQ) -> tuple[Row, Row]:
+        """(the row of the last depth, the row of the best score) by the way's solver, or by plain iteration."""
+        rows = self.of("depth", way=way)
+        methods = list(dict.fromkeys(row["method"] for row in rows))
+        chosen = [row for row in rows if row["method"] == methods[0]]
+        pick = max if self.higher else min
+        return chosen[-1], pick(chosen, key=lambda row: row["score"])
+
+
+def write_family(folder: Path) -> Path:
+    """Write a family's report.md and its figures, from its rows.jsonl and config.json."""
+    results = FamilyResults(folder)
+    figures = models_plots.draw(results, folder)
+    shown = {path.stem: f"![{path.stem}]({path.name})" for path in figures}
+    described = results.described
+    training = ", ".join(f"{key} {value}" for key, value in described["training"].items())
+    hashes = "\n".join(f"- `{name}`: sha256 `{value}`" for name, value in described["sha256"].items())
+    sections = [
+        f"# {results.name}",
+        made_by(described["command"], described["provenance"]),
+        "## Quality",
+        quality_table(results),
+        *([ngram_line(results)] if results.of("ngram") else []),
+        shown["training"],
+        "## Equilibria",
+        equilibrium_line(results),
+        shown["depth"],
+        "## Difficulty\n\nEvaluations of f: median / 90th percentile / share of samples that got there within "
+        f"{described['config']['budget']}. Tuned solvers: the best of a grid on validation problems.",
+        difficulty_table(results),
+        *(shown[name] for name in ("units", "tokens", "parts") if name in shown),
+        "## Frozen",
+        f"{hashes}\n- `episodes.safetensors`: weights after epochs {', '.join(map(str, described['episodes']))}",
+        "## Setting",
+        f"- model: {described['kind']}, {described['model']}\n- training: {training}\n- solver in training: "
+        f"`{described['solver']}` to {described['rtol']:g}; backward: `{described['backward']}`; unrolled and explicit "
+        f"networks of {described['depth']} layers; weight of the Jacobian penalty {described['jacobian']:g}",
+    ]
+    return atomic_write(folder / "report.md", "\n\n".join(sections) + "\n")
+
+
+def write(folder: Path) -> Path:
+    """Write report.md over all families that have results in a folder."""
+    families = [FamilyResults(path.parent) for path in sorted(folder.glob("*/rows.jsonl"))]
+    sections = [
+        "# Models on real data",
+        "One folder a family, each with its report, figures, checkpoint, weights along training, and rows. Models were chosen "
+        "by their score on validation data alone, before any solver was compared on them, and are frozen. Made by "
+        "`python -m experiments models --family NAME`, two cores.",
+        "## Quality on held-out data",
+        "Unrolled: the same weight-tied network trained and evaluated at a fixed depth. Explicit: weights of its own in each "
+        "layer, as many parameters in all. Neural ODE: the flow z' = f(z, x) − z to time 1.",
+        _quality_overview(families),
+        "## How hard the equilibria are to find",
+        "Median evaluations to a relative residual (share of samples within the budget); the best classical solver, tuned ones "
+        f"included. Easy: fewer than {HARD} evaluations to 1e-2; such a family proves little about solvers.",
+        _difficulty_overview(families),
+        "## Real equilibria",
+        "The score at the last depth, the best score on the way there, and its lead with the standard error of that (paired, "
+        "over samples).",
+        _equilibrium_overview(families),
+        "## Cost of a training step",
+        _step_overview(families),
+    ]
+    return atomic_write(folder / "report.md", "\n\n".join(sections) + "\n")
+
+
+def quality_table(results: FamilyResults) -> str:
+    """Scores, parameters, training time, cost of a step."""
+    steps = {row["way"]: row for row in results.of("step")}
+    body = []
+    for row in results.of("quality"):
+        step = steps[row["way"]]
+        body.append(
+            [
+                row["way"],
+                results.shown(row["score"]),
+                results.shown(row["validation"]),
+                f"{row['parameters']:,}",
+                f"{row['seconds']:.0f} s",
+                f"{1000 * step['seconds']:.0f} ms",
+                f"{step['peak_bytes'] / 2**20:.1f} MiB",
+            ]
+        )
+    metric = results.of("quality")[0]["metric"]
+    return table(["", f"{metric}, test", "validation", "parameters", "training", "step", "peak of a step"], body)
+
+
+def ngram_line(results: FamilyResults) -> str:
+    """The n-gram models' scores."""
+    scores = ", ".join(f"order {row['order']}: {row['score']:.3f}" for row in results.of("ngram"))
+    return f"n-gram models of the same training data (modified Kneser–Ney), test: {scores}."
+
+
+def equilibrium_line(results: FamilyResults) -> str:
+    """Whether the score is best at the equilibrium, for the DEQ and for its unrolled twin."""
+    lines = []
+    for way in (DEQ, REGULARISED, "unrolled"):
+        if results.of("depth", way=way):
+            last, best = results.at_equilibrium(way)
+            lines.append(
+                f"- {way}: {results.shown(last['score'])} after {last['evaluations']} evaluations (median residual "
+                f"{last['residual'][1]:.1e}); best on the way {results.shown(best['score'])}, after {best['evaluations']}"
+            )
+    return "\n".join(lines)
+
+
+def difficulty_table(results: FamilyResults) -> str:
+    """Every solver on every trained DEQ."""
+    body = []
+    for row in results.of("difficulty"):
+        cells = []
+        for tolerance in TOLERANCES:
+            s = results.summary(row, tolerance)
+            cells.append(f"{s['median']:g} / {s['p90']:g} / {100 * s['success']:.0f}%")
+        body.append([row["way"], row["solver"], f"`{row['config']}`", *cells])
+    lines = [table(["", "solver", "", *TOLERANCES], body)]
+    for row in results.of("spectrum"):
+        radius = np.array(row["radius"])
+        lines.append(
+            f"{row['way']}: spectral radius at the equilibrium {np.median(radius):.3f} (median; largest "
+            f"{np.nanmax(radius):.3f}); {100 * row['converged']:.0f}% of equilibria found to 1e-5."
+        )
+    return "\n\n".join(lines)
+
+
+def _quality_overview(families: Sequence[FamilyResults]) -> str:
+    body = []
+    for results in families:
+        scores = [results.score(way) for way in (DEQ, REGULARISED, "unrolled", "explicit", "flow")]
+        gain = results.gain("unrolled")
+        body.append(
+            [
+                f"[{results.name}]({results.name}/report.md)",
+                results.of("quality")[0]["metric"],
+                *("" if score is None else results.shown(score) for score in scores),
+                "" if gain is None else f"{100 * gain:+.2f}%",
+                f"{results.of('quality')[0]['parameters']:,}",
+            ]
+        )
+    header = ["family", "metric", "DEQ", "penalised", "unrolled", "explicit", "neural ODE", "to unrolled", "parameters"]
+    return table(header, body)
+
+
+def _difficulty_overview(families: Sequence[FamilyResults]) -> str:
+    body = []
+    for results in families:
+        for way in (DEQ, REGULARISED):
+            rows = {row["solver"]: row for row in results.of("difficulty", way=way)}
+            if not rows:
+                continue
+            best, s = results.best(way)
+            radius = np.array(results.of("spectrum", way=way)[0]["radius"])
+            cells = []
+            for name in ("Picard", "Anderson", "Broyden"):
+                parts = [results.summary(rows[name], tolerance) for tolerance in TOLERANCES]
+                cells.append("; ".join(f"{p['median']:g} ({100 * p['success']:.0f}%)" for p in parts))
+            words = f"{best}: {s['median']:g} ({100 * s['success']:.0f}%)"
+            easy = "easy" if s["median"] < HARD else ""
+            body.append([results.name, way, *cells, words, f"{np.median(radius):.2f}", easy])
+    to = "to 1e-2; 1e-3; 1e-4"
+    return table(["family", "", f"Picard {to}", f"Anderson {to}", f"Broyden {to}", "best to 1e-2", "ρ", ""], body)
+
+
+def _equilibrium_overview(families: Sequence[FamilyResults]) -> str:
+    body = []
+    for results in families:
+        for way in (DEQ, "unrolled"):
+            if not results.of("depth", way=way):
+                continue
+            last, best = results.at_equilibrium(way)
+            lead = abs(best["over_last"])
+            body.append(
+                [
+                    results.name,
+                    way,
+                    f"{results.shown(last['score'])} at {last['evaluations']}",
+                    f"{last['residual'][1]:.1e}",
+                    f"{results.shown(best['score'])} at {best['evaluations']}",
+                    f"{100 * lead:.2f} ± {100 * best['over_last_error']:.2f} points"
+                    if results.higher
+                    else f"{lead:.4f} ± {best['over_last_error']:.4f}",
+                ]
+            )
+    return table(["family", "", "last", "median residual", "best", "lead of the best"], body)
+
+
+def _step_overview(families: Sequence[FamilyResults]) -> str:
+    body = []
+    for results in families:
+        base = {row["way"]: row for row in results.of("step")}
+        unrolled = base.get("unrolled")
+        for way, row in base.items():
+            words = "" if unrolled is None else f"{row['seconds'] / unrolled['seconds']:.2f}×"
+            share = "" if unrolled is None else f"{row['peak_bytes'] / unrolled['peak_bytes']:.2f}×"
+            spent = "" if row["evaluations"] is None else f"{row['evaluations']:g}"
+            body.append([results.name, way, f"{1000 * row['seconds']:.0f} ms", words, share, spent])
+    return table(["family", "", "step", "time to unrolled", "peak memory to unrolled", "evaluations forward"], body)

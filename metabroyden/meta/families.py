@@ -1,0 +1,64 @@
+"""The families of `metabroyden.models.families` as tasks: contexts of held-out images and of held-out plays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metabroyden.data.text import TextData, TextSplit
+from metabroyden.deq import initial_state
+from metabroyden.meta.tasks import TaskSet
+from metabroyden.models.base import LanguageModel
+from metabroyden.models.criteria import Criterion, Images, NextToken
+
+_WINDOWS = {"train": 8192, "validation": 256, "test": 256}
+
+
+def family_tasks(model: Any, criterion: Criterion) -> TaskSet:
+    """A trained model's fixed-point problems, with disjoint train, validation and test contexts.
+
+    Raw contexts are images, or pairs of consecutive segments, tokens (N, 2·length): the memory that belongs to the second
+    is that of the first, solved as `model.deq` solves.
+    """
+    if isinstance(criterion, Images):
+        data = criterion.data
+        return TaskSet(
+            model.cell,
+            data.train.images,
+            data.validation.images,
+            data.test.images,
+            encode=model.inject,
+            augment=criterion.augment,
+            z0=lambda x: initial_state(model.cell, x),
+        )
+    if not isinstance(criterion, NextToken):
+        raise TypeError(f"criterion must be Images or NextToken, got {type(criterion).__name__}")
+    raw = {name: text_windows(criterion.data, name, criterion.length)[0] for name in _WINDOWS}
+    return TaskSet(
+        model.cell,
+        raw["train"],
+        raw["validation"],
+        raw["test"],
+        encode=lambda tokens: second_half(model, tokens),
+        z0=lambda x: initial_state(model.cell, x),
+    )
+
+
+def text_windows(data: TextData, name: str, length: int) -> tuple[Tensor, Tensor]:
+    """(tokens (N, 2·length), targets of their second halves (N, length)), evenly spaced over a split."""
+    split: TextSplit = getattr(data, name)
+    room = len(split.tokens) - 2 * length - 1
+    count = min(_WINDOWS[name], room // (2 * length))
+    starts = torch.linspace(0, room, count).long()
+    windows = split.tokens[starts[:, None] + torch.arange(2 * length + 1)]
+    return windows[:, :-1], windows[:, length + 1 :]
+
+
+@torch.no_grad()
+def second_half(model: LanguageModel, tokens: Tensor) -> Any:
+    """The context of the second segments of tokens (B, 2T), their memory that of the first."""
+    first, second = tokens.chunk(2, dim=1)
+    memory = model.remember(model.deq(model.inject(first)))
+    return model.inject(second, memory)

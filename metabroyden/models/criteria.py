@@ -1,0 +1,149 @@
+"""What models are trained for: batches with their losses, and the score on a split."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from metabroyden.data.images import ImageData, ImageSplit, shift
+from metabroyden.data.text import TextData
+from metabroyden.models.base import LanguageModel
+
+
+class Criterion(Protocol):
+    """A supervised problem."""
+
+    @property
+    def metric(self) -> str:
+        """The name of the score."""
+        ...
+
+    @property
+    def higher(self) -> bool:
+        """Whether more of it is better."""
+        ...
+
+    def steps(self, batch: int) -> int:
+        """Losses in one epoch; ValueError where the batch is larger than the data."""
+        ...
+
+    def losses(self, model: Any, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
+        """The losses of one epoch, one after another: take a step of the optimizer between two of them."""
+        ...
+
+    def score(self, model: Any, split: str) -> float:
+        """The metric on a split, in evaluation mode."""
+        ...
+
+
+def shift_and_mirror(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images shifted by up to a pixel, half of them mirrored left to right: for clothes, not for digits."""
+    mirrored = torch.rand(len(images), generator=generator) < 0.5
+    return shift(torch.where(mirrored[:, None, None, None], images.flip(3), images), generator)
+
+
+@dataclass(frozen=True)
+class Images:
+    """Classification by cross-entropy; training images are augmented, by a shift of up to a pixel unless told otherwise."""
+
+    data: ImageData
+    augment: Callable[[Tensor, torch.Generator], Tensor] = shift
+    metric = "accuracy"
+    higher = True
+
+    def steps(self, batch: int) -> int:
+        """Whole batches in the training images."""
+        count = len(self.data.train.images)
+        if batch > count:
+            raise ValueError(f"a batch of {batch} is more than the {count} training images")
+        return count // batch
+
+    def losses(self, model: Any, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
+        """Mean cross-entropies over one pass through the training images in random order."""
+        split, device = self.data.train, device_of(model)
+        order = torch.randperm(len(split.images), generator=generator)
+        for index in order[: self.steps(batch) * batch].split(batch):
+            images = self.augment(split.images[index], generator).to(device)
+            yield nn.functional.cross_entropy(model(images), split.labels[index].to(device))
+
+    def score(self, model: Any, split: str) -> float:
+        """Share of a split's images that the model gets right."""
+        return accuracy(model, getattr(self.data, split))
+
+
+@torch.no_grad()
+def accuracy(model: Callable[[Tensor], Tensor], split: ImageSplit, batch: int = 1000) -> float:
+    """Share of a split's images that the model gets right."""
+    if isinstance(model, nn.Module):
+        model.eval()
+    device, right = device_of(model), 0
+    for images, labels in zip(split.images.split(batch), split.labels.split(batch), strict=True):
+        right += int((model(images.to(device)).argmax(dim=1).cpu() == labels).sum())
+    return right / len(split.labels)
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a model's parameters are; the CPU for what has none."""
+    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    return torch.device("cpu") if first is None else first.device
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """Prediction of the token that follows, in nats for training and in bits for the score.
+
+    Attributes:
+        length: tokens of a segment. segments: consecutive ones in an epoch, each with the memory of the one before; the
+            first of an epoch has that of a text's beginning.
+        limit: validation tokens that are looked at, at most.
+    """
+
+    data: TextData
+    length: int = 64
+    segments: int = 50
+    limit: int = 65_536
+    higher = False
+
+    @property
+    def metric(self) -> str:
+        """Bits per character, or per word."""
+        return f"bits per {self.data.unit}"
+
+    def steps(self, batch: int) -> int:
+        """Segments of an epoch."""
+        return self.segments
+
+    def losses(self, model: LanguageModel, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
+        """Mean cross-entropies of consecutive segments, of texts that begin at random places in the training split."""
+        memory, device = None, device_of(model)
+        for tokens, targets in self.data.train.random_streams(batch, self.length, self.segments, generator):
+            z = model.deq(model.inject(tokens.to(device), memory))
+            memory = model.remember(z, memory)
+            yield nn.functional.cross_entropy(model.classify(z).flatten(0, 1), targets.to(device).flatten())
+
+    def score(self, model: LanguageModel, split: str) -> float:
+        """Bits per token; of validation at most `limit` tokens."""
+        return bits_per_token(model, self.data, split, self.length, self.limit if split == "validation" else None)
+
+
+@torch.no_grad()
+def bits_per_token(
+    model: LanguageModel, data: TextData, split: str, length: int, limit: int | None = None, batch: int = 64
+) -> float:
+    """Mean −log₂ of the probabilities that the model gives the tokens of a split, read in `batch` parallel streams."""
+    model.eval()
+    memory, nats, count, device = None, 0.0, 0, device_of(model)
+    for tokens, targets in getattr(data, split).streams(batch, length):
+        z = model.deq(model.inject(tokens.to(device), memory))
+        memory = model.remember(z, memory)
+        logits = model.classify(z).flatten(0, 1)
+        nats += float(nn.functional.cross_entropy(logits, targets.to(device).flatten(), reduction="sum"))
+        count += targets.numel()
+        if limit is not None and count >= limit:
+            break
+    return nats / count / math.log(2)

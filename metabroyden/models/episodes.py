@@ -1,0 +1,69 @@
+"""Checkpoints along one training, in one file: the same DEQ at several ages, for generalisation over weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metabroyden import checkpoint
+from metabroyden.models.fit import build_model
+
+LARGEST = 5_000_000
+"""Bytes of weights above which a file keeps half precision."""
+
+
+class Episodes:
+    """Collects a model's weights at chosen epochs.
+
+    Args:
+        epochs: how long the training is. count: how many checkpoints; they lie closer together in the beginning, where the
+            weights move most, and the last is the end.
+    """
+
+    def __init__(self, epochs: int, count: int = 8) -> None:
+        if not 1 <= count <= epochs:
+            raise ValueError(f"count must be from 1 to the {epochs} epochs, got {count}")
+        wanted = {max(1, round(epochs * ((k + 1) / count) ** 2)) for k in range(count)}
+        late = (epoch for epoch in range(epochs, 0, -1) if epoch not in wanted)
+        while len(wanted) < count:  # early ones fell together
+            wanted.add(next(late))
+        self.epochs = tuple(sorted(wanted))
+
+    def note(self, epoch: int, model: Any, folder: Path) -> None:
+        """Keep the model's weights after this epoch, where it is one of those wanted."""
+        if epoch in self.epochs:
+            header = {"config": model.describe()}
+            checkpoint.write(_at(folder, epoch), f"episode/{model.kind}", model.state_dict(), header)
+
+    def collect(self, folder: Path, path: Path) -> Path:
+        """Write all that was kept into one file. FileNotFoundError where one is missing."""
+        tensors: dict[str, Tensor] = {}
+        header: dict[str, Any] = {}
+        for epoch in self.epochs:
+            found, header = checkpoint.read(_at(folder, epoch), "episode")
+            tensors |= {f"{epoch}/{name}": value for name, value in found.items()}
+        if sum(value.nbytes for value in tensors.values()) > LARGEST:
+            tensors = {name: v.half() if v.is_floating_point() else v for name, v in tensors.items()}
+        kind = header["kind"].split("/")[1]
+        return checkpoint.write(path, f"episodes/{kind}", tensors, {"config": header["config"], "epochs": self.epochs})
+
+
+def load_episodes(path: str | Path, **deq_options: Any) -> dict[int, Any]:
+    """The models in a file, by epoch, in evaluation mode and float32; `deq_options` as for `load_model`.
+
+    Raises FileNotFoundError, `CheckpointError`: no such file, or none of episodes.
+    """
+    tensors, header = checkpoint.read(path, "episodes")
+    models = {}
+    full = {name: v.float() if v.dtype == torch.half else v for name, v in tensors.items()}
+    for epoch in header["epochs"]:
+        weights = checkpoint.under(full, f"{epoch}/")
+        models[epoch] = build_model(header, weights, path, **deq_options)
+    return models
+
+
+def _at(folder: Path, epoch: int) -> Path:
+    return folder / f"episode-{epoch}.safetensors"

@@ -1,0 +1,141 @@
+"""The families of fixed-point problems: a model, real data, and how it is trained. One line of `FAMILIES` each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from metabroyden.data.digits import load_digits
+from metabroyden.data.fashion_mnist import load_fashion_mnist
+from metabroyden.data.shakespeare import load_shakespeare
+from metabroyden.gradients import Implicit
+from metabroyden.models.conv import ConvClassifier, ConvClassifierConfig
+from metabroyden.models.convert import Substitution
+from metabroyden.models.criteria import Criterion, Images, NextToken, shift_and_mirror
+from metabroyden.models.dense import DenseClassifier, DenseClassifierConfig
+from metabroyden.models.fit import Training
+from metabroyden.models.mlp import MLPClassifier, MLPClassifierConfig
+from metabroyden.models.monotone_classifier import MonotoneClassifier, MonotoneClassifierConfig
+from metabroyden.solvers import Anderson, PeacemanRachford
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model on one data set.
+
+    Attributes:
+        model: the class, an `EquilibriumModel`. config: its config.
+        criterion: makes the data and what is trained for; data that is missing raises, saying how to get it.
+        training: of the DEQ, and of the networks beside it.
+        jacobian: weight of the Jacobian penalty in the regularised variant.
+        depth: layers of the unrolled and of the explicit network.
+        solver, backward, rtol, max_nfe: the DEQ's in training, and what is called converged afterwards.
+        large: (config, training) for a GPU.
+        twins: which networks are trained beside the DEQ.
+        splitting: whether the cell offers what operator splitting needs.
+        pictures: whether activations by depth are drawn.
+    """
+
+    model: type
+    config: Any
+    criterion: Callable[[], Criterion]
+    training: Training
+    large: tuple[Any, Training]
+    jacobian: float = 1.0
+    depth: int = 10
+    solver: Any = field(default_factory=lambda: Anderson(memory=5))
+    backward: Any = field(default_factory=lambda: Implicit(solver=Anderson(memory=5), rtol=1e-2, max_nfe=20))
+    rtol: float = 1e-3
+    max_nfe: int = 40
+    twins: tuple[str, ...] = ("unrolled", "explicit")
+    splitting: bool = False
+    pictures: bool = False
+
+    def build(self, config: Any = None) -> Any:
+        """The untrained model with the solver of training; most early solves end at the budget, which is enough there."""
+        options = {"solver": self.solver, "backward": self.backward, "rtol": self.rtol, "max_nfe": self.max_nfe}
+        return self.model(self.config if config is None else config, **options, warn=False)
+
+    def enlarged(self) -> Family:
+        """The preset for a GPU."""
+        return replace(self, config=self.large[0], training=self.large[1])
+
+
+_IMAGE_TWINS = ("unrolled", "explicit", "flow")
+
+
+def _digits() -> Criterion:
+    return Images(load_digits())
+
+
+def _fashion() -> Criterion:
+    return Images(load_fashion_mnist(limit=20_000), augment=shift_and_mirror)
+
+
+def _fashion_small() -> Criterion:
+    return Images(load_fashion_mnist(limit=20_000, side=14), augment=shift_and_mirror)
+
+
+def _characters() -> Criterion:
+    return NextToken(load_shakespeare(), length=64, segments=100)
+
+
+def _words() -> Criterion:
+    return NextToken(load_shakespeare("word"), length=32, segments=100)
+
+
+def _monotone(structure: str, width: int, large: int) -> Family:
+    config = MonotoneClassifierConfig(structure=structure, width=width)
+    return Family(
+        MonotoneClassifier,
+        config,
+        _digits,
+        Training(epochs=24, pretrain=0),
+        (replace(config, width=large), Training(epochs=60, batch=256)),
+        solver=PeacemanRachford(alpha=1.0),
+        twins=_IMAGE_TWINS,
+        splitting=True,
+    )
+
+
+FAMILIES: dict[str, Family] = {
+    "dense-digits": Family(
+        DenseClassifier,
+        DenseClassifierConfig(n=64),
+        _digits,
+        Training(epochs=40, pretrain=20),
+        (DenseClassifierConfig(n=256), Training(epochs=60, batch=256)),
+        twins=_IMAGE_TWINS,
+    ),
+    "mlp-digits": Family(
+        MLPClassifier,
+        MLPClassifierConfig(),
+        _digits,
+        Training(epochs=40),
+        (MLPClassifierConfig(hidden=256), Training(epochs=60, batch=256)),
+        jacobian=0.0,
+        solver=Substitution(),
+        rtol=0.0,
+        twins=(),
+    ),
+    "conv-digits": Family(
+        ConvClassifier,
+        ConvClassifierConfig(),
+        _digits,
+        Training(epochs=24, pretrain=12),
+        (ConvClassifierConfig(channels=64, inner=128), Training(epochs=60, batch=256)),
+        twins=_IMAGE_TWINS,
+    ),
+    "monotone-dense-digits": _monotone("dense", 87, 256),
+    "monotone-conv-digits": _monotone("conv", 16, 64),
+    "monotone-multitier-digits": _monotone("multi-tier", 8, 32),
+}
+"""The families by name."""
+
+
+def get_family(name: str) -> Family:
+    """The family of this name; ValueError for an unknown one."""
+    if name not in FAMILIES:
+        raise ValueError(f"unknown family {name!r}: known are {', '.join(FAMILIES)}")
+    return FAMILIES[name]

@@ -1,0 +1,127 @@
+"""Operator splitting for monotone cells f = prox ∘ linear: forward–backward and Peaceman–Rachford.
+
+Both are those of Winston & Kolter, Monotone operator equilibrium networks (NeurIPS 2020), section 3.2. A cell offers its
+parts as methods: `linear(z, x)` = Wz + x, `prox(v)`, elementwise, and for Peaceman–Rachford `resolvent(alpha)`, which gives
+the map (v, x) ↦ V(v + αx), V = (I + α(I − W))⁻¹. A use of `linear` or of the resolvent counts as an evaluation of f; `prox`
+costs next to nothing and is not counted. Neither method calls f itself but at z0: f(z) follows from what a step has made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from metabroyden.problem import Problem
+from metabroyden.solution import State
+from metabroyden.solvers.base import ClassicalSolver, Step, check_number
+from metabroyden.solvers.registry import register
+from metabroyden.solvers.tuning import tune
+
+S = TypeVar("S", "ForwardBackward", "PeacemanRachford")
+
+
+class ForwardBackwardState(NamedTuple):
+    """What forward–backward carries."""
+
+    linear: Tensor | None  # (R, n) Wz + x at the iterate; None before the first step
+
+
+@register("forward-backward")
+@dataclass(frozen=True)
+class ForwardBackward(ClassicalSolver):
+    """z⁺ = prox(z − α(z − (Wz + x))).
+
+    Where I − W is strongly monotone with constant m it converges for 0 < α < 2m / ‖I − W‖₂², linearly; larger α often do
+    better. Each step is one use of `linear`, at z⁺, from which f(z⁺) = prox(Wz⁺ + x) follows. The first step is z + αg, as
+    of Wz₀ + x only the positive part is known then: the same one where z₀ = 0, at no use of `linear`.
+
+    Attributes:
+        alpha: step length in (0, 10].
+    """
+
+    alpha: float = 0.5
+    parts = ("linear", "prox")
+
+    def __post_init__(self) -> None:
+        check_number("ForwardBackward", "alpha", self.alpha, 0, 10)
+
+    @classmethod
+    def tuned(cls, f: Callable[..., State], z0: State, context: Any, **options: Any) -> ForwardBackward:
+        """The best α in [1/16, 2] on validation problems; f, z0, context and options as for `tune`."""
+        return _tuned(cls, -4, 1, f, z0, context, options)
+
+    def init(self, z: Tensor, g: Tensor, problem: Problem) -> ForwardBackwardState:
+        """Nothing known of Wz + x."""
+        return ForwardBackwardState(None)
+
+    def step(self, z: Tensor, g: Tensor, state: ForwardBackwardState, problem: Problem) -> Step:
+        """One step and its residual, for one use of `linear`."""
+        if state.linear is None:
+            z = torch.add(z, g, alpha=self.alpha)
+        else:
+            z = problem.elementwise("prox", torch.lerp(z, state.linear, self.alpha))
+        linear = problem.use(problem.part("linear"), z)
+        g = problem.known(z, problem.elementwise("prox", linear))
+        return Step(z, ForwardBackwardState(linear), g)
+
+
+class PeacemanRachfordState(NamedTuple):
+    """What Peaceman–Rachford carries."""
+
+    u: Tensor  # (R, n)
+    resolvent: Callable[..., State]  # (v, x) ↦ V(v + αx)
+
+
+@register("peaceman-rachford")
+@dataclass(frozen=True)
+class PeacemanRachford(ClassicalSolver):
+    """u' = 2 prox(u) − u, z⁺ = V(u' + αx), u⁺ = 2z⁺ − u', from u = z₀ on; the iterate reported is z⁺.
+
+    Converges for every α > 0 where I − W is strongly monotone. Each step is one use of the resolvent; as that makes
+    (1 + α)z⁺ − αWz⁺ = u' + αx, it gives Wz⁺ + x = ((1 + α)z⁺ − u') / α and with it f(z⁺) at no further cost. The resolvent
+    is set up anew in each solve, before the first step: an inverse, or one for every frequency of a convolution. That is
+    time, and not counted as an evaluation.
+
+    Attributes:
+        alpha: in (0, 1000].
+    """
+
+    alpha: float = 1.0
+    parts = ("linear", "prox", "resolvent")
+
+    def __post_init__(self) -> None:
+        check_number("PeacemanRachford", "alpha", self.alpha, 0, 1000)
+
+    @classmethod
+    def tuned(cls, f: Callable[..., State], z0: State, context: Any, **options: Any) -> PeacemanRachford:
+        """The best α in [1/16, 16] on validation problems; f, z0, context and options as for `tune`."""
+        return _tuned(cls, -4, 4, f, z0, context, options)
+
+    def init(self, z: Tensor, g: Tensor, problem: Problem) -> PeacemanRachfordState:
+        """u = z₀, and the resolvent."""
+        return PeacemanRachfordState(z, problem.part("resolvent", self.alpha))
+
+    def step(self, z: Tensor, g: Tensor, state: PeacemanRachfordState, problem: Problem) -> Step:
+        """One step and its residual, for one use of the resolvent."""
+        reflected = 2 * problem.elementwise("prox", state.u) - state.u
+        z = problem.use(state.resolvent, reflected)
+        linear = z + (z - reflected) / self.alpha
+        g = problem.known(z, problem.elementwise("prox", linear))
+        return Step(z, PeacemanRachfordState(2 * z - reflected, state.resolvent), g)
+
+
+def _tuned(
+    cls: type[S], low: int, high: int, f: Callable[..., State], z0: State, context: Any, options: dict[str, Any]
+) -> S:
+    """The best of α = 2^low, …, 2^high, then two refinements around it."""
+    best, spacing = cls(), 1.0
+    grid = [2.0**k for k in range(low, high + 1)]
+    for _ in range(3):
+        best = tune([cls(round(alpha, 4)) for alpha in grid], f, z0, context, **options)[0][0]
+        spacing /= 2.5
+        grid = [best.alpha * 2**power for power in (-spacing, 0, spacing)]
+    return best
