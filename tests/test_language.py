@@ -71,7 +71,7 @@ def test_the_trellis_cell_is_what_its_docstring_says():
 
 def test_the_transformer_cell_is_what_its_docstring_says():
     cell = TransformerCell(6, 3, 7).double()
-    z, x, memory = torch.randn(2, 4, 6).double(), torch.randn(2, 4, 18).double(), torch.randn(2, 3, 6).double()
+    z, x, memory = torch.randn(2, 4, 6).double(), torch.randn(2, 4, 24).double(), torch.randn(2, 3, 6).double()
     for norm in (cell.norm1, cell.norm2):
         nn.init.normal_(norm.weight)
         nn.init.normal_(norm.bias)
@@ -80,7 +80,7 @@ def test_the_transformer_cell_is_what_its_docstring_says():
     u, v = cell.content_bias, cell.position_bias
     for b in range(2):
         past = [cell.qkv.weight @ m for m in memory[b]]
-        now = [cell.qkv.weight @ z[b, t] + x[b, t] for t in range(4)]
+        now = [cell.qkv.weight @ z[b, t] + x[b, t, 6:] for t in range(4)]
         keys, values = [a[6:12] for a in past + now], [a[12:] for a in past + now]
         for t in range(4):
             heard, i = [], 3 + t
@@ -94,7 +94,7 @@ def test_the_transformer_cell_is_what_its_docstring_says():
                     scores.append(score / math.sqrt(2))
                 weights = torch.stack(scores).softmax(0)
                 heard.append(sum(weight * values[j][part] for j, weight in enumerate(weights)))
-            y = cell.norm1(z[b, t] + cell.out(torch.cat(heard)))
+            y = cell.norm1(z[b, t] + x[b, t, :6] + cell.out(torch.cat(heard)))
             wanted = cell.norm2(y + cell.ff2(nn.functional.gelu(cell.ff1(y))))
             torch.testing.assert_close(found[b, t], wanted)
 

@@ -31,7 +31,7 @@ CELLS: dict[str, Example] = {
     "conv": Example(lambda: ConvCell(4, 6, 2), (4, 3, 4)),
     "causal": Example(lambda: CausalCell(6, 5), (6, 7)),
     "trellisnet": Example(lambda: TrellisCell(4, 2), ((16, 6), (8, 2))),
-    "transformer": Example(lambda: TransformerCell(8, 2, 10), ((5, 24), (3, 8))),
+    "transformer": Example(lambda: TransformerCell(8, 2, 10), ((5, 32), (3, 8))),
     "monotone dense": Example(lambda: MonotoneDense(12), (12,)),
     "monotone conv": Example(lambda: MonotoneConv(3, 4), (3, 4, 4)),
     "monotone multi-tier": Example(lambda: MonotoneMultiTier((2, 3), 4), ((2, 4, 4), (3, 2, 2))),

@@ -15,18 +15,20 @@ from metabroyden.models.stem import TokenStem
 
 
 class TransformerCell(nn.Module):
-    """f(z, x) = norm(y + FF(y)), y = norm(z + W_o attend(q, k, v)), FF(y) = W₂ gelu(W₁ y), layer norms of a token.
+    """f(z, x) = norm(y + FF(y)), y = norm(z + x⁰ + W_o attend(q, k, v)), FF(y) = W₂ gelu(W₁ y), layer norms of a token.
 
-    (q, k, v)_t = W_qkv z_t + x_t, with the injection added as in DEQ-Transformer (Bai, Kolter & Koltun, NeurIPS 2019,
-    section 4.2). Token i attends to itself, to those before it and to the memory, M tokens of the equilibrium before (keys
-    and values from W_qkv alone), with the scores of Transformer-XL (Dai et al., ACL 2019, section 3.3):
+    (q, k, v)_t = W_qkv z_t + x¹_t, with the injection x = (x⁰, x¹) added to queries, keys and values as in DEQ-Transformer
+    (Bai, Kolter & Koltun, NeurIPS 2019, section 4.2), and to the residual: else, while attention says little, y is the
+    norm of z and little more, f is all but the identity and its equilibrium hard to find. Token i attends to itself, to
+    those before it and to the memory, M tokens of the equilibrium before (keys and values from W_qkv alone), with the
+    scores of Transformer-XL (Dai et al., ACL 2019, section 3.3):
 
         ((q_i + u)ᵀ k_j + (q_i + v)ᵀ W_r r_{i−j}) / √(width / heads),
 
     r_n the sinusoids of the distance n. The same block at every depth: Universal Transformers (Dehghani et al., ICLR
     2019). A memory of zeros, at a text's beginning, is taken as it is: tokens with nothing to tell.
 
-    The context is (x, memory): (B, T, 3·width) and (B, M, width); the state is (B, T, width).
+    The context is (x, memory): (B, T, 4·width) and (B, M, width); the state is (B, T, width).
 
     Args:
         width: coordinates of a token, even and divided by `heads`.
@@ -57,10 +59,11 @@ class TransformerCell(nn.Module):
     def forward(self, z: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
         """f(z, context), shaped like z."""
         injection, memory = context
-        q, k, v = (self.qkv(z) + injection).chunk(3, dim=2)
+        entering, projected = injection.split([self.width, 3 * self.width], dim=2)
+        q, k, v = (self.qkv(z) + projected).chunk(3, dim=2)
         past_k, past_v = functional.linear(memory, self.qkv.weight[self.width :]).chunk(2, dim=2)
         heard = self.attend(q, torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1))
-        y = self.norm1(z + self.out(heard))
+        y = self.norm1(z + entering + self.out(heard))
         return self.norm2(y + self.ff2(functional.gelu(self.ff1(y))))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -127,7 +130,7 @@ class DEQTransformer(LanguageModel):
     def __init__(self, config: DEQTransformerConfig | None = None, **deq_options: Any) -> None:
         c = DEQTransformerConfig() if config is None else config
         super().__init__(c, TransformerCell(c.width, c.heads, c.inner), **deq_options)
-        self.stem = TokenStem(c.vocabulary, c.embedding, c.width, 3 * c.width, c.stem, c.reach)
+        self.stem = TokenStem(c.vocabulary, c.embedding, c.width, 4 * c.width, c.stem, c.reach)
         self.head = nn.Linear(c.width, c.vocabulary)
 
     def inject(self, inputs: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:
