@@ -9,6 +9,7 @@ from metabroyden.models.convert import ConvertedNetwork, StackCell, to_deq
 from metabroyden.models.dense import DenseCell, DenseClassifier, DenseClassifierConfig
 from metabroyden.models.fit import ClassifierTraining, accuracy, load_model, save_model, train_classifier
 from metabroyden.models.mlp import MLPClassifier, MLPClassifierConfig
+from metabroyden.models.multiscale import MultiscaleCell, MultiscaleClassifier, MultiscaleClassifierConfig
 from metabroyden.models.twins import Flow, Stack, Unrolled, explicit_twin, flow_twin, unrolled_twin
 
 __all__ = [
@@ -28,6 +29,9 @@ __all__ = [
     "LanguageModel",
     "MLPClassifier",
     "MLPClassifierConfig",
+    "MultiscaleCell",
+    "MultiscaleClassifier",
+    "MultiscaleClassifierConfig",
     "PairCell",
     "Stack",
     "StackCell",

@@ -11,6 +11,7 @@ from torch import nn
 from metabroyden.models.causal import CausalCell
 from metabroyden.models.conv import ConvCell
 from metabroyden.models.dense import DenseCell
+from metabroyden.models.multiscale import MultiscaleCell
 
 
 class Example(NamedTuple):
@@ -27,6 +28,7 @@ CELLS: dict[str, Example] = {
     "dense": Example(lambda: DenseCell(12), (12,)),
     "conv": Example(lambda: ConvCell(4, 6, 2), (4, 3, 4)),
     "causal": Example(lambda: CausalCell(6, 5), (6, 7)),
+    "multiscale": Example(lambda: MultiscaleCell((2, 4), 1), (2, 4, 3)),
 }
 """Small examples of the cells, by name."""
 

@@ -17,12 +17,14 @@ from metabroyden.data.images import ImageData, ImageSplit, shift
 from metabroyden.models.conv import ConvClassifier, ConvClassifierConfig
 from metabroyden.models.dense import DenseClassifier, DenseClassifierConfig
 from metabroyden.models.mlp import MLPClassifier, MLPClassifierConfig
+from metabroyden.models.multiscale import MultiscaleClassifier, MultiscaleClassifierConfig
 from metabroyden.models.twins import Twin, build_twin
 
 MODELS: dict[str, tuple[type, type]] = {
     ConvClassifier.kind: (ConvClassifier, ConvClassifierConfig),
     DenseClassifier.kind: (DenseClassifier, DenseClassifierConfig),
     MLPClassifier.kind: (MLPClassifier, MLPClassifierConfig),
+    MultiscaleClassifier.kind: (MultiscaleClassifier, MultiscaleClassifierConfig),
 }
 """Models by kind, with their config types."""
 
