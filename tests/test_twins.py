@@ -188,6 +188,17 @@ def test_pinned_weights_get_gradients_and_a_mask_is_one_through_a_call():
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
 
 
+def test_a_weight_that_is_also_behind_the_context_gets_its_gradient_once():
+    cell, inputs = make_cell("dense", dtype=torch.float64)
+    flow = Flow(cell, rtol=1e-9, atol=1e-9)
+    found = torch.autograd.grad(flow(inputs @ cell.linear.weight).sum(), cell.linear.weight)[0]
+    x = inputs @ cell.linear.weight
+    path = odeint(lambda t, z: cell(z, x) - z, torch.zeros_like(x), torch.tensor([0.0, 1.0]).double())
+    torch.testing.assert_close(found, torch.autograd.grad(path[-1].sum(), cell.linear.weight)[0], rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(flow(x), path[-1])
+
+
 def test_without_torchdiffeq_the_flow_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchdiffeq", None)
     with pytest.raises(ImportError, match="pip install torchdiffeq"):

@@ -16,6 +16,7 @@ from metabroyden.models.monotone import MonotoneCell, MonotoneConv, MonotoneDens
 from metabroyden.models.monotone_classifier import MonotoneClassifier, MonotoneClassifierConfig
 from metabroyden.models.transformer import DEQTransformer, DEQTransformerConfig, TransformerCell
 from metabroyden.models.trellisnet import TrellisCell, TrellisNet, TrellisNetConfig
+from metabroyden.models.multiscale import MultiscaleCell, MultiscaleClassifier, MultiscaleClassifierConfig
 from metabroyden.models.twins import Flow, Stack, Unrolled, explicit_twin, flow_twin, unrolled_twin
 
 __all__ = [
@@ -48,6 +49,9 @@ __all__ = [
     "MonotoneDense",
     "MonotoneMultiTier",
     "NextToken",
+    "MultiscaleCell",
+    "MultiscaleClassifier",
+    "MultiscaleClassifierConfig",
     "PairCell",
     "Stack",
     "StackCell",

@@ -14,6 +14,7 @@ from metabroyden.models.dense import DenseCell
 from metabroyden.models.monotone import MonotoneConv, MonotoneDense, MonotoneMultiTier
 from metabroyden.models.transformer import TransformerCell
 from metabroyden.models.trellisnet import TrellisCell
+from metabroyden.models.multiscale import MultiscaleCell
 
 
 class Example(NamedTuple):
@@ -35,6 +36,7 @@ CELLS: dict[str, Example] = {
     "monotone dense": Example(lambda: MonotoneDense(12), (12,)),
     "monotone conv": Example(lambda: MonotoneConv(3, 4), (3, 4, 4)),
     "monotone multi-tier": Example(lambda: MonotoneMultiTier((2, 3), 4), ((2, 4, 4), (3, 2, 2))),
+    "multiscale": Example(lambda: MultiscaleCell((2, 4), 1), (2, 4, 3)),
 }
 """Small examples of the cells, by name."""
 

@@ -23,6 +23,7 @@ from metabroyden.models.mlp import MLPClassifier, MLPClassifierConfig
 from metabroyden.models.monotone_classifier import MonotoneClassifier, MonotoneClassifierConfig
 from metabroyden.models.transformer import DEQTransformer, DEQTransformerConfig
 from metabroyden.models.trellisnet import TrellisNet, TrellisNetConfig
+from metabroyden.models.multiscale import MultiscaleClassifier, MultiscaleClassifierConfig
 from metabroyden.models.twins import Twin, build_twin
 from metabroyden.training.jacobian import jacobian_penalty
 
@@ -33,6 +34,7 @@ MODELS: dict[str, tuple[type, type]] = {
     MonotoneClassifier.kind: (MonotoneClassifier, MonotoneClassifierConfig),
     TrellisNet.kind: (TrellisNet, TrellisNetConfig),
     DEQTransformer.kind: (DEQTransformer, DEQTransformerConfig),
+    MultiscaleClassifier.kind: (MultiscaleClassifier, MultiscaleClassifierConfig),
 }
 """Models by kind, with their config types."""
 

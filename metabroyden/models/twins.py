@@ -130,6 +130,29 @@ class Flow(Twin):
         """The state at time T for a context."""
         z0 = initial_state(self.cell, x)
         f, context = pin(self.cell, x, z0)
+        parameters = list(self.cell.parameters())
+        weights = list(f.weights) if isinstance(f, Pinned) else []
+        leaves, spec = pytree.tree_flatten(context)
+        live = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves]
+
+        def run(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+            given = iter(tensors)
+            own = [next(given) for _ in weights]
+            inner = pytree.tree_unflatten(
+                [next(given) if varies else leaf for leaf, varies in zip(leaves, live, strict=True)], spec
+            )
+
+            def map_(z: State, c: Any = None) -> State:
+                return f.call(self.cell, own, z, c) if isinstance(f, Pinned) else f(z, c)
+
+            return self._integrate(map_, z0, inner, [*parameters, *tensors])
+
+        varying = [leaf for leaf, varies in zip(leaves, live, strict=True) if varies]
+        parts = _Apart.apply(run, len(parameters), *parameters, *weights, *varying)
+        return parts[0] if isinstance(z0, Tensor) else parts
+
+    def _integrate(self, f: Callable[..., State], z0: State, context: Any, towards: list[Tensor]) -> tuple[Tensor, ...]:
+        """The tensors of z(T), with gradients towards the tensors named, and to no other: that is the adjoint's way."""
         single, backward = isinstance(z0, Tensor), False
         self.last_nfe = self.last_backward_nfe = 0
 
@@ -140,10 +163,6 @@ class Flow(Twin):
                 self.last_nfe += 1
             return tuple(fz - z for fz, z in zip(evaluate(f, parts, single, context), parts, strict=True))
 
-        # The adjoint gives gradients to what is named here and to nothing else: the context and pinned weights too.
-        pinned = f.weights if isinstance(f, Pinned) else ()
-        towards = [*self.cell.parameters(), *pinned, *pytree.tree_leaves(context)]
-        live = tuple(tensor for tensor in towards if isinstance(tensor, Tensor) and tensor.requires_grad)
         parts = parts_of(z0)
         path = _odeint_adjoint()(
             velocity,
@@ -152,15 +171,39 @@ class Flow(Twin):
             rtol=self.rtol,
             atol=self.atol,
             method="dopri5",
-            adjoint_params=live,
+            adjoint_params=tuple(tensor for tensor in towards if tensor.requires_grad),
         )
         backward = True
-        end = tuple(part[-1] for part in path)
-        return end[0] if single else end
+        return tuple(part[-1] for part in path)
 
     def describe(self) -> dict[str, Any]:
         """Time and tolerances."""
         return {"kind": self.kind, "time": self.time, "rtol": self.rtol, "atol": self.atol}
+
+
+class _Apart(torch.autograd.Function):
+    """run(tensors), with what the tensors were made from out of its sight.
+
+    The adjoint method asks for gradients towards all its parameters at once, and would count one twice that is both a
+    weight of the cell and, say, behind the context.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[..., tuple[Tensor, ...]], count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The values of run; the first `count` tensors are leaves, which it reads itself."""
+        cut = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors[count:]]
+        with torch.set_grad_enabled(any(ctx.needs_input_grad)):
+            ctx.values = run(cut)
+        ctx.towards = [*tensors[:count], *cut]
+        return tuple(value.detach() for value in ctx.values)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients towards the tensors."""
+        live = [tensor for tensor in ctx.towards if tensor.requires_grad]
+        found = iter(torch.autograd.grad(ctx.values, live, grads, materialize_grads=True))
+        return (None, None, *(next(found) if tensor.requires_grad else None for tensor in ctx.towards))
 
 
 def unrolled_twin(model: Any, depth: int) -> Any:
