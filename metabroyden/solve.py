@@ -152,7 +152,7 @@ def check_options(
             f"{type(solver).__name__} needs a cell with the methods {', '.join(solver.parts)}, such as MonotoneDense; "
             f"{type(f).__name__} has no {', '.join(missing)}"
         )
-    if f_dtype is not None and getattr(solver, "parts", ()):
+    if f_dtype is not None and getattr(solver, "parts", None):
         raise ValueError(f"{type(solver).__name__} uses parts of f, in its own precision: no f_dtype, got {f_dtype}")
     for name, value in (("rtol", rtol), ("atol", atol)):
         if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):

@@ -14,9 +14,9 @@ from metabroyden.models.fit import EpochEnd, Training, history, load_model, save
 from metabroyden.models.mlp import MLPClassifier, MLPClassifierConfig
 from metabroyden.models.monotone import MonotoneCell, MonotoneConv, MonotoneDense, MonotoneMultiTier
 from metabroyden.models.monotone_classifier import MonotoneClassifier, MonotoneClassifierConfig
+from metabroyden.models.multiscale import MultiscaleCell, MultiscaleClassifier, MultiscaleClassifierConfig
 from metabroyden.models.transformer import DEQTransformer, DEQTransformerConfig, TransformerCell
 from metabroyden.models.trellisnet import TrellisCell, TrellisNet, TrellisNetConfig
-from metabroyden.models.multiscale import MultiscaleCell, MultiscaleClassifier, MultiscaleClassifierConfig
 from metabroyden.models.twins import Flow, Stack, Unrolled, explicit_twin, flow_twin, unrolled_twin
 
 __all__ = [
@@ -48,10 +48,10 @@ __all__ = [
     "MonotoneConv",
     "MonotoneDense",
     "MonotoneMultiTier",
-    "NextToken",
     "MultiscaleCell",
     "MultiscaleClassifier",
     "MultiscaleClassifierConfig",
+    "NextToken",
     "PairCell",
     "Stack",
     "StackCell",

@@ -12,9 +12,9 @@ from metabroyden.models.causal import CausalCell
 from metabroyden.models.conv import ConvCell
 from metabroyden.models.dense import DenseCell
 from metabroyden.models.monotone import MonotoneConv, MonotoneDense, MonotoneMultiTier
+from metabroyden.models.multiscale import MultiscaleCell
 from metabroyden.models.transformer import TransformerCell
 from metabroyden.models.trellisnet import TrellisCell
-from metabroyden.models.multiscale import MultiscaleCell
 
 
 class Example(NamedTuple):

@@ -21,9 +21,9 @@ from metabroyden.models.criteria import Criterion, device_of
 from metabroyden.models.dense import DenseClassifier, DenseClassifierConfig
 from metabroyden.models.mlp import MLPClassifier, MLPClassifierConfig
 from metabroyden.models.monotone_classifier import MonotoneClassifier, MonotoneClassifierConfig
+from metabroyden.models.multiscale import MultiscaleClassifier, MultiscaleClassifierConfig
 from metabroyden.models.transformer import DEQTransformer, DEQTransformerConfig
 from metabroyden.models.trellisnet import TrellisNet, TrellisNetConfig
-from metabroyden.models.multiscale import MultiscaleClassifier, MultiscaleClassifierConfig
 from metabroyden.models.twins import Twin, build_twin
 from metabroyden.training.jacobian import jacobian_penalty
 
