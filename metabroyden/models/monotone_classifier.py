@@ -60,9 +60,10 @@ class MonotoneClassifierConfig:
 
 
 class MonotoneClassifier(EquilibriumModel):
-    """Images (B, image_channels, side, side) → logits (B, classes): injection Ux + b, DEQ with a monotone cell, linear head.
+    """Images (B, image_channels, side, side) → logits (B, classes): injection, DEQ with a monotone cell, linear head.
 
-    Dense: U is a matrix on all pixels. Else a 3×3 convolution of the padded image for each tier, of the image averaged over
+    The injection is norm(Ux + b), the norm over all that a sample has there. Dense: U is a matrix on all pixels. Else a 3×3
+    convolution of the padded image for each tier, of the image averaged over
     2ⁱ×2ⁱ pixels for tier i; the head sees every tier averaged to 4×4.
     """
 
@@ -71,12 +72,16 @@ class MonotoneClassifier(EquilibriumModel):
     def __init__(self, config: MonotoneClassifierConfig | None = None, **deq_options: object) -> None:
         c = MonotoneClassifierConfig() if config is None else config
         super().__init__(c, _cell(c), **deq_options)
-        stems: list[nn.Module] = [nn.Conv2d(c.image_channels, count, 3, padding=1) for count in c.channels]
-        self.stems = nn.ModuleList(stems or [nn.Linear(c.image_channels * c.side**2, c.width)])
+        stems = [
+            nn.Sequential(nn.Conv2d(c.image_channels, count, 3, padding=1), nn.GroupNorm(1, count))
+            for count in c.channels
+        ]
+        dense = nn.Sequential(nn.Linear(c.image_channels * c.side**2, c.width), nn.LayerNorm(c.width))
+        self.stems = nn.ModuleList(stems or [dense])
         self.head = nn.Linear(sum(c.channels) * _POOLED**2 or c.width, c.classes)
 
     def inject(self, inputs: Tensor) -> State:
-        """The injection Ux + b of images, shaped like the state: the DEQ's context."""
+        """The injection of images, shaped like the state: the DEQ's context."""
         if self.config.structure == "dense":
             return self.stems[0](inputs.flatten(1))
         padded = functional.pad(inputs, (self.config.margin,) * 4)
