@@ -146,13 +146,18 @@ def check_options(
     for name in ("start", "init", "step"):
         if isinstance(solver, type) or not callable(getattr(solver, name, None)):
             raise TypeError(f"solver must be an instance with start, init and step, such as Broyden(); got {solver!r}")
-    missing = [name for name in getattr(solver, "parts", ()) if method_of(f, name) is None]
+    parts: tuple[str, ...] = getattr(solver, "parts", ())
+    missing = [name for name in parts if method_of(f, name) is None]
     if missing:
         raise TypeError(
-            f"{type(solver).__name__} needs a cell with the methods {', '.join(solver.parts)}, such as MonotoneDense; "
+            f"{type(solver).__name__} needs a cell with the methods {', '.join(parts)}, such as MonotoneDense; "
             f"{type(f).__name__} has no {', '.join(missing)}"
         )
+<<<<<<< HEAD
     if f_dtype is not None and getattr(solver, "parts", None):
+=======
+    if f_dtype is not None and parts:
+>>>>>>> mono
         raise ValueError(f"{type(solver).__name__} uses parts of f, in its own precision: no f_dtype, got {f_dtype}")
     for name, value in (("rtol", rtol), ("atol", atol)):
         if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):

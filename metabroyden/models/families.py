@@ -85,15 +85,16 @@ def _words() -> Criterion:
     return NextToken(load_shakespeare("word"), length=32, segments=100)
 
 
-def _monotone(structure: str, width: int, large: int) -> Family:
+def _monotone(structure: str, width: int, large: int, epochs: int) -> Family:
     config = MonotoneClassifierConfig(structure=structure, width=width)
     return Family(
         MonotoneClassifier,
         config,
         _digits,
-        Training(epochs=24, pretrain=0),
+        Training(epochs=epochs, learning_rate=5e-3),
         (replace(config, width=large), Training(epochs=60, batch=256)),
-        solver=PeacemanRachford(alpha=1.0),
+        solver=PeacemanRachford(alpha=0.5),
+        backward=Implicit(solver=Anderson(memory=10, damping=0.3), rtol=1e-2, max_nfe=60),
         twins=_IMAGE_TWINS,
         splitting=True,
     )
@@ -127,9 +128,9 @@ FAMILIES: dict[str, Family] = {
         (ConvClassifierConfig(channels=64, inner=128), Training(epochs=60, batch=256)),
         twins=_IMAGE_TWINS,
     ),
-    "monotone-dense-digits": _monotone("dense", 87, 256),
-    "monotone-conv-digits": _monotone("conv", 16, 64),
-    "monotone-multitier-digits": _monotone("multi-tier", 8, 32),
+    "monotone-dense-digits": _monotone("dense", 87, 256, 40),
+    "monotone-conv-digits": _monotone("conv", 16, 64, 16),
+    "monotone-multitier-digits": _monotone("multi-tier", 8, 32, 20),
 }
 """The families by name."""
 
