@@ -153,11 +153,7 @@ def check_options(
             f"{type(solver).__name__} needs a cell with the methods {', '.join(parts)}, such as MonotoneDense; "
             f"{type(f).__name__} has no {', '.join(missing)}"
         )
-<<<<<<< HEAD
-    if f_dtype is not None and getattr(solver, "parts", None):
-=======
     if f_dtype is not None and parts:
->>>>>>> mono
         raise ValueError(f"{type(solver).__name__} uses parts of f, in its own precision: no f_dtype, got {f_dtype}")
     for name, value in (("rtol", rtol), ("atol", atol)):
         if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
