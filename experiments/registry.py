@@ -9,10 +9,10 @@ from experiments import alternate, digits, drop_in, gradients, memory, models, s
 
 EXPERIMENTS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "digits": (digits.Digits, digits.run),
-    "models": (models.Models, models.run),
     "solvers": (solvers.Solvers, solvers.run),
     "gradients": (gradients.Gradients, gradients.run),
     "memory": (memory.Memory, memory.run),
     "drop-in": (drop_in.DropIn, drop_in.run),
     "alternate": (alternate.Alternate, alternate.run),
+    "models": (models.Models, models.run),
 }

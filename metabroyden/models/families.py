@@ -105,7 +105,7 @@ FAMILIES: dict[str, Family] = {
         DenseClassifier,
         DenseClassifierConfig(n=64),
         _digits,
-        Training(epochs=40, pretrain=20),
+        Training(epochs=120, learning_rate=3e-3, pretrain=40),
         (DenseClassifierConfig(n=256), Training(epochs=60, batch=256)),
         twins=_IMAGE_TWINS,
     ),
