@@ -9,7 +9,7 @@ from typing import Any
 from metabroyden.data.digits import load_digits
 from metabroyden.data.fashion_mnist import load_fashion_mnist
 from metabroyden.data.shakespeare import load_shakespeare
-from metabroyden.gradients import Implicit
+from metabroyden.gradients import Implicit, Phantom
 from metabroyden.models.conv import ConvClassifier, ConvClassifierConfig
 from metabroyden.models.convert import Substitution
 from metabroyden.models.criteria import Criterion, Images, NextToken, shift_and_mirror
@@ -17,7 +17,10 @@ from metabroyden.models.dense import DenseClassifier, DenseClassifierConfig
 from metabroyden.models.fit import Training
 from metabroyden.models.mlp import MLPClassifier, MLPClassifierConfig
 from metabroyden.models.monotone_classifier import MonotoneClassifier, MonotoneClassifierConfig
-from metabroyden.solvers import Anderson, PeacemanRachford
+from metabroyden.models.multiscale import MultiscaleClassifier, MultiscaleClassifierConfig
+from metabroyden.models.transformer import DEQTransformer, DEQTransformerConfig
+from metabroyden.models.trellisnet import TrellisNet, TrellisNetConfig
+from metabroyden.solvers import Anderson, PeacemanRachford, Picard
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Family:
         return replace(self, config=self.large[0], training=self.large[1])
 
 
+_SYMBOLS = 81  # of the plays
 _IMAGE_TWINS = ("unrolled", "explicit", "flow")
 
 
@@ -73,16 +77,27 @@ def _fashion() -> Criterion:
     return Images(load_fashion_mnist(limit=20_000), augment=shift_and_mirror)
 
 
-def _fashion_small() -> Criterion:
-    return Images(load_fashion_mnist(limit=20_000, side=14), augment=shift_and_mirror)
-
-
 def _characters() -> Criterion:
-    return NextToken(load_shakespeare(), length=64, segments=100)
+    return NextToken(load_shakespeare(), length=64, segments=50)
 
 
 def _words() -> Criterion:
-    return NextToken(load_shakespeare("word"), length=32, segments=100)
+    return NextToken(load_shakespeare("word"), length=64, segments=50)
+
+
+def _language(model: type, config: Any, large: Any, criterion: Callable[[], Criterion], **options: Any) -> Family:
+    """Most steps shallow and small, the rest at the equilibrium by phantom gradients (results/RESEARCH.md, entry 23)."""
+    return Family(
+        model,
+        config,
+        criterion,
+        Training(epochs=120, batch=8, learning_rate=3e-3, weight_decay=0.01, warmup=0.01, pretrain=84, depth=5),
+        (large, Training(epochs=600, batch=64, weight_decay=0.01, warmup=0.01, pretrain=420, depth=8)),
+        backward=Phantom(steps=4),
+        rtol=1e-2,
+        pictures=True,
+        **options,
+    )
 
 
 def _monotone(structure: str, width: int, large: int, epochs: int) -> Family:
@@ -126,6 +141,28 @@ FAMILIES: dict[str, Family] = {
         _digits,
         Training(epochs=24, pretrain=12),
         (ConvClassifierConfig(channels=64, inner=128), Training(epochs=60, batch=256)),
+        twins=_IMAGE_TWINS,
+    ),
+    "trellisnet-shakespeare": _language(
+        TrellisNet,
+        TrellisNetConfig(vocabulary=_SYMBOLS, dilation=2),
+        TrellisNetConfig(vocabulary=_SYMBOLS, channels=512, dilation=2),
+        _characters,
+        solver=Picard(),  # the equilibrium is a chain of length / dilation links, which no other solver shortens
+    ),
+    "transformer-shakespeare": _language(
+        DEQTransformer,
+        DEQTransformerConfig(vocabulary=_SYMBOLS),
+        DEQTransformerConfig(vocabulary=_SYMBOLS, width=512, heads=8, inner=2048, memory=64),
+        _characters,
+    ),
+    "multiscale-fashion": Family(
+        MultiscaleClassifier,
+        MultiscaleClassifierConfig(side=28, stride=2),
+        _fashion,
+        Training(epochs=8, pretrain=5, batch=64),
+        (MultiscaleClassifierConfig(width=64, side=28, stride=1), Training(epochs=60, batch=256)),
+        rtol=1e-2,
         twins=_IMAGE_TWINS,
     ),
     "monotone-dense-digits": _monotone("dense", 87, 256, 40),
