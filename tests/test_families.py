@@ -27,6 +27,7 @@ from metabroyden.models import (
     TrellisNet,
     TrellisNetConfig,
     bits_per_token,
+    explicit_twin,
     families,
     get_family,
     load_episodes,
@@ -162,6 +163,8 @@ def test_every_family_builds_a_model_of_its_config_and_a_larger_one():
         model = get_family(name).build()
         assert model.describe() == model.config.__class__(**model.describe()).__dict__
         assert sum(p.numel() for p in model.parameters()) * 4 < 5_000_000, name
+        if "explicit" in family.twins:
+            explicit_twin(family.model, family.config, family.depth)  # a width of as many parameters exists
         larger = family.enlarged()
         assert sum(p.numel() for p in larger.build().parameters()) > sum(p.numel() for p in model.parameters())
     with pytest.raises(ValueError, match="unknown family 'conv': known are dense-digits"):

@@ -141,6 +141,7 @@ FAMILIES: dict[str, Family] = {
         _digits,
         Training(epochs=24, pretrain=12),
         (ConvClassifierConfig(channels=64, inner=128), Training(epochs=60, batch=256)),
+        depth=8,
         twins=_IMAGE_TWINS,
     ),
     "trellisnet-shakespeare": _language(
