@@ -62,7 +62,7 @@ class TrellisNetConfig:
 
     vocabulary: int = 64
     channels: int = 128
-    dilation: int = 1
+    dilation: int = 2
     embedding: int = 64
     stem: str = "conv"
     reach: int = 4
