@@ -109,7 +109,7 @@ class DEQTransformerConfig:
     inner: int = 256
     memory: int = 32
     embedding: int = 64
-    stem: str = "conv"
+    stem: str = "linear"
     reach: int = 4
 
     def narrowed(self, width: int) -> DEQTransformerConfig:

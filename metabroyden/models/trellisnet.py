@@ -20,7 +20,9 @@ class TrellisCell(nn.Module):
     A causal convolution of two taps, d tokens apart, with an LSTM's gates: the cell state comes from the token d back
     (Bai, Kolter & Koltun, TrellisNet, ICLR 2019, section 5.1), depth is the solver's (Bai et al., Deep Equilibrium Models,
     NeurIPS 2019, section 4). Before the first token stands the memory, the last d tokens of the equilibrium before: so
-    segments end to end have the equilibrium of the whole. An evaluation carries a token's news d tokens further.
+    segments end to end have the equilibrium of the whole. An evaluation carries a token's news d tokens further: plain
+    iteration needs T/d of them and a few more. f sees every d-th token alone: beyond d = 1 the injection is to tell of
+    those between ("conv" of `TokenStem`).
 
     No normalisation, as h is bounded by the gates, and c by the forget gate. f at a token depends on that token's h and
     on tokens before it: so an equilibrium is found token by token, each the fixed point of h ↦ σ(o) ⊙ tanh(c), a
@@ -62,7 +64,7 @@ class TrellisNetConfig:
 
     vocabulary: int = 64
     channels: int = 128
-    dilation: int = 1
+    dilation: int = 2
     embedding: int = 64
     stem: str = "conv"
     reach: int = 4
