@@ -47,6 +47,11 @@ def shift_and_mirror(images: Tensor, generator: torch.Generator) -> Tensor:
     return shift(torch.where(mirrored[:, None, None, None], images.flip(3), images), generator)
 
 
+def unaltered(images: Tensor, generator: torch.Generator) -> Tensor:
+    """The images as they are."""
+    return images
+
+
 @dataclass(frozen=True)
 class Images:
     """Classification by cross-entropy; training images are augmented, by a shift of up to a pixel unless told otherwise."""

@@ -12,7 +12,7 @@ from metabroyden.data.shakespeare import load_shakespeare
 from metabroyden.gradients import Implicit, Phantom
 from metabroyden.models.conv import ConvClassifier, ConvClassifierConfig
 from metabroyden.models.convert import Substitution
-from metabroyden.models.criteria import Criterion, Images, NextToken, shift_and_mirror
+from metabroyden.models.criteria import Criterion, Images, NextToken, shift_and_mirror, unaltered
 from metabroyden.models.dense import DenseClassifier, DenseClassifierConfig
 from metabroyden.models.fit import Training
 from metabroyden.models.mlp import MLPClassifier, MLPClassifierConfig
@@ -74,6 +74,10 @@ def _digits() -> Criterion:
 
 
 def _fashion() -> Criterion:
+    return Images(load_fashion_mnist(), augment=unaltered)
+
+
+def _fashion_shifted() -> Criterion:
     return Images(load_fashion_mnist(limit=20_000), augment=shift_and_mirror)
 
 
@@ -124,12 +128,31 @@ FAMILIES: dict[str, Family] = {
         (DenseClassifierConfig(n=256), Training(epochs=60, batch=256)),
         twins=_IMAGE_TWINS,
     ),
+    "dense-fashion": Family(
+        DenseClassifier,
+        DenseClassifierConfig(n=128, side=28),
+        _fashion,
+        Training(epochs=12, pretrain=8),
+        (DenseClassifierConfig(n=512, side=28), Training(epochs=60, batch=256)),
+        twins=_IMAGE_TWINS,
+    ),
     "mlp-digits": Family(
         MLPClassifier,
         MLPClassifierConfig(),
         _digits,
-        Training(epochs=40),
+        Training(epochs=160, learning_rate=3e-3),
         (MLPClassifierConfig(hidden=256), Training(epochs=60, batch=256)),
+        jacobian=0.0,
+        solver=Substitution(),
+        rtol=0.0,
+        twins=(),
+    ),
+    "mlp-fashion": Family(
+        MLPClassifier,
+        MLPClassifierConfig(hidden=128, side=28),
+        _fashion,
+        Training(epochs=12),
+        (MLPClassifierConfig(hidden=512, side=28), Training(epochs=60, batch=256)),
         jacobian=0.0,
         solver=Substitution(),
         rtol=0.0,
