@@ -119,6 +119,8 @@ class _Job:
             def report(now: EpochEnd, model: Any) -> None:
                 if way == DEQ:
                     self.episodes.note(now.epoch, model, self.work)
+                    if now.epoch == training.pretrain + 1:  # the checkpoint is that of the epoch before
+                        self._begin(REGULARISED)
                 show(now, model)
 
             model = train(build, self.criterion, training, path=self._at(way), device=self.device, report=report)
@@ -128,6 +130,11 @@ class _Job:
                 model, self._at(way, "safetensors"), {"family": self.name, "way": way, "training": asdict(training)}
             )
         return model
+
+    def _begin(self, way: str) -> None:
+        """Let a variant go on from the DEQ's checkpoint: the epochs unrolled are the same for both."""
+        if self.family.jacobian and self.family.training.pretrain and not self._at(way).exists():
+            atomic_write(self._at(way), self._at(DEQ).read_bytes())
 
     def _measured(self, models: dict[str, Any]) -> list[dict[str, Any]]:
         config, criterion, family = self.config, self.criterion, self.family

@@ -20,6 +20,7 @@ from metabroyden.models import (
     load_model,
     save_model,
 )
+from metabroyden.models.stem import STEMS, TokenStem
 from metabroyden.models.transformer import shifted, sinusoids
 
 TOKENS, SEGMENT = 11, 9
@@ -111,7 +112,7 @@ def test_the_relative_shift_brings_every_distance_to_its_key():
     torch.testing.assert_close(sinusoids(length, 4, like=by_key)[0, 2], torch.tensor(6.0).cos())
 
 
-@pytest.mark.parametrize("stem", ["linear", "conv"])
+@pytest.mark.parametrize("stem", STEMS)
 @pytest.mark.parametrize("name", MODELS)
 def test_nothing_looks_ahead_in_one_evaluation_or_at_the_equilibrium(name, stem):
     model = MODELS[name](stem)
@@ -201,7 +202,7 @@ def test_gradients_reach_every_parameter_through_the_equilibrium(name):
         assert float(parameter.grad.abs().max()) > 1e-8
 
 
-@pytest.mark.parametrize("stem", ["linear", "conv"])
+@pytest.mark.parametrize("stem", STEMS)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_stored_model_comes_back(name, stem, tmp_path):
     model = MODELS[name](stem).float()
@@ -229,11 +230,26 @@ def test_a_narrowed_width_is_rounded_up_to_whole_even_heads():
     assert config.narrowed(96) == config
 
 
+def test_a_hashed_stem_knows_the_last_few_tokens_and_no_more():
+    stem = TokenStem(TOKENS, 5, 6, 7, "hashed", reach=3, rows=997, row=4)
+    text = tokens(2, 6)
+    out = stem(text)
+    for back in range(4):
+        changed = text.clone()
+        changed[:, 5 - back] = (changed[:, 5 - back] + 1) % TOKENS
+        assert torch.equal(stem(changed)[:, 5], out[:, 5]) == (back >= 3)
+    alone = torch.cat([stem(text[:, :4]), stem(text[:, 2:])[:, 2:]], dim=1)  # what stands before 3 tokens is not seen
+    torch.testing.assert_close(alone, out)
+    pairs = torch.cartesian_prod(torch.arange(TOKENS), torch.arange(TOKENS))
+    keys = stem._keys(pairs)[0][:, 1]
+    assert len(keys.unique()) > 0.9 * len(pairs), "few pairs may share a row"
+
+
 def test_bad_sizes_are_refused():
     with pytest.raises(ValueError, match="must be at least 1, got 4 and 0"):
         TrellisCell(4, 0)
     for width, heads in ((9, 3), (8, 3)):
         with pytest.raises(ValueError, match=f"even and divided by heads, got {width} and {heads}"):
             TransformerCell(width, heads)
-    with pytest.raises(ValueError, match=r"stem must be one of .'linear', 'conv'., got 'convolution'"):
+    with pytest.raises(ValueError, match="got 'convolution'"):
         TrellisNet(TrellisNetConfig(stem="convolution"))

@@ -102,6 +102,44 @@ def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path):
         train(build, data, replace(config, seed=1), path=path)
 
 
+def test_a_penalised_training_may_go_on_from_the_unpenalised_ones_first_epochs(tmp_path):
+    data, config = Images(small_digits()), Training(epochs=2, batch=32, pretrain=1, depth=4, least=2, half=True)
+    path, early = tmp_path / "training.safetensors", tmp_path / "early.safetensors"
+
+    def keep(now, model) -> None:
+        if now.epoch == 2:
+            early.write_bytes(path.read_bytes())
+
+    train(build, data, config, path=path, report=keep)
+    penalised = replace(config, jacobian=0.5)
+    found, wanted = train(build, data, penalised, path=early), train(build, data, penalised)
+    for name, value in wanted.state_dict().items():
+        assert torch.equal(value, found.state_dict()[name]), name
+    with pytest.raises(mb.CheckpointError, match="written by another training"):
+        train(build, data, penalised, path=path)
+
+
+def test_the_depth_of_pretraining_is_drawn_and_its_precision_is_half():
+    depths, dtypes = [], []
+
+    class Watching(Images):
+        def losses(self, model, batch, generator):
+            model.cell.register_forward_hook(lambda cell, given, out: dtypes.append(cell.conv1(given[0]).dtype))
+            before = 0
+            for loss in super().losses(model, batch, generator):
+                depths.append(len(dtypes) - before)
+                before = len(dtypes)
+                yield loss
+
+    config = Training(epochs=2, batch=16, pretrain=1, depth=4, least=2, half=True)
+    train(build, Watching(small_digits()), config)
+    assert set(depths[:8]) == {2, 3, 4}
+    assert set(dtypes[: sum(depths[:8])]) == {torch.bfloat16}
+    assert torch.float32 in dtypes
+    with pytest.raises(ValueError, match="least must be from 1 to the depth 8, got 9"):
+        Training(least=9)
+
+
 def test_a_batch_larger_than_the_data_is_refused():
     with pytest.raises(ValueError, match="a batch of 1000 is more than the 128 training images"):
         train(build, Images(small_digits()), Training(batch=1000))

@@ -119,7 +119,7 @@ def test_the_flow_and_its_gradients_are_those_of_the_differential_equation(name)
     torch.manual_seed(0)
     cell, x = make_cell(name, dtype=torch.float64) if name != "pair" else (Pair().double(), torch.randn(2, 3).double())
     inject = nn.Linear(x.shape[-1], x.shape[-1]).double()
-    flow = Flow(cell, time=1.5, rtol=1e-9, atol=1e-9)
+    flow = Flow(cell, time=1.5, steps=60)
     towards = [*inject.parameters(), *cell.parameters()]
 
     def gradients(z):
@@ -128,10 +128,7 @@ def test_the_flow_and_its_gradients_are_those_of_the_differential_equation(name)
         return torch.autograd.grad(loss, towards)
 
     z = flow(inject(x))
-    assert flow.last_nfe > 10
-    assert flow.last_backward_nfe == 0
     found = gradients(z)
-    assert flow.last_backward_nfe > 10
     context = inject(x)
 
     def velocity(t, state):
@@ -149,19 +146,19 @@ def test_the_flow_and_its_gradients_are_those_of_the_differential_equation(name)
 def test_the_flow_of_a_contraction_leads_to_the_equilibrium():
     cell, x = make_cell("dense", dtype=torch.float64)
     z = mb.DEQ(cell, rtol=1e-12, max_nfe=200)(x)
-    torch.testing.assert_close(Flow(cell, time=200.0, rtol=1e-7, atol=1e-9)(x), z, rtol=0, atol=1e-6)
+    torch.testing.assert_close(Flow(cell, time=60.0, steps=120)(x), z, rtol=0, atol=1e-6)
 
 
-def test_the_flow_saves_no_more_for_a_longer_way():
-    cell, x = make_cell("dense", batch=64)
-    saved = []
-    for time in (1.0, 30.0):
-        flow, sizes = Flow(cell, time=time), []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
-            flow(x)
-        saved.append((flow.last_nfe, sum(sizes)))
-    assert saved[1][0] > 2 * saved[0][0]
-    assert saved[1][1] == saved[0][1]
+def test_a_step_of_the_flow_costs_four_evaluations_and_its_error_is_of_order_four():
+    cell, x = make_cell("dense", dtype=torch.float64)
+    calls = []
+    cell.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        exact = Flow(cell, steps=200)(x)
+        calls.clear()
+        errors = [float((Flow(cell, steps=steps)(x) - exact).norm()) for steps in (4, 8)]
+    assert len(calls) == 4 * (4 + 8)
+    assert 10 < errors[0] / errors[1] < 26
 
 
 def test_pinned_weights_get_gradients_and_a_mask_is_one_through_a_call():
@@ -180,7 +177,7 @@ def test_pinned_weights_get_gradients_and_a_mask_is_one_through_a_call():
         assert 0.2 < float(zeros) < 0.8
     cell = DenseCell(6)
     nn.utils.parametrizations.weight_norm(cell.linear)
-    flow = Flow(cell, rtol=1e-5, atol=1e-6)
+    flow = Flow(cell, steps=10)
     path = odeint(lambda t, z: cell(z, x) - z, torch.zeros_like(x), torch.tensor([0.0, 1.0]), rtol=1e-5, atol=1e-6)
     grads = [torch.autograd.grad(z.sum(), list(cell.linear.parameters())) for z in (flow(x), path[-1])]
     for a, b in zip(*grads, strict=True):
@@ -190,7 +187,7 @@ def test_pinned_weights_get_gradients_and_a_mask_is_one_through_a_call():
 
 def test_a_weight_that_is_also_behind_the_context_gets_its_gradient_once():
     cell, inputs = make_cell("dense", dtype=torch.float64)
-    flow = Flow(cell, rtol=1e-9, atol=1e-9)
+    flow = Flow(cell, steps=40)
     found = torch.autograd.grad(flow(inputs @ cell.linear.weight).sum(), cell.linear.weight)[0]
     x = inputs @ cell.linear.weight
     path = odeint(lambda t, z: cell(z, x) - z, torch.zeros_like(x), torch.tensor([0.0, 1.0]).double())
@@ -211,7 +208,7 @@ def test_a_twin_comes_back_from_its_file(kind, tmp_path):
     make = {
         "unrolled": lambda: unrolled_twin(ConvClassifier(config), 3),
         "explicit": lambda: explicit_twin(ConvClassifier, config, 3),
-        "flow": lambda: flow_twin(ConvClassifier(config), time=0.5),
+        "flow": lambda: flow_twin(ConvClassifier(config), time=0.5, steps=2),
     }
     twin = make[kind]()
     path = save_model(twin, tmp_path / "twin.safetensors", {"epochs": 1})

@@ -74,7 +74,7 @@ class Images:
         order = torch.randperm(len(split.images), generator=generator)
         for index in order[: self.steps(batch) * batch].split(batch):
             images = self.augment(split.images[index], generator).to(device)
-            yield nn.functional.cross_entropy(model(images), split.labels[index].to(device))
+            yield nn.functional.cross_entropy(model(images).float(), split.labels[index].to(device))
 
     def score(self, model: Any, split: str) -> float:
         """Share of a split's images that the model gets right."""
@@ -129,7 +129,7 @@ class NextToken:
         for tokens, targets in self.data.train.random_streams(batch, self.length, self.segments, generator):
             z = model.deq(model.inject(tokens.to(device), memory))
             memory = model.remember(z, memory)
-            yield nn.functional.cross_entropy(model.classify(z).flatten(0, 1), targets.to(device).flatten())
+            yield nn.functional.cross_entropy(model.classify(z).flatten(0, 1).float(), targets.to(device).flatten())
 
     def score(self, model: LanguageModel, split: str) -> float:
         """Bits per token; of validation at most `limit` tokens."""

@@ -90,13 +90,26 @@ def _words() -> Criterion:
 
 
 def _language(model: type, config: Any, large: Any, criterion: Callable[[], Criterion], **options: Any) -> Family:
-    """Most steps shallow and small, the rest at the equilibrium by phantom gradients (results/RESEARCH.md, entry 23)."""
+    """Most steps shallow, small and in bfloat16, the rest at the equilibrium by phantom gradients (results/RESEARCH.md)."""
+    training = Training(
+        epochs=300,
+        batch=8,
+        learning_rate=3e-3,
+        weight_decay=0.01,
+        warmup=0.01,
+        beta2=0.98,
+        pretrain=255,
+        depth=4,
+        least=2,
+        half=True,
+    )
     return Family(
         model,
         config,
         criterion,
-        Training(epochs=120, batch=8, learning_rate=3e-3, weight_decay=0.01, warmup=0.01, pretrain=84, depth=5),
-        (large, Training(epochs=600, batch=64, weight_decay=0.01, warmup=0.01, pretrain=420, depth=8)),
+        training,
+        (large, replace(training, epochs=1000, batch=64, learning_rate=1e-3, pretrain=700, depth=8)),
+        depth=5,
         backward=Phantom(steps=4),
         rtol=1e-2,
         pictures=True,
@@ -169,15 +182,15 @@ FAMILIES: dict[str, Family] = {
     ),
     "trellisnet-shakespeare": _language(
         TrellisNet,
-        TrellisNetConfig(vocabulary=_SYMBOLS, dilation=2),
-        TrellisNetConfig(vocabulary=_SYMBOLS, channels=512, dilation=2),
+        TrellisNetConfig(vocabulary=_SYMBOLS, dilation=2, stem="hashed", reach=5),
+        TrellisNetConfig(vocabulary=_SYMBOLS, channels=512, dilation=2, stem="hashed", reach=5),
         _characters,
         solver=Picard(),  # the equilibrium is a chain of length / dilation links, which no other solver shortens
     ),
     "transformer-shakespeare": _language(
         DEQTransformer,
-        DEQTransformerConfig(vocabulary=_SYMBOLS),
-        DEQTransformerConfig(vocabulary=_SYMBOLS, width=512, heads=8, inner=2048, memory=64),
+        DEQTransformerConfig(vocabulary=_SYMBOLS, stem="hashed", reach=5),
+        DEQTransformerConfig(vocabulary=_SYMBOLS, width=512, heads=8, inner=2048, memory=64, stem="hashed", reach=5),
         _characters,
     ),
     "multiscale-fashion": Family(

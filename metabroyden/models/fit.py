@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from metabroyden import checkpoint
 from metabroyden.deq import DEQ
-from metabroyden.gradients import Unroll
 from metabroyden.models.conv import ConvClassifier, ConvClassifierConfig
 from metabroyden.models.criteria import Criterion, device_of
 from metabroyden.models.dense import DenseClassifier, DenseClassifierConfig
@@ -24,7 +23,7 @@ from metabroyden.models.monotone_classifier import MonotoneClassifier, MonotoneC
 from metabroyden.models.multiscale import MultiscaleClassifier, MultiscaleClassifierConfig
 from metabroyden.models.transformer import DEQTransformer, DEQTransformerConfig
 from metabroyden.models.trellisnet import TrellisNet, TrellisNetConfig
-from metabroyden.models.twins import Twin, build_twin
+from metabroyden.models.twins import Twin, Unrolled, build_twin
 from metabroyden.training.jacobian import jacobian_penalty
 
 MODELS: dict[str, tuple[type, type]] = {
@@ -46,8 +45,11 @@ class Training:
     Attributes:
         epochs: passes, as the criterion counts them. batch, learning_rate, weight_decay, clip: as usual.
         warmup: share of all steps in which the learning rate rises.
+        beta2: AdamW's decay of squared gradients.
         pretrain: epochs at first in which a DEQ is trained as the weight-tied network of so many layers, `depth`: shallow
-            steps are cheap (Bai, Kolter & Koltun 2019, section 4).
+            steps are cheap (Bai, Kolter & Koltun 2019, section 4). least: where given, the depth of each of those steps
+            is drawn from least, …, depth, so that no single depth is the one that the weights suit.
+        half: whether those epochs compute in bfloat16 where that is safe (autocast), whatever the model.
         jacobian: weight of the Jacobian penalty at the equilibrium (`jacobian_penalty`).
         seed: of weights, order and augmentation.
     """
@@ -58,10 +60,17 @@ class Training:
     weight_decay: float = 0.0
     warmup: float = 0.0
     clip: float = 1.0
+    beta2: float = 0.999
     pretrain: int = 0
     depth: int = 8
+    least: int | None = None
+    half: bool = False
     jacobian: float = 0.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.least is not None and not 1 <= self.least <= self.depth:
+            raise ValueError(f"least must be from 1 to the depth {self.depth}, got {self.least}")
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -104,13 +113,14 @@ def train(
         torch.manual_seed(config.seed)
         model = build().to(device)
     generator = torch.Generator().manual_seed(config.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    betas, decay = (0.9, config.beta2), config.weight_decay
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=betas, weight_decay=decay)
     criterion.steps(config.batch)  # refuses early
     described = json.loads(json.dumps(asdict(config)))
     past: list[dict[str, Any]] = []
     if path is not None and path.exists():
         tensors, header = checkpoint.read(path, "training")
-        if header.get("config") != described:
+        if not _goes_on(header, described):
             raise checkpoint.CheckpointError(f"{path} was written by another training: {header.get('config')}")
         checkpoint.restore_training(tensors, model, optimizer, generator, path)
         past = header["history"]
@@ -126,6 +136,13 @@ def train(
             tensors = checkpoint.training_tensors(model, optimizer, generator)
             checkpoint.write(path, "training/model", tensors, {"config": described, "history": past})
     return model.eval()
+
+
+def _goes_on(header: dict[str, Any], config: dict[str, Any]) -> bool:
+    """Whether a checkpoint is on the way of this training: of the same, or of one that will differ by a later penalty."""
+    before = asdict(Training()) | header.get("config", {})
+    later = {"jacobian"} if len(header["history"]) <= config["pretrain"] else set()
+    return all(before[key] == value for key, value in config.items() if key not in later)
 
 
 def history(path: Path) -> list[EpochEnd]:
@@ -146,7 +163,7 @@ def _epoch(
     per_epoch = criterion.steps(config.batch)
     total = torch.zeros((), device=device_of(model))
     with _Equilibria(model, config, epoch) as equilibria:
-        for number, loss in enumerate(criterion.losses(model, config.batch, generator)):
+        for number, loss in enumerate(equilibria.losses(criterion, generator)):
             rate = config.rate(epoch * per_epoch + number, config.epochs * per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -161,26 +178,41 @@ def _epoch(
 
 
 class _Equilibria:
-    """A DEQ's gradient mode in an epoch, unrolled at first, and the penalty on the equilibria it finds."""
+    """What is special about a model with a DEQ in an epoch: it is unrolled at first, its equilibria are penalised later."""
 
     def __init__(self, model: Any, config: Training, epoch: int) -> None:
+        self.model, self.config, self.early = model, config, epoch < config.pretrain
         self.deq = model.deq if isinstance(model.deq, DEQ) else None
-        self.unrolled = epoch < config.pretrain
-        self.depth, self.weight = config.depth, 0.0 if self.unrolled else config.jacobian
+        self.weight = 0.0 if self.early else config.jacobian
         self._found: tuple[Any, Any, Any] | None = None
 
     def __enter__(self) -> _Equilibria:
         if self.deq is not None:
-            self._before = self.deq.backward_mode, self.deq.observer
-            if self.unrolled:
-                self.deq.backward_mode = Unroll(steps=self.depth)
+            self._before = self.deq.observer
             if self.weight:
                 self.deq.observer = self._note
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.deq is not None:
-            self.deq.backward_mode, self.deq.observer = self._before
+            self.deq.observer, self.model.deq = self._before, self.deq
+
+    def losses(self, criterion: Criterion, generator: torch.Generator) -> Iterator[Tensor]:
+        """Those of the criterion, each computed as this epoch wants it."""
+        config, device = self.config, device_of(self.model).type
+        waiting = criterion.losses(self.model, config.batch, generator)
+        while True:
+            if self.early and self.deq is not None:
+                self.model.deq = Unrolled(self.deq.cell, self._depth(generator))
+            with torch.autocast(device, torch.bfloat16, enabled=self.early and config.half):
+                loss = next(waiting, None)
+            if loss is None:
+                return
+            yield loss
+
+    def _depth(self, generator: torch.Generator) -> int:
+        least, most = self.config.least, self.config.depth
+        return most if least is None else int(torch.randint(least, most + 1, (), generator=generator))
 
     def _note(self, f: Any, context: Any, z: Any) -> None:
         self._found = f, context, z

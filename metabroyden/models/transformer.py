@@ -111,6 +111,7 @@ class DEQTransformerConfig:
     embedding: int = 64
     stem: str = "linear"
     reach: int = 4
+    rows: int = 4096
 
     def narrowed(self, width: int) -> DEQTransformerConfig:
         """The same with so wide a state, rounded up to what heads divide, and an inner width in proportion."""
@@ -130,7 +131,7 @@ class DEQTransformer(LanguageModel):
     def __init__(self, config: DEQTransformerConfig | None = None, **deq_options: Any) -> None:
         c = DEQTransformerConfig() if config is None else config
         super().__init__(c, TransformerCell(c.width, c.heads, c.inner), **deq_options)
-        self.stem = TokenStem(c.vocabulary, c.embedding, c.width, 4 * c.width, c.stem, c.reach)
+        self.stem = TokenStem(c.vocabulary, c.embedding, c.width, 4 * c.width, c.stem, c.reach, c.rows)
         self.head = nn.Linear(c.width, c.vocabulary)
 
     def inject(self, inputs: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:

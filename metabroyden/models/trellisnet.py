@@ -68,6 +68,7 @@ class TrellisNetConfig:
     embedding: int = 64
     stem: str = "conv"
     reach: int = 4
+    rows: int = 4096
 
     def narrowed(self, width: int) -> TrellisNetConfig:
         """The same with so many channels."""
@@ -85,7 +86,7 @@ class TrellisNet(LanguageModel):
     def __init__(self, config: TrellisNetConfig | None = None, **deq_options: Any) -> None:
         c = TrellisNetConfig() if config is None else config
         super().__init__(c, TrellisCell(c.channels, c.dilation), **deq_options)
-        self.stem = TokenStem(c.vocabulary, c.embedding, c.channels, 4 * c.channels, c.stem, c.reach)
+        self.stem = TokenStem(c.vocabulary, c.embedding, c.channels, 4 * c.channels, c.stem, c.reach, c.rows)
         self.head = nn.Linear(c.channels, c.vocabulary)
 
     def inject(self, inputs: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -12,14 +12,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from metabroyden.deq import initial_state
 from metabroyden.gradients.base import evaluate, parts_of
 from metabroyden.models.base import EquilibriumModel
 from metabroyden.solution import State
 from metabroyden.solvers.base import check_number
-from metabroyden.training.pin import Pinned, pin
+from metabroyden.training.pin import pin
 
 _WIDEST = 2**13  # width at which the search for as many parameters ends
 
@@ -95,21 +94,17 @@ class Stack(Twin):
 
 
 class Flow(Twin):
-    """The Neural ODE: z(T) with dz/dt = f(z, x) − z from the initial state, of constant memory by the adjoint method.
+    """The Neural ODE: z(T) with dz/dt = f(z, x) − z from the initial state (Chen et al., Neural Ordinary Differential
+    Equations, NeurIPS 2018), by Runge–Kutta steps of order 4 (torchdiffeq) that are differentiated as they are.
 
-    Chen et al., Neural Ordinary Differential Equations, NeurIPS 2018; integrated by Dormand & Prince's method of order 5
-    (torchdiffeq). T → ∞ leads to the DEQ's equilibrium where that attracts. One step size serves the batch: a sample's
-    state depends on the others, within the tolerance. Gradients are of first order; they integrate the state back in
-    time, which multiplies errors by some e^T where f contracts, so that they want a short time.
+    T → ∞ leads to the DEQ's equilibrium where that attracts. Memory grows with the steps. The adjoint method would not
+    need it, but integrates the state back in time, which multiplies errors by some e^T where f contracts; with it a
+    trained flow came to need steps of size zero (so too Gholami, Keutzer & Biros, ANODE, IJCAI 2019).
 
     Args:
         cell: the cell f(z, x).
         time: T, positive.
-        rtol, atol: of the integrator, forward and backward.
-
-    Attributes:
-        last_nfe: evaluations of the cell that the last call took, each by the whole batch.
-        last_backward_nfe: those that its backward pass took, each with a product with the Jacobian.
+        steps: of four evaluations each.
 
     Raises:
         ImportError: torchdiffeq is not installed.
@@ -117,93 +112,31 @@ class Flow(Twin):
 
     kind = "flow"
 
-    def __init__(self, cell: nn.Module, time: float = 1.0, rtol: float = 1e-3, atol: float = 1e-3) -> None:
+    def __init__(self, cell: nn.Module, time: float = 1.0, steps: int = 4) -> None:
         super().__init__()
-        _odeint_adjoint()
+        _odeint()
         check_number("Flow", "time", time, 0, 10**6)
-        check_number("Flow", "rtol", rtol, 0, 1)
-        check_number("Flow", "atol", atol, 0, 1)
-        self.cell, self.time, self.rtol, self.atol = cell, time, rtol, atol
-        self.last_nfe = self.last_backward_nfe = 0
+        check_number("Flow", "steps", steps, 0, 10**6, whole=True)
+        self.cell, self.time, self.steps = cell, time, steps
 
     def forward(self, x: Any) -> State:
         """The state at time T for a context."""
         z0 = initial_state(self.cell, x)
         f, context = pin(self.cell, x, z0)
-        parameters = list(self.cell.parameters())
-        weights = list(f.weights) if isinstance(f, Pinned) else []
-        leaves, spec = pytree.tree_flatten(context)
-        live = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves]
-
-        def run(tensors: list[Tensor]) -> tuple[Tensor, ...]:
-            given = iter(tensors)
-            own = [next(given) for _ in weights]
-            inner = pytree.tree_unflatten(
-                [next(given) if varies else leaf for leaf, varies in zip(leaves, live, strict=True)], spec
-            )
-
-            def map_(z: State, c: Any = None) -> State:
-                return f.call(self.cell, own, z, c) if isinstance(f, Pinned) else f(z, c)
-
-            return self._integrate(map_, z0, inner, [*parameters, *tensors])
-
-        varying = [leaf for leaf, varies in zip(leaves, live, strict=True) if varies]
-        parts = _Apart.apply(run, len(parameters), *parameters, *weights, *varying)
-        return parts[0] if isinstance(z0, Tensor) else parts
-
-    def _integrate(self, f: Callable[..., State], z0: State, context: Any, towards: list[Tensor]) -> tuple[Tensor, ...]:
-        """The tensors of z(T), with gradients towards the tensors named, and to no other: that is the adjoint's way."""
-        single, backward = isinstance(z0, Tensor), False
-        self.last_nfe = self.last_backward_nfe = 0
+        single = isinstance(z0, Tensor)
 
         def velocity(t: Tensor, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            if backward:
-                self.last_backward_nfe += 1
-            else:
-                self.last_nfe += 1
             return tuple(fz - z for fz, z in zip(evaluate(f, parts, single, context), parts, strict=True))
 
         parts = parts_of(z0)
-        path = _odeint_adjoint()(
-            velocity,
-            parts,
-            parts[0].new_tensor([0.0, self.time]),
-            rtol=self.rtol,
-            atol=self.atol,
-            method="dopri5",
-            adjoint_params=tuple(tensor for tensor in towards if tensor.requires_grad),
-        )
-        backward = True
-        return tuple(part[-1] for part in path)
+        times = torch.linspace(0, self.time, self.steps + 1, dtype=parts[0].dtype, device=parts[0].device)
+        path = _odeint()(velocity, parts, times, method="rk4")
+        ends = tuple(part[-1] for part in path)
+        return ends[0] if single else ends
 
     def describe(self) -> dict[str, Any]:
-        """Time and tolerances."""
-        return {"kind": self.kind, "time": self.time, "rtol": self.rtol, "atol": self.atol}
-
-
-class _Apart(torch.autograd.Function):
-    """run(tensors), with what the tensors were made from out of its sight.
-
-    The adjoint method asks for gradients towards all its parameters at once, and would count one twice that is both a
-    weight of the cell and, say, behind the context.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, run: Callable[..., tuple[Tensor, ...]], count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The values of run; the first `count` tensors are leaves, which it reads itself."""
-        cut = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors[count:]]
-        with torch.set_grad_enabled(any(ctx.needs_input_grad)):
-            ctx.values = run(cut)
-        ctx.towards = [*tensors[:count], *cut]
-        return tuple(value.detach() for value in ctx.values)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients towards the tensors."""
-        live = [tensor for tensor in ctx.towards if tensor.requires_grad]
-        found = iter(torch.autograd.grad(ctx.values, live, grads, materialize_grads=True))
-        return (None, None, *(next(found) if tensor.requires_grad else None for tensor in ctx.towards))
+        """Time and steps."""
+        return {"kind": self.kind, "time": self.time, "steps": self.steps}
 
 
 def unrolled_twin(model: Any, depth: int) -> Any:
@@ -213,10 +146,10 @@ def unrolled_twin(model: Any, depth: int) -> Any:
     return twin
 
 
-def flow_twin(model: Any, time: float = 1.0, rtol: float = 1e-3, atol: float = 1e-3) -> Any:
+def flow_twin(model: Any, time: float = 1.0, steps: int = 4) -> Any:
     """A copy of a model, with its weights, that integrates the cell's flow where the model solves (`Flow`)."""
     twin = copy.deepcopy(model)
-    twin.deq = Flow(twin.cell, time, rtol, atol)
+    twin.deq = Flow(twin.cell, time, steps)
     return twin
 
 
@@ -291,9 +224,9 @@ def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _odeint_adjoint() -> Any:
+def _odeint() -> Any:
     try:
-        from torchdiffeq import odeint_adjoint
+        from torchdiffeq import odeint
     except ImportError as error:
         raise ImportError("Flow integrates with torchdiffeq: pip install torchdiffeq") from error
-    return odeint_adjoint
+    return odeint
