@@ -104,7 +104,7 @@ class _Job:
         twins = {
             "unrolled": lambda: unrolled_twin(family.build(), family.depth),
             "explicit": lambda: explicit_twin(family.model, family.config, family.depth),
-            "flow": lambda: flow_twin(family.build()),
+            "flow": lambda: flow_twin(family.build(), steps=max(1, round(family.depth / 4))),  # as many evaluations
         }
         return ways | {name: twins[name] for name in family.twins}
 

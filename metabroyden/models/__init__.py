@@ -6,7 +6,7 @@ from metabroyden.models.cells import CELLS, make_cell
 from metabroyden.models.compose import ComposedDEQ, PairCell, compose
 from metabroyden.models.conv import ConvCell, ConvClassifier, ConvClassifierConfig
 from metabroyden.models.convert import ConvertedNetwork, StackCell, to_deq
-from metabroyden.models.criteria import Images, NextToken, accuracy, bits_per_token, shift_and_mirror
+from metabroyden.models.criteria import Images, NextToken, accuracy, bits_per_token, unaltered
 from metabroyden.models.dense import DenseCell, DenseClassifier, DenseClassifierConfig
 from metabroyden.models.episodes import Episodes, load_episodes
 from metabroyden.models.families import FAMILIES, Family, get_family
@@ -72,8 +72,8 @@ __all__ = [
     "load_model",
     "make_cell",
     "save_model",
-    "shift_and_mirror",
     "to_deq",
     "train",
+    "unaltered",
     "unrolled_twin",
 ]

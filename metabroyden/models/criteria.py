@@ -41,12 +41,6 @@ class Criterion(Protocol):
         ...
 
 
-def shift_and_mirror(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Images shifted by up to a pixel, half of them mirrored left to right: for clothes, not for digits."""
-    mirrored = torch.rand(len(images), generator=generator) < 0.5
-    return shift(torch.where(mirrored[:, None, None, None], images.flip(3), images), generator)
-
-
 def unaltered(images: Tensor, generator: torch.Generator) -> Tensor:
     """The images as they are."""
     return images

@@ -12,7 +12,7 @@ from metabroyden.data.shakespeare import load_shakespeare
 from metabroyden.gradients import Implicit, Phantom
 from metabroyden.models.conv import ConvClassifier, ConvClassifierConfig
 from metabroyden.models.convert import Substitution
-from metabroyden.models.criteria import Criterion, Images, NextToken, shift_and_mirror, unaltered
+from metabroyden.models.criteria import Criterion, Images, NextToken, unaltered
 from metabroyden.models.dense import DenseClassifier, DenseClassifierConfig
 from metabroyden.models.fit import Training
 from metabroyden.models.mlp import MLPClassifier, MLPClassifierConfig
@@ -77,8 +77,8 @@ def _fashion() -> Criterion:
     return Images(load_fashion_mnist(), augment=unaltered)
 
 
-def _fashion_shifted() -> Criterion:
-    return Images(load_fashion_mnist(limit=20_000), augment=shift_and_mirror)
+def _fashion_halved() -> Criterion:
+    return Images(load_fashion_mnist(limit=20_000, side=14), augment=unaltered)
 
 
 def _characters() -> Criterion:
@@ -89,16 +89,18 @@ def _words() -> Criterion:
     return NextToken(load_shakespeare("word"), length=64, segments=50)
 
 
-def _language(model: type, config: Any, large: Any, criterion: Callable[[], Criterion], **options: Any) -> Family:
+def _language(
+    model: type, config: Any, large: Any, criterion: Callable[[], Criterion], epochs: int, **options: Any
+) -> Family:
     """Most steps shallow, small and in bfloat16, the rest at the equilibrium by phantom gradients (results/RESEARCH.md)."""
     training = Training(
-        epochs=300,
+        epochs=epochs,
         batch=8,
         learning_rate=3e-3,
         weight_decay=0.01,
         warmup=0.01,
         beta2=0.98,
-        pretrain=255,
+        pretrain=round(0.85 * epochs),
         depth=4,
         least=2,
         half=True,
@@ -117,14 +119,23 @@ def _language(model: type, config: Any, large: Any, criterion: Callable[[], Crit
     )
 
 
-def _monotone(structure: str, width: int, large: int, epochs: int) -> Family:
-    config = MonotoneClassifierConfig(structure=structure, width=width)
+def _monotone(
+    structure: str,
+    width: int,
+    large: int,
+    epochs: int,
+    criterion: Callable[[], Criterion] = _digits,
+    side: int = 8,
+    depth: int = 10,
+) -> Family:
+    config = MonotoneClassifierConfig(structure=structure, width=width, side=side)
     return Family(
         MonotoneClassifier,
         config,
-        _digits,
+        criterion,
         Training(epochs=epochs, learning_rate=5e-3),
         (replace(config, width=large), Training(epochs=60, batch=256)),
+        depth=depth,
         solver=PeacemanRachford(alpha=0.5),
         backward=Implicit(solver=Anderson(memory=10, damping=0.3), rtol=1e-2, max_nfe=60),
         twins=_IMAGE_TWINS,
@@ -180,11 +191,22 @@ FAMILIES: dict[str, Family] = {
         depth=8,
         twins=_IMAGE_TWINS,
     ),
+    "conv-fashion": Family(
+        ConvClassifier,
+        ConvClassifierConfig(side=28, stride=2),
+        _fashion,
+        Training(epochs=4, pretrain=3, depth=4),
+        (ConvClassifierConfig(channels=64, inner=128, side=28), Training(epochs=60, batch=256)),
+        depth=5,
+        rtol=1e-2,
+        twins=_IMAGE_TWINS,
+    ),
     "trellisnet-shakespeare": _language(
         TrellisNet,
         TrellisNetConfig(vocabulary=_SYMBOLS, dilation=2, stem="hashed", reach=5),
         TrellisNetConfig(vocabulary=_SYMBOLS, channels=512, dilation=2, stem="hashed", reach=5),
         _characters,
+        epochs=300,
         solver=Picard(),  # the equilibrium is a chain of length / dilation links, which no other solver shortens
     ),
     "transformer-shakespeare": _language(
@@ -192,19 +214,42 @@ FAMILIES: dict[str, Family] = {
         DEQTransformerConfig(vocabulary=_SYMBOLS, stem="hashed", reach=5),
         DEQTransformerConfig(vocabulary=_SYMBOLS, width=512, heads=8, inner=2048, memory=64, stem="hashed", reach=5),
         _characters,
+        epochs=300,
+    ),
+    "trellisnet-words": _language(
+        TrellisNet,
+        TrellisNetConfig(vocabulary=5001, embedding=48, dilation=2, stem="hashed", reach=3),
+        TrellisNetConfig(vocabulary=5001, channels=512, dilation=2, stem="hashed", reach=3, rows=65_536),
+        _words,
+        epochs=120,
+        solver=Picard(),
+    ),
+    "multiscale-digits": Family(
+        MultiscaleClassifier,
+        MultiscaleClassifierConfig(),
+        _digits,
+        Training(epochs=30, pretrain=20, depth=4),
+        (MultiscaleClassifierConfig(width=64), Training(epochs=60, batch=256)),
+        depth=5,
+        rtol=1e-2,
+        twins=_IMAGE_TWINS,
     ),
     "multiscale-fashion": Family(
         MultiscaleClassifier,
         MultiscaleClassifierConfig(side=28, stride=2),
         _fashion,
-        Training(epochs=8, pretrain=5, batch=64),
+        Training(epochs=6, pretrain=5, depth=4),
         (MultiscaleClassifierConfig(width=64, side=28, stride=1), Training(epochs=60, batch=256)),
+        depth=5,
         rtol=1e-2,
         twins=_IMAGE_TWINS,
     ),
     "monotone-dense-digits": _monotone("dense", 87, 256, 40),
     "monotone-conv-digits": _monotone("conv", 16, 64, 16),
     "monotone-multitier-digits": _monotone("multi-tier", 8, 32, 20),
+    "monotone-dense-fashion": _monotone("dense", 87, 256, 6, _fashion, 28),
+    "monotone-conv-fashion": _monotone("conv", 16, 64, 4, _fashion_halved, 14, depth=5),
+    "monotone-multitier-fashion": _monotone("multi-tier", 8, 32, 4, _fashion_halved, 14, depth=5),
 }
 """The families by name."""
 
