@@ -82,11 +82,11 @@ def _fashion_halved() -> Criterion:
 
 
 def _characters() -> Criterion:
-    return NextToken(load_shakespeare(), length=64, segments=50)
+    return NextToken(load_shakespeare(), length=64, segments=250)
 
 
 def _words() -> Criterion:
-    return NextToken(load_shakespeare("word"), length=64, segments=50)
+    return NextToken(load_shakespeare("word"), length=64, segments=250)
 
 
 def _language(
@@ -110,7 +110,7 @@ def _language(
         config,
         criterion,
         training,
-        (large, replace(training, epochs=1000, batch=64, learning_rate=1e-3, pretrain=700, depth=8)),
+        (large, replace(training, epochs=200, batch=64, learning_rate=1e-3, pretrain=140, depth=8)),
         depth=5,
         backward=Phantom(steps=4),
         rtol=1e-2,
@@ -206,7 +206,7 @@ FAMILIES: dict[str, Family] = {
         TrellisNetConfig(vocabulary=_SYMBOLS, dilation=2, stem="hashed", reach=5),
         TrellisNetConfig(vocabulary=_SYMBOLS, channels=512, dilation=2, stem="hashed", reach=5),
         _characters,
-        epochs=300,
+        epochs=60,
         solver=Picard(),  # the equilibrium is a chain of length / dilation links, which no other solver shortens
     ),
     "transformer-shakespeare": _language(
@@ -214,14 +214,14 @@ FAMILIES: dict[str, Family] = {
         DEQTransformerConfig(vocabulary=_SYMBOLS, stem="hashed", reach=5),
         DEQTransformerConfig(vocabulary=_SYMBOLS, width=512, heads=8, inner=2048, memory=64, stem="hashed", reach=5),
         _characters,
-        epochs=300,
+        epochs=60,
     ),
     "trellisnet-words": _language(
         TrellisNet,
         TrellisNetConfig(vocabulary=5001, embedding=48, dilation=2, stem="hashed", reach=3),
         TrellisNetConfig(vocabulary=5001, channels=512, dilation=2, stem="hashed", reach=3, rows=65_536),
         _words,
-        epochs=120,
+        epochs=24,
         solver=Picard(),
     ),
     "multiscale-digits": Family(
