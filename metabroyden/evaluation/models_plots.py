@@ -130,10 +130,15 @@ def parts(results: FamilyResults, path: Path) -> Path:
     """Residual of each tensor of the state by depth."""
     figure, axes = new_axes()
     table = np.array(results.of("parts")[0]["residual"])
+    resting = (table == 0).all(axis=1)
+    exact = bool(resting.any())  # a converted network: one layer after another, in so many evaluations
+    shown = table[: resting.argmax() + 1] if exact else table
+    depths = np.arange(1, len(shown) + 1)
     for number in range(table.shape[1]):
-        values = np.where(table[:, number] > 0, table[:, number], np.nan)
-        axes.semilogy(np.arange(1, len(table) + 1), values, "o-", markersize=3, label=f"part {number + 1} of the state")
-    axes.set(xlabel="evaluations of f", ylabel="relative residual, median")
+        axes.plot(depths, shown[:, number], "o-", markersize=3, label=f"part {number + 1} of the state")
+    axes.set(xlabel="evaluations of f", ylabel="relative residual, median", yscale="linear" if exact else "log")
+    if exact:
+        axes.set_xticks(depths)
     axes.legend(frameon=False, fontsize=8)
-    axes.set_title(f"{results.name}: each part of the state comes to rest (gaps: exactly zero)", fontsize=10)
+    axes.set_title(f"{results.name}: the parts of the state come to rest" + ", exactly" * exact, fontsize=10)
     return save_figure(figure, path)

@@ -82,11 +82,11 @@ def _fashion_halved() -> Criterion:
 
 
 def _characters() -> Criterion:
-    return NextToken(load_shakespeare(), length=64, segments=250)
+    return NextToken(load_shakespeare(), length=64, segments=250, limit=32_768)
 
 
 def _words() -> Criterion:
-    return NextToken(load_shakespeare("word"), length=64, segments=250)
+    return NextToken(load_shakespeare("word"), length=64, segments=250, limit=32_768)
 
 
 def _language(
