@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -181,9 +182,11 @@ class _Job:
         validation = equilibria.held_out(model, self.criterion, "validation", 64)
         solvers: dict[str, Any] = {"Picard": Picard(), "Anderson": Anderson(), "Broyden": Broyden(self.config.budget)}
         solvers |= equilibria.tuned_solvers(validation, self.config.budget)
-        if self.family.splitting:
-            solvers |= equilibria.splitting_solvers(validation, self.config.budget)
-        rows = equilibria.difficulty_rows(way, held, solvers, budget=self.config.budget)
+        splitting = equilibria.splitting_solvers(validation, self.config.budget) if self.family.splitting else {}
+        rows = equilibria.difficulty_rows(way, held, solvers | splitting, budget=self.config.budget)
+        if splitting:
+            everything = equilibria.held_out(model, self.criterion, "test", sys.maxsize)
+            rows += equilibria.guarantee_rows(way, everything, splitting)
         rows += equilibria.spectrum_rows(way, held, solver=Broyden(memory=100))
         return rows + equilibria.depth_rows(way, held, solver=self.family.solver)
 

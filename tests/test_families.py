@@ -22,6 +22,8 @@ from metabroyden.models import (
     DenseClassifierConfig,
     Episodes,
     Images,
+    MonotoneClassifier,
+    MonotoneClassifierConfig,
     NextToken,
     Training,
     TrellisNet,
@@ -99,6 +101,19 @@ def tiny_dense() -> Family:
     )
 
 
+def tiny_monotone() -> Family:
+    return Family(
+        MonotoneClassifier,
+        MonotoneClassifierConfig(width=9),
+        lambda: Images(small_digits()),
+        Training(epochs=3, batch=32),
+        (MonotoneClassifierConfig(width=11), Training(epochs=1)),
+        depth=3,
+        solver=mb.PeacemanRachford(),
+        splitting=True,
+    )
+
+
 def config(tmp_path, family: str) -> models.Models:
     return models.Models(
         family=family,
@@ -112,9 +127,9 @@ def config(tmp_path, family: str) -> models.Models:
     )
 
 
-@pytest.mark.parametrize("name", ["dense", "language"])
+@pytest.mark.parametrize("name", ["dense", "language", "monotone"])
 def test_a_family_is_trained_measured_and_frozen_by_one_command(name, tmp_path, monkeypatch, capsys):
-    family = {"dense": tiny_dense, "language": tiny_language}[name]()
+    family = {"dense": tiny_dense, "language": tiny_language, "monotone": tiny_monotone}[name]()
     monkeypatch.setitem(families.FAMILIES, "tiny", family)
     original = models._Job._trained
 
@@ -140,6 +155,11 @@ def test_a_family_is_trained_measured_and_frozen_by_one_command(name, tmp_path, 
     kinds = {row["row"] for row in rows}
     assert {"epoch", "quality", "depth", "difficulty", "spectrum", "step"} <= kinds
     assert ({"units", "tokens", "ngram"} <= kinds) == (name == "language")
+    sure = [row for row in rows if row["row"] == "guarantee"]
+    assert {row["solver"] for row in sure} == (
+        {"forward-backward", "Peaceman-Rachford"} if name == "monotone" else set()
+    )
+    assert all(row["samples"] == len(small_digits().test.images) and row["failures"] == 0 for row in sure)
     ways = {row["way"] for row in rows if row["row"] == "quality"}
     assert ways == {"DEQ", "DEQ, Jacobian penalty", *family.twins}
     model = load_model(folder / "model.safetensors", max_nfe=40, warn=False)
@@ -152,6 +172,8 @@ def test_a_family_is_trained_measured_and_frozen_by_one_command(name, tmp_path, 
     report = (tmp_path / "results" / "report.md").read_text()
     assert "tiny" in report
     assert "nan" not in report
+    assert ("n-gram, best" in report) == (name == "language")
+    assert ("Peaceman–Rachford, all" in report) == (name == "monotone")
     assert "tiny" in capsys.readouterr().out
     before = (folder / "rows.jsonl").read_bytes()
     models.run(config(tmp_path, "tiny"))

@@ -4,6 +4,7 @@ A row is a JSON object with a key "row" that says what it tells, and "way", the 
   quality     score on the test split, parameters, seconds of training
   depth       score and residual after k iterations of a method, on a part of the test split
   difficulty  one solver: evaluations to each tolerance, by sample (the budget where it was not reached)
+  guarantee   one solver on a whole split: the share of samples that it solves, and what the last of them cost
   spectrum    spectral radius of the Jacobian at each sample's equilibrium
   step        seconds and peak memory of one training step, interleaved with the other ways'
   units       a few coordinates of one sample's state by depth, and where they come to rest
@@ -184,6 +185,32 @@ def difficulty_rows(way: str, held: HeldOut, solvers: dict[str, Any], *, budget:
                 "budget": budget,
                 "nfe": spent,
                 "reached": reached,
+            }
+        )
+    return rows
+
+
+def guarantee_rows(
+    way: str, held: HeldOut, solvers: dict[str, Any], *, tolerance: float = 1e-4, budget: int = 200
+) -> list[Row]:
+    """Whether solvers find each equilibrium there is, and with how many evaluations at most."""
+    rows = []
+    for name, solver in solvers.items():
+        found = [
+            solve(held.f, z0, x, solver=solver, rtol=tolerance, max_nfe=budget, throw=False)
+            for z0, x, _ in held.chunks()
+        ]
+        reached = torch.cat([solution.converged for solution in found])
+        rows.append(
+            {
+                "row": "guarantee",
+                "way": way,
+                "solver": name,
+                "tolerance": tolerance,
+                "budget": budget,
+                "samples": len(reached),
+                "failures": int((~reached).sum()),
+                "worst": max(int(solution.nfe.max()) for solution in found),
             }
         )
     return rows

@@ -70,6 +70,7 @@ def depth(results: FamilyResults, path: Path) -> Path:
     left.text(trained, 0.01, " depth of the unrolled", fontsize=7, color="0.4", transform=left.get_xaxis_transform())
     left.set(xlabel="evaluations of f", ylabel=f"{results.of('quality')[0]['metric']}, test", xscale="log")
     right.set(xlabel="evaluations of f", ylabel="relative residual, median", xscale="log", yscale="log")
+    right.set_ylim(top=min(right.get_ylim()[1], 10))  # what diverges leaves the picture
     right.legend(frameon=False, fontsize=7)
     for axes in (left, right):
         axes.grid(alpha=0.25)
