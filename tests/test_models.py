@@ -19,12 +19,13 @@ from metabroyden.models import (
     ConvClassifier,
     ConvClassifierConfig,
     Images,
+    Packed,
     Training,
     accuracy,
     make_cell,
     train,
 )
-from metabroyden.state import gather
+from metabroyden.state import Packing, gather
 
 
 def small_digits() -> ImageData:
@@ -180,6 +181,16 @@ def test_a_cell_treats_samples_apart_and_depends_on_all_that_it_is_given(name):
     value = sum((part * torch.randn_like(part)).sum() for part in parts_of(cell(z, x)))
     for gradient in torch.autograd.grad(value, [*given, *cell.parameters()]):
         assert float(gradient.abs().max()) > 1e-4
+
+
+def test_a_packed_cell_has_the_same_fixed_points_by_the_same_evaluations():
+    cell, x = make_cell("multiscale", dtype=torch.float64)
+    z0 = initial_state(cell, x)
+    packed = Packed(cell, Packing.of(z0))
+    options = {"solver": mb.Broyden(), "rtol": 1e-8, "max_nfe": 200}
+    wanted, found = mb.solve(cell, z0, x, **options), mb.solve(packed, packed.initial_state(x), x, **options)
+    assert torch.equal(found.nfe, wanted.nfe)
+    torch.testing.assert_close(found.z, packed.packing.pack(wanted.z))
 
 
 def test_unknown_cells_are_refused():

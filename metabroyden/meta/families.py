@@ -12,16 +12,30 @@ from metabroyden.deq import initial_state
 from metabroyden.meta.tasks import TaskSet
 from metabroyden.models.base import LanguageModel
 from metabroyden.models.criteria import Criterion, Images, NextToken
+from metabroyden.models.packed import Packed
+from metabroyden.state import Packing
 
 _WINDOWS = {"train": 8192, "validation": 256, "test": 256}
 
 
-def family_tasks(model: Any, criterion: Criterion) -> TaskSet:
+def family_tasks(model: Any, criterion: Criterion, *, packed: bool = False) -> TaskSet:
     """A trained model's fixed-point problems, with disjoint train, validation and test contexts.
 
     Raw contexts are images, or pairs of consecutive segments, tokens (N, 2·length): the memory that belongs to the second
     is that of the first, solved as `model.deq` solves.
+
+    Args:
+        model: from `load_model`, or any `EquilibriumModel`. criterion: of its family (`get_family(name).criterion()`).
+        packed: whether a state of several tensors is handed out as one vector, which is what learned solvers take.
     """
+    tasks = _tasks(model, criterion)
+    if not packed:
+        return tasks
+    z0, _ = tasks.prepare(tasks.split("validation")[:1])
+    return tasks if isinstance(z0, Tensor) else tasks.around(Packed(model.cell, Packing.of(z0)))
+
+
+def _tasks(model: Any, criterion: Criterion) -> TaskSet:
     if isinstance(criterion, Images):
         data = criterion.data
         return TaskSet(

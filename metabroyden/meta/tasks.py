@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,6 +41,12 @@ class TaskSet:
         self.f, self._encode, self._augment, self._z0 = f, encode, augment, z0
         self.raw = {"train": train, "validation": validation, "test": test}
         _refuse_overlap({name: part for name, part in self.raw.items() if part is not None})
+
+    def around(self, cell: Any) -> TaskSet:
+        """The same contexts for another map with an `initial_state` of its own."""
+        twin = copy.copy(self)
+        twin.f, twin._z0 = cell, cell.initial_state
+        return twin
 
     def split(self, name: str) -> Tensor:
         """Raw contexts of a split; ValueError for an unknown or absent one."""

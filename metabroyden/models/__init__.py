@@ -15,6 +15,7 @@ from metabroyden.models.mlp import MLPClassifier, MLPClassifierConfig
 from metabroyden.models.monotone import MonotoneCell, MonotoneConv, MonotoneDense, MonotoneMultiTier
 from metabroyden.models.monotone_classifier import MonotoneClassifier, MonotoneClassifierConfig
 from metabroyden.models.multiscale import MultiscaleCell, MultiscaleClassifier, MultiscaleClassifierConfig
+from metabroyden.models.packed import Packed
 from metabroyden.models.transformer import DEQTransformer, DEQTransformerConfig, TransformerCell
 from metabroyden.models.trellisnet import TrellisCell, TrellisNet, TrellisNetConfig
 from metabroyden.models.twins import Flow, Stack, Unrolled, explicit_twin, flow_twin, unrolled_twin
@@ -52,6 +53,7 @@ __all__ = [
     "MultiscaleClassifier",
     "MultiscaleClassifierConfig",
     "NextToken",
+    "Packed",
     "PairCell",
     "Stack",
     "StackCell",
