@@ -120,8 +120,12 @@ def train(
     past: list[dict[str, Any]] = []
     if path is not None and path.exists():
         tensors, header = checkpoint.read(path, "training")
-        if not _goes_on(header, described):
-            raise checkpoint.CheckpointError(f"{path} was written by another training: {header.get('config')}")
+        other = _differences(header, described)
+        if other:
+            raise checkpoint.CheckpointError(
+                f"{path} was written by another training, with {other} instead of "
+                f"{ {key: described[key] for key in other} }: remove it to start anew"
+            )
         checkpoint.restore_training(tensors, model, optimizer, generator, path)
         past = header["history"]
     while len(past) < config.epochs:
@@ -138,11 +142,11 @@ def train(
     return model.eval()
 
 
-def _goes_on(header: dict[str, Any], config: dict[str, Any]) -> bool:
-    """Whether a checkpoint is on the way of this training: of the same, or of one that will differ by a later penalty."""
+def _differences(header: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's training had other than this one, save a penalty that would only have come later."""
     before = asdict(Training()) | header.get("config", {})
     later = {"jacobian"} if len(header["history"]) <= config["pretrain"] else set()
-    return all(before[key] == value for key, value in config.items() if key not in later)
+    return {key: before[key] for key, value in config.items() if key not in later and before[key] != value}
 
 
 def history(path: Path) -> list[EpochEnd]:
