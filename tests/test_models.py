@@ -143,6 +143,17 @@ def test_the_depth_of_pretraining_is_drawn_and_its_precision_is_half():
         Training(least=9)
 
 
+def test_an_epoch_may_be_a_part_of_the_images_and_validation_too():
+    data = small_digits()
+    part = Images(data, batches=3, limit=10)
+    assert (part.steps(32), Images(data, batches=9).steps(32)) == (3, 4)
+    model = build()
+    assert len(list(part.losses(model, 32, torch.Generator()))) == 3
+    cut = replace(data.validation, images=data.validation.images[:10], labels=data.validation.labels[:10])
+    assert part.score(model, "validation") == accuracy(model, cut)
+    assert part.score(model, "test") == accuracy(model, data.test)
+
+
 def test_a_batch_larger_than_the_data_is_refused():
     with pytest.raises(ValueError, match="a batch of 1000 is more than the 128 training images"):
         train(build, Images(small_digits()), Training(batch=1000))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -48,22 +48,30 @@ def unaltered(images: Tensor, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Images:
-    """Classification by cross-entropy; training images are augmented, by a shift of up to a pixel unless told otherwise."""
+    """Classification by cross-entropy.
+
+    Attributes:
+        augment: of training images; a shift of up to a pixel unless told otherwise.
+        batches: of an epoch, at most, from all training images; None for as many as there are.
+        limit: validation images that are looked at, at most.
+    """
 
     data: ImageData
     augment: Callable[[Tensor, torch.Generator], Tensor] = shift
+    batches: int | None = None
+    limit: int | None = None
     metric = "accuracy"
     higher = True
 
     def steps(self, batch: int) -> int:
-        """Whole batches in the training images."""
+        """Whole batches of an epoch."""
         count = len(self.data.train.images)
         if batch > count:
             raise ValueError(f"a batch of {batch} is more than the {count} training images")
-        return count // batch
+        return count // batch if self.batches is None else min(self.batches, count // batch)
 
     def losses(self, model: Any, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """Mean cross-entropies over one pass through the training images in random order."""
+        """Mean cross-entropies over one pass through the training images (or its beginning) in random order."""
         split, device = self.data.train, device_of(model)
         order = torch.randperm(len(split.images), generator=generator)
         for index in order[: self.steps(batch) * batch].split(batch):
@@ -71,8 +79,13 @@ class Images:
             yield nn.functional.cross_entropy(model(images).float(), split.labels[index].to(device))
 
     def score(self, model: Any, split: str) -> float:
-        """Share of a split's images that the model gets right."""
-        return accuracy(model, getattr(self.data, split))
+        """Share of a split's images that the model gets right; of validation at most `limit` images."""
+        part = getattr(self.data, split)
+        if split == "validation" and self.limit is not None:
+            part = replace(
+                part, **{name: getattr(part, name)[: self.limit] for name in ("images", "labels", "indices")}
+            )
+        return accuracy(model, part)
 
 
 @torch.no_grad()

@@ -77,8 +77,12 @@ def _fashion() -> Criterion:
     return Images(load_fashion_mnist(), augment=unaltered)
 
 
+def _fashion_in_parts() -> Criterion:
+    return Images(load_fashion_mnist(), augment=unaltered, batches=200, limit=2000)
+
+
 def _fashion_halved() -> Criterion:
-    return Images(load_fashion_mnist(limit=20_000, side=14), augment=unaltered)
+    return Images(load_fashion_mnist(side=14), augment=unaltered, batches=160, limit=2000)
 
 
 def _characters() -> Criterion:
@@ -194,8 +198,8 @@ FAMILIES: dict[str, Family] = {
     "conv-fashion": Family(
         ConvClassifier,
         ConvClassifierConfig(side=28, stride=2),
-        _fashion,
-        Training(epochs=4, pretrain=3, depth=4),
+        _fashion_in_parts,
+        Training(epochs=16, pretrain=12, depth=4),
         (ConvClassifierConfig(channels=64, inner=128, side=28), Training(epochs=60, batch=256)),
         depth=5,
         rtol=1e-2,
@@ -237,8 +241,8 @@ FAMILIES: dict[str, Family] = {
     "multiscale-fashion": Family(
         MultiscaleClassifier,
         MultiscaleClassifierConfig(side=28, stride=2),
-        _fashion,
-        Training(epochs=6, pretrain=5, depth=4),
+        _fashion_in_parts,
+        Training(epochs=20, pretrain=16, depth=4),
         (MultiscaleClassifierConfig(width=64, side=28, stride=1), Training(epochs=60, batch=256)),
         depth=5,
         rtol=1e-2,
@@ -248,8 +252,8 @@ FAMILIES: dict[str, Family] = {
     "monotone-conv-digits": _monotone("conv", 16, 64, 16),
     "monotone-multitier-digits": _monotone("multi-tier", 8, 32, 20),
     "monotone-dense-fashion": _monotone("dense", 87, 256, 6, _fashion, 28),
-    "monotone-conv-fashion": _monotone("conv", 16, 64, 4, _fashion_halved, 14, depth=5),
-    "monotone-multitier-fashion": _monotone("multi-tier", 8, 32, 4, _fashion_halved, 14, depth=5),
+    "monotone-conv-fashion": _monotone("conv", 16, 64, 8, _fashion_halved, 14, depth=5),
+    "monotone-multitier-fashion": _monotone("multi-tier", 8, 32, 8, _fashion_halved, 14, depth=5),
 }
 """The families by name."""
 
