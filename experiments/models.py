@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from metabroyden.evaluation import equilibria, models_report
 from metabroyden.evaluation.provenance import config_hash, plain, provenance, write_results
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.meta.progress import by_epoch, progress_bar
-from metabroyden.models import Episodes, EpochEnd, history, save_model, train
+from metabroyden.models import Episodes, EpochEnd, Training, history, save_model, train
 from metabroyden.models.criteria import Criterion, NextToken
 from metabroyden.models.families import FAMILIES, Family, get_family
 from metabroyden.models.twins import explicit_twin, flow_twin, unrolled_twin
@@ -80,20 +80,24 @@ class _Job:
         self.family = _shortened(family.enlarged() if config.preset == "gpu" else family, config)
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = auto if config.device == "auto" else config.device
-        identity = replace(config, family=name, results=Path(), runs=Path(), fresh=False, progress=True, device="")
-        self.work = config.runs / f"{name}-{config_hash(identity)}"
+        self.work = config.runs / f"{name}-{_recipe_hash(self.family)}"
         if config.fresh and self.work.exists():
             shutil.rmtree(self.work)
         self.work.mkdir(parents=True, exist_ok=True)
+        identity = replace(config, family=name, results=Path(), runs=Path(), fresh=False, progress=True, device="")
+        self.measured = self.work / f"measured-{config_hash(identity)}"
         self.criterion: Criterion = self.family.criterion()
+        started = self.work / "trained.json"
+        if not started.exists():
+            atomic_write(started, json.dumps(provenance(), indent=2) + "\n")
+        self.started = json.loads(started.read_text())
         self.episodes = Episodes(self.family.training.epochs, min(8, self.family.training.epochs))
 
     def run(self) -> None:
         """Everything."""
         models = {way: self._trained(way, build) for way, build in self._ways().items()}
-        rows_path = self.work / "rows.jsonl"
-        if not rows_path.exists():
-            write_results(self.work, self._measured(models), self._described(models))
+        if not (self.measured / "rows.jsonl").exists():
+            write_results(self.measured, self._measured(models), self._described(models))
         self._publish()
 
     def _ways(self) -> dict[str, Callable[[], Any]]:
@@ -105,15 +109,20 @@ class _Job:
         twins = {
             "unrolled": lambda: unrolled_twin(family.build(), family.depth),
             "explicit": lambda: explicit_twin(family.model, family.config, family.depth),
-            "flow": lambda: flow_twin(family.build(), steps=max(1, round(family.depth / 4))),  # as many evaluations
+            "flow": lambda: flow_twin(
+                family.build(), steps=max(1, round(family.depth / 4))
+            ),  # about as many evaluations
         }
         return ways | {name: twins[name] for name in family.twins}
+
+    def _training(self, way: str) -> Training:
+        return replace(self.family.training, jacobian=self.family.jacobian if way == REGULARISED else 0.0)
 
     def _at(self, way: str, ending: str = "training.safetensors") -> Path:
         return self.work / f"{way.replace(', ', '-').replace(' ', '-')}.{ending}"
 
     def _trained(self, way: str, build: Callable[[], Any]) -> Any:
-        training = replace(self.family.training, jacobian=self.family.jacobian if way == REGULARISED else 0.0)
+        training = self._training(way)
         with progress_bar(f"{self.name}, {way}", training.epochs, show=self.config.progress) as bar:
             show = by_epoch(bar, self.criterion.metric)
 
@@ -169,11 +178,13 @@ class _Job:
             tick("pictures")
             if isinstance(criterion, NextToken):
                 rows += equilibria.token_rows(DEQ, models[DEQ], criterion)
-                rows += equilibria.ngram_rows(criterion.data)
+                rows += equilibria.ngram_rows(criterion)
+                rows += equilibria.leak_rows(DEQ, models[DEQ], criterion, tolerances=(family.rtol, equilibria.EXACT))
             tick("tokens")
             for model in models.values():
                 model.requires_grad_(True)
-            rows += equilibria.step_rows(models, criterion, batch=family.training.batch, repeats=config.repeats)
+            trainings = {way: self._training(way) for way in models}
+            rows += equilibria.step_rows(models, trainings, criterion, repeats=config.repeats)
             tick("training steps")
         return rows
 
@@ -207,13 +218,14 @@ class _Job:
             "rtol": self.family.rtol,
             "fingerprint": {way: fingerprint(models[way].cell) for way in (DEQ, REGULARISED) if way in models},
             "episodes": self.episodes.epochs,
+            "trained": self.started,
             "provenance": provenance(),
         }
 
     def _publish(self) -> None:
         """Copy what a person wants to results/, each model with the hash of its file."""
         folder = self.config.results / self.name
-        described = json.loads((self.work / "config.json").read_text())
+        described = json.loads((self.measured / "config.json").read_text())
         described["sha256"] = {}
         for way, name in ((DEQ, "model.safetensors"), (REGULARISED, "regularised.safetensors")):
             if way in described["fingerprint"]:
@@ -221,14 +233,21 @@ class _Job:
                 described["sha256"][name] = hashlib.sha256(data).hexdigest()
                 atomic_write(folder / name, data)
         self.episodes.collect(self.work, folder / "episodes.safetensors")
-        rows = [json.loads(line) for line in (self.work / "rows.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (self.measured / "rows.jsonl").read_text().splitlines()]
         write_results(folder, rows, described)
+
+
+def _recipe_hash(family: Family) -> str:
+    """Eight hex digits that change when anything about how a family is trained does, its data's name included."""
+    recipe = {item.name: repr(getattr(family, item.name)) for item in fields(family) if item.name != "criterion"}
+    recipe["criterion"] = family.criterion.__qualname__
+    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
 
 
 def _shortened(family: Family, config: Models) -> Family:
     """The family with the seed of a config and, where one is given, its number of epochs."""
     training = replace(family.training, seed=config.seed)
     if config.epochs is not None:
-        pretrain = round(training.pretrain * config.epochs / training.epochs)
+        pretrain = min(round(training.pretrain * config.epochs / training.epochs), config.epochs - 1)
         training = replace(training, epochs=config.epochs, pretrain=pretrain)
     return replace(family, training=training)

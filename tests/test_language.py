@@ -231,7 +231,7 @@ def test_a_narrowed_width_is_rounded_up_to_whole_even_heads():
 
 
 def test_a_hashed_stem_knows_the_last_few_tokens_and_no_more():
-    stem = TokenStem(TOKENS, 5, 6, 7, "hashed", reach=3, rows=997, row=4)
+    stem = TokenStem(TOKENS, 5, 6, 7, "hashed", reach=3, rows=997, row=4).eval()
     text = tokens(2, 6)
     out = stem(text)
     for back in range(4):
@@ -240,6 +240,7 @@ def test_a_hashed_stem_knows_the_last_few_tokens_and_no_more():
         assert torch.equal(stem(changed)[:, 5], out[:, 5]) == (back >= 3)
     alone = torch.cat([stem(text[:, :4]), stem(text[:, 2:])[:, 2:]], dim=1)  # what stands before 3 tokens is not seen
     torch.testing.assert_close(alone, out)
+    assert not torch.equal(stem.train()(text), stem(text)), "rows are left out in training"
     pairs = torch.cartesian_prod(torch.arange(TOKENS), torch.arange(TOKENS))
     keys = stem._keys(pairs)[0][:, 1]
     assert len(keys.unique()) > 0.9 * len(pairs), "few pairs may share a row"

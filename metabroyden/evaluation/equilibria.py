@@ -7,6 +7,8 @@ A row is a JSON object with a key "row" that says what it tells, and "way", the 
   guarantee   one solver on a whole split: the share of samples that it solves, and what the last of them cost
   spectrum    spectral radius of the Jacobian at each sample's equilibrium
   step        seconds and peak memory of one training step, interleaved with the other ways'
+  leak        change of a language model's earlier predictions when later tokens are replaced, by tolerance
+  ngram       an n-gram model's bits per token
   units       a few coordinates of one sample's state by depth, and where they come to rest
   parts       relative residual of each tensor of the state by depth
   tokens      evaluations until each token of a held-out passage has settled
@@ -16,7 +18,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +33,8 @@ from metabroyden.evaluation.metrics import short
 from metabroyden.evaluation.ngram import NGram
 from metabroyden.gradients.base import parts_of
 from metabroyden.meta.families import family_tasks, text_windows
-from metabroyden.models.criteria import Criterion, Images, NextToken
+from metabroyden.models.criteria import Criterion, Images, NextToken, device_of
+from metabroyden.models.fit import Stage, Training
 from metabroyden.solution import State, relative_residual
 from metabroyden.solve import solve
 from metabroyden.solvers import Anderson, Broyden, ForwardBackward, PeacemanRachford, Picard
@@ -41,6 +45,7 @@ from metabroyden.training.spectral import spectral_radius
 
 Row = dict[str, Any]
 TOLERANCES = (1e-2, 1e-3, 1e-4)
+EXACT = 1e-5  # what language models are scored at
 DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 50, 64, 80, 100)
 _CHUNK = 64  # samples solved at once: Broyden keeps two states for each evaluation
 
@@ -105,7 +110,7 @@ def depth_rows(way: str, held: HeldOut, *, solver: Any = None, depths: Sequence[
     last = torch.cat(scores[depths[-1]])
     rows = []
     for k in depths:
-        score, residual = torch.cat(scores[k]), torch.cat(residuals[k]).nan_to_num(torch.inf)
+        score, residual = torch.cat(scores[k]), torch.cat(residuals[k])
         against = score - last
         rows.append(
             {
@@ -136,15 +141,9 @@ def _states(f: Callable[..., State], z0: State, x: Any, solver: Any, depths: Seq
 
 def _residual(f: Callable[..., State], z: State, x: Any) -> Tensor:
     """(B,) ‖f(z) − z‖ / ‖f(z)‖."""
-    packing = Packing.of(gather(z, torch.tensor([0]))) if _finite(z) else None
-    if packing is None:
-        return torch.full((len(parts_of(z)[0]),), torch.inf)
-    flat, image = packing.pack(z), packing.pack(f(z, x))
-    return relative_residual(flat, image)
-
-
-def _finite(z: State) -> bool:
-    return all(bool(torch.isfinite(part).all()) for part in parts_of(z))
+    fz = f(z, x)
+    flat, image = (torch.cat([part.flatten(1) for part in parts_of(state)], dim=1) for state in (z, fz))
+    return relative_residual(flat, image).nan_to_num(torch.inf, torch.inf)
 
 
 def tuned_solvers(validation: HeldOut, budget: int) -> dict[str, Any]:
@@ -227,40 +226,55 @@ def spectrum_rows(way: str, held: HeldOut, *, solver: Any, max_nfe: int = 200, i
     return [{"row": "spectrum", "way": way, "radius": short(radii), "converged": float(np.mean(converged))}]
 
 
-def step_rows(models: dict[str, Any], criterion: Criterion, *, batch: int, repeats: int) -> list[Row]:
-    """Seconds and peak bytes of one training step of each model, forward and backward, interleaved; medians."""
+def step_rows(
+    models: dict[str, Any], trainings: dict[str, Training], criterion: Criterion, *, repeats: int
+) -> list[Row]:
+    """Seconds and peak bytes of one training step of each model as its last epochs took them: loss, penalty, backward.
+
+    Interleaved; medians. `evaluations` are those of a DEQ's solve, where the step has one.
+    """
     seconds: dict[str, list[float]] = {way: [] for way in models}
     peaks: dict[str, int] = {}
     nfe: dict[str, float] = {}
     for repeat in range(repeats + 1):
         for way, model in models.items():
-            model.train()
-            losses = criterion.losses(model, batch, torch.Generator().manual_seed(0))
+            if isinstance(model.deq, DEQ):
+                model.deq.last_solution = None
             if repeat == 0:
                 with LiveBytes([*model.parameters()]) as live:
-                    next(losses).backward()
+                    _step(model, trainings[way], criterion)
                 peaks[way] = live.peak
                 solution = getattr(model.deq, "last_solution", None)
                 nfe[way] = float("nan") if solution is None else float(solution.nfe.float().mean())
             else:
                 began = time.perf_counter()
-                next(losses).backward()
+                _step(model, trainings[way], criterion)
                 seconds[way].append(time.perf_counter() - began)
             model.zero_grad()
-            model.eval()
             if isinstance(model.deq, DEQ):
                 model.deq.last_solution = model.deq.last_backward_solution = None
     return [
         {
             "row": "step",
             "way": way,
-            "batch": batch,
+            "device": device_of(models[way]).type,
+            "batch": trainings[way].batch,
             "seconds": short(float(np.median(seconds[way]))),
             "peak_bytes": peaks[way],
             "evaluations": None if np.isnan(nfe[way]) else short(nfe[way]),
         }
         for way in models
     ]
+
+
+def _step(model: Any, training: Training, criterion: Criterion) -> None:
+    """Loss, penalty and backward of one batch of the last epoch."""
+    generator = torch.Generator().manual_seed(0)
+    model.train()
+    with Stage(model, training, epoch=training.epochs) as stage:
+        loss = next(stage.losses(criterion, generator))
+        (loss + stage.penalty(generator)).backward()
+    model.eval()
 
 
 @torch.no_grad()
@@ -348,26 +362,78 @@ def token_rows(
 
 
 def quality_row(way: str, model: Any, criterion: Criterion, seconds: float) -> Row:
-    """Score on the whole test split, parameters, seconds of training."""
+    """Score on the whole test split, parameters, seconds of training.
+
+    A DEQ that reads texts is scored at equilibria found to `EXACT`: a looser solve of a whole segment may tell a token
+    something of those after it (`leak_rows`).
+    """
+    with _solved_to(model, EXACT if isinstance(criterion, NextToken) else None):
+        score = criterion.score(model, "test")
     return {
         "row": "quality",
         "way": way,
         "metric": criterion.metric,
         "higher": criterion.higher,
-        "score": short(criterion.score(model, "test")),
+        "score": short(score),
         "validation": short(criterion.score(model, "validation")),
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": short(seconds),
     }
 
 
-def ngram_rows(data: Any, orders: Sequence[int] = (1, 2, 3, 4, 5, 6)) -> list[Row]:
-    """Bits per token of n-gram models of the training split, on the test split."""
-    rows = []
+@contextmanager
+def _solved_to(model: Any, rtol: float | None) -> Iterator[None]:
+    """The model's DEQ, where it has one and a tolerance is given, solving to that, with evaluations enough."""
+    if rtol is None or not isinstance(model.deq, DEQ):
+        yield
+        return
+    before = model.deq.rtol, model.deq.max_nfe
+    model.deq.rtol, model.deq.max_nfe = rtol, 100
+    try:
+        yield
+    finally:
+        model.deq.rtol, model.deq.max_nfe = before
+
+
+@torch.no_grad()
+def leak_rows(
+    way: str, model: Any, criterion: NextToken, *, tolerances: Sequence[float], windows: int = 24, last: int = 8
+) -> list[Row]:
+    """By how many bits the predictions of a segment's tokens change when the last few are replaced, at each tolerance.
+
+    Those before are asked alone: a causal model's equilibrium has no change there, a solve that stops before may.
+    """
+    tokens, targets = (part[:windows] for part in text_windows(criterion.data, "test", criterion.length))
+    changed = tokens.clone()
+    changed[:, -last:] = (changed[:, -last:] + 1) % len(criterion.data.vocabulary)
+    rows: list[Row] = []
+    for tolerance in tolerances:
+        nats = []
+        with _solved_to(model, tolerance):
+            for read in (tokens, changed):
+                logits = model(read.chunk(2, dim=1)[1]).transpose(1, 2)
+                nats.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none")[:, :-last])
+        bits = (nats[1] - nats[0]).abs() / np.log(2)
+        row = {"row": "leak", "way": way, "tolerance": tolerance, "mean": float(bits.mean()), "most": float(bits.max())}
+        rows.append(row)
+    return short(rows)
+
+
+def ngram_rows(criterion: NextToken, orders: Sequence[int] = range(1, 10), batch: int = 64) -> list[Row]:
+    """Bits per token of n-gram models of the training split: on validation, and on those test tokens that models predict.
+
+    Orders whose n-grams do not fit into 63 bits are left out.
+    """
+    data, rows = criterion.data, []
+    read = sum(targets.numel() for _, targets in data.test.streams(batch, criterion.length))
     for order in orders:
+        if len(data.vocabulary) ** order >= 2**63:
+            break
         model = NGram.fit(data.train.tokens, order, len(data.vocabulary))
-        rows.append({"row": "ngram", "order": order, "score": short(model.bits_per_token(data.test.tokens))})
-    return rows
+        test = -np.log2(model.probabilities(data.test.tokens[: read + 1])[1:]).mean()
+        validation = model.bits_per_token(data.validation.tokens)
+        rows.append({"row": "ngram", "order": order, "score": float(test), "validation": float(validation)})
+    return short(rows)
 
 
 def splitting_solvers(validation: HeldOut, budget: int) -> dict[str, Any]:

@@ -31,9 +31,9 @@ def plain(config: Any) -> dict[str, Any]:
 
 
 def write_results(folder: Path, rows: Iterable[dict[str, Any]], described: dict[str, Any]) -> None:
-    """Write rows.jsonl, and config.json with how they were made, into a folder, atomically."""
-    atomic_write(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    """Write config.json and rows.jsonl into a folder, each atomically: where there are rows, how they were made is there."""
     atomic_write(folder / "config.json", json.dumps(described, indent=2) + "\n")
+    atomic_write(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def provenance() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from metabroyden.data.text import TextData, TextSplit
 from metabroyden.deq import initial_state
 from metabroyden.meta.tasks import TaskSet
 from metabroyden.models.base import LanguageModel
-from metabroyden.models.criteria import Criterion, Images, NextToken
+from metabroyden.models.criteria import Criterion, Images, NextToken, device_of
 from metabroyden.models.packed import Packed
 from metabroyden.state import Packing
 
@@ -43,7 +43,7 @@ def _tasks(model: Any, criterion: Criterion) -> TaskSet:
             data.train.images,
             data.validation.images,
             data.test.images,
-            encode=model.inject,
+            encode=lambda images: model.inject(images.to(device_of(model))),
             augment=criterion.augment,
             z0=lambda x: initial_state(model.cell, x),
         )
@@ -55,7 +55,7 @@ def _tasks(model: Any, criterion: Criterion) -> TaskSet:
         raw["train"],
         raw["validation"],
         raw["test"],
-        encode=lambda tokens: second_half(model, tokens),
+        encode=lambda tokens: second_half(model, tokens.to(device_of(model))),
         z0=lambda x: initial_state(model.cell, x),
     )
 

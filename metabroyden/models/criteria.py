@@ -110,14 +110,16 @@ class NextToken:
     """Prediction of the token that follows, in nats for training and in bits for the score.
 
     Attributes:
-        length: tokens of a segment. segments: consecutive ones in an epoch, each with the memory of the one before; the
-            first of an epoch has that of a text's beginning.
-        limit: validation tokens that are looked at, at most.
+        length: tokens of a segment. segments: consecutive ones in a stretch, each with the memory of the one before; the
+            first has that of a text's beginning. stretches: of an epoch, each from random places; long ones let a model
+            live in the plays at hand.
+        limit: validation tokens that are looked at, rounded up to whole batches of segments.
     """
 
     data: TextData
     length: int = 64
-    segments: int = 50
+    segments: int = 10
+    stretches: int = 25
     limit: int = 65_536
     higher = False
 
@@ -128,15 +130,17 @@ class NextToken:
 
     def steps(self, batch: int) -> int:
         """Segments of an epoch."""
-        return self.segments
+        return self.segments * self.stretches
 
     def losses(self, model: LanguageModel, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """Mean cross-entropies of consecutive segments, of texts that begin at random places in the training split."""
-        memory, device = None, device_of(model)
-        for tokens, targets in self.data.train.random_streams(batch, self.length, self.segments, generator):
-            z = model.deq(model.inject(tokens.to(device), memory))
-            memory = model.remember(z, memory)
-            yield nn.functional.cross_entropy(model.classify(z).flatten(0, 1).float(), targets.to(device).flatten())
+        """Mean cross-entropies of the segments of stretches that begin at random places in the training split."""
+        device = device_of(model)
+        for _ in range(self.stretches):
+            memory = None
+            for tokens, targets in self.data.train.random_streams(batch, self.length, self.segments, generator):
+                z = model.deq(model.inject(tokens.to(device), memory))
+                memory = model.remember(z, memory)
+                yield nn.functional.cross_entropy(model.classify(z).flatten(0, 1).float(), targets.to(device).flatten())
 
     def score(self, model: LanguageModel, split: str) -> float:
         """Bits per token; of validation at most `limit` tokens."""

@@ -86,11 +86,11 @@ def _fashion_halved() -> Criterion:
 
 
 def _characters() -> Criterion:
-    return NextToken(load_shakespeare(), length=64, segments=250, limit=32_768)
+    return NextToken(load_shakespeare(), limit=32_768)
 
 
 def _words() -> Criterion:
-    return NextToken(load_shakespeare("word"), length=64, segments=250, limit=32_768)
+    return NextToken(load_shakespeare("word"), limit=32_768)
 
 
 def _language(

@@ -69,6 +69,11 @@ class Training:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name, least in (("epochs", 1), ("batch", 1), ("depth", 1), ("pretrain", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.pretrain > self.epochs:
+            raise ValueError(f"pretrain must be at most the {self.epochs} epochs, got {self.pretrain}")
         if self.least is not None and not 1 <= self.least <= self.depth:
             raise ValueError(f"least must be from 1 to the depth {self.depth}, got {self.least}")
 
@@ -121,6 +126,10 @@ def train(
     if path is not None and path.exists():
         tensors, header = checkpoint.read(path, "training")
         other = _differences(header, described)
+        if header.get("model", _what(model)) != _what(model):
+            raise checkpoint.CheckpointError(
+                f"{path} holds {header['model']}, not {_what(model)}: remove it to start anew"
+            )
         if other:
             raise checkpoint.CheckpointError(
                 f"{path} was written by another training, with {other} instead of "
@@ -138,7 +147,8 @@ def train(
             report(now, model)
         if path is not None:
             tensors = checkpoint.training_tensors(model, optimizer, generator)
-            checkpoint.write(path, "training/model", tensors, {"config": described, "history": past})
+            header = {"config": described, "model": _what(model), "history": past}
+            checkpoint.write(path, "training/model", tensors, header)
     return model.eval()
 
 
@@ -147,6 +157,12 @@ def _differences(header: dict[str, Any], config: dict[str, Any]) -> dict[str, An
     before = asdict(Training()) | header.get("config", {})
     later = {"jacobian"} if len(header["history"]) <= config["pretrain"] else set()
     return {key: before[key] for key, value in config.items() if key not in later and before[key] != value}
+
+
+def _what(model: Any) -> dict[str, Any]:
+    """Which model this is, as JSON gives it back."""
+    twin = model.deq.describe() if isinstance(model.deq, Twin) else None
+    return json.loads(json.dumps({"kind": model.kind, "config": model.describe(), "twin": twin}))
 
 
 def history(path: Path) -> list[EpochEnd]:
@@ -166,14 +182,19 @@ def _epoch(
     model.train()
     per_epoch = criterion.steps(config.batch)
     total = torch.zeros((), device=device_of(model))
-    with _Equilibria(model, config, epoch) as equilibria:
-        for number, loss in enumerate(equilibria.losses(criterion, generator)):
+    device = device_of(model)
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        Stage(model, config, epoch) as stage,
+    ):
+        torch.manual_seed(config.seed + 1000 * (epoch + 1))  # dropout's, so that a resumed epoch has the same
+        for number, loss in enumerate(stage.losses(criterion, generator)):
             rate = config.rate(epoch * per_epoch + number, config.epochs * per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             total += loss.detach()
             optimizer.zero_grad()
-            (loss + equilibria.penalty(generator)).backward()
+            (loss + stage.penalty(generator)).backward()
             nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             optimizer.step()
     if not math.isfinite(total):
@@ -181,8 +202,8 @@ def _epoch(
     return float(total) / per_epoch
 
 
-class _Equilibria:
-    """What is special about a model with a DEQ in an epoch: it is unrolled at first, its equilibria are penalised later."""
+class Stage:
+    """How an epoch trains a model with a DEQ, unrolled at first, with a penalty on its equilibria later."""
 
     def __init__(self, model: Any, config: Training, epoch: int) -> None:
         self.model, self.config, self.early = model, config, epoch < config.pretrain
@@ -190,7 +211,7 @@ class _Equilibria:
         self.weight = 0.0 if self.early else config.jacobian
         self._found: tuple[Any, Any, Any] | None = None
 
-    def __enter__(self) -> _Equilibria:
+    def __enter__(self) -> Stage:
         if self.deq is not None:
             self._before = self.deq.observer
             if self.weight:
@@ -222,9 +243,13 @@ class _Equilibria:
         self._found = f, context, z
 
     def penalty(self, generator: torch.Generator) -> Tensor | float:
-        """The weighted penalty at the equilibrium found last; zero where there is none."""
-        if self._found is None:
+        """The weighted penalty at the equilibrium found last; ValueError where there is none to penalise."""
+        if not self.weight:
             return 0.0
+        if self._found is None:
+            raise ValueError(
+                "a Jacobian penalty needs the equilibria of a DEQ: this model has none, or unrolls its solves"
+            )
         (f, context, z), self._found = self._found, None
         held = z.detach() if isinstance(z, Tensor) else tuple(part.detach() for part in z)
         return self.weight * jacobian_penalty(f, held, context, generator=generator)
@@ -256,6 +281,8 @@ def build_model(header: dict[str, Any], tensors: dict[str, Tensor], path: str | 
         raise checkpoint.CheckpointError(f"{path} holds a model of unknown kind {kind!r}; known: {sorted(MODELS)}")
     cls, config_type = MODELS[kind]
     twin = header.get("twin")
+    if twin is None:
+        DEQ(nn.Identity(), **deq_options)  # what is wrong with the options is not the file's fault
     if twin is not None and deq_options:
         raise TypeError(f"{path} holds a twin ({twin}), which takes no options of a DEQ; got {sorted(deq_options)}")
     try:
@@ -263,5 +290,7 @@ def build_model(header: dict[str, Any], tensors: dict[str, Tensor], path: str | 
         model = cls(config, **deq_options) if twin is None else build_twin(cls, config, twin)
     except (KeyError, TypeError, ValueError) as error:
         raise checkpoint.CheckpointError(f"{path}: its description is damaged: {error!r}") from error
+    floating = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
+    model.to(floating[0] if floating else torch.float32)
     checkpoint.load_weights(model, tensors, path)
     return model.eval()

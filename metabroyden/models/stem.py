@@ -20,7 +20,8 @@ class TokenStem(nn.Module):
     al. 2019: the equilibrium then need not find out what the last few letters were. Zeros stand before a segment.
     "hashed": U (e_t, a_t², …, a_tʳ) + b with r = `reach`, where aⁿ is a row of a table, the one that a hash of the last n
     tokens points to (Svenstrup, Hansen & Winther, Hash Embeddings, NeurIPS 2017): what is known of an n-gram costs no
-    arithmetic, and several may share a row. Nothing stands before a segment.
+    arithmetic, and several may share a row. In training mode each row is left out with probability `drop`, as n-grams of
+    other texts will be unknown. Nothing stands before a segment.
 
     Args:
         vocabulary: tokens there are.
@@ -29,7 +30,7 @@ class TokenStem(nn.Module):
         outputs: of the injection.
         kind: one of `STEMS`.
         reach: taps of the convolution, or the longest n-gram.
-        rows, row: of a hash table, and coordinates of each.
+        rows, row: of a hash table, and coordinates of each. drop: see above.
 
     ValueError for an unknown kind.
     """
@@ -44,11 +45,12 @@ class TokenStem(nn.Module):
         reach: int = 4,
         rows: int = 4096,
         row: int = 16,
+        drop: float = 0.2,
     ) -> None:
         super().__init__()
         if kind not in STEMS:
             raise ValueError(f"stem must be one of {STEMS}, got {kind!r}")
-        self.kind, self.rows = kind, rows
+        self.rows, self.drop = rows, drop
         self.embed = nn.Embedding(vocabulary, embedding)
         self.conv = nn.Conv1d(embedding, inner, reach) if kind == "conv" else None
         few = [0.1 * torch.randn(rows, row) for _ in range(reach - 1) if kind == "hashed"]
@@ -63,7 +65,9 @@ class TokenStem(nn.Module):
             past = functional.pad(e.transpose(1, 2), (self.conv.kernel_size[0] - 1, 0))
             e = functional.gelu(self.conv(past)).transpose(1, 2)
         if self.tables:
-            e = torch.cat([e, *(table(key) for table, key in zip(self.tables, self._keys(tokens), strict=True))], dim=2)
+            found = torch.stack([table(key) for table, key in zip(self.tables, self._keys(tokens), strict=True)], dim=2)
+            kept = functional.dropout(torch.ones_like(found[..., :1]), self.drop, self.training)
+            e = torch.cat([e, (kept * found).flatten(2)], dim=2)
         return self.linear(e)
 
     def _keys(self, tokens: Tensor) -> list[Tensor]:

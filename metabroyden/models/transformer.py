@@ -84,11 +84,15 @@ class TransformerCell(nn.Module):
 
 
 def sinusoids(length: int, width: int, *, like: Tensor) -> Tensor:
-    """r (length, width) of the distances length − 1, …, 0, sines then cosines, in the dtype and on the device of `like`."""
-    distance = torch.arange(length - 1, -1, -1, dtype=like.dtype, device=like.device)
-    rate = torch.exp(torch.arange(0, width, 2, dtype=like.dtype, device=like.device) * (-math.log(10000.0) / width))
+    """r (length, width) of the distances length − 1, …, 0, sines then cosines, in the dtype and on the device of `like`.
+
+    The angles are computed in float32 at least: bfloat16 does not tell a distance of 95 from one of 96.
+    """
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    distance = torch.arange(length - 1, -1, -1, dtype=dtype, device=like.device)
+    rate = torch.exp(torch.arange(0, width, 2, dtype=dtype, device=like.device) * (-math.log(10000.0) / width))
     angle = distance[:, None] * rate
-    return torch.cat([angle.sin(), angle.cos()], dim=1)
+    return torch.cat([angle.sin(), angle.cos()], dim=1).to(like.dtype)
 
 
 def shifted(scores: Tensor) -> Tensor:
