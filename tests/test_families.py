@@ -13,8 +13,9 @@ import torch
 
 import metabroyden as mb
 from experiments import models
-from metabroyden.data.text import split_works
+from metabroyden.data.text import TextData, TextSplit, split_works
 from metabroyden.evaluation import equilibria, models_report
+from metabroyden.evaluation.ngram import NGram
 from metabroyden.meta.families import family_tasks, second_half, text_windows
 from metabroyden.models import (
     FAMILIES,
@@ -309,6 +310,51 @@ def test_tokens_settle_in_their_order_in_a_trellis():
         assert spent[0] < spent[-1]
     assert len(rows) == 3
     assert "".join(rows[0]["before"] + rows[0]["tokens"]) in PLAYS["third"]
+
+
+def test_ngrams_are_scored_on_the_tokens_that_models_predict_and_orders_stop_at_63_bits():
+    tokens = torch.randint(5001, (5001,), generator=torch.Generator().manual_seed(0))
+    split = lambda part: TextSplit(part, ("",), (0,))  # noqa: E731
+    data = TextData(
+        split(tokens[:3000]), split(tokens[3000:3300]), split(tokens[3300:]), tuple(map(str, range(5001))), "word"
+    )
+    rows = equilibria.ngram_rows(NextToken(data, length=7))
+    assert [row["order"] for row in rows] == [1, 2, 3, 4, 5]
+    read = (1701 - 1) // 64 // 7 * 64 * 7
+    model = NGram.fit(data.train.tokens, 2, 5001)
+    wanted = -np.log2(model.probabilities(data.test.tokens)[1 : read + 1]).mean()
+    assert rows[1]["score"] == pytest.approx(wanted, rel=1e-3)
+
+
+def test_what_a_solve_short_of_the_equilibrium_tells_of_the_future_is_measured():
+    torch.manual_seed(0)
+    model = trellis().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    criterion = NextToken(text(), length=12)
+    loose, exact = equilibria.leak_rows("DEQ", model, criterion, tolerances=(0.1, 1e-6), windows=4, last=3)
+    assert exact["most"] < 1e-5
+    assert loose["most"] > 1e-3
+    assert (model.deq.rtol, model.deq.max_nfe) == (trellis().deq.rtol, 30)
+
+
+def test_one_sample_that_diverges_has_an_infinite_residual_alone():
+    z = torch.ones(3, 2)
+    z[1] = 1e38
+    found = equilibria._residual(lambda z, x: 10 * z, z, None)
+    assert torch.isinf(found[1])
+    torch.testing.assert_close(found[[0, 2]], torch.full((2,), 0.9))
+
+
+def test_another_recipe_has_another_work_folder(tmp_path, monkeypatch):
+    monkeypatch.setitem(families.FAMILIES, "tiny", tiny_dense())
+    first = models._Job("tiny", config(tmp_path, "tiny"))
+    assert models._Job("tiny", config(tmp_path, "tiny")).work == first.work
+    remeasured = models._Job("tiny", replace(config(tmp_path, "tiny"), samples=21))
+    assert (remeasured.work, remeasured.measured != first.measured) == (first.work, True)
+    monkeypatch.setitem(families.FAMILIES, "tiny", replace(tiny_dense(), depth=4))
+    assert models._Job("tiny", config(tmp_path, "tiny")).work != first.work
 
 
 def test_a_report_says_which_families_are_easy(tmp_path, monkeypatch):

@@ -22,8 +22,11 @@ from metabroyden.models import (
     Packed,
     Training,
     accuracy,
+    load_model,
     make_cell,
+    save_model,
     train,
+    unrolled_twin,
 )
 from metabroyden.state import Packing, gather
 
@@ -152,6 +155,29 @@ def test_an_epoch_may_be_a_part_of_the_images_and_validation_too():
     cut = replace(data.validation, images=data.validation.images[:10], labels=data.validation.labels[:10])
     assert part.score(model, "validation") == accuracy(model, cut)
     assert part.score(model, "test") == accuracy(model, data.test)
+
+
+def test_a_model_is_loaded_in_its_precision_and_wrong_options_are_not_the_files_fault(tmp_path):
+    path = save_model(build().double(), tmp_path / "model.safetensors")
+    assert next(load_model(path).parameters()).dtype == torch.float64
+    with pytest.raises(TypeError, match="rtoll"):
+        load_model(path, rtoll=1e-3)
+    with pytest.raises(ValueError, match="rtol"):
+        load_model(path, rtol=-1.0)
+
+
+def test_impossible_trainings_are_refused(tmp_path):
+    for wrong in ({"epochs": 0}, {"batch": 0}, {"pretrain": -1}, {"epochs": 3, "pretrain": 4}):
+        with pytest.raises(ValueError, match="must be at"):
+            Training(**wrong)
+    data, config = Images(small_digits(), batches=1), Training(epochs=1, batch=16, jacobian=1.0)
+    with pytest.raises(ValueError, match="a Jacobian penalty needs"):
+        train(lambda: unrolled_twin(build(), 3), data, config)
+    path = tmp_path / "training.safetensors"
+    plain = replace(config, jacobian=0.0)
+    train(build, data, plain, path=path)
+    with pytest.raises(mb.CheckpointError, match="remove it to start anew"):
+        train(lambda: unrolled_twin(build(), 3), data, plain, path=path)
 
 
 def test_a_batch_larger_than_the_data_is_refused():

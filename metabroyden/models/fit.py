@@ -281,15 +281,15 @@ def build_model(header: dict[str, Any], tensors: dict[str, Tensor], path: str | 
         raise checkpoint.CheckpointError(f"{path} holds a model of unknown kind {kind!r}; known: {sorted(MODELS)}")
     cls, config_type = MODELS[kind]
     twin = header.get("twin")
-    if twin is None:
-        DEQ(nn.Identity(), **deq_options)  # what is wrong with the options is not the file's fault
     if twin is not None and deq_options:
         raise TypeError(f"{path} holds a twin ({twin}), which takes no options of a DEQ; got {sorted(deq_options)}")
     try:
         config = config_type(**header["config"])
-        model = cls(config, **deq_options) if twin is None else build_twin(cls, config, twin)
+        model = cls(config) if twin is None else build_twin(cls, config, twin)
     except (KeyError, TypeError, ValueError) as error:
         raise checkpoint.CheckpointError(f"{path}: its description is damaged: {error!r}") from error
+    if deq_options:
+        model = cls(config, **deq_options)  # wrong options are not the file's fault
     floating = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
     model.to(floating[0] if floating else torch.float32)
     checkpoint.load_weights(model, tensors, path)
