@@ -232,7 +232,7 @@ FAMILIES: dict[str, Family] = {
         MultiscaleClassifier,
         MultiscaleClassifierConfig(),
         _digits,
-        Training(epochs=30, pretrain=20, depth=4),
+        Training(epochs=60, pretrain=20, depth=4),
         (MultiscaleClassifierConfig(width=64), Training(epochs=60, batch=256)),
         depth=5,
         rtol=1e-2,
