@@ -437,9 +437,9 @@ def ngram_rows(criterion: NextToken, orders: Sequence[int] = range(1, 10), batch
 
 
 def splitting_solvers(validation: HeldOut, budget: int) -> dict[str, Any]:
-    """Forward–backward and Peaceman–Rachford with α tuned on validation problems; the cell must offer its parts."""
+    """Forward–backward (with a margin) and Peaceman–Rachford, α tuned on validation problems; the cell must offer its parts."""
     z0, x, _ = next(iter(validation.chunks()))
     return {
-        "forward-backward": ForwardBackward.tuned(validation.f, z0, x, max_nfe=budget),
+        "forward-backward": ForwardBackward.tuned(validation.f, z0, x, margin=0.75, max_nfe=budget),
         "Peaceman-Rachford": PeacemanRachford.tuned(validation.f, z0, x, max_nfe=budget),
     }
