@@ -437,7 +437,7 @@ def ngram_rows(criterion: NextToken, orders: Sequence[int] = range(1, 10), batch
 
 
 def splitting_solvers(validation: HeldOut, budget: int) -> dict[str, Any]:
-    """Forward–backward (with a margin) and Peaceman–Rachford, α tuned on validation problems; the cell must offer its parts."""
+    """Forward–backward (with a margin) and Peaceman–Rachford, tuned on validation problems, for a cell that offers parts."""
     z0, x, _ = next(iter(validation.chunks()))
     return {
         "forward-backward": ForwardBackward.tuned(validation.f, z0, x, margin=0.75, max_nfe=budget),
