@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from metabroyden import checkpoint
 from metabroyden.deq import DEQ
+from metabroyden.models.base import EquilibriumModel
 from metabroyden.models.conv import ConvClassifier, ConvClassifierConfig
 from metabroyden.models.criteria import Criterion, device_of
 from metabroyden.models.dense import DenseClassifier, DenseClassifierConfig
@@ -160,7 +161,9 @@ def _differences(header: dict[str, Any], config: dict[str, Any]) -> dict[str, An
 
 
 def _what(model: Any) -> dict[str, Any]:
-    """Which model this is, as JSON gives it back."""
+    """Which model this is, as JSON gives it back; of one not of ours its class alone."""
+    if not isinstance(model, EquilibriumModel):
+        return {"kind": type(model).__name__}
     twin = model.deq.describe() if isinstance(model.deq, Twin) else None
     return json.loads(json.dumps({"kind": model.kind, "config": model.describe(), "twin": twin}))
 
