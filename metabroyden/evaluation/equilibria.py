@@ -88,11 +88,14 @@ def held_out(model: Any, criterion: Criterion, split: str, limit: int) -> HeldOu
     targets = text_windows(criterion.data, split, criterion.length)[1][chosen]
 
     def bits(z: State, index: Tensor) -> Tensor:
-        logits = model.classify(z)
-        nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets[index], reduction="none")
-        return nats.mean(dim=1) / np.log(2)
+        return _bits(model.classify(z), targets[index]).mean(dim=1)
 
     return HeldOut(f, z0, x, bits)
+
+
+def _bits(logits: Tensor, targets: Tensor) -> Tensor:
+    """(B, T) bits that logits (B, T, vocabulary) pay for targets (B, T)."""
+    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none") / np.log(2)
 
 
 @torch.no_grad()
@@ -344,8 +347,7 @@ def token_rows(
             residual = (image - z).norm(dim=axis) / image.norm(dim=axis)
             settled = torch.where(residual[0] > tolerance, k + 1, settled)
             z = image
-        logits = model.classify(z)
-        nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets[index], reduction="none")[0]
+        bits = _bits(model.classify(z), targets[index])[0]
         vocabulary = criterion.data.vocabulary
         rows.append(
             {
@@ -355,7 +357,7 @@ def token_rows(
                 "before": [vocabulary[t] for t in tokens[window, : criterion.length].tolist()],
                 "tokens": [vocabulary[t] for t in tokens[window, criterion.length :].tolist()],
                 "evaluations": settled.clamp_max(budget).tolist(),
-                "bits": short((nats / np.log(2)).tolist()),
+                "bits": short(bits.tolist()),
             }
         )
     return rows
@@ -408,12 +410,9 @@ def leak_rows(
     changed[:, -last:] = (changed[:, -last:] + 1) % len(criterion.data.vocabulary)
     rows: list[Row] = []
     for tolerance in tolerances:
-        nats = []
         with _solved_to(model, tolerance):
-            for read in (tokens, changed):
-                logits = model(read.chunk(2, dim=1)[1]).transpose(1, 2)
-                nats.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none")[:, :-last])
-        bits = (nats[1] - nats[0]).abs() / np.log(2)
+            before, after = (_bits(model(read.chunk(2, dim=1)[1]), targets) for read in (tokens, changed))
+        bits = (after - before)[:, :-last].abs()
         row = {"row": "leak", "way": way, "tolerance": tolerance, "mean": float(bits.mean()), "most": float(bits.max())}
         rows.append(row)
     return short(rows)

@@ -122,15 +122,13 @@ def train(
     betas, decay = (0.9, config.beta2), config.weight_decay
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=betas, weight_decay=decay)
     criterion.steps(config.batch)  # refuses early
-    described = json.loads(json.dumps(asdict(config)))
+    described, what = json.loads(json.dumps(asdict(config))), _what(model)
     past: list[dict[str, Any]] = []
     if path is not None and path.exists():
         tensors, header = checkpoint.read(path, "training")
         other = _differences(header, described)
-        if header.get("model", _what(model)) != _what(model):
-            raise checkpoint.CheckpointError(
-                f"{path} holds {header['model']}, not {_what(model)}: remove it to start anew"
-            )
+        if header.get("model", what) != what:
+            raise checkpoint.CheckpointError(f"{path} holds {header['model']}, not {what}: remove it to start anew")
         if other:
             raise checkpoint.CheckpointError(
                 f"{path} was written by another training, with {other} instead of "
@@ -148,7 +146,7 @@ def train(
             report(now, model)
         if path is not None:
             tensors = checkpoint.training_tensors(model, optimizer, generator)
-            header = {"config": described, "model": _what(model), "history": past}
+            header = {"config": described, "model": what, "history": past}
             checkpoint.write(path, "training/model", tensors, header)
     return model.eval()
 
@@ -184,8 +182,8 @@ def _epoch(
     """One epoch; its mean loss, without the penalty."""
     model.train()
     per_epoch = criterion.steps(config.batch)
-    total = torch.zeros((), device=device_of(model))
     device = device_of(model)
+    total = torch.zeros((), device=device)
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         Stage(model, config, epoch) as stage,
