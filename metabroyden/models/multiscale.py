@@ -93,7 +93,7 @@ class MultiscaleClassifierConfig:
     Attributes:
         width: channels of the finest scale; each coarser one has `growth` times those of the scale before.
         scales: at least two. groups: of the group norms.
-        stride: of the stem. image_channels, side, classes: as usual.
+        stride: of the stem's second convolution. image_channels, side, classes: as usual.
     """
 
     width: int = 16
@@ -121,7 +121,8 @@ _QUARTERS = 2  # pooled cells a side: a plain mean would forget where things are
 class MultiscaleClassifier(EquilibriumModel):
     """Images (B, image_channels, side, side) → logits (B, classes): injection, DEQ with a `MultiscaleCell`, head.
 
-    The head is linear in the mean over quarters of each scale (2×2 cells), all scales together.
+    The stem is two convolutions with group norms, the second of the stride given. The head is linear in the mean over
+    quarters of each scale (2×2 cells), all scales together.
     """
 
     kind = "multiscale-classifier"
@@ -130,7 +131,11 @@ class MultiscaleClassifier(EquilibriumModel):
         c = MultiscaleClassifierConfig() if config is None else config
         super().__init__(c, MultiscaleCell(c.widths, c.groups), **deq_options)
         self.stem = nn.Sequential(
-            nn.Conv2d(c.image_channels, c.width, 3, c.stride, padding=1), nn.GroupNorm(c.groups, c.width)
+            nn.Conv2d(c.image_channels, c.width, 3, padding=1),
+            nn.GroupNorm(c.groups, c.width),
+            nn.ReLU(),
+            nn.Conv2d(c.width, c.width, 3, c.stride, padding=1),
+            nn.GroupNorm(c.groups, c.width),
         )
         self.head = nn.Linear(sum(c.widths) * _QUARTERS**2, c.classes)
 
