@@ -199,10 +199,12 @@ FAMILIES: dict[str, Family] = {
         ConvClassifier,
         ConvClassifierConfig(side=28, stride=2),
         _fashion_in_parts,
-        Training(epochs=16, pretrain=10, depth=6, least=2),
+        Training(epochs=16, pretrain=2, depth=6, least=2),
         (ConvClassifierConfig(channels=64, inner=128, side=28), Training(epochs=60, batch=256)),
         depth=5,
+        backward=Phantom(steps=5, damping=1.0),
         rtol=1e-2,
+        max_nfe=30,
         twins=_IMAGE_TWINS,
     ),
     "trellisnet-shakespeare": _language(
