@@ -86,7 +86,7 @@ def _fashion_halved() -> Criterion:
 
 
 def _characters() -> Criterion:
-    return NextToken(load_shakespeare(), limit=32_768)
+    return NextToken(load_shakespeare(), stretches=50, limit=32_768)
 
 
 def _words() -> Criterion:
@@ -94,19 +94,26 @@ def _words() -> Criterion:
 
 
 def _language(
-    model: type, config: Any, large: Any, criterion: Callable[[], Criterion], epochs: int, **options: Any
+    model: type,
+    config: Any,
+    large: Any,
+    criterion: Callable[[], Criterion],
+    epochs: int,
+    decay: float = 0.05,
+    deepest: int = 4,
+    **options: Any,
 ) -> Family:
     """Most steps shallow, small and in bfloat16, the rest at the equilibrium by phantom gradients (results/RESEARCH.md)."""
     training = Training(
         epochs=epochs,
         batch=8,
         learning_rate=3e-3,
-        weight_decay=0.01,
+        weight_decay=decay,
         warmup=0.01,
         beta2=0.98,
-        pretrain=round(0.85 * epochs),
-        depth=4,
-        least=2,
+        pretrain=round(0.88 * epochs),
+        depth=deepest,
+        least=1,
         half=True,
     )
     return Family(
@@ -116,7 +123,6 @@ def _language(
         training,
         (large, replace(training, epochs=200, batch=64, learning_rate=1e-3, pretrain=140, depth=8)),
         depth=5,
-        backward=Phantom(steps=4),
         rtol=1e-2,
         pictures=True,
         **options,
@@ -209,18 +215,24 @@ FAMILIES: dict[str, Family] = {
     ),
     "trellisnet-shakespeare": _language(
         TrellisNet,
-        TrellisNetConfig(vocabulary=_SYMBOLS, dilation=2, stem="hashed", reach=5),
-        TrellisNetConfig(vocabulary=_SYMBOLS, channels=512, dilation=2, stem="hashed", reach=5),
+        TrellisNetConfig(vocabulary=_SYMBOLS, dilation=4, stem="hashed", reach=6, rows=8192),
+        TrellisNetConfig(vocabulary=_SYMBOLS, channels=512, dilation=4, stem="hashed", reach=6, rows=8192),
         _characters,
         epochs=60,
+        backward=Phantom(steps=4, damping=1.0),
         solver=Picard(),  # the equilibrium is a chain of length / dilation links, which no other solver shortens
     ),
     "transformer-shakespeare": _language(
         DEQTransformer,
-        DEQTransformerConfig(vocabulary=_SYMBOLS, stem="hashed", reach=5),
-        DEQTransformerConfig(vocabulary=_SYMBOLS, width=512, heads=8, inner=2048, memory=64, stem="hashed", reach=5),
+        DEQTransformerConfig(vocabulary=_SYMBOLS, stem="hashed", reach=6, rows=8192),
+        DEQTransformerConfig(
+            vocabulary=_SYMBOLS, width=512, heads=8, inner=2048, memory=64, stem="hashed", reach=6, rows=8192
+        ),
         _characters,
         epochs=60,
+        decay=0.1,
+        deepest=3,
+        backward=Phantom(steps=4),
     ),
     "trellisnet-words": _language(
         TrellisNet,
@@ -228,6 +240,7 @@ FAMILIES: dict[str, Family] = {
         TrellisNetConfig(vocabulary=5001, channels=512, dilation=2, stem="hashed", reach=3, rows=65_536),
         _words,
         epochs=24,
+        backward=Phantom(steps=4, damping=1.0),
         solver=Picard(),
     ),
     "multiscale-digits": Family(
