@@ -254,3 +254,19 @@ def test_bad_sizes_are_refused():
             TransformerCell(width, heads)
     with pytest.raises(ValueError, match="got 'convolution'"):
         TrellisNet(TrellisNetConfig(stem="convolution"))
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (torch.zeros(2, 0, dtype=torch.long), r"not empty, got torch.int64 of \(2, 0\)"),
+        (torch.zeros(4, dtype=torch.long), r"int64 \(B, T\)"),
+        (torch.zeros(2, 4), "got torch.float32"),
+        (torch.tensor([[0, TOKENS]]), f"from 0 to {TOKENS - 1}, got some from 0 to {TOKENS}"),
+        (torch.tensor([[-1, 2]]), "got some from -1 to 2"),
+    ],
+)
+def test_what_are_no_tokens_is_refused(name, bad, words):
+    with pytest.raises(ValueError, match=words):
+        MODELS[name]()(bad)

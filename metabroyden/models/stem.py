@@ -59,7 +59,11 @@ class TokenStem(nn.Module):
         self.linear = nn.Linear(entering, outputs)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """The injection of tokens (B, T)."""
+        """The injection of tokens (B, T).
+
+        ValueError for what are no tokens; of a GPU's the range is not looked at, which would wait for it.
+        """
+        self._check(tokens)
         e = self.embed(tokens)
         if self.conv is not None:
             past = functional.pad(e.transpose(1, 2), (self.conv.kernel_size[0] - 1, 0))
@@ -69,6 +73,15 @@ class TokenStem(nn.Module):
             kept = functional.dropout(torch.ones_like(found[..., :1]), self.drop, self.training)
             e = torch.cat([e, (kept * found).flatten(2)], dim=2)
         return self.linear(e)
+
+    def _check(self, tokens: Tensor) -> None:
+        if tokens.ndim != 2 or not tokens.numel() or tokens.dtype != torch.long:
+            raise ValueError(f"tokens must be int64 (B, T), not empty, got {tokens.dtype} of {tuple(tokens.shape)}")
+        if tokens.device.type == "cpu" and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.embed.num_embeddings:
+            raise ValueError(
+                f"tokens must be from 0 to {self.embed.num_embeddings - 1}, "
+                f"got some from {int(tokens.min())} to {int(tokens.max())}"
+            )
 
     def _keys(self, tokens: Tensor) -> list[Tensor]:
         """Of each token, the rows of the n-grams that end there, n = 2, 3, …"""
