@@ -218,7 +218,7 @@ FAMILIES: dict[str, Family] = {
         TrellisNetConfig(vocabulary=_SYMBOLS, dilation=4, stem="hashed", reach=6, rows=8192),
         TrellisNetConfig(vocabulary=_SYMBOLS, channels=512, dilation=4, stem="hashed", reach=6, rows=8192),
         _characters,
-        epochs=40,
+        epochs=24,
         rate=8e-3,
         deepest=4,
         backward=Phantom(steps=4, damping=1.0),
