@@ -84,9 +84,8 @@ def test_equilibria_exist_in_both_precisions(name, device):
             image = cell(start, context)
             for a, b in zip(parts_of(image), parts_of(start), strict=True):
                 assert (a.shape, a.dtype, a.device) == (b.shape, dtype, b.device)
-            solution = mb.solve(
-                cell, start, context, solver=solver(name), rtol=rtol, max_nfe=1000
-            )  # they exist, however hard
+            # that they exist, however hard they are to find
+            solution = mb.solve(cell, start, context, solver=solver(name), rtol=rtol, max_nfe=1000)
         assert bool(solution.converged.all())
         found[dtype] = solution.z
     for a, b in zip(parts_of(found[torch.float32]), parts_of(found[torch.float64]), strict=True):
