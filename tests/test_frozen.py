@@ -128,9 +128,8 @@ def test_a_learned_solver_is_trained_on_the_problems_and_solves_them(name):
     assert int(solution.converged.sum()) >= int(wanted.converged.sum()), "what Broyden solves, to whom it hands over"
     apart = (solution.z - wanted.z).flatten(1).norm(dim=1) / wanted.z.flatten(1).norm(dim=1)
     both = apart[solution.converged & wanted.converged]
-    assert (
-        not len(both) or float(both.median()) < 0.02
-    )  # single samples may be all but singular, or have two equilibria
+    # of the median: single samples may be all but singular, or have two equilibria
+    assert not len(both) or float(both.median()) < 0.02
 
 
 @pytest.mark.parametrize("name", [name for name in FROZEN if issubclass(FAMILIES[name].model, LanguageModel)])

@@ -79,10 +79,10 @@ class TokenStem(nn.Module):
             raise ValueError(f"tokens must be int64 (B, T), not empty, got {tokens.dtype} of {tuple(tokens.shape)}")
         if tokens.device.type != "cpu" or torch.compiler.is_compiling():
             return
-        if not 0 <= int(tokens.min()) <= int(tokens.max()) < self.embed.num_embeddings:
+        least, most = (int(end) for end in tokens.aminmax())
+        if least < 0 or most >= self.embed.num_embeddings:
             raise ValueError(
-                f"tokens must be from 0 to {self.embed.num_embeddings - 1}, "
-                f"got some from {int(tokens.min())} to {int(tokens.max())}"
+                f"tokens must be from 0 to {self.embed.num_embeddings - 1}, got some from {least} to {most}"
             )
 
     def _keys(self, tokens: Tensor) -> list[Tensor]:
