@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
-from metabroyden.evaluation import equilibria, models_report
+from metabroyden.evaluation import equilibria, model_scores, models_report, texts
 from metabroyden.evaluation.provenance import config_hash, plain, provenance, write_results
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.meta.progress import by_epoch, progress_bar
@@ -159,7 +159,7 @@ class _Job:
             for way, model in models.items():
                 past = history(self._at(way))
                 rows += [{"row": "epoch", "way": way, **asdict(epoch)} for epoch in past]
-                rows.append(equilibria.quality_row(way, model, criterion, past[-1].seconds))
+                rows.append(model_scores.quality_row(way, model, criterion, past[-1].seconds))
                 tick(f"score, {way}")
             parts = {
                 way: equilibria.held_out(models[way], criterion, "test", config.samples)
@@ -177,14 +177,14 @@ class _Job:
                 rows += equilibria.part_rows(DEQ, parts[DEQ])
             tick("pictures")
             if isinstance(criterion, NextToken):
-                rows += equilibria.token_rows(DEQ, models[DEQ], criterion)
-                rows += equilibria.ngram_rows(criterion)
-                rows += equilibria.leak_rows(DEQ, models[DEQ], criterion, tolerances=(family.rtol, equilibria.EXACT))
+                rows += texts.token_rows(DEQ, models[DEQ], criterion)
+                rows += texts.ngram_rows(criterion)
+                rows += texts.leak_rows(DEQ, models[DEQ], criterion, tolerances=(family.rtol, model_scores.EXACT))
             tick("tokens")
             for model in models.values():
                 model.requires_grad_(True)
             trainings = {way: self._training(way) for way in models}
-            rows += equilibria.step_rows(models, trainings, criterion, repeats=config.repeats)
+            rows += model_scores.step_rows(models, trainings, criterion, repeats=config.repeats)
             tick("training steps")
         return rows
 

@@ -14,7 +14,7 @@ import torch
 import metabroyden as mb
 from experiments import models
 from metabroyden.data.text import TextData, TextSplit, split_works
-from metabroyden.evaluation import equilibria, models_report
+from metabroyden.evaluation import equilibria, models_report, texts
 from metabroyden.evaluation.ngram import NGram
 from metabroyden.meta.families import family_tasks, second_half, text_windows
 from metabroyden.models import (
@@ -303,7 +303,7 @@ def test_tokens_settle_in_their_order_in_a_trellis():
     torch.manual_seed(1)
     model = trellis(rtol=1e-6)
     criterion = NextToken(text(), length=24)
-    rows = equilibria.token_rows("DEQ", model.requires_grad_(False), criterion, tolerance=1e-4)
+    rows = texts.token_rows("DEQ", model.requires_grad_(False), criterion, tolerance=1e-4)
     for row in rows:
         assert len(row["tokens"]) == len(row["evaluations"]) == len(row["bits"]) == 24
         spent = np.array(row["evaluations"]).reshape(6, 4).mean(axis=1)
@@ -318,7 +318,7 @@ def test_ngrams_are_scored_on_the_tokens_that_models_predict_and_orders_stop_at_
     data = TextData(
         split(tokens[:3000]), split(tokens[3000:3300]), split(tokens[3300:]), tuple(map(str, range(5001))), "word"
     )
-    rows = equilibria.ngram_rows(NextToken(data, length=7))
+    rows = texts.ngram_rows(NextToken(data, length=7))
     assert [row["order"] for row in rows] == [1, 2, 3, 4, 5]
     read = (1701 - 1) // 64 // 7 * 64 * 7
     model = NGram.fit(data.train.tokens, 2, 5001)
@@ -333,7 +333,7 @@ def test_what_a_solve_short_of_the_equilibrium_tells_of_the_future_is_measured()
         for parameter in model.parameters():
             parameter.mul_(2)
     criterion = NextToken(text(), length=12)
-    loose, exact = equilibria.leak_rows("DEQ", model, criterion, tolerances=(0.1, 1e-6), windows=4, last=3)
+    loose, exact = texts.leak_rows("DEQ", model, criterion, tolerances=(0.1, 1e-6), windows=4, last=3)
     assert exact["most"] < 1e-5
     assert loose["most"] > 1e-3
     assert (model.deq.rtol, model.deq.max_nfe) == (trellis().deq.rtol, 30)

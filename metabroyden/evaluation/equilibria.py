@@ -1,25 +1,25 @@
-"""What one trained family is: its quality beside its twins', its equilibria, how hard they are to find. Rows, no pictures.
+"""The equilibria of a trained family, and how hard they are to find. Rows, no pictures.
 
 A row is a JSON object with a key "row" that says what it tells, and "way", the variant of the family it is about:
-  quality     score on the test split, parameters, seconds of training
   depth       score and residual after k iterations of a method, on a part of the test split
   difficulty  one solver: evaluations to each tolerance, by sample (the budget where it was not reached)
   guarantee   one solver on a whole split: the share of samples that it solves, and what the last of them cost
   spectrum    spectral radius of the Jacobian at each sample's equilibrium
-  step        seconds and peak memory of one training step, interleaved with the other ways'
-  leak        change of a language model's earlier predictions when later tokens are replaced, by tolerance
-  ngram       an n-gram model's bits per token
   units       a few coordinates of one sample's state by depth, and where they come to rest
   parts       relative residual of each tensor of the state by depth
+and, in `model_scores`,
+  quality     score on the test split, parameters, seconds of training
+  step        seconds and peak memory of one training step, interleaved with the other ways'
+and, in `texts`,
   tokens      evaluations until each token of a held-out passage has settled
+  leak        change of a language model's earlier predictions when later tokens are replaced, by tolerance
+  ngram       an n-gram model's bits per token
 """
 
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,14 +27,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metabroyden.deq import DEQ
-from metabroyden.evaluation.memory import LiveBytes
-from metabroyden.evaluation.metrics import short
-from metabroyden.evaluation.ngram import NGram
+from metabroyden.evaluation.metrics import bits_of, short
 from metabroyden.gradients.base import parts_of
 from metabroyden.meta.families import family_tasks, text_windows
-from metabroyden.models.criteria import Criterion, Images, NextToken, device_of
-from metabroyden.models.fit import Stage, Training
+from metabroyden.models.criteria import Criterion, Images, NextToken
 from metabroyden.solution import State, relative_residual
 from metabroyden.solve import solve
 from metabroyden.solvers import Anderson, Broyden, ForwardBackward, PeacemanRachford, Picard
@@ -45,7 +41,6 @@ from metabroyden.training.spectral import spectral_radius
 
 Row = dict[str, Any]
 TOLERANCES = (1e-2, 1e-3, 1e-4)
-EXACT = 1e-5  # what language models are scored at
 DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 50, 64, 80, 100)
 _CHUNK = 64  # samples solved at once: Broyden keeps two states for each evaluation
 
@@ -88,14 +83,9 @@ def held_out(model: Any, criterion: Criterion, split: str, limit: int) -> HeldOu
     targets = text_windows(criterion.data, split, criterion.length)[1][chosen]
 
     def bits(z: State, index: Tensor) -> Tensor:
-        return _bits(model.classify(z), targets[index]).mean(dim=1)
+        return bits_of(model.classify(z), targets[index]).mean(dim=1)
 
     return HeldOut(f, z0, x, bits)
-
-
-def _bits(logits: Tensor, targets: Tensor) -> Tensor:
-    """(B, T) bits that logits (B, T, vocabulary) pay for targets (B, T)."""
-    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none") / np.log(2)
 
 
 @torch.no_grad()
@@ -166,6 +156,15 @@ def tuned_solvers(validation: HeldOut, budget: int) -> dict[str, Any]:
     }
 
 
+def splitting_solvers(validation: HeldOut, budget: int) -> dict[str, Any]:
+    """Forward–backward (with a margin) and Peaceman–Rachford, tuned on validation problems, for a cell that offers parts."""
+    z0, x, _ = next(iter(validation.chunks()))
+    return {
+        "forward-backward": ForwardBackward.tuned(validation.f, z0, x, margin=0.75, max_nfe=budget),
+        "Peaceman-Rachford": PeacemanRachford.tuned(validation.f, z0, x, max_nfe=budget),
+    }
+
+
 def difficulty_rows(way: str, held: HeldOut, solvers: dict[str, Any], *, budget: int) -> list[Row]:
     """Evaluations of each solver to each of `TOLERANCES`, by sample."""
     rows = []
@@ -229,57 +228,6 @@ def spectrum_rows(way: str, held: HeldOut, *, solver: Any, max_nfe: int = 200, i
     return [{"row": "spectrum", "way": way, "radius": short(radii), "converged": float(np.mean(converged))}]
 
 
-def step_rows(
-    models: dict[str, Any], trainings: dict[str, Training], criterion: Criterion, *, repeats: int
-) -> list[Row]:
-    """Seconds and peak bytes of one training step of each model as its last epochs took them: loss, penalty, backward.
-
-    Interleaved; medians. `evaluations` are those of a DEQ's solve, where the step has one.
-    """
-    seconds: dict[str, list[float]] = {way: [] for way in models}
-    peaks: dict[str, int] = {}
-    nfe: dict[str, float] = {}
-    for repeat in range(repeats + 1):
-        for way, model in models.items():
-            if isinstance(model.deq, DEQ):
-                model.deq.last_solution = None
-            if repeat == 0:
-                with LiveBytes([*model.parameters()]) as live:
-                    _step(model, trainings[way], criterion)
-                peaks[way] = live.peak
-                solution = getattr(model.deq, "last_solution", None)
-                nfe[way] = float("nan") if solution is None else float(solution.nfe.float().mean())
-            else:
-                began = time.perf_counter()
-                _step(model, trainings[way], criterion)
-                seconds[way].append(time.perf_counter() - began)
-            model.zero_grad()
-            if isinstance(model.deq, DEQ):
-                model.deq.last_solution = model.deq.last_backward_solution = None
-    return [
-        {
-            "row": "step",
-            "way": way,
-            "device": device_of(models[way]).type,
-            "batch": trainings[way].batch,
-            "seconds": short(float(np.median(seconds[way]))),
-            "peak_bytes": peaks[way],
-            "evaluations": None if np.isnan(nfe[way]) else short(nfe[way]),
-        }
-        for way in models
-    ]
-
-
-def _step(model: Any, training: Training, criterion: Criterion) -> None:
-    """Loss, penalty and backward of one batch of the last epoch."""
-    generator = torch.Generator().manual_seed(0)
-    model.train()
-    with Stage(model, training, epoch=training.epochs) as stage:
-        loss = next(stage.losses(criterion, generator))
-        (loss + stage.penalty(generator)).backward()
-    model.eval()
-
-
 @torch.no_grad()
 def unit_rows(way: str, held: HeldOut, *, solver: Any, depth: int = 60, units: int = 6, sample: int = 0) -> list[Row]:
     """A few coordinates of one sample by depth: those that move most between the middle of the way and its end.
@@ -321,124 +269,3 @@ def part_rows(way: str, held: HeldOut, *, depths: int = 30) -> list[Row]:
         table.append([float(relative_residual(b, a).median()) for a, b in pairs])
         z = image
     return [{"row": "parts", "way": way, "residual": short(table)}]
-
-
-@torch.no_grad()
-def token_rows(
-    way: str, model: Any, criterion: NextToken, *, passages: int = 3, tolerance: float = 1e-2, budget: int = 100
-) -> list[Row]:
-    """For each token of some held-out passages, evenly spaced, how many plain iterations it takes to settle.
-
-    Settled: its own residual ‖f(z)ₜ − zₜ‖ / ‖f(z)ₜ‖, over its channels, stays below the tolerance; the budget where it never
-    does. `bits` is what the model pays there for the token that follows.
-    """
-    tokens, targets = text_windows(criterion.data, "test", criterion.length)
-    held = held_out(model, criterion, "test", len(tokens))
-    axis = 1 if model.cell.layout == "nct" else 2
-    rows: list[Row] = []
-    for window in torch.linspace(0, len(tokens) - 1, passages + 2).long()[1:-1].tolist():
-        index = torch.tensor([window])
-        z, x = gather(held.z0, index), gather(held.x, index)
-        settled = torch.ones(criterion.length, dtype=torch.long)
-        for k in range(1, budget + 1):
-            image = held.f(z, x)
-            assert isinstance(image, Tensor)
-            assert isinstance(z, Tensor)
-            residual = (image - z).norm(dim=axis) / image.norm(dim=axis)
-            settled = torch.where(residual[0] > tolerance, k + 1, settled)
-            z = image
-        bits = _bits(model.classify(z), targets[index])[0]
-        vocabulary = criterion.data.vocabulary
-        rows.append(
-            {
-                "row": "tokens",
-                "way": way,
-                "tolerance": tolerance,
-                "before": [vocabulary[t] for t in tokens[window, : criterion.length].tolist()],
-                "tokens": [vocabulary[t] for t in tokens[window, criterion.length :].tolist()],
-                "evaluations": settled.clamp_max(budget).tolist(),
-                "bits": short(bits.tolist()),
-            }
-        )
-    return rows
-
-
-def quality_row(way: str, model: Any, criterion: Criterion, seconds: float) -> Row:
-    """Score on the whole test split, parameters, seconds of training.
-
-    A DEQ that reads texts is scored at equilibria found to `EXACT`: a looser solve of a whole segment may tell a token
-    something of those after it (`leak_rows`).
-    """
-    with _solved_to(model, EXACT if isinstance(criterion, NextToken) else None):
-        score = criterion.score(model, "test")
-    return {
-        "row": "quality",
-        "way": way,
-        "metric": criterion.metric,
-        "higher": criterion.higher,
-        "score": short(score),
-        "validation": short(criterion.score(model, "validation")),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "seconds": short(seconds),
-    }
-
-
-@contextmanager
-def _solved_to(model: Any, rtol: float | None) -> Iterator[None]:
-    """The model's DEQ, where it has one and a tolerance is given, solving to that, with evaluations enough."""
-    if rtol is None or not isinstance(model.deq, DEQ):
-        yield
-        return
-    before = model.deq.rtol, model.deq.max_nfe
-    model.deq.rtol, model.deq.max_nfe = rtol, 100
-    try:
-        yield
-    finally:
-        model.deq.rtol, model.deq.max_nfe = before
-
-
-@torch.no_grad()
-def leak_rows(
-    way: str, model: Any, criterion: NextToken, *, tolerances: Sequence[float], windows: int = 24, last: int = 8
-) -> list[Row]:
-    """By how many bits the predictions of a segment's tokens change when the last few are replaced, at each tolerance.
-
-    Those before are asked alone: a causal model's equilibrium has no change there, a solve that stops before may.
-    """
-    tokens, targets = (part[:windows] for part in text_windows(criterion.data, "test", criterion.length))
-    changed = tokens.clone()
-    changed[:, -last:] = (changed[:, -last:] + 1) % len(criterion.data.vocabulary)
-    rows: list[Row] = []
-    for tolerance in tolerances:
-        with _solved_to(model, tolerance):
-            before, after = (_bits(model(read.chunk(2, dim=1)[1]), targets) for read in (tokens, changed))
-        bits = (after - before)[:, :-last].abs()
-        row = {"row": "leak", "way": way, "tolerance": tolerance, "mean": float(bits.mean()), "most": float(bits.max())}
-        rows.append(row)
-    return short(rows)
-
-
-def ngram_rows(criterion: NextToken, orders: Sequence[int] = range(1, 10), batch: int = 64) -> list[Row]:
-    """Bits per token of n-gram models of the training split: on validation, and on those test tokens that models predict.
-
-    Orders whose n-grams do not fit into 63 bits are left out.
-    """
-    data, rows = criterion.data, []
-    read = sum(targets.numel() for _, targets in data.test.streams(batch, criterion.length))
-    for order in orders:
-        if len(data.vocabulary) ** order >= 2**63:
-            break
-        model = NGram.fit(data.train.tokens, order, len(data.vocabulary))
-        test = -np.log2(model.probabilities(data.test.tokens[: read + 1])[1:]).mean()
-        validation = model.bits_per_token(data.validation.tokens)
-        rows.append({"row": "ngram", "order": order, "score": float(test), "validation": float(validation)})
-    return short(rows)
-
-
-def splitting_solvers(validation: HeldOut, budget: int) -> dict[str, Any]:
-    """Forward–backward (with a margin) and Peaceman–Rachford, tuned on validation problems, for a cell that offers parts."""
-    z0, x, _ = next(iter(validation.chunks()))
-    return {
-        "forward-backward": ForwardBackward.tuned(validation.f, z0, x, margin=0.75, max_nfe=budget),
-        "Peaceman-Rachford": PeacemanRachford.tuned(validation.f, z0, x, max_nfe=budget),
-    }

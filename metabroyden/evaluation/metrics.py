@@ -1,10 +1,12 @@
-"""Numbers read off traces: time to a tolerance, residual after so many evaluations; see also `Trace.evaluations_to`."""
+"""Numbers read off traces (time to a tolerance, residual after so many evaluations; see `Trace.evaluations_to`) and logits."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+from torch import Tensor
+from torch.nn import functional
 
 from metabroyden.solution import Trace
 
@@ -46,3 +48,8 @@ def short(value: Any) -> Any:
     if isinstance(value, list):
         return [short(item) for item in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def bits_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """(B, T) bits that logits (B, T, vocabulary) pay for targets (B, T)."""
+    return functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none") / np.log(2)
