@@ -1,4 +1,4 @@
-"""Numbers read off traces (time to a tolerance, residual after so many evaluations; see `Trace.evaluations_to`) and logits."""
+"""Numbers read off traces and logits: time to a tolerance, residual after so many evaluations, bits per token."""
 
 from __future__ import annotations
 
