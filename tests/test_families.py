@@ -222,7 +222,7 @@ def test_bits_per_token_are_those_of_the_model_read_in_segments():
         logits, memory = [], None
         for part in whole.split(length):
             z = model.deq(model.inject(part[None], memory))
-            memory = model.remember(z, memory)
+            memory = model.remember(z, part[None], memory)
             logits.append(model.classify(z)[0])
         nats.append(torch.nn.functional.cross_entropy(torch.cat(logits), targets))
     wanted = float(torch.stack(nats).mean()) / math.log(2)

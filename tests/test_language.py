@@ -13,6 +13,7 @@ import metabroyden as mb
 from metabroyden.models import (
     DEQTransformer,
     DEQTransformerConfig,
+    Memory,
     TransformerCell,
     TrellisCell,
     TrellisNet,
@@ -48,11 +49,15 @@ def tokens(batch: int = 3, length: int = SEGMENT) -> torch.Tensor:
     return torch.randint(TOKENS, (batch, length))
 
 
-def equilibrium(model, inputs: torch.Tensor, memory: torch.Tensor | None = None) -> torch.Tensor:
+def equilibrium(model, inputs: torch.Tensor, memory: Memory | None = None) -> torch.Tensor:
     with torch.no_grad():
         z = model.deq(model.inject(inputs, memory))
     assert float(model.deq.last_solution.residual.max()) < 1e-12
     return z
+
+
+def read(model, inputs: torch.Tensor) -> Memory:
+    return model.remember(equilibrium(model, inputs), inputs)
 
 
 def test_the_trellis_cell_is_what_its_docstring_says():
@@ -117,7 +122,7 @@ def test_the_relative_shift_brings_every_distance_to_its_key():
 def test_nothing_looks_ahead_in_one_evaluation_or_at_the_equilibrium(name, stem):
     model = MODELS[name](stem)
     inputs = tokens()
-    memory = model.remember(equilibrium(model, tokens()))
+    memory = read(model, tokens())
     logits = model.classify(equilibrium(model, inputs, memory))
     context = model.inject(inputs, memory)
     z = torch.randn_like(model.cell.initial_state(context))
@@ -141,26 +146,32 @@ def test_a_segment_influences_the_next_through_memory_alone(name):
     model = MODELS[name]()
     first, second = tokens(), tokens()
     z = equilibrium(model, first)
-    memory = model.remember(z)
+    memory = model.remember(z, first)
     alone, after = equilibrium(model, second), equilibrium(model, second, memory)
     assert (after - alone).abs().amax(dim=(1, 2)).min() > 1e-4
-    torch.testing.assert_close(equilibrium(model, second, torch.zeros_like(memory)), alone, rtol=0, atol=0)
+    for part in (Memory(torch.zeros_like(memory.states), memory.tokens), Memory(memory.states, 0 * memory.tokens - 1)):
+        assert (equilibrium(model, second, part) - after).abs().amax(dim=(1, 2)).min() > 1e-5, (
+            "both parts tell something"
+        )
+    beginning = equilibrium(model, second, model.beginning(len(second)))
+    torch.testing.assert_close(beginning, alone, rtol=0, atol=0)
     _, kept = model.inject(second, memory)
-    assert torch.equal(kept, memory)
-    assert not model.remember(z.requires_grad_()).requires_grad
-    other = model.remember(equilibrium(model, first[:1]))  # a sample alone: the rest of a batch tells nothing
+    assert torch.equal(kept, memory.states)
+    assert not model.remember(z.requires_grad_(), first).states.requires_grad
+    other = read(model, first[:1])  # a sample alone: the rest of a batch tells nothing
     torch.testing.assert_close(equilibrium(model, second[:1], other), after[:1], rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("stem", STEMS)
 @pytest.mark.parametrize("dilation", [1, 2, 3])
-def test_trellisnets_segments_end_to_end_have_the_equilibrium_of_the_whole(dilation):
-    model = trellisnet("linear", dilation)  # the convolution of the other stem begins anew in each segment
+def test_trellisnets_segments_end_to_end_have_the_equilibrium_of_the_whole(dilation, stem):
+    model = trellisnet(stem, dilation)
     inputs = tokens(length=2 * SEGMENT)
     whole = equilibrium(model, inputs)
     memory, pieces = None, []
     for segment in inputs.split([2, SEGMENT, SEGMENT - 2], dim=1):
         pieces.append(equilibrium(model, segment, memory))
-        memory = model.remember(pieces[-1], memory)
+        memory = model.remember(pieces[-1], segment, memory)
     torch.testing.assert_close(torch.cat(pieces, dim=2), whole, rtol=0, atol=1e-10)
 
 
@@ -169,22 +180,34 @@ def test_memory_is_the_last_tokens_there_are_of_this_segment_and_those_before(na
     model = MODELS[name]()
     time = 2 if model.cell.layout == "nct" else 1
     size = model.inject(tokens())[1].shape[time]
-    z = torch.randn_like(model.cell.initial_state(model.inject(tokens(length=8))))
+    inputs = tokens(length=8)
+    z = torch.randn_like(model.cell.initial_state(model.inject(inputs)))
     memory = None
-    for piece in z.split([1, 3, 4], dim=time):
-        memory = model.remember(piece, memory)
-        assert memory.shape[time] == size
-    torch.testing.assert_close(memory, z.narrow(time, 8 - size, size), rtol=0, atol=0)
-    early = model.remember(z.narrow(time, 0, 1))
-    assert float(early.narrow(time, 0, size - 1).abs().max()) == 0
-    assert torch.equal(early.narrow(time, size - 1, 1), z.narrow(time, 0, 1))
+    for piece, segment in zip(z.split([1, 3, 4], dim=time), inputs.split([1, 3, 4], dim=1), strict=True):
+        memory = model.remember(piece, segment, memory)
+        assert memory.states.shape[time] == size
+    torch.testing.assert_close(memory.states, z.narrow(time, 8 - size, size), rtol=0, atol=0)
+    assert torch.equal(memory.tokens, inputs[:, -3:])
+    early = model.remember(z.narrow(time, 0, 1), inputs[:, :1])
+    assert float(early.states.narrow(time, 0, size - 1).abs().max()) == 0
+    assert torch.equal(early.states.narrow(time, size - 1, 1), z.narrow(time, 0, 1))
+    assert early.tokens.tolist() == [[-1, -1, first] for first in inputs[:, 0].tolist()]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_memory_of_another_batch_or_model_is_refused(name):
+    model = MODELS[name]()
+    memory = read(model, tokens(2))
+    with pytest.raises(ValueError, match=r"states and tokens of \[\(3, .*\(3, 3\)\] .* got \[\(2, .*\(2, 3\)\]"):
+        model.inject(tokens(3), memory)
 
 
 def test_the_transformer_may_have_no_memory():
     model = settled(DEQTransformer(replace(transformer().config, memory=0), **TIGHT))
     first, second = tokens(), tokens()
-    memory = model.remember(equilibrium(model, first))
-    assert memory.shape == (3, 0, 8)
+    memory = read(model, first)
+    assert memory.states.shape == (3, 0, 8)
+    memory = Memory(memory.states, model.beginning(3).tokens)
     assert torch.equal(equilibrium(model, second, memory), equilibrium(model, second))
 
 
@@ -193,7 +216,7 @@ def test_gradients_reach_every_parameter_through_the_equilibrium(name):
     model = MODELS[name]()
     model.deq.backward_mode = mb.Implicit(rtol=1e-9, max_nfe=300)
     inputs = tokens()
-    memory = model.remember(equilibrium(model, tokens()))
+    memory = read(model, tokens())
     logits = model(inputs, memory)
     assert logits.shape == (3, SEGMENT, TOKENS)
     assert logits.dtype == torch.float64
@@ -240,9 +263,10 @@ def test_a_hashed_stem_knows_the_last_few_tokens_and_no_more():
         assert torch.equal(stem(changed)[:, 5], out[:, 5]) == (back >= 3)
     alone = torch.cat([stem(text[:, :4]), stem(text[:, 2:])[:, 2:]], dim=1)  # what stands before 3 tokens is not seen
     torch.testing.assert_close(alone, out)
+    torch.testing.assert_close(stem(text[:, 2:], text[:, :2]), out[:, 2:])
     assert not torch.equal(stem.train()(text), stem(text)), "rows are left out in training"
     pairs = torch.cartesian_prod(torch.arange(TOKENS), torch.arange(TOKENS))
-    keys = stem._keys(pairs)[0][:, 1]
+    keys = stem._keys(nn.functional.pad(pairs, (1, 0), value=-1))[0][:, 0]
     assert len(keys.unique()) > 0.9 * len(pairs), "few pairs may share a row"
 
 

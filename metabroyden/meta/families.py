@@ -74,5 +74,5 @@ def text_windows(data: TextData, name: str, length: int) -> tuple[Tensor, Tensor
 def second_half(model: LanguageModel, tokens: Tensor) -> Any:
     """The context of the second segments of tokens (B, 2T), their memory that of the first."""
     first, second = tokens.chunk(2, dim=1)
-    memory = model.remember(model.deq(model.inject(first)))
+    memory = model.remember(model.deq(model.inject(first)), first)
     return model.inject(second, memory)

@@ -1,6 +1,6 @@
 """Cells f(z, x) and the models round them, one cell a file."""
 
-from metabroyden.models.base import EquilibriumModel, LanguageModel
+from metabroyden.models.base import EquilibriumModel, LanguageModel, Memory
 from metabroyden.models.causal import CausalCell
 from metabroyden.models.cells import CELLS, make_cell
 from metabroyden.models.compose import ComposedDEQ, PairCell, compose
@@ -43,6 +43,7 @@ __all__ = [
     "LanguageModel",
     "MLPClassifier",
     "MLPClassifierConfig",
+    "Memory",
     "MonotoneCell",
     "MonotoneClassifier",
     "MonotoneClassifierConfig",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from metabroyden.deq import DEQ
+from metabroyden.models.stem import TokenStem
 from metabroyden.solution import State
 
 
@@ -53,21 +55,66 @@ class EquilibriumModel(nn.Module):
         return asdict(self.config)
 
 
+class Memory(NamedTuple):
+    """What a segment leaves to the next.
+
+    Attributes:
+        states: the last ones of its equilibrium, (B, channels, M) or (B, M, channels) as the cell's layout has it; zeros
+            where the text had not begun.
+        tokens: the last ones (B, R) that the stem looks back at; −1 where the text had not begun.
+    """
+
+    states: Tensor
+    tokens: Tensor
+
+
 class LanguageModel(EquilibriumModel):
     """Tokens (B, T) → logits (B, T, vocabulary) of the tokens that follow; nothing looks ahead.
 
-    Long texts go through in segments: what `remember` keeps of one equilibrium is the memory of the next segment, with no
-    gradient through it (Dai et al., Transformer-XL, ACL 2019; TrellisNet's history repackaging, Bai et al., ICLR 2019).
+    Long texts go through in segments: what `remember` keeps of one is the memory of the next, with no gradient through it
+    (Dai et al., Transformer-XL, ACL 2019; TrellisNet's history repackaging, Bai et al., ICLR 2019). The context is
+    (injection, states of the memory).
+
+    Subclasses give `stem`, `channels` and `remembered`, and `classify`.
     """
 
-    def inject(self, inputs: Tensor, memory: Tensor | None = None) -> Any:
-        """The context of tokens (B, T): injection and memory; None: the memory of a text's beginning, zeros."""
-        raise NotImplementedError
+    stem: TokenStem
+    channels: int
+    """Of the state."""
+    remembered: int
+    """Tokens whose states are remembered, M."""
 
-    def remember(self, z: Tensor, memory: Tensor | None = None) -> Tensor:
-        """The memory for the next segment, detached, given this segment's equilibrium and the memory it had."""
-        raise NotImplementedError
+    def inject(self, inputs: Tensor, memory: Memory | None = None) -> tuple[Tensor, Tensor]:
+        """The context of tokens (B, T); no memory is that of a text's beginning.
 
-    def forward(self, inputs: Tensor, memory: Tensor | None = None) -> Tensor:
+        ValueError for what are no tokens, or a memory of other shapes.
+        """
+        if memory is None:
+            memory = self.beginning(len(inputs))
+        wanted, given = ([tuple(part.shape) for part in parts] for parts in (self.beginning(len(inputs)), memory))
+        if given != wanted:
+            raise ValueError(f"memory must be states and tokens of {wanted} for these inputs, got {given}")
+        injection = self.stem(inputs, memory.tokens)
+        return (injection if self._time == 1 else injection.transpose(1, 2)), memory.states
+
+    def beginning(self, batch: int) -> Memory:
+        """The memory of a text's beginning."""
+        like = self.stem.linear.weight
+        shape = (batch, self.remembered, self.channels) if self._time == 1 else (batch, self.channels, self.remembered)
+        return Memory(like.new_zeros(shape), like.new_full((batch, self.stem.back), -1, dtype=torch.long))
+
+    def remember(self, z: Tensor, inputs: Tensor, memory: Memory | None = None) -> Memory:
+        """The memory for the next segment, detached, given this segment's equilibrium, its tokens and the memory it had."""
+        before = self.beginning(len(inputs)) if memory is None else memory
+        states = torch.cat([before.states, z.detach()], dim=self._time)
+        tokens = torch.cat([before.tokens, inputs], dim=1)
+        # from the front, since a memory may be of no tokens
+        return Memory(states.narrow(self._time, z.shape[self._time], self.remembered), tokens[:, inputs.shape[1] :])
+
+    @property
+    def _time(self) -> int:
+        return 2 if self.cell.layout == "nct" else 1
+
+    def forward(self, inputs: Tensor, memory: Memory | None = None) -> Tensor:
         """Logits (B, T, vocabulary) of tokens (B, T), through a solve."""
         return self.classify(self.deq(self.inject(inputs, memory)))

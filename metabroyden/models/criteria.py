@@ -138,8 +138,9 @@ class NextToken:
         for _ in range(self.stretches):
             memory = None
             for tokens, targets in self.data.train.random_streams(batch, self.length, self.segments, generator):
-                z = model.deq(model.inject(tokens.to(device), memory))
-                memory = model.remember(z, memory)
+                tokens = tokens.to(device)
+                z = model.deq(model.inject(tokens, memory))
+                memory = model.remember(z, tokens, memory)
                 yield nn.functional.cross_entropy(model.classify(z).flatten(0, 1).float(), targets.to(device).flatten())
 
     def score(self, model: LanguageModel, split: str) -> float:
@@ -155,8 +156,9 @@ def bits_per_token(
     model.eval()
     memory, nats, count, device = None, 0.0, 0, device_of(model)
     for tokens, targets in getattr(data, split).streams(batch, length):
-        z = model.deq(model.inject(tokens.to(device), memory))
-        memory = model.remember(z, memory)
+        tokens = tokens.to(device)
+        z = model.deq(model.inject(tokens, memory))
+        memory = model.remember(z, tokens, memory)
         logits = model.classify(z).flatten(0, 1)
         nats += float(nn.functional.cross_entropy(logits, targets.to(device).flatten(), reduction="sum"))
         count += targets.numel()

@@ -17,11 +17,13 @@ class TokenStem(nn.Module):
 
     "linear": U e_t + b, as in DEQ-TrellisNet and DEQ-Transformer (Bai, Kolter & Koltun, NeurIPS 2019), the token alone.
     "conv": U gelu(W * e)_t + b, the token and the `reach` − 1 before it, as in the character convolutions of Al-Rfou et
-    al. 2019: the equilibrium then need not find out what the last few letters were. Zeros stand before a segment.
+    al. 2019: the equilibrium then need not find out what the last few letters were.
     "hashed": U (e_t, a_t², …, a_tʳ) + b with r = `reach`, where aⁿ is a row of a table, the one that a hash of the last n
     tokens points to (Svenstrup, Hansen & Winther, Hash Embeddings, NeurIPS 2017): what is known of an n-gram costs no
     arithmetic, and several may share a row. In training mode each row is left out with probability `drop`, as n-grams of
-    other texts will be unknown. Nothing stands before a segment.
+    other texts will be unknown.
+
+    Before a segment stand the last `back` tokens of the one before it; none, written −1, at a text's beginning.
 
     Args:
         vocabulary: tokens there are.
@@ -50,7 +52,7 @@ class TokenStem(nn.Module):
         super().__init__()
         if kind not in STEMS:
             raise ValueError(f"stem must be one of {STEMS}, got {kind!r}")
-        self.rows, self.drop = rows, drop
+        self.rows, self.drop, self.back = rows, drop, 0 if kind == "linear" else reach - 1
         self.embed = nn.Embedding(vocabulary, embedding)
         self.conv = nn.Conv1d(embedding, inner, reach) if kind == "conv" else None
         few = [0.1 * torch.randn(rows, row) for _ in range(reach - 1) if kind == "hashed"]
@@ -58,18 +60,21 @@ class TokenStem(nn.Module):
         entering = {"linear": embedding, "conv": inner, "hashed": embedding + row * (reach - 1)}[kind]
         self.linear = nn.Linear(entering, outputs)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """The injection of tokens (B, T).
+    def forward(self, tokens: Tensor, before: Tensor | None = None) -> Tensor:
+        """The injection of tokens (B, T), given those before them (B, back) or None at a text's beginning.
 
         ValueError for what are no tokens; on a GPU and where compiled the range is not looked at.
         """
         self._check(tokens)
+        if before is None:
+            before = tokens.new_full((len(tokens), self.back), -1)
+        read = torch.cat([before, tokens], dim=1)
         e = self.embed(tokens)
         if self.conv is not None:
-            past = functional.pad(e.transpose(1, 2), (self.conv.kernel_size[0] - 1, 0))
-            e = functional.gelu(self.conv(past)).transpose(1, 2)
+            known = self.embed(read.clamp_min(0)) * (read >= 0).unsqueeze(2)
+            e = functional.gelu(self.conv(known.transpose(1, 2))).transpose(1, 2)
         if self.tables:
-            found = torch.stack([table(key) for table, key in zip(self.tables, self._keys(tokens), strict=True)], dim=2)
+            found = torch.stack([table(key) for table, key in zip(self.tables, self._keys(read), strict=True)], dim=2)
             kept = functional.dropout(torch.ones_like(found[..., :1]), self.drop, self.training)
             e = torch.cat([e, (kept * found).flatten(2)], dim=2)
         return self.linear(e)
@@ -85,11 +90,12 @@ class TokenStem(nn.Module):
                 f"tokens must be from 0 to {self.embed.num_embeddings - 1}, got some from {least} to {most}"
             )
 
-    def _keys(self, tokens: Tensor) -> list[Tensor]:
-        """Of each token, the rows of the n-grams that end there, n = 2, 3, …"""
-        key, keys = tokens, []
-        for back in range(1, len(self.tables) + 1):
-            before = functional.pad(tokens + 1, (back, 0))[:, : tokens.shape[1]]  # 0: before the segment
-            key = (key * _BASE + before) % _PRIME
+    def _keys(self, read: Tensor) -> list[Tensor]:
+        """Of each token but the first `back`, the rows of the n-grams that end there, n = 2, 3, …"""
+        count, keys = read.shape[1] - self.back, []
+        key = read[:, self.back :]
+        for n in range(1, self.back + 1):
+            earlier = read.narrow(1, self.back - n, count) + 1  # 0: before the text
+            key = (key * _BASE + earlier) % _PRIME
             keys.append(key % self.rows)
         return keys

@@ -127,7 +127,7 @@ class DEQTransformerConfig:
 class DEQTransformer(LanguageModel):
     """Tokens (B, T) → logits (B, T, vocabulary): embedding and stem, DEQ with a `TransformerCell`, linear head.
 
-    The memory is (B, M, width), the last tokens of the equilibria before.
+    It remembers the states of the last M tokens, (B, M, width).
     """
 
     kind = "transformer"
@@ -135,22 +135,9 @@ class DEQTransformer(LanguageModel):
     def __init__(self, config: DEQTransformerConfig | None = None, **deq_options: Any) -> None:
         c = DEQTransformerConfig() if config is None else config
         super().__init__(c, TransformerCell(c.width, c.heads, c.inner), **deq_options)
+        self.channels, self.remembered = c.width, c.memory
         self.stem = TokenStem(c.vocabulary, c.embedding, c.width, 4 * c.width, c.stem, c.reach, c.rows)
         self.head = nn.Linear(c.width, c.vocabulary)
-
-    def inject(self, inputs: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The context of tokens (B, T): (x, memory)."""
-        injection = self.stem(inputs)
-        if memory is None:
-            memory = injection.new_zeros(len(inputs), self.config.memory, self.config.width)
-        return injection, memory
-
-    def remember(self, z: Tensor, memory: Tensor | None = None) -> Tensor:
-        """The last M tokens there are, those of the memory before this segment's."""
-        if memory is None:
-            memory = z.new_zeros(len(z), self.config.memory, self.config.width)
-        # from the front, since a memory of no tokens is one too
-        return torch.cat([memory, z], dim=1)[:, z.shape[1] :].detach()
 
     def classify(self, z: Any) -> Tensor:
         """Logits of a state."""

@@ -78,7 +78,7 @@ class TrellisNetConfig:
 class TrellisNet(LanguageModel):
     """Tokens (B, T) → logits (B, T, vocabulary): embedding and stem, DEQ with a `TrellisCell`, linear head on h.
 
-    The memory is (B, 2·channels, dilation), the last tokens of an equilibrium.
+    It remembers the states of the last `dilation` tokens, (B, 2·channels, dilation).
     """
 
     kind = "trellisnet"
@@ -86,21 +86,9 @@ class TrellisNet(LanguageModel):
     def __init__(self, config: TrellisNetConfig | None = None, **deq_options: Any) -> None:
         c = TrellisNetConfig() if config is None else config
         super().__init__(c, TrellisCell(c.channels, c.dilation), **deq_options)
+        self.channels, self.remembered = 2 * c.channels, c.dilation
         self.stem = TokenStem(c.vocabulary, c.embedding, c.channels, 4 * c.channels, c.stem, c.reach, c.rows)
         self.head = nn.Linear(c.channels, c.vocabulary)
-
-    def inject(self, inputs: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The context of tokens (B, T): (x̂, memory)."""
-        injection = self.stem(inputs).transpose(1, 2)
-        if memory is None:
-            memory = injection.new_zeros(len(inputs), 2 * self.config.channels, self.config.dilation)
-        return injection, memory
-
-    def remember(self, z: Tensor, memory: Tensor | None = None) -> Tensor:
-        """The last `dilation` tokens there are, those of the memory before this segment's."""
-        if memory is None:
-            memory = z.new_zeros(*z.shape[:2], self.config.dilation)
-        return torch.cat([memory, z], dim=2)[:, :, -self.config.dilation :].detach()
 
     def classify(self, z: Any) -> Tensor:
         """Logits of a state."""
