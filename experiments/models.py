@@ -19,7 +19,7 @@ from metabroyden.evaluation import equilibria, model_scores, models_report, text
 from metabroyden.evaluation.provenance import config_hash, plain, provenance, write_results
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.meta.progress import by_epoch, progress_bar
-from metabroyden.models import Episodes, EpochEnd, Training, history, save_model, train
+from metabroyden.models import Episodes, EpochEnd, Training, history, load_model, save_model, train
 from metabroyden.models.criteria import Criterion, NextToken
 from metabroyden.models.families import FAMILIES, Family, get_family
 from metabroyden.models.twins import explicit_twin, flow_twin, unrolled_twin
@@ -136,9 +136,9 @@ class _Job:
             model = train(build, self.criterion, training, path=self._at(way), device=self.device, report=report)
         model = model.cpu().requires_grad_(False)
         if way in (DEQ, REGULARISED):
-            save_model(
-                model, self._at(way, "safetensors"), {"family": self.name, "way": way, "training": asdict(training)}
-            )
+            described = {"family": self.name, "way": way, "training": asdict(training)}
+            path = save_model(model, self._at(way, "safetensors"), described)
+            model.load_state_dict(load_model(path).state_dict())  # the weights that people get are those measured
         return model
 
     def _begin(self, way: str) -> None:

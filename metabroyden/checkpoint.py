@@ -22,6 +22,8 @@ from metabroyden.solvers.registry import SOLVERS, SPLITTING, make_solver
 from metabroyden.storage import atomic_write
 
 SCHEMA = 1
+LARGEST = 5_000_000
+"""Bytes of weights above which a file that a repository is to keep holds them in half precision."""
 _KEY = "metabroyden"
 
 
@@ -64,6 +66,13 @@ def read(path: str | Path, kind: str | None = None) -> tuple[dict[str, Tensor], 
     if kind is not None and found.split("/")[0] != kind:
         raise CheckpointError(f"{path} holds a {found!r}, wanted a {kind!r}")
     return tensors, header
+
+
+def slimmed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as they are or, above `LARGEST` bytes of them, those of float32 in half precision."""
+    if sum(value.nbytes for value in tensors.values()) <= LARGEST:
+        return tensors
+    return {name: value.half() if value.dtype == torch.float32 else value for name, value in tensors.items()}
 
 
 def load_weights(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:

@@ -122,8 +122,21 @@ def test_a_model_comes_back_as_it_was(tmp_path):
     assert loaded.deq.max_nfe == 9
     for key, value in model.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[key])
+    assert load_model(save_model(model.double(), tmp_path / "m.safetensors")).head.weight.dtype == torch.float64
+    assert load_model(save_model(model.half(), tmp_path / "m.safetensors")).head.weight.dtype == torch.half
     with pytest.raises(TypeError, match="save_model takes"):
         save_model(torch.nn.Linear(2, 2), tmp_path / "x")
+
+
+def test_a_large_model_is_stored_in_half_precision_and_comes_back_in_float32(tmp_path, monkeypatch):
+    model = ConvClassifier()
+    whole = save_model(model, tmp_path / "whole.safetensors").stat().st_size
+    monkeypatch.setattr("metabroyden.checkpoint.LARGEST", 100)
+    path = save_model(model, tmp_path / "slim.safetensors")
+    assert path.stat().st_size < 0.6 * whole
+    for key, value in load_model(path).state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, model.state_dict()[key].half().float())
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):

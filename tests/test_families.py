@@ -272,7 +272,7 @@ def test_episodes_lie_closer_in_the_beginning_and_keep_half_precision_where_they
     for epoch in (1, 2):
         episodes.note(epoch, model, tmp_path)
     exact = load_episodes(episodes.collect(tmp_path, tmp_path / "all.safetensors"))[2]
-    monkeypatch.setattr("metabroyden.models.episodes.LARGEST", 100)
+    monkeypatch.setattr("metabroyden.checkpoint.LARGEST", 100)
     rounded = load_episodes(episodes.collect(tmp_path, tmp_path / "half.safetensors"))[2]
     for wanted, a, b in zip(model.parameters(), exact.parameters(), rounded.parameters(), strict=True):
         assert torch.equal(a, wanted)

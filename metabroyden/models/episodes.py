@@ -11,9 +11,6 @@ from torch import Tensor
 from metabroyden import checkpoint
 from metabroyden.models.fit import build_model
 
-LARGEST = 5_000_000
-"""Bytes of weights above which a file keeps half precision."""
-
 
 class Episodes:
     """Collects a model's weights at chosen epochs.
@@ -39,16 +36,14 @@ class Episodes:
             checkpoint.write(_at(folder, epoch), f"episode/{model.kind}", model.state_dict(), header)
 
     def collect(self, folder: Path, path: Path) -> Path:
-        """Write all that was kept into one file. FileNotFoundError where one is missing."""
+        """Write all that was kept into one file (`checkpoint.slimmed`). FileNotFoundError where one is missing."""
         tensors: dict[str, Tensor] = {}
         header: dict[str, Any] = {}
         for epoch in self.epochs:
             found, header = checkpoint.read(_at(folder, epoch), "episode")
             tensors |= {f"{epoch}/{name}": value for name, value in found.items()}
-        if sum(value.nbytes for value in tensors.values()) > LARGEST:
-            tensors = {name: v.half() if v.is_floating_point() else v for name, v in tensors.items()}
-        kind = header["kind"].split("/")[1]
-        return checkpoint.write(path, f"episodes/{kind}", tensors, {"config": header["config"], "epochs": self.epochs})
+        kind, kept = header["kind"].split("/")[1], {"config": header["config"], "epochs": self.epochs}
+        return checkpoint.write(path, f"episodes/{kind}", checkpoint.slimmed(tensors), kept)
 
 
 def load_episodes(path: str | Path, **deq_options: Any) -> dict[int, Any]:

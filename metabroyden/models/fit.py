@@ -259,13 +259,18 @@ class Stage:
 
 
 def save_model(model: Any, path: str | Path, summary: dict[str, Any] | None = None) -> Path:
-    """Write a model of `MODELS`, or a twin of one (weights and config, not its solver); `summary` is kept beside them."""
+    """Write a model of `MODELS`, or a twin of one (weights and config, not its solver); `summary` is kept beside them.
+
+    Many weights are written in half precision (`checkpoint.slimmed`), and come back rounded, as float32.
+    """
     if getattr(model, "kind", None) not in MODELS:
         raise TypeError(f"save_model takes one of {sorted(MODELS)}, got {type(model).__name__}")
     header = {"config": model.describe(), "summary": summary or {}}
     if isinstance(model.deq, Twin):
         header["twin"] = model.deq.describe()
-    return checkpoint.write(path, f"model/{model.kind}", model.state_dict(), header)
+    tensors = model.state_dict()
+    slim = checkpoint.slimmed(tensors)
+    return checkpoint.write(path, f"model/{model.kind}", slim, header | {"slimmed": slim is not tensors})
 
 
 def load_model(path: str | Path, **deq_options: Any) -> Any:
@@ -274,6 +279,8 @@ def load_model(path: str | Path, **deq_options: Any) -> Any:
     TypeError for options where the file holds a twin, which has no DEQ.
     """
     tensors, header = checkpoint.read(path, "model")
+    if header.get("slimmed"):
+        tensors = {name: value.float() if value.dtype == torch.half else value for name, value in tensors.items()}
     return build_model(header, tensors, path, **deq_options)
 
 
