@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, replace
+from itertools import product
 
 import pytest
 import torch
@@ -21,19 +22,19 @@ from metabroyden.models import (
     load_model,
     save_model,
 )
-from metabroyden.models.stem import STEMS, TokenStem
+from metabroyden.models.stem import STEMS, TokenStem, followers
 from metabroyden.models.transformer import shifted, sinusoids
 
-TOKENS, SEGMENT = 11, 9
+TOKENS, SEGMENT, RECENT = 11, 9, 20
 
 
 def trellisnet(stem: str = "conv", dilation: int = 2) -> TrellisNet:
-    config = TrellisNetConfig(TOKENS, channels=6, dilation=dilation, embedding=5, stem=stem)
+    config = TrellisNetConfig(TOKENS, channels=6, dilation=dilation, embedding=5, stem=stem, recent=RECENT)
     return settled(TrellisNet(config, **TIGHT))
 
 
 def transformer(stem: str = "conv") -> DEQTransformer:
-    config = DEQTransformerConfig(TOKENS, width=8, heads=2, inner=10, memory=5, embedding=5, stem=stem)
+    config = DEQTransformerConfig(TOKENS, width=8, heads=2, inner=10, memory=5, embedding=5, stem=stem, recent=RECENT)
     return settled(DEQTransformer(config, **TIGHT))
 
 
@@ -266,8 +267,37 @@ def test_a_hashed_stem_knows_the_last_few_tokens_and_no_more():
     torch.testing.assert_close(stem(text[:, 2:], text[:, :2]), out[:, 2:])
     assert not torch.equal(stem.train()(text), stem(text)), "rows are left out in training"
     pairs = torch.cartesian_prod(torch.arange(TOKENS), torch.arange(TOKENS))
-    keys = stem._keys(nn.functional.pad(pairs, (1, 0), value=-1))[0][:, 0]
+    keys = stem._keys(pairs)[:, 1, 0]
     assert len(keys.unique()) > 0.9 * len(pairs), "few pairs may share a row"
+
+
+def test_followers_are_the_tokens_after_the_last_time_an_n_gram_was_read():
+    stem = TokenStem(3, 5, 6, 7, "hashed", reach=4, recent=1)
+    text = torch.randint(3, (4, 30))
+    text[:, :3] = -1  # the text begins after these
+    found = followers(text, stem._keys(text))
+    for b, read in enumerate(text.tolist()):
+        for t, order in product(range(3, 30), range(3)):
+            n = order + 2
+            gram = read[t - n + 1 : t + 1]
+            places = [j for j in range(n - 1, t) if -1 not in gram and read[j - n + 1 : j + 1] == gram]
+            assert found[b, t, order] == (read[places[-1] + 1] if places else -1)
+    assert (found >= 0).float().mean() > 0.3, "some are found"
+
+
+def test_what_was_read_recently_tells_what_follows_across_segments():
+    torch.manual_seed(0)
+    stem = TokenStem(TOKENS, 5, 6, 7, "hashed", reach=3, rows=97, recent=12).eval()
+    before, segment = tokens(2, 12), tokens(2, 6)
+    before[:, 5:8] = torch.tensor([1, 2, 3])  # 1 2 was followed by 3 …
+    segment[:, 2:4] = torch.tensor([1, 2])
+    out, other = stem(segment, before), before.clone()
+    other[:, 7] = 4  # … or by 4
+    nothing = torch.full_like(before, -1)
+    changed = (stem(segment, other) - out).abs().amax(dim=(0, 2))
+    assert changed[3] > 1e-3
+    assert torch.equal(stem(segment, nothing), stem(segment))
+    assert not torch.equal(stem(segment, nothing)[:, 3], out[:, 3])
 
 
 def test_bad_sizes_are_refused():

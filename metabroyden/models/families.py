@@ -88,11 +88,15 @@ def _fashion_halved() -> Criterion:
 
 
 def _characters() -> Criterion:
-    return NextToken(load_shakespeare(), stretches=50, limit=32_768)
+    return NextToken(load_shakespeare(), segments=20, limit=65_536)
 
 
 def _words() -> Criterion:
     return NextToken(load_shakespeare("word"), limit=32_768)
+
+
+_CHARACTER_STEM: dict[str, Any] = {"stem": "hashed", "reach": 8, "rows": 2**17, "recent": 512}
+_WORD_STEM: dict[str, Any] = {"stem": "hashed", "reach": 3, "rows": 2**16, "recent": 512}
 
 
 def _language(
@@ -215,8 +219,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "trellisnet-shakespeare": _language(
         TrellisNet,
-        TrellisNetConfig(vocabulary=_SYMBOLS, dilation=4, stem="hashed", reach=6, rows=8192),
-        TrellisNetConfig(vocabulary=_SYMBOLS, channels=512, dilation=4, stem="hashed", reach=6, rows=8192),
+        TrellisNetConfig(vocabulary=_SYMBOLS, dilation=4, **_CHARACTER_STEM),
+        TrellisNetConfig(vocabulary=_SYMBOLS, channels=512, dilation=4, **_CHARACTER_STEM),
         _characters,
         epochs=24,
         rate=8e-3,
@@ -226,20 +230,18 @@ FAMILIES: dict[str, Family] = {
     ),
     "transformer-shakespeare": _language(
         DEQTransformer,
-        DEQTransformerConfig(vocabulary=_SYMBOLS, stem="hashed", reach=6, rows=8192),
-        DEQTransformerConfig(
-            vocabulary=_SYMBOLS, width=512, heads=8, inner=2048, memory=64, stem="hashed", reach=6, rows=8192
-        ),
+        DEQTransformerConfig(vocabulary=_SYMBOLS, **_CHARACTER_STEM),
+        DEQTransformerConfig(vocabulary=_SYMBOLS, width=512, heads=8, inner=2048, memory=64, **_CHARACTER_STEM),
         _characters,
-        epochs=26,
+        epochs=24,
         rate=4e-3,
         deepest=3,
         backward=Phantom(steps=4),
     ),
     "trellisnet-words": _language(
         TrellisNet,
-        TrellisNetConfig(vocabulary=5001, embedding=48, dilation=2, stem="hashed", reach=3),
-        TrellisNetConfig(vocabulary=5001, channels=512, dilation=2, stem="hashed", reach=3, rows=65_536),
+        TrellisNetConfig(vocabulary=5001, embedding=48, dilation=2, **_WORD_STEM),
+        TrellisNetConfig(vocabulary=5001, channels=512, dilation=2, **_WORD_STEM),
         _words,
         epochs=24,
         rate=5e-3,

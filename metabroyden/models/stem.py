@@ -18,10 +18,12 @@ class TokenStem(nn.Module):
     "linear": U e_t + b, as in DEQ-TrellisNet and DEQ-Transformer (Bai, Kolter & Koltun, NeurIPS 2019), the token alone.
     "conv": U gelu(W * e)_t + b, the token and the `reach` − 1 before it, as in the character convolutions of Al-Rfou et
     al. 2019: the equilibrium then need not find out what the last few letters were.
-    "hashed": U (e_t, a_t², …, a_tʳ) + b with r = `reach`, where aⁿ is a row of a table, the one that a hash of the last n
-    tokens points to (Svenstrup, Hansen & Winther, Hash Embeddings, NeurIPS 2017): what is known of an n-gram costs no
-    arithmetic, and several may share a row. In training mode each row is left out with probability `drop`, as n-grams of
-    other texts will be unknown.
+    "hashed": U (e_t, a_t², …, a_tʳ) + b with r = `reach`, where aⁿ is the row of a table that a hash of the last n tokens
+    points to (Svenstrup, Hansen & Winther, Hash Embeddings, NeurIPS 2017): what is known of an n-gram costs no arithmetic,
+    and several may share a row. In training mode each row is left out with probability `drop`, as n-grams of other texts
+    will be unknown. With `recent` > 0 it has (b_t², …, b_tʳ) beside these: bⁿ is a row for the token that followed when the
+    last n tokens were read the last time, among so many before the segment, or for none. What a text repeats, its names
+    above all, need then not be remembered by states (the cache of Grave, Joulin & Usunier, ICLR 2017, as an input).
 
     Before a segment stand the last `back` tokens of the one before it; none, written −1, at a text's beginning.
 
@@ -32,7 +34,7 @@ class TokenStem(nn.Module):
         outputs: of the injection.
         kind: one of `STEMS`.
         reach: taps of the convolution, or the longest n-gram.
-        rows, row: of a hash table, and coordinates of each. drop: see above.
+        rows, row: of the table, and coordinates of each. drop, recent: see above.
 
     ValueError for an unknown kind.
     """
@@ -48,16 +50,22 @@ class TokenStem(nn.Module):
         rows: int = 4096,
         row: int = 16,
         drop: float = 0.2,
+        recent: int = 0,
     ) -> None:
         super().__init__()
         if kind not in STEMS:
             raise ValueError(f"stem must be one of {STEMS}, got {kind!r}")
-        self.rows, self.drop, self.back = rows, drop, 0 if kind == "linear" else reach - 1
+        self.drop = drop
+        self.back = {"linear": 0, "conv": reach - 1, "hashed": max(reach - 1, recent)}[kind]
         self.embed = nn.Embedding(vocabulary, embedding)
         self.conv = nn.Conv1d(embedding, inner, reach) if kind == "conv" else None
-        few = [0.1 * torch.randn(rows, row) for _ in range(reach - 1) if kind == "hashed"]
-        self.tables = nn.ModuleList(nn.Embedding.from_pretrained(table, freeze=False) for table in few)
-        entering = {"linear": embedding, "conv": inner, "hashed": embedding + row * (reach - 1)}[kind]
+        few = 0.1 * torch.randn(rows, row) if kind == "hashed" else None
+        self.table = None if few is None else nn.Embedding.from_pretrained(few, freeze=False)
+        self.orders = reach - 1
+        follows = self.table is not None and recent > 0
+        self.follow = nn.Embedding(self.orders * (vocabulary + 1), row) if follows else None
+        rest = row * self.orders * (2 if follows else 1)
+        entering = {"linear": embedding, "conv": inner, "hashed": embedding + rest}[kind]
         self.linear = nn.Linear(entering, outputs)
 
     def forward(self, tokens: Tensor, before: Tensor | None = None) -> Tensor:
@@ -73,10 +81,14 @@ class TokenStem(nn.Module):
         if self.conv is not None:
             known = self.embed(read.clamp_min(0)) * (read >= 0).unsqueeze(2)
             e = functional.gelu(self.conv(known.transpose(1, 2))).transpose(1, 2)
-        if self.tables:
-            found = torch.stack([table(key) for table, key in zip(self.tables, self._keys(read), strict=True)], dim=2)
+        if self.table is not None:
+            keys = self._keys(read)
+            found = self.table(keys[:, self.back :] % self.table.num_embeddings)
             kept = functional.dropout(torch.ones_like(found[..., :1]), self.drop, self.training)
             e = torch.cat([e, (kept * found).flatten(2)], dim=2)
+            if self.follow is not None:
+                places = (self.follow.num_embeddings // self.orders) * torch.arange(self.orders, device=tokens.device)
+                e = torch.cat([e, self.follow(followers(read, keys)[:, self.back :] + 1 + places).flatten(2)], dim=2)
         return self.linear(e)
 
     def _check(self, tokens: Tensor) -> None:
@@ -90,12 +102,21 @@ class TokenStem(nn.Module):
                 f"tokens must be from 0 to {self.embed.num_embeddings - 1}, got some from {least} to {most}"
             )
 
-    def _keys(self, read: Tensor) -> list[Tensor]:
-        """Of each token but the first `back`, the rows of the n-grams that end there, n = 2, 3, …"""
-        count, keys = read.shape[1] - self.back, []
-        key = read[:, self.back :]
-        for n in range(1, self.back + 1):
-            earlier = read.narrow(1, self.back - n, count) + 1  # 0: before the text
-            key = (key * _BASE + earlier) % _PRIME
-            keys.append(key % self.rows)
-        return keys
+    def _keys(self, read: Tensor) -> Tensor:
+        """Of each token (B, L), hashes (B, L, orders) of the n-grams that end there, n = 2, 3, …"""
+        known = read + 1  # 0: before the text
+        key, keys = known, []
+        for n in range(1, self.orders + 1):
+            key = (key * _BASE + functional.pad(known, (n, 0))[:, : read.shape[1]]) % _PRIME
+            keys.append(key)
+        return torch.stack(keys, dim=2)
+
+
+def followers(read: Tensor, keys: Tensor) -> Tensor:
+    """Of tokens (B, L) with keys (B, L, orders): the token after the last earlier place of the same key, −1 for none."""
+    found, place = keys.sort(dim=1, stable=True)
+    again = found[:, 1:] == found[:, :-1]
+    earlier = functional.pad(torch.where(again, place[:, :-1], -1), (0, 0, 1, 0), value=-1)
+    last = torch.empty_like(place).scatter_(1, place, earlier)
+    after = read.unsqueeze(2).expand_as(last).gather(1, last.clamp_min(0) + (last >= 0).long())
+    return torch.where(last >= 0, after, -1)

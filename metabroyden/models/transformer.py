@@ -116,6 +116,7 @@ class DEQTransformerConfig:
     stem: str = "linear"
     reach: int = 4
     rows: int = 4096
+    recent: int = 0
 
     def narrowed(self, width: int) -> DEQTransformerConfig:
         """The same with so wide a state, rounded up to what heads divide, and an inner width in proportion."""
@@ -136,7 +137,7 @@ class DEQTransformer(LanguageModel):
         c = DEQTransformerConfig() if config is None else config
         super().__init__(c, TransformerCell(c.width, c.heads, c.inner), **deq_options)
         self.channels, self.remembered = c.width, c.memory
-        self.stem = TokenStem(c.vocabulary, c.embedding, c.width, 4 * c.width, c.stem, c.reach, c.rows)
+        self.stem = TokenStem(c.vocabulary, c.embedding, c.width, 4 * c.width, c.stem, c.reach, c.rows, recent=c.recent)
         self.head = nn.Linear(c.width, c.vocabulary)
 
     def classify(self, z: Any) -> Tensor:

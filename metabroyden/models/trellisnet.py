@@ -69,6 +69,7 @@ class TrellisNetConfig:
     stem: str = "conv"
     reach: int = 4
     rows: int = 4096
+    recent: int = 0
 
     def narrowed(self, width: int) -> TrellisNetConfig:
         """The same with so many channels."""
@@ -87,7 +88,9 @@ class TrellisNet(LanguageModel):
         c = TrellisNetConfig() if config is None else config
         super().__init__(c, TrellisCell(c.channels, c.dilation), **deq_options)
         self.channels, self.remembered = 2 * c.channels, c.dilation
-        self.stem = TokenStem(c.vocabulary, c.embedding, c.channels, 4 * c.channels, c.stem, c.reach, c.rows)
+        self.stem = TokenStem(
+            c.vocabulary, c.embedding, c.channels, 4 * c.channels, c.stem, c.reach, c.rows, recent=c.recent
+        )
         self.head = nn.Linear(c.channels, c.vocabulary)
 
     def classify(self, z: Any) -> Tensor:
