@@ -13,7 +13,7 @@ from metabroyden.evaluation.equilibria import Row, held_out
 from metabroyden.evaluation.metrics import bits_of, short
 from metabroyden.evaluation.model_scores import solved_to
 from metabroyden.evaluation.ngram import NGram
-from metabroyden.meta.families import text_windows
+from metabroyden.meta.families import second_half, text_windows
 from metabroyden.models.criteria import NextToken
 from metabroyden.state import gather
 
@@ -27,14 +27,15 @@ def token_rows(
     Settled: its own residual ‖f(z)ₜ − zₜ‖ / ‖f(z)ₜ‖, over its channels, stays below the tolerance; the budget where it never
     does. `bits` is what the model pays there for the token that follows.
     """
-    tokens, targets = text_windows(criterion.data, "test", criterion.length)
+    length = criterion.length
+    tokens, targets = text_windows(criterion.data, "test", length)
     held = held_out(model, criterion, "test", len(tokens))
     axis = 1 if model.cell.layout == "nct" else 2
     rows: list[Row] = []
     for window in torch.linspace(0, len(tokens) - 1, passages + 2).long()[1:-1].tolist():
         index = torch.tensor([window])
         z, x = gather(held.z0, index), gather(held.x, index)
-        settled = torch.ones(criterion.length, dtype=torch.long)
+        settled = torch.ones(length, dtype=torch.long)
         for k in range(1, budget + 1):
             image = held.f(z, x)
             assert isinstance(image, Tensor)
@@ -49,8 +50,8 @@ def token_rows(
                 "row": "tokens",
                 "way": way,
                 "tolerance": tolerance,
-                "before": [vocabulary[t] for t in tokens[window, : criterion.length].tolist()],
-                "tokens": [vocabulary[t] for t in tokens[window, criterion.length :].tolist()],
+                "before": [vocabulary[t] for t in tokens[window, :length].tolist()],
+                "tokens": [vocabulary[t] for t in tokens[window, length:].tolist()],
                 "evaluations": settled.clamp_max(budget).tolist(),
                 "bits": short(bits.tolist()),
             }
@@ -66,13 +67,15 @@ def leak_rows(
 
     Those before are asked alone: a causal model's equilibrium has no change there, a solve that stops before may.
     """
-    tokens, targets = (part[:windows] for part in text_windows(criterion.data, "test", criterion.length))
+    length = criterion.length
+    tokens, targets = (part[:windows] for part in text_windows(criterion.data, "test", length, model.stem.back))
     changed = tokens.clone()
     changed[:, -last:] = (changed[:, -last:] + 1) % len(criterion.data.vocabulary)
     rows: list[Row] = []
     for tolerance in tolerances:
         with solved_to(model, tolerance):
-            before, after = (bits_of(model(read.chunk(2, dim=1)[1]), targets) for read in (tokens, changed))
+            solved = (model.deq(second_half(model, read, length)) for read in (tokens, changed))
+            before, after = (bits_of(model.classify(z), targets) for z in solved)
         bits = (after - before)[:, :-last].abs()
         row = {"row": "leak", "way": way, "tolerance": tolerance, "mean": float(bits.mean()), "most": float(bits.max())}
         rows.append(row)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from metabroyden.data.text import TextData, TextSplit
 from metabroyden.deq import initial_state
@@ -21,8 +22,8 @@ _WINDOWS = {"train": 8192, "validation": 256, "test": 256}
 def family_tasks(model: Any, criterion: Criterion, *, packed: bool = False) -> TaskSet:
     """A trained model's fixed-point problems, with disjoint train, validation and test contexts.
 
-    Raw contexts are images, or pairs of consecutive segments, tokens (N, 2·length): the memory that belongs to the second
-    is that of the first, solved as `model.deq` solves.
+    Raw contexts are images, or consecutive segments, tokens (N, back + 2·length): the memory that belongs to the last is
+    that of the one before, solved as `model.deq` solves, and the `back` tokens before them that the model's stem looks at.
 
     Args:
         model: from `load_model`, or any `EquilibriumModel`. criterion: of its family (`get_family(name).criterion()`).
@@ -49,30 +50,36 @@ def _tasks(model: Any, criterion: Criterion) -> TaskSet:
         )
     if not isinstance(criterion, NextToken):
         raise TypeError(f"criterion must be Images or NextToken, got {type(criterion).__name__}")
-    raw = {name: text_windows(criterion.data, name, criterion.length)[0] for name in _WINDOWS}
+    back, length = model.stem.back, criterion.length
+    raw = {name: text_windows(criterion.data, name, length, back)[0] for name in _WINDOWS}
     return TaskSet(
         model.cell,
         raw["train"],
         raw["validation"],
         raw["test"],
-        encode=lambda tokens: second_half(model, tokens.to(device_of(model))),
+        encode=lambda tokens: second_half(model, tokens.to(device_of(model)), length),
         z0=lambda x: initial_state(model.cell, x),
     )
 
 
-def text_windows(data: TextData, name: str, length: int) -> tuple[Tensor, Tensor]:
-    """(tokens (N, 2·length), targets of their second halves (N, length)), evenly spaced over a split."""
+def text_windows(data: TextData, name: str, length: int, back: int = 0) -> tuple[Tensor, Tensor]:
+    """(tokens (N, back + 2·length), targets of the last `length` (N, length)), evenly spaced over a split.
+
+    The first `back` are what was read before, −1 where the split had not begun.
+    """
     split: TextSplit = getattr(data, name)
     room = len(split.tokens) - 2 * length - 1
     count = min(_WINDOWS[name], room // (2 * length))
     starts = torch.linspace(0, room, count).long()
-    windows = split.tokens[starts[:, None] + torch.arange(2 * length + 1)]
-    return windows[:, :-1], windows[:, length + 1 :]
+    read = functional.pad(split.tokens, (back, 0), value=-1)
+    windows = read[starts[:, None] + torch.arange(back + 2 * length + 1)]
+    return windows[:, :-1], windows[:, -length:]
 
 
 @torch.no_grad()
-def second_half(model: LanguageModel, tokens: Tensor) -> Any:
-    """The context of the second segments of tokens (B, 2T), their memory that of the first."""
-    first, second = tokens.chunk(2, dim=1)
-    memory = model.remember(model.deq(model.inject(first)), first)
+def second_half(model: LanguageModel, tokens: Tensor, length: int) -> Any:
+    """The context of the last segments of tokens (B, back + 2·length), their memory that of the segments before."""
+    before, first, second = tokens.split([tokens.shape[1] - 2 * length, length, length], dim=1)
+    memory = model.beginning(len(tokens))._replace(tokens=before)
+    memory = model.remember(model.deq(model.inject(first, memory)), first, memory)
     return model.inject(second, memory)
