@@ -325,7 +325,9 @@ def test_ngrams_are_scored_on_the_tokens_that_models_predict_and_orders_stop_at_
         split(tokens[:3000]), split(tokens[3000:3300]), split(tokens[3300:]), tuple(map(str, range(5001))), "word"
     )
     rows = texts.ngram_rows(NextToken(data, length=7))
+    *rows, recent = rows
     assert [row["order"] for row in rows] == [1, 2, 3, 4, 5]
+    assert recent["row"] == "recent"
     read = (1701 - 1) // 64 // 7 * 64 * 7
     model = NGram.fit(data.train.tokens, 2, 5001)
     wanted = -np.log2(model.probabilities(data.test.tokens)[1 : read + 1]).mean()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
 
-from metabroyden.evaluation.ngram import NGram
+from metabroyden.evaluation.ngram import NGram, Recent
 
 
 def text(count: int = 400, size: int = 4, seed: int = 0) -> np.ndarray:
@@ -86,3 +87,36 @@ def test_what_cannot_be_fitted_or_scored_is_refused():
         NGram.fit([0, 1], 0, vocabulary_size=3)
     with pytest.raises(ValueError, match="no tokens"):
         NGram.fit(text(), 2, vocabulary_size=4).bits_per_token([])
+
+
+def test_bets_on_repeats_are_those_of_a_search_and_pay_where_a_text_repeats_itself():
+    generator = np.random.default_rng(0)
+    train, size = generator.integers(0, 6, 4000), 6
+    song = np.concatenate([generator.integers(0, 6, 25)] * 8)
+    model = NGram.fit(train, 3, size)
+    told = Recent.fit(model, song[:150], recent=40, longest=4)
+    plain, found = model.probabilities(song), told.probabilities(song)
+    for t in range(len(song)):
+        weight, hit = 0.0, 0.0
+        for k in (1, 2, 3, 4):
+            ends = [j for j in range(max(k, t - 40), t) if t >= k and (song[j - k : j] == song[t - k : t]).all()]
+            if ends:
+                weight, hit = told.weights[k - 1], float(song[ends[-1]] == song[t])
+        assert found[t] == pytest.approx((1 - weight) * plain[t] + weight * hit)
+    assert -np.log2(found[25:]).mean() < 0.5 * -np.log2(plain[25:]).mean()
+    assert told.weights[3] > 0.9
+    noise = Recent.fit(model, generator.integers(0, 6, 400), recent=40, longest=2)
+    assert max(noise.weights) < 0.15, "where nothing repeats, bets are small"
+
+
+def test_the_weights_of_bets_are_the_likeliest():
+    generator = np.random.default_rng(1)
+    model = NGram.fit(generator.integers(0, 4, 2000), 2, 4)
+    text = np.concatenate([generator.integers(0, 4, 30)] * 3 + [generator.integers(0, 4, 200)])
+    told = Recent.fit(model, text, recent=60, longest=3, rounds=2000)
+    best = np.log(told.probabilities(text)).sum()
+    for k in range(3):
+        for change in (-0.02, 0.02):
+            weights = list(told.weights)
+            weights[k] = min(max(weights[k] + change, 0.0), 0.999)
+            assert np.log(replace(told, weights=tuple(weights)).probabilities(text)).sum() <= best + 1e-6

@@ -14,6 +14,7 @@ and, in `texts`,
   tokens      evaluations until each token of a held-out passage has settled
   leak        change of a language model's earlier predictions when later tokens are replaced, by tolerance
   ngram       an n-gram model's bits per token
+  recent      the same of the best one, when it bets on repeats
 """
 
 from __future__ import annotations

@@ -168,11 +168,15 @@ def quality_table(results: FamilyResults) -> str:
 def ngram_line(results: FamilyResults) -> str:
     """The n-gram models' scores, and what solves short of the equilibrium tell of the future."""
     scores = ", ".join(f"{row['order']}: {row['score']:.3f}" for row in results.of("ngram"))
+    bets = results.of("recent")
+    told_of = (
+        f"; betting on what followed within {bets[0]['within']} tokens, it has {bets[0]['score']:.3f}" if bets else ""
+    )
     told = [f"to {row['tolerance']:g}: {row['mean']:.1e}, at most {row['most']:.1e}" for row in results.of("leak")]
     return (
         f"n-gram models of the same training data (modified Kneser–Ney), test bits by order: {scores}; best on "
-        f"validation: order {chosen_ngram(results)['order']}.\n\nReplacing the last tokens of a segment changes the bits of "
-        f"those before, in the mean, solved {'; '.join(told)}. Scores are at equilibria to 1e-5."
+        f"validation: order {chosen_ngram(results)['order']}{told_of}.\n\nReplacing the last tokens of a segment changes the "
+        f"bits of those before, in the mean, solved {'; '.join(told)}. Scores are at equilibria to 1e-5."
     )
 
 

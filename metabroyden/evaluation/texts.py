@@ -12,7 +12,7 @@ from torch import Tensor
 from metabroyden.evaluation.equilibria import Row, held_out
 from metabroyden.evaluation.metrics import bits_of, short
 from metabroyden.evaluation.model_scores import solved_to
-from metabroyden.evaluation.ngram import NGram
+from metabroyden.evaluation.ngram import NGram, Recent
 from metabroyden.meta.families import second_half, text_windows
 from metabroyden.models.criteria import NextToken
 from metabroyden.state import gather
@@ -82,12 +82,16 @@ def leak_rows(
     return short(rows)
 
 
-def ngram_rows(criterion: NextToken, orders: Sequence[int] = range(1, 10), batch: int = 64) -> list[Row]:
+def ngram_rows(
+    criterion: NextToken, orders: Sequence[int] = range(1, 10), batch: int = 64, recent: int = 512
+) -> list[Row]:
     """Bits per token of n-gram models of the training split: on validation, and on those test tokens that models predict.
 
-    Orders whose n-grams do not fit into 63 bits are left out.
+    Orders whose n-grams do not fit into 63 bits are left out. A last row, "recent", is that of the best of them when it may
+    also bet on what it read a short while ago.
     """
-    data, rows = criterion.data, []
+    data = criterion.data
+    rows: list[Row] = []
     read = sum(targets.numel() for _, targets in data.test.streams(batch, criterion.length))
     for order in orders:
         if len(data.vocabulary) ** order >= 2**63:
@@ -96,4 +100,8 @@ def ngram_rows(criterion: NextToken, orders: Sequence[int] = range(1, 10), batch
         test = -np.log2(model.probabilities(data.test.tokens[: read + 1])[1:]).mean()
         validation = model.bits_per_token(data.validation.tokens)
         rows.append({"row": "ngram", "order": order, "score": float(test), "validation": float(validation)})
+    best = min(rows, key=lambda row: row["validation"])["order"]
+    told = Recent.fit(NGram.fit(data.train.tokens, best, len(data.vocabulary)), data.validation.tokens, recent)
+    test = -np.log2(told.probabilities(data.test.tokens[: read + 1])[1:]).mean()
+    rows.append({"row": "recent", "order": best, "within": recent, "weights": told.weights, "score": float(test)})
     return short(rows)
