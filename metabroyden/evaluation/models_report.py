@@ -175,8 +175,8 @@ def ngram_line(results: FamilyResults) -> str:
     told = [f"to {row['tolerance']:g}: {row['mean']:.1e}, at most {row['most']:.1e}" for row in results.of("leak")]
     return (
         f"n-gram models of the same training data (modified Kneser–Ney), test bits by order: {scores}; best on "
-        f"validation: order {chosen_ngram(results)['order']}{told_of}.\n\nReplacing the last tokens of a segment changes the "
-        f"bits of those before, in the mean, solved {'; '.join(told)}. Scores are at equilibria to 1e-5."
+        f"validation: order {chosen_ngram(results)['order']}{told_of}.\n\nReplacing the last tokens of a segment changes "
+        f"the bits of those before, in the mean, solved {'; '.join(told)}. Scores are at equilibria to 1e-5."
     )
 
 
