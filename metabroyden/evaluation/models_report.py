@@ -258,8 +258,8 @@ def _language_overview(families: Sequence[FamilyResults]) -> list[str]:
         )
     head = ["family", "DEQ", "its perplexity", "explicit", "n-gram", "to n-gram", "with bets", "to that", "to explicit"]
     words = (
-        "Language models on held-out plays, in bits a token, beside n-gram models (modified Kneser–Ney); with bets: the same "
-        "n-gram model when it also bets on what followed the last time, which the stems of our models are told."
+        "Language models on held-out plays, in bits a token, beside n-gram models (modified Kneser–Ney); with bets: the "
+        "same n-gram model when it also bets on what followed the last time, which the stems of our models are told."
     )
     return [words, table(head, body)] if body else []
 
