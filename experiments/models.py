@@ -198,7 +198,8 @@ class _Job:
         if splitting:
             everything = equilibria.held_out(model, self.criterion, "test", sys.maxsize)
             rows += equilibria.guarantee_rows(way, everything, splitting)
-        rows += equilibria.spectrum_rows(way, held, solver=Broyden(memory=100))
+        sure = splitting.get("Peaceman-Rachford", Broyden(memory=100))
+        rows += equilibria.spectrum_rows(way, held, solver=sure)
         return rows + equilibria.depth_rows(way, held, solver=self.family.solver)
 
     def _described(self, models: dict[str, Any]) -> dict[str, Any]:
