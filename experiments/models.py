@@ -21,6 +21,7 @@ from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.meta.progress import by_epoch, progress_bar
 from metabroyden.models import Episodes, EpochEnd, Training, history, load_model, save_model, train
 from metabroyden.models.criteria import Criterion, NextToken
+from metabroyden.models.episodes import episodes_in
 from metabroyden.models.families import FAMILIES, Family, get_family
 from metabroyden.models.twins import explicit_twin, flow_twin, unrolled_twin
 from metabroyden.solvers import Anderson, Broyden, Picard
@@ -80,13 +81,13 @@ class _Job:
         self.family = _shortened(family.enlarged() if config.preset == "gpu" else family, config)
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = auto if config.device == "auto" else config.device
-        self.work = config.runs / f"{name}-{_recipe_hash(self.family)}"
+        self.criterion: Criterion = self.family.criterion()
+        self.work = config.runs / f"{name}-{_recipe_hash(self.family, self.criterion)}"
         if config.fresh and self.work.exists():
             shutil.rmtree(self.work)
         self.work.mkdir(parents=True, exist_ok=True)
         identity = replace(config, family=name, results=Path(), runs=Path(), fresh=False, progress=True, device="")
         self.measured = self.work / f"measured-{config_hash(identity)}"
-        self.criterion: Criterion = self.family.criterion()
         started = self.work / "trained.json"
         if not started.exists():
             atomic_write(started, json.dumps(provenance(), indent=2) + "\n")
@@ -137,7 +138,7 @@ class _Job:
         model = model.cpu().requires_grad_(False)
         if way in (DEQ, REGULARISED):
             described = {"family": self.name, "way": way, "training": asdict(training)}
-            path = save_model(model, self._at(way, "safetensors"), described)
+            path = save_model(model, self._at(way, "safetensors"), described, slim=True)
             model.load_state_dict(load_model(path).state_dict())  # the weights that people get are those measured
         return model
 
@@ -218,7 +219,6 @@ class _Job:
             "backward": repr(self.family.backward),
             "rtol": self.family.rtol,
             "fingerprint": {way: fingerprint(models[way].cell) for way in (DEQ, REGULARISED) if way in models},
-            "episodes": self.episodes.epochs,
             "trained": self.started,
             "provenance": provenance(),
         }
@@ -233,15 +233,16 @@ class _Job:
                 data = self._at(way, "safetensors").read_bytes()
                 described["sha256"][name] = hashlib.sha256(data).hexdigest()
                 atomic_write(folder / name, data)
-        self.episodes.collect(self.work, folder / "episodes.safetensors")
+        described["episodes"] = episodes_in(self.episodes.collect(self.work, folder / "episodes.safetensors"))
         rows = [json.loads(line) for line in (self.measured / "rows.jsonl").read_text().splitlines()]
         write_results(folder, rows, described)
 
 
-def _recipe_hash(family: Family) -> str:
+def _recipe_hash(family: Family, criterion: Criterion) -> str:
     """Eight hex digits that change when anything about how a family is trained does, its data's name included."""
     recipe = {item.name: repr(getattr(family, item.name)) for item in fields(family) if item.name != "criterion"}
-    recipe["criterion"] = family.criterion.__qualname__
+    read = {name: getattr(value, "__qualname__", value) for name, value in vars(criterion).items() if name != "data"}
+    recipe["criterion"] = f"{family.criterion.__qualname__}{read}"
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
 
 

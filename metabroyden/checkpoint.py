@@ -69,10 +69,20 @@ def read(path: str | Path, kind: str | None = None) -> tuple[dict[str, Tensor], 
 
 
 def slimmed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights as they are or, above `LARGEST` bytes of them, those of float32 in half precision."""
+    """Weights as they are or, above `LARGEST` bytes of them, those of float32 in half precision where they fit."""
     if sum(value.nbytes for value in tensors.values()) <= LARGEST:
         return tensors
-    return {name: value.half() if value.dtype == torch.float32 else value for name, value in tensors.items()}
+    return {name: _rounded(value) for name, value in tensors.items()}
+
+
+def widened(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What was `slimmed`, in float32 again."""
+    return {name: value.float() if value.dtype == torch.half else value for name, value in tensors.items()}
+
+
+def _rounded(value: Tensor) -> Tensor:
+    fits = value.dtype == torch.float32 and bool((value.half().isfinite() | ~value.isfinite()).all())
+    return value.half() if fits else value
 
 
 def load_weights(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:

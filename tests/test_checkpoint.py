@@ -132,11 +132,19 @@ def test_a_large_model_is_stored_in_half_precision_and_comes_back_in_float32(tmp
     model = ConvClassifier()
     whole = save_model(model, tmp_path / "whole.safetensors").stat().st_size
     monkeypatch.setattr("metabroyden.checkpoint.LARGEST", 100)
-    path = save_model(model, tmp_path / "slim.safetensors")
+    assert save_model(model, tmp_path / "whole.safetensors").stat().st_size == whole, "only where it was asked for"
+    with torch.no_grad():
+        model.head.bias[0] = 1e6  # more than half precision holds
+    path = save_model(model, tmp_path / "slim.safetensors", slim=True)
     assert path.stat().st_size < 0.6 * whole
     for key, value in load_model(path).state_dict().items():
+        wanted = model.state_dict()[key]
         assert value.dtype == torch.float32
-        assert torch.equal(value, model.state_dict()[key].half().float())
+        assert torch.equal(value, wanted if key == "head.bias" else wanted.half().float())
+    for dtype in (torch.float64, torch.half, torch.bfloat16):
+        again = load_model(save_model(model.to(dtype), tmp_path / "m.safetensors", slim=True))
+        assert again.head.weight.dtype == dtype
+        assert torch.equal(again.head.weight, model.head.weight)
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):

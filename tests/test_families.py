@@ -16,7 +16,7 @@ from experiments import models
 from metabroyden.checkpoint import LARGEST
 from metabroyden.data.text import TextData, TextSplit, split_works
 from metabroyden.evaluation import equilibria, models_report, texts
-from metabroyden.evaluation.ngram import NGram
+from metabroyden.evaluation.ngram import NGram, Recent
 from metabroyden.meta.families import family_tasks, second_half, text_windows
 from metabroyden.models import (
     FAMILIES,
@@ -38,6 +38,7 @@ from metabroyden.models import (
     load_model,
     train,
 )
+from metabroyden.models.episodes import episodes_in
 from metabroyden.models.families import Family
 from tests.test_models import small_digits
 
@@ -133,6 +134,8 @@ def config(tmp_path, family: str) -> models.Models:
 def test_a_family_is_trained_measured_and_frozen_by_one_command(name, tmp_path, monkeypatch, capsys):
     family = {"dense": tiny_dense, "language": tiny_language, "monotone": tiny_monotone}[name]()
     monkeypatch.setitem(families.FAMILIES, "tiny", family)
+    if name == "language":
+        monkeypatch.setattr("metabroyden.checkpoint.LARGEST", 100)  # what is stored is rounded, and that is measured
     original = models._Job._trained
 
     def interrupted(self, way, build):
@@ -285,6 +288,11 @@ def test_episodes_lie_closer_in_the_beginning_and_keep_half_precision_where_they
         torch.testing.assert_close(b, wanted, rtol=1e-3, atol=1e-6)
     with pytest.raises(mb.CheckpointError, match="wanted a 'model'"):
         load_model(tmp_path / "all.safetensors")
+    many = Episodes(9, 9)
+    for epoch in many.epochs:
+        many.note(epoch, model, tmp_path)
+    monkeypatch.setattr("metabroyden.models.episodes.ENOUGH", 100)
+    assert episodes_in(many.collect(tmp_path, tmp_path / "few.safetensors")) == [1, 5, 6, 7, 8, 9]
 
 
 def test_depth_rows_tell_the_score_and_the_residual_after_each_depth():
@@ -327,11 +335,15 @@ def test_ngrams_are_scored_on_the_tokens_that_models_predict_and_orders_stop_at_
     rows = texts.ngram_rows(NextToken(data, length=7))
     *rows, recent = rows
     assert [row["order"] for row in rows] == [1, 2, 3, 4, 5]
-    assert recent["row"] == "recent"
+    assert (recent["row"], recent["order"]) == ("recent", min(rows, key=lambda row: row["validation"])["order"])
     read = (1701 - 1) // 64 // 7 * 64 * 7
     model = NGram.fit(data.train.tokens, 2, 5001)
     wanted = -np.log2(model.probabilities(data.test.tokens)[1 : read + 1]).mean()
     assert rows[1]["score"] == pytest.approx(wanted, rel=1e-3)
+    told = Recent.fit(NGram.fit(data.train.tokens, recent["order"], 5001), data.validation.tokens, recent=512)
+    assert recent["weights"] == pytest.approx(told.weights, rel=1e-3)
+    wanted = -np.log2(told.probabilities(data.test.tokens)[1 : read + 1]).mean()
+    assert recent["score"] == pytest.approx(wanted, rel=1e-3)
 
 
 def test_what_a_solve_short_of_the_equilibrium_tells_of_the_future_is_measured():

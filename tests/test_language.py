@@ -167,7 +167,7 @@ def test_a_segment_influences_the_next_through_memory_alone(name):
 @pytest.mark.parametrize("dilation", [1, 2, 3])
 def test_trellisnets_segments_end_to_end_have_the_equilibrium_of_the_whole(dilation, stem):
     model = trellisnet(stem, dilation)
-    inputs = tokens(length=2 * SEGMENT)
+    inputs = tokens(length=2 * SEGMENT)  # a hashed stem looks as far back as the text's beginning
     whole = equilibrium(model, inputs)
     memory, pieces = None, []
     for segment in inputs.split([2, SEGMENT, SEGMENT - 2], dim=1):
@@ -199,8 +199,28 @@ def test_memory_is_the_last_tokens_there_are_of_this_segment_and_those_before(na
 def test_memory_of_another_batch_or_model_is_refused(name):
     model = MODELS[name]()
     memory = read(model, tokens(2))
-    with pytest.raises(ValueError, match=r"states and tokens of \[\(3, .*\(3, 3\)\] .* got \[\(2, .*\(2, 3\)\]"):
+    with pytest.raises(ValueError, match=r"states and tokens of .*\(3, 3\).* got .*\(2, 3\)"):
         model.inject(tokens(3), memory)
+    with pytest.raises(ValueError, match=r"states and tokens of .*float64.* got .*float32"):
+        model.inject(tokens(2), Memory(memory.states.float(), memory.tokens))
+    with pytest.raises(ValueError, match=r"tokens before them must be from -1 to 10, got some from .* to 11"):
+        model.inject(tokens(2), Memory(memory.states, memory.tokens + 11 - memory.tokens.max()))
+    with pytest.raises(ValueError, match=r"got torch.int64 of \(\)"):
+        model.inject(torch.tensor(1))
+    z = equilibrium(model, tokens(2), tuple(memory))
+    with pytest.raises(ValueError, match=r"an equilibrium of \(2, .*\) is not that of tokens \(2, 8\)"):
+        model.remember(z, tokens(2, SEGMENT - 1), memory)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_equilibrium_is_found_under_autocast(name):
+    model = MODELS[name]("hashed").float()
+    model.deq.rtol, inputs = 3e-2, tokens()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(inputs)
+    assert bool(model.deq.last_solution.converged.all())
+    model.deq.rtol = 1e-4
+    torch.testing.assert_close(logits.float(), model(inputs), rtol=0, atol=0.3)
 
 
 def test_the_transformer_may_have_no_memory():
@@ -300,7 +320,21 @@ def test_what_was_read_recently_tells_what_follows_across_segments():
     assert not torch.equal(stem(segment, nothing)[:, 3], out[:, 3])
 
 
+def test_rows_tell_of_which_length_an_n_gram_is_that_was_followed():
+    stem = TokenStem(TOKENS, 5, 6, 7, "hashed", reach=3, rows=97, recent=4)
+    with torch.no_grad():
+        stem.follow.weight.copy_(torch.arange(len(stem.follow.weight))[:, None].expand_as(stem.follow.weight))
+        stem.linear.weight.zero_()
+        stem.linear.weight[0, -17] = stem.linear.weight[1, -1] = 1  # of the rows for pairs, and for three
+        stem.linear.bias.zero_()
+    out = stem.eval()(torch.tensor([[3, 1, 2, 5, 3, 1, 2]]))[0, -1]
+    assert out[:2].tolist() == [5 + 1, 5 + 1 + (TOKENS + 1)]
+
+
 def test_bad_sizes_are_refused():
+    for wrong in ({"reach": 1}, {"rows": 0}, {"recent": -1}):
+        with pytest.raises(ValueError, match="reach, rows and recent of a hashed stem cannot be"):
+            TokenStem(TOKENS, 5, 6, 7, "hashed", **wrong)
     with pytest.raises(ValueError, match="must be at least 1, got 4 and 0"):
         TrellisCell(4, 0)
     for width, heads in ((9, 3), (8, 3)):

@@ -114,9 +114,15 @@ def test_the_weights_of_bets_are_the_likeliest():
     model = NGram.fit(generator.integers(0, 4, 2000), 2, 4)
     text = np.concatenate([generator.integers(0, 4, 30)] * 3 + [generator.integers(0, 4, 200)])
     told = Recent.fit(model, text, recent=60, longest=3, rounds=2000)
-    best = np.log(told.probabilities(text)).sum()
+
+    def likelihood(told: Recent) -> float:
+        won = np.log(told.weights) + np.log1p(-np.array(told.weights))  # the bets beforehand
+        return np.log(told.probabilities(text)).sum() + won.sum() / 2
+
     for k in range(3):
         for change in (-0.02, 0.02):
             weights = list(told.weights)
-            weights[k] = min(max(weights[k] + change, 0.0), 0.999)
-            assert np.log(replace(told, weights=tuple(weights)).probabilities(text)).sum() <= best + 1e-6
+            weights[k] = min(max(weights[k] + change, 1e-9), 0.999)
+            assert likelihood(replace(told, weights=tuple(weights))) <= likelihood(told) + 1e-6
+    assert min(told.weights) > 0
+    assert max(told.weights) < 1

@@ -44,9 +44,11 @@ def summarise(evaluations: np.ndarray, reached: np.ndarray) -> dict[str, float]:
 
 
 def short(value: Any) -> Any:
-    """Numbers to five significant digits."""
-    if isinstance(value, list):
+    """Numbers to five significant digits, in lists, tuples (made lists) and values of dicts too."""
+    if isinstance(value, list | tuple):
         return [short(item) for item in value]
+    if isinstance(value, dict):
+        return {key: short(item) for key, item in value.items()}
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 

@@ -102,7 +102,8 @@ class Recent:
     """An n-gram model that bets on repeats: p(w | h) = (1 − λ_k) p_n(w | h) + λ_k [w followed the last time].
 
     "The last time" is the last place, within so many tokens, where the k tokens before w stood too, for the largest such k
-    up to `longest`; λ_k is the weight under which a held-out text is likeliest (expectation–maximisation). Without a repeat
+    up to `longest`; λ_k is the weight under which a held-out text is likeliest (expectation–maximisation, with half a bet
+    won and half a one lost beforehand). Without a repeat
     p is p_n. A cache in the sense of Kuhn & De Mori (IEEE PAMI 12, 1990), for contexts of any length: what a model that is
     told of repeats has to beat.
     """
@@ -125,7 +126,8 @@ class Recent:
             here = order == k
             hit, p, weight = (follower == text)[here], plain[here], 0.5
             for _ in range(rounds if here.any() else 0):
-                weight = float((weight * hit / (weight * hit + (1 - weight) * p)).mean())
+                sure = weight * hit / (weight * hit + (1 - weight) * p)
+                weight = float((sure.sum() + 0.5) / (len(p) + 1))  # never 0 nor 1
             weights.append(weight if here.any() else 0.0)
         return cls(model, longest, recent, tuple(weights))
 

@@ -1,4 +1,4 @@
-"""What a language model does token by token: rows "tokens", "leak" and "ngram" (see equilibria)."""
+"""What a language model does token by token: rows "tokens", "leak", "ngram" and "recent" (see equilibria)."""
 
 from __future__ import annotations
 

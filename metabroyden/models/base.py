@@ -89,13 +89,9 @@ class LanguageModel(EquilibriumModel):
 
         ValueError for what are no tokens, or a memory of other shapes.
         """
-        if memory is None:
-            memory = self.beginning(len(inputs))
-        wanted, given = ([tuple(part.shape) for part in parts] for parts in (self.beginning(len(inputs)), memory))
-        if given != wanted:
-            raise ValueError(f"memory must be states and tokens of {wanted} for these inputs, got {given}")
-        injection = self.stem(inputs, memory.tokens)
-        return (injection if self._time == 1 else injection.transpose(1, 2)), memory.states
+        states, tokens = self._before(inputs, memory)
+        injection = self.stem(inputs, tokens)
+        return (injection if self._time == 1 else injection.transpose(1, 2)), states
 
     def beginning(self, batch: int) -> Memory:
         """The memory of a text's beginning."""
@@ -104,12 +100,27 @@ class LanguageModel(EquilibriumModel):
         return Memory(like.new_zeros(shape), like.new_full((batch, self.stem.back), -1, dtype=torch.long))
 
     def remember(self, z: Tensor, inputs: Tensor, memory: Memory | None = None) -> Memory:
-        """The memory for the next segment, detached, given this segment's equilibrium, its tokens and the memory it had."""
-        before = self.beginning(len(inputs)) if memory is None else memory
+        """The memory for the next segment, detached, given this segment's equilibrium, its tokens and the memory it had.
+
+        ValueError where these do not belong together.
+        """
+        before, length = self._before(inputs, memory), inputs.shape[1]
+        if (len(z), z.shape[self._time]) != inputs.shape:
+            raise ValueError(f"an equilibrium of {tuple(z.shape)} is not that of tokens {tuple(inputs.shape)}")
         states = torch.cat([before.states, z.detach()], dim=self._time)
         tokens = torch.cat([before.tokens, inputs], dim=1)
         # from the front, since a memory may be of no tokens
-        return Memory(states.narrow(self._time, z.shape[self._time], self.remembered), tokens[:, inputs.shape[1] :])
+        return Memory(states.narrow(self._time, length, self.remembered), tokens[:, length:])
+
+    def _before(self, inputs: Tensor, memory: Memory | None) -> Memory:
+        """The memory, or that of a text's beginning; ValueError where it is not for these inputs."""
+        blank = self.beginning(len(inputs) if inputs.ndim else 0)
+        if memory is None:
+            return blank
+        wanted, given = ([(tuple(part.shape), part.dtype) for part in parts] for parts in (blank, memory))
+        if given != wanted:
+            raise ValueError(f"memory must be states and tokens of {wanted} for these inputs, got {given}")
+        return Memory(*memory)
 
     @property
     def _time(self) -> int:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from metabroyden import checkpoint
 from metabroyden.models.fit import build_model
+
+ENOUGH = 30_000_000
+"""Bytes of a file above which some of more than `LEAST` episodes are left out."""
+LEAST = 6
 
 
 class Episodes:
@@ -36,14 +39,26 @@ class Episodes:
             checkpoint.write(_at(folder, epoch), f"episode/{model.kind}", model.state_dict(), header)
 
     def collect(self, folder: Path, path: Path) -> Path:
-        """Write all that was kept into one file (`checkpoint.slimmed`). FileNotFoundError where one is missing."""
+        """Write what was kept into one file (`checkpoint.slimmed`); of large models some episodes only.
+
+        FileNotFoundError where one is missing.
+        """
         tensors: dict[str, Tensor] = {}
         header: dict[str, Any] = {}
         for epoch in self.epochs:
             found, header = checkpoint.read(_at(folder, epoch), "episode")
             tensors |= {f"{epoch}/{name}": value for name, value in found.items()}
-        kind, kept = header["kind"].split("/")[1], {"config": header["config"], "epochs": self.epochs}
-        return checkpoint.write(path, f"episodes/{kind}", checkpoint.slimmed(tensors), kept)
+        tensors, epochs = checkpoint.slimmed(tensors), list(self.epochs)
+        while len(epochs) > LEAST and sum(value.nbytes for value in tensors.values()) > ENOUGH:
+            left_out = f"{epochs.pop(1)}/"  # the first ones lie closest together
+            tensors = {name: value for name, value in tensors.items() if not name.startswith(left_out)}
+        kind = header["kind"].split("/")[1]
+        return checkpoint.write(path, f"episodes/{kind}", tensors, {"config": header["config"], "epochs": epochs})
+
+
+def episodes_in(path: str | Path) -> list[int]:
+    """The epochs of the models in a file; errors as `load_episodes`."""
+    return list(checkpoint.read(path, "episodes")[1]["epochs"])
 
 
 def load_episodes(path: str | Path, **deq_options: Any) -> dict[int, Any]:
@@ -53,7 +68,7 @@ def load_episodes(path: str | Path, **deq_options: Any) -> dict[int, Any]:
     """
     tensors, header = checkpoint.read(path, "episodes")
     models = {}
-    full = {name: v.float() if v.dtype == torch.half else v for name, v in tensors.items()}
+    full = checkpoint.widened(tensors)
     for epoch in header["epochs"]:
         weights = checkpoint.under(full, f"{epoch}/")
         models[epoch] = build_model(header, weights, path, **deq_options)

@@ -258,10 +258,11 @@ class Stage:
         return self.weight * jacobian_penalty(f, held, context, generator=generator)
 
 
-def save_model(model: Any, path: str | Path, summary: dict[str, Any] | None = None) -> Path:
+def save_model(model: Any, path: str | Path, summary: dict[str, Any] | None = None, *, slim: bool = False) -> Path:
     """Write a model of `MODELS`, or a twin of one (weights and config, not its solver); `summary` is kept beside them.
 
-    Many weights are written in half precision (`checkpoint.slimmed`), and come back rounded, as float32.
+    With `slim` weights of float32 are written in half precision where they are many (`checkpoint.slimmed`), and come back
+    rounded, as float32.
     """
     if getattr(model, "kind", None) not in MODELS:
         raise TypeError(f"save_model takes one of {sorted(MODELS)}, got {type(model).__name__}")
@@ -269,8 +270,9 @@ def save_model(model: Any, path: str | Path, summary: dict[str, Any] | None = No
     if isinstance(model.deq, Twin):
         header["twin"] = model.deq.describe()
     tensors = model.state_dict()
-    slim = checkpoint.slimmed(tensors)
-    return checkpoint.write(path, f"model/{model.kind}", slim, header | {"slimmed": slim is not tensors})
+    kept = checkpoint.slimmed(tensors) if slim else tensors
+    header["slimmed"] = any(kept[name].dtype != value.dtype for name, value in tensors.items())
+    return checkpoint.write(path, f"model/{model.kind}", kept, header)
 
 
 def load_model(path: str | Path, **deq_options: Any) -> Any:
@@ -280,7 +282,7 @@ def load_model(path: str | Path, **deq_options: Any) -> Any:
     """
     tensors, header = checkpoint.read(path, "model")
     if header.get("slimmed"):
-        tensors = {name: value.float() if value.dtype == torch.half else value for name, value in tensors.items()}
+        tensors = checkpoint.widened(tensors)
     return build_model(header, tensors, path, **deq_options)
 
 

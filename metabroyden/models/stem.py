@@ -22,8 +22,8 @@ class TokenStem(nn.Module):
     points to (Svenstrup, Hansen & Winther, Hash Embeddings, NeurIPS 2017): what is known of an n-gram costs no arithmetic,
     and several may share a row. In training mode each row is left out with probability `drop`, as n-grams of other texts
     will be unknown. With `recent` > 0 it has (b_t², …, b_tʳ) beside these: bⁿ is a row for the token that followed when the
-    last n tokens were read the last time, among so many before the segment, or for none. What a text repeats, its names
-    above all, need then not be remembered by states (the cache of Grave, Joulin & Usunier, ICLR 2017, as an input).
+    last n tokens were read the last time, in this segment or among so many before it, or for none. What a text repeats, its
+    names above all, need then not be remembered by states (the cache of Grave, Joulin & Usunier, ICLR 2017, as an input).
 
     Before a segment stand the last `back` tokens of the one before it; none, written −1, at a text's beginning.
 
@@ -36,7 +36,7 @@ class TokenStem(nn.Module):
         reach: taps of the convolution, or the longest n-gram.
         rows, row: of the table, and coordinates of each. drop, recent: see above.
 
-    ValueError for an unknown kind.
+    ValueError for an unknown kind, or sizes that are not positive (`reach` at least 2 for n-grams, `recent` at least 0).
     """
 
     def __init__(
@@ -55,6 +55,8 @@ class TokenStem(nn.Module):
         super().__init__()
         if kind not in STEMS:
             raise ValueError(f"stem must be one of {STEMS}, got {kind!r}")
+        if reach < (2 if kind == "hashed" else 1) or rows < 1 or recent < 0:
+            raise ValueError(f"reach, rows and recent of a {kind} stem cannot be {reach}, {rows} and {recent}")
         self.drop = drop
         self.back = {"linear": 0, "conv": reach - 1, "hashed": max(reach - 1, recent)}[kind]
         self.embed = nn.Embedding(vocabulary, embedding)
@@ -73,9 +75,11 @@ class TokenStem(nn.Module):
 
         ValueError for what are no tokens; on a GPU and where compiled the range is not looked at.
         """
-        self._check(tokens)
+        self._check(tokens, "tokens", 0)
         if before is None:
             before = tokens.new_full((len(tokens), self.back), -1)
+        if before.numel():
+            self._check(before, "tokens before them", -1)
         read = torch.cat([before, tokens], dim=1)
         e = self.embed(tokens)
         if self.conv is not None:
@@ -91,16 +95,14 @@ class TokenStem(nn.Module):
                 e = torch.cat([e, self.follow(followers(read, keys)[:, self.back :] + 1 + places).flatten(2)], dim=2)
         return self.linear(e)
 
-    def _check(self, tokens: Tensor) -> None:
+    def _check(self, tokens: Tensor, name: str, lowest: int) -> None:
         if tokens.ndim != 2 or not tokens.numel() or tokens.dtype != torch.long:
-            raise ValueError(f"tokens must be int64 (B, T), not empty, got {tokens.dtype} of {tuple(tokens.shape)}")
+            raise ValueError(f"{name} must be int64 (B, T), not empty, got {tokens.dtype} of {tuple(tokens.shape)}")
         if tokens.device.type != "cpu" or torch.compiler.is_compiling():
             return
-        least, most = (int(end) for end in tokens.aminmax())
-        if least < 0 or most >= self.embed.num_embeddings:
-            raise ValueError(
-                f"tokens must be from 0 to {self.embed.num_embeddings - 1}, got some from {least} to {most}"
-            )
+        (least, most), size = (int(end) for end in tokens.aminmax()), self.embed.num_embeddings
+        if least < lowest or most >= size:
+            raise ValueError(f"{name} must be from {lowest} to {size - 1}, got some from {least} to {most}")
 
     def _keys(self, read: Tensor) -> Tensor:
         """Of each token (B, L), hashes (B, L, orders) of the n-grams that end there, n = 2, 3, …"""

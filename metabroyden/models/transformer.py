@@ -54,7 +54,8 @@ class TransformerCell(nn.Module):
     def initial_state(self, context: tuple[Tensor, Tensor]) -> Tensor:
         """Zeros, (B, T, width)."""
         injection, _ = context
-        return injection.new_zeros(*injection.shape[:2], self.width)
+        dtype = torch.promote_types(injection.dtype, torch.float32)  # under autocast the injection is half of it
+        return injection.new_zeros(*injection.shape[:2], self.width, dtype=dtype)
 
     def forward(self, z: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
         """f(z, context), shaped like z."""

@@ -22,7 +22,7 @@ class TrellisCell(nn.Module):
     NeurIPS 2019, section 4). Before the first token stands the memory, the last d tokens of the equilibrium before: so
     segments end to end have the equilibrium of the whole. An evaluation carries a token's news d tokens further: plain
     iteration needs T/d of them and a few more. f sees every d-th token alone: beyond d = 1 the injection is to tell of
-    those between ("conv" of `TokenStem`).
+    those between ("conv" or "hashed" of `TokenStem`).
 
     No normalisation, as h is bounded by the gates, and c by the forget gate. f at a token depends on that token's h and
     on tokens before it: so an equilibrium is found token by token, each the fixed point of h ↦ σ(o) ⊙ tanh(c), a
@@ -47,7 +47,8 @@ class TrellisCell(nn.Module):
     def initial_state(self, context: tuple[Tensor, Tensor]) -> Tensor:
         """Zeros, (B, 2·channels, T)."""
         injection, _ = context
-        return injection.new_zeros(len(injection), 2 * self.channels, injection.shape[2])
+        dtype = torch.promote_types(injection.dtype, torch.float32)  # under autocast the injection is half of it
+        return injection.new_zeros(len(injection), 2 * self.channels, injection.shape[2], dtype=dtype)
 
     def forward(self, z: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
         """f(z, context), shaped like z."""
