@@ -222,7 +222,7 @@ FAMILIES: dict[str, Family] = {
         TrellisNetConfig(vocabulary=_SYMBOLS, dilation=4, **_CHARACTER_STEM),
         TrellisNetConfig(vocabulary=_SYMBOLS, channels=512, dilation=4, **_CHARACTER_STEM),
         _characters,
-        epochs=24,
+        epochs=16,
         rate=8e-3,
         deepest=4,
         backward=Phantom(steps=4, damping=1.0),
