@@ -243,7 +243,7 @@ FAMILIES: dict[str, Family] = {
         TrellisNetConfig(vocabulary=5001, embedding=48, dilation=2, **_WORD_STEM),
         TrellisNetConfig(vocabulary=5001, channels=512, dilation=2, **_WORD_STEM),
         _words,
-        epochs=16,
+        epochs=10,
         rate=5e-3,
         deepest=4,
         backward=Phantom(steps=4, damping=1.0),
