@@ -103,8 +103,7 @@ class Recent:
 
     "The last time" is the last place, within so many tokens, where the k tokens before w stood too, for the largest such k
     up to `longest`; λ_k is the weight under which a held-out text is likeliest (expectation–maximisation, with half a bet
-    won and half a one lost beforehand). Without a repeat
-    p is p_n. A cache in the sense of Kuhn & De Mori (IEEE PAMI 12, 1990), for contexts of any length: what a model that is
+    won and half a one lost beforehand). Without a repeat p is p_n. A cache in the sense of Kuhn & De Mori (IEEE PAMI 12, 1990), for contexts of any length: what a model that is
     told of repeats has to beat.
     """
 
@@ -157,14 +156,12 @@ def _repeats(text: NDArray, longest: int, size: int, recent: int) -> tuple[NDArr
 
 def _level(grams: NDArray, counts: NDArray, size: int) -> _Level:
     discounts = _discounts(counts)[np.minimum(counts, 3) - 1]
-    contexts, first = np.unique(
-        grams // size, return_index=True
-    )  # the codes are sorted: a context's n-grams are neighbours
+    # the codes are sorted: a context's n-grams are neighbours
+    contexts, first = np.unique(grams // size, return_index=True)
     total = np.add.reduceat(counts, first)
     spread = np.diff(np.append(first, len(grams)))
-    return _Level(
-        grams, (counts - discounts) / np.repeat(total, spread), contexts, np.add.reduceat(discounts, first) / total
-    )
+    share = (counts - discounts) / np.repeat(total, spread)
+    return _Level(grams, share, contexts, np.add.reduceat(discounts, first) / total)
 
 
 def _discounts(counts: NDArray) -> NDArray:

@@ -92,6 +92,7 @@ def ngram_rows(
     """
     data = criterion.data
     rows: list[Row] = []
+    best: tuple[float, NGram] | None = None
     read = sum(targets.numel() for _, targets in data.test.streams(batch, criterion.length))
     for order in orders:
         if len(data.vocabulary) ** order >= 2**63:
@@ -100,8 +101,11 @@ def ngram_rows(
         test = -np.log2(model.probabilities(data.test.tokens[: read + 1])[1:]).mean()
         validation = model.bits_per_token(data.validation.tokens)
         rows.append({"row": "ngram", "order": order, "score": float(test), "validation": float(validation)})
-    best = min(rows, key=lambda row: row["validation"])["order"]
-    told = Recent.fit(NGram.fit(data.train.tokens, best, len(data.vocabulary)), data.validation.tokens, recent)
+        if best is None or validation < best[0]:
+            best = float(validation), model
+    assert best is not None, "an n-gram of order 1 always fits"
+    told = Recent.fit(best[1], data.validation.tokens, recent)
     test = -np.log2(told.probabilities(data.test.tokens[: read + 1])[1:]).mean()
-    rows.append({"row": "recent", "order": best, "within": recent, "weights": told.weights, "score": float(test)})
+    order = best[1].order
+    rows.append({"row": "recent", "order": order, "within": recent, "weights": told.weights, "score": float(test)})
     return short(rows)
