@@ -143,3 +143,7 @@ def test_nothing_leaks_from_the_future_at_trained_weights(name):
         a, b = model(tokens), model(changed)
     assert float((a[:, :40] - b[:, :40]).abs().max()) < 1e-3
     assert float((a[:, 40:] - b[:, 40:]).abs().max()) > 0.1
+
+
+def test_every_family_is_frozen():
+    assert set(FROZEN) == set(FAMILIES)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import LogNorm
+from matplotlib.ticker import ScalarFormatter
 
 from metabroyden.evaluation.plots import new_axes, save_figure
 
@@ -20,7 +23,7 @@ _WAYS = {
     "explicit": ("#000000", ":"),
     "flow": ("#009E73", "--"),
 }
-_LINE = 64  # characters of a passage in one line
+_LINE = 64  # characters of a passage in a line of a picture
 
 
 def draw(results: FamilyResults, folder: Path) -> list[Path]:
@@ -103,28 +106,41 @@ def tokens(results: FamilyResults, path: Path) -> Path:
     rows = results.of("tokens")
     top = max(max(row["evaluations"]) for row in rows)
     low = min(min(row["evaluations"]) for row in rows)
-    height = sum(-(-len(row["tokens"]) // _LINE) for row in rows) + len(rows)
+    placed = [_placed(row["tokens"]) for row in rows]
+    height = sum(places[-1][1] + 1 for places in placed) + len(rows)
     figure, axes = plt.subplots(figsize=(11.5, 0.42 * height + 0.9))
-    shades = plt.get_cmap("cividis")
+    shades, scale = plt.get_cmap("cividis"), LogNorm(low, max(top, low + 1))
     y = 0.0
-    for row in rows:
-        for number, (token, spent) in enumerate(zip(row["tokens"], row["evaluations"], strict=True)):
-            if number and number % _LINE == 0:
-                y += 1
-            share = (spent - low) / max(1, top - low)
-            x = number % _LINE
-            axes.add_patch(plt.Rectangle((x, -y - 0.5), 1, 0.95, color=shades(share), linewidth=0))
-            shown = {"\n": "¶", " ": "␣"}.get(token, token)
-            axes.text(
-                x + 0.5, -y, shown, ha="center", va="center", fontsize=7.5, color="white" if share < 0.55 else "black"
-            )
-        y += 1.6
+    for row, places in zip(rows, placed, strict=True):
+        for spent, (x, line, width, shown) in zip(row["evaluations"], places, strict=True):
+            share, below = float(scale(spent)), -y - line
+            axes.add_patch(plt.Rectangle((x, below - 0.5), width, 0.95, color=shades(share), linewidth=0))
+            ink = "white" if share < 0.55 else "black"
+            axes.text(x + width / 2, below, shown, ha="center", va="center", fontsize=7.5, color=ink)
+        y += places[-1][1] + 1.6
     axes.set(xlim=(0, _LINE), ylim=(-y + 0.5, 0.8))
     axes.axis("off")
-    bar = figure.colorbar(plt.cm.ScalarMappable(plt.Normalize(low, top), shades), ax=axes, fraction=0.02, pad=0.01)
+    bar = figure.colorbar(plt.cm.ScalarMappable(scale, shades), ax=axes, fraction=0.02, pad=0.01)
+    bar.set_ticks([n for n in (1, 2, 3, 5, 10, 20, 30, 50, 100) if low <= n <= top], minor=False)
+    bar.set_ticks([], minor=True)
+    bar.ax.yaxis.set_major_formatter(ScalarFormatter())
     bar.set_label("evaluations", fontsize=8)
     axes.set_title(f"Evaluations until a token's own residual stays below {rows[0]['tolerance']:g}", fontsize=10)
     return save_figure(figure, path)
+
+
+def _placed(tokens: Sequence[str]) -> list[tuple[float, int, float, str]]:
+    """(x, line, width, what is shown) of each token: a character has width 1, a word nearly that of its letters."""
+    places: list[tuple[float, int, float, str]] = []
+    x, line = 0.0, 0
+    for token in tokens:
+        shown = {"\n": "¶", " ": "␣"}.get(token, token)
+        width = 0.5 + 0.75 * len(shown) if len(shown) > 1 else 1.0
+        if x + width > _LINE:
+            x, line = 0.0, line + 1
+        places.append((x, line, width, shown))
+        x += width
+    return places
 
 
 def parts(results: FamilyResults, path: Path) -> Path:
