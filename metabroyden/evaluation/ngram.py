@@ -103,8 +103,8 @@ class Recent:
 
     "The last time" is the last place, within so many tokens, where the k tokens before w stood too, for the largest such k
     up to `longest`; λ_k is the weight under which a held-out text is likeliest (expectation–maximisation, with half a bet
-    won and half a one lost beforehand). Without a repeat p is p_n. A cache in the sense of Kuhn & De Mori (IEEE PAMI 12, 1990), for contexts of any length: what a model that is
-    told of repeats has to beat.
+    won and half a one lost beforehand). Without a repeat p is p_n. A cache in the sense of Kuhn & De Mori (IEEE PAMI 12,
+    1990), for contexts of any length: what a model that is told of repeats has to beat.
     """
 
     model: NGram
