@@ -141,7 +141,11 @@ def test_fit_solver_makes_a_faster_drop_in_and_says_by_how_much(tmp_path):
         ({"x_train": torch.zeros(4, 3, 4, 4)}, ValueError, r"at least 10 samples first, got \(4, 3, 4, 4\)"),
         ({"x_train": [1, 2]}, ValueError, "got list"),
         ({"x_train": torch.zeros(20, 3, 4, 4)}, ValueError, "two different samples"),
-        ({"solver": "adam"}, ValueError, "known are adjoint, coordinatewise, grouped, metabroyden"),
+        (
+            {"solver": "adam"},
+            ValueError,
+            "known are adjoint, coordinatewise, grouped, hyper-anderson, meta-broyden, metabroyden",
+        ),
         ({"layout": "chw"}, ValueError, "layout must be one of"),
         ({"x_train": torch.randn(20, 3, 4)}, ValueError, "layout= is needed"),
         ({"steps": 0}, ValueError, "steps"),

@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import metabroyden as mb
-from metabroyden.learned import GroupedConfig, LearnedConfig
 from tests.conftest import linear, tanh
 
 
 def learned(kind: str, n: int, dtype: torch.dtype = torch.float64, **options):
-    config = {"grouped": GroupedConfig, "coordinatewise": LearnedConfig}[kind]
+    config = mb.LEARNED[kind].config_type
     torch.manual_seed(1)
     solver = mb.LEARNED[kind](config(layout="nd", shape=(n,), **options)).to(dtype)
     for parameter in solver.parameters():  # not at the zero read-outs it starts with

@@ -26,8 +26,8 @@ def trained_a_little(name: str, context: str = "f0"):
 
 def loss_of(solver, backend: str, steps: int = 5):
     problem = tanh(batch=3, n=6, gain=1.1)
-    residuals, _ = unroll(solver, problem.f, problem.z0, problem.x, steps=steps, backend=backend)
-    return ResidualObjective()(residuals)
+    rollout = unroll(solver, problem.f, problem.z0, problem.x, steps=steps, backend=backend)
+    return ResidualObjective()(rollout.residuals)
 
 
 def plain_unroll(solver, problem, steps: int) -> torch.Tensor:
@@ -99,7 +99,9 @@ def test_the_graph_reaches_through_the_residual_not_only_through_the_state():
     solver = trained_a_little("grouped")
     problem = tanh(batch=3, n=6, gain=1.1)
     exact = gradients(solver, loss_of(solver, "higher"))
-    cut = unroll(solver, lambda z, x: problem.f(z.detach(), x), problem.z0, problem.x, steps=5, backend="higher")[0]
+    cut = unroll(
+        solver, lambda z, x: problem.f(z.detach(), x), problem.z0, problem.x, steps=5, backend="higher"
+    ).residuals
     truncated = gradients(solver, ResidualObjective()(cut))
     assert (exact - truncated).norm() > 1e-2 * exact.norm()
 
@@ -122,7 +124,7 @@ def test_unrolling_through_higher_leaks_no_tensors():
 def test_unroll_follows_solve():
     problem = tanh(batch=3, n=6, gain=1.1)
     solver = trained_a_little("grouped")
-    residuals, _z = unroll(solver, problem.f, problem.z0, problem.x, steps=4)
+    residuals = unroll(solver, problem.f, problem.z0, problem.x, steps=4).residuals
     solution = mb.solve(problem.f, problem.z0, problem.x, solver=solver, rtol=0.0, max_nfe=6, throw=False)
     torch.testing.assert_close(residuals.detach(), solution.trace.residual[1:6])  # the first one is f(z0)
 
@@ -132,7 +134,7 @@ def test_an_exact_fixed_point_in_the_batch_does_no_harm_to_the_gradient():
     x = problem.x.clone()
     x[1] = 0  # z* = z0 = 0
     solver = make_learned("grouped", Layout("nd", (6,)), context="native").double()
-    residuals, _ = unroll(solver, problem.f, problem.z0, x, steps=3)
+    residuals = unroll(solver, problem.f, problem.z0, x, steps=3).residuals
     assert torch.isfinite(gradients(solver, ResidualObjective()(residuals))).all()
 
 

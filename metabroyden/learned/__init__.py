@@ -4,6 +4,8 @@ from metabroyden.learned.adjoint import AdjointConfig, AdjointLSTM
 from metabroyden.learned.base import ADJOINT, LEARNED, LearnedConfig, LearnedSolver
 from metabroyden.learned.coordinatewise import CoordinatewiseLSTM
 from metabroyden.learned.grouped import GroupedConfig, GroupedLSTM
+from metabroyden.learned.hyper_anderson import HyperAnderson, HyperAndersonConfig
+from metabroyden.learned.meta_broyden import MetaBroyden, MetaBroydenConfig
 from metabroyden.learned.safeguard import Safeguard
 
 __all__ = [
@@ -14,7 +16,11 @@ __all__ = [
     "CoordinatewiseLSTM",
     "GroupedConfig",
     "GroupedLSTM",
+    "HyperAnderson",
+    "HyperAndersonConfig",
     "LearnedConfig",
     "LearnedSolver",
+    "MetaBroyden",
+    "MetaBroydenConfig",
     "Safeguard",
 ]

@@ -38,8 +38,9 @@ class LearnedConfig:
     Attributes:
         layout: layout kind, see `Layout`.
         shape: per-sample shape of the states it is fitted to.
-        context: "f0", the first evaluation f(z0, x), which every solve has; or "native", the context tensor itself.
-        context_channels: channels of the context feature.
+        context: "f0", the first evaluation f(z0, x), which every solve has; or "native", the context tensor itself (of a
+            tuple the first one, the injection).
+        context_channels: channels of the context feature in canonical form (see `Layout.context`); 0: as the state's.
         hidden: LSTM width.
         initializer: width of the initializer; 0 for none.
         safeguard: hand-over to Broyden.
@@ -96,12 +97,13 @@ class LearnedSolver(nn.Module):
         """The context feature (R, C', *S): f(z0) (evaluated and counted at the start), or the native context."""
         if self.config.context == "f0":
             return self.layout.canonical(problem.origin(), shape)
-        context = problem.context
+        context = problem.context[0] if isinstance(problem.context, tuple) and problem.context else problem.context
         wanted = f"a context tensor with {self.context_channels} channels and the state's layout {self.layout.kind!r}"
         if not isinstance(context, Tensor):
             raise ValueError(f"this solver was fitted with its native context: it needs {wanted}, got {type(context)}")
-        feature = context.transpose(1, 2) if self.layout.kind == "ntc" and context.dim() == 3 else context
-        wrong_extents = feature.shape[2:] != self.layout.extents(shape)
+        extents = self.layout.extents(shape)
+        feature = self.layout.context(context, extents)
+        wrong_extents = feature.shape[2:] != extents
         if feature.dim() < 2 or feature.shape[1] != self.context_channels or wrong_extents:
             raise ValueError(f"this solver needs {wanted}, got shape {tuple(context.shape)}")
         return feature

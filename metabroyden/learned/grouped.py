@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metabroyden.learned.base import LearnedConfig, LearnedSolver, register
+from metabroyden.learned.features import direction_features, feature_count, mix
 from metabroyden.learned.lstm import SharedLSTM
 from metabroyden.learned.preconditioner import LearnedInverse, Preconditioner
 from metabroyden.solve import Phase
@@ -40,11 +41,12 @@ class GroupedState(NamedTuple):
     """R rows, G groups, H hidden, n coordinates."""
 
     gates: Tensor  # (R, rank, *S) of the preconditioner
-    update: Tensor  # (R, n) previous update over its residual scale
+    update: Tensor  # (R, C, *S) previous update over its residual scale
     hidden: Tensor  # (R, H, G)
     cell: Tensor  # (R, H, G)
     scale: Tensor  # (R, 1, …) previous residual scale
     first: Tensor  # (R, 1, …) the first one
+    weights: Tensor  # (R, G, 5) of the directions in the last step, the bias last; (R, G, 4) without one
 
 
 @register("grouped")
@@ -58,17 +60,14 @@ class GroupedLSTM(LearnedSolver):
 
     config_type = GroupedConfig
     config: GroupedConfig
-    _pairs: Tensor
     _base: Tensor
 
     def __init__(self, config: GroupedConfig) -> None:
         super().__init__(config)
         self.preconditioner = Preconditioner(self.layout, self.context_channels, config.rank)
-        pairs = torch.triu_indices(_DIRECTIONS, _DIRECTIONS, offset=1)
-        means, bias = (0, 0) if self.homogeneous else (_DIRECTIONS, 1)
-        inputs = _DIRECTIONS + pairs.shape[1] + means + 2  # sizes, correlations, means, log s and its change
+        bias = not self.homogeneous
+        inputs = feature_count(_DIRECTIONS, homogeneous=self.homogeneous)
         self.lstm = SharedLSTM(inputs, config.hidden, _DIRECTIONS + bias, self.layout.identities)
-        self.register_buffer("_pairs", pairs, persistent=False)
         base = torch.tensor([[1.0], [1.0], [0.0], [0.0], [0.0]])[: _DIRECTIONS + bias]
         self.register_buffer("_base", base, persistent=False)
 
@@ -85,10 +84,11 @@ class GroupedLSTM(LearnedSolver):
         """Zero memory; the preconditioner's gate is taken once."""
         shape = self.layout.resolve(problem.shape)
         gates = self.gates(z, problem)
-        groups = shape[0] if self.layout.kind != "nct" else shape[1]
-        hidden, cell = self.lstm.begin(len(z), 1 if self.layout.kind == "nd" else groups, z)
-        scale = self.layout.scale(self.layout.canonical(g, shape))
-        return GroupedState(gates, torch.zeros_like(z), hidden, cell, scale, scale)
+        hidden, cell = self.lstm.begin(len(z), self.layout.groups(self.layout.extents(shape)), z)
+        gc = self.layout.canonical(g, shape)
+        scale = self.layout.scale(gc)
+        weights = self._base.squeeze(1).expand(len(z), hidden.shape[2], -1)
+        return GroupedState(gates, torch.zeros_like(gc), hidden, cell, scale, scale, weights)
 
     def step(self, z: Tensor, g: Tensor, state: GroupedState, problem: Any) -> Step:
         """One learned step, (R, n)."""
@@ -98,19 +98,15 @@ class GroupedLSTM(LearnedSolver):
         scale = layout.scale(gc)
         r = gc / scale
         size = layout.scale(zc)
-        directions = [r, self.preconditioner(r, state.gates), layout.canonical(state.update, shape), zc / size]
+        directions = [r, self.preconditioner(r, state.gates), state.update, zc / size]
         stack = layout.grouped(torch.stack(directions, dim=2))  # (R, G, 4, P)
-        features = self._features(stack, scale, state)
+        features = direction_features(stack, scale, state.scale, state.first if self.homogeneous else None)
         output, hidden, cell = self.lstm(features, state.hidden, state.cell)
         weights = (output + self._base).transpose(1, 2)  # (R, G, 5)
-        mixed = weights[..., _DIRECTIONS:]
-        if self.homogeneous:  # no bias, which would not scale with the problem
-            mixed = torch.zeros_like(stack[:, :, 0])
-        for k in range(_DIRECTIONS):  # several times faster than one batched product this small
-            mixed = torch.addcmul(mixed, weights[..., k : k + 1], stack[:, :, k])
-        update = layout.ungrouped(mixed)
-        z = z + layout.flat(scale * layout.canonical(update, shape))
-        return Step(z, state._replace(update=update, hidden=hidden, cell=cell, scale=scale))
+        update = layout.ungrouped(mix(stack, weights), layout.extents(shape))
+        z = z + layout.flat(scale * update)
+        after = state._replace(update=update, hidden=hidden, cell=cell, scale=scale, weights=weights)
+        return Step(z, after)
 
     def inverse(self, state: GroupedState, index: Tensor) -> Tensor:
         """What `transposed` needs of the rows `index`: the preconditioner's gates."""
@@ -119,15 +115,3 @@ class GroupedLSTM(LearnedSolver):
     def transposed(self, w: Tensor, gates: Tensor) -> Tensor:
         """Bᵀw with B = −(I + P), for w (R, n)."""
         return -(w + LearnedInverse(self).transpose(w, gates))
-
-    def _features(self, stack: Tensor, scale: Tensor, state: GroupedState) -> Tensor:
-        """(R, F, G): log sizes, correlations and means of the directions (R, G, 4, P), log s and its change."""
-        gram = stack @ stack.transpose(2, 3) / stack.shape[3]
-        root = (torch.diagonal(gram, dim1=2, dim2=3) + 1e-8).sqrt()
-        first, second = self._pairs.unbind(0)
-        correlations = gram[:, :, first, second] / (root[..., first] * root[..., second])
-        level = scale / state.first if self.homogeneous else scale
-        sizes = [level.log() / 5, (scale / state.scale).log().clamp(-3, 3)]
-        common = [value.flatten(1).unsqueeze(2).expand(-1, stack.shape[1], 1) for value in sizes]
-        means = [] if self.homogeneous else [stack.mean(dim=3) / root]  # odd, where weights must be even
-        return torch.cat([root.log(), correlations, *means, *common], dim=2).transpose(1, 2)

@@ -2,7 +2,8 @@
 
 A state (R, …) is brought to canonical form (R, C, *S), channels second. Groups, each with one LSTM cell, are the channels
 of an image state (pooling over space), the tokens of a sequence state (pooling over channels, so that nothing crosses
-time), and the whole sample of a plain vector.
+time), and the whole sample of a plain vector. A state of several resolutions is brought to the coarsest: each finer pixel
+becomes channels of the coarse one that it lies in, so that nothing is lost and scales are mixed where they overlap.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-KINDS = {"nd": 1, "nct": 2, "ntc": 2, "nchw": 3}
-"""Per-sample axes of each layout: nd vector; nct/ntc sequence with channels first/last; nchw image."""
+KINDS = {"nd": 1, "nct": 2, "ntc": 2, "nchw": 3, "scales": 3}
+"""Per-sample axes of each layout: nd vector; nct/ntc sequence with channels first/last; nchw image; scales: a tuple of
+images, finest first, each side a multiple of the last one's."""
 
 
 @dataclass(frozen=True)
@@ -23,17 +26,20 @@ class Layout:
     """A layout with the per-sample shape it was fitted to.
 
     Attributes:
-        kind: "nd", "nct", "ntc" or "nchw".
-        shape: per-sample shape; a solver runs on other spatial or time extents too, not on other channel counts.
+        kind: "nd", "nct", "ntc", "nchw" or "scales".
+        shape: per-sample shape (for scales a tuple of them); a solver runs on other spatial or time extents too, not on
+            other channel counts.
     """
 
     kind: str
-    shape: tuple[int, ...]
+    shape: Any
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"layout must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if len(self.shape) != KINDS[self.kind]:
+        if self.kind == "scales":
+            _check_scales(self.shape)
+        elif len(self.shape) != KINDS[self.kind]:
             raise ValueError(
                 f"layout {self.kind!r} wants {KINDS[self.kind]} axes a sample, got shape {tuple(self.shape)}"
             )
@@ -41,19 +47,34 @@ class Layout:
     @property
     def channels(self) -> int:
         """Channels C."""
+        if self.kind == "scales":
+            return sum(part[0] * n**2 for part, n in zip(self.shape, self._factors, strict=True))
         return self.shape[-1] if self.kind == "ntc" else self.shape[0]
+
+    @property
+    def _factors(self) -> list[int]:
+        """How many times finer than the coarsest each scale is."""
+        return [part[1] // self.shape[-1][1] for part in self.shape]
 
     @property
     def causal(self) -> bool:
         """Whether one axis is time."""
         return self.kind in ("nct", "ntc")
 
-    def resolve(self, shape: torch.Size | tuple) -> tuple[int, ...]:
+    def resolve(self, shape: Any) -> tuple[Any, ...]:
         """The per-sample shape to use for a state of this shape: its own, or the fitted one when it comes flattened.
 
         ValueError when the channels differ from the fitted ones.
         """
-        if shape and not isinstance(shape[0], int):
+        several = bool(shape) and not isinstance(shape[0], int)
+        if self.kind == "scales":
+            scales = tuple(tuple(int(size) for size in part) for part in shape) if several else ()
+            if not several and tuple(shape) == (sum(map(math.prod, self.shape)),):
+                return self.shape
+            if several and len(scales[-1]) == 3 and self.shape_like(scales[-1][1:]) == scales:
+                return scales
+            raise ValueError(f"this solver was fitted to a state of several scales {self.shape}, got {tuple(shape)}")
+        if several:
             raise ValueError(f"this solver was fitted to one tensor of shape {self.shape}, got a state of {len(shape)}")
         found = tuple(int(size) for size in shape)
         if len(found) == 1 and self.kind != "nd" and found[0] == math.prod(self.shape):
@@ -65,40 +86,74 @@ class Layout:
             f"({self.channels} channels); got per-sample shape {found}"
         )
 
-    def shape_like(self, extents: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
+    def shape_like(self, extents: torch.Size | tuple[int, ...]) -> tuple[Any, ...]:
         """The per-sample shape of a state with these spatial or time extents."""
+        if self.kind == "scales":
+            return tuple(
+                (part[0], *(extent * n for extent in extents))
+                for part, n in zip(self.shape, self._factors, strict=True)
+            )
         return (*extents, self.channels) if self.kind == "ntc" else (self.channels, *extents)
 
-    def canonical(self, flat: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def canonical(self, flat: Tensor, shape: tuple[Any, ...]) -> Tensor:
         """(R, n) → (R, C, *S)."""
+        if self.kind == "scales":
+            parts = flat.split([math.prod(part) for part in shape], dim=1)
+            images = [part.reshape(len(flat), *size) for part, size in zip(parts, shape, strict=True)]
+            coarse = [functional.pixel_unshuffle(image, n) for image, n in zip(images, self._factors, strict=True)]
+            return torch.cat(coarse, dim=1)
         full = flat.reshape(len(flat), *shape)
         return full.transpose(1, 2) if self.kind == "ntc" else full
 
     def flat(self, canonical: Tensor) -> Tensor:
         """(R, C, *S) → (R, n)."""
+        if self.kind == "scales":
+            counts = [part[0] * n**2 for part, n in zip(self.shape, self._factors, strict=True)]
+            coarse = canonical.split(counts, dim=1)
+            images = [functional.pixel_shuffle(part, n) for part, n in zip(coarse, self._factors, strict=True)]
+            return torch.cat([image.flatten(1) for image in images], dim=1)
         ordered = canonical.transpose(1, 2) if self.kind == "ntc" else canonical
         return ordered.reshape(len(ordered), -1)
 
-    def extents(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def context(self, feature: Tensor, extents: tuple[int, ...]) -> Tensor:
+        """A context tensor (R, …) in canonical form: an image finer than these extents becomes channels of the coarse."""
+        if self.kind == "ntc" and feature.dim() == 3:
+            return feature.transpose(1, 2)
+        if self.kind == "scales" and feature.dim() == 4 and feature.shape[2] % extents[0] == 0:
+            return functional.pixel_unshuffle(feature, feature.shape[2] // extents[0])
+        return feature
+
+    def extents(self, shape: tuple[Any, ...]) -> tuple[int, ...]:
         """The spatial or time extents S of a per-sample shape."""
+        if self.kind == "scales":
+            return shape[-1][1:]
         return shape[:1] if self.kind == "ntc" else shape[1:]
 
     def grouped(self, stack: Tensor) -> Tensor:
         """(R, C, K, *S) → (R, G, K, P): K values a coordinate, sorted into groups of P coordinates."""
-        if self.kind == "nchw":
+        if self.spatial:
             return stack.flatten(3)
         return stack.permute(0, 3, 2, 1) if self.causal else stack.permute(0, 2, 1).unsqueeze(1)
 
-    def ungrouped(self, value: Tensor) -> Tensor:
-        """(R, G, P) → (R, n)."""
-        if self.kind == "nct":
-            value = value.transpose(1, 2)
-        return value.reshape(len(value), -1)
+    def ungrouped(self, value: Tensor, extents: tuple[int, ...]) -> Tensor:
+        """(R, G, P) → (R, C, *S), S being the extents."""
+        if self.spatial:
+            return value.unflatten(2, extents)
+        return value.transpose(1, 2) if self.causal else value.squeeze(1)
+
+    def groups(self, extents: tuple[int, ...]) -> int:
+        """Groups G of a state with these extents: channels, tokens, or one."""
+        return self.channels if self.spatial else extents[0] if self.causal else 1
+
+    @property
+    def spatial(self) -> bool:
+        """Whether the state is made of images."""
+        return self.kind in ("nchw", "scales")
 
     @property
     def identities(self) -> int:
         """How many groups have an identity of their own (the channels of an image; tokens are alike)."""
-        return self.channels if self.kind == "nchw" else 1
+        return self.channels if self.spatial else 1
 
     def scale(self, g: Tensor) -> Tensor:
         """Root mean square of a canonical residual, broadcastable over it.
@@ -126,9 +181,15 @@ class BackwardLayout(Layout):
         """(R, C, *S) → (R, n)."""
         return super().flat(canonical.flip(2) if self.causal else canonical)
 
-    def ungrouped(self, value: Tensor) -> Tensor:
-        """(R, G, P) → (R, n)."""
-        return super().ungrouped(value.flip(1) if self.causal else value)
+
+def _check_scales(shape: Any) -> None:
+    """ValueError unless these are at least two image shapes, finest first, with sides that are multiples of the last's."""
+    images = len(shape) > 1 and all(isinstance(part, tuple) and len(part) == 3 for part in shape)
+    if not images or any(h % shape[-1][1] or w * shape[-1][1] != h * shape[-1][2] for _, h, w in shape):
+        raise ValueError(
+            f"layout 'scales' wants at least two shapes (C, H, W), finest first, with sides that are multiples of the "
+            f"last's, got {shape}"
+        )
 
 
 def guess_layout(shape: tuple[int, ...]) -> Layout:
@@ -153,7 +214,7 @@ class Mixer(nn.Module):
         super().__init__()
         self.causal = layout.causal
         self.map: nn.Module
-        if layout.kind == "nchw":
+        if layout.spatial:
             self.map = nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias)
         elif layout.causal:
             self.map = nn.Conv1d(inputs, outputs, 3, bias=bias)

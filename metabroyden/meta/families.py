@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from metabroyden.data.text import TextData, TextSplit
 from metabroyden.deq import initial_state
+from metabroyden.learned.layout import Layout
 from metabroyden.meta.tasks import TaskSet
 from metabroyden.models.base import LanguageModel
 from metabroyden.models.criteria import Criterion, Images, NextToken, device_of
@@ -27,7 +28,7 @@ def family_tasks(model: Any, criterion: Criterion, *, packed: bool = False) -> T
 
     Args:
         model: from `load_model`, or any `EquilibriumModel`. criterion: of its family (`get_family(name).criterion()`).
-        packed: whether a state of several tensors is handed out as one vector, which is what learned solvers take.
+        packed: whether a state of several tensors is handed out as one vector, where no layout is known of it.
     """
     tasks = _tasks(model, criterion)
     if not packed:
@@ -60,6 +61,22 @@ def _tasks(model: Any, criterion: Criterion) -> TaskSet:
         encode=lambda tokens: second_half(model, tokens.to(device_of(model)), length),
         z0=lambda x: initial_state(model.cell, x),
     )
+
+
+def family_layout(tasks: TaskSet) -> tuple[Layout, int]:
+    """The layout of a family's states, and how many channels its context has in canonical form (0: none to be had).
+
+    The layout is the cell's own `layout` where it has one; the states of a converted network, a tuple without, come as a
+    vector (see `family_tasks`, packed). The context is the injection: the first tensor where there are several.
+    """
+    z0, x = tasks.prepare(tasks.split("validation")[:1])
+    shape = tuple(z0.shape[1:]) if isinstance(z0, Tensor) else tuple(tuple(part.shape[1:]) for part in z0)
+    layout = Layout(getattr(tasks.f, "layout", "nd"), shape)
+    context = x[0] if isinstance(x, tuple) and x else x
+    if not isinstance(context, Tensor):
+        return layout, 0
+    feature = layout.context(context, layout.extents(shape))
+    return layout, feature.shape[1] if feature.shape[2:] == layout.extents(shape) else 0
 
 
 def text_windows(data: TextData, name: str, length: int, back: int = 0) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from metabroyden.solution import State
+from metabroyden.state import gather
 
 SPLITS = ("train", "validation", "test")
 
@@ -39,6 +41,7 @@ class TaskSet:
         z0: Callable[[Any], State] | None = None,
     ) -> None:
         self.f, self._encode, self._augment, self._z0 = f, encode, augment, z0
+        self._made: tuple[State, Any] | None = None  # (z0, x) made beforehand; raw contexts are then row numbers
         self.raw = {"train": train, "validation": validation, "test": test}
         _refuse_overlap({name: part for name, part in self.raw.items() if part is not None})
 
@@ -46,6 +49,25 @@ class TaskSet:
         """The same contexts for another map with an `initial_state` of its own."""
         twin = copy.copy(self)
         twin.f, twin._z0 = cell, cell.initial_state
+        return twin
+
+    def prepared(self, pool: int, generator: torch.Generator, held: int = 256) -> TaskSet:
+        """The same problems with contexts made beforehand: `pool` of the training ones, the first `held` of the others.
+
+        For contexts that are costly to make (a language model's memory is a solve of its own). Raw contexts are then
+        numbers (N,). ValueError where training draws are augmented, which would be lost.
+        """
+        if self._augment is not None:
+            raise ValueError("contexts that are augmented cannot be made beforehand")
+        train = self.split("train")
+        chosen = {"train": train[torch.randperm(len(train), generator=generator)[:pool]]}
+        chosen |= {name: part[:held] for name, part in self.raw.items() if part is not None and name != "train"}
+        made = [self.prepare(raw) for raw in chosen.values()]
+        sizes = [len(raw) for raw in chosen.values()]
+        numbers = dict(zip(chosen, torch.arange(sum(sizes)).split(sizes), strict=True))
+        twin = copy.copy(self)
+        twin.raw = {name: numbers.get(name) for name in self.raw}
+        twin._made = pytree.tree_map(lambda *parts: torch.cat(parts), *made)
         return twin
 
     def split(self, name: str) -> Tensor:
@@ -69,6 +91,8 @@ class TaskSet:
 
     def prepare(self, raw: Tensor) -> tuple[State, Any]:
         """(z0, x) of raw contexts."""
+        if self._made is not None:
+            return gather(self._made, raw)
         with torch.no_grad():
             x = raw if self._encode is None else self._encode(raw)
             return (torch.zeros_like(x) if self._z0 is None else self._z0(x)), x

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from metabroyden import checkpoint
 from metabroyden.learned.fingerprint import module_of
-from metabroyden.meta.objectives import ResidualObjective
+from metabroyden.meta.objectives import Objective, ResidualObjective
 from metabroyden.meta.tasks import TaskSet
 from metabroyden.meta.unroll import BACKENDS, unroll
 from metabroyden.solve import solve
-from metabroyden.state import gather
+from metabroyden.solvers.broyden import Broyden
+from metabroyden.state import Packing, gather
 
 Progress = Callable[[int, str], None]
 """Called with the step reached and a few words."""
@@ -32,9 +33,11 @@ class MetaConfig:
     """One meta-training.
 
     Attributes:
-        steps: outer (Adam) steps. unroll: solver steps K of each unroll, full backpropagation through all of them.
+        steps: outer (Adam) steps. unroll: solver steps K that are backpropagated through together.
+        segments: unrolls of K steps one after another, each from where the last one ended and cut off from its graph
+            (truncated backpropagation through time), their gradients added up. With 1 backpropagation is full.
         batch: fixed-point problems a step. learning_rate: peak, cosine to zero. clip: of the gradient's norm.
-        objective: see `ResidualObjective`. backend: of the unroll. seed: of the batches.
+        objective: see `metabroyden.meta.objectives`. backend: of the unroll. seed: of the batches.
         validate_every: outer steps between looks at validation; the best weights seen there are the ones kept.
         validation_size: problems of the validation split used for that.
         validation_rtol, validation_nfe: tolerance and budget of that look; its score is the mean number of evaluations,
@@ -43,10 +46,11 @@ class MetaConfig:
 
     steps: int = 600
     unroll: int = 14
+    segments: int = 1
     batch: int = 32
     learning_rate: float = 2e-3
     clip: float = 1.0
-    objective: ResidualObjective = field(default_factory=ResidualObjective)
+    objective: Objective = field(default_factory=ResidualObjective)
     backend: str = "higher"
     seed: int = 0
     validate_every: int = 50
@@ -55,7 +59,7 @@ class MetaConfig:
     validation_nfe: int = 60
 
     def __post_init__(self) -> None:
-        for name in ("steps", "unroll", "batch", "validate_every", "validation_size", "validation_nfe"):
+        for name in ("steps", "unroll", "segments", "batch", "validate_every", "validation_size", "validation_nfe"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"MetaConfig: {name} must be an integer of at least 1, got {value!r}")
@@ -130,7 +134,7 @@ class MetaTrainer:
         """One outer step; a loss or gradient that is not finite is skipped and counted."""
         config = self.config
         z0, x = self.tasks.draw(config.batch, self.generator)
-        loss, finite = differentiate(self.solver, self.tasks.f, z0, x, config, config.backend)
+        loss, finite = differentiate(self.solver, self.tasks.f, z0, x, config, config.backend, self.step / config.steps)
         if not finite:
             self.skipped += 1
             return math.nan
@@ -205,18 +209,36 @@ def mean_evaluations(
     return float(cost.mean())
 
 
-def differentiate(solver: Any, f: Any, z0: Any, context: Any, config: Any, backend: str) -> tuple[Tensor, bool]:
+def equilibria(f: Any, z0: Any, context: Any, *, rtol: float = 1e-4, max_nfe: int = 100) -> Tensor:
+    """(B, n): where Broyden's method ends, for objectives that need z*; what did not converge is the best it saw."""
+    found = solve(f, z0, context, solver=Broyden(memory=max_nfe), rtol=rtol, max_nfe=max_nfe, throw=False)
+    return Packing.of(found.z).pack(found.z)
+
+
+def differentiate(
+    solver: Any, f: Any, z0: Any, context: Any, config: Any, backend: str, done: float = 0.0
+) -> tuple[Tensor, bool]:
     """Unroll a solver and leave the clipped gradient of its objective in its parameters; (loss, whether that is finite).
 
-    `config` has the objective, the steps (`unroll`) and the norm to clip at (`clip`).
+    `config` has the objective, the steps (`unroll`) and the norm to clip at (`clip`); done in [0, 1) is how far the
+    training has got.
     """
-    residuals, _ = unroll(solver, f, z0, context, steps=config.unroll, backend=backend)
-    loss = config.objective(residuals)
-    # not loss.backward(): whatever else f closes over must not collect gradients
+    objective = config.objective
+    star = equilibria(f, z0, context) if objective.needs_star else None
+    begin, losses = None, []
     parameters = list(solver.parameters())
-    for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
-        parameter.grad = grad
-    return loss.detach(), bool(torch.isfinite(nn.utils.clip_grad_norm_(parameters, config.clip)))
+    for parameter in parameters:
+        parameter.grad = None
+    for _ in range(getattr(config, "segments", 1)):
+        rollout = unroll(solver, f, z0, context, steps=config.unroll, backend=backend, begin=begin)
+        loss = objective.loss(rollout, star, done)
+        # not loss.backward(): whatever else f closes over must not collect gradients
+        for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+            if grad is not None:
+                parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+        losses.append(loss.detach())
+        begin = rollout.carry()
+    return torch.stack(losses).mean(), bool(torch.isfinite(nn.utils.clip_grad_norm_(parameters, config.clip)))
 
 
 class frozen:

@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from metabroyden.solution import State, relative, residual_norms
 from metabroyden.state import Companion, Packing
 
 BACKENDS = ("higher", "native")
+
+
+class Rollout(NamedTuple):
+    """A differentiable solve of K steps. B samples, n coordinates.
+
+    Attributes:
+        residuals: (K + 1, B) relative residuals, the first at the solver's start.
+        iterates: K + 1 of them, (B, n).
+        extra: K values (B,), what the solver's states hold under `extra`, such as a residual that it predicted; or none.
+        state: the solver's last state.
+    """
+
+    residuals: Tensor
+    iterates: tuple[Tensor, ...]
+    extra: tuple[Tensor, ...]
+    state: Any
+
+    @property
+    def z(self) -> Tensor:
+        """The last iterate, (B, n)."""
+        return self.iterates[-1]
+
+    def carry(self) -> tuple[Tensor, Any]:
+        """Where another rollout may begin, cut off from this one's graph."""
+        return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (self.z, self.state))
 
 
 class UnrolledProblem:
@@ -46,8 +72,15 @@ class UnrolledProblem:
 
 
 def unroll(
-    solver: Any, f: Callable[..., State], z0: State, context: Any = None, *, steps: int, backend: str = "higher"
-) -> tuple[Tensor, Tensor]:
+    solver: Any,
+    f: Callable[..., State],
+    z0: State,
+    context: Any = None,
+    *,
+    steps: int,
+    backend: str = "higher",
+    begin: tuple[Tensor, Any] | None = None,
+) -> Rollout:
     """Run `steps` steps of a solver and keep the graph: exact backpropagation through time.
 
     Args:
@@ -56,16 +89,14 @@ def unroll(
         steps: K ≥ 1.
         backend: "higher" (the iterate is the fast weight of a module, the solver a differentiable optimizer) or "native"
             (a plain loop). Both give the same numbers and gradients.
-
-    Returns:
-        (residuals, z): relative residuals (K + 1, B), the first at the solver's start, and the last iterate (B, n).
+        begin: (iterate (B, n), solver's state) to go on from, see `Rollout.carry`; None: the solver's own start.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     problem = UnrolledProblem(f, z0, context)
-    return (_unroll_higher if backend == "higher" else _unroll_native)(solver, problem, steps)
+    return (_unroll_higher if backend == "higher" else _unroll_native)(solver, problem, steps, begin)
 
 
 def _measure(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,17 +105,41 @@ def _measure(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
     return g, relative(g_norm, f_norm)
 
 
-def _unroll_native(solver: Any, problem: UnrolledProblem, steps: int) -> tuple[Tensor, Tensor]:
-    z = solver.start(problem.z0, problem)
+class _Recorder:
+    """Collects what a `Rollout` is made of."""
+
+    def __init__(self) -> None:
+        self.residuals: list[Tensor] = []
+        self.iterates: list[Tensor] = []
+        self.extra: list[Tensor] = []
+        self.state: Any = None
+
+    def note(self, z: Tensor, residual: Tensor, state: Any = None) -> None:
+        """An iterate, its relative residual (B,), and the solver's state after the step that led there."""
+        self.residuals.append(residual)
+        self.iterates.append(z)
+        self.state = state
+        extra = getattr(state, "extra", None)
+        if extra is not None:
+            self.extra.append(extra)
+
+    def rollout(self) -> Rollout:
+        """All of it."""
+        return Rollout(torch.stack(self.residuals), tuple(self.iterates), tuple(self.extra), self.state)
+
+
+def _unroll_native(solver: Any, problem: UnrolledProblem, steps: int, begin: Any) -> Rollout:
+    recorder = _Recorder()
+    z = solver.start(problem.z0, problem) if begin is None else begin[0]
     g, residual = _measure(z, problem.evaluate(z))
-    residuals = [residual]
-    state = solver.init(z, g, problem)
+    recorder.note(z, residual)
+    state = solver.init(z, g, problem) if begin is None else begin[1]
     for _ in range(steps):
         step = solver.step(z, g, state, problem)
         z, state = step.z, step.state
         g, residual = _measure(z, problem.evaluate(z))
-        residuals.append(residual)
-    return torch.stack(residuals), z
+        recorder.note(z, residual, state)
+    return recorder.rollout()
 
 
 class _Iterate(nn.Module):
@@ -104,17 +159,20 @@ class _Carrier(torch.optim.SGD):
     """Names our differentiable optimizer to `higher`; never steps itself."""
 
 
-def _unroll_higher(solver: Any, problem: UnrolledProblem, steps: int) -> tuple[Tensor, Tensor]:
+def _unroll_higher(solver: Any, problem: UnrolledProblem, steps: int, begin: Any) -> Rollout:
     import higher
 
     _register_with_higher()
+    recorder = _Recorder()
     module = _Iterate(problem.z0.detach().clone())
     with higher.innerloop_ctx(module, _Carrier(module.parameters(), lr=1.0), copy_initial_weights=False) as (net, opt):
-        net.update_params([solver.start(problem.z0, problem).requires_grad_()])
+        start = solver.start(problem.z0, problem) if begin is None else begin[0].detach()
+        net.update_params([start.requires_grad_()])
         z, g, residual = net(problem)
-        residuals = [residual]
+        recorder.note(z, residual)
         # The solver is no optimizer setting (those are deep-copied) but an attribute of the inner loop.
-        opt.solver, opt.problem, opt.solver_state = solver, problem, solver.init(z, g, problem)
+        opt.solver, opt.problem = solver, problem
+        opt.solver_state = solver.init(z, g, problem) if begin is None else begin[1]
         for _ in range(steps):
             live = g
 
@@ -124,8 +182,8 @@ def _unroll_higher(solver: Any, problem: UnrolledProblem, steps: int) -> tuple[T
             # A loss that does not touch f: the optimizer's "gradient" is the live residual, with its graph.
             opt.step(z.sum(), grad_callback=negative_residual)
             z, g, residual = net(problem)
-            residuals.append(residual)
-        return torch.stack(residuals), z
+            recorder.note(z, residual, opt.solver_state)
+        return recorder.rollout()
 
 
 def _register_with_higher() -> None:

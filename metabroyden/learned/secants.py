@@ -1,0 +1,87 @@
+"""Secant pairs of a solve and what they say of a residual; for sequences without looking ahead."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metabroyden.learned.layout import Layout
+
+
+class SecantState(NamedTuple):
+    """Ring buffers of the last m pairs. R rows, n coordinates, T tokens (1 where the layout has no time)."""
+
+    residuals: Tensor  # (R, m, n) Δg
+    moves: Tensor  # (R, m, n) Δz
+    gram: Tensor  # (R, T, m, m) inner products of `residuals`, the diagonal times 1 + ridge, in float64
+    z: Tensor  # (R, n) the last iterate
+    g: Tensor  # (R, n) its residual
+    steps: int  # iterates noted
+
+
+class Secants:
+    """γ = argmin ‖g − ΔGγ‖² + ridge·Σ(‖Δgᵢ‖γᵢ)²: how the last pairs (Δz, Δg) explain a residual.
+
+    The generalised Broyden update (Fang & Saad, Numer. Linear Algebra Appl. 16, 2009) in two parts: −B_k g = −ΔZγ −
+    B₀(g − ΔGγ), for any B₀, which may change from step to step. The ridge is relative to each pair. For sequences each
+    token has a γ of its own, of the residuals up to it, so that nothing crosses time backwards.
+
+    Where gradients are recorded the coefficients γ are constants: backpropagated through, they explode.
+    """
+
+    def __init__(self, layout: Layout, memory: int, ridge: float) -> None:
+        self.layout, self.memory, self.ridge = layout, memory, ridge
+
+    def init(self, z: Tensor, g: Tensor, shape: tuple[int, ...]) -> SecantState:
+        """The first iterate, no pairs."""
+        tokens = self.layout.extents(shape)[0] if self.layout.causal else 1
+        buffer = z.new_zeros(len(z), self.memory, z.shape[1])
+        gram = torch.zeros(len(z), tokens, self.memory, self.memory, dtype=torch.float64, device=z.device)
+        return SecantState(buffer, buffer.clone(), gram, z, g, 1)
+
+    def note(self, z: Tensor, g: Tensor, state: SecantState, shape: tuple[int, ...]) -> SecantState:
+        """Take the pair between the last iterate and this one; in place, unless gradients are recorded."""
+        slot, used = (state.steps - 1) % self.memory, min(state.steps, self.memory)
+        pairs = []
+        for buffer, new in ((state.residuals, g - state.g), (state.moves, z - state.z)):
+            if torch.is_grad_enabled():
+                here = torch.arange(self.memory, device=z.device) == slot
+                buffer = torch.where(here.unsqueeze(1), new.unsqueeze(1), buffer)
+            else:
+                buffer[:, slot] = new
+            pairs.append(buffer)
+        gram = state.gram.clone() if torch.is_grad_enabled() else state.gram
+        with torch.no_grad():
+            row = self._inner(pairs[0][:, :used], pairs[0][:, slot], shape).double()
+            gram[:, :, slot, :used] = row
+            gram[:, :, :used, slot] = row
+            gram[:, :, slot, slot] *= 1 + self.ridge
+        return SecantState(pairs[0], pairs[1], gram, z, g, state.steps + 1)
+
+    def explain(self, g: Tensor, state: SecantState, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """(ΔZγ, g − ΔGγ), both (R, n)."""
+        used = min(state.steps - 1, self.memory)
+        if used == 0:
+            return torch.zeros_like(g), g
+        residuals, moves = state.residuals[:, :used], state.moves[:, :used]
+        with torch.no_grad():
+            right = self._inner(residuals, g, shape).double()
+            gamma, _ = torch.linalg.solve_ex(state.gram[:, :, :used, :used], right)
+            gamma = torch.nan_to_num(gamma, 0.0, 0.0, 0.0).to(g.dtype)
+        return self._combine(gamma, moves, shape), g - self._combine(gamma, residuals, shape)
+
+    def _inner(self, buffer: Tensor, g: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """(R, T, k) inner products of (R, k, n) with (R, n), of the tokens up to each."""
+        if not self.layout.causal:
+            return torch.bmm(g.unsqueeze(1), buffer.transpose(1, 2))
+        products = buffer.unflatten(2, shape) * g.unflatten(1, shape).unsqueeze(1)
+        return products.sum(3 if self.layout.kind == "ntc" else 2).cumsum(2).transpose(1, 2)
+
+    def _combine(self, weights: Tensor, buffer: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """(R, n) sums of (R, k, n) with weights (R, T, k)."""
+        if not self.layout.causal:
+            return torch.bmm(weights, buffer).squeeze(1)
+        by_token = weights.transpose(1, 2).unsqueeze(3 if self.layout.kind == "ntc" else 2)
+        return (buffer.unflatten(2, shape) * by_token).sum(1).flatten(1)
