@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from experiments import alternate, digits, drop_in, gradients, memory, models, solvers
+from experiments import alternate, digits, drop_in, gradients, memory, meta, models, solvers
 
 EXPERIMENTS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "digits": (digits.Digits, digits.run),
@@ -15,4 +15,5 @@ EXPERIMENTS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "drop-in": (drop_in.DropIn, drop_in.run),
     "alternate": (alternate.Alternate, alternate.run),
     "models": (models.Models, models.run),
+    "meta": (meta.Meta, meta.run),
 }

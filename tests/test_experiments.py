@@ -6,10 +6,11 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 import metabroyden as mb
 from experiments import __main__ as cli
-from experiments import alternate, digits, gradients, solvers
+from experiments import alternate, digits, gradients, meta, solvers
 from experiments.registry import EXPERIMENTS
 from metabroyden.meta.trainer import MetaTrainer
 
@@ -168,3 +169,63 @@ def test_gradients_writes_what_it_promises(tmp_path, capsys):
     error = {row["mode"]: row["error"] for row in rows if row["row"] == "mode"}
     assert error["implicit, 0.001"] < error["phantom, 5 steps"] < error["Jacobian-free"]
     assert "adjoint LSTM" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", ["conv-digits", "trellisnet-words"])
+def test_meta_trains_measures_and_goes_on(tmp_path, family, monkeypatch):
+    """A short run on a frozen model, cut off in the middle of training, ends as one that was not."""
+    text = family == "trellisnet-words"
+    monkeypatch.setitem(
+        meta.RECIPES, "grouped", meta.Recipe(unroll=2, segments=2, batch=4, pool=8, options={"rank": 4})
+    )
+    monkeypatch.setattr(meta, "TEXT", {"batch": 2})
+    monkeypatch.setattr(meta, "HELD", 4)
+    monkeypatch.setattr(MetaTrainer.__init__, "__kwdefaults__", {"checkpoint": None, "save_every": 1})
+    config = meta.Meta(
+        family=family, solver="grouped", steps=3, samples=4, budget=12, repeats=1, backend="native", progress=False,
+        results=tmp_path / "results", runs=tmp_path / "runs",
+    )  # fmt: skip
+    whole = replace(config, results=tmp_path / "whole", runs=tmp_path / "whole-runs")
+    meta.run(whole)
+    update, calls = MetaTrainer._update, []
+
+    def cut(self):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return update(self)
+
+    monkeypatch.setattr(MetaTrainer, "_update", cut)
+    with pytest.raises(KeyboardInterrupt):
+        meta.run(config)
+    monkeypatch.setattr(MetaTrainer, "_update", update)
+    meta.run(config)
+    folder = config.results / family / "grouped-seed0"
+    one, other = (
+        mb.load_solver(path / family / "grouped-seed0/solver.safetensors") for path in (whole.results, config.results)
+    )
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    kinds = {row["row"] for row in rows}
+    assert kinds == {"star", "solve", "curve", "score", "clock"} | ({"leak"} if text else set())
+    for row in rows:
+        if row["row"] == "solve":
+            assert len(row["nfe"]) == 4
+            assert all(n <= 12 if hit else n == 12 for n, hit in zip(row["nfe"], row["reached"], strict=True))
+    if not text:
+        meta.run(replace(config, solver="classical"))
+        report = (config.results / "report.md").read_text()
+        assert "×" in report.split("| grouped |")[1].split("\n")[0], "the learned solver beside the best classical one"
+        assert (config.results / family / "residual.png").exists()
+
+
+def test_meta_names_what_it_does_not_know(tmp_path):
+    for options, words in (
+        ({"solver": "adam"}, "unknown solver 'adam': known are meta-broyden"),
+        ({"objective": "square"}, "unknown objective 'square': known are residual"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            meta.run(meta.Meta(runs=tmp_path, results=tmp_path, **options))
+    with pytest.raises(FileNotFoundError, match="python -m experiments models --family conv-digits"):
+        meta.run(meta.Meta(family="conv-digits", models=tmp_path, runs=tmp_path, results=tmp_path))

@@ -51,8 +51,8 @@ class TaskSet:
         twin.f, twin._z0 = cell, cell.initial_state
         return twin
 
-    def prepared(self, pool: int, generator: torch.Generator, held: int = 256) -> TaskSet:
-        """The same problems with contexts made beforehand: `pool` of the training ones, the first `held` of the others.
+    def prepared(self, pool: int, generator: torch.Generator, held: int) -> TaskSet:
+        """Contexts made beforehand: `pool` of the training ones, the first `held` for validation, none for test.
 
         For contexts that are costly to make (a language model's memory is a solve of its own). Raw contexts are then
         numbers (N,). ValueError where training draws are augmented, which would be lost.
@@ -60,8 +60,10 @@ class TaskSet:
         if self._augment is not None:
             raise ValueError("contexts that are augmented cannot be made beforehand")
         train = self.split("train")
-        chosen = {"train": train[torch.randperm(len(train), generator=generator)[:pool]]}
-        chosen |= {name: part[:held] for name, part in self.raw.items() if part is not None and name != "train"}
+        chosen = {
+            "train": train[torch.randperm(len(train), generator=generator)[:pool]],
+            "validation": self.split("validation")[:held],
+        }
         made = [self.prepare(raw) for raw in chosen.values()]
         sizes = [len(raw) for raw in chosen.values()]
         numbers = dict(zip(chosen, torch.arange(sum(sizes)).split(sizes), strict=True))

@@ -1,0 +1,222 @@
+"""results/meta/report.md and its figures: learned root finders on trained families, from rows alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metabroyden.evaluation.plots import new_axes, save_figure
+from metabroyden.evaluation.report import table
+from metabroyden.storage import atomic_write
+
+Row = dict[str, Any]
+CLASSICAL = "classical"
+_COLOURS = {
+    "meta-broyden": ("#D55E00", "-"),
+    "grouped": ("#E69F00", "--"),
+    "coordinatewise": ("#CC79A7", "--"),
+    "hyper-anderson": ("#0072B2", "-."),
+    "tuned Picard": ("#000000", ":"),
+    "tuned Anderson": ("#009E73", ":"),
+    "tuned Broyden": ("#56B4E9", ":"),
+}
+
+
+class MetaResults:
+    """Rows of one family: those of each learned solver by seed, and those of the classical ones.
+
+    Attributes:
+        name: the family. runs: (rows, config.json) by folder name.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.name = folder.name
+        self.runs: dict[str, tuple[list[Row], dict[str, Any]]] = {}
+        for path in sorted(folder.glob("*/rows.jsonl")):
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            self.runs[path.parent.name] = rows, json.loads((path.parent / "config.json").read_text())
+
+    def of(self, kind: str, solver: str, **wanted: Any) -> list[Row]:
+        """Rows of a kind of one solver, one a seed."""
+        return [
+            row
+            for rows, _ in self.runs.values()
+            for row in rows
+            if row["row"] == kind
+            and row.get("solver") == solver
+            and all(row.get(key) == value for key, value in wanted.items())
+        ]
+
+    @property
+    def learned(self) -> list[str]:
+        """Learned solvers that there are, the flagship first."""
+        names = {described["config"]["solver"] for _, described in self.runs.values()} - {CLASSICAL}
+        return sorted(names, key=lambda name: list(_COLOURS).index(name) if name in _COLOURS else len(_COLOURS))
+
+    @property
+    def classical(self) -> list[str]:
+        """Classical solvers that there are."""
+        rows = self.runs.get(CLASSICAL, ([], {}))[0]
+        return list(dict.fromkeys(row["solver"] for row in rows if row["row"] == "solve"))
+
+    @property
+    def tolerances(self) -> list[float]:
+        """Of the solves, the loosest first."""
+        return sorted({row["tolerance"] for rows, _ in self.runs.values() for row in rows if row["row"] == "solve"})[
+            ::-1
+        ]
+
+    def spent(self, solver: str, tolerance: float) -> tuple[list[float], float]:
+        """(median evaluations of each seed, success over all seeds)."""
+        rows = self.of("solve", solver, tolerance=tolerance)
+        return [float(np.median(row["nfe"])) for row in rows], float(np.mean([np.mean(row["reached"]) for row in rows]))
+
+    def best(self, tolerance: float) -> str:
+        """The classical solver with the fewest evaluations, median and then mean, a failure counting as the budget."""
+        rows = {name: self.of("solve", name, tolerance=tolerance)[0]["nfe"] for name in self.classical}
+        return min(rows, key=lambda name: (np.median(rows[name]), np.mean(rows[name])))
+
+    def described(self, solver: str) -> list[dict[str, Any]]:
+        """config.json of each seed."""
+        return [described for _, described in self.runs.values() if described["config"]["solver"] == solver]
+
+
+def write(folder: Path) -> Path:
+    """Write report.md and a figure a family over all that is in a folder."""
+    families = [MetaResults(path) for path in sorted(folder.iterdir()) if path.is_dir()]
+    families = [results for results in families if results.runs]
+    sections = [
+        "# Learned root finders on trained families",
+        "Frozen models of results/models, held-out problems, read once a run; a sample that does not get there within the "
+        "budget counts as the budget. Made by `python -m experiments meta --family NAME --solver NAME --seed N` for every "
+        "folder here; `--solver classical` makes the rows of the classical ones, tuned on validation problems.",
+        *(section for results in families for section in _family(results, folder)),
+        "## Setting",
+        _settings(families),
+    ]
+    return atomic_write(folder / "report.md", "\n\n".join(sections) + "\n")
+
+
+def _family(results: MetaResults, folder: Path) -> list[str]:
+    figure = curves(results, folder / results.name / "residual.png")
+    sections = [
+        f"## {results.name}",
+        "Evaluations: median of each seed (success rate over all seeds); ratio to the best classical solver.",
+        evaluations_table(results),
+        f"![{figure.stem}]({results.name}/{figure.name})",
+    ]
+    if results.learned:
+        sections += ["Same equilibrium, safeguard, task:", equilibrium_table(results)]
+        sections += ["Wall-clock:", clock_table(results)]
+    return sections
+
+
+def evaluations_table(results: MetaResults) -> str:
+    """Evaluations to each tolerance."""
+    body = []
+    for name in [*results.learned, *results.classical]:
+        cells = []
+        for tolerance in results.tolerances:
+            medians, success = results.spent(name, tolerance)
+            words = f"{' '.join(f'{value:g}' for value in medians)} ({100 * success:.0f}%)"
+            if name in results.learned and results.classical:
+                theirs = results.spent(results.best(tolerance), tolerance)[0][0]
+                words += f" {np.mean(medians) / theirs:.2f}×"
+            cells.append(words)
+        body.append([name, *cells])
+    return table(["", *(f"{tolerance:g}" for tolerance in results.tolerances)], body)
+
+
+def equilibrium_table(results: MetaResults) -> str:
+    """Distance to z* when stopped at each tolerance, task scores, hand-overs, leak."""
+    star = next(row for rows, _ in results.runs.values() for row in rows if row["row"] == "star")
+    body = []
+    for name in [*results.learned, *results.classical]:
+        distance, score = [], []
+        for tolerance in results.tolerances:
+            rows = results.of("solve", name, tolerance=tolerance)
+            found = [[value for value in row["distance"] if value is not None] for row in rows]
+            distance.append(f"{np.mean([np.median(values) for values in found if values]):.1e}")
+            score.append(f"{np.mean([row['score'] for row in rows]):.4f}")
+        handed = np.mean([row["handed_over"] for row in results.of("solve", name, tolerance=results.tolerances[-1])])
+        early = [row["score"] for row in results.of("score", name, evaluations=5)]
+        leaks = [row["mean"] for row in results.of("leak", name, tolerance=1e-2)]
+        body.append(
+            [
+                name,
+                " ".join(distance),
+                " ".join(score),
+                f"{np.mean(early):.4f}" if early else "",
+                f"{100 * handed:.0f}%" if name in results.learned else "",
+                f"{np.mean(leaks):.1e}" if leaks else "",
+            ]
+        )
+    head = ["", "median distance to z* at each tolerance", "score there", "score after 5 evaluations", "handed over"]
+    words = (
+        f"Float64 equilibria found for {100 * star['known']:.1f}% of {star['samples']} problems; the score there is "
+        f"{star['score']:.4f}. Handed over: samples that left the learned steps on the way to the last tolerance. Leak: by "
+        "how many bits predictions change when later tokens do, solved to 1e-2."
+    )
+    return f"{words}\n\n" + table([*head, "leak"], body)
+
+
+def clock_table(results: MetaResults) -> str:
+    """Seconds of a batch, ratios to the fastest classical solver (paired by repeat), time outside f."""
+    body = []
+    for tolerance in (1e-2, 1e-3):
+        for name in results.learned:
+            ratios, seconds, outside = [], [], []
+            for rows, described in results.runs.values():
+                clocks = {row["solver"]: row for row in rows if row["row"] == "clock" and row["tolerance"] == tolerance}
+                if described["config"]["solver"] != name or not clocks:
+                    continue
+                rivals = {rival: np.array(row["total"]) for rival, row in clocks.items() if rival != name}
+                fastest = min(rivals, key=lambda rival: float(np.median(rivals[rival])))
+                ours = clocks[name]
+                ratios.append((float(np.median(np.array(ours["total"]) / rivals[fastest])), fastest))
+                seconds.append(float(np.median(ours["total"])))
+                outside.append(float(np.median(np.array(ours["total"]) / np.array(ours["in_f"]))) - 1)
+            if ratios:
+                words = ", ".join(f"{ratio:.2f}× {rival}'s" for ratio, rival in ratios)
+                body.append(
+                    [f"{tolerance:g}", name, f"{1000 * np.mean(seconds):.0f} ms", words, f"{np.mean(outside):.2f} f"]
+                )
+    return table(["to", "", "batch", "to the fastest classical solver, by seed", "outside f, an evaluation"], body)
+
+
+def curves(results: MetaResults, path: Path) -> Path:
+    """Median residual against evaluations, with the band of the quartiles for learned solvers."""
+    figure, axes = new_axes()
+    for name in [*results.learned, *results.classical]:
+        if name not in _COLOURS:
+            continue
+        colour, line = _COLOURS[name]
+        for number, row in enumerate(results.of("curve", name)):
+            low, middle, high = np.array(row["residual"]).T
+            k = np.arange(row["first"], row["first"] + len(middle))
+            axes.plot(k, middle, color=colour, linestyle=line, label=name if number == 0 else None)
+            if name in results.learned and number == 0:
+                axes.fill_between(k, low, high, color=colour, alpha=0.12, linewidth=0)
+    axes.set(xlabel="evaluations of f", ylabel="relative residual, median", yscale="log", title=results.name)
+    axes.legend(fontsize=8, frameon=False)
+    return save_figure(figure, path)
+
+
+def _settings(families: Sequence[MetaResults]) -> str:
+    lines = []
+    for results in families:
+        for name in results.learned:
+            for described in results.described(name):
+                summary = described["summary"]
+                recipe = described["recipe"]
+                lines.append(
+                    f"- {results.name}, {name}, seed {described['config']['seed']}: {described['parameters']:,} parameters "
+                    f"(the model has {described['model_parameters']:,}), {recipe['steps']} steps of {recipe['segments']} × "
+                    f"{recipe['unroll']} on batches of {recipe['batch']}, {summary['seconds']:g} s, "
+                    f"{summary['skipped_steps']} steps skipped; commit {described['provenance']['commit']}"
+                )
+    return "\n".join(lines)

@@ -1,0 +1,150 @@
+"""Learned and classical solvers on the held-out problems of a trained family: rows. Nothing here draws or judges.
+
+A row is a JSON object with a key "row" that says what it tells of one solver:
+  solve  stopped at one tolerance: evaluations by sample (the budget where it was not reached), what it had by then: distance
+         to the float64 equilibrium, score of the task
+  curve  quartiles over samples of the smallest residual after k evaluations
+  clock  seconds of a whole solve to one tolerance, those in f, and calls of f, by repeat, interleaved with the other solvers
+and "score" after k evaluations by `equilibria.depth_rows`, and "leak" by `texts.leak_rows`.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from metabroyden.evaluation.equilibria import HeldOut, Row
+from metabroyden.evaluation.metrics import residual_after, short
+from metabroyden.solution import State
+from metabroyden.solve import solve
+from metabroyden.solvers import Anderson, Broyden
+from metabroyden.state import Packing, gather
+from metabroyden.training.pin import pin
+
+TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+
+
+def packed(z: State) -> Tensor:
+    """(B, n)."""
+    return Packing.of(z).pack(z)
+
+
+@torch.no_grad()
+def double_equilibria(
+    cell: Any, held: HeldOut, solvers: Sequence[Any] = (), *, rtol: float = 1e-8, max_nfe: int = 400
+) -> tuple[Tensor, Tensor]:
+    """(z*, known): float64 equilibria (N, n) of held-out problems, found from their own starts; known (N,) where found.
+
+    solvers: what to try, each on what those before left; default Broyden's method, then Anderson's.
+    """
+    solvers = solvers or (Broyden(memory=200), Anderson(memory=10, ridge=1e-12))
+    double = copy.deepcopy(cell).double()
+    stars, known = [], []
+    for z0, x, _ in held.chunks():
+        z0, x = pytree.tree_map(_in_double, (z0, x))
+        f, x = pin(double, getattr(x, "context", x), z0)
+        star, found = packed(z0).clone(), torch.zeros(len(packed(z0)), dtype=torch.bool)
+        for solver in solvers:
+            todo = (~found).nonzero().squeeze(1)
+            if len(todo) == 0:
+                break
+            start, context = gather((z0, x), todo)
+            solution = solve(f, start, context, solver=solver, rtol=rtol, max_nfe=max_nfe, throw=False)
+            star[todo], found[todo] = packed(solution.z), solution.converged
+        stars.append(star)
+        known.append(found)
+    return torch.cat(stars), torch.cat(known)
+
+
+def _in_double(leaf: Any) -> Any:
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+@torch.no_grad()
+def solve_rows(
+    name: str, solver: Any, held: HeldOut, star: Tensor, known: Tensor, *, budget: int,
+    tolerances: Sequence[float] = TOLERANCES,
+) -> list[Row]:  # fmt: skip
+    """One solver to each tolerance, a solve of its own each, and its residual curve from the last."""
+    rows: list[Row] = []
+    best: list[np.ndarray] = []
+    for tolerance in tolerances:
+        spent, reached, distances, scores, handed = [], [], [], [], 0
+        for z0, x, index in held.chunks():
+            found = solve(held.f, z0, x, solver=solver, rtol=tolerance, max_nfe=budget, throw=False)
+            nfe, hit = found.trace.evaluations_to(tolerance, budget)
+            spent += nfe.tolist()
+            reached += hit.tolist()
+            apart = (packed(found.z).double() - star[index]).norm(dim=1) / star[index].norm(dim=1)
+            distances += torch.where(known[index], apart, torch.nan).tolist()
+            scores += held.judge(found.z, index).tolist()
+            handed += int((found.trace.phase > 0).any(dim=0).sum())
+            if tolerance == tolerances[-1]:
+                best.append(residual_after(found.trace, budget))
+        rows.append(
+            {
+                "row": "solve",
+                "solver": name,
+                "config": repr(solver) if not isinstance(solver, torch.nn.Module) else type(solver).__name__,
+                "budget": budget,
+                "tolerance": tolerance,
+                "nfe": spent,
+                "reached": reached,
+                "distance": [None if np.isnan(value) else float(f"{value:.3g}") for value in distances],
+                "score": float(np.mean(scores)),
+                "handed_over": handed / len(held),
+            }
+        )
+    quartiles = np.quantile(np.concatenate(best, axis=1), [0.25, 0.5, 0.75], axis=1, method="nearest")
+    finite = int(np.isfinite(quartiles[2]).sum())
+    first = budget - finite  # a learned start is measured after its first evaluation, or its second
+    rows.append({"row": "curve", "solver": name, "first": first + 1, "residual": quartiles[:, first:].T.tolist()})
+    return short(rows)
+
+
+@torch.no_grad()
+def clock_rows(
+    solvers: dict[str, Any], held: HeldOut, *, tolerances: Iterable[float], budget: int, batch: int, repeats: int
+) -> list[Row]:
+    """Whole solves of one batch of held-out problems by every solver in turn, `repeats` rounds after one to warm up."""
+    index = torch.arange(min(batch, len(held)))
+    z0, x = gather(held.z0, index), gather(held.x, index)
+    spent = {"seconds": 0.0, "calls": 0}
+
+    def f(z: State, context: Any) -> State:
+        began = time.perf_counter()
+        value = held.f(z, context)
+        spent["seconds"] += time.perf_counter() - began
+        spent["calls"] += 1
+        return value
+
+    rows: list[Row] = []
+    for tolerance in tolerances:
+        taken: dict[str, list[tuple[float, float, float]]] = {name: [] for name in solvers}
+        for _ in range(repeats + 1):
+            for name, solver in solvers.items():
+                spent.update(seconds=0.0, calls=0)
+                began = time.perf_counter()
+                solve(f, z0, x, solver=solver, rtol=tolerance, max_nfe=budget, throw=False)
+                taken[name].append((time.perf_counter() - began, spent["seconds"], spent["calls"]))
+        for name, readings in taken.items():
+            total, in_f, calls = zip(*readings[1:], strict=True)
+            rows.append(
+                {
+                    "row": "clock",
+                    "solver": name,
+                    "tolerance": tolerance,
+                    "batch": len(index),
+                    "total": list(total),
+                    "in_f": list(in_f),
+                    "calls": list(calls),
+                }
+            )
+    return short(rows)
