@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import metabroyden as mb
-from metabroyden.evaluation import benchmark, metrics, race, report
+from metabroyden.evaluation import benchmark, meta_report, meta_rows, metrics, race, report
+from metabroyden.evaluation.equilibria import HeldOut
 from metabroyden.evaluation.peers import ScipySolver, TorchDEQSolver, XitorchSolver, available
+from metabroyden.evaluation.provenance import write_results
 from metabroyden.learned.layout import Layout
 from metabroyden.meta.fit import make_learned
 from metabroyden.solvers.tuning import tune
@@ -204,3 +206,120 @@ def test_the_race_of_classical_solvers_tells_what_happened():
     )
     assert len(samples) == 2 * 2 * 2
     assert all(row["reached"]["1e-05"] for row in samples)
+
+
+def held_linear(scale: float = 1.0) -> tuple[HeldOut, torch.nn.Module, torch.Tensor]:
+    """z = Wz + x in float32, a module, and its float64 solution."""
+    cell = torch.nn.Linear(6, 6, bias=False)
+    matrix = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(0))).Q
+    cell.weight.data = 0.7 * scale * matrix
+
+    class Cell(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = cell
+
+        def forward(self, z, x):
+            return self.inner(z) + x
+
+    module = Cell()
+    x = torch.randn(10, 6, generator=torch.Generator().manual_seed(1))
+    star = torch.linalg.solve(torch.eye(6, dtype=torch.float64) - cell.weight.detach().double(), x.double().T).T
+
+    def judge(z, index):
+        return ((z - star[index].float()).norm(dim=1) < 1e-2 * star[index].norm(dim=1)).float()
+
+    return HeldOut(module, torch.zeros(10, 6), x, judge), module, star
+
+
+def test_double_equilibria_are_found_in_float64_and_what_is_not_found_is_not_known():
+    held, cell, wanted = held_linear()
+    star, known = meta_rows.double_equilibria(cell, held)
+    assert known.all()
+    torch.testing.assert_close(star, wanted, rtol=1e-7, atol=1e-7)
+    assert next(cell.parameters()).dtype == torch.float32, "the cell itself stays as it is"
+    _, known = meta_rows.double_equilibria(cell, held, (mb.Picard(),), max_nfe=3)
+    assert not known.any()
+
+
+def test_solve_rows_count_as_solve_does_and_measure_what_a_tolerance_gives():
+    held, cell, star = held_linear()
+    known = torch.arange(10) < 8
+    rows = meta_rows.solve_rows("Picard", mb.Picard(), held, star, known, budget=30, tolerances=(1e-1, 1e-3, 1e-9))
+    loose, tight, never = (row for row in rows if row["row"] == "solve")
+    with torch.no_grad():
+        for row in (loose, tight):
+            solution = mb.solve(cell, held.z0, held.x, solver=mb.Picard(), rtol=row["tolerance"], max_nfe=30)
+            assert row["nfe"] == solution.nfe.tolist()
+            assert all(row["reached"])
+            apart = (solution.z.double() - star).norm(dim=1) / star.norm(dim=1)
+            np.testing.assert_allclose(row["distance"][:8], apart[:8], rtol=1e-2)
+            assert row["distance"][8:] == [None, None], "where z* is not known there is no distance"
+            assert row["score"] == pytest.approx(float(held.judge(solution.z, torch.arange(10)).mean()))
+    assert loose["score"] < tight["score"] == 1
+    assert never["nfe"] == [30] * 10
+    assert not any(never["reached"])
+    (curve,) = (row for row in rows if row["row"] == "curve")
+    assert curve["first"] == 1
+    assert len(curve["residual"]) == 30
+    assert curve["residual"][0][1] == pytest.approx(1.0), "f(0) − 0 over f(0)"
+
+
+def test_clock_rows_take_turns_and_count_calls(tmp_path):
+    held, _, _ = held_linear()
+    solvers = {"meta-broyden": mb.Picard(), "tuned Picard": mb.Picard(0.5)}
+    rows = meta_rows.clock_rows(solvers, held, tolerances=(1e-2, 1e-3), budget=40, batch=6, repeats=3)
+    assert [(row["solver"], row["tolerance"]) for row in rows[:2]] == [("meta-broyden", 1e-2), ("tuned Picard", 1e-2)]
+    for row in rows:
+        assert row["batch"] == 6
+        assert len(row["total"]) == len(row["in_f"]) == len(row["calls"]) == 3
+        assert all(total > part > 0 for total, part in zip(row["total"], row["in_f"], strict=True))
+    assert rows[0]["calls"][0] < rows[1]["calls"][0]
+
+
+def test_the_report_holds_a_learned_solver_against_the_best_classical_one(tmp_path):
+    """From rows alone: medians of 6 and 10 against 8 (not against 20), seeds apart, failures counted."""
+
+    def put(name: str, solver: str, seed: int, rows: list[dict]) -> None:
+        described = {"config": {"solver": solver, "seed": seed}}
+        if solver != "classical":
+            described |= {
+                "recipe": {"steps": 1, "segments": 1, "unroll": 1, "batch": 1}, "parameters": 5, "model_parameters": 50,
+                "summary": {"seconds": 2.0, "skipped_steps": 0}, "provenance": {"commit": "abc"},
+            }  # fmt: skip
+        meta_rows_folder = tmp_path / "fam" / name
+        write_results(meta_rows_folder, [{"row": "star", "known": 1.0, "score": 0.9, "samples": 4}, *rows], described)
+
+    def solved(solver: str, nfe: list[int], reached: list[bool]) -> list[dict]:
+        return [
+            {"row": "solve", "solver": solver, "config": "", "budget": 40, "tolerance": t, "nfe": nfe, "reached": reached,
+             "distance": [0.1, None, 0.3, 0.2], "score": 0.8, "handed_over": 0.5}
+            for t in (1e-1, 1e-2)
+        ] + [{"row": "curve", "solver": solver, "first": 1, "residual": [[0.1, 0.2, 0.3], [0.01, 0.02, 0.03]]}]  # fmt: skip
+
+    for seed, median in ((0, 6), (1, 10)):
+        clock = [
+            {"row": "clock", "solver": solver, "tolerance": 1e-2, "batch": 4, "total": total, "in_f": [1.0, 1.0],
+             "calls": [1, 1]}
+            for solver, total in (("meta-broyden", [2.0, 2.0]), ("tuned Picard", [4.0, 8.0]), ("tuned Broyden", [9.0, 9.0]))
+        ]  # fmt: skip
+        put(
+            f"meta-broyden-seed{seed}",
+            "meta-broyden",
+            seed,
+            [*solved("meta-broyden", [median] * 3 + [40], [True] * 3 + [False]), *clock],
+        )
+    put(
+        "classical",
+        "classical",
+        0,
+        solved("tuned Picard", [20] * 4, [True] * 4) + solved("tuned Broyden", [8] * 4, [True] * 4),
+    )
+    text = meta_report.write(tmp_path).read_text()
+    line = next(line for line in text.splitlines() if line.startswith("| meta-broyden |"))
+    assert line.count("6 10 (75%) 1.00×") == 2, "(6 + 10)/2 over Broyden's 8, three of four solved"
+    assert "0.38× tuned Picard's, 0.38× tuned Picard's" in text, (
+        "median of the paired ratios 2/4 and 2/8, the fastest rival"
+    )
+    assert "| 1.00 f |" in text
+    assert (tmp_path / "fam" / "residual.png").exists()

@@ -203,3 +203,31 @@ def test_task_sets_are_learn2learn_task_sets():
         seen.add(int(labels[0]))
     assert len(episodes) == 8
     assert seen == {0, 1}
+
+
+def test_contexts_made_beforehand_are_the_same_problems():
+    made = []
+
+    def encode(raw):
+        made.append(len(raw))
+        return 2 * raw
+
+    def split(seed, count):
+        return torch.randn(count, 3, generator=torch.Generator().manual_seed(seed))
+
+    tasks = TaskSet(lambda z, x: 0.5 * z + x, split(0, 9), split(1, 5), split(2, 4), encode=encode, z0=torch.ones_like)
+    ready = tasks.prepared(6, torch.Generator().manual_seed(0), 3)
+    assert made == [6, 3]
+    z0, x = ready.problems("validation")
+    assert torch.equal(x, 2 * tasks.split("validation")[:3])
+    assert torch.equal(z0, torch.ones(3, 3))
+    _, drawn = ready.draw(50, torch.Generator().manual_seed(1))
+    known = {tuple(row) for row in (2 * tasks.split("train")).tolist()}
+    assert {tuple(row) for row in drawn.tolist()} <= known
+    assert len({tuple(row) for row in drawn.tolist()}) == 6
+    assert made == [6, 3], "no context is made twice"
+    with pytest.raises(ValueError, match="no split 'test'"):
+        ready.split("test")
+    shifted = TaskSet(lambda z, x: z, split(0, 9), split(1, 5), augment=lambda raw, generator: raw + 1)
+    with pytest.raises(ValueError, match="augmented"):
+        shifted.prepared(6, torch.Generator(), 3)

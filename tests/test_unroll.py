@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ import metabroyden as mb
 from metabroyden.learned import LEARNED
 from metabroyden.learned.layout import Layout
 from metabroyden.meta.fit import make_learned
-from metabroyden.meta.objectives import ResidualObjective
-from metabroyden.meta.unroll import unroll
+from metabroyden.meta.objectives import CountObjective, DistanceObjective, HyperObjective, ResidualObjective
+from metabroyden.meta.trainer import MetaConfig, differentiate, equilibria
+from metabroyden.meta.unroll import Rollout, unroll
 from tests.conftest import tanh
 
 
@@ -157,3 +159,71 @@ def test_objectives_are_what_they_say():
     assert float(ResidualObjective("log", "last")(residuals)) == pytest.approx(-1.5)
     assert float(ResidualObjective("plain", "uniform")(residuals)) == pytest.approx((1 + 0.055) / 2)
     assert float(ResidualObjective("normalised", "last")(2 * residuals)) == pytest.approx(0.055)
+    with pytest.raises(ValueError, match="tolerances must be numbers"):
+        CountObjective(tolerances=(2.0,))
+    with pytest.raises(ValueError, match="objective weights"):
+        DistanceObjective(weights="late")
+
+
+def test_objectives_of_rollouts_are_what_they_say():
+    star = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
+    iterates = (torch.zeros(2, 2), star * torch.tensor([[0.9], [0.5]]))
+    rollout = Rollout(torch.tensor([[1.0, 1.0], [0.1, 0.001]]), iterates, (torch.tensor([5.0, 1.0]),), None)
+    assert float(DistanceObjective(weights="last").loss(rollout, star, 0.0)) == pytest.approx(
+        (-1 + math.log10(0.5)) / 2
+    )
+    with pytest.raises(ValueError, match="needs the equilibria"):
+        DistanceObjective().loss(rollout, None, 0.0)
+    # distances 1 and (0.1 + 0.5)/2; remainders 5/5 and 1/2
+    convergence, start, remainder = 1 / 3 * 1 + 2 / 3 * 0.3, 1.0, 0.75
+    for done in (0.0, 0.5):
+        loss = float(HyperObjective(2.0, 0.3, 0.4).loss(rollout, star, done))
+        assert loss == pytest.approx(2 * convergence + 0.3 * start + 0.4 * (1 - done) * remainder)
+    sharp = CountObjective(tolerances=(1e-2,), width=1e-3)
+    assert float(sharp.loss(rollout, None, 0.0)) == pytest.approx((2 + 1) / 2), "evaluations above the tolerance"
+
+
+def test_equilibria_are_packed_fixed_points():
+    problem = tanh(batch=3, n=6, gain=0.5)
+    star = equilibria(problem.f, problem.z0, problem.x)
+    assert (problem.f(star, problem.x) - star).norm(dim=1).max() < 1e-3 * star.norm(dim=1).min()
+
+
+@pytest.mark.parametrize("backend", ["higher", "native"])
+@pytest.mark.parametrize("name", sorted(LEARNED))
+def test_truncated_backpropagation_follows_the_same_solve_and_is_cut_between_segments(name, backend):
+    solver = trained_a_little(name)
+    problem = tanh(batch=3, n=6, gain=0.8)
+    whole = unroll(solver, problem.f, problem.z0, problem.x, steps=6, backend=backend)
+    first = unroll(solver, problem.f, problem.z0, problem.x, steps=3, backend=backend)
+    begin = first.carry()
+    second = unroll(solver, problem.f, problem.z0, problem.x, steps=3, backend=backend, begin=begin)
+    torch.testing.assert_close(torch.cat([first.residuals, second.residuals[1:]]), whole.residuals)
+    torch.testing.assert_close(second.residuals[0], first.residuals[-1])
+    assert not begin[0].requires_grad
+    config = MetaConfig(unroll=3, segments=2, clip=1e9)
+    objective = ResidualObjective()
+    wanted = [
+        torch.autograd.grad(
+            objective.loss(part, None, 0.0), list(solver.parameters()), allow_unused=True, retain_graph=True
+        )
+        for part in (first, second)
+    ]
+    loss, finite = differentiate(solver, problem.f, problem.z0, problem.x, config, backend)
+    assert finite
+    assert float(loss) == pytest.approx(float((objective(first.residuals) + objective(second.residuals)).detach()) / 2)
+    for parameter, *grads in zip(solver.parameters(), *wanted, strict=True):
+        total = sum((grad for grad in grads if grad is not None), torch.zeros_like(parameter))
+        found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(found, total, rtol=1e-9, atol=1e-12)
+    late = gradients_or_zero(solver, objective(whole.residuals[3:])) - gradients_or_zero(
+        solver, objective(second.residuals)
+    )
+    assert late.norm() > 1e-3, "the whole graph reaches further back"
+
+
+def gradients_or_zero(solver, loss):
+    found = torch.autograd.grad(loss, list(solver.parameters()), allow_unused=True, retain_graph=True)
+    return torch.cat([
+        (torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(solver.parameters(), found, strict=True)
+    ])  # fmt: skip
