@@ -17,6 +17,7 @@ from metabroyden import Broyden, load_solver, save_solver
 from metabroyden.evaluation import equilibria, meta_report, meta_rows, texts
 from metabroyden.evaluation.provenance import config_hash, plain, provenance, write_results
 from metabroyden.learned.fingerprint import fingerprint
+from metabroyden.learned.safeguard import Safeguard
 from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet
 from metabroyden.meta.families import family_layout, family_tasks
 from metabroyden.meta.fit import make_learned
@@ -29,6 +30,7 @@ from metabroyden.storage import atomic_write
 
 CLASSICAL = "classical"
 CLOCKED = (1e-2, 1e-3)
+OPTIONS = ("steps", "objective", "context", "budget", "samples", "repeats", "backend")
 BUDGETS = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40)
 
 
@@ -46,20 +48,20 @@ class Recipe:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+_SAME: dict[str, Any] = {"initializer": 64, "safeguard": Safeguard(horizon=None, patience=15, progress=0.5)}
 RECIPES: dict[str, Recipe] = {
-    "meta-broyden": Recipe(options={"initializer": 64, "rank": 64, "gated": 28}),
-    "grouped": Recipe(options={"initializer": 64, "rank": 64}),
-    "coordinatewise": Recipe(steps=400, segments=1, options={"initializer": 64}),
-    "hyper-anderson": Recipe(steps=3000, unroll=10, segments=1, learning_rate=1e-3, options={"initializer": 64}),
+    "meta-broyden": Recipe(options={**_SAME, "rank": 64, "gated": 28}),
+    "grouped": Recipe(options={**_SAME, "rank": 64}),
+    "coordinatewise": Recipe(steps=400, segments=1, options=_SAME),
+    "hyper-anderson": Recipe(steps=3000, unroll=10, segments=1, learning_rate=1e-3, options=_SAME),
 }
+"""All with the same width of the start and the same safeguard."""
 TEXT: dict[str, Any] = {"batch": 16, "steps": 300}
 """What is different where f is a language model's, ten times as costly."""
 SLOW = {"multiscale-fashion": 0.5}
 """Share of a recipe's steps that is taken on a family, so that meta-training stays near ten minutes of one core."""
 HELD = 128
 """Validation problems of a text on which weights are chosen."""
-SLOW = {"multiscale-fashion": 0.5}
-"""Share of a recipe's steps that is taken on a family, so that meta-training stays near ten minutes of one core."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Meta:
     models: Path = Path("results/models")
     """Where the frozen models are."""
     results: Path = Path("results/meta")
-    """Where results go."""
+    """Where results go; those of a run with other settings than these to a trial- folder in it, with a report of its own."""
     runs: Path = Path("runs/meta")
     """Where unfinished work is kept, to go on from."""
     fresh: bool = False
@@ -103,12 +105,14 @@ def run(config: Meta) -> None:
     console = Console()
     if config.solver != CLASSICAL and config.solver not in RECIPES:
         raise ValueError(f"unknown solver {config.solver!r}: known are {', '.join([*RECIPES, CLASSICAL])}")
+    if config.steps is not None and config.steps < 1:
+        raise ValueError(f"steps must be at least 1, got {config.steps}")
     if config.objective is not None and config.objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {config.objective!r}: known are {', '.join(OBJECTIVES)}")
     job = _Job(config)
     job.run()
     console.print(f"{config.family}, {config.solver}, seed {config.seed}: {job.folder}")
-    console.print(Markdown(meta_report.write(config.results).read_text()))
+    console.print(Markdown(meta_report.write(job.results).read_text()))
 
 
 class _Job:
@@ -131,16 +135,23 @@ class _Job:
             recipe = replace(recipe, **TEXT)
         self.recipe = replace(
             recipe,
-            steps=config.steps or round(SLOW.get(config.family, 1) * recipe.steps),
+            steps=config.steps if config.steps is not None else round(SLOW.get(config.family, 1) * recipe.steps),
             objective=config.objective or recipe.objective,
         )
         name = config.solver if config.solver == CLASSICAL else f"{config.solver}-seed{config.seed}"
-        self.folder = config.results / config.family / name
-        digest = hashlib.sha256(f"{self.recipe}{self.path.read_bytes()!r}".encode()).hexdigest()[:8]
+        chosen = {item.name: getattr(config, item.name) for item in fields(config) if item.name in OPTIONS}
+        usual = all(item.default == chosen.get(item.name, item.default) for item in fields(config))
+        trial = "trial-" + hashlib.sha256(repr(chosen).encode()).hexdigest()[:8]
+        self.results = config.results if usual else config.results / trial
+        self.folder = self.results / config.family / name
+        settings = (self.recipe, BUDGETS, CLOCKED, HELD, meta_rows.TOLERANCES)
+        digest = hashlib.sha256(repr(settings).encode() + self.path.read_bytes()).hexdigest()[:8]
         self.work = config.runs / config.family / f"{name}-{config_hash(identity)}-{digest}"
         if config.fresh and self.work.exists():
             shutil.rmtree(self.work)
         self.work.mkdir(parents=True, exist_ok=True)
+        if not (self.work / "began.json").exists():
+            atomic_write(self.work / "began.json", json.dumps(provenance(), indent=2) + "\n")
 
     def run(self) -> None:
         """Train, measure, publish."""
@@ -239,16 +250,13 @@ class _Job:
         command = f"python -m experiments meta --family {config.family} --solver {config.solver} --seed {config.seed}"
         for item in fields(config):
             value = getattr(config, item.name)
-            if item.name in ("steps", "objective", "context", "budget", "samples", "backend") and value != item.default:
-                command += f" --{item.name} {value}"
-        for item in fields(config):
-            value = getattr(config, item.name)
-            if item.name in ("steps", "objective", "context", "budget", "samples", "backend") and value != item.default:
+            if item.name in OPTIONS and value != item.default:
                 command += f" --{item.name} {value}"
         described = {
             "command": command,
             "config": plain(config),
             "model_sha256": hashlib.sha256(self.path.read_bytes()).hexdigest(),
+            "began": json.loads((self.work / "began.json").read_text()),
             "provenance": provenance(),
         }
         if solver is not None:

@@ -300,15 +300,12 @@ def test_the_report_holds_a_learned_solver_against_the_best_classical_one(tmp_pa
     for seed, median in ((0, 6), (1, 10)):
         clock = [
             {"row": "clock", "solver": solver, "tolerance": 1e-2, "batch": 4, "total": total, "in_f": [1.0, 1.0],
-             "calls": [1, 1]}
+             "calls": [1, 1], "reached": 0.0 if solver == "tuned Picard" and seed else 1.0}
             for solver, total in (("meta-broyden", [2.0, 2.0]), ("tuned Picard", [4.0, 8.0]), ("tuned Broyden", [9.0, 9.0]))
         ]  # fmt: skip
-        put(
-            f"meta-broyden-seed{seed}",
-            "meta-broyden",
-            seed,
-            [*solved("meta-broyden", [median] * 3 + [40], [True] * 3 + [False]), *clock],
-        )
+        spent = solved("meta-broyden", [median] * 3 + [40], [True] * 3 + [False])
+        spent[1] |= {"nfe": [median, median, 40, 40], "reached": [True, True, False, False]}
+        put(f"meta-broyden-seed{seed}", "meta-broyden", seed, [*spent, *clock])
     put(
         "classical",
         "classical",
@@ -317,9 +314,17 @@ def test_the_report_holds_a_learned_solver_against_the_best_classical_one(tmp_pa
     )
     text = meta_report.write(tmp_path).read_text()
     line = next(line for line in text.splitlines() if line.startswith("| meta-broyden |"))
-    assert line.count("6 10 (75%) 1.00×") == 2, "(6 + 10)/2 over Broyden's 8, three of four solved"
-    assert "0.38× tuned Picard's, 0.38× tuned Picard's" in text, (
-        "median of the paired ratios 2/4 and 2/8, the fastest rival"
+    assert "| 6 10 (75%) 1.00× | — — (50%) |" in line, "(6 + 10)/2 over Broyden's 8; half failed: no median, no ratio"
+    assert "0.38× tuned Picard's (100%), 0.22× tuned Broyden's (100%)" in text, (
+        "paired ratios; a rival that fails is none"
     )
     assert "| 1.00 f |" in text
     assert (tmp_path / "fam" / "residual.png").exists()
+    put(
+        "grouped-seed0",
+        "grouped",
+        0,
+        [row | {"budget": 20} if row["row"] == "solve" else row for row in solved("grouped", [9] * 4, [True] * 4)],
+    )
+    with pytest.raises(ValueError, match=r"runs of fam cannot stand beside one another: .*budget 20, 4 problems"):
+        meta_report.write(tmp_path)

@@ -8,6 +8,7 @@ import torch
 import metabroyden as mb
 from metabroyden.learned import LEARNED, GroupedConfig, LearnedConfig, Safeguard
 from metabroyden.learned.layout import Layout, guess_layout
+from metabroyden.learned.secants import Secants
 from metabroyden.meta.fit import make_learned
 from metabroyden.meta.unroll import unroll
 from tests.conftest import tanh
@@ -277,3 +278,80 @@ def test_the_secant_phase_is_andersons_on_the_pairs_of_the_gated_steps(kind):
                 )
                 wanted = (z[b] + g[b] - gamma @ (dz[:, b] + dg[:, b]))[here]
                 torch.testing.assert_close(iterates[k][b][here], wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("steps", [2, 7])
+def test_the_transposed_inverse_is_that_of_the_step(kind, steps):
+    """⟨Bg, w⟩ = ⟨g, Bᵀw⟩ with B read off the quasi-Newton step itself, and early on B = B₀."""
+    layout, f, z0, x = problem_of(kind, batch=3, gain=0.9, dtype=torch.float64)
+    solver = make_learned("meta-broyden", layout, gated=3, memory=4).double()
+    for parameter in solver.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+
+    class Problem:
+        shape = layout.shape
+        context = x
+
+        def origin(self):
+            return f(z0, x).flatten(1)
+
+    with torch.no_grad():
+        problem, z = Problem(), z0.flatten(1)
+        g = f(z.view_as(z0), x).flatten(1) - z
+        state = solver.init(z, g, problem)
+        for _ in range(steps):
+            z, state = solver.step(z, g, state, problem)[:2]
+            g = f(z.view_as(z0), x).flatten(1) - z
+        frozen = solver.inverse(state, torch.arange(3))
+        one, other = (
+            torch.randn(z.shape, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in (5, 6)
+        )
+
+        def b(v):
+            known, rest = solver.secants.explain(v, state.secants, layout.shape)
+            r = layout.canonical(rest, layout.shape)
+            stack = layout.grouped(torch.stack([r, solver.preconditioner(r, state.gated.gates)], dim=2))
+            weighted = (stack * state.gated.weights[:, :, :2, None]).sum(2)
+            return known - layout.flat(layout.ungrouped(weighted, layout.extents(layout.shape)))
+
+        left, right = (b(one) * other).sum(1), (one * solver.transposed(other, frozen)).sum(1)
+        torch.testing.assert_close(left, right, rtol=1e-8, atol=1e-10)
+        if steps == 7:  # and b is what the step does: z⁺ = z − Bg
+            noted = solver.secants.note(z, g, state.secants, layout.shape)
+            state = state._replace(secants=noted)
+            torch.testing.assert_close(z - b(g), solver.step(z, g, state._replace(secants=noted._replace(
+                steps=noted.steps - 1, z=state.secants.z * 0 + noted.z - noted.moves[:, (noted.steps - 2) % 4],
+                g=noted.g - noted.residuals[:, (noted.steps - 2) % 4])), problem).z, rtol=1e-7, atol=1e-9)  # fmt: skip
+
+
+def test_a_pair_of_nothing_takes_no_other_with_it():
+    secants = Secants(Layout("nd", (6,)), memory=4, ridge=1e-8)
+    generator = torch.Generator().manual_seed(0)
+    points = [torch.randn(2, 6, generator=generator, dtype=torch.float64) for _ in range(4)]
+    with torch.no_grad():
+        state = secants.init(points[0], points[0], (6,))
+        for z in points[1:3]:
+            state = secants.note(z, 2 * z, state, (6,))
+        before = secants.explain(points[3], state, (6,))
+        state = secants.note(points[3], 2 * points[2], state, (6,))  # g has not moved
+        after = secants.explain(points[3], state, (6,))
+    for a, b in zip(before, after, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_sample_that_creeps_is_handed_over():
+    """Each learned step takes a hundredth of Picard's: better every time, and never there."""
+    solver = make_learned("meta-broyden", Layout("nd", (4,)), gated=10_000, initializer=0)
+    with torch.no_grad():
+        solver.lstm.offset[0] = -0.99
+        solver.lstm.offset[1] = -1
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    solution = mb.solve(lambda z, x: 0.5 * z + x, torch.zeros(3, 4), x, solver=solver, rtol=1e-5, max_nfe=100)
+    assert (solution.trace.phase > 0).any(dim=0).all()
+
+
+def test_a_saved_solver_of_several_scales_loads(tmp_path):
+    solver = make_learned("meta-broyden", SCALES)
+    again = mb.load_solver(mb.save_solver(solver, tmp_path / "s.safetensors"))
+    assert again.config == solver.config

@@ -4,7 +4,8 @@ A row is a JSON object with a key "row" that says what it tells of one solver:
   solve  stopped at one tolerance: evaluations by sample (the budget where it was not reached), what it had by then: distance
          to the float64 equilibrium, score of the task
   curve  quartiles over samples of the smallest residual after k evaluations
-  clock  seconds of a whole solve to one tolerance, those in f, and calls of f, by repeat, interleaved with the other solvers
+  clock  seconds of a whole solve to one tolerance by repeat, interleaved with the other solvers; the share of samples that
+         got there; seconds in f and calls of it, but for solvers that use parts of f
 and "score" after k evaluations by `equilibria.depth_rows`, and "leak" by `texts.leak_rows`.
 """
 
@@ -128,23 +129,30 @@ def clock_rows(
     rows: list[Row] = []
     for tolerance in tolerances:
         taken: dict[str, list[tuple[float, float, float]]] = {name: [] for name in solvers}
-        for _ in range(repeats + 1):
-            for name, solver in solvers.items():
+        reached: dict[str, float] = {}
+        for round_ in range(repeats + 1):
+            names = list(solvers)
+            for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
+                solver = solvers[name]
                 spent.update(seconds=0.0, calls=0)
+                timed = held.f if getattr(solver, "parts", ()) else f
                 began = time.perf_counter()
-                solve(f, z0, x, solver=solver, rtol=tolerance, max_nfe=budget, throw=False)
+                found = solve(timed, z0, x, solver=solver, rtol=tolerance, max_nfe=budget, throw=False)
                 taken[name].append((time.perf_counter() - began, spent["seconds"], spent["calls"]))
+                reached[name] = float(found.converged.float().mean())
         for name, readings in taken.items():
             total, in_f, calls = zip(*readings[1:], strict=True)
+            whole = not getattr(solvers[name], "parts", ())
             rows.append(
                 {
                     "row": "clock",
                     "solver": name,
                     "tolerance": tolerance,
                     "batch": len(index),
+                    "reached": reached[name],
                     "total": list(total),
-                    "in_f": list(in_f),
-                    "calls": list(calls),
+                    "in_f": list(in_f) if whole else None,
+                    "calls": list(calls) if whole else None,
                 }
             )
     return short(rows)

@@ -128,7 +128,8 @@ class LearnedSolver(nn.Module):
         known = {item.name for item in fields(cls.config_type)}
         if set(values) - known:
             raise ValueError(f"unknown config fields for {cls.kind!r}: {sorted(set(values) - known)}")
-        values = dict(values, shape=tuple(values["shape"]))
+        shape = tuple(tuple(part) if isinstance(part, list) else part for part in values["shape"])
+        values = dict(values, shape=shape)
         if isinstance(values.get("safeguard"), dict):
             values["safeguard"] = Safeguard(**values["safeguard"])
         return cls(cls.config_type(**values))

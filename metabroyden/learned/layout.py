@@ -119,7 +119,8 @@ class Layout:
         """A context tensor (R, …) in canonical form: an image finer than these extents becomes channels of the coarse."""
         if self.kind == "ntc" and feature.dim() == 3:
             return feature.transpose(1, 2)
-        if self.kind == "scales" and feature.dim() == 4 and feature.shape[2] % extents[0] == 0:
+        finer = feature.dim() == 4 and feature.shape[2] % extents[0] == 0
+        if self.kind == "scales" and finer and feature.shape[3] * extents[0] == feature.shape[2] * extents[1]:
             return functional.pixel_unshuffle(feature, feature.shape[2] // extents[0])
         return feature
 

@@ -13,15 +13,17 @@ from metabroyden.solvers.broyden import Broyden
 class Safeguard:
     """When a learned solver hands a sample to Broyden, and how far that is trusted. `solve` does the handing over.
 
-    A sample leaves the learned phase when its best residual has not fallen for `patience` evaluations, when it turns
+    A sample leaves the learned phase when its best residual has not made progress for `patience` evaluations, when it turns
     non-finite, or after `horizon` steps. Broyden carries on from the best iterate, whose residual is known; where that
     does not halve the best residual in `resumed_patience` evaluations, plain Broyden starts again from z0. So, with a
-    horizon or a patience, and given max_nfe plus what was already spent, a learned solve does not fail where its fallback
-    converges.
+    horizon or a patience for progress below 1, and given max_nfe plus what was already spent, a learned solve does not fail
+    where its fallback converges.
 
     Attributes:
         horizon: learned steps at most; None: no limit.
-        patience: evaluations without a new best residual; None: no limit.
+        patience: evaluations without progress; None: no limit.
+        progress: the factor by which the best residual must fall to count as progress; below 1 where there is no horizon,
+            or a sample that creeps stays for ever.
         memory: of the fallback.
         resumed_patience: evaluations in which the resumed phase must halve the best residual.
     """
@@ -30,6 +32,7 @@ class Safeguard:
     patience: int | None = 5
     memory: int = 30
     resumed_patience: int = 20
+    progress: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("horizon", "patience", "memory", "resumed_patience"):
@@ -38,6 +41,8 @@ class Safeguard:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"Safeguard: {name} must be an integer of at least 1, got {value!r}")
+        if isinstance(self.progress, bool) or not isinstance(self.progress, int | float) or not 0 < self.progress <= 1:
+            raise ValueError(f"Safeguard: progress must be in (0, 1], got {self.progress!r}")
 
     def fallback(self) -> Broyden:
         """The classical solver the guarantee speaks of."""
@@ -46,7 +51,7 @@ class Safeguard:
     def phases(self, solver: Any, initial: Any = None) -> list[Phase]:
         """Learned steps, Broyden on top of the learned inverse Jacobian `initial` (if any), plain Broyden from z0."""
         return [
-            Phase(solver, horizon=self.horizon, patience=self.patience),
+            Phase(solver, horizon=self.horizon, patience=self.patience, progress=self.progress),
             Phase(
                 Broyden(memory=self.memory, initial=initial),
                 origin="best",

@@ -53,11 +53,14 @@ class Secants:
                 buffer[:, slot] = new
             pairs.append(buffer)
         gram = state.gram.clone() if torch.is_grad_enabled() else state.gram
+        ridge = max(self.ridge, 100 * torch.finfo(z.dtype).eps)  # products are rounded in that dtype
         with torch.no_grad():
             row = self._inner(pairs[0][:, :used], pairs[0][:, slot], shape).double()
             gram[:, :, slot, :used] = row
             gram[:, :, :used, slot] = row
-            gram[:, :, slot, slot] *= 1 + self.ridge
+            gram[:, :, slot, slot] = torch.where(
+                row[..., slot] > 0, row[..., slot] * (1 + ridge), 1.0
+            )  # a zero pair: none
         return SecantState(pairs[0], pairs[1], gram, z, g, state.steps + 1)
 
     def explain(self, g: Tensor, state: SecantState, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -72,12 +75,24 @@ class Secants:
             gamma = torch.nan_to_num(gamma, 0.0, 0.0, 0.0).to(g.dtype)
         return self._combine(gamma, moves, shape), g - self._combine(gamma, residuals, shape)
 
-    def _inner(self, buffer: Tensor, g: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """(R, T, k) inner products of (R, k, n) with (R, n), of the tokens up to each."""
+    def transposed(
+        self, w: Tensor, back: Tensor, residuals: Tensor, moves: Tensor, gram: Tensor, shape: tuple[int, ...]
+    ) -> Tensor:
+        """What the pairs add to B₀ᵀw (R, n), `back`, to make Bᵀw of it: ΔG⁺ᵀ(ΔZᵀw − ΔGᵀB₀ᵀw)."""
+        right = self._inner(moves, w, shape, local=True) - self._inner(residuals, back, shape, local=True)
+        found, _ = torch.linalg.solve_ex(gram, right.double())
+        found = torch.nan_to_num(found, 0.0, 0.0, 0.0).to(w.dtype)
+        if self.layout.causal:  # a token's coefficients are of the residuals up to it
+            found = found.flip(1).cumsum(1).flip(1)
+        return self._combine(found, residuals, shape)
+
+    def _inner(self, buffer: Tensor, g: Tensor, shape: tuple[int, ...], *, local: bool = False) -> Tensor:
+        """(R, T, k) inner products of (R, k, n) with (R, n), of the tokens up to each, or of each alone."""
         if not self.layout.causal:
             return torch.bmm(g.unsqueeze(1), buffer.transpose(1, 2))
         products = buffer.unflatten(2, shape) * g.unflatten(1, shape).unsqueeze(1)
-        return products.sum(3 if self.layout.kind == "ntc" else 2).cumsum(2).transpose(1, 2)
+        by_token = products.sum(3 if self.layout.kind == "ntc" else 2)
+        return (by_token if local else by_token.cumsum(2)).transpose(1, 2)
 
     def _combine(self, weights: Tensor, buffer: Tensor, shape: tuple[int, ...]) -> Tensor:
         """(R, n) sums of (R, k, n) with weights (R, T, k)."""
