@@ -234,7 +234,8 @@ class _Job:
                 ]
                 if isinstance(self.criterion, NextToken):
                     model = load_model(self.path, solver=one, warn=False).requires_grad_(False)
-                    rows += texts.leak_rows(name, model, self.criterion, tolerances=CLOCKED)
+                    leaks = texts.leak_rows(name, model, self.criterion, tolerances=CLOCKED)
+                    rows += [{**row, "solver": name} for row in leaks]
                 if bar is not None:
                     bar(number, name)
             if solver is not None:

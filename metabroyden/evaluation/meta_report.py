@@ -47,7 +47,7 @@ class MetaResults:
             for rows, _ in self.runs.values()
             for row in rows
             if row["row"] == kind
-            and row.get("solver") == solver
+            and row.get("solver", row.get("way")) == solver
             and all(row.get(key) == value for key, value in wanted.items())
         ]
 
