@@ -26,6 +26,7 @@ from metabroyden.meta.progress import progress_bar
 from metabroyden.models import load_model
 from metabroyden.models.criteria import NextToken
 from metabroyden.models.families import get_family
+from metabroyden.state import Packing
 from metabroyden.storage import atomic_write
 
 CLASSICAL = "classical"
@@ -219,8 +220,8 @@ class _Job:
         )
         star, known = meta_rows.double_equilibria(self.model.cell, held, sure)
         index = torch.arange(len(held))
-        packing = meta_rows.Packing.of(held.z0)
-        at_star = float(held.judge(packing.unpack(star.to(meta_rows.packed(held.z0).dtype)), index).mean())
+        packing = Packing.of(held.z0)
+        at_star = float(held.judge(packing.unpack(star.to(packing.pack(held.z0).dtype)), index).mean())
         rows: list[dict[str, Any]] = [
             {"row": "star", "known": float(known.float().mean()), "score": at_star, "samples": len(held)}
         ]

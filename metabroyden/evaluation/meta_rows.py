@@ -130,9 +130,10 @@ def clock_rows(
     for tolerance in tolerances:
         taken: dict[str, list[tuple[float, float, float]]] = {name: [] for name in solvers}
         reached: dict[str, float] = {}
+        names = list(solvers)
         for round_ in range(repeats + 1):
-            names = list(solvers)
-            for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
+            first = round_ % len(names)  # another one goes first each round
+            for name in names[first:] + names[:first]:
                 solver = solvers[name]
                 spent.update(seconds=0.0, calls=0)
                 timed = held.f if getattr(solver, "parts", ()) else f
