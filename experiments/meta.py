@@ -240,6 +240,8 @@ class _Job:
                 if bar is not None:
                     bar(number, name)
             if solver is not None:
+                steps = 4 * self.recipe.unroll * self.recipe.segments
+                rows += meta_rows.horizon_rows(config.solver, solver, held, steps=steps)
                 batch = 64 if self.texts else 256
                 both = {config.solver: solver, **classical}
                 rows += meta_rows.clock_rows(

@@ -116,6 +116,8 @@ def write(folder: Path) -> Path:
         "within the budget being infinite: a dash. Each folder was made by the command in its config.json, `python -m "
         "experiments meta --family NAME --solver NAME --seed N`; `--solver classical` makes the rows of the classical ones, "
         "tuned on validation problems to 1e-2 and 1e-3.",
+        "## All families",
+        summary(families),
         *(section for results in families for section in _family(results, folder)),
         "## Setting",
         _settings(families),
@@ -134,7 +136,62 @@ def _family(results: MetaResults, folder: Path) -> list[str]:
     if results.learned:
         sections += ["Same equilibrium, safeguard, task:", equilibrium_table(results)]
         sections += ["Wall-clock:", clock_table(results)]
+        sections += ["Past the trained horizon:", horizon_table(results)]
     return sections
+
+
+def summary(families: Sequence[MetaResults]) -> str:
+    """Geometric means over families of the evaluations, as shares of the best classical solver's and of HyperAnderson's."""
+    names = list(dict.fromkeys(name for results in families for name in results.learned))
+    body = []
+    for name in names:
+        for rival in ("the best classical", "hyper-anderson"):
+            cells = []
+            for tolerance in (1e-2, 1e-3):
+                ratios = {
+                    results.name: found
+                    for results in families
+                    if (found := _ratio(results, name, rival, tolerance)) is not None
+                }
+                mean = np.exp(np.mean(np.log(list(ratios.values())))) if ratios else np.nan
+                cells.append(
+                    f"{mean:.2f}× ({len(ratios)}: {min(ratios.values()):.2f}–{max(ratios.values()):.2f})"
+                    if ratios
+                    else ""
+                )
+            if any(cells) and name != rival:
+                body.append([name, rival, *cells])
+    lower = [
+        f"{name} on {results.name} to {tolerance:g} ({100 * ours:.1f}% against {100 * theirs:.1f}%)"
+        for results in families
+        if results.classical
+        for name in results.learned
+        for tolerance in results.tolerances
+        if (ours := results.spent(name, tolerance)[1])
+        < (theirs := max(results.spent(rival, tolerance)[1] for rival in results.classical)) - 1e-9
+    ]
+    words = (
+        "Geometric mean over families of the median evaluations (mean of the seeds' medians) over the rival's, how many "
+        "families it is of (those where both medians are finite), the least and the most."
+    )
+    fewer = "Fewer samples solved than by the classical solver that solves most: " + (
+        "; ".join(lower) if lower else "nowhere"
+    )
+    return "\n\n".join([words, table(["", "against", "0.01", "0.001"], body), fewer + "."])
+
+
+def _ratio(results: MetaResults, name: str, rival: str, tolerance: float) -> float | None:
+    """Evaluations of a learned solver over a rival's on one family; None where there is no such figure."""
+    if name not in results.learned or tolerance not in results.tolerances:
+        return None
+    if rival == "the best classical":
+        if not results.classical:
+            return None
+        rival = results.best(tolerance)
+    elif rival not in results.learned:
+        return None
+    ours, theirs = (float(np.mean(results.spent(one, tolerance)[0])) for one in (name, rival))
+    return ours / theirs if np.isfinite([ours, theirs]).all() else None
 
 
 def evaluations_table(results: MetaResults) -> str:
@@ -221,6 +278,38 @@ def clock_table(results: MetaResults) -> str:
                 body.append([f"{tolerance:g}", name, spent, ", ".join(against), f"{np.mean(outside):.2f} f"])
     head = "to the fastest classical solver that solves as many (within 2%), by seed"
     return table(["to", "", "batch (solved)", head, "outside f, an evaluation"], body)
+
+
+def horizon_table(results: MetaResults) -> str:
+    """What the safeguard does far past the trained horizon, all seeds together."""
+    body = []
+    for name in results.learned:
+        for tolerance in (1e-3, 1e-4):
+            rows = results.of("horizon", name, tolerance=tolerance)
+            if not rows:
+                continue
+            samples, fallback, learned, lost, broken, triggered = (
+                sum(row[key] for row in rows)
+                for key in ("samples", "fallback", "learned", "lost", "broken", "triggered")
+            )
+            shares = [f"{100 * count / samples:.1f}%" for count in (learned, fallback, triggered)]
+            body.append(
+                [
+                    f"{tolerance:g}",
+                    name,
+                    str(rows[0]["steps"]),
+                    *shares,
+                    f"{lost} of {samples}",
+                    f"{broken} of {samples}",
+                ]
+            )
+    head = ["to", "", "evaluations", "solved", "solved by plain Broyden", "handed over"]
+    words = (
+        "As many evaluations as four times the trained horizon, for the learned solver and for the Broyden that it falls "
+        "back on. Lost: solved by Broyden, not by the learned solver; in the last column the learned solver "
+        "has as many more as it had spent when plain Broyden took over, where its safeguard promises none."
+    )
+    return f"{words}\n\n" + table([*head, "lost", "lost, given those"], body)
 
 
 def curves(results: MetaResults, path: Path) -> Path:

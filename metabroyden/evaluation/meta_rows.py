@@ -4,6 +4,8 @@ A row is a JSON object with a key "row" that says what it tells of one solver:
   solve  stopped at one tolerance: evaluations by sample (the budget where it was not reached), what it had by then: distance
          to the float64 equilibrium, score of the task
   curve  quartiles over samples of the smallest residual after k evaluations
+  horizon  far past the steps it was trained on: how many samples a learned solver loses that its fallback solves, at the
+         same budget and at the budget plus what it had spent when it handed over
   clock  seconds of a whole solve to one tolerance by repeat, interleaved with the other solvers; the share of samples that
          got there; seconds in f and calls of it, but for solvers that use parts of f
 and "score" after k evaluations by `equilibria.depth_rows`, and "leak" by `texts.leak_rows`.
@@ -108,6 +110,42 @@ def solve_rows(
     first = budget - finite  # a learned start is measured after its first evaluation, or its second
     rows.append({"row": "curve", "solver": name, "first": first + 1, "residual": quartiles[:, first:].T.tolist()})
     return short(rows)
+
+
+@torch.no_grad()
+def horizon_rows(
+    name: str, solver: Any, held: HeldOut, *, steps: int, tolerances: Sequence[float] = (1e-3, 1e-4)
+) -> list[Row]:
+    """A learned solver against its own fallback, `steps` evaluations each: the safeguard's promise, counted.
+
+    The promise is that with max_nfe plus what was spent before plain Broyden began, it does not fail where that converges.
+    """
+    rows = []
+    for tolerance in tolerances:
+        counts = {"fallback": 0, "learned": 0, "lost": 0, "broken": 0, "triggered": 0}
+        for z0, x, _ in held.chunks():
+            ours = solve(held.f, z0, x, solver=solver, rtol=tolerance, max_nfe=2 * steps, throw=False)
+            fallback = solver.config.safeguard.fallback()
+            theirs = solve(held.f, z0, x, solver=fallback, rtol=tolerance, max_nfe=steps, throw=False)
+            nfe, hit = ours.trace.evaluations_to(tolerance, 2 * steps)
+            before = _spent_before(ours, phase=2)
+            converged = theirs.converged.cpu().numpy()
+            counts["fallback"] += int(converged.sum())
+            counts["learned"] += int((hit & (nfe <= steps)).sum())
+            counts["lost"] += int((converged & ~(hit & (nfe <= steps))).sum())
+            counts["broken"] += int((converged & ~(hit & (nfe <= steps + before))).sum())
+            counts["triggered"] += int((ours.trace.phase > 0).any(dim=0).sum())
+        rows.append(
+            {"row": "horizon", "solver": name, "tolerance": tolerance, "steps": steps, "samples": len(held), **counts}
+        )
+    return rows
+
+
+def _spent_before(solution: Any, phase: int) -> np.ndarray:
+    """(B,) evaluations each sample had spent when it entered a phase; all of them where it never did."""
+    trace = solution.trace
+    counts = np.where((trace.phase < phase).numpy(), trace.nfe.numpy(), 0)
+    return counts.max(axis=0)
 
 
 @torch.no_grad()
