@@ -30,7 +30,7 @@ class MetaBroydenConfig(LearnedConfig):
         ridge: of the least squares over the pairs, relative to each; at least 100 units of rounding of the state's dtype.
     """
 
-    hidden: int = 16
+    hidden: int = 8
     rank: int = 16
     damping: float = 1.0
     gated: int = 28
