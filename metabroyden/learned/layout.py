@@ -235,7 +235,7 @@ class Mixer(nn.Module):
         """The transposed linear map (its bias left out), (R, outputs, *S) → (R, inputs, *S)."""
         weight: Any = self.map.weight
         if isinstance(self.map, nn.Conv2d):
-            return nn.functional.conv_transpose2d(value, weight, padding=self.map.padding)
+            return nn.functional.conv_transpose2d(value, weight, padding=weight.shape[-1] // 2)
         if isinstance(self.map, nn.Conv1d):
             return nn.functional.conv_transpose1d(value, weight)[..., self.past :]
         return nn.functional.linear(value, weight.T)
