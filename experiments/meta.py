@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
-from metabroyden import Broyden, load_solver, save_solver
+from metabroyden import Anderson, Broyden, load_solver, save_solver
 from metabroyden.evaluation import equilibria, meta_report, meta_rows, texts
 from metabroyden.evaluation.provenance import config_hash, plain, provenance, write_results
 from metabroyden.learned.fingerprint import fingerprint
@@ -37,8 +37,9 @@ BUDGETS = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40)
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a solver is meta-trained, see `MetaConfig` and the solver's own config."""
+    """How a solver is meta-trained, see `MetaConfig` and the solver's own config; `kind` where it is not named by that."""
 
+    kind: str = ""
     steps: int = 600
     unroll: int = 14
     segments: int = 2
@@ -55,6 +56,11 @@ RECIPES: dict[str, Recipe] = {
     "grouped": Recipe(options={**_SAME, "rank": 64}),
     "coordinatewise": Recipe(steps=400, segments=1, options=_SAME),
     "hyper-anderson": Recipe(steps=3000, unroll=10, segments=1, learning_rate=1e-3, options=_SAME),
+    "neural-fixed-point": Recipe(options=_SAME),
+    "gated-secant": Recipe(kind="neural-fixed-point", options={**_SAME, "form": "secant"}),
+    "meta-learner": Recipe(steps=400, segments=1, options=_SAME),
+    "started-broyden": Recipe(kind="started", unroll=5, segments=1, options={**_SAME, "classical": Broyden(60)}),
+    "started-anderson": Recipe(kind="started", unroll=5, segments=1, options={**_SAME, "classical": Anderson()}),
 }
 """All with the same width of the start and the same safeguard."""
 TEXT: dict[str, Any] = {"batch": 16, "steps": 300}
@@ -110,16 +116,20 @@ def run(config: Meta) -> None:
         raise ValueError(f"steps must be at least 1, got {config.steps}")
     if config.objective is not None and config.objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {config.objective!r}: known are {', '.join(OBJECTIVES)}")
-    job = _Job(config)
+    job = Job(config)
     job.run()
     console.print(f"{config.family}, {config.solver}, seed {config.seed}: {job.folder}")
     console.print(Markdown(meta_report.write(job.results).read_text()))
 
 
-class _Job:
-    """One solver on one family."""
+class Job:
+    """One solver on one family, trained by a recipe: that of its name, unless another is given.
 
-    def __init__(self, config: Meta) -> None:
+    Attributes:
+        model, criterion: the frozen family. work: folder of what is unfinished. results: folder of reports.
+    """
+
+    def __init__(self, config: Meta, recipe: Recipe | None = None) -> None:
         self.config = config
         identity = replace(config, models=Path(), results=Path(), runs=Path(), fresh=False, progress=True)
         self.path = config.models / config.family / "model.safetensors"
@@ -130,15 +140,8 @@ class _Job:
             )
         self.family, self.criterion = family, family.criterion()
         self.model = load_model(self.path, warn=False).requires_grad_(False)
-        recipe = RECIPES.get(config.solver, Recipe())
         self.texts = isinstance(self.criterion, NextToken)
-        if self.texts and config.solver != "hyper-anderson":
-            recipe = replace(recipe, **TEXT)
-        self.recipe = replace(
-            recipe,
-            steps=config.steps if config.steps is not None else round(SLOW.get(config.family, 1) * recipe.steps),
-            objective=config.objective or recipe.objective,
-        )
+        self.recipe = self._usual() if recipe is None else recipe
         name = config.solver if config.solver == CLASSICAL else f"{config.solver}-seed{config.seed}"
         chosen = {item.name: getattr(config, item.name) for item in fields(config) if item.name in OPTIONS}
         usual = all(item.default == chosen.get(item.name, item.default) for item in fields(config))
@@ -154,9 +157,17 @@ class _Job:
         if not (self.work / "began.json").exists():
             atomic_write(self.work / "began.json", json.dumps(provenance(), indent=2) + "\n")
 
+    def _usual(self) -> Recipe:
+        """The recipe of the solver's name, as the family and the settings want it."""
+        config, recipe = self.config, RECIPES.get(self.config.solver, Recipe())
+        if self.texts and config.solver != "hyper-anderson":
+            recipe = replace(recipe, **TEXT)
+        steps = config.steps if config.steps is not None else round(SLOW.get(config.family, 1) * recipe.steps)
+        return replace(recipe, steps=steps, objective=config.objective or recipe.objective)
+
     def run(self) -> None:
         """Train, measure, publish."""
-        solver = None if self.config.solver == CLASSICAL else self._trained()
+        solver = None if self.config.solver == CLASSICAL else self.trained()
         if not (self.work / "rows.jsonl").exists():
             write_results(self.work, self._measured(solver), self._described(solver))
         rows = [json.loads(line) for line in (self.work / "rows.jsonl").read_text().splitlines()]
@@ -170,7 +181,8 @@ class _Job:
             return tasks
         return tasks.prepared(self.recipe.pool, torch.Generator().manual_seed(self.config.seed), HELD)
 
-    def _trained(self) -> Any:
+    def trained(self) -> Any:
+        """The solver: that of an earlier sitting where it was finished there."""
         path = self.work / "solver.safetensors"
         if path.exists():
             return load_solver(path)
@@ -179,7 +191,7 @@ class _Job:
         layout, channels = family_layout(tasks)
         context = config.context if channels else "f0"
         solver = make_learned(
-            config.solver,
+            recipe.kind or config.solver,
             layout,
             seed=config.seed,
             context=context,

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from metabroyden.learned.base import ADJOINT, LEARNED
-from metabroyden.solvers.registry import SOLVERS, SPLITTING, make_solver
+from metabroyden.solvers.registry import SOLVERS, SPLITTING, make_solver, name_of
 from metabroyden.storage import atomic_write
 
 SCHEMA = 1
@@ -136,10 +136,10 @@ def save_solver(solver: Any, path: str | Path) -> Path:
     kind = getattr(solver, "kind", None)
     if type(solver) in (LEARNED | ADJOINT).values():
         return write(path, f"solver/{kind}", solver.state_dict(), solver.describe())
-    names = [name for name, cls in (SOLVERS | SPLITTING).items() if cls is type(solver)]
-    if not names or not is_dataclass(solver) or getattr(solver, "initial", None) is not None:
+    name = name_of(solver)
+    if name is None or not is_dataclass(solver) or getattr(solver, "initial", None) is not None:
         raise TypeError(f"save_solver takes a learned solver or a plain classical one, got {solver!r}")
-    return write(path, f"solver/{names[0]}", {}, {"config": asdict(solver)})  # type: ignore[arg-type]
+    return write(path, f"solver/{name}", {}, {"config": asdict(solver)})  # type: ignore[arg-type]
 
 
 def load_solver(path_or_name: str | Path) -> Any:

@@ -96,7 +96,7 @@ def test_tuning_picks_the_best_of_the_grid():
 def some_rows() -> list[dict]:
     p = problems()
     learned = make_learned("grouped", Layout("nd", (10,))).double()
-    solvers = {"grouped LSTM": learned, "Broyden": mb.Broyden(), "start": benchmark.WithStart(learned, mb.Broyden())}
+    solvers = {"grouped LSTM": learned, "Broyden": mb.Broyden(), "start": mb.Started.of(learned, mb.Broyden())}
     star, known = benchmark.reference_equilibrium(p.f, p.z0, p.x)
     rows: list[dict] = []
     for name, solver in solvers.items():

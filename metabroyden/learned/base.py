@@ -42,7 +42,8 @@ class LearnedConfig:
             tuple the first one, the injection).
         context_channels: channels of the context feature in canonical form (see `Layout.context`); 0: as the state's.
         hidden: LSTM width.
-        initializer: width of the initializer; 0 for none.
+        initializer: width of the initializer; 0 for none. initializer_depth: its maps, at least 2. initializer_kernel: width
+            of each of their convolutions, odd; for texts 5 is a good one. Vectors have dense maps.
         safeguard: hand-over to Broyden.
     """
 
@@ -52,6 +53,8 @@ class LearnedConfig:
     context_channels: int = 0
     hidden: int = 8
     initializer: int = 32
+    initializer_depth: int = 2
+    initializer_kernel: int = 3
     safeguard: Safeguard = field(default_factory=Safeguard)
 
     def __post_init__(self) -> None:
@@ -60,6 +63,10 @@ class LearnedConfig:
             raise ValueError(f"context must be 'f0' or 'native', got {self.context!r}")
         if self.hidden < 1 or self.initializer < 0:
             raise ValueError(f"hidden must be at least 1 and initializer at least 0: {self.hidden}, {self.initializer}")
+        if self.initializer_depth < 2:
+            raise ValueError(f"initializer_depth must be at least 2, got {self.initializer_depth}")
+        if self.initializer_kernel < 1 or self.initializer_kernel % 2 == 0:
+            raise ValueError(f"initializer_kernel must be an odd number of at least 1, got {self.initializer_kernel}")
 
 
 class LearnedSolver(nn.Module):
@@ -80,9 +87,8 @@ class LearnedSolver(nn.Module):
         self.context_channels = config.context_channels or self.layout.channels
         self.fingerprint: str | None = None
         self.summary: dict[str, Any] = {}
-        self.initializer = (
-            Initializer(self.layout, self.context_channels, config.initializer) if config.initializer else None
-        )
+        sizes = config.initializer, config.initializer_depth, config.initializer_kernel
+        self.initializer = Initializer(self.layout, self.context_channels, *sizes) if config.initializer else None
 
     @property
     def safeguard(self) -> Any:

@@ -79,8 +79,7 @@ def fit_solver(
         z0: x → start; default `f.initial_state` where f has one, else zeros like x.
         layout: "nd", "nct", "ntc" or "nchw": which axes of the state are channels, space, time (see `Layout`); guessed
             where that is unambiguous.
-        solver: "metabroyden" (the default: for now the grouped LSTM), "meta-broyden", "grouped", "coordinatewise" or
-            "hyper-anderson".
+        solver: "metabroyden" (the default: for now the grouped LSTM), or another name in `LEARNED`.
         rtol: tolerance at which the solver is judged while it trains.
         steps: outer steps. seed: of weights and batches. device: where to train; default that of x_train.
         progress: show a bar (needs rich).
