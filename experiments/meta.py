@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markdown import Markdown
+from torch import Tensor
 
-from metabroyden import Anderson, Broyden, load_solver, save_solver
+from metabroyden import Anderson, Broyden, checkpoint, load_solver, save_solver
 from metabroyden.evaluation import equilibria, meta_report, meta_rows, texts
 from metabroyden.evaluation.provenance import config_hash, plain, provenance, write_results
 from metabroyden.learned.fingerprint import fingerprint
@@ -50,10 +51,10 @@ class Recipe:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-_SAME: dict[str, Any] = {"initializer": 64, "safeguard": Safeguard(horizon=None, patience=15, progress=0.5)}
+_SAME: dict[str, Any] = {"initializer": 32, "safeguard": Safeguard(horizon=None, patience=15, progress=0.5)}
 RECIPES: dict[str, Recipe] = {
-    "meta-broyden": Recipe(options={**_SAME, "rank": 64, "gated": 28}),
-    "grouped": Recipe(options={**_SAME, "rank": 64}),
+    "meta-broyden": Recipe(steps=400, learning_rate=5e-3, options=_SAME),
+    "grouped": Recipe(steps=300, learning_rate=4e-3, options={**_SAME, "rank": 32}),
     "coordinatewise": Recipe(steps=400, segments=1, options=_SAME),
     "hyper-anderson": Recipe(steps=3000, unroll=10, segments=1, learning_rate=1e-3, options=_SAME),
     "neural-fixed-point": Recipe(options=_SAME),
@@ -63,7 +64,7 @@ RECIPES: dict[str, Recipe] = {
     "started-anderson": Recipe(kind="started", unroll=5, segments=1, options={**_SAME, "classical": Anderson()}),
 }
 """All with the same width of the start and the same safeguard."""
-TEXT: dict[str, Any] = {"batch": 16, "steps": 300}
+TEXT: dict[str, Any] = {"batch": 16, "steps": 250}
 """What is different where f is a language model's, ten times as costly."""
 SLOW = {"multiscale-fashion": 0.5}
 """Share of a recipe's steps that is taken on a family, so that meta-training stays near ten minutes of one core."""
@@ -126,7 +127,8 @@ class Job:
     """One solver on one family, trained by a recipe: that of its name, unless another is given.
 
     Attributes:
-        model, criterion: the frozen family. work: folder of what is unfinished. results: folder of reports.
+        model, criterion: the frozen family. results: folder of reports. work: folder of what is unfinished. common: what all
+            solvers of the family are held against, found once.
     """
 
     def __init__(self, config: Meta, recipe: Recipe | None = None) -> None:
@@ -154,6 +156,9 @@ class Job:
         if config.fresh and self.work.exists():
             shutil.rmtree(self.work)
         self.work.mkdir(parents=True, exist_ok=True)
+        measured = (config.budget, config.samples, meta_rows.TOLERANCES)
+        digest = hashlib.sha256(repr(measured).encode() + self.path.read_bytes()).hexdigest()[:8]
+        self.common = config.runs / config.family / f"common-{digest}"
         if not (self.work / "began.json").exists():
             atomic_write(self.work / "began.json", json.dumps(provenance(), indent=2) + "\n")
 
@@ -221,16 +226,11 @@ class Job:
     def _measured(self, solver: Any) -> list[dict[str, Any]]:
         config = self.config
         held = equilibria.held_out(self.model, self.criterion, "test", config.samples)
-        validation = equilibria.held_out(self.model, self.criterion, "validation", 64)
-        classical = equilibria.tuned_solvers(validation, config.budget)
-        sure: tuple[Any, ...] = ()
-        if self.family.splitting:
-            splitting = equilibria.splitting_solvers(validation, config.budget)
-            classical, sure = classical | splitting, (splitting["Peaceman-Rachford"],)
+        classical = self._rivals()
         contestants = (
             {config.solver: solver} if solver is not None else {**classical, "Broyden": Broyden(config.budget)}
         )
-        star, known = meta_rows.double_equilibria(self.model.cell, held, sure)
+        star, known = self._equilibria(held, classical)
         index = torch.arange(len(held))
         packing = Packing.of(held.z0)
         at_star = float(held.judge(packing.unpack(star.to(packing.pack(held.z0).dtype)), index).mean())
@@ -260,6 +260,30 @@ class Job:
                     both, held, tolerances=CLOCKED, budget=config.budget, batch=batch, repeats=config.repeats
                 )
         return rows
+
+    def _rivals(self) -> dict[str, Any]:
+        """The classical solvers, tuned on validation problems: once for all solvers of the family."""
+        files = sorted(self.common.glob("*.solver")) if (self.common / "tuned").exists() else []
+        if files:
+            return {path.stem: load_solver(path) for path in files}
+        validation = equilibria.held_out(self.model, self.criterion, "validation", 64)
+        found = equilibria.tuned_solvers(validation, self.config.budget)
+        if self.family.splitting:
+            found |= equilibria.splitting_solvers(validation, self.config.budget)
+        for name, solver in found.items():
+            save_solver(solver, self.common / f"{name}.solver")
+        atomic_write(self.common / "tuned", "")
+        return dict(sorted(found.items()))
+
+    def _equilibria(self, held: equilibria.HeldOut, classical: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """(z*, known) of the held-out problems in float64: once for all solvers of the family."""
+        path = self.common / "equilibria.safetensors"
+        if not path.exists():
+            sure = (classical["Peaceman-Rachford"],) if self.family.splitting else ()
+            star, known = meta_rows.double_equilibria(self.model.cell, held, sure)
+            checkpoint.write(path, "equilibria", {"star": star, "known": known}, {})
+        tensors, _ = checkpoint.read(path, "equilibria")
+        return tensors["star"], tensors["known"]
 
     def _described(self, solver: Any) -> dict[str, Any]:
         config = self.config
