@@ -53,9 +53,18 @@ def test_meta_training_beats_broyden_on_held_out_contexts():
     assert trained.summary["validation"][-1]["step"] == 80
 
 
-@pytest.mark.parametrize("backend", ["higher", "native"])
-def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path, backend):
-    config = MetaConfig(**{**vars(SMALL), "backend": backend})
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backend": "higher"},
+        {"backend": "native"},
+        {"unroll": (2, 8), "start_noise": 0.5},
+        {"detach_features": True, "checkpoint_steps": True, "half": True, "segments": 2},
+    ],
+    ids=lambda options: ", ".join(options),
+)
+def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path, options):
+    config = replace(SMALL, **options)
     whole = MetaTrainer(grouped(), tasks(), config).run()
     path = tmp_path / "training.safetensors"
     MetaTrainer(grouped(), tasks(), config, checkpoint=path).run(until=5)
@@ -155,6 +164,10 @@ def test_the_test_split_is_not_drawn_from():
     [
         {"steps": 0},
         {"unroll": 2.0},
+        {"unroll": (8, 4)},
+        {"segments": True},
+        {"half": 1},
+        {"start_noise": -0.1},
         {"learning_rate": -1.0},
         {"clip": float("nan")},
         {"backend": "jax"},

@@ -4,21 +4,66 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from metabroyden.meta.objectives import Objective, ResidualObjective
 from metabroyden.meta.unroll import BACKENDS
 
 
+def _is_count(value: Any, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 @dataclass(frozen=True)
-class MetaConfig:
-    """One meta-training.
+class Unrolling:
+    """How an unrolled solver is differentiated.
 
     Attributes:
-        steps: outer (Adam) steps. unroll: solver steps K that are backpropagated through together.
         segments: unrolls of K steps one after another, each from where the last one ended and cut off from its graph
             (truncated backpropagation through time), their gradients added up. With 1 backpropagation is full.
-        batch: fixed-point problems a step. learning_rate: peak, cosine to zero. clip: of the gradient's norm.
-        objective: see `metabroyden.meta.objectives`. backend: of the unroll. seed: of the batches.
+        clip: of the gradient's norm. objective: see `metabroyden.meta.objectives`.
+        detach_features, checkpoint_steps, half: see `metabroyden.meta.unroll.unroll`.
+    """
+
+    segments: int = 1
+    clip: float = 1.0
+    objective: Objective = field(default_factory=ResidualObjective)
+    detach_features: bool = False
+    checkpoint_steps: bool = False
+    half: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_counts("segments")
+        self._check_positive("clip")
+        for name in ("detach_features", "checkpoint_steps", "half"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{type(self).__name__}: {name} must be true or false, got {getattr(self, name)!r}")
+
+    def _check_counts(self, *names: str, least: int = 1) -> None:
+        for name in names:
+            if not _is_count(getattr(self, name), least):
+                raise ValueError(
+                    f"{type(self).__name__}: {name} must be an integer of at least {least}, got {getattr(self, name)!r}"
+                )
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+                raise ValueError(f"{type(self).__name__}: {name} must be a positive number, got {value!r}")
+
+
+@dataclass(frozen=True)
+class MetaConfig(Unrolling):
+    """One meta-training. Adds to `Unrolling`.
+
+    Attributes:
+        steps: outer (Adam) steps.
+        unroll: solver steps K that are backpropagated through together; a pair (low, high): K is drawn anew for each outer
+            step, log-uniformly from low to high.
+        batch: fixed-point problems a step, over all processes. learning_rate: peak, cosine to zero.
+        backend: of the unroll. seed: of all that is drawn.
+        start_noise: size of normal noise on the start states of training, relative to the root mean square of f(z0).
         validate_every: outer steps between looks at validation; the best weights seen there are the ones kept.
         validation_size: problems of the validation split used for that.
         validation_rtol, validation_nfe: tolerance and budget of that look; its score is the mean number of evaluations,
@@ -30,14 +75,12 @@ class MetaConfig:
     """
 
     steps: int = 600
-    unroll: int = 14
-    segments: int = 1
+    unroll: int | tuple[int, int] = 14
     batch: int = 32
     learning_rate: float = 2e-3
-    clip: float = 1.0
-    objective: Objective = field(default_factory=ResidualObjective)
     backend: str = "higher"
     seed: int = 0
+    start_noise: float = 0.0
     validate_every: int = 50
     validation_size: int = 256
     validation_rtol: float = 1e-3
@@ -47,26 +90,23 @@ class MetaConfig:
     budget_clock: str = "wall"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "unroll", "segments", "batch", "validate_every", "validation_size", "validation_nfe"):
-            self._check_count(name)
+        super().__post_init__()
+        self._check_counts("steps", "batch", "validate_every", "validation_size", "validation_nfe")
+        self._check_positive("learning_rate", "validation_rtol")
+        pair = self.unroll if isinstance(self.unroll, tuple) else (self.unroll, self.unroll)
+        if len(pair) != 2 or not all(map(_is_count, pair)) or pair[0] > pair[1]:
+            raise ValueError(
+                "MetaConfig: unroll must be an integer of at least 1 or a pair (low, high) of them, low ≤ high, "
+                f"got {self.unroll!r}"
+            )
         if self.patience is not None:
-            self._check_count("patience")
-        for name in ("learning_rate", "clip", "validation_rtol"):
-            self._check_positive(name)
+            self._check_counts("patience")
         if self.budget_seconds is not None:
             self._check_positive("budget_seconds")
+        if self.start_noise != 0:
+            self._check_positive("start_noise")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"MetaConfig: seed must be an integer, got {self.seed!r}")
         for name, known in (("backend", BACKENDS), ("budget_clock", ("wall", "cpu"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"MetaConfig: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-
-    def _check_count(self, name: str) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"MetaConfig: {name} must be an integer of at least 1, got {value!r}")
-
-    def _check_positive(self, name: str) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-            raise ValueError(f"MetaConfig: {name} must be a positive number, got {value!r}")

@@ -12,17 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from metabroyden import checkpoint
-from metabroyden.learned.fingerprint import module_of
+from metabroyden.meta.backprop import differentiate, frozen
 from metabroyden.meta.config import MetaConfig
+from metabroyden.meta.draws import training_batch, unroll_length
 from metabroyden.meta.schedule import Clock, learning_rate, reason_to_stop, share
 from metabroyden.meta.tasks import TaskSet
-from metabroyden.meta.unroll import unroll
 from metabroyden.solve import solve
-from metabroyden.solvers.broyden import Broyden
-from metabroyden.state import Packing, gather
+from metabroyden.state import gather
 
 Progress = Callable[[int, str], None]
 """Called with the step reached and a few words."""
@@ -61,7 +59,6 @@ class MetaTrainer:
         self.history: list[dict[str, float]] = []
         self.best_score = math.inf
         self.best = copy.deepcopy(solver.state_dict())
-        self.generator = torch.Generator().manual_seed(self.config.seed)
         self.optimizer = torch.optim.Adam(solver.parameters(), lr=self.config.learning_rate)
         if self.path is not None and self.path.exists():
             self._resume(self.path)
@@ -95,10 +92,11 @@ class MetaTrainer:
     def _update(self) -> float:
         """One outer step; a loss or gradient that is not finite is skipped and counted."""
         config = self.config
-        z0, x = self.tasks.draw(config.batch, self.generator)
+        z0, x = training_batch(self.tasks, config, self.step)
         done = share(config, self.step, self.clock)
-        loss, finite = differentiate(self.solver, self.tasks.f, z0, x, config, config.backend, done)
-        if not finite:
+        length = unroll_length(config.unroll, config.seed, self.step)
+        loss, norm = differentiate(self.solver, self.tasks.f, z0, x, config, config.backend, steps=length, done=done)
+        if not bool(torch.isfinite(norm)):
             self.skipped += 1
             return math.nan
         for group in self.optimizer.param_groups:
@@ -142,7 +140,7 @@ class MetaTrainer:
     def _save(self) -> None:
         if self.path is None:
             return
-        tensors = checkpoint.training_tensors(self.solver, self.optimizer, self.generator)
+        tensors = checkpoint.training_tensors(self.solver, self.optimizer)
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
         header = {
             "config": _jsonable(asdict(self.config)),
@@ -164,7 +162,7 @@ class MetaTrainer:
                     f"{path} was written by another meta-training: its {name} is {header.get(name)}, wanted "
                     f"{_jsonable(wanted)}; move it away to start anew"
                 )
-        checkpoint.restore_training(tensors, self.solver, self.optimizer, self.generator, path)
+        checkpoint.restore_training(tensors, self.solver, self.optimizer, path)
         self.best = checkpoint.under(tensors, "best.")
         self.step, self.skipped, self.stopped = header["step"], header["skipped"], header["stopped"]
         self.clock = Clock(*header["seconds"])
@@ -182,54 +180,6 @@ def mean_evaluations(
     solution = solve(tasks.f, z0, x, solver=solver, rtol=rtol, max_nfe=max_nfe, throw=False)
     cost = np.where(solution.converged.cpu().numpy(), solution.nfe.numpy(), 2 * max_nfe)
     return float(cost.mean())
-
-
-def equilibria(f: Any, z0: Any, context: Any, *, rtol: float = 1e-4, max_nfe: int = 100) -> Tensor:
-    """(B, n): where Broyden's method ends, for objectives that need z*; what did not converge is the best it saw."""
-    found = solve(f, z0, context, solver=Broyden(memory=max_nfe), rtol=rtol, max_nfe=max_nfe, throw=False)
-    return Packing.of(found.z).pack(found.z)
-
-
-def differentiate(
-    solver: Any, f: Any, z0: Any, context: Any, config: Any, backend: str, done: float = 0.0
-) -> tuple[Tensor, bool]:
-    """Unroll a solver and leave the clipped gradient of its objective in its parameters; (loss, whether that is finite).
-
-    `config` has the objective, the steps (`unroll`) and the norm to clip at (`clip`); done in [0, 1) is how far the
-    training has got.
-    """
-    objective = config.objective
-    star = equilibria(f, z0, context) if objective.needs_star else None
-    begin, losses = None, []
-    parameters = list(solver.parameters())
-    for parameter in parameters:
-        parameter.grad = None
-    for _ in range(getattr(config, "segments", 1)):
-        rollout = unroll(solver, f, z0, context, steps=config.unroll, backend=backend, begin=begin)
-        loss = objective.loss(rollout, star, done)
-        # not loss.backward(): whatever else f closes over must not collect gradients
-        for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
-            if grad is not None:
-                parameter.grad = grad if parameter.grad is None else parameter.grad + grad
-        losses.append(loss.detach())
-        begin = rollout.carry()
-    return torch.stack(losses).mean(), bool(torch.isfinite(nn.utils.clip_grad_norm_(parameters, config.clip)))
-
-
-class frozen:
-    """While it lasts, the parameters of f (where it is a module) do not require gradients."""
-
-    def __init__(self, f: Any) -> None:
-        module = module_of(f)
-        self.parameters = [] if module is None else [p for p in module.parameters() if p.requires_grad]
-
-    def __enter__(self) -> None:
-        for parameter in self.parameters:
-            parameter.requires_grad_(False)
-
-    def __exit__(self, *_: object) -> None:
-        for parameter in self.parameters:
-            parameter.requires_grad_(True)
 
 
 def _jsonable(value: Any) -> Any:
