@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from metabroyden.learned.fingerprint import module_of
-from metabroyden.meta.config import Unrolling
+from metabroyden.meta import distributed
+from metabroyden.meta.config import MetaConfig, Unrolling
+from metabroyden.meta.draws import training_batch, unroll_length
+from metabroyden.meta.tasks import TaskSet
 from metabroyden.meta.unroll import unroll
 from metabroyden.solution import State
 from metabroyden.solve import solve
@@ -76,6 +79,26 @@ def differentiate(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`backpropagate` for a solver by itself."""
     return backpropagate(UnrolledLoss(solver), f, z0, context, config, backend, steps=steps, done=done)
+
+
+class BackpropEstimator:
+    """`backpropagate` on a task set, a new batch each outer step; each process takes its share of it."""
+
+    def __init__(self, solver: Any, tasks: TaskSet, config: MetaConfig) -> None:
+        self.tasks, self.config = tasks, config
+        self.module = distributed.spread(UnrolledLoss(solver))
+
+    def settled(self, step: int) -> bool:
+        """Nothing persists from one outer step to the next."""
+        return True
+
+    def __call__(self, step: int, done: float) -> tuple[Tensor, Tensor]:
+        """Leave the clipped gradient of an outer step in the solver's parameters; (loss, norm before clipping)."""
+        config = self.config
+        z0, x = training_batch(self.tasks, config, step, distributed.part(config.batch))
+        length = unroll_length(config.unroll, config.seed, step)
+        loss, norm = backpropagate(self.module, self.tasks.f, z0, x, config, config.backend, steps=length, done=done)
+        return distributed.mean(loss), norm
 
 
 def equilibria(f: Any, z0: Any, context: Any, *, rtol: float = 1e-4, max_nfe: int = 100) -> Tensor:

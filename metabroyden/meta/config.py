@@ -62,7 +62,9 @@ class MetaConfig(Unrolling):
         unroll: solver steps K that are backpropagated through together; a pair (low, high): K is drawn anew for each outer
             step, log-uniformly from low to high.
         batch: fixed-point problems a step, over all processes. learning_rate: peak, cosine to zero.
-        backend: of the unroll. seed: of all that is drawn.
+        estimator: of the gradient, "backprop" or "pes" (see `metabroyden.meta.pes`). With the latter an outer step is one
+            segment, and `segments` of them in a row one unroll. sigma: of its perturbations. particles: pairs of them.
+        backend: of the unroll that is backpropagated through. seed: of all that is drawn.
         start_noise: size of normal noise on the start states of training, relative to the root mean square of f(z0).
         validate_every: outer steps between looks at validation; the best weights seen there are the ones kept.
         validation_size: problems of the validation split used for that.
@@ -72,12 +74,17 @@ class MetaConfig(Unrolling):
         budget_seconds: time after which it stops, looks at validation and earlier sittings included; None: no limit. The
             schedule goes by whichever share is the larger, of the steps or of the time, so that it ends at zero either way.
         budget_clock: what that budget is of, "wall" or "cpu" (of this process, all its threads).
+        return_after: steps in a row without a finite gradient after which training returns to the best weights with half
+            the learning rate. returns: how often, before it gives up.
     """
 
     steps: int = 600
     unroll: int | tuple[int, int] = 14
     batch: int = 32
     learning_rate: float = 2e-3
+    estimator: str = "backprop"
+    sigma: float = 0.01
+    particles: int = 8
     backend: str = "higher"
     seed: int = 0
     start_noise: float = 0.0
@@ -88,11 +95,16 @@ class MetaConfig(Unrolling):
     patience: int | None = None
     budget_seconds: float | None = None
     budget_clock: str = "wall"
+    return_after: int = 10
+    returns: int = 3
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_counts("steps", "batch", "validate_every", "validation_size", "validation_nfe")
-        self._check_positive("learning_rate", "validation_rtol")
+        self._check_counts(
+            "steps", "batch", "validate_every", "validation_size", "validation_nfe", "particles", "return_after"
+        )
+        self._check_counts("returns", least=0)
+        self._check_positive("learning_rate", "validation_rtol", "sigma")
         pair = self.unroll if isinstance(self.unroll, tuple) else (self.unroll, self.unroll)
         if len(pair) != 2 or not all(map(_is_count, pair)) or pair[0] > pair[1]:
             raise ValueError(
@@ -107,6 +119,11 @@ class MetaConfig(Unrolling):
             self._check_positive("start_noise")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"MetaConfig: seed must be an integer, got {self.seed!r}")
-        for name, known in (("backend", BACKENDS), ("budget_clock", ("wall", "cpu"))):
+        choices = {"backend": BACKENDS, "estimator": ("backprop", "pes"), "budget_clock": ("wall", "cpu")}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"MetaConfig: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.estimator == "pes" and (self.detach_features or self.checkpoint_steps):
+            raise ValueError(
+                "MetaConfig: detach_features and checkpoint_steps are of backpropagation, estimator is 'pes'"
+            )
