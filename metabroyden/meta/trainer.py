@@ -28,7 +28,7 @@ from metabroyden.state import gather
 Progress = Callable[[int, str], None]
 """Called with the step reached (of the time budget where that is nearer its end) and a few words."""
 Curves = Callable[[int, dict[str, float]], None]
-"""Called with an outer step and numbers by name."""
+"""Called with the number of outer steps made and numbers by name."""
 
 
 class MetaTrainer:
@@ -133,7 +133,7 @@ class MetaTrainer:
             self.incidents.returned.append(self.step)
             self.incidents.streak = 0
         if self.curves is not None:
-            self.curves(self.step, {"loss": loss, "gradient norm": norm, "learning rate": rate})
+            self.curves(self.step + 1, {"loss": loss, "gradient norm": norm, "learning rate": rate})
         return loss
 
     def _validate(self, loss: float) -> None:
