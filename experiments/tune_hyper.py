@@ -18,6 +18,7 @@ from metabroyden.evaluation.provenance import config_hash, plain, provenance
 from metabroyden.storage import atomic_write
 
 USUAL = RECIPES["hyper-anderson"]
+_PER_STEP = 10  # solver iterations
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _results(config: TuneHyper) -> Path:
 
 def _row(config: TuneHyper, name: str) -> dict[str, Any]:
     """One configuration, trained and measured; from the file of an earlier sitting where it is there."""
-    recipe = VARIANTS[name].recipe(USUAL.unroll * config.steps)
+    recipe = VARIANTS[name].recipe(_PER_STEP * config.steps)
     meta = Meta(
         family=config.family, solver="hyper-anderson", seed=config.seed, budget=config.budget, samples=config.samples,
         backend=config.backend, models=config.models, runs=config.runs, progress=config.progress,

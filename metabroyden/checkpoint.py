@@ -94,14 +94,15 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], path: str | Path
 
 
 def training_tensors(
-    module: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator
+    module: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator | None = None
 ) -> dict[str, Tensor]:
-    """All that a training run must remember to go on bit for bit: weights, Adam's moments, the random generator."""
+    """What a training run must remember to go on bit for bit: weights, Adam's moments, its random generator if any."""
     tensors = {f"module.{name}": value for name, value in module.state_dict().items()}
     names = [name for name, _ in module.named_parameters()]
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{key}.{names[number]}": torch.as_tensor(value) for key, value in state.items()}
-    tensors["generator"] = generator.get_state()
+    if generator is not None:
+        tensors["generator"] = generator.get_state()
     return tensors
 
 
@@ -109,8 +110,8 @@ def restore_training(
     tensors: dict[str, Tensor],
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
     path: str | Path,
+    generator: torch.Generator | None = None,
 ) -> None:
     """The inverse of `training_tensors`; `CheckpointError` when the weights do not fit."""
     load_weights(module, under(tensors, "module."), path)
@@ -120,7 +121,8 @@ def restore_training(
         if all(value is not None for value in moments.values()):
             state[number] = moments  # type: ignore[assignment]
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    generator.set_state(tensors["generator"])
+    if generator is not None:
+        generator.set_state(tensors["generator"])
 
 
 def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

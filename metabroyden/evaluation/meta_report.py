@@ -11,6 +11,8 @@ import numpy as np
 
 from metabroyden.evaluation.plots import new_axes, save_figure
 from metabroyden.evaluation.report import table
+from metabroyden.meta.incidents import in_words
+from metabroyden.meta.schedule import STOPS
 from metabroyden.storage import atomic_write
 
 Row = dict[str, Any]
@@ -335,6 +337,14 @@ def curves(results: MetaResults, path: Path) -> Path:
     return save_figure(figure, path)
 
 
+def _incidents(summary: dict[str, Any]) -> str:
+    """What went wrong, and why training stopped where that was not at its last step."""
+    told = summary.get("incidents")
+    words = f"{summary['skipped_steps']} steps skipped" if told is None else in_words(told) or "no step skipped"
+    stopped = summary.get("stopped", "steps")
+    return words if stopped == "steps" else f"{words}; stopped at step {summary['steps']}: {STOPS[stopped]}"
+
+
 def _settings(families: Sequence[MetaResults]) -> str:
     lines = []
     for results in families:
@@ -346,6 +356,6 @@ def _settings(families: Sequence[MetaResults]) -> str:
                     f"- {results.name}, {name}, seed {described['config']['seed']}: {described['parameters']:,} parameters "
                     f"(the model has {described['model_parameters']:,}), {recipe['steps']} steps of {recipe['segments']} × "
                     f"{recipe['unroll']} on batches of {recipe['batch']}, {summary['seconds']:g} s, "
-                    f"{summary['skipped_steps']} steps skipped; commit {described['provenance']['commit']}"
+                    f"{_incidents(summary)}; commit {described['provenance']['commit']}"
                 )
     return "\n".join(lines)

@@ -53,7 +53,8 @@ def double_equilibria(
     for z0, x, _ in held.chunks():
         z0, x = pytree.tree_map(_in_double, (z0, x))
         f, x = pin(double, getattr(x, "context", x), z0)
-        star, found = packed(z0).clone(), torch.zeros(len(packed(z0)), dtype=torch.bool)
+        star = packed(z0).clone()
+        found = torch.zeros(len(star), dtype=torch.bool, device=star.device)
         for solver in solvers:
             todo = (~found).nonzero().squeeze(1)
             if len(todo) == 0:
@@ -112,6 +113,13 @@ def solve_rows(
     return short(rows)
 
 
+def now(device: torch.device) -> float:
+    """Seconds, when a device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 @torch.no_grad()
 def horizon_rows(
     name: str, solver: Any, held: HeldOut, *, steps: int, tolerances: Sequence[float] = (1e-3, 1e-4)
@@ -152,15 +160,18 @@ def _spent_before(solution: Any, phase: int) -> np.ndarray:
 def clock_rows(
     solvers: dict[str, Any], held: HeldOut, *, tolerances: Iterable[float], budget: int, batch: int, repeats: int
 ) -> list[Row]:
-    """Whole solves of one batch of held-out problems by every solver in turn, `repeats` rounds after one to warm up."""
-    index = torch.arange(min(batch, len(held)))
+    """Whole solves of one batch of held-out problems by every solver in turn, `repeats` rounds after one to warm up.
+
+    On a GPU the clock is read when it has done what it was told, before and after each evaluation of f too.
+    """
+    index = torch.arange(min(batch, len(held)), device=held.device)
     z0, x = gather(held.z0, index), gather(held.x, index)
     spent = {"seconds": 0.0, "calls": 0}
 
     def f(z: State, context: Any) -> State:
-        began = time.perf_counter()
+        began = now(held.device)
         value = held.f(z, context)
-        spent["seconds"] += time.perf_counter() - began
+        spent["seconds"] += now(held.device) - began
         spent["calls"] += 1
         return value
 
@@ -175,9 +186,9 @@ def clock_rows(
                 solver = solvers[name]
                 spent.update(seconds=0.0, calls=0)
                 timed = held.f if getattr(solver, "parts", ()) else f
-                began = time.perf_counter()
+                began = now(held.device)
                 found = solve(timed, z0, x, solver=solver, rtol=tolerance, max_nfe=budget, throw=False)
-                taken[name].append((time.perf_counter() - began, spent["seconds"], spent["calls"]))
+                taken[name].append((now(held.device) - began, spent["seconds"], spent["calls"]))
                 reached[name] = float(found.converged.float().mean())
         for name, readings in taken.items():
             total, in_f, calls = zip(*readings[1:], strict=True)
