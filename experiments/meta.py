@@ -64,8 +64,8 @@ RECIPES: dict[str, Recipe] = {
     "neural-fixed-point": Recipe(options=_SAME),
     "gated-secant": Recipe(kind="neural-fixed-point", options={**_SAME, "form": "secant"}),
     "meta-learner": Recipe(steps=400, segments=1, options=_SAME),
-    "started-broyden": Recipe(kind="started", unroll=5, segments=1, options={**_SAME, "classical": Broyden(60)}),
-    "started-anderson": Recipe(kind="started", unroll=5, segments=1, options={**_SAME, "classical": Anderson()}),
+    "started-broyden": Recipe(kind="started", segments=1, options={**_SAME, "classical": Broyden(60)}),
+    "started-anderson": Recipe(kind="started", segments=1, options={**_SAME, "classical": Anderson()}),
 }
 """All with the same width of the start and the same safeguard."""
 TEXT: dict[str, Any] = {"batch": 16, "steps": 250}

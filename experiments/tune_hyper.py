@@ -47,7 +47,7 @@ def _variants() -> Iterator[tuple[str, Variant]]:
             yield f"{loss}, rate {rate:g}", Variant(objective, learning_rate=rate)
         yield f"{loss}, unroll 14", Variant(objective, unroll=14)
         yield f"{loss}, hidden 64", Variant(objective, options={"hidden": 64})
-        yield f"{loss}, published start", Variant(objective, options={"zero_output": False})
+        yield f"{loss}, published initialisation", Variant(objective, options={"zero_output": False})
 
 
 VARIANTS: dict[str, Variant] = dict(_variants())

@@ -72,7 +72,7 @@ def test_it_learns_with_every_one_of_its_parameters(way):
 @pytest.mark.parametrize("kind", ["nct", "ntc"])
 def test_later_tokens_change_nothing_at_earlier_ones(way, kind):
     layout, f, z0, x = problem_of(kind, dtype=torch.float64)
-    solver = shaken(make(way, layout, initializer_depth=3, initializer_kernel=5)).double()
+    solver = shaken(make(way, layout, initializer_kernels=(5, 3, 1))).double()
     changed, time = x.clone(), 2 if kind == "nct" else 1
     changed.narrow(time, 4, 2).add_(1)
     with torch.no_grad():

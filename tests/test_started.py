@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import metabroyden as mb
+from metabroyden import checkpoint
 from metabroyden.learned.initializer import Initializer
 from metabroyden.learned.layout import Layout, Mixer
 from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet
@@ -52,7 +53,8 @@ def test_from_its_start_on_it_is_the_classical_solver_begun_there(classical, non
 
 @every_classical
 def test_it_comes_back_from_a_file_as_it_was(classical, nonlinear, tmp_path):
-    solver = moved(started(classical, safeguard=mb.Safeguard(horizon=None, patience=15, progress=0.5)))
+    safeguard = mb.Safeguard(horizon=None, patience=15, progress=0.5)
+    solver = moved(started(classical, safeguard=safeguard, initializer_kernels=(5, 3, 1)))
     loaded = mb.load_solver(mb.save_solver(solver, tmp_path / "solver.safetensors"))
     assert loaded.config == solver.config
     assert loaded.config.classical == classical
@@ -100,20 +102,19 @@ def test_what_cannot_be_started_is_refused():
             make_learned("started", layout, classical=classical)
     with pytest.raises(ValueError, match="initializer must be at least 1"):
         make_learned("started", layout, initializer=0)
-    with pytest.raises(ValueError, match="initializer_depth must be at least 2, got 1"):
-        make_learned("started", layout, initializer_depth=1)
-    with pytest.raises(ValueError, match="initializer_kernel must be an odd number of at least 1, got 4"):
-        make_learned("started", layout, initializer_kernel=4)
+    for kernels in ((3,), (3, 4), (0, 1), 3):
+        with pytest.raises(ValueError, match=r"initializer_kernels must be at least two odd numbers, as \(3, 3\), got"):
+            make_learned("started", layout, initializer_kernels=kernels)
 
 
 LAYOUTS = {"nd": (5,), "nct": (5, 9), "ntc": (9, 5), "nchw": (5, 7, 7)}
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
-@pytest.mark.parametrize(("depth", "kernel"), [(2, 5), (3, 3), (4, 1)])
-def test_an_initializer_sees_as_far_as_its_depth_and_kernel_say(kind, depth, kernel):
+@pytest.mark.parametrize("kernels", [(5, 1), (3, 3, 3), (1, 1)])
+def test_an_initializer_sees_as_far_as_its_kernels_say(kind, kernels):
     layout = Layout(kind, LAYOUTS[kind])
-    initializer = Initializer(layout, 5, 6, depth, kernel)
+    initializer = Initializer(layout, 5, 6, kernels)
     canonical = torch.zeros(1, 5, *layout.extents(layout.shape))
     assert torch.equal(initializer(canonical), torch.zeros_like(canonical)), "untrained, the base is the start"
     torch.nn.init.normal_(initializer.outward.map.weight)
@@ -123,7 +124,7 @@ def test_an_initializer_sees_as_far_as_its_depth_and_kernel_say(kind, depth, ker
     changed = canonical.clone()
     changed[middle] = 1
     moved = (initializer(changed) - initializer(canonical)).abs().amax(1)[0] > 0
-    reach = depth * (kernel - 1) if layout.causal else depth * (kernel // 2)
+    reach = sum(kernels) - len(kernels) if layout.causal else sum(kernel // 2 for kernel in kernels)
     places = moved.nonzero() - torch.tensor([size // 2 for size in canonical.shape[2:]])
     assert places.max() == min(reach, canonical.shape[2] - 1 - canonical.shape[2] // 2)
     assert places.min() == (0 if layout.causal else -min(reach, canonical.shape[2] // 2)), "no look ahead in time"
@@ -137,3 +138,11 @@ def test_a_mixer_of_any_kernel_has_its_transpose(kind, kernel):
     extents = layout.extents(layout.shape)
     v, w = torch.randn(2, 5, *extents), torch.randn(2, 4, *extents)
     torch.testing.assert_close((mixer(v) * w).sum(), (v * mixer.transpose(w)).sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_file_from_before_there_were_kernels_to_choose_loads(tmp_path):
+    solver = moved(started(mb.Broyden()))
+    described = solver.describe()
+    del described["config"]["initializer_kernels"]
+    path = checkpoint.write(tmp_path / "old.safetensors", "solver/started", solver.state_dict(), described)
+    assert mb.load_solver(path).config == solver.config

@@ -27,7 +27,7 @@ def test_at_least_twelve_configurations_spend_the_same_and_differ():
 
 
 def test_an_interrupted_search_goes_on_and_its_report_is_sorted(tmp_path, monkeypatch, capsys):
-    names = ("published loss, m = 3", "log residual, published start")
+    names = ("published loss, m = 3", "log residual, published initialisation")
     config = tune_hyper.TuneHyper(
         family="dense-digits", steps=2, only=names, samples=16, budget=12, backend="native", progress=False,
         results=tmp_path / "results", runs=tmp_path / "runs",

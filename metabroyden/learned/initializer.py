@@ -16,14 +16,15 @@ class Initializer(nn.Module):
     where c is a native context, and f(z0) where c is that.
 
     Args:
-        layout: of the states. context_channels: of c. width: inner channels. depth: maps d ≥ 2. kernel: odd, of each map.
+        layout: of the states. context_channels: of c. width: inner channels. kernels: odd, one a map, d ≥ 2 of them.
     """
 
-    def __init__(self, layout: Layout, context_channels: int, width: int, depth: int = 2, kernel: int = 3) -> None:
+    def __init__(self, layout: Layout, context_channels: int, width: int, kernels: tuple[int, ...] = (3, 3)) -> None:
         super().__init__()
-        self.inward = Mixer(layout, context_channels, width, kernel=kernel)
-        self.between = nn.ModuleList(Mixer(layout, width, width, kernel=kernel) for _ in range(depth - 2))
-        self.outward = Mixer(layout, width, layout.channels, kernel=kernel, zero=True)
+        first, *between, last = kernels
+        self.inward = Mixer(layout, context_channels, width, kernel=first)
+        self.between = nn.ModuleList(Mixer(layout, width, width, kernel=kernel) for kernel in between)
+        self.outward = Mixer(layout, width, layout.channels, kernel=last, zero=True)
 
     def forward(self, context: Tensor) -> Tensor:
         """The correction to the base, (R, C, *S)."""

@@ -44,8 +44,9 @@ class Started(LearnedSolver):
 
     Where gradients are recorded it takes Picard's steps instead (its own, where it is one), so that an unroll of K steps
     trains the start for small residuals in K Picard steps from it, by exact gradients: rank-one updates and mixing
-    coefficients, backpropagated through, explode. Short unrolls will do. Validation, and so the choice of the weights kept,
-    runs the solver itself. As a meta-training is cut between segments, only the first segment trains the start.
+    coefficients, backpropagated through, explode. Unroll ten steps or more: a start whose residual is small at once may have
+    its error where residuals do not show it. Validation, and so the choice of the weights kept, runs the solver itself.
+    A meta-training is cut between segments: only the first trains the start.
 
     Untrained it is the classical solver, from z0 with a native context and from f(z0) else.
     """
