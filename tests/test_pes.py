@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
+from experiments import pes
 from metabroyden.meta import MetaConfig, MetaTrainer
 from metabroyden.meta.pes import Particles
 from tests.test_meta import SMALL, grouped, tasks
@@ -88,6 +90,20 @@ def test_evolution_lowers_the_loss_of_an_unroll_in_many_segments():
     unrolls = torch.tensor(losses).view(-1, 3).mean(dim=1)
     assert unrolls[-4:].mean() < unrolls[:4].mean() - 0.1
     assert trainer.skipped == 0
+
+
+def test_the_experiment_writes_what_it_promises(tmp_path):
+    config = pes.Pes(
+        unroll=2, segments=2, begin_seconds=0.1, seconds=0.1, particles=1, lengths=(2, 4), batch=2, results=tmp_path,
+        progress=False,
+    )  # fmt: skip
+    pes.run(config)
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "config.json", "report.md", "pes.png"}
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["way"] for row in rows if row["row"] == "way"] == ["short", *pes.WAYS]
+    assert all(row["cpu_seconds"] >= 0.1 and row["steps"] >= 1 for row in rows if row["row"] == "way")
+    assert [row["unroll"] for row in rows if row["row"] == "length"] == [2, 4]
+    assert "| PES | " in (tmp_path / "report.md").read_text()
 
 
 def test_modes_of_backpropagation_are_refused():
