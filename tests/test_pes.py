@@ -43,7 +43,7 @@ def test_estimates_over_a_whole_unroll_average_to_its_exact_gradient_where_trunc
     exact = backpropagated(theta, truncated=False)
     generator = torch.Generator().manual_seed(0)
     found = []
-    for _ in range(1500):
+    for _ in range(700):
         particles = Particles(2, sigma=0.3)
         pieces = []
         for _ in range(SEGMENTS):
@@ -54,7 +54,7 @@ def test_estimates_over_a_whole_unroll_average_to_its_exact_gradient_where_trunc
     error = estimates.std(dim=0) / len(estimates) ** 0.5
     assert ((estimates.mean(dim=0) - exact).abs() < 3.5 * error).all()
     truncated = backpropagated(theta, truncated=True)
-    assert (truncated - exact).norm() > 10 * error.norm(), "truncation is off by far more than the estimate's error"
+    assert (truncated - exact).norm() > 6 * error.norm(), "truncation is off by far more than the estimate's error"
 
 
 def test_one_segment_is_an_antithetic_finite_difference():
