@@ -52,6 +52,8 @@ class Pes:
     """Problems a step."""
     seed: int = 0
     """Of weights and draws."""
+    lengths: tuple[int, ...] = (5, 10, 20, 40, 60, 90, 120)
+    """Unrolls whose gradients are measured at the beginning."""
     models: Path = Path("results/models")
     """Where the frozen models are."""
     results: Path = Path("results/meta/pes")
@@ -140,7 +142,7 @@ def _length_rows(solver: Any, tasks: TaskSet, meta: MetaConfig, config: Pes) -> 
     rows = []
     solver.requires_grad_(True)
     with frozen(tasks.f):
-        for length in (5, 10, 20, 40, 60, 90, 120):
+        for length in config.lengths:
             norms = []
             for step in range(5):
                 z0, x = training_batch(tasks, meta, step)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
+from experiments import pes
 from metabroyden.meta import MetaConfig, MetaTrainer
 from metabroyden.meta.pes import Particles
 from tests.test_meta import SMALL, grouped, tasks
@@ -41,7 +43,7 @@ def test_estimates_over_a_whole_unroll_average_to_its_exact_gradient_where_trunc
     exact = backpropagated(theta, truncated=False)
     generator = torch.Generator().manual_seed(0)
     found = []
-    for _ in range(1500):
+    for _ in range(700):
         particles = Particles(2, sigma=0.3)
         pieces = []
         for _ in range(SEGMENTS):
@@ -52,7 +54,7 @@ def test_estimates_over_a_whole_unroll_average_to_its_exact_gradient_where_trunc
     error = estimates.std(dim=0) / len(estimates) ** 0.5
     assert ((estimates.mean(dim=0) - exact).abs() < 3.5 * error).all()
     truncated = backpropagated(theta, truncated=True)
-    assert (truncated - exact).norm() > 10 * error.norm(), "truncation is off by far more than the estimate's error"
+    assert (truncated - exact).norm() > 6 * error.norm(), "truncation is off by far more than the estimate's error"
 
 
 def test_one_segment_is_an_antithetic_finite_difference():
@@ -88,6 +90,20 @@ def test_evolution_lowers_the_loss_of_an_unroll_in_many_segments():
     unrolls = torch.tensor(losses).view(-1, 3).mean(dim=1)
     assert unrolls[-4:].mean() < unrolls[:4].mean() - 0.1
     assert trainer.skipped == 0
+
+
+def test_the_experiment_writes_what_it_promises(tmp_path):
+    config = pes.Pes(
+        unroll=2, segments=2, begin_seconds=0.1, seconds=0.1, particles=1, lengths=(2, 4), batch=2, results=tmp_path,
+        progress=False,
+    )  # fmt: skip
+    pes.run(config)
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "config.json", "report.md", "pes.png"}
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["way"] for row in rows if row["row"] == "way"] == ["short", *pes.WAYS]
+    assert all(row["cpu_seconds"] >= 0.1 and row["steps"] >= 1 for row in rows if row["row"] == "way")
+    assert [row["unroll"] for row in rows if row["row"] == "length"] == [2, 4]
+    assert "| PES | " in (tmp_path / "report.md").read_text()
 
 
 def test_modes_of_backpropagation_are_refused():

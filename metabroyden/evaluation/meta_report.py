@@ -337,6 +337,14 @@ def curves(results: MetaResults, path: Path) -> Path:
     return save_figure(figure, path)
 
 
+def _time(described: dict[str, Any]) -> str:
+    """How long training took, where, and in how many processes; the CPU time is the first one's."""
+    summary = described["summary"]
+    cpu = f", {summary['cpu_seconds']:g} CPU s" if "cpu_seconds" in summary else ""
+    many = f" in {summary['processes']} processes" if summary.get("processes", 1) > 1 else ""
+    return f"{summary['seconds']:g} s{cpu} on {described.get('device', 'cpu')}{many}"
+
+
 def _incidents(summary: dict[str, Any]) -> str:
     """What went wrong, and why training stopped where that was not at its last step."""
     told = summary.get("incidents")
@@ -355,7 +363,7 @@ def _settings(families: Sequence[MetaResults]) -> str:
                 lines.append(
                     f"- {results.name}, {name}, seed {described['config']['seed']}: {described['parameters']:,} parameters "
                     f"(the model has {described['model_parameters']:,}), {recipe['steps']} steps of {recipe['segments']} × "
-                    f"{recipe['unroll']} on batches of {recipe['batch']}, {summary['seconds']:g} s, "
+                    f"{recipe['unroll']} on batches of {recipe['batch']}, {_time(described)}, "
                     f"{_incidents(summary)}; commit {described['provenance']['commit']}"
                 )
     return "\n".join(lines)
