@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import metabroyden as mb
 from metabroyden.learned.layout import Layout
 from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet
 from metabroyden.meta.fit import make_learned
+from metabroyden.meta.schedule import Clock, reason_to_stop, share
 from metabroyden.meta.tasks import as_learn2learn
 from metabroyden.meta.trainer import mean_evaluations
 
@@ -96,6 +98,43 @@ def test_what_f_closes_over_collects_no_gradients():
     assert all(parameter.grad is None for parameter in cell.parameters())
 
 
+def test_a_training_that_no_longer_improves_stops_early(monkeypatch):
+    scores = iter([9.0, 7.0, 8.0, 7.0, 7.5, 1.0])
+    monkeypatch.setattr(MetaTrainer, "_score", lambda self: next(scores))
+    solver = MetaTrainer(grouped(), tasks(), replace(SMALL, steps=100, validate_every=1, patience=3)).run()
+    assert solver.summary["stopped"] == "patience"
+    assert solver.summary["steps"] == 4
+    assert [entry["score"] for entry in solver.summary["validation"]] == [9.0, 7.0, 8.0, 7.0, 7.5]
+
+
+def test_a_time_budget_ends_the_training_and_is_kept_over_an_interruption(tmp_path):
+    """Of five seconds' worth of steps one is granted: the schedule goes by time, and what is spent stays spent."""
+    path, config = tmp_path / "training.safetensors", replace(SMALL, steps=100_000, budget_seconds=1.0)
+    trainer = MetaTrainer(grouped(), tasks(), config, checkpoint=path)
+    trainer.run(until=10)
+    spent = trainer.clock.read()
+    assert 0 < trainer.step / config.steps < 0.01 < share(config, trainer.step, trainer.clock) < 1
+    resumed = MetaTrainer(grouped(), tasks(), config, checkpoint=path)
+    assert resumed.clock.read() == pytest.approx(spent, rel=0.2)
+    summary = resumed.run().summary
+    assert summary["stopped"] == "budget"
+    assert 10 < summary["steps"] < 1000
+    assert 1 <= summary["seconds"] < 2
+    assert summary["cpu_seconds"] > 0
+    assert resumed.optimizer.param_groups[0]["lr"] < 1e-2 * config.learning_rate, "annealed by the time it stops"
+    again = MetaTrainer(grouped(), tasks(), config, checkpoint=path)
+    assert again.run().summary == summary, "what has stopped stays so"
+
+
+def test_the_schedule_goes_by_the_larger_share():
+    config = replace(SMALL, steps=10, budget_seconds=100.0, budget_clock="cpu")
+    assert share(config, 5, Clock(seconds=99, cpu_seconds=20)) == 0.5
+    assert share(config, 5, Clock(seconds=0, cpu_seconds=70)) == 0.7
+    assert reason_to_stop(config, 5, Clock(0, 100), []) == "budget"
+    assert reason_to_stop(config, 10, Clock(), []) == "steps"
+    assert reason_to_stop(config, 5, Clock(1e9, 0), []) is None
+
+
 def test_splits_that_overlap_are_refused():
     train = contexts(10)
     with pytest.raises(ValueError, match="validation split is in the train split"):
@@ -112,7 +151,17 @@ def test_the_test_split_is_not_drawn_from():
 
 
 @pytest.mark.parametrize(
-    "options", [{"steps": 0}, {"unroll": 2.0}, {"learning_rate": -1.0}, {"clip": float("nan")}, {"backend": "jax"}]
+    "options",
+    [
+        {"steps": 0},
+        {"unroll": 2.0},
+        {"learning_rate": -1.0},
+        {"clip": float("nan")},
+        {"backend": "jax"},
+        {"patience": 0},
+        {"budget_seconds": 0.0},
+        {"budget_clock": "sun"},
+    ],
 )
 def test_bad_meta_configs_are_refused(options):
     with pytest.raises(ValueError, match=f"MetaConfig: {next(iter(options))} must be"):

@@ -1,11 +1,12 @@
 """Meta-training: tasks, differentiable unrolls, objectives, the outer loop, `fit_solver` and `fit_adjoint`."""
 
 from metabroyden.meta.adjoint import AdjointMap, fit_adjoint
+from metabroyden.meta.config import MetaConfig
 from metabroyden.meta.fit import fit_solver, make_learned
 from metabroyden.meta.keep_up import KeepUp, KeepUpConfig
 from metabroyden.meta.objectives import ResidualObjective
 from metabroyden.meta.tasks import TaskSet
-from metabroyden.meta.trainer import MetaConfig, MetaTrainer
+from metabroyden.meta.trainer import MetaTrainer
 from metabroyden.meta.unroll import unroll
 
 __all__ = [

@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,60 +16,16 @@ from torch import Tensor, nn
 
 from metabroyden import checkpoint
 from metabroyden.learned.fingerprint import module_of
-from metabroyden.meta.objectives import Objective, ResidualObjective
+from metabroyden.meta.config import MetaConfig
+from metabroyden.meta.schedule import Clock, learning_rate, reason_to_stop, share
 from metabroyden.meta.tasks import TaskSet
-from metabroyden.meta.unroll import BACKENDS, unroll
+from metabroyden.meta.unroll import unroll
 from metabroyden.solve import solve
 from metabroyden.solvers.broyden import Broyden
 from metabroyden.state import Packing, gather
 
 Progress = Callable[[int, str], None]
 """Called with the step reached and a few words."""
-
-
-@dataclass(frozen=True)
-class MetaConfig:
-    """One meta-training.
-
-    Attributes:
-        steps: outer (Adam) steps. unroll: solver steps K that are backpropagated through together.
-        segments: unrolls of K steps one after another, each from where the last one ended and cut off from its graph
-            (truncated backpropagation through time), their gradients added up. With 1 backpropagation is full.
-        batch: fixed-point problems a step. learning_rate: peak, cosine to zero. clip: of the gradient's norm.
-        objective: see `metabroyden.meta.objectives`. backend: of the unroll. seed: of the batches.
-        validate_every: outer steps between looks at validation; the best weights seen there are the ones kept.
-        validation_size: problems of the validation split used for that.
-        validation_rtol, validation_nfe: tolerance and budget of that look; its score is the mean number of evaluations,
-            a failure counting twice the budget.
-    """
-
-    steps: int = 600
-    unroll: int = 14
-    segments: int = 1
-    batch: int = 32
-    learning_rate: float = 2e-3
-    clip: float = 1.0
-    objective: Objective = field(default_factory=ResidualObjective)
-    backend: str = "higher"
-    seed: int = 0
-    validate_every: int = 50
-    validation_size: int = 256
-    validation_rtol: float = 1e-3
-    validation_nfe: int = 60
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "unroll", "segments", "batch", "validate_every", "validation_size", "validation_nfe"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"MetaConfig: {name} must be an integer of at least 1, got {value!r}")
-        for name in ("learning_rate", "clip", "validation_rtol"):
-            value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-                raise ValueError(f"MetaConfig: {name} must be a positive number, got {value!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ValueError(f"MetaConfig: seed must be an integer, got {self.seed!r}")
-        if self.backend not in BACKENDS:
-            raise ValueError(f"MetaConfig: backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
 
 
 class MetaTrainer:
@@ -83,7 +38,9 @@ class MetaTrainer:
         checkpoint: file for the training state (written every `save_every` steps), or None.
 
     Attributes:
-        history: a dict for each look at validation: step, loss, score, seconds (of training, over all sittings).
+        history: a dict for each look at validation: step, loss, score, and seconds and cpu_seconds until then (looks at
+            validation and earlier sittings included).
+        stopped: why it stopped, a key of `schedule.STOPS`; None while it has not.
     """
 
     def __init__(
@@ -98,7 +55,9 @@ class MetaTrainer:
         self.solver, self.tasks, self.config = solver, tasks, MetaConfig() if config is None else config
         self.path = None if checkpoint is None else Path(checkpoint)
         self.save_every = save_every
-        self.step, self.seconds, self.skipped = 0, 0.0, 0
+        self.step, self.skipped = 0, 0
+        self.clock = Clock()
+        self.stopped: str | None = None
         self.history: list[dict[str, float]] = []
         self.best_score = math.inf
         self.best = copy.deepcopy(solver.state_dict())
@@ -111,22 +70,25 @@ class MetaTrainer:
         """Train to the end (or to step `until`) and return the solver, in evaluation mode once at the end."""
         last = self.config.steps if until is None else min(until, self.config.steps)
         self.solver.requires_grad_(True).train()
+        self.clock.start()
         with frozen(self.tasks.f):
             if self.step == 0 and not self.history:
                 self._validate(math.nan)
-            while self.step < last:
-                began = time.perf_counter()
+            while self.stopped is None and self.step < last:
                 with torch.enable_grad():
                     loss = self._update()
                 self.step += 1
-                self.seconds += time.perf_counter() - began
-                if self.step % self.config.validate_every == 0 or self.step == self.config.steps:
+                reason = reason_to_stop(self.config, self.step, self.clock, self.history)
+                if self.step % self.config.validate_every == 0 or reason is not None:
                     self._validate(loss)
-                if self.step % self.save_every == 0 or self.step == last:
+                    reason = reason or reason_to_stop(self.config, self.step, self.clock, self.history)
+                self.stopped = reason
+                if self.step % self.save_every == 0 or self.step == last or reason is not None:
                     self._save()
                 if progress is not None:
                     progress(self.step, f"loss {loss:.3f}, validation {self.best_score:.1f} evaluations")
-        if self.step >= self.config.steps:
+        self.clock.stop()
+        if self.stopped is not None:
             self._finish()
         return self.solver
 
@@ -134,34 +96,45 @@ class MetaTrainer:
         """One outer step; a loss or gradient that is not finite is skipped and counted."""
         config = self.config
         z0, x = self.tasks.draw(config.batch, self.generator)
-        loss, finite = differentiate(self.solver, self.tasks.f, z0, x, config, config.backend, self.step / config.steps)
+        done = share(config, self.step, self.clock)
+        loss, finite = differentiate(self.solver, self.tasks.f, z0, x, config, config.backend, done)
         if not finite:
             self.skipped += 1
             return math.nan
         for group in self.optimizer.param_groups:
-            group["lr"] = 0.5 * config.learning_rate * (1 + math.cos(math.pi * self.step / config.steps))
+            group["lr"] = learning_rate(config, done)
         self.optimizer.step()
         return float(loss)
 
     def _validate(self, loss: float) -> None:
-        score = mean_evaluations(
-            self.solver,
-            self.tasks,
-            limit=self.config.validation_size,
-            rtol=self.config.validation_rtol,
-            max_nfe=self.config.validation_nfe,
+        score = self._score()
+        seconds, cpu_seconds = (round(value, 3) for value in self.clock.read())
+        self.history.append(
+            {"step": self.step, "loss": loss, "score": score, "seconds": seconds, "cpu_seconds": cpu_seconds}
         )
-        self.history.append({"step": self.step, "loss": loss, "score": score, "seconds": round(self.seconds, 3)})
         if score < self.best_score:
             self.best_score = score
             self.best = copy.deepcopy(self.solver.state_dict())
+
+    def _score(self) -> float:
+        config = self.config
+        return mean_evaluations(
+            self.solver,
+            self.tasks,
+            limit=config.validation_size,
+            rtol=config.validation_rtol,
+            max_nfe=config.validation_nfe,
+        )
 
     def _finish(self) -> None:
         self.solver.load_state_dict(self.best)
         self.solver.eval().requires_grad_(False)
         self.solver.summary = {
             "meta_training": _jsonable(asdict(self.config)),
-            "seconds": round(self.seconds, 1),
+            "steps": self.step,
+            "stopped": self.stopped,
+            "seconds": round(self.clock.read()[0], 1),
+            "cpu_seconds": round(self.clock.read()[1], 1),
             "skipped_steps": self.skipped,
             "validation": [{key: _jsonable(value) for key, value in entry.items()} for entry in self.history],
         }
@@ -175,8 +148,9 @@ class MetaTrainer:
             "config": _jsonable(asdict(self.config)),
             "solver": _jsonable(self.solver.describe()["config"]),
             "step": self.step,
-            "seconds": self.seconds,
+            "seconds": self.clock.read(),
             "skipped": self.skipped,
+            "stopped": self.stopped,
             "best_score": repr(self.best_score),
             "history": [{key: repr(value) for key, value in entry.items()} for entry in self.history],
         }
@@ -192,7 +166,8 @@ class MetaTrainer:
                 )
         checkpoint.restore_training(tensors, self.solver, self.optimizer, self.generator, path)
         self.best = checkpoint.under(tensors, "best.")
-        self.step, self.seconds, self.skipped = header["step"], header["seconds"], header["skipped"]
+        self.step, self.skipped, self.stopped = header["step"], header["skipped"], header["stopped"]
+        self.clock = Clock(*header["seconds"])
         self.best_score = float(header["best_score"])
         self.history = [{key: _number(value) for key, value in entry.items()} for entry in header["history"]]
 

@@ -1,0 +1,73 @@
+"""How far a meta-training has got: its clock, its share of the way, and when it stops before the last step."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+STOPS = {
+    "steps": "all outer steps were taken",
+    "patience": "validation had stopped improving",
+    "budget": "the time budget was spent",
+}
+"""Why a meta-training stopped, by name."""
+
+
+class Clock:
+    """Seconds that pass while it runs, over all sittings: of the wall clock, and of this process's CPU time."""
+
+    def __init__(self, seconds: float = 0.0, cpu_seconds: float = 0.0) -> None:
+        self._spent = (seconds, cpu_seconds)
+        self._began: tuple[float, float] | None = None
+
+    def start(self) -> None:
+        """Run, from now on."""
+        self._began = time.perf_counter(), time.process_time()
+
+    def stop(self) -> None:
+        """Stand still, from now on."""
+        self._spent, self._began = self.read(), None
+
+    def read(self) -> tuple[float, float]:
+        """(seconds, cpu_seconds) so far."""
+        wall, cpu = self._spent
+        if self._began is None:
+            return wall, cpu
+        return wall + time.perf_counter() - self._began[0], cpu + time.process_time() - self._began[1]
+
+    def spent(self, kind: str) -> float:
+        """Seconds so far of one kind, "wall" or "cpu"."""
+        return self.read()[0 if kind == "wall" else 1]
+
+
+def share(config: Any, step: int, clock: Clock) -> float:
+    """How far the training has got, in [0, 1]: the larger of the shares of steps and of the time budget."""
+    steps = step / config.steps
+    return steps if config.budget_seconds is None else min(1.0, max(steps, _of_budget(config, clock)))
+
+
+def learning_rate(config: Any, done: float) -> float:
+    """Cosine from the peak at done = 0 to zero at done = 1."""
+    return 0.5 * config.learning_rate * (1 + math.cos(math.pi * done))
+
+
+def reason_to_stop(config: Any, step: int, clock: Clock, history: list[dict[str, Any]]) -> str | None:
+    """A key of `STOPS`, or None to go on; history: the looks at validation, each with its score."""
+    if step >= config.steps:
+        return "steps"
+    if config.budget_seconds is not None and _of_budget(config, clock) >= 1:
+        return "budget"
+    if config.patience is not None and idle_looks(history) >= config.patience:
+        return "patience"
+    return None
+
+
+def idle_looks(history: list[dict[str, Any]]) -> int:
+    """Looks at validation since the one with the best score."""
+    scores = [entry["score"] for entry in history]
+    return len(scores) - 1 - scores.index(min(scores)) if scores else 0
+
+
+def _of_budget(config: Any, clock: Clock) -> float:
+    return clock.spent(config.budget_clock) / config.budget_seconds
