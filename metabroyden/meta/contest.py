@@ -118,7 +118,7 @@ class Contest:
 
     def show(self) -> None:
         """Print the figures as a table, the classical solvers first."""
-        head = ("solver", "evaluations: median", "90%", "mean", "solved", "time", f"{self.name} / it")
+        head = ("solver", "median", "90%", "mean", "solved", "time", "ratio")
         rows = []
         for name, one in sorted(self.standings.items(), key=lambda item: item[0] == self.name):
             figures = one.figures(self.fitted)
@@ -133,7 +133,10 @@ class Contest:
                     f"{figures['fitted_over_this']:.2f}×",
                 )
             )
-        about = f"{len(self.fitted.nfe)} held-out problems to {self.rtol:g}, at most {self.fitted.budget} evaluations"
+        about = (
+            f"Evaluations and time of a solve, {len(self.fitted.nfe)} held-out problems in one batch, to {self.rtol:g}, at "
+            f"most {self.fitted.budget} evaluations; ratio: time of {self.name} over time of the solver"
+        )
         print_table(about, head, rows)
 
 
