@@ -42,7 +42,7 @@ def by_calls(monkeypatch, f: Counted) -> None:
 def test_a_solver_that_wins_is_returned_and_serves_as_a_drop_in(monkeypatch, tmp_path, capsys):
     cell = Counted()
     by_calls(monkeypatch, cell)
-    solver = mb.fit_solver(cell, contexts(120), steps=60, progress=True)
+    solver = mb.fit_solver(cell, contexts(120), steps=60, seconds=100, progress=True)
     assert isinstance(solver, MetaBroyden)
     held = solver.summary["held_out"]
     assert held["shortfalls"] == []
@@ -204,7 +204,7 @@ def test_training_stops_early_where_nothing_is_gained():
 
 
 def test_widths_follow_the_channels():
-    assert [sizes(guess_layout(shape), None)["rank"] for shape in ((1, 8, 8), (6, 8, 8), (64, 8, 8))] == [8, 24, 64]
+    assert [sizes(guess_layout(shape), None)["rank"] for shape in ((1, 8, 8), (12, 8, 8), (64, 8, 8))] == [32, 48, 64]
 
 
 def test_the_context_is_native_where_it_can_be_seen():

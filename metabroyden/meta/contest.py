@@ -12,6 +12,9 @@ from metabroyden.meta.progress import print_table
 from metabroyden.solution import State
 from metabroyden.solvers.clock import race
 
+UNTUNED = "Broyden, untuned"
+"""The solver that a DEQ has by default: one of the contestants."""
+
 
 @dataclass(frozen=True)
 class Standing:
@@ -111,6 +114,7 @@ class Contest:
             "max_nfe": self.fitted.budget,
             "samples": len(self.fitted.nfe),
             "mean_evaluations": self.fitted.mean,
+            "mean_evaluations_broyden": self.standings[UNTUNED].mean,
             "best_classical": self.best,
             "shortfalls": self.shortfalls,
             "solvers": {name: one.figures(self.fitted) for name, one in self.standings.items()},

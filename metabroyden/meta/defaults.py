@@ -69,5 +69,5 @@ def segments(seconds: float | None) -> int:
 
 def sizes(layout: Layout, seconds: float | None) -> dict[str, Any]:
     """Options of a `MetaBroyden`: its widths follow the state's channels, its gated steps what it is trained on."""
-    width = min(64, max(8, 4 * layout.channels))
+    width = min(64, max(32, 4 * layout.channels))
     return {"initializer": width, "rank": width, "gated": segments(seconds) * UNROLL}

@@ -17,7 +17,7 @@ from metabroyden.learned import ADJOINT, LEARNED, MetaBroyden
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.layout import Layout
 from metabroyden.meta.config import MetaConfig
-from metabroyden.meta.contest import Contest, contest
+from metabroyden.meta.contest import UNTUNED, Contest, contest
 from metabroyden.meta.defaults import UNROLL, context_options, segments, sizes, state_layout
 from metabroyden.meta.progress import progress_bar
 from metabroyden.meta.tasks import TaskSet
@@ -171,7 +171,7 @@ def _compared(f: Callable[..., State], tasks: TaskSet, name: str, learned: Any, 
     """Classical solvers tuned on validation problems, and all on the test split."""
     rtol, budget = config.validation_rtol, config.validation_nfe
     problem = _as_solved(f, *tasks.prepare(tasks.split("validation")[:TUNED_ON]))
-    solvers = {"Broyden, untuned": Broyden()}
+    solvers: dict[str, Any] = {UNTUNED: Broyden()}
     solvers |= tuned_solvers(*problem, budget=budget, tolerances=(rtol,))
     solvers |= splitting_solvers(*problem, budget=budget, tolerances=(rtol,))
     return contest(*_as_solved(f, *tasks.problems("test")), name, {**solvers, name: learned}, rtol=rtol, max_nfe=budget)
