@@ -189,9 +189,9 @@ def test_a_race_lasts_a_few_seconds_and_at_least_three_rounds(monkeypatch):
 def test_training_ends_with_its_time_and_short_ones_unroll_less():
     began = time.perf_counter()
     solver = mb.fit_solver(Cell(), contexts(30), steps=100_000, seconds=1.0, progress=False, refuse=False)
-    assert time.perf_counter() - began < 15
+    assert time.perf_counter() - began < 30
     assert solver.summary["stopped"] == "budget"
-    assert 1 <= solver.summary["seconds"] < 4
+    assert 1 <= solver.summary["seconds"] < 10
     assert solver.summary["meta_training"]["segments"] == segments(1.0) == 1
     assert solver.config.gated == 14
     assert segments(600.0) == segments(None) == 2
@@ -236,6 +236,10 @@ def test_a_cells_own_layout_is_taken():
 
     solver = mb.fit_solver(Sequence(), torch.randn(20, 3, 5), steps=1, progress=False, refuse=False)
     assert (solver.config.layout, solver.config.context) == ("nct", "native")
+    with pytest.raises(
+        ValueError, match=r"it needs a context tensor with 3 .*got NoneType; .* context='f0' needs none"
+    ):
+        mb.solve(lambda z: 0.3 * z, torch.zeros(2, 3, 5), solver=solver)
 
 
 # --- states of several tensors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
@@ -30,7 +31,9 @@ from metabroyden.state import Packing
 ALIASES = {"metabroyden": "meta-broyden"}
 """Names of presets."""
 TUNED_ON = 64
-"""Validation problems on which the classical solvers are tuned."""
+"""Validation problems on which the classical solvers are tuned, at most."""
+ROOM = 2**20
+"""Coordinates solved at once in the comparison: Broyden keeps two states for each evaluation."""
 
 
 def make_learned(
@@ -79,11 +82,12 @@ def fit_solver(
     """Meta-train a root finder for the fixed points of f(z, x), without labels, and see whether it pays.
 
     Of x_train a fifth (at most 256 samples) chooses weights, when to stop, and the options of the classical solvers; another
-    fifth is left alone until the end. On that one the fitted solver is held against Picard, Anderson and Broyden, tuned to
-    rtol (and operator splitting where f offers its parts), at 60 evaluations a sample: evaluations, success, and whole
-    solves of one batch in turns on the clock. It is returned where it solves no fewer samples than any of them, and against
-    each that solves as many as any needs fewer evaluations in the mean (a failure counts twice the budget) and less time (by
-    the median ratio of paired solves). Else the fastest of those is returned, with a warning that gives the reasons.
+    fifth (fewer where states are large) is left alone until the end. On that one the fitted solver is held against Picard,
+    Anderson and Broyden, tuned to rtol (and operator splitting where f offers its parts), at 60 evaluations a sample:
+    evaluations, success, and whole solves of one batch, in turns on the clock. It is returned where it solves no fewer
+    samples than any of them, and against each that solves the most needs fewer evaluations in the mean (a failure counts
+    twice the budget) and less time (by the median ratio of paired solves). Else the fastest of those is returned, with a
+    warning that gives the reasons.
 
     All figures are in the fitted solver's `summary["held_out"]`. With `higher` installed the unroll runs through it, else by
     plain autograd, with the same gradients.
@@ -170,11 +174,14 @@ def fit_solver(
 def _compared(f: Callable[..., State], tasks: TaskSet, name: str, learned: Any, config: MetaConfig) -> Contest:
     """Classical solvers tuned on validation problems, and all on the test split."""
     rtol, budget = config.validation_rtol, config.validation_nfe
-    problem = _as_solved(f, *tasks.prepare(tasks.split("validation")[:TUNED_ON]))
+    where = learned.layout
+    most = max(16, ROOM // (where.channels * math.prod(where.extents(where.shape))))
+    problem = _as_solved(f, *tasks.prepare(tasks.split("validation")[: min(most, TUNED_ON)]))
     solvers: dict[str, Any] = {UNTUNED: Broyden()}
     solvers |= tuned_solvers(*problem, budget=budget, tolerances=(rtol,))
     solvers |= splitting_solvers(*problem, budget=budget, tolerances=(rtol,))
-    return contest(*_as_solved(f, *tasks.problems("test")), name, {**solvers, name: learned}, rtol=rtol, max_nfe=budget)
+    problem = _as_solved(f, *tasks.prepare(tasks.split("test")[:most]))
+    return contest(*problem, name, {**solvers, name: learned}, rtol=rtol, max_nfe=budget)
 
 
 def _as_solved(f: Callable[..., State], z0: State, x: Tensor) -> tuple[Callable[..., State], State, Tensor | None]:
