@@ -125,7 +125,22 @@ def test_the_best_classical_solver_is_the_fastest_of_those_that_solve_most():
         1e-3,
     )
     assert race.best == "quick"
+    assert set(race.rivals) == {"quick", "frugal"}
     assert race.shortfalls == ["it needs 9.0 evaluations in the mean, frugal 4.0"]
+
+
+def test_a_classical_solver_that_fails_on_a_few_more_by_chance_is_a_rival_still():
+    """Of 100 problems 90, 88 and 80: the standard error is 3%."""
+
+    def solving(count, seconds):
+        return standing([9] * count + [60] * (100 - count), seconds, [True] * count + [False] * (100 - count))
+
+    others = {"sure": solving(90, [3.0]), "quick": solving(88, [1.0]), "frail": solving(80, [0.1])}
+    race = Contest("ours", {"ours": solving(89, [2.0]), **others}, 1e-3)
+    assert set(race.rivals) == {"sure", "quick"}
+    assert race.best == "quick"
+    assert race.shortfalls[0] == "it solves 89.0%, sure 90.0%"
+    assert race.shortfalls[-1] == "it takes 2.00 times as long as quick"
 
 
 def test_the_figures_are_those_of_solves_on_a_share_that_chose_nothing(monkeypatch):

@@ -30,7 +30,7 @@ from metabroyden.state import Packing
 
 ALIASES = {"metabroyden": "meta-broyden"}
 """Names of presets."""
-TUNED_ON = 64
+TUNED_ON = 32
 """Validation problems on which the classical solvers are tuned, at most."""
 ROOM = 2**20
 """Coordinates solved at once in the comparison: Broyden keeps two states for each evaluation."""
@@ -82,12 +82,12 @@ def fit_solver(
     """Meta-train a root finder for the fixed points of f(z, x), without labels, and see whether it pays.
 
     Of x_train a fifth (at most 256 samples) chooses weights, when to stop, and the options of the classical solvers; another
-    fifth (fewer where states are large) is left alone until the end. On that one the fitted solver is held against Picard,
-    Anderson and Broyden, tuned to rtol (and operator splitting where f offers its parts), at 60 evaluations a sample:
-    evaluations, success, and whole solves of one batch, in turns on the clock. It is returned where it solves no fewer
-    samples than any of them, and against each that solves the most needs fewer evaluations in the mean (a failure counts
-    twice the budget) and less time (by the median ratio of paired solves). Else the fastest of those is returned, with a
-    warning that gives the reasons.
+    fifth (at most 128, fewer where states are large) is left alone until the end. On that one the fitted solver is held
+    against Picard, Anderson and Broyden, tuned to rtol (and operator splitting where f offers its parts), at 60 evaluations
+    a sample: evaluations, success, and whole solves of one batch, in turns on the clock. It is returned where it solves no
+    fewer samples than any of them, and against each that solves most, give or take a standard error, needs fewer
+    evaluations in the mean (a failure counts twice the budget) and less time (by the median ratio of paired solves). Else
+    the fastest of those is returned, with a warning that gives the reasons.
 
     All figures are in the fitted solver's `summary["held_out"]`. With `higher` installed the unroll runs through it, else by
     plain autograd, with the same gradients.
@@ -221,12 +221,12 @@ def _check_arguments(f: Any, x_train: Any, z0: Any, seconds: Any) -> None:
 
 
 def _split(f: Callable[..., State], x: Tensor, z0: Callable[[Tensor], State] | None, seed: int) -> TaskSet:
-    """A task set of x, a fifth (at most 256) for validation, as much for the test; equal contexts stay on one side."""
+    """A task set of x, a fifth (at most 256) for validation, one (at most 128) for the test; equal contexts stay together."""
     _, group = torch.unique(x.detach().reshape(len(x), -1), dim=0, return_inverse=True)
     order = torch.randperm(int(group.max()) + 1, generator=torch.Generator().manual_seed(seed)).to(group.device)
     if len(order) < 3:
         raise ValueError(f"x_train must hold at least three different samples, got {len(order)}")
-    held = max(1, min(256, len(order) // 5))
+    held, last = (max(1, min(most, len(order) // 5)) for most in (256, 128))
     place = order[group]
-    validation, test = place < held, (place >= held) & (place < 2 * held)
+    validation, test = place < held, (place >= held) & (place < held + last)
     return TaskSet(f, x[~validation & ~test], x[validation], x[test], z0=z0)
