@@ -42,7 +42,7 @@ def by_calls(monkeypatch, f: Counted) -> None:
 def test_a_solver_that_wins_is_returned_and_serves_as_a_drop_in(monkeypatch, tmp_path, capsys):
     cell = Counted()
     by_calls(monkeypatch, cell)
-    solver = mb.fit_solver(cell, contexts(120), steps=60, seconds=100, progress=True)
+    solver = mb.fit_solver(cell, contexts(120), steps=45, seconds=100, progress=True)
     assert isinstance(solver, MetaBroyden)
     held = solver.summary["held_out"]
     assert held["shortfalls"] == []
@@ -369,7 +369,9 @@ def test_fit_solver_refuses_bad_input(change, error, words):
 def test_f_may_compute_in_another_precision_and_no_grad_may_surround_the_fit():
     cell = Cell()
     with torch.no_grad():
-        solver = mb.fit_solver(lambda z, x: cell(z, x).bfloat16(), contexts(20), steps=2, progress=False, refuse=False)
+        solver = mb.fit_solver(
+            lambda z, x: cell(z, x).bfloat16(), contexts(20), rtol=3e-2, steps=2, progress=False, refuse=False
+        )
     assert solver.summary["skipped_steps"] == 0
 
 
