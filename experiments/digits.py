@@ -20,6 +20,7 @@ from metabroyden.evaluation import benchmark, report
 from metabroyden.evaluation.family_report import FamilyReport, read_rows
 from metabroyden.evaluation.peers import TorchDEQSolver, available
 from metabroyden.evaluation.provenance import config_hash, plain, provenance
+from metabroyden.learned import Started
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.layout import Layout
 from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet
@@ -187,8 +188,8 @@ def _evaluate(
         "Anderson": tuned["anderson"][0],
         "Broyden": Broyden(memory=config.budget),
         "tuned Broyden": tuned["broyden"][0],
-        "Anderson + learned start": benchmark.WithStart(start, tuned["anderson"][0]),
-        "Broyden + learned start": benchmark.WithStart(start, tuned["broyden"][0]),
+        "Anderson + learned start": Started.of(start, tuned["anderson"][0]),
+        "Broyden + learned start": Started.of(start, tuned["broyden"][0]),
     }
     if available("torchdeq"):
         solvers["torchdeq Anderson"] = TorchDEQSolver("anderson")

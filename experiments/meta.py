@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,18 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markdown import Markdown
+from torch import Tensor
 
-from metabroyden import Broyden, load_solver, save_solver
+from metabroyden import Anderson, Broyden, checkpoint, load_solver, save_solver
 from metabroyden.evaluation import equilibria, meta_report, meta_rows, texts
 from metabroyden.evaluation.provenance import config_hash, plain, provenance, write_results
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.safeguard import Safeguard
-from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet
+from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet, distributed
 from metabroyden.meta.families import family_layout, family_tasks
 from metabroyden.meta.fit import make_learned
 from metabroyden.meta.objectives import OBJECTIVES
-from metabroyden.meta.progress import progress_bar
+from metabroyden.meta.progress import progress_bar, tensorboard
 from metabroyden.models import load_model
 from metabroyden.models.criteria import NextToken
 from metabroyden.models.families import get_family
@@ -31,33 +33,42 @@ from metabroyden.storage import atomic_write
 
 CLASSICAL = "classical"
 CLOCKED = (1e-2, 1e-3)
-OPTIONS = ("steps", "objective", "context", "budget", "samples", "repeats", "backend")
+OPTIONS = (
+    "steps", "patience", "cpu_minutes", "estimator", "objective", "context", "budget", "samples", "repeats", "backend",
+)  # fmt: skip
 BUDGETS = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a solver is meta-trained, see `MetaConfig` and the solver's own config."""
+    """How a solver is meta-trained, see `MetaConfig` and the solver's own config; `kind` where it is not named by that."""
 
+    kind: str = ""
     steps: int = 600
-    unroll: int = 14
+    unroll: int | tuple[int, int] = 14
     segments: int = 2
     batch: int = 32
     objective: str = "residual"
+    training: dict[str, Any] = field(default_factory=dict)  # more of MetaConfig
     learning_rate: float = 2e-3
     pool: int = 1024  # training contexts of a text, made beforehand
     options: dict[str, Any] = field(default_factory=dict)
 
 
-_SAME: dict[str, Any] = {"initializer": 64, "safeguard": Safeguard(horizon=None, patience=15, progress=0.5)}
+_SAME: dict[str, Any] = {"initializer": 32, "safeguard": Safeguard(horizon=None, patience=15, progress=0.5)}
 RECIPES: dict[str, Recipe] = {
-    "meta-broyden": Recipe(options={**_SAME, "rank": 64, "gated": 28}),
-    "grouped": Recipe(options={**_SAME, "rank": 64}),
+    "meta-broyden": Recipe(steps=400, learning_rate=5e-3, options=_SAME),
+    "grouped": Recipe(steps=300, learning_rate=4e-3, options={**_SAME, "rank": 32}),
     "coordinatewise": Recipe(steps=400, segments=1, options=_SAME),
     "hyper-anderson": Recipe(steps=3000, unroll=10, segments=1, learning_rate=1e-3, options=_SAME),
+    "neural-fixed-point": Recipe(options=_SAME),
+    "gated-secant": Recipe(kind="neural-fixed-point", options={**_SAME, "form": "secant"}),
+    "meta-learner": Recipe(steps=400, segments=1, options=_SAME),
+    "started-broyden": Recipe(kind="started", segments=1, options={**_SAME, "classical": Broyden(60)}),
+    "started-anderson": Recipe(kind="started", segments=1, options={**_SAME, "classical": Anderson()}),
 }
 """All with the same width of the start and the same safeguard."""
-TEXT: dict[str, Any] = {"batch": 16, "steps": 300}
+TEXT: dict[str, Any] = {"batch": 16, "steps": 250}
 """What is different where f is a language model's, ten times as costly."""
 SLOW = {"multiscale-fashion": 0.5}
 """Share of a recipe's steps that is taken on a family, so that meta-training stays near ten minutes of one core."""
@@ -77,6 +88,12 @@ class Meta:
     """Seed of the solver's weights and of the batches."""
     steps: int | None = None
     """Outer steps, instead of the recipe's."""
+    patience: int | None = None
+    """Looks at validation (eight in all) without improvement after which training stops; None: never."""
+    cpu_minutes: float | None = None
+    """CPU time after which training stops; None: no limit."""
+    estimator: str = "backprop"
+    """Of the gradient: "backprop" or "pes", see metabroyden.meta.MetaConfig."""
     objective: str | None = None
     """What is minimised, instead of the recipe's: a name of metabroyden.meta.objectives.OBJECTIVES."""
     context: str = "native"
@@ -91,6 +108,8 @@ class Meta:
     """Unroll by "higher", or by plain autograd ("native"): the same gradients."""
     models: Path = Path("results/models")
     """Where the frozen models are."""
+    device: str = "auto"
+    """Where to train and measure: auto (a GPU where there is one), cpu, cuda, cuda:N."""
     results: Path = Path("results/meta")
     """Where results go; those of a run with other settings than these to a trial- folder in it, with a report of its own."""
     runs: Path = Path("runs/meta")
@@ -102,26 +121,41 @@ class Meta:
 
 
 def run(config: Meta) -> None:
-    """The whole job. Interrupted, it goes on where it stopped; finished, it writes the report again."""
-    console = Console()
+    """The whole job. Interrupted, it goes on where it stopped; finished, it writes the report again.
+
+    Under torchrun all processes train, each on its share of every batch, and the first measures and writes.
+    """
     if config.solver != CLASSICAL and config.solver not in RECIPES:
         raise ValueError(f"unknown solver {config.solver!r}: known are {', '.join([*RECIPES, CLASSICAL])}")
     if config.steps is not None and config.steps < 1:
         raise ValueError(f"steps must be at least 1, got {config.steps}")
     if config.objective is not None and config.objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {config.objective!r}: known are {', '.join(OBJECTIVES)}")
-    job = _Job(config)
-    job.run()
+    device = distributed.resolve(config.device)
+    with distributed.processes(device):
+        job = Job(config, device=device)
+        job.run()
+        if distributed.rank() > 0:
+            return
+    console = Console()
     console.print(f"{config.family}, {config.solver}, seed {config.seed}: {job.folder}")
     console.print(Markdown(meta_report.write(job.results).read_text()))
 
 
-class _Job:
-    """One solver on one family."""
+class Job:
+    """One solver on one family, trained by a recipe: that of its name, unless another is given.
 
-    def __init__(self, config: Meta) -> None:
-        self.config = config
-        identity = replace(config, models=Path(), results=Path(), runs=Path(), fresh=False, progress=True)
+    Attributes:
+        model, criterion: the frozen family. results: folder of reports. work: folder of what is unfinished. common: what all
+            solvers of the family are held against, found once.
+    """
+
+    def __init__(self, config: Meta, recipe: Recipe | None = None, device: torch.device | None = None) -> None:
+        self.config, self.first = config, distributed.rank() == 0
+        self.device = distributed.resolve(config.device) if device is None else device
+        identity = replace(
+            config, models=Path(), results=Path(), runs=Path(), fresh=False, progress=True, device=self.device.type
+        )
         self.path = config.models / config.family / "model.safetensors"
         family = get_family(config.family)
         if not self.path.exists():
@@ -129,16 +163,9 @@ class _Job:
                 f"{self.path} is missing: train it with `python -m experiments models --family {config.family}`"
             )
         self.family, self.criterion = family, family.criterion()
-        self.model = load_model(self.path, warn=False).requires_grad_(False)
-        recipe = RECIPES.get(config.solver, Recipe())
+        self.model = self._model()
         self.texts = isinstance(self.criterion, NextToken)
-        if self.texts and config.solver != "hyper-anderson":
-            recipe = replace(recipe, **TEXT)
-        self.recipe = replace(
-            recipe,
-            steps=config.steps if config.steps is not None else round(SLOW.get(config.family, 1) * recipe.steps),
-            objective=config.objective or recipe.objective,
-        )
+        self.recipe = self._usual() if recipe is None else recipe
         name = config.solver if config.solver == CLASSICAL else f"{config.solver}-seed{config.seed}"
         chosen = {item.name: getattr(config, item.name) for item in fields(config) if item.name in OPTIONS}
         usual = all(item.default == chosen.get(item.name, item.default) for item in fields(config))
@@ -148,15 +175,33 @@ class _Job:
         settings = (self.recipe, BUDGETS, CLOCKED, HELD, meta_rows.TOLERANCES)
         digest = hashlib.sha256(repr(settings).encode() + self.path.read_bytes()).hexdigest()[:8]
         self.work = config.runs / config.family / f"{name}-{config_hash(identity)}-{digest}"
-        if config.fresh and self.work.exists():
-            shutil.rmtree(self.work)
-        self.work.mkdir(parents=True, exist_ok=True)
-        if not (self.work / "began.json").exists():
-            atomic_write(self.work / "began.json", json.dumps(provenance(), indent=2) + "\n")
+        measured = (config.budget, config.samples, meta_rows.TOLERANCES)
+        digest = hashlib.sha256(repr(measured).encode() + self.path.read_bytes()).hexdigest()[:8]
+        self.common = config.runs / config.family / f"common-{digest}"
+        if self.first:
+            if config.fresh and self.work.exists():
+                shutil.rmtree(self.work)
+            self.work.mkdir(parents=True, exist_ok=True)
+            if not (self.work / "began.json").exists():
+                atomic_write(self.work / "began.json", json.dumps(provenance(), indent=2) + "\n")
+        distributed.wait()
+
+    def _model(self, **options: Any) -> Any:
+        return load_model(self.path, **options, warn=False).requires_grad_(False).to(self.device)
+
+    def _usual(self) -> Recipe:
+        """The recipe of the solver's name, as the family and the settings want it."""
+        config, recipe = self.config, RECIPES.get(self.config.solver, Recipe())
+        if self.texts and config.solver != "hyper-anderson":
+            recipe = replace(recipe, **TEXT)
+        steps = config.steps if config.steps is not None else round(SLOW.get(config.family, 1) * recipe.steps)
+        return replace(recipe, steps=steps, objective=config.objective or recipe.objective)
 
     def run(self) -> None:
         """Train, measure, publish."""
-        solver = None if self.config.solver == CLASSICAL else self._trained()
+        solver = None if self.config.solver == CLASSICAL else self.trained()
+        if not self.first:
+            return
         if not (self.work / "rows.jsonl").exists():
             write_results(self.work, self._measured(solver), self._described(solver))
         rows = [json.loads(line) for line in (self.work / "rows.jsonl").read_text().splitlines()]
@@ -170,22 +215,23 @@ class _Job:
             return tasks
         return tasks.prepared(self.recipe.pool, torch.Generator().manual_seed(self.config.seed), HELD)
 
-    def _trained(self) -> Any:
+    def trained(self) -> Any:
+        """The solver: that of an earlier sitting where it was finished there."""
         path = self.work / "solver.safetensors"
         if path.exists():
-            return load_solver(path)
+            return load_solver(path).to(self.device)
         config, recipe = self.config, self.recipe
         tasks = self._tasks()
         layout, channels = family_layout(tasks)
         context = config.context if channels else "f0"
         solver = make_learned(
-            config.solver,
+            recipe.kind or config.solver,
             layout,
             seed=config.seed,
             context=context,
             context_channels=channels if context == "native" else 0,
             **recipe.options,
-        )
+        ).to(self.device)
         meta = MetaConfig(
             steps=recipe.steps,
             unroll=recipe.unroll,
@@ -198,28 +244,33 @@ class _Job:
             validate_every=max(1, recipe.steps // 8),
             validation_nfe=config.budget,
             validation_size=HELD if self.texts else 256,
+            estimator=config.estimator,
+            patience=config.patience,
+            budget_seconds=None if config.cpu_minutes is None else 60 * config.cpu_minutes,
+            budget_clock="cpu",
+            **recipe.training,
         )
         trainer = MetaTrainer(solver, tasks, meta, checkpoint=self.work / "training.safetensors")
-        with progress_bar(f"{config.family}, {config.solver}", recipe.steps, show=config.progress) as bar:
+        title, log = f"{config.family}, {config.solver}", self.work / "tensorboard"
+        with (
+            progress_bar(title, recipe.steps, show=config.progress and self.first) as bar,
+            tensorboard(log, trainer.step) if self.first else nullcontext() as trainer.curves,
+        ):
             trainer.run(bar)
         solver.fingerprint = fingerprint(self.model.cell)
-        save_solver(solver, path)
+        if self.first:
+            save_solver(solver, path)
         return solver
 
     def _measured(self, solver: Any) -> list[dict[str, Any]]:
         config = self.config
         held = equilibria.held_out(self.model, self.criterion, "test", config.samples)
-        validation = equilibria.held_out(self.model, self.criterion, "validation", 64)
-        classical = equilibria.tuned_solvers(validation, config.budget)
-        sure: tuple[Any, ...] = ()
-        if self.family.splitting:
-            splitting = equilibria.splitting_solvers(validation, config.budget)
-            classical, sure = classical | splitting, (splitting["Peaceman-Rachford"],)
+        classical = self._rivals()
         contestants = (
             {config.solver: solver} if solver is not None else {**classical, "Broyden": Broyden(config.budget)}
         )
-        star, known = meta_rows.double_equilibria(self.model.cell, held, sure)
-        index = torch.arange(len(held))
+        star, known = self._equilibria(held, classical)
+        index = torch.arange(len(held), device=held.device)
         packing = Packing.of(held.z0)
         at_star = float(held.judge(packing.unpack(star.to(packing.pack(held.z0).dtype)), index).mean())
         rows: list[dict[str, Any]] = [
@@ -234,12 +285,14 @@ class _Job:
                     for row in equilibria.depth_rows(config.family, held, solver=one, depths=depths)
                 ]
                 if isinstance(self.criterion, NextToken):
-                    model = load_model(self.path, solver=one, warn=False).requires_grad_(False)
-                    leaks = texts.leak_rows(name, model, self.criterion, tolerances=CLOCKED)
+                    leaks = texts.leak_rows(name, self._model(solver=one), self.criterion, tolerances=CLOCKED)
                     rows += [{**row, "solver": name} for row in leaks]
                 if bar is not None:
                     bar(number, name)
             if solver is not None:
+                longest = self.recipe.unroll if isinstance(self.recipe.unroll, int) else self.recipe.unroll[1]
+                steps = 4 * longest * self.recipe.segments
+                rows += meta_rows.horizon_rows(config.solver, solver, held, steps=steps)
                 batch = 64 if self.texts else 256
                 both = {config.solver: solver, **classical}
                 rows += meta_rows.clock_rows(
@@ -247,16 +300,41 @@ class _Job:
                 )
         return rows
 
+    def _rivals(self) -> dict[str, Any]:
+        """The classical solvers, tuned on validation problems: once for all solvers of the family."""
+        files = sorted(self.common.glob("*.solver")) if (self.common / "tuned").exists() else []
+        if files:
+            return {path.stem: load_solver(path) for path in files}
+        validation = equilibria.held_out(self.model, self.criterion, "validation", 64)
+        found = equilibria.tuned_solvers(validation, self.config.budget)
+        if self.family.splitting:
+            found |= equilibria.splitting_solvers(validation, self.config.budget)
+        for name, solver in found.items():
+            save_solver(solver, self.common / f"{name}.solver")
+        atomic_write(self.common / "tuned", "")
+        return dict(sorted(found.items()))
+
+    def _equilibria(self, held: equilibria.HeldOut, classical: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """(z*, known) of the held-out problems in float64: once for all solvers of the family."""
+        path = self.common / "equilibria.safetensors"
+        if not path.exists():
+            sure = (classical["Peaceman-Rachford"],) if self.family.splitting else ()
+            star, known = meta_rows.double_equilibria(self.model.cell, held, sure)
+            checkpoint.write(path, "measured/equilibria", {"star": star, "known": known}, {})
+        tensors, _ = checkpoint.read(path, "measured")
+        return tensors["star"].to(held.device), tensors["known"].to(held.device)
+
     def _described(self, solver: Any) -> dict[str, Any]:
         config = self.config
         command = f"python -m experiments meta --family {config.family} --solver {config.solver} --seed {config.seed}"
         for item in fields(config):
             value = getattr(config, item.name)
             if item.name in OPTIONS and value != item.default:
-                command += f" --{item.name} {value}"
+                command += f" --{item.name.replace('_', '-')} {value}"
         described = {
             "command": command,
             "config": plain(config),
+            "device": _name(self.device),
             "model_sha256": hashlib.sha256(self.path.read_bytes()).hexdigest(),
             "began": json.loads((self.work / "began.json").read_text()),
             "provenance": provenance(),
@@ -269,3 +347,7 @@ class _Job:
                 "summary": solver.summary,
             }
         return described
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from experiments import alternate, digits, drop_in, gradients, memory, meta, models, solvers
+from experiments import alternate, digits, drop_in, gradients, memory, meta, models, pes, solvers, tune_hyper
 
 EXPERIMENTS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "digits": (digits.Digits, digits.run),
@@ -16,4 +16,6 @@ EXPERIMENTS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "alternate": (alternate.Alternate, alternate.run),
     "models": (models.Models, models.run),
     "meta": (meta.Meta, meta.run),
+    "tune-hyper": (tune_hyper.TuneHyper, tune_hyper.run),
+    "pes": (pes.Pes, pes.run),
 }

@@ -10,7 +10,16 @@ from metabroyden.checkpoint import CheckpointError, load_solver, pretrained, sav
 from metabroyden.deq import DEQ
 from metabroyden.fixed import FixedBudget
 from metabroyden.gradients import Implicit, JacobianFree, Phantom, Unroll
-from metabroyden.learned import LEARNED, AdjointLSTM, CoordinatewiseLSTM, GroupedLSTM, Safeguard
+from metabroyden.learned import (
+    LEARNED,
+    AdjointLSTM,
+    CoordinatewiseLSTM,
+    GroupedLSTM,
+    MetaLearnerLSTM,
+    NeuralFixedPoint,
+    Safeguard,
+    Started,
+)
 from metabroyden.meta import KeepUp, KeepUpConfig, fit_adjoint, fit_solver
 from metabroyden.models import compose, to_deq
 from metabroyden.solution import Solution, SolveError, Status, Trace, relative_residual
@@ -53,6 +62,8 @@ __all__ = [
     "JacobianFree",
     "KeepUp",
     "KeepUpConfig",
+    "MetaLearnerLSTM",
+    "NeuralFixedPoint",
     "Newton",
     "PeacemanRachford",
     "Phantom",
@@ -60,6 +71,7 @@ __all__ = [
     "Safeguard",
     "Solution",
     "SolveError",
+    "Started",
     "Status",
     "Trace",
     "Unroll",

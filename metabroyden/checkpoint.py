@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from metabroyden.learned.base import ADJOINT, LEARNED
-from metabroyden.solvers.registry import SOLVERS, SPLITTING, make_solver
+from metabroyden.solvers.registry import SOLVERS, SPLITTING, make_solver, name_of
 from metabroyden.storage import atomic_write
 
 SCHEMA = 1
@@ -94,14 +94,15 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], path: str | Path
 
 
 def training_tensors(
-    module: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator
+    module: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator | None = None
 ) -> dict[str, Tensor]:
-    """All that a training run must remember to go on bit for bit: weights, Adam's moments, the random generator."""
+    """What a training run must remember to go on bit for bit: weights, Adam's moments, its random generator if any."""
     tensors = {f"module.{name}": value for name, value in module.state_dict().items()}
     names = [name for name, _ in module.named_parameters()]
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{key}.{names[number]}": torch.as_tensor(value) for key, value in state.items()}
-    tensors["generator"] = generator.get_state()
+    if generator is not None:
+        tensors["generator"] = generator.get_state()
     return tensors
 
 
@@ -109,8 +110,8 @@ def restore_training(
     tensors: dict[str, Tensor],
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
     path: str | Path,
+    generator: torch.Generator | None = None,
 ) -> None:
     """The inverse of `training_tensors`; `CheckpointError` when the weights do not fit."""
     load_weights(module, under(tensors, "module."), path)
@@ -120,7 +121,8 @@ def restore_training(
         if all(value is not None for value in moments.values()):
             state[number] = moments  # type: ignore[assignment]
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    generator.set_state(tensors["generator"])
+    if generator is not None:
+        generator.set_state(tensors["generator"])
 
 
 def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -136,10 +138,10 @@ def save_solver(solver: Any, path: str | Path) -> Path:
     kind = getattr(solver, "kind", None)
     if type(solver) in (LEARNED | ADJOINT).values():
         return write(path, f"solver/{kind}", solver.state_dict(), solver.describe())
-    names = [name for name, cls in (SOLVERS | SPLITTING).items() if cls is type(solver)]
-    if not names or not is_dataclass(solver) or getattr(solver, "initial", None) is not None:
+    name = name_of(solver)
+    if name is None or not is_dataclass(solver) or getattr(solver, "initial", None) is not None:
         raise TypeError(f"save_solver takes a learned solver or a plain classical one, got {solver!r}")
-    return write(path, f"solver/{names[0]}", {}, {"config": asdict(solver)})  # type: ignore[arg-type]
+    return write(path, f"solver/{name}", {}, {"config": asdict(solver)})  # type: ignore[arg-type]
 
 
 def load_solver(path_or_name: str | Path) -> Any:

@@ -14,6 +14,7 @@ from metabroyden.evaluation.equilibria import HeldOut
 from metabroyden.evaluation.peers import ScipySolver, TorchDEQSolver, XitorchSolver, available
 from metabroyden.evaluation.provenance import write_results
 from metabroyden.learned.layout import Layout
+from metabroyden.learned.safeguard import Safeguard
 from metabroyden.meta.fit import make_learned
 from metabroyden.solvers.tuning import tune
 from metabroyden.testbed.cells import blas
@@ -95,7 +96,7 @@ def test_tuning_picks_the_best_of_the_grid():
 def some_rows() -> list[dict]:
     p = problems()
     learned = make_learned("grouped", Layout("nd", (10,))).double()
-    solvers = {"grouped LSTM": learned, "Broyden": mb.Broyden(), "start": benchmark.WithStart(learned, mb.Broyden())}
+    solvers = {"grouped LSTM": learned, "Broyden": mb.Broyden(), "start": mb.Started.of(learned, mb.Broyden())}
     star, known = benchmark.reference_equilibrium(p.f, p.z0, p.x)
     rows: list[dict] = []
     for name, solver in solvers.items():
@@ -275,6 +276,21 @@ def test_clock_rows_take_turns_and_count_calls(tmp_path):
         assert len(row["total"]) == len(row["in_f"]) == len(row["calls"]) == 3
         assert all(total > part > 0 for total, part in zip(row["total"], row["in_f"], strict=True))
     assert rows[0]["calls"][0] < rows[1]["calls"][0]
+
+
+def test_horizon_rows_count_what_the_fallback_would_have_solved():
+    """Steps that lead nowhere are handed over after `patience`: samples are lost, but none given what those steps cost."""
+    held, _, _ = held_linear()
+    options = {"safeguard": Safeguard(horizon=None, patience=8, progress=0.5), "initializer": 0, "gated": 10_000}
+    solver = make_learned("meta-broyden", Layout("nd", (6,)), context="f0", **options)
+    fallback = solver.config.safeguard.fallback()
+    needed = int(mb.solve(held.f, held.z0, held.x, solver=fallback, rtol=1e-3).nfe.max())
+    with torch.no_grad():
+        solver.lstm.offset[0] = -1
+    (row,) = meta_rows.horizon_rows("meta-broyden", solver, held, steps=needed, tolerances=(1e-3,))
+    assert row["samples"] == row["fallback"] == row["triggered"] == 10
+    assert row["lost"] > 0 == row["broken"]
+    assert row["lost"] + row["learned"] == 10
 
 
 def test_the_report_holds_a_learned_solver_against_the_best_classical_one(tmp_path):

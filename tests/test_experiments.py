@@ -209,7 +209,7 @@ def test_meta_trains_measures_and_goes_on(tmp_path, family, monkeypatch):
         assert torch.equal(a, b)
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     kinds = {row["row"] for row in rows}
-    assert kinds == {"star", "solve", "curve", "score", "clock"} | ({"leak"} if text else set())
+    assert kinds == {"star", "solve", "curve", "score", "clock", "horizon"} | ({"leak"} if text else set())
     for row in rows:
         if row["row"] == "solve":
             assert len(row["nfe"]) == 4

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,7 +15,9 @@ import metabroyden as mb
 from metabroyden.learned.layout import Layout
 from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet
 from metabroyden.meta.fit import make_learned
-from metabroyden.meta.schedule import Clock, reason_to_stop, share
+from metabroyden.meta.incidents import Incidents, in_words
+from metabroyden.meta.progress import tensorboard
+from metabroyden.meta.schedule import learning_rate, reason_to_stop, share
 from metabroyden.meta.tasks import as_learn2learn
 from metabroyden.meta.trainer import mean_evaluations
 
@@ -53,9 +58,18 @@ def test_meta_training_beats_broyden_on_held_out_contexts():
     assert trained.summary["validation"][-1]["step"] == 80
 
 
-@pytest.mark.parametrize("backend", ["higher", "native"])
-def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path, backend):
-    config = MetaConfig(**{**vars(SMALL), "backend": backend})
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backend": "higher"},
+        {"backend": "native"},
+        {"unroll": (2, 8), "start_noise": 0.5},
+        {"detach_features": True, "checkpoint_steps": True, "half": True, "segments": 2},
+    ],
+    ids=lambda options: ", ".join(options),
+)
+def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path, options):
+    config = replace(SMALL, **options)
     whole = MetaTrainer(grouped(), tasks(), config).run()
     path = tmp_path / "training.safetensors"
     MetaTrainer(grouped(), tasks(), config, checkpoint=path).run(until=5)
@@ -108,19 +122,20 @@ def test_a_training_that_no_longer_improves_stops_early(monkeypatch):
 
 
 def test_a_time_budget_ends_the_training_and_is_kept_over_an_interruption(tmp_path):
-    """Of five seconds' worth of steps one is granted: the schedule goes by time, and what is spent stays spent."""
-    path, config = tmp_path / "training.safetensors", replace(SMALL, steps=100_000, budget_seconds=1.0)
+    """The schedule goes by time, and what is spent stays spent."""
+    path = tmp_path / "training.safetensors"
+    config = replace(SMALL, steps=100_000, budget_seconds=1.0, budget_clock="cpu")
     trainer = MetaTrainer(grouped(), tasks(), config, checkpoint=path)
-    trainer.run(until=10)
+    trainer.run(until=3)
     spent = trainer.clock.read()
-    assert 0 < trainer.step / config.steps < 0.01 < share(config, trainer.step, trainer.clock) < 1
+    assert 0 < trainer.step / config.steps < 0.01 < share(config, trainer.step, spent) < 1
     resumed = MetaTrainer(grouped(), tasks(), config, checkpoint=path)
     assert resumed.clock.read() == pytest.approx(spent, rel=0.2)
     summary = resumed.run().summary
     assert summary["stopped"] == "budget"
-    assert 10 < summary["steps"] < 1000
-    assert 1 <= summary["seconds"] < 2
-    assert summary["cpu_seconds"] > 0
+    assert 3 < summary["steps"] < 10_000
+    assert 1 <= summary["cpu_seconds"] < 2
+    assert summary["seconds"] > 0
     assert resumed.optimizer.param_groups[0]["lr"] < 1e-2 * config.learning_rate, "annealed by the time it stops"
     again = MetaTrainer(grouped(), tasks(), config, checkpoint=path)
     assert again.run().summary == summary, "what has stopped stays so"
@@ -128,11 +143,119 @@ def test_a_time_budget_ends_the_training_and_is_kept_over_an_interruption(tmp_pa
 
 def test_the_schedule_goes_by_the_larger_share():
     config = replace(SMALL, steps=10, budget_seconds=100.0, budget_clock="cpu")
-    assert share(config, 5, Clock(seconds=99, cpu_seconds=20)) == 0.5
-    assert share(config, 5, Clock(seconds=0, cpu_seconds=70)) == 0.7
-    assert reason_to_stop(config, 5, Clock(0, 100), []) == "budget"
-    assert reason_to_stop(config, 10, Clock(), []) == "steps"
-    assert reason_to_stop(config, 5, Clock(1e9, 0), []) is None
+    assert share(config, 5, (99, 20)) == 0.5
+    assert share(config, 5, (0, 70)) == 0.7
+    assert reason_to_stop(config, 5, (0, 100), [], Incidents()) == "budget"
+    assert reason_to_stop(config, 10, (0, 0), [], Incidents()) == "steps"
+    assert reason_to_stop(config, 5, (1e9, 0), [], Incidents()) is None
+
+
+class Blows(torch.nn.Module):
+    """As `Cell`, but not finite in the unrolls of these outer steps."""
+
+    def __init__(self, steps) -> None:
+        super().__init__()
+        self.cell, self.steps, self.trainer = Cell(), steps, None
+
+    def forward(self, z, x):
+        bad = z.requires_grad and self.trainer.step in self.steps
+        return self.cell(z, x) * (torch.nan if bad else 1.0)
+
+
+def test_steps_that_are_not_finite_are_skipped_and_named():
+    said = []
+    f = Blows({1, 2, 7})
+    f.trainer = trainer = MetaTrainer(grouped(), tasks(f), SMALL)
+    trainer.run(lambda step, words: said.append(words))
+    assert trainer.solver.summary["incidents"]["skipped"] == {"loss not finite": [1, 2, 7]}
+    assert trainer.solver.summary["stopped"] == "steps"
+    assert trainer.skipped == 3
+    assert said[-1].endswith(", 3 skipped")
+    assert "skipped" not in said[0]
+    last, best = trainer.history[-1]["score"], trainer.best_score
+    assert f"validation {last:.1f} evaluations at step 12, best {best:.1f}" in said[-1]
+    assert in_words(trainer.incidents.describe()) == "steps 1, 2, 7 skipped (loss not finite)"
+    assert all(torch.isfinite(value).all() for value in trainer.solver.state_dict().values())
+
+
+def test_after_many_of_them_training_returns_to_the_best_weights_with_half_the_rate():
+    rates = {}
+    f = Blows({5, 6, 7})
+    f.trainer = trainer = MetaTrainer(grouped(), tasks(f), replace(SMALL, return_after=3))
+    trainer.curves = lambda step, values: rates.update({step: values.get("learning rate", rates.get(step))})
+    trainer.run(until=8)
+    assert trainer.incidents.returned == [7]
+    for name, value in trainer.solver.state_dict().items():
+        assert torch.equal(value, trainer.best[name]), name
+    trainer.run()
+    assert rates[9] == pytest.approx(learning_rate(SMALL, 8 / 12) / 2)
+    assert "back to the best weights with half the learning rate after step 7" in in_words(trainer.incidents.describe())
+
+
+def test_a_training_that_cannot_be_helped_is_given_up():
+    f = Blows(range(3, 1000))
+    f.trainer = trainer = MetaTrainer(grouped(), tasks(f), replace(SMALL, steps=1000, return_after=4, returns=2))
+    trainer.run()
+    assert trainer.stopped == "non-finite"
+    assert trainer.incidents.returned == [6, 10]
+    assert trainer.step == 15
+    assert trainer.best_score == min(entry["score"] for entry in trainer.history)
+
+
+def test_gradients_that_explode_are_clipped_and_named():
+    trainer = MetaTrainer(grouped(), tasks(), replace(SMALL, clip=1e-9))
+    trainer.run(until=3)
+    assert trainer.incidents.exploded == [0, 1, 2]
+    assert "steps 0, 1, 2 taken with a gradient 1000 times" in in_words(trainer.incidents.describe())
+
+
+_KILLED = """
+import sys
+from tests.test_meta import ENDLESS, MetaTrainer, grouped, tasks
+from pathlib import Path
+trainer = MetaTrainer(grouped(), tasks(), ENDLESS, checkpoint=Path(sys.argv[1]), save_every=2)
+trainer.run(lambda step, words: print(step, flush=True))
+"""
+ENDLESS = replace(SMALL, steps=400, unroll=2, batch=4, validate_every=5, validation_size=4)
+
+
+def test_a_training_killed_in_the_middle_goes_on_bit_for_bit(tmp_path):
+    path = tmp_path / "training.safetensors"
+    process = subprocess.Popen([sys.executable, "-c", _KILLED, str(path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if int(line) == 7:
+            process.send_signal(signal.SIGKILL)
+            break
+    process.stdout.close()
+    assert process.wait() == -signal.SIGKILL
+    resumed = MetaTrainer(grouped(seed=9), tasks(), ENDLESS, checkpoint=path)
+    assert 6 <= resumed.step < 400
+    until = resumed.step + 6
+    resumed.run(until=until)
+    whole = MetaTrainer(grouped(), tasks(), ENDLESS)
+    whole.run(until=until)
+    for one, other in ((whole.solver.state_dict(), resumed.solver.state_dict()), (whole.best, resumed.best)):
+        for name, value in one.items():
+            assert torch.equal(value, other[name]), name
+    assert [look["score"] for look in whole.history] == [look["score"] for look in resumed.history]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
+@pytest.mark.filterwarnings("ignore")
+def test_curves_are_written_for_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = MetaTrainer(grouped(), tasks(), SMALL)
+    with tensorboard(tmp_path) as trainer.curves:
+        trainer.run(until=4)
+    with tensorboard(tmp_path, trainer.step) as trainer.curves:
+        trainer.run()
+    log = EventAccumulator(str(tmp_path)).Reload()
+    assert set(log.Tags()["scalars"]) == {"loss", "gradient norm", "learning rate", "evaluations on validation"}
+    assert [event.step for event in log.Scalars("loss")] == list(range(1, 13))
+    scores = [event.value for event in log.Scalars("evaluations on validation")]
+    assert scores == pytest.approx([look["score"] for look in trainer.history])
 
 
 def test_splits_that_overlap_are_refused():
@@ -155,10 +278,17 @@ def test_the_test_split_is_not_drawn_from():
     [
         {"steps": 0},
         {"unroll": 2.0},
+        {"unroll": (8, 4)},
+        {"segments": True},
+        {"half": 1},
+        {"start_noise": -0.1},
         {"learning_rate": -1.0},
         {"clip": float("nan")},
         {"backend": "jax"},
         {"patience": 0},
+        {"return_after": 0},
+        {"estimator": "adam"},
+        {"particles": 0},
         {"budget_seconds": 0.0},
         {"budget_clock": "sun"},
     ],

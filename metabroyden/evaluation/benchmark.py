@@ -47,23 +47,6 @@ class Problems:
     labels: Tensor
 
 
-@dataclass(frozen=True)
-class WithStart:
-    """A classical solver that begins at a learned solver's start: the ablation row of an initializer."""
-
-    learned: Any
-    classical: Any
-
-    def start(self, z0: Tensor, problem: Any) -> Tensor:
-        """The learned first iterate."""
-        return self.learned.start(z0, problem)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("init", "step", "gather"):
-            return getattr(self.classical, name)
-        raise AttributeError(name)
-
-
 def run_solver(solver: Any, problems: Problems, rtol: float, max_nfe: int) -> tuple[Tensor, Trace, np.ndarray]:
     """(z, trace, status (B,)) of one solve, by `solve` or by a peer's own loop (whose status is read off its trace)."""
     if isinstance(solver, TorchDEQSolver):

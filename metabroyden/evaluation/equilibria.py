@@ -30,7 +30,7 @@ from torch import Tensor
 from metabroyden.evaluation.metrics import bits_of, short
 from metabroyden.gradients.base import parts_of
 from metabroyden.meta.families import family_tasks, text_windows
-from metabroyden.models.criteria import Criterion, Images, NextToken
+from metabroyden.models.criteria import Criterion, Images, NextToken, device_of
 from metabroyden.solution import State, relative_residual
 from metabroyden.solve import solve
 from metabroyden.solvers import classical
@@ -60,9 +60,14 @@ class HeldOut:
     def __len__(self) -> int:
         return len(parts_of(self.z0)[0])
 
+    @property
+    def device(self) -> torch.device:
+        """Where the states are."""
+        return parts_of(self.z0)[0].device
+
     def chunks(self) -> Iterable[tuple[State, Any, Tensor]]:
         """(z0, x, index) of consecutive samples."""
-        for index in torch.arange(len(self)).split(_CHUNK):
+        for index in torch.arange(len(self), device=self.device).split(_CHUNK):
             yield gather(self.z0, index), gather(self.x, index), index
 
 
@@ -76,10 +81,10 @@ def held_out(model: Any, criterion: Criterion, split: str, limit: int) -> HeldOu
     z0, x = tasks.prepare(raw[chosen])
     f, x = pin(model.cell, x, z0)
     if isinstance(criterion, Images):
-        labels = getattr(criterion.data, split).labels[chosen]
+        labels = getattr(criterion.data, split).labels[chosen].to(device_of(model))
         return HeldOut(f, z0, x, lambda z, index: (model.classify(z).argmax(dim=1) == labels[index]).float())
     assert isinstance(criterion, NextToken)
-    targets = text_windows(criterion.data, split, criterion.length)[1][chosen]
+    targets = text_windows(criterion.data, split, criterion.length)[1][chosen].to(device_of(model))
 
     def bits(z: State, index: Tensor) -> Tensor:
         return bits_of(model.classify(z), targets[index]).mean(dim=1)
@@ -97,8 +102,8 @@ def depth_rows(way: str, held: HeldOut, *, solver: Any = None, depths: Sequence[
     residuals: dict[int, list[Tensor]] = {k: [] for k in depths}
     for z0, x, index in held.chunks():
         for k, z in zip(depths, _states(held.f, z0, x, solver, depths), strict=True):
-            scores[k].append(held.judge(z, index))
-            residuals[k].append(_residual(held.f, z, x))
+            scores[k].append(held.judge(z, index).cpu())
+            residuals[k].append(_residual(held.f, z, x).cpu())
     last = torch.cat(scores[depths[-1]])
     rows = []
     for k in depths:
@@ -219,7 +224,7 @@ def unit_rows(way: str, held: HeldOut, *, solver: Any, depth: int = 60, units: i
 
     The fixed point is the solver's, to 1e-6 where it gets there; `residual` says how close it came.
     """
-    index = torch.tensor([sample])
+    index = torch.tensor([sample], device=held.device)
     z, x = gather(held.z0, index), gather(held.x, index)
     packing = Packing.of(z)
     path = [packing.pack(z)[0]]

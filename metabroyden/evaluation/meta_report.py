@@ -11,6 +11,8 @@ import numpy as np
 
 from metabroyden.evaluation.plots import new_axes, save_figure
 from metabroyden.evaluation.report import table
+from metabroyden.meta.incidents import in_words
+from metabroyden.meta.schedule import STOPS
 from metabroyden.storage import atomic_write
 
 Row = dict[str, Any]
@@ -20,6 +22,11 @@ _COLOURS = {
     "grouped": ("#E69F00", "--"),
     "coordinatewise": ("#CC79A7", "--"),
     "hyper-anderson": ("#0072B2", "-."),
+    "neural-fixed-point": ("#8C564B", "--"),
+    "gated-secant": ("#8C564B", "-."),
+    "meta-learner": ("#7F7F7F", "--"),
+    "started-broyden": ("#56B4E9", "-."),
+    "started-anderson": ("#009E73", "-."),
     "tuned Picard": ("#000000", ":"),
     "tuned Anderson": ("#009E73", ":"),
     "tuned Broyden": ("#56B4E9", ":"),
@@ -116,6 +123,8 @@ def write(folder: Path) -> Path:
         "within the budget being infinite: a dash. Each folder was made by the command in its config.json, `python -m "
         "experiments meta --family NAME --solver NAME --seed N`; `--solver classical` makes the rows of the classical ones, "
         "tuned on validation problems to 1e-2 and 1e-3.",
+        "## All families",
+        summary(families),
         *(section for results in families for section in _family(results, folder)),
         "## Setting",
         _settings(families),
@@ -134,7 +143,62 @@ def _family(results: MetaResults, folder: Path) -> list[str]:
     if results.learned:
         sections += ["Same equilibrium, safeguard, task:", equilibrium_table(results)]
         sections += ["Wall-clock:", clock_table(results)]
+        sections += ["Past the trained horizon:", horizon_table(results)]
     return sections
+
+
+def summary(families: Sequence[MetaResults]) -> str:
+    """Geometric means over families of the evaluations, as shares of the best classical solver's and of HyperAnderson's."""
+    names = list(dict.fromkeys(name for results in families for name in results.learned))
+    body = []
+    for name in names:
+        for rival in ("the best classical", "hyper-anderson"):
+            cells = []
+            for tolerance in (1e-2, 1e-3):
+                ratios = {
+                    results.name: found
+                    for results in families
+                    if (found := _ratio(results, name, rival, tolerance)) is not None
+                }
+                mean = np.exp(np.mean(np.log(list(ratios.values())))) if ratios else np.nan
+                cells.append(
+                    f"{mean:.2f}× ({len(ratios)}: {min(ratios.values()):.2f}–{max(ratios.values()):.2f})"
+                    if ratios
+                    else ""
+                )
+            if any(cells) and name != rival:
+                body.append([name, rival, *cells])
+    lower = [
+        f"{name} on {results.name} to {tolerance:g} ({100 * ours:.1f}% against {100 * theirs:.1f}%)"
+        for results in families
+        if results.classical
+        for name in results.learned
+        for tolerance in results.tolerances
+        if (ours := results.spent(name, tolerance)[1])
+        < (theirs := max(results.spent(rival, tolerance)[1] for rival in results.classical)) - 1e-9
+    ]
+    words = (
+        "Geometric mean over families of the median evaluations (mean of the seeds' medians) over the rival's, how many "
+        "families it is of (those where both medians are finite), the least and the most."
+    )
+    fewer = "Fewer samples solved than by the classical solver that solves most: " + (
+        "; ".join(lower) if lower else "nowhere"
+    )
+    return "\n\n".join([words, table(["", "against", "0.01", "0.001"], body), fewer + "."])
+
+
+def _ratio(results: MetaResults, name: str, rival: str, tolerance: float) -> float | None:
+    """Evaluations of a learned solver over a rival's on one family; None where there is no such figure."""
+    if name not in results.learned or tolerance not in results.tolerances:
+        return None
+    if rival == "the best classical":
+        if not results.classical:
+            return None
+        rival = results.best(tolerance)
+    elif rival not in results.learned:
+        return None
+    ours, theirs = (float(np.mean(results.spent(one, tolerance)[0])) for one in (name, rival))
+    return ours / theirs if np.isfinite([ours, theirs]).all() else None
 
 
 def evaluations_table(results: MetaResults) -> str:
@@ -223,6 +287,38 @@ def clock_table(results: MetaResults) -> str:
     return table(["to", "", "batch (solved)", head, "outside f, an evaluation"], body)
 
 
+def horizon_table(results: MetaResults) -> str:
+    """What the safeguard does far past the trained horizon, all seeds together."""
+    body = []
+    for name in results.learned:
+        for tolerance in (1e-3, 1e-4):
+            rows = results.of("horizon", name, tolerance=tolerance)
+            if not rows:
+                continue
+            samples, fallback, learned, lost, broken, triggered = (
+                sum(row[key] for row in rows)
+                for key in ("samples", "fallback", "learned", "lost", "broken", "triggered")
+            )
+            shares = [f"{100 * count / samples:.1f}%" for count in (learned, fallback, triggered)]
+            body.append(
+                [
+                    f"{tolerance:g}",
+                    name,
+                    str(rows[0]["steps"]),
+                    *shares,
+                    f"{lost} of {samples}",
+                    f"{broken} of {samples}",
+                ]
+            )
+    head = ["to", "", "evaluations", "solved", "solved by plain Broyden", "handed over"]
+    words = (
+        "As many evaluations as four times the trained horizon, for the learned solver and for the Broyden that it falls "
+        "back on. Lost: solved by Broyden, not by the learned solver; in the last column the learned solver "
+        "has as many more as it had spent when plain Broyden took over, where its safeguard promises none."
+    )
+    return f"{words}\n\n" + table([*head, "lost", "lost, given those"], body)
+
+
 def curves(results: MetaResults, path: Path) -> Path:
     """Median residual against evaluations, with the band of the quartiles for learned solvers."""
     figure, axes = new_axes()
@@ -241,6 +337,14 @@ def curves(results: MetaResults, path: Path) -> Path:
     return save_figure(figure, path)
 
 
+def _incidents(summary: dict[str, Any]) -> str:
+    """What went wrong, and why training stopped where that was not at its last step."""
+    told = summary.get("incidents")
+    words = f"{summary['skipped_steps']} steps skipped" if told is None else in_words(told) or "no step skipped"
+    stopped = summary.get("stopped", "steps")
+    return words if stopped == "steps" else f"{words}; stopped at step {summary['steps']}: {STOPS[stopped]}"
+
+
 def _settings(families: Sequence[MetaResults]) -> str:
     lines = []
     for results in families:
@@ -252,6 +356,6 @@ def _settings(families: Sequence[MetaResults]) -> str:
                     f"- {results.name}, {name}, seed {described['config']['seed']}: {described['parameters']:,} parameters "
                     f"(the model has {described['model_parameters']:,}), {recipe['steps']} steps of {recipe['segments']} × "
                     f"{recipe['unroll']} on batches of {recipe['batch']}, {summary['seconds']:g} s, "
-                    f"{summary['skipped_steps']} steps skipped; commit {described['provenance']['commit']}"
+                    f"{_incidents(summary)}; commit {described['provenance']['commit']}"
                 )
     return "\n".join(lines)

@@ -4,6 +4,8 @@ A row is a JSON object with a key "row" that says what it tells of one solver:
   solve  stopped at one tolerance: evaluations by sample (the budget where it was not reached), what it had by then: distance
          to the float64 equilibrium, score of the task
   curve  quartiles over samples of the smallest residual after k evaluations
+  horizon  far past the steps it was trained on: how many samples a learned solver loses that its fallback solves, at the
+         same budget and at the budget plus what it had spent when it handed over
   clock  seconds of a whole solve to one tolerance by repeat, interleaved with the other solvers; the share of samples that
          got there; seconds in f and calls of it, but for solvers that use parts of f
 and "score" after k evaluations by `equilibria.depth_rows`, and "leak" by `texts.leak_rows`.
@@ -52,7 +54,8 @@ def double_equilibria(
     for z0, x, _ in held.chunks():
         z0, x = pytree.tree_map(_in_double, (z0, x))
         f, x = pin(double, getattr(x, "context", x), z0)
-        star, found = packed(z0).clone(), torch.zeros(len(packed(z0)), dtype=torch.bool)
+        star = packed(z0).clone()
+        found = torch.zeros(len(star), dtype=torch.bool, device=star.device)
         for solver in solvers:
             todo = (~found).nonzero().squeeze(1)
             if len(todo) == 0:
@@ -111,19 +114,65 @@ def solve_rows(
     return short(rows)
 
 
+def now(device: torch.device) -> float:
+    """Seconds, when a device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@torch.no_grad()
+def horizon_rows(
+    name: str, solver: Any, held: HeldOut, *, steps: int, tolerances: Sequence[float] = (1e-3, 1e-4)
+) -> list[Row]:
+    """A learned solver against its own fallback, `steps` evaluations each: the safeguard's promise, counted.
+
+    The promise is that with max_nfe plus what was spent before plain Broyden began, it does not fail where that converges.
+    """
+    rows = []
+    for tolerance in tolerances:
+        counts = {"fallback": 0, "learned": 0, "lost": 0, "broken": 0, "triggered": 0}
+        for z0, x, _ in held.chunks():
+            ours = solve(held.f, z0, x, solver=solver, rtol=tolerance, max_nfe=2 * steps, throw=False)
+            fallback = solver.config.safeguard.fallback()
+            theirs = solve(held.f, z0, x, solver=fallback, rtol=tolerance, max_nfe=steps, throw=False)
+            nfe, hit = ours.trace.evaluations_to(tolerance, 2 * steps)
+            before = _spent_before(ours, phase=2)
+            converged = theirs.converged.cpu().numpy()
+            counts["fallback"] += int(converged.sum())
+            counts["learned"] += int((hit & (nfe <= steps)).sum())
+            counts["lost"] += int((converged & ~(hit & (nfe <= steps))).sum())
+            counts["broken"] += int((converged & ~(hit & (nfe <= steps + before))).sum())
+            counts["triggered"] += int((ours.trace.phase > 0).any(dim=0).sum())
+        rows.append(
+            {"row": "horizon", "solver": name, "tolerance": tolerance, "steps": steps, "samples": len(held), **counts}
+        )
+    return rows
+
+
+def _spent_before(solution: Any, phase: int) -> np.ndarray:
+    """(B,) evaluations each sample had spent when it entered a phase; all of them where it never did."""
+    trace = solution.trace
+    counts = np.where((trace.phase < phase).numpy(), trace.nfe.numpy(), 0)
+    return counts.max(axis=0)
+
+
 @torch.no_grad()
 def clock_rows(
     solvers: dict[str, Any], held: HeldOut, *, tolerances: Iterable[float], budget: int, batch: int, repeats: int
 ) -> list[Row]:
-    """Whole solves of one batch of held-out problems by every solver in turn, `repeats` rounds after one to warm up."""
-    index = torch.arange(min(batch, len(held)))
+    """Whole solves of one batch of held-out problems by every solver in turn, `repeats` rounds after one to warm up.
+
+    On a GPU the clock is read when it has done what it was told, before and after each evaluation of f too.
+    """
+    index = torch.arange(min(batch, len(held)), device=held.device)
     z0, x = gather(held.z0, index), gather(held.x, index)
     spent = {"seconds": 0.0, "calls": 0}
 
     def f(z: State, context: Any) -> State:
-        began = time.perf_counter()
+        began = now(held.device)
         value = held.f(z, context)
-        spent["seconds"] += time.perf_counter() - began
+        spent["seconds"] += now(held.device) - began
         spent["calls"] += 1
         return value
 
@@ -135,9 +184,9 @@ def clock_rows(
             solver = solvers[name]
             spent.update(seconds=0.0, calls=0)
             timed = held.f if getattr(solver, "parts", ()) else f
-            began = time.perf_counter()
+            began = now(held.device)
             found = solve(timed, z0, x, solver=solver, rtol=tolerance, max_nfe=budget, throw=False)
-            taken[name].append((time.perf_counter() - began, spent["seconds"], spent["calls"]))
+            taken[name].append((now(held.device) - began, spent["seconds"], spent["calls"]))
             reached[name] = float(found.converged.float().mean())
         for name, readings in taken.items():
             total, in_f, calls = zip(*readings[1:], strict=True)

@@ -14,7 +14,7 @@ from metabroyden.evaluation.metrics import bits_of, short
 from metabroyden.evaluation.model_scores import solved_to
 from metabroyden.evaluation.ngram import NGram, Recent
 from metabroyden.meta.families import second_half, text_windows
-from metabroyden.models.criteria import NextToken
+from metabroyden.models.criteria import NextToken, device_of
 from metabroyden.state import gather
 
 
@@ -69,6 +69,7 @@ def leak_rows(
     """
     length = criterion.length
     tokens, targets = (part[:windows] for part in text_windows(criterion.data, "test", length, model.stem.back))
+    tokens, targets = tokens.to(device_of(model)), targets.to(device_of(model))
     changed = tokens.clone()
     changed[:, -last:] = (changed[:, -last:] + 1) % len(criterion.data.vocabulary)
     rows: list[Row] = []

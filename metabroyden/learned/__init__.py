@@ -6,7 +6,10 @@ from metabroyden.learned.coordinatewise import CoordinatewiseLSTM
 from metabroyden.learned.grouped import GroupedConfig, GroupedLSTM
 from metabroyden.learned.hyper_anderson import HyperAnderson, HyperAndersonConfig
 from metabroyden.learned.meta_broyden import MetaBroyden, MetaBroydenConfig
+from metabroyden.learned.meta_learner import MetaLearnerLSTM
+from metabroyden.learned.neural_fixed_point import NeuralFixedPoint, NeuralFixedPointConfig
 from metabroyden.learned.safeguard import Safeguard
+from metabroyden.learned.started import Started, StartedConfig
 
 __all__ = [
     "ADJOINT",
@@ -22,5 +25,10 @@ __all__ = [
     "LearnedSolver",
     "MetaBroyden",
     "MetaBroydenConfig",
+    "MetaLearnerLSTM",
+    "NeuralFixedPoint",
+    "NeuralFixedPointConfig",
     "Safeguard",
+    "Started",
+    "StartedConfig",
 ]

@@ -43,6 +43,8 @@ class LearnedConfig:
         context_channels: channels of the context feature in canonical form (see `Layout.context`); 0: as the state's.
         hidden: LSTM width.
         initializer: width of the initializer; 0 for none.
+        initializer_kernels: widths of its maps' convolutions, odd, two maps or more (vectors have dense maps): (5, 1) is a
+            good choice for texts.
         safeguard: hand-over to Broyden.
     """
 
@@ -52,6 +54,7 @@ class LearnedConfig:
     context_channels: int = 0
     hidden: int = 8
     initializer: int = 32
+    initializer_kernels: tuple[int, ...] = (3, 3)
     safeguard: Safeguard = field(default_factory=Safeguard)
 
     def __post_init__(self) -> None:
@@ -60,6 +63,9 @@ class LearnedConfig:
             raise ValueError(f"context must be 'f0' or 'native', got {self.context!r}")
         if self.hidden < 1 or self.initializer < 0:
             raise ValueError(f"hidden must be at least 1 and initializer at least 0: {self.hidden}, {self.initializer}")
+        kernels = self.initializer_kernels
+        if not isinstance(kernels, tuple) or len(kernels) < 2 or any(k < 1 or k % 2 == 0 for k in kernels):
+            raise ValueError(f"initializer_kernels must be at least two odd numbers, as (3, 3), got {kernels!r}")
 
 
 class LearnedSolver(nn.Module):
@@ -80,9 +86,8 @@ class LearnedSolver(nn.Module):
         self.context_channels = config.context_channels or self.layout.channels
         self.fingerprint: str | None = None
         self.summary: dict[str, Any] = {}
-        self.initializer = (
-            Initializer(self.layout, self.context_channels, config.initializer) if config.initializer else None
-        )
+        sizes = config.initializer, config.initializer_kernels
+        self.initializer = Initializer(self.layout, self.context_channels, *sizes) if config.initializer else None
 
     @property
     def safeguard(self) -> Any:
@@ -133,6 +138,8 @@ class LearnedSolver(nn.Module):
             raise ValueError(f"unknown config fields for {cls.kind!r}: {sorted(set(values) - known)}")
         shape = tuple(tuple(part) if isinstance(part, list) else part for part in values["shape"])
         values = dict(values, shape=shape)
+        if "initializer_kernels" in values:
+            values["initializer_kernels"] = tuple(values["initializer_kernels"])
         if isinstance(values.get("safeguard"), dict):
             values["safeguard"] = Safeguard(**values["safeguard"])
         return cls(cls.config_type(**values))

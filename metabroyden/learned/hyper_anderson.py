@@ -19,11 +19,14 @@ class HyperAndersonConfig(LearnedConfig):
     Attributes:
         memory: m; the weights are those of the last m + 1 iterates.
         gram: whether the network also sees the residuals' inner products, as least squares would, beside pooled residuals.
+        zero_output: whether the network's last map begins at zero, so that untrained it is Picard; else it begins as
+            convolutions usually do, as published.
     """
 
     hidden: int = 32
     memory: int = 5
     gram: bool = False
+    zero_output: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -32,12 +35,13 @@ class HyperAndersonConfig(LearnedConfig):
 
 
 class HyperAndersonState(NamedTuple):
-    """The last k ≤ m + 1 iterates, the oldest first. R rows, n coordinates, C channels."""
+    """Ring buffers of the last m + 1 iterates. R rows, n coordinates, C channels."""
 
-    z: Tensor  # (R, k, n)
-    g: Tensor  # (R, k, n)
-    pooled: Tensor  # (R, k, 2C) mean and root mean square of g by channel
+    z: Tensor  # (R, m + 1, n)
+    g: Tensor  # (R, m + 1, n)
+    pooled: Tensor  # (R, m + 1, 2C) mean and root mean square of g by channel
     extra: Tensor | None  # (R,) ‖Σᵢ αᵢgᵢ‖ of the last step, a term of the published loss
+    steps: int
 
 
 @register("hyper-anderson")
@@ -48,7 +52,8 @@ class HyperAnderson(LearnedSolver):
     the vectors of the last m + 1 steps pass as a sequence through two convolutions over the steps, and what comes out is
     shifted so that it sums to one. Pooled are mean and root mean square of each channel, over that of the newest residual,
     beside log sizes; α and β are one number a sample, as published, so that for sequences the future is not kept out.
-    Before training α picks the newest iterate and β = 1: Picard.
+    The start is an `Initializer` of two narrow maps of width 3, the loss `HyperObjective`, the rate of Adam 1e-3.
+    Before training α picks the newest iterate and β = 1: Picard; but see `zero_output`.
     """
 
     config_type = HyperAndersonConfig
@@ -59,14 +64,17 @@ class HyperAnderson(LearnedSolver):
         inputs = 2 * self.layout.channels + 2 + (config.memory + 1) * config.gram
         self.inward = nn.Conv1d(inputs, config.hidden, 3, padding=1)
         self.outward = nn.Conv1d(config.hidden, 2, 3, padding=1)
-        nn.init.zeros_(self.outward.weight)
-        assert self.outward.bias is not None
-        nn.init.zeros_(self.outward.bias)
+        if config.zero_output:
+            for parameter in self.outward.parameters():
+                nn.init.zeros_(parameter)
 
     def init(self, z: Tensor, g: Tensor, problem: Any) -> HyperAndersonState:
         """No iterates yet."""
-        empty = z.new_empty(len(z), 0, z.shape[1])
-        return HyperAndersonState(empty, empty, z.new_empty(len(z), 0, 2 * self.layout.channels), None)
+        zs, gs, rows = (
+            z.new_empty(len(z), self.config.memory + 1, size)
+            for size in (z.shape[1], z.shape[1], 2 * self.layout.channels)
+        )
+        return HyperAndersonState(zs, gs, rows, None, 0)
 
     def step(self, z: Tensor, g: Tensor, state: HyperAndersonState, problem: Any) -> Step:
         """One learned step, (R, n)."""
@@ -75,25 +83,27 @@ class HyperAnderson(LearnedSolver):
         )
         tiny = torch.finfo(g.dtype).tiny ** 0.5
         pooled = torch.cat([canonical.mean(2), canonical.square().mean(2).clamp_min(tiny).sqrt()], dim=1)
-        keep = self.config.memory
-        zs, gs, rows = (
-            torch.cat([old[:, -keep:], new.unsqueeze(1)], dim=1)
-            for old, new in ((state.z, z), (state.g, g), (state.pooled, pooled))
-        )
-        alpha, beta = self._weights(gs, rows)
-        remainder = torch.bmm(alpha.unsqueeze(1), gs).squeeze(1)
-        z = torch.bmm(alpha.unsqueeze(1), zs).squeeze(1) + beta * remainder
+        size = self.config.memory + 1
+        slot, used = state.steps % size, min(state.steps + 1, size)
+        kept = [_put(old, new, slot) for old, new in ((state.z, z), (state.g, g), (state.pooled, pooled))]
+        zs, gs, rows = (buffer[:, :used] for buffer in kept)
+        oldest = slot + 1 if used == size else 0
+        alpha, beta = self._weights(gs, rows, oldest)
+        alpha = alpha.roll(oldest, 1).unsqueeze(1)
+        remainder = torch.bmm(alpha, gs).squeeze(1)
+        z = torch.addcmul(torch.bmm(alpha, zs).squeeze(1), beta, remainder)
         extra = torch.linalg.vector_norm(remainder, dim=1) if torch.is_grad_enabled() else None
-        return Step(z, HyperAndersonState(zs, gs, rows, extra))
+        return Step(z, HyperAndersonState(kept[0], kept[1], kept[2], extra, state.steps + 1))
 
-    def _weights(self, gs: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """α (R, k) and β (R, 1)."""
+    def _weights(self, gs: Tensor, pooled: Tensor, oldest: int) -> tuple[Tensor, Tensor]:
+        """α (R, k), the oldest first, and β (R, 1), for buffers whose oldest entry is at `oldest`."""
         count, steps = gs.shape[1], self.config.memory + 1
+        pooled = pooled.roll(-oldest, 1)
         sizes = pooled[..., self.layout.channels :].square().mean(2, keepdim=True).sqrt()
         features = [pooled / sizes[:, -1:], (sizes / sizes[:, -1:]).log(), sizes.log().expand_as(sizes) / 5]
         if self.config.gram:
             unit = gs / torch.linalg.vector_norm(gs, dim=2, keepdim=True).clamp_min(torch.finfo(gs.dtype).tiny ** 0.5)
-            gram = torch.bmm(unit, unit.transpose(1, 2))
+            gram = torch.bmm(unit, unit.transpose(1, 2)).roll((-oldest, -oldest), (1, 2))
             features.append(nn.functional.pad(gram, (steps - count, 0)))
         series = nn.functional.pad(torch.cat(features, dim=2), (0, 0, steps - count, 0)).transpose(1, 2)
         found = self.outward(torch.relu(self.inward(series)))[:, :, -count:]
@@ -101,3 +111,11 @@ class HyperAnderson(LearnedSolver):
         alpha = found[:, 0] + newest
         alpha = alpha + (1 - alpha.sum(dim=1, keepdim=True)) / count
         return alpha, 1 + found[:, 1, -1:]
+
+
+def _put(buffer: Tensor, new: Tensor, slot: int) -> Tensor:
+    """The buffer (R, m, n) with `new` (R, n) in a slot: in place, unless gradients are recorded."""
+    if torch.is_grad_enabled():
+        return torch.select_scatter(buffer, new, 1, slot)
+    buffer.select(1, slot).copy_(new)
+    return buffer

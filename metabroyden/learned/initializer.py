@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from metabroyden.learned.layout import Layout, Mixer
 
 
 class Initializer(nn.Module):
-    """h = base + W₂ gelu(W₁ c), `Mixer`s by layout, W₂ zero-initialised: untrained, the start is the base.
+    """h = base + W_d gelu(… gelu(W₁ c)), `Mixer`s by layout, W_d zero-initialised: untrained, the start is the base.
 
-    A narrow network in the spirit of Bai, Koltun & Kolter (ICLR 2022). c is the context feature in canonical form; the
-    base is z0 where c is a native context, and f(z0) where c is that.
+    A narrow network in the spirit of Bai, Koltun & Kolter (ICLR 2022), who take two maps and a kernel of 3: convolutions
+    for images, causal ones for sequences, dense maps for vectors. c is the context feature in canonical form; the base is z0
+    where c is a native context, and f(z0) where c is that.
+
+    Args:
+        layout: of the states. context_channels: of c. width: inner channels. kernels: odd, one a map, d ≥ 2 of them.
     """
 
-    def __init__(self, layout: Layout, context_channels: int, width: int) -> None:
+    def __init__(self, layout: Layout, context_channels: int, width: int, kernels: tuple[int, ...] = (3, 3)) -> None:
         super().__init__()
-        self.inward = Mixer(layout, context_channels, width)
-        self.outward = Mixer(layout, width, layout.channels, zero=True)
+        first, *between, last = kernels
+        self.inward = Mixer(layout, context_channels, width, kernel=first)
+        self.between = nn.ModuleList(Mixer(layout, width, width, kernel=kernel) for kernel in between)
+        self.outward = Mixer(layout, width, layout.channels, kernel=last, zero=True)
 
     def forward(self, context: Tensor) -> Tensor:
         """The correction to the base, (R, C, *S)."""
-        return self.outward(nn.functional.gelu(self.inward(context)))
+        value = functional.gelu(self.inward(context))
+        for mixer in self.between:
+            value = functional.gelu(mixer(value))
+        return self.outward(value)

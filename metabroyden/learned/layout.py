@@ -244,17 +244,19 @@ def packed_layout(shapes: Sequence[Sequence[int]]) -> Layout:
 class Mixer(nn.Module):
     """A linear map over canonical states that mixes channels and, by layout, near neighbours.
 
-    3×3 convolution for images, causal convolution of width 3 for sequences, a dense map for vectors.
+    A convolution of odd width `kernel` for images (3×3), a causal one for sequences, a dense map for vectors.
     """
 
-    def __init__(self, layout: Layout, inputs: int, outputs: int, *, bias: bool = True, zero: bool = False) -> None:
+    def __init__(
+        self, layout: Layout, inputs: int, outputs: int, *, kernel: int = 3, bias: bool = True, zero: bool = False
+    ) -> None:
         super().__init__()
-        self.causal = layout.causal
+        self.past = kernel - 1 if layout.causal else 0
         self.map: nn.Module
         if layout.spatial:
-            self.map = nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias)
+            self.map = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=bias)
         elif layout.causal:
-            self.map = nn.Conv1d(inputs, outputs, 3, bias=bias)
+            self.map = nn.Conv1d(inputs, outputs, kernel, bias=bias)
         else:
             self.map = nn.Linear(inputs, outputs, bias=bias)
         if zero:
@@ -263,13 +265,13 @@ class Mixer(nn.Module):
 
     def forward(self, value: Tensor) -> Tensor:
         """(R, inputs, *S) → (R, outputs, *S)."""
-        return self.map(nn.functional.pad(value, (2, 0)) if self.causal else value)
+        return self.map(nn.functional.pad(value, (self.past, 0)) if self.past else value)
 
     def transpose(self, value: Tensor) -> Tensor:
         """The transposed linear map (its bias left out), (R, outputs, *S) → (R, inputs, *S)."""
         weight: Any = self.map.weight
         if isinstance(self.map, nn.Conv2d):
-            return nn.functional.conv_transpose2d(value, weight, padding=1)
+            return nn.functional.conv_transpose2d(value, weight, padding=weight.shape[-1] // 2)
         if isinstance(self.map, nn.Conv1d):
-            return nn.functional.conv_transpose1d(value, weight)[..., 2:]
+            return nn.functional.conv_transpose1d(value, weight)[..., self.past :]
         return nn.functional.linear(value, weight.T)

@@ -35,9 +35,19 @@ class SharedLSTM(nn.Module):
 
     def forward(self, features: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(read-out (R, O, G), hidden, cell) after one step."""
-        gates = torch.matmul(self.weight, torch.cat([features, hidden], dim=1)) + self.bias
-        squashed = torch.sigmoid(gates[:, : 3 * self.hidden])
+        gates = _affine(self.bias, self.weight, torch.cat([features, hidden], dim=1))
+        squashed, candidate = gates[:, : 3 * self.hidden], gates[:, 3 * self.hidden :]
+        # in place where no graph is kept: on a CPU fresh memory costs more than the arithmetic
+        if torch.is_grad_enabled():
+            squashed, candidate = torch.sigmoid(squashed), torch.tanh(candidate)
+        else:
+            squashed.sigmoid_(), candidate.tanh_()
         enter, forget, leave = squashed.chunk(3, dim=1)
-        cell = forget * cell + enter * torch.tanh(gates[:, 3 * self.hidden :])
+        cell = torch.addcmul(forget * cell, enter, candidate)
         hidden = leave * torch.tanh(cell)
-        return torch.matmul(self.readout, hidden) + self.offset, hidden, cell
+        return _affine(self.offset, self.readout, hidden), hidden, cell
+
+
+def _affine(bias: Tensor, weight: Tensor, value: Tensor) -> Tensor:
+    """bias (O, 1 or G) + weight (O, F) · value (R, F, G), (R, O, G)."""
+    return torch.baddbmm(bias.unsqueeze(0), weight.expand(len(value), -1, -1), value)

@@ -8,57 +8,80 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metabroyden.learned.base import register
-from metabroyden.learned.features import mix
-from metabroyden.learned.grouped import GroupedConfig, GroupedLSTM, GroupedState
+from metabroyden.learned.base import LearnedConfig, LearnedSolver, register
+from metabroyden.learned.lstm import SharedLSTM
+from metabroyden.learned.preconditioner import LearnedInverse, Preconditioner
 from metabroyden.learned.safeguard import Safeguard
 from metabroyden.learned.secants import Secants, SecantState
+from metabroyden.solve import Phase
 from metabroyden.solvers.base import Step
+from metabroyden.state import gather
 
 
 @dataclass(frozen=True)
-class MetaBroydenConfig(GroupedConfig):
-    """Adds to `GroupedConfig`.
+class MetaBroydenConfig(LearnedConfig):
+    """Adds to `LearnedConfig`.
 
     Attributes:
+        rank: inner channels of the preconditioner, which are what the LSTM sees and gates.
+        damping: of the iteration that it is before training.
         gated: steps weighed by the LSTM, which see no secants; quasi-Newton steps from then on.
         memory: secant pairs kept, those of the gated steps among them.
         ridge: of the least squares over the pairs, relative to each; at least 100 units of rounding of the state's dtype.
     """
 
-    gated: int = 14
-    memory: int = 20
+    hidden: int = 8
+    rank: int = 16
+    damping: float = 1.0
+    gated: int = 28
+    memory: int = 10
     ridge: float = 1e-8
     safeguard: Safeguard = field(default_factory=lambda: Safeguard(horizon=None, patience=15, progress=0.5))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("gated", "memory"):
+        for name in ("rank", "gated", "memory"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.ridge <= 1:
-            raise ValueError(f"ridge must be in (0, 1], got {self.ridge}")
+        for name in ("damping", "ridge"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
 
 
 class MetaBroydenState(NamedTuple):
-    """What the LSTM keeps, the secant pairs, and the steps made."""
+    """R rows, n coordinates, k inner channels, H hidden, P places (all of S)."""
 
-    gated: GroupedState
-    secants: SecantState
+    initial: Tensor  # (R, k, *S) the preconditioner's gates where the solve began
+    gates: Tensor  # (R, k, *S) those of the last gated step
+    direct: Tensor  # (R, 1, *S) weight of the residual in the last gated step
+    before: Tensor  # (R, n) the iterate before this one
+    hidden: Tensor  # (R, H, P)
+    cell: Tensor  # (R, H, P)
+    scale: Tensor  # (R, 1, …) previous residual scale
+    trail: tuple[
+        tuple[Tensor, Tensor, Tensor | None], ...
+    ]  # (iterates, residuals, our rows in them) of the gated steps
+    secants: SecantState | None  # made of the trail when first wanted
     steps: int
 
 
 @register("meta-broyden")
-class MetaBroyden(GroupedLSTM):
-    """z⁺ = z − B_k g, B_k = B₀ + (ΔZ − B₀ΔG)ΔG⁺ with a learned B₀ = −(w_r + w_P P) and exact secant pairs.
+class MetaBroyden(LearnedSolver):
+    """z⁺ = z − B_k g, B_k = B₀ + (ΔZ − B₀ΔG)ΔG⁺ with a learned B₀ = −(w + P) and exact secant pairs.
 
-    The first steps are those of `GroupedLSTM`: one LSTM cell a group weighs the residual, the preconditioned residual P(r),
-    the last update and the state. Their pairs (Δz, Δg) are kept, the last `memory` of them. From then on the LSTM rests: its
-    last weights w_r, w_P of each group and the gates of P are frozen, which makes B₀ linear, and every step is a multisecant
-    one on top of it (see `Secants`; for sequences causal, token by token). With no more than `gated` steps in an unroll, it
-    is trained as `GroupedLSTM` is, weight for weight: B₀ is learned from what the residuals of its early steps want.
+    P(g) = B(A(g) · γ) is a `Preconditioner` of k inner channels. In the first steps one LSTM cell a place (a pixel, a token,
+    the sample of a vector), shared by all, sees the inner residual A(g)/s, the gates where the solve began, the residual's
+    scale s and its last change, and sets the inner gates γ, an inner correction c, the weight w of the residual and that of
+    the last move:
 
-    Untrained, P = 0 and w_r = 1: Picard's iteration, then Anderson's on its pairs.
+        z⁺ = z + m·(z − z₋) + w·g + B(A(g)·γ + s·c)
+
+    All that is learned happens in k channels; of the state's size there are few operations. The pairs (Δz, Δg) of these
+    steps are kept, the last `memory` of them. From then on the LSTM rests: its last γ and w are frozen, which makes B₀
+    linear, and every step is a multisecant one on top of it (see `Secants`; for sequences causal, token by token).
+    With no more than `gated` steps in an unroll, B₀ is learned from what the residuals of the gated steps want.
+
+    Untrained, P = 0, c = m = 0 and w is the damping: Picard's iteration, then Anderson's on its pairs.
     """
 
     config_type = MetaBroydenConfig
@@ -66,49 +89,97 @@ class MetaBroyden(GroupedLSTM):
 
     def __init__(self, config: MetaBroydenConfig) -> None:
         super().__init__(config)
+        rank = config.rank
+        self.preconditioner = Preconditioner(self.layout, self.context_channels, rank)
+        self.lstm = SharedLSTM(2 * rank + 2, config.hidden, 2 * rank + 2)
         self.secants = Secants(self.layout, config.memory, config.ridge)
 
-    def init(self, z: Tensor, g: Tensor, problem: Any) -> Any:
-        """Zero memory, no pairs."""
-        secants = self.secants.init(z, g, self.layout.resolve(problem.shape))
-        return MetaBroydenState(super().init(z, g, problem), secants, 0)
+    def plan(self, solver: Any) -> list[Phase]:
+        """As every learned solver's; Broyden carries on from −(I + P)."""
+        return self.config.safeguard.phases(self, LearnedInverse(self))
 
-    def step(self, z: Tensor, g: Tensor, state: Any, problem: Any) -> Step:
+    def gates(self, z: Tensor, problem: Any) -> Tensor:
+        """The preconditioner's gates at z (R, n): (R, k, *S)."""
+        shape = self.layout.resolve(problem.shape)
+        return self.preconditioner.gates(self.layout.canonical(z, shape), self.context_feature(problem, shape))
+
+    def init(self, z: Tensor, g: Tensor, problem: Any) -> MetaBroydenState:
+        """Zero memory, no pairs; the gates are taken once."""
+        gates = self.gates(z, problem)
+        hidden, cell = self.lstm.begin(len(z), gates[0, 0].numel(), z)
+        scale = self.layout.scale(self.layout.canonical(g, self.layout.resolve(problem.shape)))
+        direct = torch.full_like(gates[:, :1], self.config.damping)
+        return MetaBroydenState(gates, gates, direct, z, hidden, cell, scale, (), None, 0)
+
+    def step(self, z: Tensor, g: Tensor, state: MetaBroydenState, problem: Any) -> Step:
         """One learned step, (R, n)."""
-        layout, shape = self.layout, self.layout.resolve(problem.shape)
-        secants = self.secants.note(z, g, state.secants, shape) if state.steps else state.secants
+        shape = self.layout.resolve(problem.shape)
         if state.steps < self.config.gated:
-            step = super().step(z, g, state.gated, problem)
-            return Step(step.z, MetaBroydenState(step.state, secants, state.steps + 1))
+            return self._gated(z, g, state, shape)
+        earlier = self._pairs(state, shape)
+        secants = self.secants.init(z, g, shape) if earlier is None else self.secants.note(z, g, earlier, shape)
         known, rest = self.secants.explain(g, secants, shape)
-        r = layout.canonical(rest, shape)
-        weights = state.gated.weights[:, :, :2]
-        stack = layout.grouped(torch.stack([r, self.preconditioner(r, state.gated.gates)], dim=2))
-        move = layout.flat(layout.ungrouped(mix(stack, weights), layout.extents(shape)))
-        return Step(z - known + move, state._replace(secants=secants, steps=state.steps + 1))
+        move = self._initial_inverse(self.layout.canonical(rest, shape), state)
+        z = z - known + self.layout.flat(move)
+        return Step(z, state._replace(trail=(), secants=secants, steps=state.steps + 1))
 
-    def inverse(self, state: Any, index: Tensor) -> Any:
+    def _gated(self, z: Tensor, g: Tensor, state: MetaBroydenState, shape: tuple[Any, ...]) -> Step:
+        layout, rank = self.layout, self.config.rank
+        zc, gc = layout.canonical(z, shape), layout.canonical(g, shape)
+        scale = layout.scale(gc)
+        inner = self.preconditioner.inward(gc)
+        level = torch.stack([scale.log() / 5, (scale / state.scale).log().clamp(-3, 3)], dim=1).flatten(2)
+        places = state.hidden.shape[2]
+        seen = [(inner / scale).reshape(len(z), rank, places), state.initial.reshape(len(z), rank, places)]
+        features = torch.cat([*seen, level.expand(-1, -1, places)], dim=1)
+        output, hidden, cell = self.lstm(features, state.hidden, state.cell)
+        output = output.reshape(len(z), -1, *inner.shape[2:])
+        direct, momentum, change, correction = output.split([1, 1, rank, rank], dim=1)
+        direct, gates = self.config.damping + direct, state.initial * (1 + change)
+        moved = torch.addcmul(torch.lerp(layout.canonical(state.before, shape), zc, 1 + momentum), direct, gc)
+        moved = moved + self.preconditioner.outward(torch.addcmul(inner * gates, scale, correction))
+        trail = (*state.trail, (z, g, None))[-self.config.memory - 1 :]
+        after = MetaBroydenState(
+            state.initial, gates, direct, z, hidden, cell, scale, trail, None, steps=state.steps + 1
+        )
+        return Step(layout.flat(moved), after)
+
+    def _initial_inverse(self, r: Tensor, state: MetaBroydenState) -> Tensor:
+        """−B₀r for a canonical r, with the weights of the last gated step."""
+        return r * state.direct + self.preconditioner(r, state.gates)
+
+    def _pairs(self, state: MetaBroydenState, shape: tuple[Any, ...]) -> SecantState | None:
+        """The secant pairs known so far; None before the first iterate is noted."""
+        if state.secants is not None or not state.trail:
+            return state.secants
+        (first, *others) = ((z, g) if rows is None else (z[rows], g[rows]) for z, g, rows in state.trail)
+        found = self.secants.init(*first, shape)
+        for z, g in others:
+            found = self.secants.note(z, g, found, shape)
+        return found
+
+    def gather(self, state: MetaBroydenState, index: Tensor) -> MetaBroydenState:
+        """The rows `index` of a state; iterates that may never be asked for are not copied."""
+        trail = tuple((z, g, index if rows is None else rows.index_select(0, index)) for z, g, rows in state.trail)
+        return gather(state._replace(trail=()), index)._replace(trail=trail)
+
+    def inverse(self, state: MetaBroydenState, index: Tensor) -> Any:
         """What `transposed` needs of the rows `index`: gates, weights and secant pairs."""
-        gated = state.gated.gates.index_select(0, index), state.gated.weights.index_select(0, index)
-        used = min(state.secants.steps - 1, self.config.memory)
-        pairs = tuple(part[:, :used].index_select(0, index) for part in (state.secants.residuals, state.secants.moves))
-        return *gated, *pairs, state.secants.gram[:, :, :used, :used].index_select(0, index)
+        state = self.gather(state, index)
+        secants = self._pairs(state, self.layout.shape_like(state.gates.shape[2:]))
+        if secants is None:
+            return state.gates, state.direct, None
+        used = min(secants.steps - 1, self.config.memory)
+        pairs = (secants.residuals[:, :used], secants.moves[:, :used], secants.gram[:, :, :used, :used])
+        return state.gates, state.direct, pairs if used else None
 
     def transposed(self, w: Tensor, frozen: Any) -> Tensor:
         """Bᵀw with B of the class's formula, for w (R, n)."""
-        gates, weights, residuals, moves, gram = frozen
-        layout = self.layout
-        shape = layout.shape_like(gates.shape[2:])
-
-        def initial(v: Tensor) -> Tensor:
-            """B₀ᵀv."""
-            groups = layout.grouped(layout.canonical(v, shape).unsqueeze(2))
-            direct, through = (
-                layout.ungrouped(groups[:, :, 0] * weights[:, :, k : k + 1], layout.extents(shape)) for k in (0, 1)
-            )
-            return -layout.flat(direct + self.preconditioner.transpose(through, gates))
-
-        back = initial(w)
-        if residuals.shape[1] == 0:
+        gates, direct, pairs = frozen
+        shape = self.layout.shape_like(gates.shape[2:])
+        wc = self.layout.canonical(w, shape)
+        back = -self.layout.flat(wc * direct + self.preconditioner.transpose(wc, gates))
+        if pairs is None:
             return back
+        residuals, moves, gram = pairs
         return back + self.secants.transposed(w, back, residuals, moves, gram, shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,20 +12,20 @@ from metabroyden.deq import DEQ, initial_state
 from metabroyden.gradients import Implicit
 from metabroyden.learned import AdjointLSTM, LearnedSolver
 from metabroyden.meta.adjoint import AdjointMap
-from metabroyden.meta.objectives import ResidualObjective
-from metabroyden.meta.trainer import differentiate, frozen
+from metabroyden.meta.backprop import differentiate, frozen
+from metabroyden.meta.config import Unrolling
 from metabroyden.state import Companion, gather
 from metabroyden.training.pin import Pinned
 
 
 @dataclass(frozen=True)
-class KeepUpConfig:
-    """How the solvers follow the weights.
+class KeepUpConfig(Unrolling):
+    """How the solvers follow the weights. Adds to `Unrolling`.
 
     Attributes:
         burst: training steps at the beginning with a meta-step each. every: training steps from one meta-step to the next
             after that. unroll: solver steps of a meta-step. batch: its problems, drawn from the training batch.
-        learning_rate: of the meta-steps (Adam). clip: of their gradient's norm. objective: see `ResidualObjective`.
+        learning_rate: of the meta-steps (Adam).
     """
 
     burst: int = 40
@@ -33,16 +33,12 @@ class KeepUpConfig:
     unroll: int = 8
     batch: int = 16
     learning_rate: float = 2e-3
-    clip: float = 1.0
-    objective: ResidualObjective = field(default_factory=ResidualObjective)
 
     def __post_init__(self) -> None:
-        for name in ("every", "unroll", "batch"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"KeepUpConfig: {name} must be an integer of at least 1, got {value!r}")
-        if isinstance(self.burst, bool) or not isinstance(self.burst, int) or self.burst < 0:
-            raise ValueError(f"KeepUpConfig: burst must be an integer of at least 0, got {self.burst!r}")
+        super().__post_init__()
+        self._check_counts("every", "unroll", "batch")
+        self._check_counts("burst", least=0)
+        self._check_positive("learning_rate")
 
 
 class KeepUp:
@@ -162,9 +158,9 @@ class KeepUp:
 
     def _descend(self, name: str, f: Any, z0: Any, context: Any) -> None:
         solver = self.solvers[name]
-        loss, finite = differentiate(solver, f, z0, context, self.config, "native")
+        loss, norm = differentiate(solver, f, z0, context, self.config, "native", steps=self.config.unroll)
         self.losses[name] = float(loss)
-        if not finite:
+        if not bool(torch.isfinite(norm)):
             self.skipped += 1
             solver.zero_grad()
 

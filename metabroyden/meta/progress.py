@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from metabroyden.meta.trainer import Progress
+from metabroyden.meta.trainer import Curves, Progress
 from metabroyden.models.fit import EpochEnd
 
 
@@ -46,6 +48,26 @@ def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) 
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+@contextmanager
+def tensorboard(folder: Path, begin: int = 0) -> Iterator[Curves | None]:
+    """What `MetaTrainer.curves` may be: a TensorBoard log in a folder; None where that is not installed.
+
+    begin: steps made already; what an interrupted run had logged of later ones is hidden.
+    """
+    if importlib.util.find_spec("tensorboard") is None:
+        yield None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder), purge_step=begin + 1 if begin else 0) as writer:
+
+        def note(step: int, values: dict[str, float]) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+
+        yield note
 
 
 def by_epoch(bar: Progress | None, metric: str) -> Callable[[EpochEnd, Any], None]:

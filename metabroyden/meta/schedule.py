@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
+
+from metabroyden.meta.incidents import Incidents
 
 STOPS = {
     "steps": "all outer steps were taken",
     "patience": "validation had stopped improving",
     "budget": "the time budget was spent",
+    "non-finite": "gradients stayed non-finite, returns to the best weights notwithstanding",
 }
 """Why a meta-training stopped, by name."""
 
@@ -36,15 +40,11 @@ class Clock:
             return wall, cpu
         return wall + time.perf_counter() - self._began[0], cpu + time.process_time() - self._began[1]
 
-    def spent(self, kind: str) -> float:
-        """Seconds so far of one kind, "wall" or "cpu"."""
-        return self.read()[0 if kind == "wall" else 1]
 
-
-def share(config: Any, step: int, clock: Clock) -> float:
+def share(config: Any, step: int, spent: Sequence[float]) -> float:
     """How far the training has got, in [0, 1]: the larger of the shares of steps and of the time budget."""
     steps = step / config.steps
-    return steps if config.budget_seconds is None else min(1.0, max(steps, _of_budget(config, clock)))
+    return steps if config.budget_seconds is None else min(1.0, max(steps, _of_budget(config, spent)))
 
 
 def learning_rate(config: Any, done: float) -> float:
@@ -52,12 +52,16 @@ def learning_rate(config: Any, done: float) -> float:
     return 0.5 * config.learning_rate * (1 + math.cos(math.pi * done))
 
 
-def reason_to_stop(config: Any, step: int, clock: Clock, history: list[dict[str, Any]]) -> str | None:
-    """A key of `STOPS`, or None to go on; history: the looks at validation, each with its score."""
+def reason_to_stop(
+    config: Any, step: int, spent: Sequence[float], history: list[dict[str, Any]], incidents: Incidents
+) -> str | None:
+    """A key of `STOPS`, or None to go on. spent: what a `Clock` reads; history: the looks at validation."""
     if step >= config.steps:
         return "steps"
-    if config.budget_seconds is not None and _of_budget(config, clock) >= 1:
+    if config.budget_seconds is not None and _of_budget(config, spent) >= 1:
         return "budget"
+    if incidents.streak >= config.return_after and len(incidents.returned) >= config.returns:
+        return "non-finite"
     if config.patience is not None and idle_looks(history) >= config.patience:
         return "patience"
     return None
@@ -69,5 +73,5 @@ def idle_looks(history: list[dict[str, Any]]) -> int:
     return len(scores) - 1 - scores.index(min(scores)) if scores else 0
 
 
-def _of_budget(config: Any, clock: Clock) -> float:
-    return clock.spent(config.budget_clock) / config.budget_seconds
+def _of_budget(config: Any, spent: Sequence[float]) -> float:
+    return spent[0 if config.budget_clock == "wall" else 1] / config.budget_seconds

@@ -85,16 +85,19 @@ class TaskSet:
         """(z0, x) of a whole split, for `solve` and for validation."""
         return self.prepare(self.split(name))
 
-    def draw(self, batch: int, generator: torch.Generator) -> tuple[State, Any]:
-        """(z0, x) of a random training batch, drawn with replacement and augmented."""
+    def draw(self, batch: int, generator: torch.Generator, part: slice = slice(None)) -> tuple[State, Any]:
+        """(z0, x) of a random training batch, drawn with replacement and augmented; of its rows `part` alone.
+
+        The draws are those of the whole batch, whatever the part.
+        """
         train = self.split("train")
-        raw = train[torch.randint(len(train), (batch,), generator=generator)]
-        return self.prepare(raw if self._augment is None else self._augment(raw, generator))
+        raw = train[torch.randint(len(train), (batch,), generator=generator).to(train.device)]
+        return self.prepare((raw if self._augment is None else self._augment(raw, generator))[part])
 
     def prepare(self, raw: Tensor) -> tuple[State, Any]:
         """(z0, x) of raw contexts."""
         if self._made is not None:
-            return gather(self._made, raw)
+            return gather(self._made, raw.to(pytree.tree_leaves(self._made)[0].device))
         with torch.no_grad():
             x = raw if self._encode is None else self._encode(raw)
             return (torch.zeros_like(x) if self._z0 is None else self._z0(x)), x

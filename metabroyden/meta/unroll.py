@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
+from metabroyden.meta.modes import Checkpointed, FeatureDetached
 from metabroyden.solution import State, relative, residual_norms
 from metabroyden.state import Companion, Packing
 
@@ -41,14 +44,22 @@ class Rollout(NamedTuple):
 
 
 class UnrolledProblem:
-    """What a solver sees of an unrolled problem: as `Problem`, without counter or no_grad. R rows, n coordinates."""
+    """What a solver sees of an unrolled problem: as `Problem`, without counter or no_grad. R rows, n coordinates.
 
-    def __init__(self, f: Callable[..., State], z0: State, context: Any) -> None:
-        self.f, self._given = f, context
+    half: whether f computes under bfloat16 autocast; what it returns comes back in z's dtype. twice: whether evaluations
+    by `measure` keep z alone and are made once more in the backward pass.
+    """
+
+    def __init__(
+        self, f: Callable[..., State], z0: State, context: Any, *, half: bool = False, twice: bool = False
+    ) -> None:
+        self.f, self._given, self._half, self._twice = f, context, half, twice
         self.context = context.context if isinstance(context, Companion) else context
         self.packing = Packing.of(z0)
         self.z0 = self.packing.pack(z0)
         self._origin: Tensor | None = None
+        if half and self.z0.dtype != torch.float32:
+            raise ValueError(f"f in bfloat16 is for states of float32, got {self.z0.dtype}")
 
     @property
     def shape(self) -> Any:
@@ -58,7 +69,17 @@ class UnrolledProblem:
     def evaluate(self, z: Tensor) -> Tensor:
         """f(z), (R, n)."""
         state = self.packing.unpack(z)
-        return self.packing.take(self.f(state) if self._given is None else self.f(state, self._given), z)
+        with torch.autocast(z.device.type, torch.bfloat16) if self._half else nullcontext():
+            value = self.f(state) if self._given is None else self.f(state, self._given)
+        return self.packing.take(value, z)
+
+    def measure(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(g = f(z) − z (R, n), relative residual (R,)), both in z's dtype."""
+        return checkpoint(self._measure, z, use_reentrant=False) if self._twice else self._measure(z)
+
+    def _measure(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        g, g_norm, f_norm = residual_norms(z, self.evaluate(z))
+        return g, relative(g_norm, f_norm)
 
     def residual(self, z: Tensor) -> Tensor:
         """f(z) − z, (R, n)."""
@@ -80,8 +101,11 @@ def unroll(
     steps: int,
     backend: str = "higher",
     begin: tuple[Tensor, Any] | None = None,
+    detach_features: bool = False,
+    checkpoint_steps: bool = False,
+    half: bool = False,
 ) -> Rollout:
-    """Run `steps` steps of a solver and keep the graph: exact backpropagation through time.
+    """Run `steps` steps of a solver and keep the graph: exact backpropagation through time, unless told otherwise.
 
     Args:
         solver: a learned solver (its safeguard plays no part here).
@@ -90,19 +114,22 @@ def unroll(
         backend: "higher" (the iterate is the fast weight of a module, the solver a differentiable optimizer) or "native"
             (a plain loop). Both give the same numbers and gradients.
         begin: (iterate (B, n), solver's state) to go on from, see `Rollout.carry`; None: the solver's own start.
+        detach_features: drop the gradients along what the solver sees of iterates and residuals, see `FeatureDetached`.
+        checkpoint_steps: keep the inputs of each evaluation and of each step alone, and compute both again in the backward
+            pass: the same gradients, memory for one step's graph, a third more time.
+        half: f computes under bfloat16 autocast, iterates and residual norms stay float32. Safe where residuals above
+            some 1e-2 are what is trained for: below, they are rounding. ValueError for states that are not float32.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    problem = UnrolledProblem(f, z0, context)
+    problem = UnrolledProblem(f, z0, context, half=half, twice=checkpoint_steps)
+    if detach_features:
+        solver = FeatureDetached(solver)
+    if checkpoint_steps:
+        solver = Checkpointed(solver)
     return (_unroll_higher if backend == "higher" else _unroll_native)(solver, problem, steps, begin)
-
-
-def _measure(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
-    """(g, relative residual)."""
-    g, g_norm, f_norm = residual_norms(z, fz)
-    return g, relative(g_norm, f_norm)
 
 
 class _Recorder:
@@ -131,13 +158,13 @@ class _Recorder:
 def _unroll_native(solver: Any, problem: UnrolledProblem, steps: int, begin: Any) -> Rollout:
     recorder = _Recorder()
     z = solver.start(problem.z0, problem) if begin is None else begin[0]
-    g, residual = _measure(z, problem.evaluate(z))
+    g, residual = problem.measure(z)
     recorder.note(z, residual)
     state = solver.init(z, g, problem) if begin is None else begin[1]
     for _ in range(steps):
         step = solver.step(z, g, state, problem)
         z, state = step.z, step.state
-        g, residual = _measure(z, problem.evaluate(z))
+        g, residual = problem.measure(z)
         recorder.note(z, residual, state)
     return recorder.rollout()
 
@@ -151,7 +178,7 @@ class _Iterate(nn.Module):
 
     def forward(self, problem: UnrolledProblem) -> tuple[Tensor, Tensor, Tensor]:
         """(z, g, relative residual) at the current fast weight."""
-        g, residual = _measure(self.z, problem.evaluate(self.z))
+        g, residual = problem.measure(self.z)
         return self.z, g, residual
 
 

@@ -136,7 +136,7 @@ def train(
                 f"{path} was written by another training, with {other} instead of "
                 f"{ {key: described[key] for key in other} }: remove it to start anew"
             )
-        checkpoint.restore_training(tensors, model, optimizer, generator, path)
+        checkpoint.restore_training(tensors, model, optimizer, path, generator)
         past = header["history"]
     while len(past) < config.epochs:
         began = time.perf_counter()

@@ -25,6 +25,15 @@ def register(name: str) -> Callable[[C], C]:
     return add
 
 
+def name_of(solver: Any) -> str | None:
+    """The registered name of a classical solver; None for anything else.
+
+    >>> name_of(make_solver("picard"))
+    'picard'
+    """
+    return next((name for name, cls in (SOLVERS | SPLITTING).items() if cls is type(solver)), None)
+
+
 def make_solver(name: str, **options: Any) -> Any:
     """The registered classical solver of this name with these options.
 

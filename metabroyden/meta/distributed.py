@@ -1,0 +1,107 @@
+"""One meta-training in several processes: each takes an equal share of every batch, their gradients are averaged.
+
+Started by torchrun, which says through the environment how many there are and where they meet. Whatever is random is
+drawn for the whole batch in every process (`metabroyden.meta.draws`), so their number changes nothing but rounding.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+
+def rank() -> int:
+    """Which process this is, from 0."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def resolve(device: str) -> torch.device:
+    """The device of a name, "auto" being a GPU where there is one; with several processes each takes its own.
+
+    ValueError for a name that torch does not know, or a GPU where there is none.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} was asked for, but torch sees no GPU here")
+    if found == torch.device("cuda"):
+        found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    return found
+
+
+@contextmanager
+def processes(device: torch.device) -> Iterator[None]:
+    """Join the other processes while it lasts, by NCCL on GPUs and else by gloo; nothing happens where torchrun is not."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or size() > 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def part(batch: int) -> slice:
+    """This process's rows of a batch; ValueError where they cannot be shared out equally."""
+    if batch % size():
+        raise ValueError(f"a batch of {batch} cannot be shared out equally by {size()} processes")
+    share = batch // size()
+    return slice(rank() * share, (rank() + 1) * share)
+
+
+def spread(module: nn.Module) -> nn.Module:
+    """A module whose gradients are averaged over the processes as they are made; itself where there is one process.
+
+    Every segment of an unroll leaves some parameters unused (the initializer all but the first), hence the search for them.
+    """
+    if size() == 1:
+        return module
+    return DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
+
+
+def mean(value: Tensor) -> Tensor:
+    """The mean over processes of a tensor."""
+    if size() > 1:
+        value = value.clone()
+        dist.all_reduce(value)
+        value = value / size()
+    return value
+
+
+def from_first(values: Sequence[float]) -> list[float]:
+    """The numbers that the first process has."""
+    if size() == 1:
+        return list(values)
+    where = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
+    shared = torch.tensor(values, dtype=torch.float64, device=where)
+    dist.broadcast(shared, 0)
+    return shared.tolist()
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    from_first([0.0])
+
+
+def agree(what: str, value: float) -> None:
+    """RuntimeError where processes have different values."""
+    if from_first([value])[0] != value:
+        raise RuntimeError(f"process {rank()} differs from the first in {what}: do all see the same files?")

@@ -1,0 +1,67 @@
+"""What went wrong in a meta-training, step by step, and what was done about it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+EXPLODED = 1e3
+"""Gradients longer than this many times the norm they are clipped to are reported as explosions."""
+
+
+@dataclass
+class Incidents:
+    """Outer steps by number.
+
+    Attributes:
+        skipped: not taken, by why. exploded: taken with a gradient that was clipped by more than `EXPLODED`.
+        returned: after which training went back to the best weights, with half the learning rate.
+        streak: steps skipped in a row until now.
+    """
+
+    skipped: dict[str, list[int]] = field(default_factory=dict)
+    exploded: list[int] = field(default_factory=list)
+    returned: list[int] = field(default_factory=list)
+    streak: int = 0
+
+    def admit(self, step: int, loss: float, norm: float, clip: float) -> bool:
+        """Whether the step may be taken; what is unusual about it is noted."""
+        why = "loss" if not math.isfinite(loss) else "gradient" if not math.isfinite(norm) else None
+        if why is not None:
+            self.skipped.setdefault(f"{why} not finite", []).append(step)
+            self.streak += 1
+            return False
+        self.streak = 0
+        if norm > EXPLODED * clip:
+            self.exploded.append(step)
+        return True
+
+    @property
+    def count(self) -> int:
+        """Steps skipped in all."""
+        return sum(len(steps) for steps in self.skipped.values())
+
+    def words(self) -> str:
+        """A few, for a progress bar; none where nothing happened."""
+        counts = {"skipped": self.count, "exploded": len(self.exploded), "returns to the best": len(self.returned)}
+        return "".join(f", {count} {what}" for what, count in counts.items() if count)
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+def in_words(incidents: dict[str, Any]) -> str:
+    """A sentence on what `Incidents.describe` tells; "" where nothing happened."""
+    parts = [f"{_steps(steps)} skipped ({why})" for why, steps in incidents["skipped"].items()]
+    if incidents["exploded"]:
+        parts.append(f"{_steps(incidents['exploded'])} taken with a gradient {EXPLODED:g} times what it was clipped to")
+    if incidents["returned"]:
+        parts.append(f"back to the best weights with half the learning rate after {_steps(incidents['returned'])}")
+    return "; ".join(parts)
+
+
+def _steps(steps: list[int], most: int = 5) -> str:
+    shown = ", ".join(map(str, steps[:most])) + (f" and {len(steps) - most} more" if len(steps) > most else "")
+    return f"step{'s' * (len(steps) > 1)} {shown}"
