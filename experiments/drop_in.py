@@ -166,6 +166,7 @@ def _fitted(config: DropIn, model: Classifier, work: Path) -> Any:
         layout="nchw",
         steps=config.steps,
         seed=config.seed,
+        refuse=False,  # measured below, whatever it is worth
         progress=config.progress,
         checkpoint=work / "learned.training.safetensors",
     )

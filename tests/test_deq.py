@@ -109,12 +109,12 @@ def test_it_warns_once_when_samples_fail():
 def test_it_says_so_when_the_weights_have_moved_since_the_fit():
     cell = ConvCell(4, 4, 2)
     x = torch.randn(30, 4, 3, 3)
-    solver = mb.fit_solver(cell, x, steps=1, progress=False)
+    solver = mb.fit_solver(cell, x, steps=1, progress=False, refuse=False)
     deq = mb.DEQ(cell, solver=solver, warn=False)
     with torch.no_grad():
         deq(x[:2])  # silent: a warning is an error here
         cell.norm3.weight.mul_(1.01)
-        with pytest.warns(UserWarning, match="GroupedLSTM was fitted to other weights of f"):
+        with pytest.warns(UserWarning, match="MetaBroyden was fitted to other weights of f"):
             deq(x[:2])
         deq(x[:2])
 

@@ -325,7 +325,7 @@ def test_preconditioning_asks_for_solvers_that_can():
 def test_the_inverse_of_a_learned_solve_serves_too():
     """Samples that end in the LSTM phase leave −(I + P), those handed over leave Broyden's on top of it."""
     cell = ConvCell(4, 4, 2)
-    solver = mb.fit_solver(cell, torch.randn(40, 4, 4, 4), steps=5, progress=False)
+    solver = mb.fit_solver(cell, torch.randn(40, 4, 4, 4), steps=5, progress=False, refuse=False)
     nn.init.normal_(solver.preconditioner.outward.map.weight, std=0.02)
     deq = mb.DEQ(
         cell, solver=solver, rtol=1e-4, max_nfe=60, backward=mb.Implicit(rtol=1e-4, precondition=True), warn=False

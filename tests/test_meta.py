@@ -1,4 +1,4 @@
-"""Tasks, the outer loop and `fit_solver`."""
+"""Tasks and the outer loop."""
 
 from __future__ import annotations
 
@@ -296,77 +296,6 @@ def test_the_test_split_is_not_drawn_from():
 def test_bad_meta_configs_are_refused(options):
     with pytest.raises(ValueError, match=f"MetaConfig: {next(iter(options))} must be"):
         MetaConfig(**options)
-
-
-def test_fit_solver_makes_a_faster_drop_in_and_says_by_how_much(tmp_path):
-    cell = Cell()
-    solver = mb.fit_solver(cell, contexts(80), steps=60, progress=False)
-    held_out = solver.summary["held_out"]
-    assert held_out["mean_evaluations"] < held_out["mean_evaluations_broyden"]
-    assert held_out["samples"] == 16
-    loaded = mb.load_solver(mb.save_solver(solver, tmp_path / "solver.safetensors"))
-    deq = mb.DEQ(cell, solver=loaded)
-    x = contexts(8, 5)
-    with torch.no_grad():
-        z = deq(x)
-        torch.testing.assert_close(z, mb.DEQ(cell, rtol=1e-5)(x), rtol=0, atol=5e-3)
-    assert deq.last_solution.nfe.float().mean() < 0.8 * mb.solve(cell, 0 * x, x, solver=mb.Broyden()).nfe.float().mean()
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "words"),
-    [
-        ({"f": 3}, TypeError, "callable"),
-        ({"x_train": torch.zeros(4, 3, 4, 4)}, ValueError, r"at least 10 samples first, got \(4, 3, 4, 4\)"),
-        ({"x_train": [1, 2]}, ValueError, "got list"),
-        ({"x_train": torch.zeros(20, 3, 4, 4)}, ValueError, "two different samples"),
-        (
-            {"solver": "adam"},
-            ValueError,
-            "known are adjoint, coordinatewise, grouped, hyper-anderson, meta-broyden, meta-learner, metabroyden, "
-            "neural-fixed-point, started",
-        ),
-        ({"layout": "chw"}, ValueError, "layout must be one of"),
-        ({"x_train": torch.randn(20, 3, 4)}, ValueError, "layout= is needed"),
-        ({"steps": 0}, ValueError, "steps"),
-        ({"x_train": torch.randint(0, 9, (20, 3, 4, 4))}, ValueError, "x_train is torch.int64.*give z0="),
-        ({"x_train": torch.full((20, 3), torch.nan)}, ValueError, "x_train must be finite"),
-        ({"z0": lambda x: torch.zeros(3, 3, 4, 4)}, ValueError, r"row for each of 4 contexts, got 3"),
-        ({"z0": lambda x: (x, x)}, ValueError, "states of one tensor"),
-        ({"z0": torch.zeros(20, 3, 4, 4)}, TypeError, "z0 must be a map x → start, got Tensor"),
-        ({"x_train": torch.randn(20)}, ValueError, "needs an axis besides the samples"),
-        (
-            {"x_train": torch.randn(20, 3).half()},
-            ValueError,
-            "float32, float64 or of an integer dtype, got torch.float16",
-        ),
-        ({"seed": "a"}, ValueError, "seed must be an integer, got 'a'"),
-        ({"rtol": "1e-3"}, ValueError, "validation_rtol must be a positive number, got '1e-3'"),
-        ({"f": lambda z, x: z[:, :1]}, ValueError, "f must return what z is shaped like"),
-    ],
-)
-def test_fit_solver_refuses_bad_input(change, error, words):
-    arguments = {"f": lambda z, x: 0.5 * z + x, "x_train": contexts(20), "progress": False, "steps": 2} | change
-    with pytest.raises(error, match=words):
-        mb.fit_solver(arguments.pop("f"), arguments.pop("x_train"), **arguments)
-
-
-def test_f_may_compute_in_another_precision_and_no_grad_may_surround_the_fit():
-    cell = Cell()
-    with torch.no_grad():
-        solver = mb.fit_solver(lambda z, x: cell(z, x).bfloat16(), contexts(20), steps=2, progress=False)
-    assert solver.summary["skipped_steps"] == 0
-
-
-def test_a_fit_whose_gradients_blow_up_says_so():
-    with pytest.warns(UserWarning, match="6 of 6 steps were skipped because their gradient was not finite"):
-        mb.fit_solver(lambda z, x: 1e30 * (z + x) ** 3, contexts(20), steps=6, progress=False)
-
-
-def test_equal_contexts_stay_on_one_side_of_the_split():
-    doubled = contexts(20).repeat(2, 1, 1, 1)
-    solver = mb.fit_solver(Cell(), doubled, steps=1, progress=False)
-    assert solver.summary["held_out"]["samples"] == 8
 
 
 @pytest.mark.skipif(importlib.util.find_spec("learn2learn") is None, reason="learn2learn needs a C compiler to install")

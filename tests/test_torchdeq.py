@@ -622,7 +622,7 @@ def test_a_state_of_several_tensors_is_one_flat_tensor(no_stat):
     model, x = Scales(), torch.randn(30, 4)
     f = FixedPointMap(model)
     assert f.initial_state(x).shape == (30, 10)
-    solver = mb.fit_solver(model, x, steps=2, progress=False)
+    solver = mb.fit_solver(model, x, steps=2, progress=False, refuse=False)
     assert solver.config.layout == "nd"
     assert solver.config.shape == (10,)
     model.deq.f_solver = register("test", solver)
@@ -637,13 +637,15 @@ def test_fit_solver_takes_an_unmodified_model_and_makes_it_faster():
     assert holds_deq(model)
     assert not holds_deq(FixedPointMap(model))
     assert not holds_deq(Cell())
-    solver = mb.fit_solver(model, images(100), layout="nchw", steps=60, progress=False)
+    solver = mb.fit_solver(model, images(100), layout="nchw", steps=60, seconds=100, progress=False, refuse=False)
     held_out = solver.summary["held_out"]
     assert held_out["mean_evaluations"] < 0.9 * held_out["mean_evaluations_broyden"]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     assert solver.fingerprint == fingerprint(model)
-    assert mb.fit_solver(FixedPointMap(model), images(20), steps=1, progress=False).fingerprint == fingerprint(model)
+    assert mb.fit_solver(
+        FixedPointMap(model), images(20), steps=1, progress=False, refuse=False
+    ).fingerprint == fingerprint(model)
     x, spent, logits = images(40, 9), {}, {}
     for name, chosen in {"ours": solver, "broyden": mb.Broyden()}.items():
         model.deq.f_solver, model.deq.f_stop_mode, model.deq.f_tol = register("test", chosen), "rel", 1e-3
@@ -663,13 +665,13 @@ def test_fit_solver_starts_where_a_cell_says():
             return torch.ones_like(x)
 
     cell = Started()
-    solver = mb.fit_solver(cell, 0.5 * torch.randn(20, 3, 4, 4), steps=1, progress=False)
+    solver = mb.fit_solver(cell, 0.5 * torch.randn(20, 3, 4, 4), steps=1, progress=False, refuse=False)
     assert cell.asked
     assert solver.fingerprint == fingerprint(cell)
     tokens = torch.randint(0, 9, (20, 3))
     cell.initial_state = lambda x: torch.zeros(len(x), 3, 4, 4)
     cell.forward = lambda z, x: torch.tanh(cell.conv(z) + x.reshape(-1, 3, 1, 1))
-    assert mb.fit_solver(cell, tokens, steps=1, progress=False).summary["skipped_steps"] == 0
+    assert mb.fit_solver(cell, tokens, steps=1, progress=False, refuse=False).summary["skipped_steps"] == 0
 
 
 # --- the drop-in experiment
@@ -768,7 +770,7 @@ def test_verdicts_say_what_the_rows_say():
 
 def test_an_interrupted_fit_goes_on_where_it_stopped(tmp_path, monkeypatch):
     cell, x, path = Cell(), 0.5 * torch.randn(30, 3, 4, 4), tmp_path / "fit.safetensors"
-    whole = mb.fit_solver(cell, x, steps=4, progress=False)
+    whole = mb.fit_solver(cell, x, steps=4, progress=False, refuse=False)
     original = MetaTrainer.run
 
     def interrupted(self, progress=None, until=None):
@@ -777,8 +779,8 @@ def test_an_interrupted_fit_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
     monkeypatch.setattr(MetaTrainer, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        mb.fit_solver(cell, x, steps=4, progress=False, checkpoint=path)
+        mb.fit_solver(cell, x, steps=4, progress=False, refuse=False, checkpoint=path)
     monkeypatch.setattr(MetaTrainer, "run", original)
-    again = mb.fit_solver(cell, x, steps=4, progress=False, checkpoint=path)
+    again = mb.fit_solver(cell, x, steps=4, progress=False, refuse=False, checkpoint=path)
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name

@@ -19,7 +19,6 @@ and, in `texts`,
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,8 +33,7 @@ from metabroyden.meta.families import family_tasks, text_windows
 from metabroyden.models.criteria import Criterion, Images, NextToken, device_of
 from metabroyden.solution import State, relative_residual
 from metabroyden.solve import solve
-from metabroyden.solvers import Anderson, Broyden, ForwardBackward, PeacemanRachford, Picard
-from metabroyden.solvers.tuning import tune
+from metabroyden.solvers import classical
 from metabroyden.state import Packing, gather
 from metabroyden.training.pin import pin
 from metabroyden.training.spectral import spectral_radius
@@ -147,28 +145,14 @@ def _residual(f: Callable[..., State], z: State, x: Any) -> Tensor:
 
 def tuned_solvers(validation: HeldOut, budget: int) -> dict[str, Any]:
     """The best Picard, Anderson and Broyden of a grid on validation problems."""
-    grids: dict[str, list[Any]] = {
-        "tuned Picard": [Picard(damping) for damping in (0.5, 0.7, 0.85, 1.0, 1.15, 1.3, 1.6)],
-        "tuned Anderson": [
-            Anderson(memory, damping, ridge)
-            for memory, damping, ridge in itertools.product((5, 10), (0.7, 1.0, 1.5), (1e-8, 1e-2))
-        ],
-        "tuned Broyden": [Broyden(budget, damping) for damping in (0.7, 0.85, 1.0, 1.15)],
-    }
     z0, x, _ = next(iter(validation.chunks()))
-    return {
-        name: tune(grid, validation.f, z0, x, tolerances=(1e-2, 1e-3), max_nfe=budget)[0][0]
-        for name, grid in grids.items()
-    }
+    return classical.tuned_solvers(validation.f, z0, x, budget=budget)
 
 
 def splitting_solvers(validation: HeldOut, budget: int) -> dict[str, Any]:
     """Forward–backward (with a margin) and Peaceman–Rachford, tuned on validation problems, for a cell that offers parts."""
     z0, x, _ = next(iter(validation.chunks()))
-    return {
-        "forward-backward": ForwardBackward.tuned(validation.f, z0, x, margin=0.75, max_nfe=budget),
-        "Peaceman-Rachford": PeacemanRachford.tuned(validation.f, z0, x, max_nfe=budget),
-    }
+    return classical.splitting_solvers(validation.f, z0, x, budget=budget)
 
 
 def difficulty_rows(way: str, held: HeldOut, solvers: dict[str, Any], *, budget: int) -> list[Row]:

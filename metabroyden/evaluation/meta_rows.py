@@ -28,6 +28,7 @@ from metabroyden.evaluation.metrics import residual_after, short
 from metabroyden.solution import State
 from metabroyden.solve import solve
 from metabroyden.solvers import Anderson, Broyden
+from metabroyden.solvers.clock import turns
 from metabroyden.state import Packing, gather
 from metabroyden.training.pin import pin
 
@@ -179,17 +180,14 @@ def clock_rows(
     for tolerance in tolerances:
         taken: dict[str, list[tuple[float, float, float]]] = {name: [] for name in solvers}
         reached: dict[str, float] = {}
-        names = list(solvers)
-        for round_ in range(repeats + 1):
-            first = round_ % len(names)  # another one goes first each round
-            for name in names[first:] + names[:first]:
-                solver = solvers[name]
-                spent.update(seconds=0.0, calls=0)
-                timed = held.f if getattr(solver, "parts", ()) else f
-                began = now(held.device)
-                found = solve(timed, z0, x, solver=solver, rtol=tolerance, max_nfe=budget, throw=False)
-                taken[name].append((now(held.device) - began, spent["seconds"], spent["calls"]))
-                reached[name] = float(found.converged.float().mean())
+        for name in turns(list(solvers), repeats + 1):
+            solver = solvers[name]
+            spent.update(seconds=0.0, calls=0)
+            timed = held.f if getattr(solver, "parts", ()) else f
+            began = now(held.device)
+            found = solve(timed, z0, x, solver=solver, rtol=tolerance, max_nfe=budget, throw=False)
+            taken[name].append((now(held.device) - began, spent["seconds"], spent["calls"]))
+            reached[name] = float(found.converged.float().mean())
         for name, readings in taken.items():
             total, in_f, calls = zip(*readings[1:], strict=True)
             whole = not getattr(solvers[name], "parts", ())

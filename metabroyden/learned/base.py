@@ -105,7 +105,10 @@ class LearnedSolver(nn.Module):
         context = problem.context[0] if isinstance(problem.context, tuple) and problem.context else problem.context
         wanted = f"a context tensor with {self.context_channels} channels and the state's layout {self.layout.kind!r}"
         if not isinstance(context, Tensor):
-            raise ValueError(f"this solver was fitted with its native context: it needs {wanted}, got {type(context)}")
+            raise ValueError(
+                f"this solver was fitted with its native context: it needs {wanted}, got {type(context).__name__}; one "
+                "fitted with context='f0' needs none"
+            )
         extents = self.layout.extents(shape)
         feature = self.layout.context(context, extents)
         wrong_extents = feature.shape[2:] != extents

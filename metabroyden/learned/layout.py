@@ -9,6 +9,7 @@ becomes channels of the coarse one that it lies in, so that nothing is lost and 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch.nn import functional
 KINDS = {"nd": 1, "nct": 2, "ntc": 2, "nchw": 3, "scales": 3}
 """Per-sample axes of each layout: nd vector; nct/ntc sequence with channels first/last; nchw image; scales: a tuple of
 images, finest first, each side a multiple of the last one's."""
+LARGEST_PACKED = 8192
+"""Coordinates above which a state of several tensors is not taken for one vector unasked: maps of it are dense."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,13 @@ class Layout:
             if several and len(scales[-1]) == 3 and self.shape_like(scales[-1][1:]) == scales:
                 return scales
             raise ValueError(f"this solver was fitted to a state of several scales {self.shape}, got {tuple(shape)}")
+        if several and self.kind == "nd" and packed_layout(shape).shape == tuple(self.shape):
+            return self.shape
         if several:
-            raise ValueError(f"this solver was fitted to one tensor of shape {self.shape}, got a state of {len(shape)}")
+            raise ValueError(
+                f"this solver was fitted to one tensor of shape {self.shape}, got a state of {len(shape)}: "
+                f"{[tuple(part) for part in shape]}"
+            )
         found = tuple(int(size) for size in shape)
         if len(found) == 1 and self.kind != "nd" and found[0] == math.prod(self.shape):
             return self.shape
@@ -123,6 +131,14 @@ class Layout:
         if self.kind == "scales" and finer and feature.shape[3] * extents[0] == feature.shape[2] * extents[1]:
             return functional.pixel_unshuffle(feature, feature.shape[2] // extents[0])
         return feature
+
+    def context_channels(self, context: Any, shape: Any) -> int:
+        """Channels of a context (of a tuple its first tensor) in canonical form; 0 where it has not the state's extents."""
+        first = context[0] if isinstance(context, tuple) and context else context
+        if not isinstance(first, Tensor) or first.dim() < 2:
+            return 0
+        feature = self.context(first, self.extents(shape))
+        return feature.shape[1] if feature.shape[2:] == self.extents(shape) else 0
 
     def extents(self, shape: tuple[Any, ...]) -> tuple[int, ...]:
         """The spatial or time extents S of a per-sample shape."""
@@ -193,16 +209,36 @@ def _check_scales(shape: Any) -> None:
         )
 
 
-def guess_layout(shape: tuple[int, ...]) -> Layout:
-    """The layout of a per-sample shape where it is unambiguous (one axis: nd; three: nchw); ValueError otherwise.
+def guess_layout(shape: Any) -> Layout:
+    """The layout of a per-sample shape, or of a tuple of them, where it is unambiguous; ValueError otherwise.
 
-    >>> guess_layout((16, 8, 8)).kind
-    'nchw'
+    One axis: nd; three: nchw. Several tensors: scales, where they are images that fit together; else one vector of all of
+    them, if that has at most `LARGEST_PACKED` coordinates.
+
+    >>> guess_layout((16, 8, 8)).kind, guess_layout(((8, 8, 8), (16, 4, 4))).kind, guess_layout(((3,), (4, 5)))
+    ('nchw', 'scales', Layout(kind='nd', shape=(23,)))
     """
+    if len(shape) and not isinstance(shape[0], int):
+        shapes = tuple(tuple(part) for part in shape)
+        try:
+            return Layout("scales", shapes)
+        except ValueError as error:
+            packed = packed_layout(shapes)
+            if packed.channels > LARGEST_PACKED:
+                raise ValueError(
+                    f"no layout fits a state of several tensors {shapes}: {error}; and as one vector (layout='nd') it has "
+                    f"{packed.channels} coordinates, more than {LARGEST_PACKED}"
+                ) from None
+            return packed
     kind = {1: "nd", 3: "nchw"}.get(len(shape))
     if kind is None:
         raise ValueError(f"layout= is needed for a state of per-sample shape {tuple(shape)}: one of {', '.join(KINDS)}")
     return Layout(kind, tuple(shape))
+
+
+def packed_layout(shapes: Sequence[Sequence[int]]) -> Layout:
+    """The layout of a state of several tensors, of these per-sample shapes, as one vector."""
+    return Layout("nd", (sum(map(math.prod, shapes)),))
 
 
 class Mixer(nn.Module):

@@ -72,11 +72,7 @@ def family_layout(tasks: TaskSet) -> tuple[Layout, int]:
     z0, x = tasks.prepare(tasks.split("validation")[:1])
     shape = tuple(z0.shape[1:]) if isinstance(z0, Tensor) else tuple(tuple(part.shape[1:]) for part in z0)
     layout = Layout(getattr(tasks.f, "layout", "nd"), shape)
-    context = x[0] if isinstance(x, tuple) and x else x
-    if not isinstance(context, Tensor):
-        return layout, 0
-    feature = layout.context(context, layout.extents(shape))
-    return layout, feature.shape[1] if feature.shape[2:] == layout.extents(shape) else 0
+    return layout, layout.context_channels(x, shape)
 
 
 def text_windows(data: TextData, name: str, length: int, back: int = 0) -> tuple[Tensor, Tensor]:

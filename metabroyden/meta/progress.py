@@ -1,9 +1,9 @@
-"""Progress bars where rich is installed and somebody wants them."""
+"""Progress bars and tables: by rich where it is installed."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,27 @@ def progress_bar(title: str, total: int, *, show: bool = True) -> Iterator[Progr
     with Bar(*columns, TimeRemainingColumn(), TextColumn("{task.fields[words]}")) as bar:
         task = bar.add_task(title, total=total, words="")
         yield lambda step, words: bar.update(task, completed=step, words=words)
+
+
+def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table, its first column to the left, the others to the right; plain text where rich is missing."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        lines = [head, *rows]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+        print(title)
+        for line in lines:
+            cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+            print("  ".join([line[0].ljust(widths[0]), *cells[1:]]))
+        return
+    table = Table(title=title)
+    for column, name in enumerate(head):
+        table.add_column(name, justify="right" if column else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
 
 
 @contextmanager

@@ -1,0 +1,73 @@
+"""What `fit_solver` chooses for a person who says nothing: layout, context, sizes and schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from metabroyden.integrations.torchdeq import FixedPointMap
+from metabroyden.learned.layout import KINDS, Layout, guess_layout, packed_layout
+from metabroyden.solution import State
+
+CONTEXTS = ("auto", "f0", "native")
+SHORT = 120.0
+"""Seconds of training below which unrolls are one segment long, so that there are twice as many outer steps."""
+UNROLL = 14
+"""Solver steps of a segment."""
+
+
+def state_layout(f: Callable[..., State], z: State, kind: str | None) -> Layout:
+    """The layout of states like z: of the kind given, else of the cell's own attribute `layout`, else guessed.
+
+    ValueError where the kind does not fit, or nothing can be guessed.
+    """
+    own = getattr(f, "layout", None)
+    if kind is None and isinstance(own, str) and own in KINDS:
+        kind = own
+    shape: Any = tuple(z.shape[1:]) if isinstance(z, Tensor) else tuple(tuple(part.shape[1:]) for part in z)
+    if kind is None:
+        return guess_layout(shape)
+    if isinstance(z, Tensor):
+        return Layout(kind, shape)
+    if kind in KINDS and kind not in ("scales", "nd"):
+        raise ValueError(f"the layout of a state of several tensors is 'scales', or 'nd' for one vector; got {kind!r}")
+    return packed_layout(shape) if kind == "nd" else Layout(kind, shape)
+
+
+def context_options(f: Callable[..., State], layout: Layout, z: State, x: Tensor, context: str) -> dict[str, Any]:
+    """Options of a learned solver that say what it sees of x; ValueError where it cannot see what is asked for.
+
+    A native context needs a tensor of the state's dtype and device with its spatial or time extents, and an f that takes
+    it: inside a torchdeq model f is a closure.
+    """
+    if context not in CONTEXTS:
+        raise ValueError(f"context must be one of {', '.join(CONTEXTS)}, got {context!r}")
+    if context == "f0":
+        return {"context": "f0"}
+    first = z if isinstance(z, Tensor) else z[0]
+    alike = (x.dtype, x.device) == (first.dtype, first.device)
+    channels = layout.context_channels(x, layout.shape) if alike and not isinstance(f, FixedPointMap) else 0
+    if channels:
+        return {"context": "native", "context_channels": channels}
+    if context == "auto":
+        return {"context": "f0"}
+    why = (
+        "a torchdeq model solves a closure, with no context to see"
+        if isinstance(f, FixedPointMap)
+        else f"x must be a tensor like the state, {first.dtype} of layout {layout.kind!r} and shape {layout.shape} but for "
+        f"its channels; got {x.dtype} of per-sample shape {tuple(x.shape[1:])}"
+    )
+    raise ValueError(f"context='native' cannot be had: {why}; say context='f0'")
+
+
+def segments(seconds: float | None) -> int:
+    """Segments of `UNROLL` steps in an outer step, by the time there is."""
+    return 1 if seconds is not None and seconds < SHORT else 2
+
+
+def sizes(layout: Layout, seconds: float | None) -> dict[str, Any]:
+    """Options of a `MetaBroyden`: its widths follow the state's channels, its gated steps what it is trained on."""
+    width = min(64, max(32, 4 * layout.channels))
+    return {"initializer": width, "rank": width, "gated": segments(seconds) * UNROLL}

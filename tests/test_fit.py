@@ -1,0 +1,389 @@
+"""`fit_solver`: what it chooses, what it returns, what it says, and what it refuses."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import metabroyden as mb
+from metabroyden.integrations.torchdeq import FixedPointMap
+from metabroyden.learned import MetaBroyden
+from metabroyden.learned.layout import LARGEST_PACKED, guess_layout
+from metabroyden.meta.contest import Contest, Standing
+from metabroyden.meta.defaults import context_options, segments, sizes, state_layout
+from metabroyden.solvers import clock
+from metabroyden.solvers.classical import splitting_solvers, tuned_solvers
+from tests.test_meta import Cell, contexts
+
+
+class Counted(Cell):
+    """The cell, counting its calls."""
+
+    calls = 0
+
+    def forward(self, z, x):
+        self.calls += 1
+        return super().forward(z, x)
+
+
+def by_calls(monkeypatch, f: Counted) -> None:
+    """From now on a solve takes as many seconds as it calls f: the clock of an f that costs a lot."""
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: float(f.calls)))
+
+
+# --- what is returned
+
+
+def test_a_solver_that_wins_is_returned_and_serves_as_a_drop_in(monkeypatch, tmp_path, capsys):
+    cell = Counted()
+    by_calls(monkeypatch, cell)
+    solver = mb.fit_solver(cell, contexts(120), steps=45, seconds=100, progress=True)
+    assert isinstance(solver, MetaBroyden)
+    held = solver.summary["held_out"]
+    assert held["shortfalls"] == []
+    assert held["samples"] == 24
+    ours, best = held["solvers"]["metabroyden"], held["solvers"][held["best_classical"]]
+    assert ours["mean_evaluations"] == held["mean_evaluations"] < 0.9 * best["mean_evaluations"]
+    assert ours["seconds"] < best["seconds"]
+    printed = capsys.readouterr().out
+    for name, row in held["solvers"].items():
+        (line,) = [line for line in printed.splitlines() if name in line.split("│")[1:2] or f" {name} " in line[:40]]
+        assert f"{row['mean_evaluations']:.1f}" in line
+        assert f"{row['success']:.1%}" in line
+    loaded = mb.load_solver(mb.save_solver(solver, tmp_path / "solver.safetensors"))
+    assert loaded.summary == solver.summary
+    deq, x = mb.DEQ(cell, solver=loaded), contexts(8, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(deq(x), mb.DEQ(cell, rtol=1e-5)(x), rtol=0, atol=5e-3)
+    assert deq.last_solution.nfe.float().mean() < 0.8 * mb.solve(cell, 0 * x, x, solver=mb.Broyden()).nfe.float().mean()
+
+
+def test_a_solver_that_does_not_pay_is_refused_and_the_best_classical_one_serves_everywhere(tmp_path):
+    """f(z) = −z/5 + x: damped by 5/6, Picard is there after one step."""
+
+    class Easy(torch.nn.Module):
+        def forward(self, z, x):
+            return x - 0.2 * z
+
+    cell, x = Easy(), torch.randn(60, 4)
+    with pytest.warns(UserWarning, match=r"does not beat .* on 12 held-out problems to 0.001: .*Returned is \w+\("):
+        solver = mb.fit_solver(cell, x, steps=1, progress=False)
+    assert type(solver) in mb.SOLVERS.values()
+    assert mb.load_solver(mb.save_solver(solver, tmp_path / "solver.safetensors")) == solver
+    deq = mb.DEQ(cell, solver=solver, rtol=1e-5)
+    torch.testing.assert_close(deq(x), x / 1.2, rtol=1e-3, atol=1e-3)
+    assert mb.solve(cell, 0 * x, x, solver=solver).nfe.float().mean() <= 4
+    fitted = mb.fit_solver(cell, x, steps=1, progress=False, refuse=False)  # a warning would be an error here
+    assert isinstance(fitted, MetaBroyden)
+    assert fitted.summary["held_out"]["shortfalls"]
+
+
+def standing(nfe, seconds, solved=None, solver=None) -> Standing:
+    nfe = np.array(nfe)
+    solved = np.ones(len(nfe), dtype=bool) if solved is None else np.array(solved)
+    return Standing(solver, 60, nfe, solved, np.array(seconds))
+
+
+def test_the_verdict_asks_for_success_evaluations_and_time_and_pairs_the_rounds():
+    slow, quick = [2.0, 4.0, 6.0], [1.0, 2.0, 3.0]
+
+    def shortfalls(fitted, *classical):
+        names = [f"rival {number}" for number in range(len(classical))]
+        return Contest("ours", {"ours": fitted, **dict(zip(names, classical, strict=True))}, 1e-3).shortfalls
+
+    assert shortfalls(standing([3, 4], quick), standing([6, 8], slow)) == []
+    assert shortfalls(standing([3, 4], slow), standing([6, 8], quick)) == ["it takes 2.00 times as long as rival 0"]
+    assert shortfalls(standing([6, 8], quick), standing([3, 4], slow)) == [
+        "it needs 7.0 evaluations in the mean, rival 0 3.5"
+    ]
+    less = shortfalls(standing([3, 60], quick, [True, False]), standing([6, 8], slow))
+    assert less[0] == "it solves 50.0%, rival 0 100.0%"
+    assert less[1] == "it needs 61.5 evaluations in the mean, rival 0 7.0"
+    # a quicker one that fails more does not count; as good is not better
+    assert (
+        shortfalls(standing([3, 4], quick), standing([6, 8], slow), standing([2, 60], [0.1] * 3, [True, False])) == []
+    )
+    assert len(shortfalls(standing([3, 4], quick), standing([3, 4], quick))) == 2
+    # by the rounds' ratios 0.9, 0.9, 3: the medians of the times alone would say the contrary
+    assert shortfalls(standing([3], [0.9, 9.0, 6.0]), standing([6], [1.0, 10.0, 2.0])) == []
+
+
+def test_the_best_classical_solver_is_the_fastest_of_those_that_solve_most():
+    race = Contest(
+        "ours",
+        {
+            "ours": standing([9, 9], [1.0]),
+            "frail": standing([2, 60], [0.1], [True, False]),
+            "quick": standing([8, 8], [2.0]),
+            "frugal": standing([4, 4], [3.0]),
+        },
+        1e-3,
+    )
+    assert race.best == "quick"
+    assert set(race.rivals) == {"quick", "frugal"}
+    assert race.shortfalls == ["it needs 9.0 evaluations in the mean, frugal 4.0"]
+
+
+def test_a_classical_solver_that_fails_on_a_few_more_by_chance_is_a_rival_still():
+    """Of 100 problems 90, 88 and 80: the standard error is 3%."""
+
+    def solving(count, seconds):
+        return standing([9] * count + [60] * (100 - count), seconds, [True] * count + [False] * (100 - count))
+
+    others = {"sure": solving(90, [3.0]), "quick": solving(88, [1.0]), "frail": solving(80, [0.1])}
+    race = Contest("ours", {"ours": solving(89, [2.0]), **others}, 1e-3)
+    assert set(race.rivals) == {"sure", "quick"}
+    assert race.best == "quick"
+    assert race.shortfalls[0] == "it solves 89.0%, sure 90.0%"
+    assert race.shortfalls[-1] == "it takes 2.00 times as long as quick"
+
+
+def test_the_figures_are_those_of_solves_on_a_share_that_chose_nothing(monkeypatch):
+    cell, x = Counted(), contexts(60)
+    by_calls(monkeypatch, cell)
+    solver = mb.fit_solver(cell, x, steps=2, rtol=1e-2, progress=False, refuse=False)
+    held = solver.summary["held_out"]
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    group = torch.unique(x.reshape(60, -1), dim=0, return_inverse=True)[1]
+    test, validation = x[(order[group] >= 12) & (order[group] < 24)], x[order[group] < 12]
+    tuned = tuned_solvers(cell, torch.zeros_like(validation), validation, budget=60, tolerances=(1e-2,))
+    assert {name: repr(one) for name, one in tuned.items()}.items() <= {
+        name: row["config"] for name, row in held["solvers"].items()
+    }.items()
+    for name, one in {"metabroyden": solver, "Broyden, untuned": mb.Broyden(), **tuned}.items():
+        row, before = held["solvers"][name], cell.calls
+        found = mb.solve(cell, torch.zeros_like(test), test, solver=one, rtol=1e-2, max_nfe=60, throw=False)
+        cost = torch.where(found.converged, found.nfe, 120)
+        assert row["mean_evaluations"] == pytest.approx(float(cost.double().mean()))
+        assert row["median_evaluations"] in cost.clamp(max=60).tolist()
+        assert row["p90_evaluations"] == np.quantile(cost.clamp(max=60), 0.9, method="nearest")
+        assert row["success"] == pytest.approx(float(found.converged.double().mean()))
+        assert row["seconds"] == cell.calls - before
+    assert held["solvers"]["metabroyden"]["fitted_over_this"] == 1
+
+
+def test_the_table_needs_no_rich(monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "rich.console", None)
+    race = Contest("ours", {"ours": standing([3, 4], [0.5]), "Picard": standing([60, 8], [1.0], [False, True])}, 1e-3)
+    race.show()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split() == ["Picard", "8", "60", "64.0", "50.0%", "1000.0", "ms", "0.50×"]
+    assert lines[3].split() == ["ours", "3", "4", "3.5", "100.0%", "500.0", "ms", "1.00×"]
+
+
+def test_cells_that_offer_their_parts_bring_operator_splitting_to_the_contest():
+    from metabroyden.models import MonotoneDense
+
+    cell, x = MonotoneDense(6, 3).requires_grad_(False), torch.randn(20, 6)
+    assert set(splitting_solvers(cell, torch.zeros(20, 6), x, budget=40)) == {"forward-backward", "Peaceman-Rachford"}
+    assert splitting_solvers(Cell(), contexts(3), contexts(3), budget=40) == {}
+
+
+# --- defaults
+
+
+def test_turns_are_taken_by_all_and_begun_by_each():
+    assert list(clock.turns(["a", "b", "c"], 2)) == ["a", "b", "c", "b", "c", "a"]
+
+
+def test_a_race_lasts_a_few_seconds_and_at_least_three_rounds(monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: 0.5 * next(ticks)))
+    solvers, z0 = {"Picard": mb.Picard(), "Broyden": mb.Broyden()}, torch.zeros(2, 1)
+    for seconds, rounds in ((0.1, 3), (5.0, 5), (1e6, 15)):
+        found, taken = clock.race(torch.cos, z0, None, solvers, rtol=1e-3, max_nfe=60, seconds=seconds)
+        assert set(found) == set(taken) == set(solvers)
+        assert all(times == [0.5] * rounds for times in taken.values())
+
+
+def test_training_ends_with_its_time_and_short_ones_unroll_less():
+    began = time.perf_counter()
+    solver = mb.fit_solver(Cell(), contexts(30), steps=100_000, seconds=1.0, progress=False, refuse=False)
+    assert time.perf_counter() - began < 30
+    assert solver.summary["stopped"] == "budget"
+    assert 1 <= solver.summary["seconds"] < 10
+    assert solver.summary["meta_training"]["segments"] == segments(1.0) == 1
+    assert solver.config.gated == 14
+    assert segments(600.0) == segments(None) == 2
+
+
+def test_training_stops_early_where_nothing_is_gained():
+    solver = mb.fit_solver(lambda z, x: 0 * z + x, torch.randn(20, 2), steps=40, progress=False, refuse=False)
+    assert solver.summary["stopped"] == "patience"
+    assert solver.summary["steps"] == 20, "four looks, one every eighth of the steps"
+
+
+def test_widths_follow_the_channels():
+    assert [sizes(guess_layout(shape), None)["rank"] for shape in ((1, 8, 8), (12, 8, 8), (64, 8, 8))] == [32, 48, 64]
+
+
+def test_the_context_is_native_where_it_can_be_seen():
+    cell, state = Cell(), contexts(4)
+
+    def chosen(x, z=state, f=cell, context="auto"):
+        return context_options(f, state_layout(f, z, None), z, x, context)
+
+    assert chosen(contexts(4)) == {"context": "native", "context_channels": 3}
+    assert chosen(torch.zeros(4, 7, 4, 4)) == {"context": "native", "context_channels": 7}
+    assert chosen(torch.zeros(4, 5), z=torch.zeros(4, 9)) == {"context": "native", "context_channels": 5}
+    for x in (torch.zeros(4, 3, 8, 8), torch.zeros(4, 3, 4, 4).double(), torch.zeros(4, 3), torch.zeros(4).long()):
+        assert chosen(x) == {"context": "f0"}
+        with pytest.raises(ValueError, match=r"context='native' cannot be had: x must be .* got torch"):
+            chosen(x, context="native")
+    assert chosen(contexts(4), context="f0") == {"context": "f0"}
+    closure = FixedPointMap.__new__(FixedPointMap)
+    assert chosen(contexts(4), f=closure) == {"context": "f0"}
+    with pytest.raises(ValueError, match="a torchdeq model solves a closure"):
+        chosen(contexts(4), f=closure, context="native")
+
+
+def test_a_cells_own_layout_is_taken():
+    class Sequence(torch.nn.Module):
+        layout = "nct"
+
+        def forward(self, z, x):
+            return 0.3 * z + x
+
+    solver = mb.fit_solver(Sequence(), torch.randn(20, 3, 5), steps=1, progress=False, refuse=False)
+    assert (solver.config.layout, solver.config.context) == ("nct", "native")
+    with pytest.raises(
+        ValueError, match=r"it needs a context tensor with 3 .*got NoneType; .* context='f0' needs none"
+    ):
+        mb.solve(lambda z: 0.3 * z, torch.zeros(2, 3, 5), solver=solver)
+
+
+# --- states of several tensors
+
+
+def test_a_state_of_scales_keeps_its_scales():
+    def f(z, x):
+        fine, coarse = z
+        up = torch.nn.functional.interpolate(coarse, scale_factor=2)
+        down = torch.nn.functional.avg_pool2d(fine, 2)
+        return torch.tanh(0.4 * fine + 0.3 * up + x), torch.tanh(0.4 * coarse + 0.3 * down)
+
+    def start(x):
+        return torch.zeros_like(x), x.new_zeros(len(x), 2, 2, 2)
+
+    x = torch.randn(30, 2, 4, 4)
+    solver = mb.fit_solver(f, x, z0=start, steps=2, progress=False, refuse=False)
+    assert solver.config.layout == "scales"
+    assert solver.config.shape == ((2, 4, 4), (2, 2, 2))
+    assert (solver.config.context, solver.config.context_channels) == ("native", 8)
+    found = mb.solve(f, start(x), x, solver=solver, rtol=1e-4, max_nfe=80)
+    exact = mb.solve(f, start(x), x, solver=mb.Broyden(), rtol=1e-6, max_nfe=80, throw=False)
+    for ours, star in zip(found.z, exact.z, strict=True):
+        torch.testing.assert_close(ours, star, rtol=0, atol=1e-2)
+
+
+def test_another_tuple_is_one_vector_and_the_solver_still_takes_the_tuple(tmp_path):
+    def f(z, x):
+        a, b = z
+        return torch.tanh(0.5 * b[:, :, 0] + x), 0.3 * b + 0.2 * a.unsqueeze(2)
+
+    def start(x):
+        return torch.zeros_like(x), x.new_zeros(len(x), 3, 2)
+
+    x = torch.randn(30, 3)
+    solver = mb.fit_solver(f, x, z0=start, steps=2, progress=False, refuse=False)
+    assert (solver.config.layout, solver.config.shape) == ("nd", (9,))
+    loaded = mb.load_solver(mb.save_solver(solver, tmp_path / "solver.safetensors"))
+    found = mb.solve(f, start(x), x, solver=loaded, rtol=1e-4)
+    assert [part.shape for part in found.z] == [(30, 3), (30, 3, 2)]
+    other = (torch.zeros(30, 3), torch.zeros(30, 4))
+    with pytest.raises(ValueError, match=r"fitted to one tensor of shape \(9,\), got a state of 2: \[\(3,\), \(4,\)\]"):
+        mb.solve(lambda z, x: z, other, x, solver=loaded)
+
+
+def test_a_large_tuple_of_no_layout_is_refused_unless_asked_for():
+    z = torch.zeros(2, LARGEST_PACKED), torch.zeros(2, 1)
+    with pytest.raises(ValueError, match=r"no layout fits .* as one vector \(layout='nd'\) it has 8193 coordinates"):
+        state_layout(Cell(), z, None)
+    assert state_layout(Cell(), z, "nd").shape == (LARGEST_PACKED + 1,)
+    with pytest.raises(ValueError, match="of several tensors is 'scales', or 'nd' for one vector; got 'nchw'"):
+        state_layout(Cell(), z, "nchw")
+    with pytest.raises(ValueError, match="layout 'scales' wants at least two shapes"):
+        state_layout(Cell(), z, "scales")
+
+
+# --- arguments
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"f": 3}, TypeError, "callable"),
+        ({"x_train": torch.zeros(4, 3, 4, 4)}, ValueError, r"at least 10 samples first, got \(4, 3, 4, 4\)"),
+        ({"x_train": [1, 2]}, ValueError, "got list"),
+        ({"x_train": torch.zeros(20, 3, 4, 4)}, ValueError, "at least three different samples, got 1"),
+        (
+            {"solver": "adam"},
+            ValueError,
+            "known are adjoint, coordinatewise, grouped, hyper-anderson, meta-broyden, meta-learner, metabroyden, "
+            "neural-fixed-point, started",
+        ),
+        ({"layout": "chw"}, ValueError, "layout must be one of"),
+        ({"x_train": torch.randn(20, 3, 4)}, ValueError, "layout= is needed"),
+        ({"steps": 0}, ValueError, "steps"),
+        ({"x_train": torch.randint(0, 9, (20, 3, 4, 4))}, ValueError, "x_train is torch.int64.*give z0="),
+        ({"x_train": torch.full((20, 3), torch.nan)}, ValueError, "x_train must be finite"),
+        ({"z0": lambda x: torch.zeros(3, 3, 4, 4)}, ValueError, r"row for each of 4 contexts, got 3"),
+        ({"z0": lambda x: (x, x[:1])}, ValueError, "must agree in batch size"),
+        ({"z0": lambda x: [x, x]}, TypeError, "a tensor or a non-empty tuple of tensors, got list"),
+        ({"seconds": 0}, ValueError, "seconds must be a positive number, or None for no limit, got 0"),
+        ({"seconds": "1"}, ValueError, "seconds must be a positive number, or None for no limit, got '1'"),
+        ({"patience": 0}, ValueError, "patience must be an integer of at least 1, got 0"),
+        ({"context": "x"}, ValueError, "context must be one of auto, f0, native, got 'x'"),
+        (
+            {
+                "f": lambda z, x: z,
+                "x_train": torch.randint(0, 9, (20, 3)),
+                "z0": lambda x: x.float(),
+                "context": "native",
+            },
+            ValueError,
+            r"got torch.int64 of per-sample shape \(3,\)",
+        ),
+        ({"z0": torch.zeros(20, 3, 4, 4)}, TypeError, "z0 must be a map x → start, got Tensor"),
+        ({"x_train": torch.randn(20)}, ValueError, "needs an axis besides the samples"),
+        (
+            {"x_train": torch.randn(20, 3).half()},
+            ValueError,
+            "float32, float64 or of an integer dtype, got torch.float16",
+        ),
+        ({"seed": "a"}, ValueError, "seed must be an integer, got 'a'"),
+        ({"rtol": "1e-3"}, ValueError, "validation_rtol must be a positive number, got '1e-3'"),
+        ({"f": lambda z, x: z[:, :1]}, ValueError, "f must return what z is shaped like"),
+    ],
+)
+def test_fit_solver_refuses_bad_input(change, error, words):
+    arguments = {"f": lambda z, x: 0.5 * z + x, "x_train": contexts(20), "progress": False, "steps": 2} | change
+    with pytest.raises(error, match=words):
+        mb.fit_solver(arguments.pop("f"), arguments.pop("x_train"), **arguments)
+
+
+def test_f_may_compute_in_another_precision_and_no_grad_may_surround_the_fit():
+    cell = Cell()
+    with torch.no_grad():
+        solver = mb.fit_solver(
+            lambda z, x: cell(z, x).bfloat16(), contexts(20), rtol=3e-2, steps=2, progress=False, refuse=False
+        )
+    assert solver.summary["skipped_steps"] == 0
+
+
+def test_a_fit_whose_gradients_blow_up_says_so():
+    with pytest.warns(UserWarning, match="6 of 6 steps were skipped because their gradient was not finite"):
+        mb.fit_solver(
+            lambda z, x: 1e30 * (z + x) ** 3, contexts(20), steps=6, patience=None, progress=False, refuse=False
+        )
+
+
+def test_equal_contexts_stay_on_one_side_of_the_split():
+    doubled = contexts(20).repeat(2, 1, 1, 1)
+    solver = mb.fit_solver(Cell(), doubled, steps=1, progress=False, refuse=False)
+    assert solver.summary["held_out"]["samples"] == 8
