@@ -13,9 +13,9 @@ import torch
 import metabroyden as mb
 from metabroyden.integrations.torchdeq import FixedPointMap
 from metabroyden.learned import MetaBroyden
-from metabroyden.learned.layout import LARGEST_PACKED, guess_layout
+from metabroyden.learned.layout import LARGEST_PACKED
 from metabroyden.meta.contest import Contest, Standing
-from metabroyden.meta.defaults import context_options, segments, sizes, state_layout
+from metabroyden.meta.defaults import context_options, segments, state_layout
 from metabroyden.solvers import clock
 from metabroyden.solvers.classical import splitting_solvers, tuned_solvers
 from tests.test_meta import Cell, contexts
@@ -216,10 +216,6 @@ def test_training_stops_early_where_nothing_is_gained():
     solver = mb.fit_solver(lambda z, x: 0 * z + x, torch.randn(20, 2), steps=40, progress=False, refuse=False)
     assert solver.summary["stopped"] == "patience"
     assert solver.summary["steps"] == 20, "four looks, one every eighth of the steps"
-
-
-def test_widths_follow_the_channels():
-    assert [sizes(guess_layout(shape), None)["rank"] for shape in ((1, 8, 8), (12, 8, 8), (64, 8, 8))] == [32, 48, 64]
 
 
 def test_the_context_is_native_where_it_can_be_seen():

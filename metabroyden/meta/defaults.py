@@ -1,4 +1,4 @@
-"""What `fit_solver` chooses for a person who says nothing: layout, context, sizes and schedule."""
+"""What `fit_solver` chooses for a person who says nothing: layout, context and schedule."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ SHORT = 120.0
 """Seconds of training below which unrolls are one segment long, so that there are twice as many outer steps."""
 UNROLL = 14
 """Solver steps of a segment."""
+RATE = 5e-3
+"""Adam's peak rate for a `MetaBroyden`."""
 
 
 def state_layout(f: Callable[..., State], z: State, kind: str | None) -> Layout:
@@ -65,9 +67,3 @@ def context_options(f: Callable[..., State], layout: Layout, z: State, x: Tensor
 def segments(seconds: float | None) -> int:
     """Segments of `UNROLL` steps in an outer step, by the time there is."""
     return 1 if seconds is not None and seconds < SHORT else 2
-
-
-def sizes(layout: Layout, seconds: float | None) -> dict[str, Any]:
-    """Options of a `MetaBroyden`: its widths follow the state's channels, its gated steps what it is trained on."""
-    width = min(64, max(32, 4 * layout.channels))
-    return {"initializer": width, "rank": width, "gated": segments(seconds) * UNROLL}

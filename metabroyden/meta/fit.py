@@ -19,7 +19,7 @@ from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.layout import Layout
 from metabroyden.meta.config import MetaConfig
 from metabroyden.meta.contest import UNTUNED, Contest, contest
-from metabroyden.meta.defaults import UNROLL, context_options, segments, sizes, state_layout
+from metabroyden.meta.defaults import RATE, UNROLL, context_options, segments, state_layout
 from metabroyden.meta.progress import progress_bar
 from metabroyden.meta.tasks import TaskSet
 from metabroyden.meta.trainer import MetaTrainer
@@ -131,6 +131,7 @@ def fit_solver(
         steps=steps,
         unroll=UNROLL,
         segments=segments(seconds) if ours else 1,
+        learning_rate=RATE if ours else MetaConfig.learning_rate,
         seed=seed,
         backend="higher" if importlib.util.find_spec("higher") else "native",
         validate_every=max(1, min(50, steps // 8)) if isinstance(steps, int) else 50,
@@ -144,7 +145,9 @@ def fit_solver(
     start, x = tasks.problems("validation")
     where = _checked_layout(f, start, len(x), layout)
     first = start if isinstance(start, Tensor) else start[0]
-    options = context_options(f, where, start, x, context) | (sizes(where, seconds) if ours else {})
+    options = context_options(f, where, start, x, context)
+    if ours:  # its steps beyond those it was trained on are quasi-Newton ones
+        options["gated"] = config.segments * UNROLL
     learned = make_learned(solver, where, seed=seed, **options).to(device=first.device, dtype=first.dtype)
     with progress_bar("meta-training", steps, show=progress) as report:
         trainer = MetaTrainer(learned, tasks, config, checkpoint=checkpoint)
