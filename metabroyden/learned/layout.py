@@ -265,7 +265,27 @@ class Mixer(nn.Module):
 
     def forward(self, value: Tensor) -> Tensor:
         """(R, inputs, *S) → (R, outputs, *S)."""
-        return self.map(nn.functional.pad(value, (self.past, 0)) if self.past else value)
+        return self.apply_to(value)
+
+    def apply_to(self, *parts: Tensor) -> Tensor:
+        """The map of a value that comes in parts (R, inputs of each, *S), its channels in order, without joining them."""
+        layer: Any = self.map
+        found: Tensor | None = None
+        begin = 0
+        for part in (part for part in parts if part.shape[1]):
+            weight = layer.weight[:, begin : begin + part.shape[1]]
+            bias = layer.bias if begin == 0 else None
+            begin += part.shape[1]
+            if isinstance(layer, nn.Conv2d):
+                mapped = nn.functional.conv2d(part, weight, bias, padding=layer.padding)
+            elif isinstance(layer, nn.Conv1d):  # as an image one pixel high, padded on both sides: no copy of the input
+                wide = nn.functional.conv2d(part.unsqueeze(2), weight.unsqueeze(2), bias, padding=(0, self.past))
+                mapped = wide[:, :, 0, : part.shape[2]]
+            else:
+                mapped = nn.functional.linear(part, weight, bias)
+            found = mapped if found is None else found + mapped
+        assert found is not None
+        return found
 
     def transpose(self, value: Tensor) -> Tensor:
         """The transposed linear map (its bias left out), (R, outputs, *S) → (R, inputs, *S)."""

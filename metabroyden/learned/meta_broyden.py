@@ -136,8 +136,8 @@ class MetaBroyden(LearnedSolver):
         output = output.reshape(len(z), -1, *inner.shape[2:])
         direct, momentum, change, correction = output.split([1, 1, rank, rank], dim=1)
         direct, gates = self.config.damping + direct, state.initial * (1 + change)
-        moved = torch.addcmul(torch.lerp(layout.canonical(state.before, shape), zc, 1 + momentum), direct, gc)
-        moved = moved + self.preconditioner.outward(torch.addcmul(inner * gates, scale, correction))
+        moved = torch.lerp(layout.canonical(state.before, shape), zc, 1 + momentum).addcmul_(direct, gc)
+        moved = moved.add_(self.preconditioner.outward(torch.addcmul(inner * gates, scale, correction)))
         trail = (*state.trail, (z, g, None))[-self.config.memory - 1 :]
         after = MetaBroydenState(
             state.initial, gates, direct, z, hidden, cell, scale, trail, None, steps=state.steps + 1

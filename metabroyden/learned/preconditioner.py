@@ -25,7 +25,7 @@ class Preconditioner(nn.Module):
 
     def gates(self, z: Tensor, context: Tensor) -> Tensor:
         """The gate at z (R, C, *S) with the context feature (R, C', *S); (R, rank, *S)."""
-        return torch.sigmoid(self.gate(torch.cat([z, context], dim=1)))
+        return torch.sigmoid(self.gate.apply_to(z, context))
 
     def forward(self, r: Tensor, gates: Tensor) -> Tensor:
         """P(r), shaped like r (R, C, *S)."""
