@@ -144,7 +144,7 @@ def test_fit_solver_makes_a_faster_drop_in_and_says_by_how_much(tmp_path):
         (
             {"solver": "adam"},
             ValueError,
-            "known are adjoint, coordinatewise, grouped, hyper-anderson, meta-broyden, metabroyden",
+            "known are adjoint, coordinatewise, grouped, hyper-anderson, meta-broyden, metabroyden, universal",
         ),
         ({"layout": "chw"}, ValueError, "layout must be one of"),
         ({"x_train": torch.randn(20, 3, 4)}, ValueError, "layout= is needed"),

@@ -2,17 +2,19 @@
 
 from metabroyden.learned.adjoint import AdjointConfig, AdjointLSTM
 from metabroyden.learned.base import ADJOINT, LEARNED, LearnedConfig, LearnedSolver
-from metabroyden.learned.coordinatewise import CoordinatewiseLSTM
+from metabroyden.learned.coordinatewise import CoordinatewiseConfig, CoordinatewiseLSTM
 from metabroyden.learned.grouped import GroupedConfig, GroupedLSTM
 from metabroyden.learned.hyper_anderson import HyperAnderson, HyperAndersonConfig
 from metabroyden.learned.meta_broyden import MetaBroyden, MetaBroydenConfig
 from metabroyden.learned.safeguard import Safeguard
+from metabroyden.learned.universal import Universal, UniversalConfig
 
 __all__ = [
     "ADJOINT",
     "LEARNED",
     "AdjointConfig",
     "AdjointLSTM",
+    "CoordinatewiseConfig",
     "CoordinatewiseLSTM",
     "GroupedConfig",
     "GroupedLSTM",
@@ -23,4 +25,6 @@ __all__ = [
     "MetaBroyden",
     "MetaBroydenConfig",
     "Safeguard",
+    "Universal",
+    "UniversalConfig",
 ]
