@@ -172,19 +172,24 @@ class EpisodeTrainer:
         if self.inner is None:
             learner = self.learner.clone()
             for batch in batches:
-                learner.adapt(self._loss_of(learner.module, episode.f, batch), allow_unused=True, allow_nograd=True)
-            return self._loss_of(learner.module, episode.f, episode.test)
+                learner.adapt(self.loss_of(learner.module, episode.f, batch))
+            return self.loss_of(learner.module, episode.f, episode.test)
         weights = self._adapted(episode.f, batches, create_graph=not self.config.first_order)
         return self._loss_with(weights, episode.f, episode.test)
+
+    def loss_value(self, episode: Episode, inner: int | None = None) -> float:
+        """`loss` as a number."""
+        with frozen(episode.f), torch.enable_grad():
+            return float(self.loss(episode, inner).detach())
 
     def adapted(self, f: Any, batches: Sequence[tuple[Any, Any]]) -> Any:
         """A copy of the solver with its weights adapted to f on these batches (z0, x), in evaluation mode."""
         made = copy.deepcopy(self.solver)
         with frozen(f), torch.enable_grad():
             if self.inner is None:
-                learner = self.learner.clone(first_order=True)
+                learner = self.learner.clone()
                 for batch in batches:
-                    learner.adapt(self._loss_of(learner.module, f, batch), allow_unused=True, allow_nograd=True)
+                    learner.adapt(self.loss_of(learner.module, f, batch))
                 weights = dict(learner.module.named_parameters())
             else:
                 weights = self._adapted(f, batches, create_graph=False)
@@ -207,13 +212,14 @@ class EpisodeTrainer:
             weights, memory = self.inner(weights, grads, loss.detach(), memory)
         return weights
 
-    def _loss_of(self, solver: Any, f: Any, batch: tuple[Any, Any]) -> Tensor:
+    def loss_of(self, solver: Any, f: Any, batch: tuple[Any, Any]) -> Tensor:
+        """The loss of a solver on a batch (z0, x)."""
         config = self.config
         return config.objective.loss(unroll(solver, f, *batch, steps=config.unroll, backend="native"), None, 0.0)
 
     def _loss_with(self, weights: Weights, f: Any, batch: tuple[Any, Any]) -> Tensor:
         named = {f"solver.{name}": value for name, value in weights.items()}
-        return torch.func.functional_call(_Run(self.solver, self._loss_of), named, (f, batch))
+        return torch.func.functional_call(_Run(self.solver, self.loss_of), named, (f, batch))
 
 
 class _Run(nn.Module):

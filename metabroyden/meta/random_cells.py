@@ -90,10 +90,10 @@ def _shifted(draw: _Draw) -> tuple[Cell, tuple[int, ...]]:
     n, sigma = draw.whole(16, 128), draw.activation()
     w = draw.matrix(n, 0.3, 1.5)
     if draw.whole(0, 1):
-        w = w - draw.log_uniform(0.3, 4.0) * torch.eye(n)
+        w = w - draw.log_uniform(0.3, 6.0) * torch.eye(n)
     else:
         half = draw.normal(n, draw.whole(n // 4, n)) / n**0.5
-        w = w - draw.log_uniform(0.3, 3.0) * half @ half.T
+        w = w - draw.log_uniform(0.3, 6.0) * half @ half.T
     return lambda z, x: sigma(z @ w + x), (n,)
 
 

@@ -1,0 +1,103 @@
+"""A few outer steps that make a solver for many DEQs, or for another one, a solver for this one."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from metabroyden.learned.fingerprint import fingerprint
+from metabroyden.learned.universal import Universal, specialised
+from metabroyden.meta.families import family_layout
+from metabroyden.meta.objectives import Objective, ResidualObjective
+from metabroyden.meta.orthogonal import OrthogonalMomentum, is_matrix
+from metabroyden.meta.tasks import TaskSet
+from metabroyden.meta.trainer import Progress, differentiate, frozen
+
+
+@dataclass(frozen=True)
+class SpecialiseConfig:
+    """Attributes:
+        steps: outer steps. unroll: solver steps of each. batch: contexts of each.
+        learning_rate: of Adam, for gates, biases and whatever is no matrix. orthogonal_rate: of `OrthogonalMomentum`, for the
+            matrices of initializer and preconditioner. Both fall to zero linearly.
+        rank, initializer: widths of the parts that a universal solver is given.
+        clip: of the gradient's norm. seed: of the new parts and the batches.
+    """  # fmt: skip
+
+    steps: int = 20
+    unroll: int = 14
+    batch: int = 32
+    learning_rate: float = 1e-2
+    orthogonal_rate: float = 0.08
+    rank: int = 64
+    initializer: int = 64
+    clip: float = 1.0
+    seed: int = 0
+    objective: Objective = field(default_factory=ResidualObjective)
+    segments: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "unroll", "batch", "segments"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"SpecialiseConfig: {name} must be an integer of at least 1, got {value!r}")
+        for name in ("learning_rate", "orthogonal_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"SpecialiseConfig: {name} must be positive, got {getattr(self, name)!r}")
+
+
+def specialise(
+    solver: Any, tasks: TaskSet, config: SpecialiseConfig | None = None, *, progress: Progress | None = None
+) -> Any:
+    """A copy of a solver, adapted to one DEQ on its training contexts; in evaluation mode.
+
+    A `Universal` without parts of its own is given an initializer and a preconditioner for the DEQ's layout, zero at first;
+    another learned solver is trained on as it is, and must fit. Validation contexts are not looked at.
+    """
+    config = SpecialiseConfig() if config is None else config
+    adapted = _with_parts(solver, tasks, config).requires_grad_(True).train()
+    own = [part for part in (adapted.initializer, getattr(adapted, "preconditioner", None)) if part is not None]
+    matrices = [p for part in own for p in part.parameters() if is_matrix(p)]
+    taken = {id(p) for p in matrices}
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Adam([p for p in adapted.parameters() if id(p) not in taken], lr=config.learning_rate)
+    ]
+    if matrices:
+        optimizers.append(OrthogonalMomentum(matrices, lr=config.orthogonal_rate))
+    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    generator = torch.Generator().manual_seed(config.seed)
+    with frozen(tasks.f), torch.enable_grad():
+        for step in range(config.steps):
+            z0, x = tasks.draw(config.batch, generator)
+            loss, finite = differentiate(adapted, tasks.f, z0, x, config, "native", step / config.steps)
+            groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate * (1 - step / config.steps)
+            if finite:
+                for optimizer in optimizers:
+                    optimizer.step()
+            if progress is not None:
+                progress(step + 1, f"loss {float(loss):.3f}")
+    adapted.fingerprint = fingerprint(tasks.f)
+    adapted.summary = {"specialised": {"steps": config.steps, "batch": config.batch, "unroll": config.unroll}}
+    return adapted.eval().requires_grad_(False)
+
+
+def _with_parts(solver: Any, tasks: TaskSet, config: SpecialiseConfig) -> nn.Module:
+    if not (isinstance(solver, Universal) and solver.dimension_free):
+        return copy.deepcopy(solver)
+    layout, channels = family_layout(tasks)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return specialised(
+            solver,
+            layout,
+            context="native" if channels else "f0",
+            context_channels=channels,
+            rank=config.rank,
+            initializer=config.initializer,
+        )
