@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from experiments import alternate, digits, drop_in, generalise, gradients, memory, meta, models, solvers
+from experiments import alternate, digits, drop_in, generalise, gradients, memory, meta, models, solvers, specialise
 
 EXPERIMENTS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "digits": (digits.Digits, digits.run),
@@ -17,4 +17,5 @@ EXPERIMENTS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "models": (models.Models, models.run),
     "meta": (meta.Meta, meta.run),
     "generalise": (generalise.Generalise, generalise.run),
+    "specialise": (specialise.Specialise, specialise.run),
 }

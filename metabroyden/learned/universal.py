@@ -82,6 +82,13 @@ class Universal(LearnedSolver):
 
     With an initializer or a preconditioner P it is bound to one layout, as `specialised` makes it: the start is learned and
     P is added to 1 + σh.
+
+    >>> import metabroyden as mb
+    >>> from metabroyden.testbed import make_problem
+    >>> problem = make_problem("tanh_symmetric_1.5", dtype=torch.float32)
+    >>> solver = mb.load_solver("universal")
+    >>> bool(mb.solve(problem.f, problem.z0, problem.context, solver=solver, rtol=1e-3).converged.all())
+    True
     """
 
     config_type = UniversalConfig

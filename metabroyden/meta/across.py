@@ -155,7 +155,7 @@ class AcrossTrainer:
         checkpoint.write(self.path, "training/across", tensors, header)
 
     def _resume(self, path: Path) -> None:
-        tensors, header = checkpoint.read(path, "training/across")
+        tensors, header = checkpoint.read(path, "training")
         if header["config"] != repr(asdict(self.config)):
             raise checkpoint.CheckpointError(
                 f"{path} was written by another meta-training: its config is {header['config']}, wanted "
