@@ -220,7 +220,10 @@ class _Job:
     def _row(self, part: str, tested: str, held: HeldOut, solvers: dict[str, tuple[Any, str]]) -> list[dict[str, Any]]:
         budget = self.config.budget
         every = {BROYDEN: (Broyden(budget), NOTHING), **solvers}
-        return [transfer_row(part, name, one, trained, tested, held, budget=budget) for name, (one, trained) in every.items()]
+        return [
+            transfer_row(part, name, one, trained, tested, held, budget=budget)
+            for name, (one, trained) in every.items()
+        ]
 
     def _free_solvers(self) -> dict[str, tuple[Any, str]]:
         """Solvers that run on any state, with the name of what they were trained on."""
@@ -285,7 +288,9 @@ class _Job:
             validation_rtol=1e-2,
             validation_nfe=config.budget,
         )
-        trainer = AcrossTrainer(solver, sources, validation, meta, checkpoint=self.work / f"training-{name}.safetensors")
+        trainer = AcrossTrainer(
+            solver, sources, validation, meta, checkpoint=self.work / f"training-{name}.safetensors"
+        )
         with progress_bar(name, steps, show=config.progress) as bar:
             trainer.run(bar)
         save_solver(solver, self.work / f"{name}.safetensors")

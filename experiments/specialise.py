@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -117,7 +117,7 @@ def _held(config: Specialise, model: Any, criterion: Any, split: str, limit: int
     if isinstance(held.z0, torch.Tensor) or not _as_vector(model):
         return held
     packing = Packing.of(held.z0)
-    return replace(held, f=Packed(held.f, packing), z0=packing.pack(held.z0))
+    return replace(held, f=Packed(cast(Any, held.f), packing), z0=packing.pack(held.z0))
 
 
 def _measured(config: Specialise, model: Any, criterion: Any, start: Any, adapted: Any) -> list[dict[str, Any]]:

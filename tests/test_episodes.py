@@ -58,7 +58,7 @@ def test_an_episode_follows_from_seed_and_step_and_leaves_the_generators_alone()
     episodes = EpisodeSet(deqs(), EpisodeConfig(inner=1, shots=4))
     random.seed(3)
     np.random.seed(3)  # noqa: NPY002
-    wanted = random.Random(3).random(), np.random.RandomState(3).rand()  # noqa: NPY002
+    wanted = random.Random(3).random(), np.random.RandomState(3).rand()
     first = episodes.draw(5)
     episodes.draw(2)
     again = episodes.draw(5)

@@ -140,12 +140,20 @@ def test_generalise_writes_what_it_promises_and_goes_on(tmp_path, monkeypatch, c
 @pytest.mark.parametrize("family", ["conv-digits", "mlp-digits"])
 def test_specialise_measures_before_and_after(tmp_path, family, capsys):
     config = specialise.Specialise(
-        family=family, steps=2, batch=4, unroll=3, rank=4, initializer=8, samples=6, budget=20, results=tmp_path, progress=False
+        family=family, steps=2, batch=4, unroll=3, rank=4, initializer=8, samples=6, budget=20, progress=False,
+        results=tmp_path,
     )  # fmt: skip
     specialise.run(config)
     folder = tmp_path / family / "seed0"
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
-    assert [row["solver"] for row in rows] == [BROYDEN, "tuned Picard", "tuned Anderson", "tuned Broyden", "before", "after"]
+    assert [row["solver"] for row in rows] == [
+        BROYDEN,
+        "tuned Picard",
+        "tuned Anderson",
+        "tuned Broyden",
+        "before",
+        "after",
+    ]
     assert all(len(row["nfe"]) == 6 for row in rows)
     assert mb.load_solver(folder / "solver.safetensors").summary["specialised"]["steps"] == 2
     assert "2 steps from universal" in (tmp_path / "report.md").read_text()

@@ -59,9 +59,7 @@ def test_a_coordinatewise_step_does_not_know_which_coordinate_is_which():
     w = torch.randn(12, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64) / 5
     order = torch.randperm(12, generator=torch.Generator().manual_seed(2))
     for layers in (1, 2):
-        solver = rattled(
-            make_learned("coordinatewise", Layout("nd", (12,)), initializer=0, layers=layers).double()
-        )
+        solver = rattled(make_learned("coordinatewise", Layout("nd", (12,)), initializer=0, layers=layers).double())
         with torch.no_grad():
             here = unroll(solver, lambda z, x: torch.tanh(z @ w + x), x * 0, x, steps=5, backend="native").z
             there = unroll(
@@ -111,7 +109,10 @@ def test_the_universal_solver_does_not_see_units():
     solver = rattled(Universal(UniversalConfig()).double())
     f, z0, x = random_problem(torch.Generator().manual_seed(3), 4, "dense")
     f, x = (lambda z, x: torch.tanh(z @ w + x)), x.double()
-    w = 0.9 * torch.linalg.qr(torch.randn(x.shape[1], x.shape[1], generator=torch.Generator().manual_seed(0))).Q.double()
+    w = (
+        0.9
+        * torch.linalg.qr(torch.randn(x.shape[1], x.shape[1], generator=torch.Generator().manual_seed(0))).Q.double()
+    )
     with torch.no_grad():
         one = unroll(solver, f, z0.double(), x, steps=8, backend="native").iterates[-1]
         other = unroll(
@@ -126,7 +127,9 @@ def test_gradients_of_the_universal_solver_reach_its_weights_and_agree_with_diff
     x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def loss():
-        return unroll(solver, lambda z, x: torch.tanh(1.5 * z.roll(1, 1) + x), x * 0, x, steps=1, backend="native").z.sum()
+        return unroll(
+            solver, lambda z, x: torch.tanh(1.5 * z.roll(1, 1) + x), x * 0, x, steps=1, backend="native"
+        ).z.sum()
 
     (grad,) = torch.autograd.grad(loss(), [solver.lstm.offset])
     with torch.no_grad():

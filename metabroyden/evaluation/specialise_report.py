@@ -18,8 +18,9 @@ def write(folder: Path) -> Path:
     """Write report.md and specialise.png over all families and seeds in a folder."""
     sections = [
         "# Specialisation",
-        "`python -m experiments specialise --family NAME`: a few outer steps on a DEQ's training contexts. Median evaluations to "
-        "1e-2 on its test contexts (share solved), ratio to Broyden's with full memory; before: the solver that was adapted.",
+        "`python -m experiments specialise --family NAME`: a few outer steps on a DEQ's training contexts. Median "
+        "evaluations to 1e-2 on its test contexts (share solved), ratio to Broyden's with full memory; before: the solver "
+        "that was adapted.",
     ]
     rows = []
     for path in sorted(folder.glob("*/*/rows.jsonl")):
@@ -41,7 +42,9 @@ def _bars(results: Transfer, path: Path) -> Path:
         ratios = [results.ratio(name, problem) for problem in results.problems]
         axes.bar(np.arange(len(ratios)) + 0.4 * number - 0.2, ratios, 0.38, color=colour, label=name)
     axes.axhline(1, color="0.4", linewidth=1)
-    axes.set_xticks(range(len(results.problems)), [name.split(",")[0] for name in results.problems], rotation=30, ha="right")
+    axes.set_xticks(
+        range(len(results.problems)), [name.split(",")[0] for name in results.problems], rotation=30, ha="right"
+    )
     axes.set(ylabel="evaluations to 1e-2 over Broyden's")
     axes.legend(frameon=False)
     return save_figure(figure, path)

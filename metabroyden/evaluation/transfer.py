@@ -24,7 +24,15 @@ BROYDEN = "Broyden"
 
 @torch.no_grad()
 def transfer_row(
-    part: str, name: str, solver: Any, trained: str, tested: str, held: HeldOut, *, budget: int, tolerance: float = TOLERANCE
+    part: str,
+    name: str,
+    solver: Any,
+    trained: str,
+    tested: str,
+    held: HeldOut,
+    *,
+    budget: int,
+    tolerance: float = TOLERANCE,
 ) -> Row:
     """One solver on one problem."""
     nfe: list[int] = []

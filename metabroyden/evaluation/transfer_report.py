@@ -31,9 +31,9 @@ def write(folder: Path) -> Path:
         "# Generalisation",
         made_by(described["command"], described["provenance"]),
         "Median evaluations to 1e-2 on held-out test contexts (share of them solved within "
-        f"{described['config']['budget']}), ratio to Broyden's with full memory. A failure counts as the budget; where no solver "
-        "of the two gets half of the samples there, no ratio. Tuned: damping, memory and ridge by grid on validation contexts of the "
-        "very family.",
+        f"{described['config']['budget']}), ratio to Broyden's with full memory. A failure counts as the budget; where "
+        "neither of the two gets half of the samples there, no ratio. Tuned: damping, memory and ridge by grid on "
+        "validation contexts of the very family.",
         f"![{figure.stem}]({figure.name})",
     ]
     for part, title in _PARTS.items():
@@ -57,7 +57,8 @@ def _verdict(found: Transfer) -> str:
         for problem in found.problems
         if np.mean(_reached(found, "universal", problem)) < np.mean(_reached(found, BROYDEN, problem))
     ]
-    words = f"Universal over Broyden: {found.mean('universal'):.2f}× in geometric mean, at most {known[worst]:.2f}× ({worst})"
+    mean = found.mean("universal")
+    words = f"Universal over Broyden: {mean:.2f}× in geometric mean, at most {known[worst]:.2f}× ({worst})"
     if "tuned Anderson" in found.solvers:
         words += f"; over Anderson tuned on each family {found.mean('universal', 'tuned Anderson'):.2f}×"
     return f"{words}. Success lower than Broyden's on: {', '.join(lower) or 'none'}."

@@ -59,9 +59,9 @@ class CoordinatewiseLSTM(LearnedSolver):
 
     After Andrychowicz et al. (2016), with the residual g = f(z) − z in the gradient's place: s is the residual's root
     mean square (per sample; running over the past for sequences), r = g/s. Inputs a coordinate: r and the previous update
-    over s, both in the log-and-sign form of its appendix A; the last change of r; the slope −ΔzΔg/Δg² over fading sums of
-    past pairs, what a diagonal inverse Jacobian would be; state and context over their own root mean squares; log s and its last
-    change. Untrained, a = b = 0: Picard.
+    over s, both in the log-and-sign form of its appendix A and squashed; the last change of r; the slope −ΔzΔg/Δg² over
+    fading sums of past pairs, what a diagonal inverse Jacobian would be; state and context over their own root mean
+    squares; log s and its last change. Untrained, a = b = 0: Picard.
 
     No weight belongs to a channel: without an initializer it runs on states of any width, and on those of another layout as
     on vectors, where s is one number a sample (for sequences that are not laid out as the fitted ones, that leaks).
@@ -144,7 +144,7 @@ class CoordinatewiseLSTM(LearnedSolver):
     def _recur(self, features: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.below is None:
             return self.lstm(features, hidden, cell)
-        first, second = (zip(hidden.chunk(2, dim=1), cell.chunk(2, dim=1), strict=True))
+        first, second = zip(hidden.chunk(2, dim=1), cell.chunk(2, dim=1), strict=True)
         _, low, low_cell = self.below(features, *first)
         output, high, high_cell = self.lstm(low, *second)
         return output, torch.cat([low, high], dim=1), torch.cat([low_cell, high_cell], dim=1)
@@ -165,8 +165,8 @@ class CoordinatewiseLSTM(LearnedSolver):
         if isinstance(context, Tensor) and tuple(context.shape[1:]) == tuple(shape):
             return context.flatten(1)
         raise ValueError(
-            f"this solver was fitted with its native context: it needs a tensor shaped like the state, {tuple(shape)} a sample; "
-            "use context='f0'"
+            "this solver was fitted with its native context: it needs a tensor shaped like the state, "
+            f"{tuple(shape)} a sample; use context='f0'"
         )
 
 

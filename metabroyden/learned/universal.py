@@ -69,16 +69,17 @@ class UniversalState(NamedTuple):
 class Universal(LearnedSolver):
     """z⁺ = z − ωΔZγ + β(1 + σh)∘(g − ωΔGγ), γ = argmin ‖g − ΔGγ‖² + Σ ρᵢ(‖Δgᵢ‖γᵢ)²; β, ω, ρ, σ from an LSTM cell a sample.
 
-    Anderson's method (Walker & Ni, SIAM J. Numer. Anal. 49, 2011) with its settings in the hands of one LSTM that sees numbers
-    without unit or size: how the residual changed, what share of it the pairs explain at three ridges, what the last
-    damping did to the part they did not explain, the relative residual, the step. It has no weight that belongs to a
+    Anderson's method (Walker & Ni, SIAM J. Numer. Anal. 49, 2011) with its settings in the hands of one LSTM that sees
+    numbers without unit or size: how the residual changed, what share of it the pairs explain at three ridges, what the
+    last damping did to the part they did not explain, the relative residual, the step. It has no weight that belongs to a
     coordinate, a channel or a layout, so it runs on any state. ρᵢ = ρ·exp(a·age) forgets pairs of where f was another.
 
-    h are slopes coordinate by coordinate, what the pairs say of an inverse Jacobian that were diagonal: 1 + h is the least-squares
-    −Δz/Δg of each coordinate, within [0.3, 5], and h shrinks to zero where a coordinate did not move.
+    h are slopes coordinate by coordinate, what the pairs say of an inverse Jacobian that were diagonal: 1 + h is the
+    least-squares −Δz/Δg of each coordinate, within [0.3, 5], and h shrinks to zero where a coordinate did not move.
 
-    Untrained, ω = β = 1, σ = 0 and ρ is the config's ridge: `Anderson(memory, 1.0, ridge)`. One β, ω and γ a sample: on sequences it
-    carries the future into the past, as Anderson's method does. Where gradients are recorded, they reach γ through ρ alone.
+    Untrained, ω = β = 1, σ = 0 and ρ is the config's ridge: `Anderson(memory, 1.0, ridge)`. One β, ω and γ a sample: on
+    sequences it carries the future into the past, as Anderson's method does. Where gradients are recorded, they reach γ
+    through ρ and ω alone.
 
     With an initializer or a preconditioner P it is bound to one layout, as `specialised` makes it: the start is learned and
     P is added to 1 + σh.
@@ -97,9 +98,7 @@ class Universal(LearnedSolver):
     def __init__(self, config: UniversalConfig) -> None:
         super().__init__(config)
         self.lstm = SharedLSTM(_FEATURES, config.hidden, _OUTPUTS)
-        self.preconditioner = (
-            Preconditioner(self.layout, self.context_channels, config.rank) if config.rank else None
-        )
+        self.preconditioner = Preconditioner(self.layout, self.context_channels, config.rank) if config.rank else None
 
     @property
     def dimension_free(self) -> bool:
@@ -203,7 +202,13 @@ class Universal(LearnedSolver):
 
 
 def specialised(
-    solver: Universal, layout: Layout, *, context: str = "f0", context_channels: int = 0, rank: int = 64, initializer: int = 64
+    solver: Universal,
+    layout: Layout,
+    *,
+    context: str = "f0",
+    context_channels: int = 0,
+    rank: int = 64,
+    initializer: int = 64,
 ) -> Universal:
     """A copy of the solver with an initializer and a preconditioner for states of this layout, both zero-initialised."""
     config = replace(

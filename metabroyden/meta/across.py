@@ -70,7 +70,9 @@ class AcrossTrainer:
         checkpoint: str | Path | None = None,
     ) -> None:
         if not sources or not validation:
-            raise ValueError(f"wanted at least one source and one validation set, got {len(sources)}, {len(validation)}")
+            raise ValueError(
+                f"wanted at least one source and one validation set, got {len(sources)}, {len(validation)}"
+            )
         self.solver, self.config, self.validation = solver, config, list(validation)
         self.sources = [source for _, source in sources]
         self.shares = torch.tensor([share for share, _ in sources], dtype=torch.float64)
@@ -130,7 +132,11 @@ class AcrossTrainer:
         config = self.config
         counts = [
             mean_evaluations(
-                self.solver, tasks, limit=config.validation_size, rtol=config.validation_rtol, max_nfe=config.validation_nfe
+                self.solver,
+                tasks,
+                limit=config.validation_size,
+                rtol=config.validation_rtol,
+                max_nfe=config.validation_nfe,
             )
             for tasks in self.validation
         ]

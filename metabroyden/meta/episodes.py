@@ -31,7 +31,9 @@ LIBRARY = ("maml", "meta-sgd")
 
 @dataclass(frozen=True)
 class EpisodeConfig:
-    """Attributes:
+    """One meta-training on episodes.
+
+    Attributes:
         inner: updates of the fast weights, T ≥ 1.
         update: the inner step: "gated" or "rates" (see `metabroyden.meta.inner`), or learn2learn's "maml" or "meta-sgd".
         first_order: whether inner gradients are constants for the outer one.
@@ -39,7 +41,8 @@ class EpisodeConfig:
         unroll: solver steps of a loss.
         inner_rate: what learning rates begin with. learning_rate: of the outer Adam, cosine to zero. clip: of its norm.
         steps: outer steps, one episode each. seed: of all draws.
-    """  # fmt: skip
+        objective: of a rollout; none that needs equilibria.
+    """
 
     inner: int = 3
     update: str = "gated"

@@ -102,7 +102,9 @@ class Gated(InnerUpdate):
             gates[name] = 0.5 * flat, flat
         return GatedMemory(states, gates)
 
-    def forward(self, weights: Weights, grads: Weights, loss: Tensor, memory: GatedMemory) -> tuple[Weights, GatedMemory]:
+    def forward(
+        self, weights: Weights, grads: Weights, loss: Tensor, memory: GatedMemory
+    ) -> tuple[Weights, GatedMemory]:
         """(weights, memory) after one update."""
         unit, after = _unit(grads), {}
         states, gates = {}, {}

@@ -12,16 +12,16 @@ from torch import Tensor
 class OrthogonalMomentum(torch.optim.Optimizer):
     """W ← W − lr·√max(1, rows/columns)·orth(M), M ← momentum·M + ∇; filters of a convolution as rows.
 
-    Muon (Jordan et al. 2024) without Nesterov's form: orth(M) is UVᵀ of M = USVᵀ, by five steps of the Newton–Schulz iteration
-    with the quintic's coefficients from there, which bring singular values near one. A zero matrix, which has no scale of
-    its own, moves as far as any other.
+    Muon (Jordan et al. 2024) without Nesterov's form: orth(M) is UVᵀ of M = USVᵀ, by five steps of the Newton–Schulz
+    iteration with the quintic's coefficients from there, which bring singular values near one. A zero matrix, which has no
+    scale of its own, moves as far as any other.
     """
 
     def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.9) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:

@@ -24,8 +24,9 @@ def random_problem(generator: torch.Generator, batch: int, kind: str | None = No
     """(f, z0, x): a cell drawn at random, f(z, x) of (B, …) states, its starts (zeros) and its contexts.
 
     Kinds: "dense" σ(Wz + x), Gaussian or symmetric W of norm 0.4 to 3, half of them normalised; "shifted" the same with a
-    multiple of −I or of a random −AAᵀ added, whose Picard iteration oscillates or diverges; "residual" norm(relu(z + norm(W₂ relu(W₁z) + x))), dense; "conv" either of these with 3×3
-    convolutions; "chain" a network of 3 to 8 layers as one cell, nilpotent; "sequence" tokens that hear of those before them.
+    multiple of −I or of a random −AAᵀ added, whose Picard iteration oscillates or diverges; "residual" norm(relu(z +
+    norm(W₂ relu(W₁z) + x))), dense; "conv" σ(Wz + x) or the residual one, with 3×3 convolutions; "chain" a network of 3 to 8
+    layers as one cell, nilpotent; "sequence" tokens that hear of those before them.
 
     ValueError for an unknown kind; None draws one.
     """

@@ -20,13 +20,17 @@ from metabroyden.meta.trainer import Progress, differentiate, frozen
 
 @dataclass(frozen=True)
 class SpecialiseConfig:
-    """Attributes:
+    """One adaptation.
+
+    Attributes:
         steps: outer steps. unroll: solver steps of each. batch: contexts of each.
-        learning_rate: of Adam, for gates, biases and whatever is no matrix. orthogonal_rate: of `OrthogonalMomentum`, for the
-            matrices of initializer and preconditioner. Both fall to zero linearly.
+        learning_rate: of Adam, for gates, biases and whatever is no matrix.
+        orthogonal_rate: of `OrthogonalMomentum`, for the matrices of initializer and preconditioner. Both rates fall to zero
+            linearly.
         rank, initializer: widths of the parts that a universal solver is given.
         clip: of the gradient's norm. seed: of the new parts and the batches.
-    """  # fmt: skip
+        objective, segments: as in `MetaConfig`.
+    """
 
     steps: int = 20
     unroll: int = 14
@@ -59,7 +63,7 @@ def specialise(
     another learned solver is trained on as it is, and must fit. Validation contexts are not looked at.
     """
     config = SpecialiseConfig() if config is None else config
-    adapted = _with_parts(solver, tasks, config).requires_grad_(True).train()
+    adapted: Any = _with_parts(solver, tasks, config).requires_grad_(True).train()
     own = [part for part in (adapted.initializer, getattr(adapted, "preconditioner", None)) if part is not None]
     matrices = [p for part in own for p in part.parameters() if is_matrix(p)]
     taken = {id(p) for p in matrices}
