@@ -39,7 +39,7 @@ class Specialise:
     """What is adapted: a shipped solver's name or the path of a learned solver that fits the family."""
     steps: int = 20
     """Outer steps."""
-    batch: int = 32
+    batch: int = 96
     """Contexts of a step."""
     unroll: int = 14
     """Solver steps that a step differentiates through."""

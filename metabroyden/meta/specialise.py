@@ -15,7 +15,7 @@ from metabroyden.meta.families import family_layout
 from metabroyden.meta.objectives import Objective, ResidualObjective
 from metabroyden.meta.orthogonal import OrthogonalMomentum, is_matrix
 from metabroyden.meta.tasks import TaskSet
-from metabroyden.meta.trainer import Progress, differentiate, frozen
+from metabroyden.meta.trainer import Progress, differentiate, frozen, mean_evaluations
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,13 @@ class SpecialiseConfig:
         rank, initializer: widths of the parts that a universal solver is given.
         clip: of the gradient's norm. seed: of the new parts and the batches.
         objective, segments: as in `MetaConfig`.
+        validate_every, validation_size: steps between looks at validation contexts, and how many of them.
+        rtol: tolerance to which evaluations are counted there.
     """
 
     steps: int = 20
     unroll: int = 14
-    batch: int = 32
+    batch: int = 96
     learning_rate: float = 1e-2
     orthogonal_rate: float = 0.08
     rank: int = 64
@@ -43,9 +45,12 @@ class SpecialiseConfig:
     seed: int = 0
     objective: Objective = field(default_factory=ResidualObjective)
     segments: int = 1
+    validate_every: int = 5
+    validation_size: int = 64
+    rtol: float = 1e-2
 
     def __post_init__(self) -> None:
-        for name in ("steps", "unroll", "batch", "segments"):
+        for name in ("steps", "unroll", "batch", "segments", "validate_every", "validation_size"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"SpecialiseConfig: {name} must be an integer of at least 1, got {value!r}")
@@ -60,7 +65,8 @@ def specialise(
     """A copy of a solver, adapted to one DEQ on its training contexts; in evaluation mode.
 
     A `Universal` without parts of its own is given an initializer and a preconditioner for the DEQ's layout, zero at first;
-    another learned solver is trained on as it is, and must fit. Validation contexts are not looked at.
+    another learned solver is trained on as it is, and must fit. A look at validation contexts before, every few steps and
+    after decides which weights are kept, so that an adaptation that does harm is undone.
     """
     config = SpecialiseConfig() if config is None else config
     adapted: Any = _with_parts(solver, tasks, config).requires_grad_(True).train()
@@ -74,6 +80,7 @@ def specialise(
         optimizers.append(OrthogonalMomentum(matrices, lr=config.orthogonal_rate))
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     generator = torch.Generator().manual_seed(config.seed)
+    best, kept = _score(adapted, tasks, config), copy.deepcopy(adapted.state_dict())
     with frozen(tasks.f), torch.enable_grad():
         for step in range(config.steps):
             z0, x = tasks.draw(config.batch, generator)
@@ -84,11 +91,20 @@ def specialise(
             if finite:
                 for optimizer in optimizers:
                     optimizer.step()
+            if (step + 1) % config.validate_every == 0 or step + 1 == config.steps:
+                score = _score(adapted, tasks, config)
+                if score < best:
+                    best, kept = score, copy.deepcopy(adapted.state_dict())
             if progress is not None:
-                progress(step + 1, f"loss {float(loss):.3f}")
+                progress(step + 1, f"loss {float(loss):.3f}, validation {best:.1f} evaluations")
+    adapted.load_state_dict(kept)
     adapted.fingerprint = fingerprint(tasks.f)
     adapted.summary = {"specialised": {"steps": config.steps, "batch": config.batch, "unroll": config.unroll}}
     return adapted.eval().requires_grad_(False)
+
+
+def _score(solver: Any, tasks: TaskSet, config: SpecialiseConfig) -> float:
+    return mean_evaluations(solver, tasks, limit=config.validation_size, rtol=config.rtol)
 
 
 def _with_parts(solver: Any, tasks: TaskSet, config: SpecialiseConfig) -> nn.Module:
