@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +26,7 @@ from metabroyden.models.families import get_family
 from metabroyden.models.packed import Packed
 from metabroyden.state import Packing
 
+_PLACES = ("family", "models", "results", "progress")
 _HELD = 64  # validation contexts made beforehand with a text's training ones
 
 
@@ -94,8 +95,12 @@ def run(config: Specialise) -> None:
         adapted = specialise(start, tasks, settings, progress=bar)
     rows = _measured(config, model, criterion, start, adapted)
     folder = config.results / config.family / f"seed{config.seed}"
+    command = f"python -m experiments specialise --family {config.family}"
+    for item in fields(config):
+        if item.name not in _PLACES and getattr(config, item.name) != item.default:
+            command += f" --{item.name.replace('_', '-')} {getattr(config, item.name)}"
     described = {
-        "command": f"python -m experiments specialise --family {config.family} --steps {config.steps} --seed {config.seed}",
+        "command": command,
         "config": plain(config),
         "model_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "parameters": sum(p.numel() for p in adapted.parameters()),

@@ -29,7 +29,8 @@ def write(folder: Path) -> Path:
         name = f"{config['family']}, {config['steps']} steps from {config['start']}, seed {config['seed']}"
         found = [json.loads(line) for line in path.read_text().splitlines()]
         rows += [{**row, "tested": name} for row in found]
-        sections.append(f"- {name}: {described['parameters']:,} parameters, commit {described['provenance']['commit']}")
+        commit = described["provenance"]["commit"]
+        sections.append(f"- {name}: `{described['command']}`, {described['parameters']:,} parameters, commit {commit}")
     results = Transfer(rows, "specialised")
     figure = _bars(results, folder / "specialise.png")
     sections += [results.table(), f"![{figure.stem}]({figure.name})"]

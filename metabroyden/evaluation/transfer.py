@@ -74,9 +74,9 @@ class Transfer:
         return found[0] if found else None
 
     def ratio(self, solver: str, problem: str, against: str = BROYDEN) -> float:
-        """Of medians; NaN where there is none, or where neither gets half of the samples there."""
+        """Of medians; NaN where there is none, or where the other does not get half of the samples there."""
         ours, theirs = self.of(solver, problem), self.of(against, problem)
-        if ours is None or theirs is None or max(np.mean(ours["reached"]), np.mean(theirs["reached"])) < 0.5:
+        if ours is None or theirs is None or np.mean(theirs["reached"]) < 0.5:
             return float("nan")
         return median(ours) / median(theirs)
 

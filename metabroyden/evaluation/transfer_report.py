@@ -32,7 +32,7 @@ def write(folder: Path) -> Path:
         made_by(described["command"], described["provenance"]),
         "Median evaluations to 1e-2 on held-out test contexts (share of them solved within "
         f"{described['config']['budget']}), ratio to Broyden's with full memory. A failure counts as the budget; where "
-        "neither of the two gets half of the samples there, no ratio. Tuned: damping, memory and ridge by grid on "
+        "Broyden does not get half of the samples there, no ratio. Tuned: damping, memory and ridge by grid on "
         "validation contexts of the very family.",
         f"![{figure.stem}]({figure.name})",
     ]
