@@ -114,6 +114,8 @@ def test_generalise_writes_what_it_promises_and_goes_on(tmp_path, monkeypatch, c
 
     monkeypatch.setattr(generalise._Job, "_seeds", interrupted)
     monkeypatch.setattr(generalise._Job, "_widths", lambda self: [])
+    monkeypatch.setattr(generalise, "KINDS", ("dense",))
+    monkeypatch.setattr(generalise.equilibria, "tuned_solvers", lambda held, budget: {"tuned Anderson": mb.Anderson()})
     with pytest.raises(KeyboardInterrupt):
         generalise.run(config)
     assert not config.results.exists()
