@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from experiments import alternate, digits, drop_in, gradients, memory, meta, models, pes, solvers, tune_hyper
+from experiments import (
+    alternate,
+    digits,
+    drop_in,
+    generalise,
+    gradients,
+    memory,
+    meta,
+    models,
+    pes,
+    solvers,
+    specialise,
+    tune_hyper,
+)
 
 EXPERIMENTS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "digits": (digits.Digits, digits.run),
@@ -18,4 +31,6 @@ EXPERIMENTS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "meta": (meta.Meta, meta.run),
     "tune-hyper": (tune_hyper.TuneHyper, tune_hyper.run),
     "pes": (pes.Pes, pes.run),
+    "generalise": (generalise.Generalise, generalise.run),
+    "specialise": (specialise.Specialise, specialise.run),
 }

@@ -321,7 +321,7 @@ def test_a_large_tuple_of_no_layout_is_refused_unless_asked_for():
             {"solver": "adam"},
             ValueError,
             "known are adjoint, coordinatewise, grouped, hyper-anderson, meta-broyden, meta-learner, metabroyden, "
-            "neural-fixed-point, started",
+            "neural-fixed-point, started, universal",
         ),
         ({"layout": "chw"}, ValueError, "layout must be one of"),
         ({"x_train": torch.randn(20, 3, 4)}, ValueError, "layout= is needed"),

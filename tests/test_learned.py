@@ -34,14 +34,15 @@ CASES = [(name, kind) for name in LEARNED for kind in SHAPES]
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
 @pytest.mark.parametrize("context", ["f0", "native"])
-def test_untrained_it_is_picard(name, kind, context):
+def test_untrained_it_is_a_classical_solver(name, kind, context):
     layout, f, z0, x = problem_of(kind)
     options = {"gated": 60} if name == "meta-broyden" else {}  # then come its secants
     solver = make_learned(name, layout, context=context, **options)
+    twin = mb.Anderson(memory=10, ridge=1e-2) if name == "universal" else mb.Picard()
     ours = mb.solve(f, z0, x, solver=solver, rtol=1e-4)
-    picard = mb.solve(f, z0, x, solver=mb.Picard(), rtol=1e-4)
-    torch.testing.assert_close(ours.trace.residual, picard.trace.residual, rtol=1e-4, atol=1e-6, equal_nan=True)
-    torch.testing.assert_close(ours.nfe, picard.nfe)
+    classical = mb.solve(f, z0, x, solver=twin, rtol=1e-4)
+    torch.testing.assert_close(ours.trace.residual, classical.trace.residual, rtol=1e-4, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(ours.nfe, classical.nfe)
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -121,7 +122,7 @@ def test_a_sequence_solver_does_not_look_ahead():
     for kind in ("nct", "ntc"):
         layout, f, z0, x = problem_of(kind)
         for name in LEARNED:
-            if name == "hyper-anderson":  # one weight a sample, as published: it does, and the leak is measured
+            if name in ("hyper-anderson", "universal"):  # weights of the whole sample: they do, as Anderson's do
                 continue
             options = {"gated": 3} if name == "meta-broyden" else {}
             solver = make_learned(name, layout, safeguard=Safeguard(horizon=50, patience=None), **options)

@@ -77,7 +77,8 @@ def test_higher_and_native_and_a_handwritten_unroll_agree(name, context):
         torch.testing.assert_close(gradients(solver, loss), reference, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", sorted(LEARNED))
+# what the universal solver sees and its γ, but for ridge and trust, are constants of the gradient
+@pytest.mark.parametrize("name", sorted(set(LEARNED) - {"universal"}))
 def test_backpropagation_through_time_agrees_with_finite_differences(name):
     solver = trained_a_little(name)
     analytic = gradients(solver, loss_of(solver, "higher"))

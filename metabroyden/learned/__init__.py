@@ -2,7 +2,7 @@
 
 from metabroyden.learned.adjoint import AdjointConfig, AdjointLSTM
 from metabroyden.learned.base import ADJOINT, LEARNED, LearnedConfig, LearnedSolver
-from metabroyden.learned.coordinatewise import CoordinatewiseLSTM
+from metabroyden.learned.coordinatewise import CoordinatewiseConfig, CoordinatewiseLSTM
 from metabroyden.learned.grouped import GroupedConfig, GroupedLSTM
 from metabroyden.learned.hyper_anderson import HyperAnderson, HyperAndersonConfig
 from metabroyden.learned.meta_broyden import MetaBroyden, MetaBroydenConfig
@@ -10,12 +10,14 @@ from metabroyden.learned.meta_learner import MetaLearnerLSTM
 from metabroyden.learned.neural_fixed_point import NeuralFixedPoint, NeuralFixedPointConfig
 from metabroyden.learned.safeguard import Safeguard
 from metabroyden.learned.started import Started, StartedConfig
+from metabroyden.learned.universal import Universal, UniversalConfig
 
 __all__ = [
     "ADJOINT",
     "LEARNED",
     "AdjointConfig",
     "AdjointLSTM",
+    "CoordinatewiseConfig",
     "CoordinatewiseLSTM",
     "GroupedConfig",
     "GroupedLSTM",
@@ -31,4 +33,6 @@ __all__ = [
     "Safeguard",
     "Started",
     "StartedConfig",
+    "Universal",
+    "UniversalConfig",
 ]

@@ -90,6 +90,11 @@ class LearnedSolver(nn.Module):
         self.initializer = Initializer(self.layout, self.context_channels, *sizes) if config.initializer else None
 
     @property
+    def dimension_free(self) -> bool:
+        """Whether it runs on states of any shape, no weight being that of a channel."""
+        return False
+
+    @property
     def safeguard(self) -> Any:
         """The driver asks it for the phases of a solve; None runs the learned steps alone."""
         return None if self.config.safeguard is None else self
@@ -118,13 +123,17 @@ class LearnedSolver(nn.Module):
 
     def start(self, z0: Tensor, problem: Any) -> Tensor:
         """The learned first iterate, (R, n)."""
-        dtype = next(self.parameters()).dtype
-        if z0.dtype != dtype:
-            raise ValueError(f"this solver's weights are {dtype}, the state is {z0.dtype}: solver.to({z0.dtype}) first")
+        self.check_dtype(z0)
         shape = self.layout.resolve(problem.shape)
         context = self.context_feature(problem, shape)
         base = problem.origin() if self.config.context == "f0" else z0
         return base if self.initializer is None else base + self.layout.flat(self.initializer(context))
+
+    def check_dtype(self, z0: Tensor) -> None:
+        """ValueError, with the remedy, where the state is of another dtype than the weights."""
+        dtype = next(self.parameters()).dtype
+        if z0.dtype != dtype:
+            raise ValueError(f"this solver's weights are {dtype}, the state is {z0.dtype}: solver.to({z0.dtype}) first")
 
     def describe(self) -> dict[str, Any]:
         """Everything but the weights: what a checkpoint needs."""

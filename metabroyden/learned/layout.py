@@ -94,6 +94,23 @@ class Layout:
             f"({self.channels} channels); got per-sample shape {found}"
         )
 
+    def anywhere(self, shape: Any) -> tuple[Layout, Any]:
+        """(layout, per-sample shape) of a state of any shape, for a solver without a weight of a channel.
+
+        Its own layout where that fits, the same kind where the axes are as many, else a vector; several tensors as one.
+        """
+        try:
+            return self, self.resolve(shape)
+        except ValueError:
+            pass
+        if shape and not isinstance(shape[0], int):
+            flat = (sum(math.prod(part) for part in shape),)
+            return Layout("nd", flat), flat
+        found = tuple(int(size) for size in shape)
+        if self.kind != "scales" and len(found) == KINDS[self.kind]:
+            return Layout(self.kind, found), found
+        return Layout("nd", (math.prod(found),)), (math.prod(found),)
+
     def shape_like(self, extents: torch.Size | tuple[int, ...]) -> tuple[Any, ...]:
         """The per-sample shape of a state with these spatial or time extents."""
         if self.kind == "scales":

@@ -114,7 +114,7 @@ def _refuse_overlap(parts: dict[str, Tensor]) -> None:
 
 
 def as_learn2learn(task_sets: Sequence[TaskSet], split: str, *, shots: int, num_tasks: int = -1) -> Any:
-    """A `learn2learn.data.TaskDataset` over DEQs: each task is `shots` raw contexts of one of them.
+    """A `learn2learn.data.Taskset` over DEQs: each task is `shots` raw contexts of one of them.
 
     Items are (contexts (shots, ...), labels (shots,)), the label being the number of the task set in `task_sets`.
     ImportError, saying what to install, where learn2learn is missing.
@@ -132,4 +132,4 @@ def as_learn2learn(task_sets: Sequence[TaskSet], split: str, *, shots: int, num_
         l2l.data.transforms.KShots(dataset, k=shots),
         l2l.data.transforms.LoadData(dataset),
     ]
-    return l2l.data.TaskDataset(dataset, transforms, num_tasks=num_tasks)
+    return l2l.data.Taskset(dataset, transforms, num_tasks=num_tasks)

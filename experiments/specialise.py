@@ -1,0 +1,145 @@
+"""Adapt the universal solver, or a family's, to a DEQ in a few steps, and measure it before and after."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+from rich.markdown import Markdown
+
+from metabroyden import Broyden, load_solver, save_solver
+from metabroyden.evaluation import equilibria, specialise_report
+from metabroyden.evaluation.equilibria import HeldOut
+from metabroyden.evaluation.provenance import plain, provenance, write_results
+from metabroyden.evaluation.transfer import BROYDEN, transfer_row
+from metabroyden.meta.families import family_tasks
+from metabroyden.meta.progress import progress_bar
+from metabroyden.meta.specialise import SpecialiseConfig, specialise
+from metabroyden.models import load_model
+from metabroyden.models.criteria import NextToken
+from metabroyden.models.families import get_family
+from metabroyden.models.packed import Packed
+from metabroyden.state import Packing
+
+_PLACES = ("family", "models", "results", "progress")
+_HELD = 64  # validation contexts made beforehand with a text's training ones
+
+
+@dataclass(frozen=True)
+class Specialise:
+    """Adapt a solver to a family's DEQ in a few outer steps; evaluations to 1e-2 on its test contexts before and after."""
+
+    family: str = "conv-fashion"
+    """A family of metabroyden.models.FAMILIES."""
+    start: str = "universal"
+    """What is adapted: a shipped solver's name or the path of a learned solver that fits the family."""
+    steps: int = 20
+    """Outer steps."""
+    batch: int = 96
+    """Contexts of a step."""
+    unroll: int = 14
+    """Solver steps that a step differentiates through."""
+    learning_rate: float = 1e-2
+    """Of Adam, linear to zero."""
+    orthogonal_rate: float = 0.08
+    """Of the matrices of initializer and preconditioner, linear to zero."""
+    rank: int = 64
+    """Inner channels of the preconditioner that a universal solver is given."""
+    initializer: int = 64
+    """Width of the initializer that it is given."""
+    budget: int = 60
+    """Evaluations each sample may cost in the comparison."""
+    samples: int = 256
+    """Held-out problems used."""
+    seed: int = 0
+    """Seed of the new parts and of the batches."""
+    models: Path = Path("results/models")
+    """Where the frozen models are."""
+    results: Path = Path("results/specialise")
+    """Where results go, a folder a family and seed in it."""
+    progress: bool = True
+    """Show progress bars."""
+
+
+def run(config: Specialise) -> None:
+    """The whole job; twenty steps are done again rather than gone on with."""
+    family = get_family(config.family)
+    path = config.models / config.family / "model.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: train it with `python -m experiments models --family {config.family}`"
+        )
+    start = load_solver(config.start)
+    criterion = family.criterion()
+    model = load_model(path, warn=False).requires_grad_(False)
+    settings = SpecialiseConfig(
+        steps=config.steps,
+        batch=config.batch,
+        unroll=config.unroll,
+        learning_rate=config.learning_rate,
+        orthogonal_rate=config.orthogonal_rate,
+        rank=config.rank,
+        initializer=config.initializer,
+        seed=config.seed,
+    )
+    tasks = family_tasks(model, criterion, packed=_as_vector(model))
+    if isinstance(criterion, NextToken):  # contexts that are solves of their own
+        pool = min(1024, config.steps * config.batch)
+        tasks = tasks.prepared(pool, torch.Generator().manual_seed(config.seed), _HELD)
+    with progress_bar(f"{config.family}, adapting", config.steps, show=config.progress) as bar:
+        adapted = specialise(start, tasks, settings, progress=bar)
+    rows = _measured(config, model, criterion, start, adapted)
+    folder = config.results / config.family / f"seed{config.seed}"
+    command = f"python -m experiments specialise --family {config.family}"
+    for item in fields(config):
+        if item.name not in _PLACES and getattr(config, item.name) != item.default:
+            command += f" --{item.name.replace('_', '-')} {getattr(config, item.name)}"
+    described = {
+        "command": command,
+        "config": plain(config),
+        "model_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "parameters": sum(p.numel() for p in adapted.parameters()),
+        "provenance": provenance(),
+    }
+    write_results(folder, rows, json.loads(json.dumps(described)))
+    save_solver(adapted, folder / "solver.safetensors")
+    Console().print(Markdown(specialise_report.write(config.results).read_text()))
+
+
+def _as_vector(model: Any) -> bool:
+    """Whether a state of several tensors has no layout that a solver knows of."""
+    return getattr(model.cell, "layout", "nd") != "scales"
+
+
+def _held(config: Specialise, model: Any, criterion: Any, split: str, limit: int) -> HeldOut:
+    """Held-out problems in the form in which the solver was adapted to them."""
+    held = equilibria.held_out(model, criterion, split, limit)
+    if isinstance(held.z0, torch.Tensor) or not _as_vector(model):
+        return held
+    packing = Packing.of(held.z0)
+    return replace(held, f=Packed(cast(Any, held.f), packing), z0=packing.pack(held.z0))
+
+
+def _measured(config: Specialise, model: Any, criterion: Any, start: Any, adapted: Any) -> list[dict[str, Any]]:
+    held = _held(config, model, criterion, "test", config.samples)
+    validation = _held(config, model, criterion, "validation", 64)
+    contestants = {
+        BROYDEN: Broyden(config.budget),
+        **equilibria.tuned_solvers(validation, config.budget),
+        "before": start,
+        "after": adapted,
+    }
+    rows = []
+    with progress_bar(f"{config.family}, measuring", len(contestants), show=config.progress) as bar:
+        for number, (name, solver) in enumerate(contestants.items(), 1):
+            rows.append(
+                transfer_row("specialised", name, solver, config.start, config.family, held, budget=config.budget)
+            )
+            if bar is not None:
+                bar(number, name)
+    return rows
