@@ -133,10 +133,10 @@ def horizon_rows(
     for tolerance in tolerances:
         counts = {"fallback": 0, "learned": 0, "lost": 0, "broken": 0, "triggered": 0}
         for z0, x, _ in held.chunks():
-            ours = solve(held.f, z0, x, solver=solver, rtol=tolerance, max_nfe=2 * steps, throw=False)
+            ours = solve(held.f, z0, x, solver=solver, rtol=tolerance, max_nfe=4 * steps, throw=False)
             fallback = solver.config.safeguard.fallback()
             theirs = solve(held.f, z0, x, solver=fallback, rtol=tolerance, max_nfe=steps, throw=False)
-            nfe, hit = ours.trace.evaluations_to(tolerance, 2 * steps)
+            nfe, hit = ours.trace.evaluations_to(tolerance, 4 * steps)
             before = _spent_before(ours, phase=2)
             converged = theirs.converged.cpu().numpy()
             counts["fallback"] += int(converged.sum())

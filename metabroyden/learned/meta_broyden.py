@@ -23,7 +23,8 @@ class MetaBroydenConfig(LearnedConfig):
     """Adds to `LearnedConfig`.
 
     Attributes:
-        rank: inner channels of the preconditioner, which are what the LSTM sees and gates.
+        rank: inner channels k of the preconditioner, which are what the LSTM sees and gates; 0: half of the state's, from 16
+            to 48.
         damping: of the iteration that it is before training.
         gated: steps weighed by the LSTM, which see no secants; quasi-Newton steps from then on.
         memory: secant pairs kept, those of the gated steps among them.
@@ -31,7 +32,7 @@ class MetaBroydenConfig(LearnedConfig):
     """
 
     hidden: int = 8
-    rank: int = 16
+    rank: int = 0
     damping: float = 1.0
     gated: int = 28
     memory: int = 10
@@ -40,9 +41,9 @@ class MetaBroydenConfig(LearnedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rank", "gated", "memory"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("rank", 0), ("gated", 1), ("memory", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("damping", "ridge"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
@@ -89,7 +90,7 @@ class MetaBroyden(LearnedSolver):
 
     def __init__(self, config: MetaBroydenConfig) -> None:
         super().__init__(config)
-        rank = config.rank
+        rank = self.rank = config.rank or min(48, max(16, self.layout.channels // 2))
         self.preconditioner = Preconditioner(self.layout, self.context_channels, rank)
         self.lstm = SharedLSTM(2 * rank + 2, config.hidden, 2 * rank + 2)
         self.secants = Secants(self.layout, config.memory, config.ridge)
@@ -124,7 +125,7 @@ class MetaBroyden(LearnedSolver):
         return Step(z, state._replace(trail=(), secants=secants, steps=state.steps + 1))
 
     def _gated(self, z: Tensor, g: Tensor, state: MetaBroydenState, shape: tuple[Any, ...]) -> Step:
-        layout, rank = self.layout, self.config.rank
+        layout, rank = self.layout, self.rank
         zc, gc = layout.canonical(z, shape), layout.canonical(g, shape)
         scale = layout.scale(gc)
         inner = self.preconditioner.inward(gc)
