@@ -22,7 +22,7 @@ def test_a_block_of_the_readme_runs(number, tmp_path):
 
 
 def test_the_readme_has_its_examples():
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
 
 
 def test_every_file_the_readme_points_to_exists():
