@@ -60,7 +60,7 @@ class TuneHyper:
 
     family: str = "conv-fashion"
     """A family of metabroyden.models.FAMILIES."""
-    steps: int = 1000
+    steps: int = 600
     """Outer steps of 10 solver iterations each; longer unrolls get as many iterations in fewer steps."""
     only: tuple[str, ...] = ()
     """Names of the configurations to try; all where none is given."""
@@ -109,7 +109,7 @@ def run(config: TuneHyper) -> None:
 
 
 def _results(config: TuneHyper) -> Path:
-    usual = TuneHyper(config.family)
+    usual = TuneHyper(config.family, only=config.only, backend=config.backend)  # neither changes a figure
     chosen = replace(config, models=usual.models, results=usual.results, runs=usual.runs, fresh=False, progress=True)
     return config.results if chosen == usual else config.results / f"trial-{config_hash(replace(chosen, family=''))}"
 
