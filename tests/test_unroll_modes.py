@@ -27,7 +27,8 @@ def loss_of(solver, *arguments, **modes):
     return ResidualObjective()(rollout_of(solver, *arguments, **modes).residuals)
 
 
-@pytest.mark.parametrize("name", sorted(LEARNED))
+# the universal solver's features and γ are constants of the gradient in any mode
+@pytest.mark.parametrize("name", sorted(set(LEARNED) - {"universal"}))
 def test_detached_features_give_the_gradient_of_updates_that_see_constants(name):
     """Against finite differences of a loss in which every step is handed the iterates of the unmoved solver."""
     solver = trained_a_little(name)
