@@ -60,7 +60,9 @@ RECIPES: dict[str, Recipe] = {
     "meta-broyden": Recipe(steps=400, learning_rate=5e-3, options=_SAME),
     "grouped": Recipe(steps=300, learning_rate=4e-3, options={**_SAME, "rank": 32}),
     "coordinatewise": Recipe(steps=400, segments=1, options=_SAME),
-    "hyper-anderson": Recipe(steps=1100, unroll=10, segments=1, learning_rate=1e-3, options={**_SAME, "gram": True}),
+    "hyper-anderson": Recipe(
+        steps=1100, unroll=10, segments=1, learning_rate=1e-3, options={**_SAME, "memory": 8, "gram": True}
+    ),
     "neural-fixed-point": Recipe(options=_SAME),
     "gated-secant": Recipe(kind="neural-fixed-point", options={**_SAME, "form": "secant"}),
     "meta-learner": Recipe(steps=400, segments=1, options=_SAME),
