@@ -116,7 +116,8 @@ def grid(rows: Sequence[Row], path: Path) -> Path:
     axes.set_yticks(range(len(names)), names, fontsize=7)
     for (y, x), value in np.ndenumerate(values):
         if np.isfinite(value):
-            axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=6)
+            ink = "white" if abs(value - 1) > 0.75 else "black"
+            axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=6, color=ink)
     axes.set_title("evaluations to 1e-2 over Broyden's (blue: fewer)", fontsize=9)
     figure.colorbar(shown, ax=axes, fraction=0.03)
     return save_figure(figure, path)
