@@ -17,7 +17,7 @@ from rich.markdown import Markdown
 from metabroyden import Broyden, load_solver, save_solver
 from metabroyden.evaluation import equilibria, transfer_report
 from metabroyden.evaluation.equilibria import HeldOut
-from metabroyden.evaluation.provenance import config_hash, plain, provenance, write_results
+from metabroyden.evaluation.provenance import command_line, config_hash, plain, provenance, write_results
 from metabroyden.evaluation.transfer import BROYDEN, transfer_row
 from metabroyden.learned.layout import Layout
 from metabroyden.learned.safeguard import Safeguard
@@ -43,6 +43,7 @@ SHARE = 8.0
 """How many times as often as those of one family random cells are drawn."""
 SAFEGUARD = Safeguard(horizon=None, patience=15, progress=0.5)
 NOTHING = "—"
+_PLACES = ("models", "digits", "results", "runs", "fresh", "progress")
 
 
 @dataclass(frozen=True)
@@ -103,16 +104,24 @@ class _Job:
 
     def __init__(self, config: Generalise) -> None:
         self.config = config
-        nowhere = Path()
-        identity = replace(
-            config, models=nowhere, digits=nowhere, results=nowhere, runs=nowhere, fresh=False, progress=True
-        )
-        self.work = config.runs / config_hash(identity)
+        identity = replace(config, **{name: getattr(Generalise, name) for name in _PLACES})
+        self.work = config.runs / f"{config_hash(identity)}-{self._inputs()}"
         if config.fresh and self.work.exists():
             shutil.rmtree(self.work)
         self.work.mkdir(parents=True, exist_ok=True)
         if not (self.work / "began.json").exists():
             atomic_write(self.work / "began.json", json.dumps(provenance(), indent=2) + "\n")
+
+    def _inputs(self) -> str:
+        """A hash of the models that are trained on and tested on, their weights along training among them."""
+        names = dict.fromkeys((*self.config.trained, *self.config.unseen, *self.config.weights))
+        files = [path for name in names for path in sorted((self.config.models / name).rglob("*.safetensors"))]
+        if self.config.seeds:
+            files += sorted(self.config.digits.glob("seed*/model.safetensors"))
+        digest = hashlib.sha256()
+        for path in files:
+            digest.update(path.name.encode() + path.read_bytes())
+        return digest.hexdigest()[:8]
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of all parts, those that are there already read and the others made."""
@@ -135,7 +144,7 @@ class _Job:
         """What stands beside the rows."""
         files = [self._model_path(name) for name in (*self.config.trained, *self.config.unseen, *self.config.weights)]
         return {
-            "command": "python -m experiments generalise",
+            "command": command_line("generalise", self.config, _PLACES),
             "config": plain(self.config),
             "models_sha256": {path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
             "solvers": {

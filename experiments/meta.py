@@ -118,7 +118,7 @@ class Meta:
     runs: Path = Path("runs/meta")
     """Where unfinished work is kept, to go on from."""
     fresh: bool = False
-    """Throw away unfinished and finished work of this configuration and start anew."""
+    """Throw away all work of this configuration, and the family's tuned classical solvers, and start anew."""
     progress: bool = True
     """Show progress bars."""
 
@@ -130,8 +130,10 @@ def run(config: Meta) -> None:
     """
     if config.solver != CLASSICAL and config.solver not in RECIPES:
         raise ValueError(f"unknown solver {config.solver!r}: known are {', '.join([*RECIPES, CLASSICAL])}")
-    if config.steps is not None and config.steps < 1:
-        raise ValueError(f"steps must be at least 1, got {config.steps}")
+    for name in ("steps", "budget", "samples", "repeats"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     if config.objective is not None and config.objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {config.objective!r}: known are {', '.join(OBJECTIVES)}")
     device = distributed.resolve(config.device)
@@ -182,8 +184,8 @@ class Job:
         digest = hashlib.sha256(repr(measured).encode() + self.path.read_bytes()).hexdigest()[:8]
         self.common = config.runs / config.family / f"common-{digest}"
         if self.first:
-            if config.fresh and self.work.exists():
-                shutil.rmtree(self.work)
+            for folder in (self.work, self.common) if config.fresh else ():
+                shutil.rmtree(folder, ignore_errors=True)
             self.work.mkdir(parents=True, exist_ok=True)
             if not (self.work / "began.json").exists():
                 atomic_write(self.work / "began.json", json.dumps(provenance(), indent=2) + "\n")

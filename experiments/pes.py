@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from metabroyden.evaluation import pes_report
-from metabroyden.evaluation.provenance import plain, provenance, write_results
+from metabroyden.evaluation.provenance import command_line, plain, provenance, write_results
 from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet, unroll
 from metabroyden.meta.backprop import differentiate, frozen
 from metabroyden.meta.draws import training_batch
@@ -102,7 +102,11 @@ def run(config: Pes) -> None:
     }
     for way in WAYS:
         _train(way, settings[way], copy.deepcopy(solver), tasks, config, rows)
-    described = {"command": "python -m experiments pes", "config": plain(config), "provenance": provenance()}
+    described = {
+        "command": command_line("pes", config, ("models", "results", "progress")),
+        "config": plain(config),
+        "provenance": provenance(),
+    }
     write_results(config.results, rows, described)
     Console().print(f"Figure and report: {pes_report.write(config.results, rows, described)}")
 
@@ -114,7 +118,7 @@ def _train(way: str, meta: MetaConfig, solver: Any, tasks: TaskSet, config: Pes,
     trainer.curves = lambda step, values: norms.append(values["gradient norm"]) if "gradient norm" in values else None
     with progress_bar(f"{config.family}, {way}", meta.steps, show=config.progress) as bar:
         trainer.run(bar)
-    finite = torch.tensor([norm for norm in norms if math.isfinite(norm)])
+    finite = torch.tensor([norm for norm in norms if math.isfinite(norm)] or [math.inf])
     rows.append(
         {
             "row": "way",

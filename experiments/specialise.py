@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from rich.markdown import Markdown
 from metabroyden import Broyden, load_solver, save_solver
 from metabroyden.evaluation import equilibria, specialise_report
 from metabroyden.evaluation.equilibria import HeldOut
-from metabroyden.evaluation.provenance import plain, provenance, write_results
+from metabroyden.evaluation.provenance import command_line, plain, provenance, write_results
 from metabroyden.evaluation.transfer import BROYDEN, transfer_row
 from metabroyden.meta.families import family_tasks
 from metabroyden.meta.progress import progress_bar
@@ -95,12 +95,8 @@ def run(config: Specialise) -> None:
         adapted = specialise(start, tasks, settings, progress=bar)
     rows = _measured(config, model, criterion, start, adapted)
     folder = config.results / config.family / f"seed{config.seed}"
-    command = f"python -m experiments specialise --family {config.family}"
-    for item in fields(config):
-        if item.name not in _PLACES and getattr(config, item.name) != item.default:
-            command += f" --{item.name.replace('_', '-')} {getattr(config, item.name)}"
     described = {
-        "command": command,
+        "command": command_line(f"specialise --family {config.family}", config, _PLACES),
         "config": plain(config),
         "model_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "parameters": sum(p.numel() for p in adapted.parameters()),

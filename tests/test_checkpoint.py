@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -158,3 +159,12 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         atomic_write(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_every_solver_among_the_results_loads():
+    root = Path(__file__).parents[1] / "results"
+    paths = [*root.glob("digits/seed*/[!m]*.safetensors"), *root.glob("generalise/*.safetensors")]
+    paths += [*root.glob("*/*/*/solver.safetensors")]
+    assert len(paths) > 15
+    for path in paths:
+        assert mb.load_solver(path).config, path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from metabroyden.evaluation.provenance import write_results
 from metabroyden.learned.layout import Layout
 from metabroyden.learned.safeguard import Safeguard
 from metabroyden.meta.fit import make_learned
+from metabroyden.solve import Phase
 from metabroyden.solvers.tuning import tune
 from metabroyden.testbed.cells import blas
 from tests.conftest import tanh
@@ -278,6 +280,13 @@ def test_clock_rows_take_turns_and_count_calls(tmp_path):
     assert rows[0]["calls"][0] < rows[1]["calls"][0]
 
 
+class Broken(Safeguard):
+    """Hands over to something that leads nowhere, and promises Broyden."""
+
+    def phases(self, solver, initial=None):
+        return [super().phases(solver, initial)[0], Phase(mb.Picard(1e-6))]
+
+
 def test_horizon_rows_count_what_the_fallback_would_have_solved():
     """Steps that lead nowhere are handed over after `patience`: samples are lost, but none given what those steps cost."""
     held, _, _ = held_linear()
@@ -291,6 +300,9 @@ def test_horizon_rows_count_what_the_fallback_would_have_solved():
     assert row["samples"] == row["fallback"] == row["triggered"] == 10
     assert row["lost"] > 0 == row["broken"]
     assert row["lost"] + row["learned"] == 10
+    solver.config = replace(solver.config, safeguard=Broken(horizon=None, patience=8, progress=0.5))
+    (row,) = meta_rows.horizon_rows("meta-broyden", solver, held, steps=needed, tolerances=(1e-3,))
+    assert row["broken"] == 10
 
 
 def test_the_report_holds_a_learned_solver_against_the_best_classical_one(tmp_path):
@@ -329,7 +341,8 @@ def test_the_report_holds_a_learned_solver_against_the_best_classical_one(tmp_pa
         solved("tuned Picard", [20] * 4, [True] * 4) + solved("tuned Broyden", [8] * 4, [True] * 4),
     )
     text = meta_report.write(tmp_path).read_text()
-    line = next(line for line in text.splitlines() if line.startswith("| meta-broyden |"))
+    assert "| meta-broyden | the best classical | 5.00× (1: 5.00–5.00) |" in text, "a failed median is the budget of 40"
+    line = next(line for line in text.split("## fam")[1].splitlines() if line.startswith("| meta-broyden |"))
     assert "| 6 10 (75%) 1.00× | — — (50%) |" in line, "(6 + 10)/2 over Broyden's 8; half failed: no median, no ratio"
     assert "0.38× tuned Picard's (100%), 0.22× tuned Broyden's (100%)" in text, (
         "paired ratios; a rival that fails is none"

@@ -20,6 +20,7 @@ from metabroyden.meta.fit import make_learned
 from metabroyden.meta.orthogonal import OrthogonalMomentum, orthogonal
 from metabroyden.meta.specialise import SpecialiseConfig
 from metabroyden.meta.specialise import specialise as adapt
+from metabroyden.storage import atomic_write
 from metabroyden.testbed import cells
 
 
@@ -162,3 +163,17 @@ def test_specialise_measures_before_and_after(tmp_path, family, capsys):
     assert (tmp_path / "specialise.png").exists()
     specialise.run(replace(config, start=str(folder / "solver.safetensors"), seed=1))
     assert len(list(tmp_path.glob("*/*/rows.jsonl"))) == 2
+
+
+def test_other_models_are_other_work(tmp_path):
+    """What was measured on other weights must not be taken for what these would give."""
+    config = generalise.Generalise(
+        trained=("dense-digits",), unseen=("mlp-digits",), weights=(), seeds=False, runs=tmp_path / "runs",
+        models=tmp_path / "models",
+    )  # fmt: skip
+    folders = []
+    for content in (b"these", b"others"):
+        for name in ("dense-digits", "mlp-digits"):
+            atomic_write(tmp_path / "models" / name / "model.safetensors", content)
+        folders.append(generalise._Job(config).work)
+    assert folders[0] != folders[1]

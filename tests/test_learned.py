@@ -10,7 +10,7 @@ from metabroyden.learned import LEARNED, GroupedConfig, LearnedConfig, Safeguard
 from metabroyden.learned.layout import Layout, guess_layout
 from metabroyden.learned.secants import Secants
 from metabroyden.meta.fit import make_learned
-from metabroyden.meta.unroll import unroll
+from metabroyden.meta.unroll import UnrolledProblem, unroll
 from tests.conftest import tanh
 
 SHAPES = {"nd": (12,), "nct": (4, 6), "ntc": (6, 4), "nchw": (4, 5, 5)}
@@ -251,16 +251,17 @@ def test_states_of_several_scales_are_solved(name):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("gated", [3, 6])
 @pytest.mark.parametrize("kind", SHAPES)
-def test_the_secant_phase_is_andersons_on_the_pairs_of_the_gated_steps(kind):
+def test_the_secant_phase_is_andersons_on_the_pairs_of_the_gated_steps(kind, gated):
     """Untrained, B₀ = −I: each late step must be the multisecant one, of all pairs up to each token for sequences."""
     layout, f, z0, x = problem_of(kind, gain=0.9, dtype=torch.float64)
-    solver = make_learned("meta-broyden", layout, gated=3, memory=4, initializer=0).double()
+    solver = make_learned("meta-broyden", layout, gated=gated, memory=4, initializer=0).double()
     with torch.no_grad():
         iterates = torch.stack(unroll(solver, f, z0, x, steps=8, backend="native").iterates)
         residuals = torch.stack([f(z.view_as(z0), x).flatten(1) - z for z in iterates])
     assert len(iterates) == 9
-    for k in range(4, 9):  # the step from k − 1
+    for k in range(gated + 1, 9):  # the step from k − 1
         first = max(0, k - 1 - 4)
         dz = iterates[first + 1 : k] - iterates[first : k - 1]
         dg = residuals[first + 1 : k] - residuals[first : k - 1]
@@ -278,7 +279,10 @@ def test_the_secant_phase_is_andersons_on_the_pairs_of_the_gated_steps(kind):
                     1
                 )
                 wanted = (z[b] + g[b] - gamma @ (dz[:, b] + dg[:, b]))[here]
-                torch.testing.assert_close(iterates[k][b][here], wanted, rtol=1e-4, atol=1e-6)
+                close = {3: (1e-4, 1e-6), 6: (1e-3, 3e-4)}[
+                    gated
+                ]  # as many pairs as a token has coordinates: ill-conditioned
+                torch.testing.assert_close(iterates[k][b][here], wanted, rtol=close[0], atol=close[1])
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -322,6 +326,45 @@ def test_the_transposed_inverse_is_that_of_the_step(kind, steps):
             torch.testing.assert_close(z - b(g), solver.step(z, g, state._replace(secants=noted._replace(
                 steps=noted.steps - 1, z=state.secants.z * 0 + noted.z - noted.moves[:, (noted.steps - 2) % 4],
                 g=noted.g - noted.residuals[:, (noted.steps - 2) % 4])), problem).z, rtol=1e-7, atol=1e-9)  # fmt: skip
+
+
+@pytest.mark.parametrize("memory", [1, 3])
+def test_a_sample_goes_its_way_whoever_else_is_in_the_batch(memory):
+    """Samples that leave at different times take their rows of the trail, and of the secants, along."""
+    solver = make_learned("meta-broyden", Layout("nd", (8,)), context="native", gated=5, memory=memory).double()
+    for parameter in solver.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(9, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rate = torch.linspace(0.05, 0.95, 9, dtype=torch.float64).unsqueeze(1)
+
+    def f(z, context):
+        slope, shift = context[1], context[0]
+        return slope * torch.tanh(z.roll(1, 1)) + shift
+
+    whole = mb.solve(f, torch.zeros_like(x), (x, rate), solver=solver, rtol=1e-9, max_nfe=60)
+    assert len(set(whole.nfe.tolist())) > 3, "or nothing was gathered"
+    assert whole.steps.max() > 5, "or no secants were taken"
+    for b in range(9):
+        alone = mb.solve(
+            f, torch.zeros_like(x[:1]), (x[b : b + 1], rate[b : b + 1]), solver=solver, rtol=1e-9, max_nfe=60
+        )
+        assert abs(int(alone.nfe) - int(whole.nfe[b])) <= 1
+        first = min(int(alone.nfe), 12)
+        torch.testing.assert_close(
+            whole.trace.residual[:first, b], alone.trace.residual[:first, 0], rtol=1e-5, atol=1e-10, equal_nan=True
+        )
+
+
+def test_gates_are_set_anew_at_every_step():
+    solver = make_learned("meta-broyden", Layout("nd", (8,)), initializer=0)
+    with torch.no_grad():
+        solver.lstm.offset[2 : 2 + solver.rank] = 0.5
+        x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+        problem = UnrolledProblem(lambda z, x: 0.5 * z + x, torch.zeros_like(x), x)
+        state = solver.init(x, x, problem)
+        for _ in range(3):
+            state = solver.step(x, x, state, problem).state
+    torch.testing.assert_close(state.gates, 1.5 * state.initial)
 
 
 def test_a_pair_of_nothing_takes_no_other_with_it():

@@ -340,3 +340,18 @@ def test_contexts_made_beforehand_are_the_same_problems():
     shifted = TaskSet(lambda z, x: z, split(0, 9), split(1, 5), augment=lambda raw, generator: raw + 1)
     with pytest.raises(ValueError, match="augmented"):
         shifted.prepared(6, torch.Generator(), 3)
+
+
+@pytest.mark.parametrize("what", ["weights", "contexts"])
+def test_a_checkpoint_of_other_problems_is_refused(tmp_path, what):
+    path = tmp_path / "training.safetensors"
+    MetaTrainer(grouped(), tasks(), SMALL, checkpoint=path).run(until=4)
+    MetaTrainer(grouped(), tasks(), SMALL, checkpoint=path)  # the same ones: it goes on
+    other, f = contexts(60), Cell()
+    if what == "weights":
+        f.conv.weight.data.mul_(0.9)
+    else:
+        other[0, 0, 0, 0] += 1
+    changed = TaskSet(f, other, contexts(16, 1), contexts(16, 2))
+    with pytest.raises(mb.CheckpointError, match="on other problems: other weights of f, or other contexts"):
+        MetaTrainer(grouped(), changed, SMALL, checkpoint=path)

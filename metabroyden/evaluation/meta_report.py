@@ -178,8 +178,9 @@ def summary(families: Sequence[MetaResults]) -> str:
         < (theirs := max(results.spent(rival, tolerance)[1] for rival in results.classical)) - 1e-9
     ]
     words = (
-        "Geometric mean over families of the median evaluations (mean of the seeds' medians) over the rival's, how many "
-        "families it is of (those where both medians are finite), the least and the most."
+        "Geometric mean over families of the median evaluations (mean of the seeds' medians, a failed one counting as the "
+        "budget) over the rival's, how many families it is of (those where the rival's median is finite), the least and "
+        "the most."
     )
     fewer = "Fewer samples solved than by the classical solver that solves most: " + (
         "; ".join(lower) if lower else "nowhere"
@@ -188,7 +189,8 @@ def summary(families: Sequence[MetaResults]) -> str:
 
 
 def _ratio(results: MetaResults, name: str, rival: str, tolerance: float) -> float | None:
-    """Evaluations of a learned solver over a rival's on one family; None where there is no such figure."""
+    """Evaluations of a learned solver over a rival's on one family, a median that failed being the budget; None where the
+    rival's own median did, or where there is no such figure."""
     if name not in results.learned or tolerance not in results.tolerances:
         return None
     if rival == "the best classical":
@@ -197,8 +199,11 @@ def _ratio(results: MetaResults, name: str, rival: str, tolerance: float) -> flo
         rival = results.best(tolerance)
     elif rival not in results.learned:
         return None
-    ours, theirs = (float(np.mean(results.spent(one, tolerance)[0])) for one in (name, rival))
-    return ours / theirs if np.isfinite([ours, theirs]).all() else None
+    ours, theirs = (np.array(results.spent(one, tolerance)[0]) for one in (name, rival))
+    if not np.isfinite(theirs).all():
+        return None
+    budget = results.of("solve", name, tolerance=tolerance)[0]["budget"]
+    return float(np.minimum(ours, budget).mean() / theirs.mean())
 
 
 def evaluations_table(results: MetaResults) -> str:

@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,30 @@ def config_hash(config: Any) -> str:
 def plain(config: Any) -> dict[str, Any]:
     """A config dataclass as JSON holds it, paths as strings."""
     return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
+
+
+def command_line(name: str, config: Any, places: Iterable[str]) -> str:
+    """The command that runs an experiment with this config: its options but for those that say where things are.
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass
+    ... class Config:
+    ...     some_steps: int = 3
+    ...     names: tuple[str, ...] = ("a",)
+    ...     widths: bool = True
+    >>> command_line("race", Config(4, ("a", "b"), False), ())
+    'python -m experiments race --some-steps 4 --names a b --no-widths'
+    """
+    words = [f"python -m experiments {name}"]
+    for item in fields(config):
+        value, option = getattr(config, item.name), item.name.replace("_", "-")
+        if item.name in places or value == item.default:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            words.append(f"--{option} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
+    return " ".join(words)
 
 
 def write_results(folder: Path, rows: Iterable[dict[str, Any]], described: dict[str, Any]) -> None:

@@ -77,6 +77,9 @@ class AcrossTrainer:
             )
         if not isinstance(config.unroll, int):
             raise ValueError(f"wanted one number for unroll, got {config.unroll!r}")
+        for name in ("estimator", "start_noise", "patience", "budget_seconds"):
+            if getattr(config, name) != getattr(MetaConfig, name):
+                raise ValueError(f"training across DEQs knows no {name}, got {getattr(config, name)!r}")
         self.solver, self.config, self.validation = solver, config, list(validation)
         self.longest = config.unroll
         self.sources = [source for _, source in sources]
@@ -121,7 +124,7 @@ class AcrossTrainer:
         config, generator = self.config, self.generator
         source = self.sources[int(torch.multinomial(self.shares, 1, generator=generator))]
         f, z0, x = source.problem(config.batch, generator)
-        length = int(torch.randint(self.longest // 2, self.longest + 1, (), generator=generator))
+        length = int(torch.randint(max(1, self.longest // 2), self.longest + 1, (), generator=generator))
         done = self.step / config.steps
         with frozen(f):
             loss, norm = differentiate(self.solver, f, z0, x, config, config.backend, steps=length, done=done)

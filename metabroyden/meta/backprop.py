@@ -46,7 +46,10 @@ class UnrolledLoss(nn.Module):
             checkpoint_steps=config.checkpoint_steps,
             half=config.half,
         )
-        return config.objective.loss(rollout, star, done), rollout.carry()
+        loss = config.objective.loss(rollout, star, done)
+        if distributed.size() > 1:  # the reduction wants every parameter's gradient, of segments that use none, too
+            loss = loss + 0 * torch.stack([parameter.sum() for parameter in self.solver.parameters()]).sum()
+        return loss, rollout.carry()
 
 
 def backpropagate(

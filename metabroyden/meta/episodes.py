@@ -64,7 +64,7 @@ class EpisodeConfig:
                 raise ValueError(f"EpisodeConfig: {name} must be an integer of at least 1, got {value!r}")
         for name in ("inner_rate", "learning_rate", "clip"):
             value = getattr(self, name)
-            if not (isinstance(value, float) and math.isfinite(value) and value > 0):
+            if isinstance(value, bool) or not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
                 raise ValueError(f"EpisodeConfig: {name} must be a positive number, got {value!r}")
         if self.update not in (*UPDATES, *LIBRARY):
             raise ValueError(f"update must be one of {', '.join((*UPDATES, *LIBRARY))}, got {self.update!r}")

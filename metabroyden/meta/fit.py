@@ -118,7 +118,10 @@ def fit_solver(
 
     Raises:
         ValueError, TypeError: bad input, saying what was given and what is wanted.
+        RuntimeError: inference mode or autocast is on.
     """
+    if torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        raise RuntimeError("fit_solver trains: call it outside of torch.inference_mode and autocast")
     if holds_deq(f):
         f = FixedPointMap(f)  # type: ignore[arg-type]
     if z0 is None:
@@ -146,6 +149,8 @@ def fit_solver(
     where = _checked_layout(f, start, len(x), layout)
     first = start if isinstance(start, Tensor) else start[0]
     options = context_options(f, where, start, x, context)
+    if solver == "coordinatewise" and options.get("context_channels", where.channels) != where.channels:
+        options = context_options(f, where, start, x, "f0" if context == "auto" else context)
     if ours:  # its steps beyond those it was trained on are quasi-Newton ones
         options["gated"] = config.segments * UNROLL
     learned = make_learned(solver, where, seed=seed, **options).to(device=first.device, dtype=first.dtype)

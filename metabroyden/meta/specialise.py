@@ -49,7 +49,8 @@ class SpecialiseConfig(Unrolling):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_counts("steps", "unroll", "batch", "validate_every", "validation_size")
-        self._check_positive("learning_rate", "orthogonal_rate")
+        self._check_counts("rank", "initializer")
+        self._check_positive("learning_rate", "orthogonal_rate", "rtol")
 
 
 def specialise(

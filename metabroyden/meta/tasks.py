@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.solution import State
 from metabroyden.state import gather
 
@@ -71,6 +73,13 @@ class TaskSet:
         twin.raw = {name: numbers.get(name) for name in self.raw}
         twin._made = pytree.tree_map(lambda *parts: torch.cat(parts), *made)
         return twin
+
+    def identity(self) -> str:
+        """A hash of the weights of f (where it is a module) and of the training and validation contexts."""
+        digest = hashlib.sha256(str(fingerprint(self.f)).encode())
+        for name in ("train", "validation"):
+            digest.update(self.split(name).detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def split(self, name: str) -> Tensor:
         """Raw contexts of a split; ValueError for an unknown or absent one."""

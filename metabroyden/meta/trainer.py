@@ -206,6 +206,7 @@ class MetaTrainer:
         header = {
             "config": _jsonable(asdict(self.config)),
             "solver": _jsonable(self.solver.describe()["config"]),
+            "tasks": self.tasks.identity(),
             "step": self.step,
             "seconds": self.clock.read(),
             "incidents": self.incidents.describe(),
@@ -223,6 +224,11 @@ class MetaTrainer:
                     f"{path} was written by another meta-training: its {name} is {header.get(name)}, wanted "
                     f"{_jsonable(wanted)}; move it away to start anew"
                 )
+        if header.get("tasks") != self.tasks.identity():
+            raise checkpoint.CheckpointError(
+                f"{path} was written by a meta-training on other problems: other weights of f, or other contexts; move it "
+                "away to start anew"
+            )
         checkpoint.restore_training(tensors, self.solver, self.optimizer, path)
         self.best = checkpoint.under(tensors, "best.")
         self.step, self.stopped = header["step"], header["stopped"]
