@@ -217,7 +217,7 @@ def test_meta_trains_measures_and_goes_on(tmp_path, family, monkeypatch):
     if not text:
         meta.run(replace(config, solver="classical"))
         report = (trial / "report.md").read_text()
-        beside = report.split("| grouped |")[1].split("\n")[0]
+        beside = report.split(f"## {family}")[1].split("| grouped |")[1].split("\n")[0]
         assert ("×" in beside) == (family == "multiscale-digits"), "nothing is said of solvers that do not get there"
         assert (trial / family / "residual.png").exists()
         assert list(config.results.iterdir()) == [trial]

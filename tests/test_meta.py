@@ -6,6 +6,7 @@ import importlib.util
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -249,6 +250,7 @@ def test_curves_are_written_for_tensorboard(tmp_path):
     trainer = MetaTrainer(grouped(), tasks(), SMALL)
     with tensorboard(tmp_path) as trainer.curves:
         trainer.run(until=4)
+    time.sleep(1.1)  # files are read in the order of their names, which tell the second
     with tensorboard(tmp_path, trainer.step) as trainer.curves:
         trainer.run()
     log = EventAccumulator(str(tmp_path)).Reload()
