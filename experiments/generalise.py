@@ -20,7 +20,7 @@ from metabroyden.evaluation.equilibria import HeldOut
 from metabroyden.evaluation.provenance import command_line, config_hash, plain, provenance, write_results
 from metabroyden.evaluation.transfer import BROYDEN, transfer_row
 from metabroyden.learned.layout import Layout
-from metabroyden.learned.safeguard import Safeguard
+from metabroyden.learned.safeguard import BY_PROGRESS
 from metabroyden.meta import MetaConfig, TaskSet
 from metabroyden.meta.across import AcrossTrainer, Known, RandomCells, Source
 from metabroyden.meta.families import family_layout, family_tasks
@@ -41,7 +41,6 @@ UNSEEN = ("conv-fashion", "multiscale-digits", "multiscale-fashion", "transforme
 """Families it is tested on."""
 SHARE = 8.0
 """How many times as often as those of one family random cells are drawn."""
-SAFEGUARD = Safeguard(horizon=None, patience=15, progress=0.5)
 NOTHING = "—"
 _PLACES = ("models", "digits", "results", "runs", "fresh", "progress")
 
@@ -245,7 +244,7 @@ class _Job:
         coordinatewise = self._trained(
             "coordinatewise",
             lambda: make_learned(
-                "coordinatewise", Layout("nd", (1,)), seed=config.seed, initializer=0, safeguard=SAFEGUARD
+                "coordinatewise", Layout("nd", (1,)), seed=config.seed, initializer=0, safeguard=BY_PROGRESS
             ),
             config.coordinatewise_steps, 16, 3e-3,
         )  # fmt: skip
@@ -277,7 +276,7 @@ class _Job:
             seed=self.config.seed,
             context="native" if channels else "f0",
             context_channels=channels,
-            safeguard=SAFEGUARD,
+            safeguard=BY_PROGRESS,
         )
         return self._across(name, solver, sources, validation, self.config.weights_steps, 14, 4e-3)
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from metabroyden import Anderson, Broyden, checkpoint, load_solver, save_solver
 from metabroyden.evaluation import equilibria, meta_report, meta_rows, texts
-from metabroyden.evaluation.provenance import config_hash, plain, provenance, write_results
+from metabroyden.evaluation.provenance import command_line, config_hash, plain, provenance, write_results
 from metabroyden.learned.fingerprint import fingerprint
-from metabroyden.learned.safeguard import Safeguard
+from metabroyden.learned.safeguard import BY_PROGRESS
 from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet, distributed
 from metabroyden.meta.families import family_layout, family_tasks
 from metabroyden.meta.fit import make_learned
@@ -55,7 +55,7 @@ class Recipe:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-_SAME: dict[str, Any] = {"initializer": 32, "safeguard": Safeguard(horizon=None, patience=15, progress=0.5)}
+_SAME: dict[str, Any] = {"initializer": 32, "safeguard": BY_PROGRESS}
 RECIPES: dict[str, Recipe] = {
     "meta-broyden": Recipe(steps=400, learning_rate=5e-3, options=_SAME),
     "grouped": Recipe(steps=300, learning_rate=4e-3, options={**_SAME, "rank": 32}),
@@ -331,13 +331,10 @@ class Job:
 
     def _described(self, solver: Any) -> dict[str, Any]:
         config = self.config
-        command = f"python -m experiments meta --family {config.family} --solver {config.solver} --seed {config.seed}"
-        for item in fields(config):
-            value = getattr(config, item.name)
-            if item.name in OPTIONS and value != item.default:
-                command += f" --{item.name.replace('_', '-')} {value}"
+        always = f"meta --family {config.family} --solver {config.solver} --seed {config.seed}"
+        places = {item.name for item in fields(config)} - set(OPTIONS)
         described = {
-            "command": command,
+            "command": command_line(always, config, places),
             "config": plain(config),
             "device": _name(self.device),
             "model_sha256": hashlib.sha256(self.path.read_bytes()).hexdigest(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from metabroyden.learned.base import LearnedConfig, LearnedSolver, register
 from metabroyden.learned.lstm import SharedLSTM
 from metabroyden.learned.preconditioner import LearnedInverse, Preconditioner
-from metabroyden.learned.safeguard import Safeguard
+from metabroyden.learned.safeguard import BY_PROGRESS, Safeguard
 from metabroyden.learned.secants import Secants, SecantState
 from metabroyden.solve import Phase
 from metabroyden.solvers.base import Step
@@ -37,7 +37,7 @@ class MetaBroydenConfig(LearnedConfig):
     gated: int = 28
     memory: int = 10
     ridge: float = 1e-8
-    safeguard: Safeguard = field(default_factory=lambda: Safeguard(horizon=None, patience=15, progress=0.5))
+    safeguard: Safeguard = BY_PROGRESS
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -60,3 +60,7 @@ class Safeguard:
             ),
             Phase(self.fallback()),
         ]
+
+
+BY_PROGRESS = Safeguard(horizon=None, patience=15, progress=0.5)
+"""For solvers that may go on as long as they halve the residual every fifteen evaluations."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from metabroyden.learned.base import LearnedConfig, LearnedSolver, register
 from metabroyden.learned.layout import Layout
 from metabroyden.learned.lstm import SharedLSTM
 from metabroyden.learned.preconditioner import Preconditioner
-from metabroyden.learned.safeguard import Safeguard
+from metabroyden.learned.safeguard import BY_PROGRESS, Safeguard
 from metabroyden.solvers.base import Step
 
 _LOOKS = (1e-6, 1e-2, 1e-1)  # ridges at which the share of g that the pairs explain is looked at
@@ -37,7 +37,7 @@ class UniversalConfig(LearnedConfig):
     memory: int = 10
     ridge: float = 1e-2
     rank: int = 0
-    safeguard: Safeguard = field(default_factory=lambda: Safeguard(horizon=None, patience=15, progress=0.5))
+    safeguard: Safeguard = BY_PROGRESS
 
     def __post_init__(self) -> None:
         super().__post_init__()
