@@ -96,7 +96,7 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], path: str | Path
 def training_tensors(
     module: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator | None = None
 ) -> dict[str, Tensor]:
-    """What a training run must remember to go on bit for bit: weights, Adam's moments, its random generator if any."""
+    """What a training run must remember to go on bit for bit: weights, moments, random generator if any."""
     tensors = {f"module.{name}": value for name, value in module.state_dict().items()}
     names = [name for name, _ in module.named_parameters()]
     for number, state in optimizer.state_dict()["state"].items():
@@ -117,12 +117,16 @@ def restore_training(
     load_weights(module, under(tensors, "module."), path)
     state: dict[int, dict[str, Tensor]] = {}
     for number, (name, _) in enumerate(module.named_parameters()):
-        moments = {key: tensors.get(f"adam.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
-        if all(value is not None for value in moments.values()):
-            state[number] = moments  # type: ignore[assignment]
+        moments = {key.split(".")[1]: value for key, value in tensors.items() if _moment_of(name, key)}
+        if moments:
+            state[number] = moments
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     if generator is not None:
         generator.set_state(tensors["generator"])
+
+
+def _moment_of(name: str, key: str) -> bool:
+    return key.startswith("adam.") and key.split(".", 2)[2] == name
 
 
 def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from metabroyden.learned.layout import Layout
 from metabroyden.meta import MetaConfig, TaskSet
 from metabroyden.meta.across import AcrossTrainer, Known, RandomCells
 from metabroyden.meta.fit import make_learned
-from metabroyden.meta.orthogonal import OrthogonalMomentum, orthogonal
+from metabroyden.meta.orthogonal import OrthogonalAdam, orthogonal
 from metabroyden.meta.specialise import SpecialiseConfig
 from metabroyden.meta.specialise import specialise as adapt
 from metabroyden.storage import atomic_write
@@ -65,10 +65,13 @@ def test_orthogonal_momentum_moves_all_directions_alike():
     value = torch.randn(10, 3, 3, 3, generator=torch.Generator().manual_seed(0))
     found = torch.linalg.svdvals(orthogonal(value).flatten(1))
     assert ((found > 0.6) & (found < 1.3)).all(), "singular values of about one"
-    parameter = torch.nn.Parameter(torch.zeros(16, 8))
-    optimizer = OrthogonalMomentum([parameter], lr=0.1)
+    parameter, other = (torch.nn.Parameter(torch.zeros(16, 8)) for _ in range(2))
+    optimizer = OrthogonalAdam([parameter, other], [parameter], lr=1.0, orthogonal_rate=0.2)
+    optimizer.set_rates(0.5)
     parameter.grad = torch.outer(torch.ones(16), torch.arange(8.0)) + 1e-3 * torch.eye(16, 8)
+    other.grad = parameter.grad.clone()
     optimizer.step()
+    torch.testing.assert_close(other.detach(), -0.5 * other.grad.sign(), rtol=1e-3, atol=1e-3)
     assert float((parameter.detach() * parameter.grad).sum()) < 0
     assert torch.linalg.matrix_norm(parameter.detach(), 2) < 0.1 * 2**0.5 * 1.3
 

@@ -316,7 +316,7 @@ def test_the_transposed_inverse_is_that_of_the_step(kind, steps):
         def b(v):
             known, rest = solver.secants.explain(v, solver._pairs(state, layout.shape), layout.shape)
             r = layout.canonical(rest, layout.shape)
-            return known - layout.flat(state.direct * r + solver.preconditioner(r, state.gates))
+            return known - layout.flat((state.direct + solver.channel) * r + solver.preconditioner(r, state.gates))
 
         left, right = (b(one) * other).sum(1), (one * solver.transposed(other, frozen)).sum(1)
         torch.testing.assert_close(left, right, rtol=1e-8, atol=1e-10)

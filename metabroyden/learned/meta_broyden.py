@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metabroyden.learned.base import LearnedConfig, LearnedSolver, register
+from metabroyden.learned.layout import KINDS
 from metabroyden.learned.lstm import SharedLSTM
 from metabroyden.learned.preconditioner import LearnedInverse, Preconditioner
 from metabroyden.learned.safeguard import BY_PROGRESS, Safeguard
@@ -68,21 +69,22 @@ class MetaBroydenState(NamedTuple):
 
 @register("meta-broyden")
 class MetaBroyden(LearnedSolver):
-    """z⁺ = z − B_k g, B_k = B₀ + (ΔZ − B₀ΔG)ΔG⁺ with a learned B₀ = −(w + P) and exact secant pairs.
+    """z⁺ = z − B_k g, B_k = B₀ + (ΔZ − B₀ΔG)ΔG⁺ with a learned B₀ = −(w + d + P) and exact secant pairs.
 
     P(g) = B(A(g) · γ) is a `Preconditioner` of k inner channels. In the first steps one LSTM cell a place (a pixel, a token,
     the sample of a vector), shared by all, sees the inner residual A(g)/s, the gates where the solve began, the residual's
     scale s and its last change, and sets the inner gates γ, an inner correction c, the weight w of the residual and that of
     the last move:
 
-        z⁺ = z + m·(z − z₋) + w·g + B(A(g)·γ + s·c)
+        z⁺ = z + m·(z − z₋) + (w + d)·g + B(A(g)·γ + s·c)
 
-    All that is learned happens in k channels; of the state's size there are few operations. The pairs (Δz, Δg) of these
-    steps are kept, the last `memory` of them. From then on the LSTM rests: its last γ and w are frozen, which makes B₀
-    linear, and every step is a multisecant one on top of it (see `Secants`; for sequences causal, token by token).
+    with a constant d for each channel, since resolutions and features differ in the step they want. All else that is learned
+    happens in k channels; of the state's size there are few operations. The pairs (Δz, Δg) of these steps are kept, the last
+    `memory` of them. From then on the LSTM rests: its last γ and w are frozen, which makes B₀ linear, and every step is a
+    multisecant one on top of it (see `Secants`; for sequences causal, token by token).
     With no more than `gated` steps in an unroll, B₀ is learned from what the residuals of the gated steps want.
 
-    Untrained, P = 0, c = m = 0 and w is the damping: Picard's iteration, then Anderson's on its pairs.
+    Untrained, P = 0, c = m = d = 0 and w is the damping: Picard's iteration, then Anderson's on its pairs.
     """
 
     config_type = MetaBroydenConfig
@@ -92,6 +94,7 @@ class MetaBroyden(LearnedSolver):
         super().__init__(config)
         rank = self.rank = config.rank or min(48, max(16, self.layout.channels // 2))
         self.preconditioner = Preconditioner(self.layout, self.context_channels, rank)
+        self.channel = nn.Parameter(torch.zeros(1, self.layout.channels, *[1] * (KINDS[config.layout] - 1)))
         self.lstm = SharedLSTM(2 * rank + 2, config.hidden, 2 * rank + 2)
         self.secants = Secants(self.layout, config.memory, config.ridge)
 
@@ -137,7 +140,8 @@ class MetaBroyden(LearnedSolver):
         output = output.reshape(len(z), -1, *inner.shape[2:])
         direct, momentum, change, correction = output.split([1, 1, rank, rank], dim=1)
         direct, gates = self.config.damping + direct, state.initial * (1 + change)
-        moved = torch.lerp(layout.canonical(state.before, shape), zc, 1 + momentum).addcmul_(direct, gc)
+        moved = torch.lerp(layout.canonical(state.before, shape), zc, 1 + momentum)
+        moved = moved.addcmul_(direct, gc).addcmul_(self.channel, gc)
         moved = moved.add_(self.preconditioner.outward(torch.addcmul(inner * gates, scale, correction)))
         trail = (*state.trail, (z, g, None))[-self.config.memory - 1 :]
         after = MetaBroydenState(
@@ -147,7 +151,7 @@ class MetaBroyden(LearnedSolver):
 
     def _initial_inverse(self, r: Tensor, state: MetaBroydenState) -> Tensor:
         """−B₀r for a canonical r, with the weights of the last gated step."""
-        return r * state.direct + self.preconditioner(r, state.gates)
+        return r * (state.direct + self.channel) + self.preconditioner(r, state.gates)
 
     def _pairs(self, state: MetaBroydenState, shape: tuple[Any, ...]) -> SecantState | None:
         """The secant pairs known so far; None before the first iterate is noted."""
@@ -179,7 +183,7 @@ class MetaBroyden(LearnedSolver):
         gates, direct, pairs = frozen
         shape = self.layout.shape_like(gates.shape[2:])
         wc = self.layout.canonical(w, shape)
-        back = -self.layout.flat(wc * direct + self.preconditioner.transpose(wc, gates))
+        back = -self.layout.flat(wc * (direct + self.channel) + self.preconditioner.transpose(wc, gates))
         if pairs is None:
             return back
         residuals, moves, gram = pairs

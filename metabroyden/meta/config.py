@@ -61,7 +61,8 @@ class MetaConfig(Unrolling):
         steps: outer (Adam) steps.
         unroll: solver steps K that are backpropagated through together; a pair (low, high): K is drawn anew for each outer
             step, log-uniformly from low to high.
-        batch: fixed-point problems a step, over all processes. learning_rate: peak, cosine to zero.
+        batch: fixed-point problems a step, over all processes. learning_rate: of Adam, peak, cosine to zero.
+        orthogonal_rate: peak of that of the matrices, by `OrthogonalAdam`, or 0: Adam for them too.
         estimator: of the gradient, "backprop" or "pes" (see `metabroyden.meta.pes`). With the latter an outer step is one
             segment, and `segments` of them in a row one unroll. sigma: of its perturbations. particles: pairs of them.
         backend: of the unroll that is backpropagated through. seed: of all that is drawn.
@@ -82,6 +83,7 @@ class MetaConfig(Unrolling):
     unroll: int | tuple[int, int] = 14
     batch: int = 32
     learning_rate: float = 2e-3
+    orthogonal_rate: float = 0.0
     estimator: str = "backprop"
     sigma: float = 0.01
     particles: int = 8
@@ -115,8 +117,9 @@ class MetaConfig(Unrolling):
             self._check_counts("patience")
         if self.budget_seconds is not None:
             self._check_positive("budget_seconds")
-        if self.start_noise != 0:
-            self._check_positive("start_noise")
+        for name in ("start_noise", "orthogonal_rate"):
+            if getattr(self, name) != 0:
+                self._check_positive(name)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"MetaConfig: seed must be an integer, got {self.seed!r}")
         choices = {"backend": BACKENDS, "estimator": ("backprop", "pes"), "budget_clock": ("wall", "cpu")}

@@ -9,28 +9,50 @@ import torch
 from torch import Tensor
 
 
-class OrthogonalMomentum(torch.optim.Optimizer):
-    """W ← W − lr·√max(1, rows/columns)·orth(M), M ← momentum·M + ∇; filters of a convolution as rows.
+class OrthogonalAdam(torch.optim.Adam):
+    """Adam, but for the parameters `matrices`: W ← W − rate·√max(1, rows/columns)·orth(M), M ← momentum·M + ∇.
 
     Muon (Jordan et al. 2024) without Nesterov's form: orth(M) is UVᵀ of M = USVᵀ, by five steps of the Newton–Schulz
-    iteration with the quintic's coefficients from there, which bring singular values near one. A zero matrix, which has no
-    scale of its own, moves as far as any other.
+    iteration with the quintic's coefficients from there, which bring singular values near one. Filters of a convolution are
+    rows. A zero matrix, which has no scale of its own, moves as far as any other.
+
+    `set_rates` sets both rates to a share of what they were made with.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.9) -> None:
-        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        matrices: Iterable[Tensor],
+        *,
+        lr: float,
+        orthogonal_rate: float,
+        momentum: float = 0.9,
+    ) -> None:
+        super().__init__(parameters, lr=lr)
+        self.matrices = list(matrices)
+        self.peaks = lr, orthogonal_rate
+        self.orthogonal_rate, self.momentum = orthogonal_rate, momentum
+
+    def set_rates(self, share: float) -> None:
+        """Both rates, as a share of those the optimizer was made with."""
+        rate, self.orthogonal_rate = (share * peak for peak in self.peaks)
+        for group in self.param_groups:
+            group["lr"] = rate
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                memory = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
-                memory.mul_(group["momentum"]).add_(parameter.grad)
-                rows, columns = parameter.flatten(1).shape
-                parameter.sub_(orthogonal(memory), alpha=group["lr"] * max(1.0, rows / columns) ** 0.5)
+        grads = [matrix.grad for matrix in self.matrices]
+        for matrix, grad in zip(self.matrices, grads, strict=True):
+            if grad is not None:
+                memory = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
+                memory.mul_(self.momentum).add_(grad)
+                rows, columns = matrix.flatten(1).shape
+                matrix.sub_(orthogonal(memory), alpha=self.orthogonal_rate * max(1.0, rows / columns) ** 0.5)
+                matrix.grad = None
+        super().step()
+        for matrix, grad in zip(self.matrices, grads, strict=True):
+            matrix.grad = grad
 
 
 def orthogonal(value: Tensor) -> Tensor:

@@ -47,9 +47,9 @@ def share(config: Any, step: int, spent: Sequence[float]) -> float:
     return steps if config.budget_seconds is None else min(1.0, max(steps, _of_budget(config, spent)))
 
 
-def learning_rate(config: Any, done: float) -> float:
-    """Cosine from the peak at done = 0 to zero at done = 1."""
-    return 0.5 * config.learning_rate * (1 + math.cos(math.pi * done))
+def cosine(done: float) -> float:
+    """Share of the peak learning rate: 1 at done = 0, falling to zero at done = 1."""
+    return 0.5 * (1 + math.cos(math.pi * done))
 
 
 def reason_to_stop(

@@ -14,7 +14,7 @@ from metabroyden.learned.universal import Universal, specialised
 from metabroyden.meta.backprop import differentiate, frozen
 from metabroyden.meta.config import Unrolling
 from metabroyden.meta.families import family_layout
-from metabroyden.meta.orthogonal import OrthogonalMomentum, is_matrix
+from metabroyden.meta.orthogonal import OrthogonalAdam, is_matrix
 from metabroyden.meta.tasks import TaskSet
 from metabroyden.meta.trainer import Progress, mean_evaluations
 
@@ -26,7 +26,7 @@ class SpecialiseConfig(Unrolling):
     Attributes:
         steps: outer steps. unroll: solver steps of each. batch: contexts of each.
         learning_rate: of Adam, for gates, biases and whatever is no matrix.
-        orthogonal_rate: of `OrthogonalMomentum`, for the matrices of initializer and preconditioner. Both rates fall to zero
+        orthogonal_rate: of `OrthogonalAdam`, for the matrices of initializer and preconditioner. Both rates fall to zero
             linearly.
         rank, initializer: widths of the parts that a universal solver is given.
         seed: of the new parts and the batches.
@@ -66,13 +66,9 @@ def specialise(
     adapted: Any = _with_parts(solver, tasks, config).requires_grad_(True).train()
     own = [part for part in (adapted.initializer, getattr(adapted, "preconditioner", None)) if part is not None]
     matrices = [p for part in own for p in part.parameters() if is_matrix(p)]
-    taken = {id(p) for p in matrices}
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Adam([p for p in adapted.parameters() if id(p) not in taken], lr=config.learning_rate)
-    ]
-    if matrices:
-        optimizers.append(OrthogonalMomentum(matrices, lr=config.orthogonal_rate))
-    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    optimizer = OrthogonalAdam(
+        adapted.parameters(), matrices, lr=config.learning_rate, orthogonal_rate=config.orthogonal_rate
+    )
     generator = torch.Generator().manual_seed(config.seed)
     best, kept = _score(adapted, tasks, config), copy.deepcopy(adapted.state_dict())
     with frozen(tasks.f), torch.enable_grad():
@@ -81,12 +77,9 @@ def specialise(
             loss, norm = differentiate(
                 adapted, tasks.f, z0, x, config, "native", steps=config.unroll, done=step / config.steps
             )
-            groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-            for group, rate in zip(groups, rates, strict=True):
-                group["lr"] = rate * (1 - step / config.steps)
+            optimizer.set_rates(1 - step / config.steps)
             if torch.isfinite(norm):
-                for optimizer in optimizers:
-                    optimizer.step()
+                optimizer.step()
             if (step + 1) % config.validate_every == 0 or step + 1 == config.steps:
                 score = _score(adapted, tasks, config)
                 if score < best:

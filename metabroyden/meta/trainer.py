@@ -19,8 +19,9 @@ from metabroyden.meta import distributed
 from metabroyden.meta.backprop import BackpropEstimator, frozen
 from metabroyden.meta.config import MetaConfig
 from metabroyden.meta.incidents import Incidents
+from metabroyden.meta.orthogonal import OrthogonalAdam, is_matrix
 from metabroyden.meta.pes import EvolutionEstimator
-from metabroyden.meta.schedule import Clock, learning_rate, reason_to_stop, share
+from metabroyden.meta.schedule import Clock, cosine, reason_to_stop, share
 from metabroyden.meta.tasks import TaskSet
 from metabroyden.solve import solve
 from metabroyden.state import gather
@@ -70,7 +71,12 @@ class MetaTrainer:
         self.history: list[dict[str, float]] = []
         self.best_score = math.inf
         self.best = copy.deepcopy(solver.state_dict())
-        self.optimizer = torch.optim.Adam(solver.parameters(), lr=self.config.learning_rate)
+        self.optimizer = OrthogonalAdam(
+            solver.parameters(),
+            [p for p in solver.parameters() if is_matrix(p)] if self.config.orthogonal_rate else [],
+            lr=self.config.learning_rate,
+            orthogonal_rate=self.config.orthogonal_rate,
+        )
         self.curves: Curves | None = None
         self._estimator: BackpropEstimator | EvolutionEstimator | None = None
         if self.path is not None and self.path.exists():
@@ -122,12 +128,11 @@ class MetaTrainer:
         config = self.config
         done = share(config, self.step, self._spent())
         loss, norm = (float(value) for value in self.estimator(self.step, done))
-        rate = learning_rate(config, done) * 0.5 ** len(self.incidents.returned)
+        rate = cosine(done) * 0.5 ** len(self.incidents.returned)
         # an evolution strategy's gradients are long by nature: they grow with the number of weights
         clip = config.clip if config.estimator == "backprop" else math.inf
         if self.incidents.admit(self.step, loss, norm, clip):
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
+            self.optimizer.set_rates(rate)
             self.optimizer.step()
         elif self.incidents.streak >= config.return_after and len(self.incidents.returned) < config.returns:
             self.solver.load_state_dict(self.best)
@@ -135,7 +140,9 @@ class MetaTrainer:
             self.incidents.returned.append(self.step)
             self.incidents.streak = 0
         if self.curves is not None:
-            self.curves(self.step + 1, {"loss": loss, "gradient norm": norm, "learning rate": rate})
+            self.curves(
+                self.step + 1, {"loss": loss, "gradient norm": norm, "learning rate": rate * config.learning_rate}
+            )
         return loss
 
     def _validate(self, loss: float) -> None:
