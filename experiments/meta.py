@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from metabroyden.evaluation.provenance import command_line, config_hash, plain, 
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.safeguard import BY_PROGRESS
 from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet, distributed
+from metabroyden.meta.defaults import RATES, best_damping
 from metabroyden.meta.families import family_layout, family_tasks
 from metabroyden.meta.fit import make_learned
 from metabroyden.meta.objectives import OBJECTIVES
@@ -51,13 +53,19 @@ class Recipe:
     objective: str = "residual"
     training: dict[str, Any] = field(default_factory=dict)  # more of MetaConfig
     learning_rate: float = 2e-3
+    orthogonal_rate: float = 0.0
     pool: int = 1024  # training contexts of a text, made beforehand
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def longest(self) -> int:
+        """Solver steps of a segment, at most."""
+        return self.unroll if isinstance(self.unroll, int) else self.unroll[1]
 
 
 _SAME: dict[str, Any] = {"initializer": 32, "safeguard": BY_PROGRESS}
 RECIPES: dict[str, Recipe] = {
-    "meta-broyden": Recipe(steps=400, learning_rate=5e-3, options=_SAME),
+    "meta-broyden": Recipe(steps=150, **RATES, options=_SAME),
     "grouped": Recipe(steps=300, learning_rate=4e-3, options={**_SAME, "rank": 32}),
     "coordinatewise": Recipe(steps=400, segments=1, options=_SAME),
     "hyper-anderson": Recipe(
@@ -69,12 +77,21 @@ RECIPES: dict[str, Recipe] = {
     "started-broyden": Recipe(kind="started", segments=1, options={**_SAME, "classical": Broyden(60)}),
     "started-anderson": Recipe(kind="started", segments=1, options={**_SAME, "classical": Anderson()}),
 }
-"""All with the same width of the start and the same safeguard. MetaBroyden and HyperAnderson make as many solver iterations;
-the latter in the best of the configurations tried (results/meta/hyper-anderson-tuning.md)."""
-TEXT: dict[str, Any] = {"batch": 16, "steps": 250}
-"""What is different where f is a language model's, ten times as costly."""
-SLOW = {"multiscale-fashion": 0.5}
-"""Share of a recipe's steps that is taken on a family, so that meta-training stays near ten minutes of one core."""
+"""All with the same width of the start and the same safeguard. HyperAnderson makes more solver iterations than MetaBroyden,
+in the best of the configurations tried (results/meta/hyper-anderson-tuning.md)."""
+TEXT: dict[str, dict[str, Any]] = {
+    "meta-broyden": {"batch": 16, "steps": 200, "segments": 1},
+    "hyper-anderson": {"batch": 16},
+    "": {"batch": 16, "steps": 250},
+}
+"""What is different where f is a language model's, ten times as costly: by solver, and of all others."""
+OWN: dict[tuple[str, str], dict[str, Any]] = {
+    ("transformer-shakespeare", "meta-broyden"): {"unroll": 4},
+    ("multiscale-fashion", "meta-broyden"): {"steps": 300},
+    ("multiscale-fashion", "grouped"): {"steps": 150},
+}
+"""What is different for a solver on one family. The Transformer's unstable directions want secants early: longer unrolls
+explode or learn less (results/RESEARCH.md, 40)."""
 HELD = 128
 """Validation problems of a text on which weights are chosen."""
 
@@ -197,10 +214,12 @@ class Job:
     def _usual(self) -> Recipe:
         """The recipe of the solver's name, as the family and the settings want it."""
         config, recipe = self.config, RECIPES.get(self.config.solver, Recipe())
-        if self.texts and config.solver != "hyper-anderson":
-            recipe = replace(recipe, **TEXT)
-        steps = config.steps if config.steps is not None else round(SLOW.get(config.family, 1) * recipe.steps)
-        return replace(recipe, steps=steps, objective=config.objective or recipe.objective)
+        if self.texts:
+            recipe = replace(recipe, **TEXT.get(config.solver, TEXT[""]))
+        recipe = replace(recipe, **OWN.get((config.family, config.solver), {}))
+        if config.solver == "meta-broyden":  # its steps beyond those it was trained on are quasi-Newton ones
+            recipe = replace(recipe, options={**recipe.options, "gated": recipe.segments * recipe.longest})
+        return replace(recipe, steps=config.steps or recipe.steps, objective=config.objective or recipe.objective)
 
     def run(self) -> None:
         """Train, measure, publish."""
@@ -229,20 +248,25 @@ class Job:
         tasks = self._tasks()
         layout, channels = family_layout(tasks)
         context = config.context if channels else "f0"
-        solver = make_learned(
-            recipe.kind or config.solver,
-            layout,
-            seed=config.seed,
-            context=context,
-            context_channels=channels if context == "native" else 0,
-            **recipe.options,
-        ).to(self.device)
+
+        def make(**options: Any) -> Any:
+            return make_learned(
+                recipe.kind or config.solver,
+                layout,
+                seed=config.seed,
+                context=context,
+                context_channels=channels if context == "native" else 0,
+                **{**recipe.options, **options},
+            ).to(self.device)
+
+        solver = make(**self._damping(make, tasks))
         meta = MetaConfig(
             steps=recipe.steps,
             unroll=recipe.unroll,
             segments=recipe.segments,
             batch=recipe.batch,
             learning_rate=recipe.learning_rate,
+            orthogonal_rate=recipe.orthogonal_rate,
             objective=OBJECTIVES[recipe.objective](),
             backend=config.backend,
             seed=config.seed,
@@ -266,6 +290,15 @@ class Job:
         if self.first:
             save_solver(solver, path)
         return solver
+
+    def _damping(self, make: Callable[..., Any], tasks: TaskSet) -> dict[str, float]:
+        """The option `damping` of a MetaBroyden, as the untrained solver does best on a few validation problems."""
+        if self.config.solver != "meta-broyden" or "damping" in self.recipe.options:
+            return {}
+        z0, x = tasks.prepare(tasks.split("validation")[:32])
+        return {
+            "damping": best_damping(lambda damping: make(damping=damping), tasks.f, z0, x, max_nfe=self.config.budget)
+        }
 
     def _measured(self, solver: Any) -> list[dict[str, Any]]:
         config = self.config
@@ -295,8 +328,7 @@ class Job:
                 if bar is not None:
                     bar(number, name)
             if solver is not None:
-                longest = self.recipe.unroll if isinstance(self.recipe.unroll, int) else self.recipe.unroll[1]
-                steps = 4 * longest * self.recipe.segments
+                steps = 4 * self.recipe.longest * self.recipe.segments
                 rows += meta_rows.horizon_rows(config.solver, solver, held, steps=steps)
                 batch = 64 if self.texts else 256
                 both = {config.solver: solver, **classical}

@@ -178,7 +178,7 @@ def test_meta_trains_measures_and_goes_on(tmp_path, family, monkeypatch):
     monkeypatch.setitem(
         meta.RECIPES, "grouped", meta.Recipe(unroll=2, segments=2, batch=4, pool=8, options={"rank": 4})
     )
-    monkeypatch.setattr(meta, "TEXT", {"batch": 2})
+    monkeypatch.setattr(meta, "TEXT", {"": {"batch": 2}})
     monkeypatch.setattr(meta, "HELD", 4)
     monkeypatch.setattr(MetaTrainer.__init__, "__kwdefaults__", {"checkpoint": None, "save_every": 1})
     config = meta.Meta(

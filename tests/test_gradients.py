@@ -337,9 +337,9 @@ def test_the_inverse_of_a_learned_solve_serves_too():
     torch.testing.assert_close(*grads, rtol=2e-2, atol=2e-3 * float(grads[1].abs().max()))
 
 
-@pytest.mark.parametrize("kind", ["nd", "nct", "ntc", "nchw"])
+@pytest.mark.parametrize("kind", ["nd", "nct", "ntc", "nchw", "scales"])
 def test_a_mixer_and_a_preconditioner_have_their_transposes(kind):
-    shape = {"nd": (5,), "nct": (3, 6), "ntc": (6, 3), "nchw": (3, 4, 5)}[kind]
+    shape = {"nd": (5,), "nct": (3, 6), "ntc": (6, 3), "nchw": (3, 4, 5), "scales": ((2, 4, 6), (3, 2, 3))}[kind]
     layout = Layout(kind, shape)
     part = Preconditioner(layout, layout.channels, 7).double()
     for mixer in (part.inward, part.outward):

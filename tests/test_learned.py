@@ -7,7 +7,7 @@ import torch
 
 import metabroyden as mb
 from metabroyden.learned import LEARNED, GroupedConfig, LearnedConfig, Safeguard
-from metabroyden.learned.layout import Layout, guess_layout
+from metabroyden.learned.layout import Layout, Mixer, guess_layout
 from metabroyden.learned.secants import Secants
 from metabroyden.meta.fit import make_learned
 from metabroyden.meta.unroll import UnrolledProblem, unroll
@@ -219,6 +219,25 @@ def several_scales(z, x):
     return torch.tanh(0.5 * fine.roll(1, 3) + 0.3 * up + x), torch.tanh(0.5 * coarse.roll(1, 1) + 0.3 * down)
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_maps_of_several_scales_part_by_part_are_those_of_the_canonical_form(kernel):
+    layout = Layout("scales", ((2, 8, 8), (3, 4, 4), (5, 2, 2)))
+    flat = torch.randn(3, 2 * 64 + 3 * 16 + 5 * 4, dtype=torch.float64)
+    parts = layout.parts(flat, layout.shape)
+    assert [tuple(part.shape[1:]) for part in parts] == list(layout.shape)
+    assert torch.equal(layout.joined(parts), flat)
+    canonical = layout.canonical(flat, layout.shape)
+    torch.testing.assert_close(layout.scale_of(flat, layout.shape), layout.scale(canonical))
+    inward = Mixer(layout, layout.channels, 6, kernel=kernel, bias=False).double()
+    outward = Mixer(layout, 6, layout.channels, kernel=kernel, bias=False).double()
+    inner = inward(canonical)
+    torch.testing.assert_close(inward.of_parts(parts), inner)
+    torch.testing.assert_close(layout.joined(outward.to_parts(inner)), layout.flat(outward(inner)))
+    weight = torch.rand(3, 1, 2, 2, dtype=torch.float64)
+    weighed = [part * w for part, w in zip(parts, layout.spread(weight), strict=True)]
+    torch.testing.assert_close(layout.joined(weighed), layout.flat(canonical * weight))
+
+
 def test_scales_are_brought_to_the_coarsest_and_back_without_loss():
     flat = torch.randn(3, 2 * 16 + 3 * 4)
     canonical = SCALES.canonical(flat, SCALES.shape)
@@ -315,8 +334,7 @@ def test_the_transposed_inverse_is_that_of_the_step(kind, steps):
 
         def b(v):
             known, rest = solver.secants.explain(v, solver._pairs(state, layout.shape), layout.shape)
-            r = layout.canonical(rest, layout.shape)
-            return known - layout.flat((state.direct + solver.channel) * r + solver.preconditioner(r, state.gates))
+            return known + solver._initial_inverse(rest, state, layout.shape)
 
         left, right = (b(one) * other).sum(1), (one * solver.transposed(other, frozen)).sum(1)
         torch.testing.assert_close(left, right, rtol=1e-8, atol=1e-10)

@@ -197,6 +197,18 @@ def test_after_many_of_them_training_returns_to_the_best_weights_with_half_the_r
     assert "back to the best weights with half the learning rate after step 7" in in_words(trainer.incidents.describe())
 
 
+def test_a_training_that_leaves_what_works_goes_back_to_it(monkeypatch):
+    scores = iter([9.0, 7.0, 13.0, 15.0, 6.0, 30.0])
+    monkeypatch.setattr(MetaTrainer, "_score", lambda self: next(scores))
+    trainer = MetaTrainer(grouped(), tasks(), replace(SMALL, validate_every=1))
+    trainer.run(until=3)
+    assert trainer.incidents.returned == [3]
+    assert all(torch.equal(value, trainer.best[name]) for name, value in trainer.solver.state_dict().items())
+    trainer.run(until=5)
+    assert trainer.incidents.returned == [3, 5]
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(SMALL.learning_rate * cosine(4 / 12) / 2)
+
+
 def test_a_training_that_cannot_be_helped_is_given_up():
     f = Blows(range(3, 1000))
     f.trainer = trainer = MetaTrainer(grouped(), tasks(f), replace(SMALL, steps=1000, return_after=4, returns=2))

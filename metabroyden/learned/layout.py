@@ -51,11 +51,11 @@ class Layout:
     def channels(self) -> int:
         """Channels C."""
         if self.kind == "scales":
-            return sum(part[0] * n**2 for part, n in zip(self.shape, self._factors, strict=True))
+            return sum(part[0] * n**2 for part, n in zip(self.shape, self.factors, strict=True))
         return self.shape[-1] if self.kind == "ntc" else self.shape[0]
 
     @property
-    def _factors(self) -> list[int]:
+    def factors(self) -> list[int]:
         """How many times finer than the coarsest each scale is."""
         return [part[1] // self.shape[-1][1] for part in self.shape]
 
@@ -115,8 +115,7 @@ class Layout:
         """The per-sample shape of a state with these spatial or time extents."""
         if self.kind == "scales":
             return tuple(
-                (part[0], *(extent * n for extent in extents))
-                for part, n in zip(self.shape, self._factors, strict=True)
+                (part[0], *(extent * n for extent in extents)) for part, n in zip(self.shape, self.factors, strict=True)
             )
         return (*extents, self.channels) if self.kind == "ntc" else (self.channels, *extents)
 
@@ -125,7 +124,7 @@ class Layout:
         if self.kind == "scales":
             parts = flat.split([math.prod(part) for part in shape], dim=1)
             images = [part.reshape(len(flat), *size) for part, size in zip(parts, shape, strict=True)]
-            coarse = [functional.pixel_unshuffle(image, n) for image, n in zip(images, self._factors, strict=True)]
+            coarse = [functional.pixel_unshuffle(image, n) for image, n in zip(images, self.factors, strict=True)]
             return torch.cat(coarse, dim=1)
         full = flat.reshape(len(flat), *shape)
         return full.transpose(1, 2) if self.kind == "ntc" else full
@@ -133,12 +132,34 @@ class Layout:
     def flat(self, canonical: Tensor) -> Tensor:
         """(R, C, *S) → (R, n)."""
         if self.kind == "scales":
-            counts = [part[0] * n**2 for part, n in zip(self.shape, self._factors, strict=True)]
+            counts = [part[0] * n**2 for part, n in zip(self.shape, self.factors, strict=True)]
             coarse = canonical.split(counts, dim=1)
-            images = [functional.pixel_shuffle(part, n) for part, n in zip(coarse, self._factors, strict=True)]
+            images = [functional.pixel_shuffle(part, n) for part, n in zip(coarse, self.factors, strict=True)]
             return torch.cat([image.flatten(1) for image in images], dim=1)
         ordered = canonical.transpose(1, 2) if self.kind == "ntc" else canonical
         return ordered.reshape(len(ordered), -1)
+
+    def parts(self, flat: Tensor, shape: tuple[Any, ...]) -> list[Tensor]:
+        """(R, n) → the images (R, C, H, W) of several resolutions, as views; of other layouts the canonical form alone."""
+        if self.kind != "scales":
+            return [self.canonical(flat, shape)]
+        values = flat.split([math.prod(part) for part in shape], dim=1)
+        return [value.unflatten(1, size) for value, size in zip(values, shape, strict=True)]
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """The inverse of `parts`."""
+        return torch.cat([part.flatten(1) for part in parts], dim=1) if self.kind == "scales" else self.flat(parts[0])
+
+    def spread(self, weight: Tensor) -> list[Tensor]:
+        """Weights of places (R, 1, *S) as weights of the pixels in each of the `parts`."""
+        if self.kind != "scales":
+            return [weight]
+        return [functional.interpolate(weight, scale_factor=n) if n > 1 else weight for n in self.factors]
+
+    @property
+    def part_channels(self) -> list[int]:
+        """Channels of each of the `parts`."""
+        return [part[0] for part in self.shape] if self.kind == "scales" else [self.channels]
 
     def context(self, feature: Tensor, extents: tuple[int, ...]) -> Tensor:
         """A context tensor (R, …) in canonical form: an image finer than these extents becomes channels of the coarse."""
@@ -199,8 +220,17 @@ class Layout:
             steps = torch.arange(1, g.shape[2] + 1, device=g.device, dtype=g.dtype)
             square = (g.square().mean(dim=1, keepdim=True).cumsum(dim=2) / steps).clamp_min(tiny)
         else:
-            square = g.square().flatten(1).mean(dim=1).clamp_min(tiny).reshape(-1, *[1] * (g.dim() - 1))
+            size = g[0].numel() ** 0.5
+            return (
+                (torch.linalg.vector_norm(g.flatten(1), dim=1) / size)
+                .clamp_min(tiny**0.5)
+                .view(-1, *[1] * (g.dim() - 1))
+            )
         return square.sqrt()
+
+    def scale_of(self, flat: Tensor, shape: tuple[Any, ...]) -> Tensor:
+        """The `scale` of a residual (R, n)."""
+        return self.scale(flat[:, :, None, None] if self.kind == "scales" else self.canonical(flat, shape))
 
 
 class BackwardLayout(Layout):
@@ -276,6 +306,7 @@ class Mixer(nn.Module):
             self.map = nn.Conv1d(inputs, outputs, kernel, bias=bias)
         else:
             self.map = nn.Linear(inputs, outputs, bias=bias)
+        self.layout = layout
         if zero:
             for parameter in self.map.parameters():
                 nn.init.zeros_(parameter)
@@ -303,6 +334,34 @@ class Mixer(nn.Module):
             found = mapped if found is None else found + mapped
         assert found is not None
         return found
+
+    def of_parts(self, parts: Sequence[Tensor]) -> Tensor:
+        """The map (without bias) of a canonical value that comes in `Layout.parts`, which need not be brought together."""
+        if len(parts) == 1:
+            return self.apply_to(parts[0])
+        found: Tensor | None = None
+        for part, weight, n in zip(parts, self._by_part(dim=1), self.layout.factors, strict=True):
+            size = weight.shape[-1]
+            finer = (
+                weight.unflatten(1, (-1, n, n)).permute(0, 1, 4, 2, 5, 3).reshape(len(weight), -1, size * n, size * n)
+            )
+            mapped = functional.conv2d(part, finer, stride=n, padding=size // 2 * n)
+            found = mapped if found is None else found + mapped
+        assert found is not None
+        return found
+
+    def to_parts(self, value: Tensor) -> list[Tensor]:
+        """The map (without bias) of a value, as `Layout.parts` of the canonical one."""
+        if self.layout.kind != "scales":
+            return [self.apply_to(value)]
+        maps = zip(self._by_part(dim=0), self.layout.factors, strict=True)
+        found = [(functional.conv2d(value, weight, padding=weight.shape[-1] // 2), n) for weight, n in maps]
+        return [functional.pixel_shuffle(mapped, n) if n > 1 else mapped for mapped, n in found]
+
+    def _by_part(self, dim: int) -> Sequence[Tensor]:
+        counts = [channels * n**2 for channels, n in zip(self.layout.part_channels, self.layout.factors, strict=True)]
+        weight: Any = self.map.weight
+        return weight.split(counts, dim=dim)
 
     def transpose(self, value: Tensor) -> Tensor:
         """The transposed linear map (its bias left out), (R, outputs, *S) → (R, inputs, *S)."""

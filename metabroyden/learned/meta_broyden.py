@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from metabroyden.learned.base import LearnedConfig, LearnedSolver, register
-from metabroyden.learned.layout import KINDS
 from metabroyden.learned.lstm import SharedLSTM
 from metabroyden.learned.preconditioner import LearnedInverse, Preconditioner
 from metabroyden.learned.safeguard import BY_PROGRESS, Safeguard
@@ -24,8 +23,8 @@ class MetaBroydenConfig(LearnedConfig):
     """Adds to `LearnedConfig`.
 
     Attributes:
-        rank: inner channels k of the preconditioner, which are what the LSTM sees and gates; 0: half of the state's, from 16
-            to 48.
+        rank: inner channels k of the preconditioner, which are what the LSTM sees and gates; 0: half of the state's (of all
+            its resolutions together), from 16 to 48.
         damping: of the iteration that it is before training.
         gated: steps weighed by the LSTM, which see no secants; quasi-Newton steps from then on.
         memory: secant pairs kept, those of the gated steps among them.
@@ -92,9 +91,9 @@ class MetaBroyden(LearnedSolver):
 
     def __init__(self, config: MetaBroydenConfig) -> None:
         super().__init__(config)
-        rank = self.rank = config.rank or min(48, max(16, self.layout.channels // 2))
+        rank = self.rank = config.rank or min(48, max(16, sum(self.layout.part_channels) // 2))
         self.preconditioner = Preconditioner(self.layout, self.context_channels, rank)
-        self.channel = nn.Parameter(torch.zeros(1, self.layout.channels, *[1] * (KINDS[config.layout] - 1)))
+        self.channel = nn.Parameter(torch.zeros(sum(self.layout.part_channels)))
         self.lstm = SharedLSTM(2 * rank + 2, config.hidden, 2 * rank + 2)
         self.secants = Secants(self.layout, config.memory, config.ridge)
 
@@ -111,7 +110,7 @@ class MetaBroyden(LearnedSolver):
         """Zero memory, no pairs; the gates are taken once."""
         gates = self.gates(z, problem)
         hidden, cell = self.lstm.begin(len(z), gates[0, 0].numel(), z)
-        scale = self.layout.scale(self.layout.canonical(g, self.layout.resolve(problem.shape)))
+        scale = self.layout.scale_of(g, self.layout.resolve(problem.shape))
         direct = torch.full_like(gates[:, :1], self.config.damping)
         return MetaBroydenState(gates, gates, direct, z, hidden, cell, scale, (), None, 0)
 
@@ -123,15 +122,14 @@ class MetaBroyden(LearnedSolver):
         earlier = self._pairs(state, shape)
         secants = self.secants.init(z, g, shape) if earlier is None else self.secants.note(z, g, earlier, shape)
         known, rest = self.secants.explain(g, secants, shape)
-        move = self._initial_inverse(self.layout.canonical(rest, shape), state)
-        z = z - known + self.layout.flat(move)
+        z = z - known - self._initial_inverse(rest, state, shape)
         return Step(z, state._replace(trail=(), secants=secants, steps=state.steps + 1))
 
     def _gated(self, z: Tensor, g: Tensor, state: MetaBroydenState, shape: tuple[Any, ...]) -> Step:
         layout, rank = self.layout, self.rank
-        zc, gc = layout.canonical(z, shape), layout.canonical(g, shape)
-        scale = layout.scale(gc)
-        inner = self.preconditioner.inward(gc)
+        residuals = layout.parts(g, shape)
+        scale = layout.scale_of(g, shape)
+        inner = self.preconditioner.inward.of_parts(residuals)
         level = torch.stack([scale.log() / 5, (scale / state.scale).log().clamp(-3, 3)], dim=1).flatten(2)
         places = state.hidden.shape[2]
         seen = [(inner / scale).reshape(len(z), rank, places), state.initial.reshape(len(z), rank, places)]
@@ -140,18 +138,33 @@ class MetaBroyden(LearnedSolver):
         output = output.reshape(len(z), -1, *inner.shape[2:])
         direct, momentum, change, correction = output.split([1, 1, rank, rank], dim=1)
         direct, gates = self.config.damping + direct, state.initial * (1 + change)
-        moved = torch.lerp(layout.canonical(state.before, shape), zc, 1 + momentum)
-        moved = moved.addcmul_(direct, gc).addcmul_(self.channel, gc)
-        moved = moved.add_(self.preconditioner.outward(torch.addcmul(inner * gates, scale, correction)))
+        after, before = layout.parts(z, shape), layout.parts(state.before, shape)
+        moved = [torch.lerp(*pair) for pair in zip(before, after, layout.spread(1 + momentum), strict=True)]
+        learned = self.preconditioner.outward.to_parts(torch.addcmul(inner * gates, scale, correction))
+        for place, r, w, d, more in zip(
+            moved, residuals, layout.spread(direct), self._channels(direct), learned, strict=True
+        ):
+            place.addcmul_(w, r).addcmul_(d, r).add_(more)
         trail = (*state.trail, (z, g, None))[-self.config.memory - 1 :]
-        after = MetaBroydenState(
+        known = MetaBroydenState(
             state.initial, gates, direct, z, hidden, cell, scale, trail, None, steps=state.steps + 1
         )
-        return Step(layout.flat(moved), after)
+        return Step(layout.joined(moved), known)
 
-    def _initial_inverse(self, r: Tensor, state: MetaBroydenState) -> Tensor:
-        """−B₀r for a canonical r, with the weights of the last gated step."""
-        return r * (state.direct + self.channel) + self.preconditioner(r, state.gates)
+    def _initial_inverse(self, r: Tensor, state: MetaBroydenState, shape: tuple[Any, ...]) -> Tensor:
+        """B₀r for r (R, n), with the weights of the last gated step."""
+        parts = self.layout.parts(r, shape)
+        learned = self.preconditioner.outward.to_parts(self.preconditioner.inward.of_parts(parts) * state.gates)
+        return -self.layout.joined(self._weighted(parts, state.direct, learned))
+
+    def _weighted(self, parts: list[Tensor], direct: Tensor, more: list[Tensor]) -> list[Tensor]:
+        """(w + d)·r and something more, part by part."""
+        weights = zip(parts, self.layout.spread(direct), self._channels(direct), more, strict=True)
+        return [torch.addcmul(rest, part, w + d) for part, w, d, rest in weights]
+
+    def _channels(self, like: Tensor) -> list[Tensor]:
+        """d for each of the layout's parts, to be multiplied with it."""
+        return [d.view(-1, *[1] * (like.dim() - 2)) for d in self.channel.split(self.layout.part_channels)]
 
     def _pairs(self, state: MetaBroydenState, shape: tuple[Any, ...]) -> SecantState | None:
         """The secant pairs known so far; None before the first iterate is noted."""
@@ -183,7 +196,8 @@ class MetaBroyden(LearnedSolver):
         gates, direct, pairs = frozen
         shape = self.layout.shape_like(gates.shape[2:])
         wc = self.layout.canonical(w, shape)
-        back = -self.layout.flat(wc * (direct + self.channel) + self.preconditioner.transpose(wc, gates))
+        learned = self.layout.parts(self.layout.flat(self.preconditioner.transpose(wc, gates)), shape)
+        back = -self.layout.joined(self._weighted(self.layout.parts(w, shape), direct, learned))
         if pairs is None:
             return back
         residuals, moves, gram = pairs

@@ -75,8 +75,9 @@ class MetaConfig(Unrolling):
         budget_seconds: time after which it stops, looks at validation and earlier sittings included; None: no limit. The
             schedule goes by whichever share is the larger, of the steps or of the time, so that it ends at zero either way.
         budget_clock: what that budget is of, "wall" or "cpu" (of this process, all its threads).
-        return_after: steps in a row without a finite gradient after which training returns to the best weights with half
-            the learning rate. returns: how often, before it gives up.
+        return_after, return_above: steps in a row without a finite gradient, or a score over the best one, after which
+            training returns to the best weights with half the learning rate. returns: how often at most; past that, steps
+            without a gradient end the training.
     """
 
     steps: int = 600
@@ -98,6 +99,7 @@ class MetaConfig(Unrolling):
     budget_seconds: float | None = None
     budget_clock: str = "wall"
     return_after: int = 10
+    return_above: float = 2.0
     returns: int = 3
 
     def __post_init__(self) -> None:
@@ -106,7 +108,7 @@ class MetaConfig(Unrolling):
             "steps", "batch", "validate_every", "validation_size", "validation_nfe", "particles", "return_after"
         )
         self._check_counts("returns", least=0)
-        self._check_positive("learning_rate", "validation_rtol", "sigma")
+        self._check_positive("learning_rate", "validation_rtol", "sigma", "return_above")
         pair = self.unroll if isinstance(self.unroll, tuple) else (self.unroll, self.unroll)
         if len(pair) != 2 or not all(map(_is_count, pair)) or pair[0] > pair[1]:
             raise ValueError(

@@ -10,14 +10,17 @@ from torch import Tensor
 from metabroyden.integrations.torchdeq import FixedPointMap
 from metabroyden.learned.layout import KINDS, Layout, guess_layout, packed_layout
 from metabroyden.solution import State
+from metabroyden.solvers.tuning import tune
 
 CONTEXTS = ("auto", "f0", "native")
 SHORT = 120.0
 """Seconds of training below which unrolls are one segment long, so that there are twice as many outer steps."""
 UNROLL = 14
 """Solver steps of a segment."""
-RATE = 5e-3
-"""Adam's peak rate for a `MetaBroyden`."""
+RATES: dict[str, Any] = {"learning_rate": 5e-3, "orthogonal_rate": 0.05}
+"""Peak rates for a `MetaBroyden`."""
+DAMPINGS = (1.0, 0.5, 0.25, 0.12)
+"""Step lengths of the iteration that a `MetaBroyden` is before training; the best is taken."""
 
 
 def state_layout(f: Callable[..., State], z: State, kind: str | None) -> Layout:
@@ -62,6 +65,14 @@ def context_options(f: Callable[..., State], layout: Layout, z: State, x: Tensor
         f"its channels; got {x.dtype} of per-sample shape {tuple(x.shape[1:])}"
     )
     raise ValueError(f"context='native' cannot be had: {why}; say context='f0'")
+
+
+def best_damping(make: Callable[[float], Any], f: Callable[..., State], z0: State, x: Any, *, max_nfe: int) -> float:
+    """The damping with which the untrained solver `make(damping)` needs fewest evaluations; f, z0 and x as for `solve`.
+
+    An unroll has to begin as an iteration that does not diverge: where f has large negative eigenvalues, with small steps.
+    """
+    return float(tune([make(damping).eval() for damping in DAMPINGS], f, z0, x, max_nfe=max_nfe)[0][0].config.damping)
 
 
 def segments(seconds: float | None) -> int:

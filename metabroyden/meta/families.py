@@ -11,6 +11,7 @@ from torch.nn import functional
 from metabroyden.data.text import TextData, TextSplit
 from metabroyden.deq import initial_state
 from metabroyden.learned.layout import Layout
+from metabroyden.meta.defaults import state_layout
 from metabroyden.meta.tasks import TaskSet
 from metabroyden.models.base import LanguageModel
 from metabroyden.models.criteria import Criterion, Images, NextToken, device_of
@@ -66,13 +67,12 @@ def _tasks(model: Any, criterion: Criterion) -> TaskSet:
 def family_layout(tasks: TaskSet) -> tuple[Layout, int]:
     """The layout of a family's states, and how many channels its context has in canonical form (0: none to be had).
 
-    The layout is the cell's own `layout` where it has one; the states of a converted network, a tuple without, come as a
-    vector (see `family_tasks`, packed). The context is the injection: the first tensor where there are several.
+    The layout is the cell's own `layout` where it has one; the states of a converted network, a tuple without, are taken for
+    one vector. The context is the injection: the first tensor where there are several.
     """
     z0, x = tasks.prepare(tasks.split("validation")[:1])
-    shape = tuple(z0.shape[1:]) if isinstance(z0, Tensor) else tuple(tuple(part.shape[1:]) for part in z0)
-    layout = Layout(getattr(tasks.f, "layout", "nd"), shape)
-    return layout, layout.context_channels(x, shape)
+    layout = state_layout(tasks.f, z0, None)
+    return layout, layout.context_channels(x, layout.shape)
 
 
 def text_windows(data: TextData, name: str, length: int, back: int = 0) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.layout import Layout
 from metabroyden.meta.config import MetaConfig
 from metabroyden.meta.contest import UNTUNED, Contest, contest
-from metabroyden.meta.defaults import RATE, UNROLL, context_options, segments, state_layout
+from metabroyden.meta.defaults import RATES, UNROLL, best_damping, context_options, segments, state_layout
 from metabroyden.meta.progress import progress_bar
 from metabroyden.meta.tasks import TaskSet
 from metabroyden.meta.trainer import MetaTrainer
@@ -134,13 +134,13 @@ def fit_solver(
         steps=steps,
         unroll=UNROLL,
         segments=segments(seconds) if ours else 1,
-        learning_rate=RATE if ours else MetaConfig.learning_rate,
         seed=seed,
         backend="higher" if importlib.util.find_spec("higher") else "native",
         validate_every=max(1, min(50, steps // 8)) if isinstance(steps, int) else 50,
         validation_rtol=rtol,
         patience=patience,
         budget_seconds=seconds,
+        **(RATES if ours else {}),
     )
     if device is not None:
         x_train = x_train.to(device)
@@ -153,7 +153,17 @@ def fit_solver(
         options = context_options(f, where, start, x, "f0" if context == "auto" else context)
     if ours:  # its steps beyond those it was trained on are quasi-Newton ones
         options["gated"] = config.segments * UNROLL
-    learned = make_learned(solver, where, seed=seed, **options).to(device=first.device, dtype=first.dtype)
+
+    def make(**more: Any) -> Any:
+        return make_learned(solver, where, seed=seed, **options, **more).to(device=first.device, dtype=first.dtype)
+
+    if ours:
+        known = _as_solved(f, *tasks.prepare(tasks.split("validation")[: _room(where, TUNED_ON)]))
+        learned = make(
+            damping=best_damping(lambda damping: make(damping=damping), *known, max_nfe=config.validation_nfe)
+        )
+    else:
+        learned = make()
     with progress_bar("meta-training", steps, show=progress) as report:
         trainer = MetaTrainer(learned, tasks, config, checkpoint=checkpoint)
         trainer.run(report)
@@ -183,13 +193,17 @@ def _compared(f: Callable[..., State], tasks: TaskSet, name: str, learned: Any, 
     """Classical solvers tuned on validation problems, and all on the test split."""
     rtol, budget = config.validation_rtol, config.validation_nfe
     where = learned.layout
-    most = max(16, ROOM // (where.channels * math.prod(where.extents(where.shape))))
-    problem = _as_solved(f, *tasks.prepare(tasks.split("validation")[: min(most, TUNED_ON)]))
+    problem = _as_solved(f, *tasks.prepare(tasks.split("validation")[: _room(where, TUNED_ON)]))
     solvers: dict[str, Any] = {UNTUNED: Broyden()}
     solvers |= tuned_solvers(*problem, budget=budget, tolerances=(rtol,))
     solvers |= splitting_solvers(*problem, budget=budget, tolerances=(rtol,))
-    problem = _as_solved(f, *tasks.prepare(tasks.split("test")[:most]))
+    problem = _as_solved(f, *tasks.prepare(tasks.split("test")[: _room(where)]))
     return contest(*problem, name, {**solvers, name: learned}, rtol=rtol, max_nfe=budget)
+
+
+def _room(layout: Layout, most: int = ROOM) -> int:
+    """How many problems may be solved at once, at most."""
+    return min(most, max(16, ROOM // (layout.channels * math.prod(layout.extents(layout.shape)))))
 
 
 def _as_solved(f: Callable[..., State], z0: State, x: Tensor) -> tuple[Callable[..., State], State, Tensor | None]:

@@ -25,6 +25,11 @@ class Incidents:
     returned: list[int] = field(default_factory=list)
     streak: int = 0
 
+    def note_return(self, step: int) -> None:
+        """Training went back to the best weights."""
+        self.returned.append(step)
+        self.streak = 0
+
     def admit(self, step: int, loss: float, norm: float, clip: float) -> bool:
         """Whether the step may be taken; what is unusual about it is noted."""
         why = "loss" if not math.isfinite(loss) else "gradient" if not math.isfinite(norm) else None

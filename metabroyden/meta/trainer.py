@@ -134,16 +134,20 @@ class MetaTrainer:
         if self.incidents.admit(self.step, loss, norm, clip):
             self.optimizer.set_rates(rate)
             self.optimizer.step()
-        elif self.incidents.streak >= config.return_after and len(self.incidents.returned) < config.returns:
-            self.solver.load_state_dict(self.best)
-            self.optimizer.state.clear()
-            self.incidents.returned.append(self.step)
-            self.incidents.streak = 0
+        elif self.incidents.streak >= config.return_after:
+            self._return()
         if self.curves is not None:
             self.curves(
                 self.step + 1, {"loss": loss, "gradient norm": norm, "learning rate": rate * config.learning_rate}
             )
         return loss
+
+    def _return(self) -> None:
+        """Back to the best weights, unless that was done often enough."""
+        if len(self.incidents.returned) < self.config.returns:
+            self.solver.load_state_dict(self.best)
+            self.optimizer.state.clear()
+            self.incidents.note_return(self.step)
 
     def _validate(self, loss: float) -> None:
         score = self._score()
@@ -156,6 +160,8 @@ class MetaTrainer:
         if score < self.best_score:
             self.best_score = score
             self.best = copy.deepcopy(self.solver.state_dict())
+        elif score > self.config.return_above * self.best_score:
+            self._return()
 
     def _score(self) -> float:
         """Mean evaluations on validation, as the first process finds them."""

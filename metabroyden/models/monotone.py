@@ -132,7 +132,7 @@ class MonotoneMultiTier(MonotoneCell):
         ValueError: no tier, or a side that cannot be halved that often to at least 2.
     """
 
-    layout = "nchw"
+    layout = "scales"
 
     def __init__(self, channels: Sequence[int] = (16, 32), side: int = 8, m: float = 1.0) -> None:
         super().__init__(m)

@@ -25,12 +25,12 @@ def tuned_solvers(
 ) -> dict[str, Any]:
     """The best Picard, Anderson and Broyden of a grid; f, z0 and context as for `solve`, the rest as for `tune`."""
     grids: dict[str, list[Any]] = {
-        "tuned Picard": [Picard(damping) for damping in (0.5, 0.7, 0.85, 1.0, 1.15, 1.3, 1.6)],
+        "tuned Picard": [Picard(damping) for damping in (0.1, 0.25, 0.5, 0.7, 0.85, 1.0, 1.15, 1.3, 1.6)],
         "tuned Anderson": [
             Anderson(memory, damping, ridge)
-            for memory, damping, ridge in itertools.product((5, 10), (0.7, 1.0, 1.5), (1e-8, 1e-2))
+            for memory, damping, ridge in itertools.product((5, 10), (0.25, 0.7, 1.0, 1.5), (1e-8, 1e-2))
         ],
-        "tuned Broyden": [Broyden(budget, damping) for damping in (0.7, 0.85, 1.0, 1.15)],
+        "tuned Broyden": [Broyden(budget, damping) for damping in (0.12, 0.25, 0.5, 0.7, 0.85, 1.0, 1.15)],
     }
     return {
         name: tune(grid, f, z0, context, tolerances=tolerances, max_nfe=budget)[0][0] for name, grid in grids.items()
