@@ -113,7 +113,14 @@ def test_a_learned_solver_is_trained_on_the_problems_and_solves_them(name):
     learned = make_learned("grouped", Layout(layout, tuple(z0.shape[1:])))
     before = {key: value.clone() for key, value in learned.state_dict().items()}
     config = MetaConfig(
-        steps=2, unroll=3, batch=4, validation_size=4, validation_nfe=20, validate_every=1, backend="native"
+        steps=2,
+        unroll=3,
+        batch=4,
+        validation_size=4,
+        validation_nfe=20,
+        validate_every=1,
+        backend="native",
+        return_above=100.0,
     )
     trainer = MetaTrainer(learned, tasks, config)
     trainer.run(until=1)
