@@ -17,7 +17,14 @@ from rich.markdown import Markdown
 from metabroyden import Broyden, load_solver, save_solver
 from metabroyden.evaluation import equilibria, transfer_report
 from metabroyden.evaluation.equilibria import HeldOut
-from metabroyden.evaluation.provenance import command_line, config_hash, plain, provenance, write_results
+from metabroyden.evaluation.provenance import (
+    command_line,
+    config_hash,
+    plain,
+    provenance,
+    results_folder,
+    write_results,
+)
 from metabroyden.evaluation.transfer import BROYDEN, transfer_row
 from metabroyden.learned.layout import Layout
 from metabroyden.learned.safeguard import BY_PROGRESS
@@ -78,7 +85,7 @@ class Generalise:
     digits: Path = Path("results/digits")
     """Where the seeds of the digits DEQ are."""
     results: Path = Path("results/generalise")
-    """Where results go."""
+    """Where results go; those of a run with other settings than these to a trial- folder in it."""
     runs: Path = Path("runs/generalise")
     """Where unfinished work is kept, to go on from."""
     fresh: bool = False
@@ -91,11 +98,12 @@ def run(config: Generalise) -> None:
     """The whole job. Interrupted, it goes on where it stopped; finished, it writes the report again."""
     job = _Job(config)
     rows = job.rows()
-    write_results(config.results, rows, job.described())
+    folder = results_folder(config.results, config, _PLACES)
+    write_results(folder, rows, job.described())
     for path in job.work.glob("*.safetensors"):
         if not path.name.startswith("training-"):
-            atomic_write(config.results / path.name, path.read_bytes())
-    Console().print(Markdown(transfer_report.write(config.results).read_text()))
+            atomic_write(folder / path.name, path.read_bytes())
+    Console().print(Markdown(transfer_report.write(folder).read_text()))
 
 
 class _Job:

@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,14 @@ from torch import Tensor
 
 from metabroyden import Anderson, Broyden, checkpoint, load_solver, save_solver
 from metabroyden.evaluation import equilibria, meta_report, meta_rows, texts
-from metabroyden.evaluation.provenance import command_line, config_hash, plain, provenance, write_results
+from metabroyden.evaluation.provenance import (
+    command_line,
+    config_hash,
+    plain,
+    provenance,
+    results_folder,
+    write_results,
+)
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.safeguard import BY_PROGRESS
 from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet, distributed
@@ -35,9 +42,8 @@ from metabroyden.storage import atomic_write
 
 CLASSICAL = "classical"
 CLOCKED = (1e-2, 1e-3)
-OPTIONS = (
-    "steps", "patience", "cpu_minutes", "estimator", "objective", "context", "budget", "samples", "repeats", "backend",
-)  # fmt: skip
+FREE = ("family", "solver", "seed", "models", "device", "results", "runs", "fresh", "progress")
+"""Options that do not make a trial of a run."""
 BUDGETS = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40)
 
 
@@ -87,6 +93,7 @@ TEXT: dict[str, dict[str, Any]] = {
 """What is different where f is a language model's, ten times as costly: by solver, and of all others."""
 OWN: dict[tuple[str, str], dict[str, Any]] = {
     ("transformer-shakespeare", "meta-broyden"): {"unroll": 4},
+    ("conv-fashion", "meta-broyden"): {"steps": 300},
     ("multiscale-fashion", "meta-broyden"): {"steps": 300},
     ("multiscale-fashion", "grouped"): {"steps": 150},
 }
@@ -189,10 +196,7 @@ class Job:
         self.texts = isinstance(self.criterion, NextToken)
         self.recipe = self._usual() if recipe is None else recipe
         name = config.solver if config.solver == CLASSICAL else f"{config.solver}-seed{config.seed}"
-        chosen = {item.name: getattr(config, item.name) for item in fields(config) if item.name in OPTIONS}
-        usual = all(item.default == chosen.get(item.name, item.default) for item in fields(config))
-        trial = "trial-" + hashlib.sha256(repr(chosen).encode()).hexdigest()[:8]
-        self.results = config.results if usual else config.results / trial
+        self.results = results_folder(config.results, config, FREE)
         self.folder = self.results / config.family / name
         settings = (self.recipe, BUDGETS, CLOCKED, HELD, meta_rows.TOLERANCES)
         digest = hashlib.sha256(repr(settings).encode() + self.path.read_bytes()).hexdigest()[:8]
@@ -364,9 +368,8 @@ class Job:
     def _described(self, solver: Any) -> dict[str, Any]:
         config = self.config
         always = f"meta --family {config.family} --solver {config.solver} --seed {config.seed}"
-        places = {item.name for item in fields(config)} - set(OPTIONS)
         described = {
-            "command": command_line(always, config, places),
+            "command": command_line(always, config, FREE),
             "config": plain(config),
             "device": _name(self.device),
             "model_sha256": hashlib.sha256(self.path.read_bytes()).hexdigest(),

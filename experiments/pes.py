@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from metabroyden.evaluation import pes_report
-from metabroyden.evaluation.provenance import command_line, plain, provenance, write_results
+from metabroyden.evaluation.provenance import command_line, plain, provenance, results_folder, write_results
 from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet, unroll
 from metabroyden.meta.backprop import differentiate, frozen
 from metabroyden.meta.draws import training_batch
@@ -24,6 +24,9 @@ from metabroyden.models.families import get_family
 from metabroyden.state import gather
 
 WAYS = ("backpropagation", "truncated", "PES")
+
+
+_PLACES = ("models", "results", "progress")
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Pes:
     models: Path = Path("results/models")
     """Where the frozen models are."""
     results: Path = Path("results/meta/pes")
-    """Where rows, the figure and the report go."""
+    """Where rows, the figure and the report go; of a run with other settings than these to a trial- folder in it."""
     progress: bool = True
     """Show progress bars."""
 
@@ -103,12 +106,13 @@ def run(config: Pes) -> None:
     for way in WAYS:
         _train(way, settings[way], copy.deepcopy(solver), tasks, config, rows)
     described = {
-        "command": command_line("pes", config, ("models", "results", "progress")),
+        "command": command_line("pes", config, _PLACES),
         "config": plain(config),
         "provenance": provenance(),
     }
-    write_results(config.results, rows, described)
-    Console().print(f"Figure and report: {pes_report.write(config.results, rows, described)}")
+    folder = results_folder(config.results, config, _PLACES)
+    write_results(folder, rows, described)
+    Console().print(f"Figure and report: {pes_report.write(folder, rows, described)}")
 
 
 def _train(way: str, meta: MetaConfig, solver: Any, tasks: TaskSet, config: Pes, rows: list[dict[str, Any]]) -> None:

@@ -15,7 +15,7 @@ from rich.markdown import Markdown
 from metabroyden import Broyden, load_solver, save_solver
 from metabroyden.evaluation import equilibria, specialise_report
 from metabroyden.evaluation.equilibria import HeldOut
-from metabroyden.evaluation.provenance import command_line, plain, provenance, write_results
+from metabroyden.evaluation.provenance import command_line, plain, provenance, results_folder, write_results
 from metabroyden.evaluation.transfer import BROYDEN, transfer_row
 from metabroyden.meta.families import family_tasks
 from metabroyden.meta.progress import progress_bar
@@ -61,7 +61,7 @@ class Specialise:
     models: Path = Path("results/models")
     """Where the frozen models are."""
     results: Path = Path("results/specialise")
-    """Where results go, a folder a family and seed in it."""
+    """Where results go, a folder a family and seed in it; those of other settings to a trial- folder."""
     progress: bool = True
     """Show progress bars."""
 
@@ -94,7 +94,8 @@ def run(config: Specialise) -> None:
     with progress_bar(f"{config.family}, adapting", config.steps, show=config.progress) as bar:
         adapted = specialise(start, tasks, settings, progress=bar)
     rows = _measured(config, model, criterion, start, adapted)
-    folder = config.results / config.family / f"seed{config.seed}"
+    results = results_folder(config.results, config, ("seed", *_PLACES))
+    folder = results / config.family / f"seed{config.seed}"
     described = {
         "command": command_line(f"specialise --family {config.family}", config, _PLACES),
         "config": plain(config),
@@ -104,7 +105,7 @@ def run(config: Specialise) -> None:
     }
     write_results(folder, rows, json.loads(json.dumps(described)))
     save_solver(adapted, folder / "solver.safetensors")
-    Console().print(Markdown(specialise_report.write(config.results).read_text()))
+    Console().print(Markdown(specialise_report.write(results).read_text()))
 
 
 def _as_vector(model: Any) -> bool:

@@ -14,11 +14,14 @@ from rich.markdown import Markdown
 
 from experiments.meta import RECIPES, Job, Meta, Recipe
 from metabroyden.evaluation import equilibria, tuning_report
-from metabroyden.evaluation.provenance import config_hash, plain, provenance
+from metabroyden.evaluation.provenance import command_line, plain, provenance, results_folder
 from metabroyden.storage import atomic_write
 
 USUAL = RECIPES["hyper-anderson"]
 _PER_STEP = 10  # solver iterations
+_PLACES = ("models", "results", "runs", "fresh", "progress")
+FREE = ("family", "only", "backend", *_PLACES)
+"""Options that do not make a trial of a run: the others change no figure."""
 
 
 @dataclass(frozen=True)
@@ -95,23 +98,21 @@ def run(config: TuneHyper) -> None:
     if config.fresh and (config.runs / config.family).exists():
         shutil.rmtree(config.runs / config.family)
     console = Console()
-    results = _results(config)
+    results = results_folder(config.results, config, FREE)
     folder = results / "hyper-anderson-tuning"
     rows: list[dict[str, Any]] = []
     for name in config.only or VARIANTS:
         rows.append(_row(config, name))
-        described = {"command": _command(config), "config": plain(config), "provenance": provenance()}
+        described = {
+            "command": command_line("tune-hyper", config, _PLACES),
+            "config": plain(config),
+            "provenance": provenance(),
+        }
         atomic_write(folder / f"{config.family}.json", json.dumps(described, indent=2) + "\n")
         atomic_write(folder / f"{config.family}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         report = tuning_report.write(folder, results / "hyper-anderson-tuning.md")
         console.print(f"{config.family}: {len(rows)} of {len(config.only or VARIANTS)} configurations: {name}")
     console.print(Markdown(report.read_text()))
-
-
-def _results(config: TuneHyper) -> Path:
-    usual = TuneHyper(config.family, only=config.only, backend=config.backend)  # neither changes a figure
-    chosen = replace(config, models=usual.models, results=usual.results, runs=usual.runs, fresh=False, progress=True)
-    return config.results if chosen == usual else config.results / f"trial-{config_hash(replace(chosen, family=''))}"
 
 
 def _row(config: TuneHyper, name: str) -> dict[str, Any]:
@@ -135,14 +136,3 @@ def _row(config: TuneHyper, name: str) -> dict[str, Any]:
         }
         atomic_write(path, json.dumps(row) + "\n")
     return json.loads(path.read_text())
-
-
-def _command(config: TuneHyper) -> str:
-    words = ["python -m experiments tune-hyper", f"--family {config.family}"]
-    for name in ("steps", "seed", "budget", "samples", "backend"):
-        value = getattr(config, name)
-        if value != getattr(TuneHyper, name):
-            words.append(f"--{name} {value}")
-    if config.only:
-        words.append("--only " + " ".join(f'"{name}"' for name in config.only))
-    return " ".join(words)

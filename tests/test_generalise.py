@@ -128,12 +128,14 @@ def test_generalise_writes_what_it_promises_and_goes_on(tmp_path, monkeypatch, c
     monkeypatch.setattr(generalise._Job, "_seeds", original)
     generalise.run(config)
     assert all(path.stat().st_mtime_ns == then for path, then in kept.items()), "finished work was done again"
-    names = {path.name for path in config.results.iterdir()}
+    (trial,) = config.results.iterdir()
+    assert trial.name.startswith("trial-"), "other settings than the usual ones"
+    names = {path.name for path in trial.iterdir()}
     assert names == {
         "rows.jsonl", "config.json", "report.md", "transfer.png", "universal.safetensors", "coordinatewise.safetensors",
         "grouped-conv-digits.safetensors", "grouped-seeds.safetensors",
     }  # fmt: skip
-    rows = [json.loads(line) for line in (config.results / "rows.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (trial / "rows.jsonl").read_text().splitlines()]
     unseen = Transfer(rows, "families unseen")
     assert unseen.problems == ["multiscale-digits"]
     assert unseen.ratio(BROYDEN, "multiscale-digits") == 1
@@ -150,7 +152,8 @@ def test_specialise_measures_before_and_after(tmp_path, family, capsys):
         results=tmp_path,
     )  # fmt: skip
     specialise.run(config)
-    folder = tmp_path / family / "seed0"
+    (trial,) = tmp_path.iterdir()
+    folder = trial / family / "seed0"
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     assert [row["solver"] for row in rows] == [
         BROYDEN,
@@ -162,10 +165,12 @@ def test_specialise_measures_before_and_after(tmp_path, family, capsys):
     ]
     assert all(len(row["nfe"]) == 6 for row in rows)
     assert mb.load_solver(folder / "solver.safetensors").summary["specialised"]["steps"] == 2
-    assert "2 steps from universal" in (tmp_path / "report.md").read_text()
-    assert (tmp_path / "specialise.png").exists()
-    specialise.run(replace(config, start=str(folder / "solver.safetensors"), seed=1))
-    assert len(list(tmp_path.glob("*/*/rows.jsonl"))) == 2
+    assert "2 steps from universal" in (trial / "report.md").read_text()
+    assert (trial / "specialise.png").exists()
+    specialise.run(replace(config, seed=1))
+    assert len(list(trial.glob("*/*/rows.jsonl"))) == 2
+    specialise.run(replace(config, start=str(folder / "solver.safetensors")))
+    assert len(list(tmp_path.glob("trial-*"))) == 2
 
 
 def test_other_models_are_other_work(tmp_path):

@@ -98,12 +98,13 @@ def test_the_experiment_writes_what_it_promises(tmp_path):
         progress=False,
     )  # fmt: skip
     pes.run(config)
-    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "config.json", "report.md", "pes.png"}
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    (trial,) = tmp_path.iterdir()
+    assert {path.name for path in trial.iterdir()} == {"rows.jsonl", "config.json", "report.md", "pes.png"}
+    rows = [json.loads(line) for line in (trial / "rows.jsonl").read_text().splitlines()]
     assert [row["way"] for row in rows if row["row"] == "way"] == ["short", *pes.WAYS]
     assert all(row["cpu_seconds"] >= 0.1 and row["steps"] >= 1 for row in rows if row["row"] == "way")
     assert [row["unroll"] for row in rows if row["row"] == "length"] == [2, 4]
-    assert "| PES | " in (tmp_path / "report.md").read_text()
+    assert "| PES | " in (trial / "report.md").read_text()
 
 
 def test_modes_of_backpropagation_are_refused():

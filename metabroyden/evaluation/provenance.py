@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict, fields
@@ -50,8 +51,19 @@ def command_line(name: str, config: Any, places: Iterable[str]) -> str:
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
         else:
-            words.append(f"--{option} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
+            values = value if isinstance(value, tuple) else (value,)
+            words.append(f"--{option} {shlex.join(map(str, values))}")
     return " ".join(words)
+
+
+def results_folder(folder: Path, config: Any, free: Iterable[str]) -> Path:
+    """Where a run with this config publishes: `folder` if its options but the `free` ones are the usual ones, else a trial-
+    folder in it, named by those options, so that a trial replaces no published figure."""
+    chosen = {item.name: getattr(config, item.name) for item in fields(config) if item.name not in free}
+    if all(item.default == chosen.get(item.name, item.default) for item in fields(config)):
+        return folder
+    digest = hashlib.sha256(json.dumps(chosen, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    return folder / f"trial-{digest}"
 
 
 def write_results(folder: Path, rows: Iterable[dict[str, Any]], described: dict[str, Any]) -> None:
