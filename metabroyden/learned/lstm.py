@@ -50,4 +50,6 @@ class SharedLSTM(nn.Module):
 
 def _affine(bias: Tensor, weight: Tensor, value: Tensor) -> Tensor:
     """bias (O, 1 or G) + weight (O, F) · value (R, F, G), (R, O, G)."""
+    if value.shape[2] == 1:  # one product for all rows, where the batched one makes a small one for each
+        return torch.addmm(bias[:, 0], value[:, :, 0], weight.T).unsqueeze(2)
     return torch.baddbmm(bias.unsqueeze(0), weight.expand(len(value), -1, -1), value)
