@@ -308,14 +308,14 @@ def test_horizon_rows_count_what_the_fallback_would_have_solved():
 def test_the_report_holds_a_learned_solver_against_the_best_classical_one(tmp_path):
     """From rows alone: medians of 6 and 10 against 8 (not against 20), seeds apart, failures counted."""
 
-    def put(name: str, solver: str, seed: int, rows: list[dict]) -> None:
+    def put(name: str, solver: str, seed: int, rows: list[dict], family: str = "fam") -> None:
         described = {"config": {"solver": solver, "seed": seed}}
         if solver != "classical":
             described |= {
                 "recipe": {"steps": 1, "segments": 1, "unroll": 1, "batch": 1}, "parameters": 5, "model_parameters": 50,
                 "summary": {"seconds": 2.0, "skipped_steps": 0}, "provenance": {"commit": "abc"},
             }  # fmt: skip
-        meta_rows_folder = tmp_path / "fam" / name
+        meta_rows_folder = tmp_path / family / name
         write_results(meta_rows_folder, [{"row": "star", "known": 1.0, "score": 0.9, "samples": 4}, *rows], described)
 
     def solved(solver: str, nfe: list[int], reached: list[bool]) -> list[dict]:
@@ -349,6 +349,16 @@ def test_the_report_holds_a_learned_solver_against_the_best_classical_one(tmp_pa
     )
     assert "| 1.00 f |" in text
     assert (tmp_path / "fam" / "residual.png").exists()
+    split = solved("Peaceman-Rachford", [4] * 4, [True] * 4) + solved("tuned Broyden", [16] * 4, [True] * 4)
+    put("classical", "classical", 0, split, "mono")
+    put("meta-broyden-seed0", "meta-broyden", 0, solved("meta-broyden", [8] * 4, [True] * 4), "mono")
+    text = meta_report.write(tmp_path).read_text()
+    assert "| meta-broyden | the best classical | 3.16× (2: 2.00–5.00) |" in text, "√(2 · 5)"
+    assert "| meta-broyden | the best that calls f alone | 1.58× (2: 0.50–5.00) |" in text, (
+        "Broyden's 16 for its parts' 4"
+    )
+    assert "| meta-broyden | the same, where it needs 12 or more |" not in text
+    assert "| mono | 8 (100%) | 4 (100%) Peaceman-Rachford | **2.00×** |" in text
     put(
         "grouped-seed0",
         "grouped",

@@ -17,6 +17,10 @@ from metabroyden.storage import atomic_write
 
 Row = dict[str, Any]
 CLASSICAL = "classical"
+SPLITTING = ("Peaceman-Rachford", "forward-backward")
+"""Classical solvers that take the parts of a monotone cell instead of f."""
+BEST, HARD, CALLING = "the best classical", "the same, where it needs 12 or more", "the best that calls f alone"
+"""Rivals of the summary beside HyperAnderson."""
 _COLOURS = {
     "meta-broyden": ("#D55E00", "-"),
     "grouped": ("#E69F00", "--"),
@@ -87,9 +91,10 @@ class MetaResults:
         medians = [float(np.quantile(values, 0.5, method="higher")) for values in spent]
         return medians, float(np.mean([np.mean(row["reached"]) for row in rows]))
 
-    def best(self, tolerance: float) -> str:
+    def best(self, tolerance: float, but: Sequence[str] = ()) -> str:
         """The classical solver with the fewest evaluations, median and then mean, a failure counting as the budget."""
-        mean = {name: np.mean(self.of("solve", name, tolerance=tolerance)[0]["nfe"]) for name in self.classical}
+        names = [name for name in self.classical if name not in but]
+        mean = {name: np.mean(self.of("solve", name, tolerance=tolerance)[0]["nfe"]) for name in names}
         return min(mean, key=lambda name: (self.spent(name, tolerance)[0][0], mean[name]))
 
     def check(self) -> None:
@@ -148,11 +153,12 @@ def _family(results: MetaResults, folder: Path) -> list[str]:
 
 
 def summary(families: Sequence[MetaResults]) -> str:
-    """Geometric means over families of the evaluations, as shares of the best classical solver's and of HyperAnderson's."""
+    """Geometric means over families of the evaluations, as shares of the best classical solver's and of HyperAnderson's;
+    family by family; where fewer samples are solved."""
     names = list(dict.fromkeys(name for results in families for name in results.learned))
     body = []
     for name in names:
-        for rival in ("the best classical", "hyper-anderson"):
+        for rival in (BEST, HARD, CALLING, "hyper-anderson"):
             cells = []
             for tolerance in (1e-2, 1e-3):
                 ratios = {
@@ -185,7 +191,43 @@ def summary(families: Sequence[MetaResults]) -> str:
     fewer = "Fewer samples solved than by the classical solver that solves most: " + (
         "; ".join(lower) if lower else "nowhere"
     )
-    return "\n\n".join([words, table(["", "against", "0.01", "0.001"], body), fewer + "."])
+    return "\n\n".join(
+        [words, table(["", "against", "0.01", "0.001"], body), *_by_family(families, names), fewer + "."]
+    )
+
+
+def _by_family(families: Sequence[MetaResults], names: Sequence[str]) -> list[str]:
+    """A table for each solver that there is on several families, of evaluations to 1e-2 and 1e-3 and of the clock."""
+    tables = []
+    for name in names:
+        body = []
+        for results in families:
+            if name not in results.learned or not results.classical:
+                continue
+            cells = [results.name]
+            for tolerance in (1e-2, 1e-3):
+                if tolerance not in results.tolerances:
+                    cells += ["", "", ""]
+                    continue
+                best, ratio = results.best(tolerance), _ratio(results, name, BEST, tolerance)
+                cells += [_spent_words(results, name, tolerance), f"{_spent_words(results, best, tolerance)} {best}"]
+                cells.append("" if ratio is None else f"**{ratio:.2f}×**")
+            body.append([*cells, *(_clock_words(results, name, tolerance) for tolerance in (1e-2, 1e-3))])
+        if len(body) > 1:
+            head = ["", "to 0.01", "best classical", "ratio", "to 0.001", "best classical", "ratio"]
+            tables.append(f"{name}, family by family; time as in the family's own table, mean over seeds:")
+            tables.append(table([*head, "time to 0.01", "to 0.001"], body))
+    return tables
+
+
+def _spent_words(results: MetaResults, name: str, tolerance: float) -> str:
+    medians, success = results.spent(name, tolerance)
+    return " ".join("—" if np.isinf(value) else f"{value:g}" for value in medians) + f" ({100 * success:.0f}%)"
+
+
+def _clock_words(results: MetaResults, name: str, tolerance: float) -> str:
+    ratios = [ratio for ratio, _ in _clock_ratios(results, name, tolerance) if np.isfinite(ratio)]
+    return f"{np.mean(ratios):.2f}×" if ratios else "—"
 
 
 def _ratio(results: MetaResults, name: str, rival: str, tolerance: float) -> float | None:
@@ -193,14 +235,15 @@ def _ratio(results: MetaResults, name: str, rival: str, tolerance: float) -> flo
     rival's own median did, or where there is no such figure."""
     if name not in results.learned or tolerance not in results.tolerances:
         return None
-    if rival == "the best classical":
+    least = 12 if rival == HARD else 0
+    if rival in (BEST, HARD, CALLING):
         if not results.classical:
             return None
-        rival = results.best(tolerance)
+        rival = results.best(tolerance, SPLITTING if rival == CALLING else ())
     elif rival not in results.learned:
         return None
     ours, theirs = (np.array(results.spent(one, tolerance)[0]) for one in (name, rival))
-    if not np.isfinite(theirs).all():
+    if not np.isfinite(theirs).all() or theirs.mean() < least:
         return None
     budget = results.of("solve", name, tolerance=tolerance)[0]["budget"]
     return float(np.minimum(ours, budget).mean() / theirs.mean())
@@ -212,10 +255,9 @@ def evaluations_table(results: MetaResults) -> str:
     for name in [*results.learned, *results.classical]:
         cells = []
         for tolerance in results.tolerances:
-            medians, success = results.spent(name, tolerance)
-            shown = " ".join("—" if np.isinf(value) else f"{value:g}" for value in medians)
-            words = f"{shown} ({100 * success:.0f}%)"
+            words = _spent_words(results, name, tolerance)
             if name in results.learned and results.classical:
+                medians = results.spent(name, tolerance)[0]
                 theirs = results.spent(results.best(tolerance), tolerance)[0][0]
                 if np.isfinite([*medians, theirs]).all():
                     words += f" {np.mean(medians) / theirs:.2f}×"
@@ -262,30 +304,43 @@ def clock_table(results: MetaResults) -> str:
     body = []
     for tolerance in (1e-2, 1e-3):
         for name in results.learned:
-            against: list[str] = []
-            success, seconds, outside = [], [], []
-            for rows, described in results.runs.values():
-                clocks = {row["solver"]: row for row in rows if row["row"] == "clock" and row["tolerance"] == tolerance}
-                if described["config"]["solver"] != name or not clocks:
-                    continue
-                ours = clocks[name]
-                success.append(ours["reached"])
-                reached = {rival: row["reached"] for rival, row in clocks.items() if rival != name}
-                enough = min(ours["reached"], max(reached.values())) - 0.02
-                rivals = {rival: np.array(clocks[rival]["total"]) for rival in reached if reached[rival] >= enough}
-                if ours["reached"] < 0.5:
-                    against.append("—")
-                else:
-                    fastest = min(rivals, key=lambda rival: float(np.median(rivals[rival])))
-                    ratio = float(np.median(np.array(ours["total"]) / rivals[fastest]))
-                    against.append(f"{ratio:.2f}× {fastest}'s ({100 * reached[fastest]:.0f}%)")
-                seconds.append(float(np.median(ours["total"])))
-                outside.append(float(np.median(np.array(ours["total"]) / np.array(ours["in_f"]))) - 1)
-            if seconds:
-                spent = f"{1000 * np.mean(seconds):.0f} ms ({100 * np.mean(success):.0f}%)"
-                body.append([f"{tolerance:g}", name, spent, ", ".join(against), f"{np.mean(outside):.2f} f"])
+            clocks = _clocks(results, name, tolerance)
+            if not clocks:
+                continue
+            ours = [clock[name] for clock in clocks]
+            seconds = np.mean([np.median(row["total"]) for row in ours])
+            outside = np.mean([np.median(np.array(row["total"]) / np.array(row["in_f"])) for row in ours]) - 1
+            spent = f"{1000 * seconds:.0f} ms ({100 * np.mean([row['reached'] for row in ours]):.0f}%)"
+            against = [
+                f"{ratio:.2f}× {rival['solver']}'s ({100 * rival['reached']:.0f}%)" if np.isfinite(ratio) else "—"
+                for ratio, rival in _clock_ratios(results, name, tolerance)
+            ]
+            body.append([f"{tolerance:g}", name, spent, ", ".join(against), f"{outside:.2f} f"])
     head = "to the fastest classical solver that solves as many, or as the one that solves most (within 2%), by seed"
     return table(["to", "", "batch (solved)", head, "outside f, an evaluation"], body)
+
+
+def _clocks(results: MetaResults, name: str, tolerance: float) -> list[dict[str, Row]]:
+    """Of each run of a learned solver its clock rows by solver."""
+    runs = [rows for rows, described in results.runs.values() if described["config"]["solver"] == name]
+    clocks = [
+        {row["solver"]: row for row in rows if row["row"] == "clock" and row["tolerance"] == tolerance} for rows in runs
+    ]
+    return [clock for clock in clocks if clock]
+
+
+def _clock_ratios(results: MetaResults, name: str, tolerance: float) -> list[tuple[float, Row]]:
+    """(time over that of the fastest classical solver that solves as many, its row) by run; infinite where half failed."""
+    found = []
+    for clock in _clocks(results, name, tolerance):
+        ours, rivals = clock[name], [row for rival, row in clock.items() if rival != name]
+        enough = min(ours["reached"], max(row["reached"] for row in rivals)) - 0.02
+        fastest = min(
+            (row for row in rivals if row["reached"] >= enough), key=lambda row: float(np.median(row["total"]))
+        )
+        ratio = float(np.median(np.array(ours["total"]) / np.array(fastest["total"])))
+        found.append((ratio if ours["reached"] >= 0.5 else np.inf, fastest))
+    return found
 
 
 def horizon_table(results: MetaResults) -> str:
