@@ -91,13 +91,22 @@ TEXT: dict[str, dict[str, Any]] = {
     "": {"batch": 16, "steps": 250},
 }
 """What is different where f is a language model's, ten times as costly: by solver, and of all others."""
+_VECTORS = (
+    "dense-digits",
+    "dense-fashion",
+    "mlp-digits",
+    "mlp-fashion",
+    "monotone-dense-digits",
+    "monotone-dense-fashion",
+)
 OWN: dict[tuple[str, str], dict[str, Any]] = {
+    **{(name, "meta-broyden"): {"steps": 600, "options": {**_SAME, "initializer": 128}} for name in _VECTORS},
     ("transformer-shakespeare", "meta-broyden"): {"unroll": 4},
     ("conv-fashion", "meta-broyden"): {"steps": 300},
     ("multiscale-fashion", "meta-broyden"): {"steps": 300},
     ("multiscale-fashion", "grouped"): {"steps": 150},
 }
-"""What is different for a solver on one family. The Transformer's unstable directions want secants early: longer unrolls
+"""What is different for a solver on one family. Steps and starts cost little where states are vectors. The Transformer's unstable directions want secants early: longer unrolls
 explode or learn less (results/RESEARCH.md, 40)."""
 HELD = 128
 """Validation problems of a text on which weights are chosen."""
