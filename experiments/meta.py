@@ -106,8 +106,8 @@ OWN: dict[tuple[str, str], dict[str, Any]] = {
     ("multiscale-fashion", "meta-broyden"): {"steps": 300},
     ("multiscale-fashion", "grouped"): {"steps": 150},
 }
-"""What is different for a solver on one family. Steps and starts cost little where states are vectors. The Transformer's unstable directions want secants early: longer unrolls
-explode or learn less (results/RESEARCH.md, 40)."""
+"""What is different for a solver on one family. Steps and starts cost little where states are vectors. The Transformer's
+unstable directions want secants early: longer unrolls explode or learn less (results/RESEARCH.md, 40)."""
 HELD = 128
 """Validation problems of a text on which weights are chosen."""
 

@@ -92,7 +92,8 @@ class MetaBroyden(LearnedSolver):
     def __init__(self, config: MetaBroydenConfig) -> None:
         super().__init__(config)
         rank = self.rank = config.rank or min(48, max(16, sum(self.layout.part_channels) // 2))
-        self.preconditioner = Preconditioner(self.layout, self.context_channels, rank)
+        kernel = 1 if config.layout == "scales" else 3  # there finer pixels already go with their coarse one
+        self.preconditioner = Preconditioner(self.layout, self.context_channels, rank, kernel=kernel)
         self.channel = nn.Parameter(torch.zeros(sum(self.layout.part_channels)))
         self.lstm = SharedLSTM(2 * rank + 2, config.hidden, 2 * rank + 2)
         self.secants = Secants(self.layout, config.memory, config.ridge)

@@ -14,16 +14,14 @@ class Preconditioner(nn.Module):
     """P(r) = B(A(r) · sigmoid(C(z, c))): I + P stands for (I − J)⁻¹. A, B without bias, B zero-initialised.
 
     Linear in r, so that −(I + P) may serve as the initial inverse Jacobian of a secant method; a bias would put a floor
-    under the residual. B looks at neighbours too, but for a state of several resolutions, where A sees those and finer
-    pixels go with their coarse one. The gate is taken once, where the solve starts (or is handed over), and frozen.
+    under the residual. A looks at neighbours, and B too unless `kernel`, its width, is 1. The gate is taken once, where the
+    solve starts (or is handed over), and frozen.
     """
 
-    def __init__(self, layout: Layout, context_channels: int, rank: int) -> None:
+    def __init__(self, layout: Layout, context_channels: int, rank: int, *, kernel: int = 3) -> None:
         super().__init__()
         self.inward = Mixer(layout, layout.channels, rank, bias=False)
-        self.outward = Mixer(
-            layout, rank, layout.channels, kernel=1 if layout.kind == "scales" else 3, bias=False, zero=True
-        )
+        self.outward = Mixer(layout, rank, layout.channels, kernel=kernel, bias=False, zero=True)
         self.gate = Mixer(layout, layout.channels + context_channels, rank)
 
     def gates(self, z: Tensor, context: Tensor) -> Tensor:
