@@ -37,6 +37,7 @@ from metabroyden.meta.progress import progress_bar, tensorboard
 from metabroyden.models import load_model
 from metabroyden.models.criteria import NextToken
 from metabroyden.models.families import get_family
+from metabroyden.solvers.classical import grids
 from metabroyden.state import Packing
 from metabroyden.storage import atomic_write
 
@@ -83,8 +84,8 @@ RECIPES: dict[str, Recipe] = {
     "started-broyden": Recipe(kind="started", segments=1, options={**_SAME, "classical": Broyden(60)}),
     "started-anderson": Recipe(kind="started", segments=1, options={**_SAME, "classical": Anderson()}),
 }
-"""All with the same width of the start and the same safeguard. HyperAnderson makes more solver iterations than MetaBroyden,
-in the best of the configurations tried (results/meta/hyper-anderson-tuning.md)."""
+"""All with the same safeguard and, but for `OWN`, the same width of the start. HyperAnderson is in the best of the
+configurations tried (results/meta/hyper-anderson-tuning.md), and makes more solver iterations, again but for `OWN`."""
 TEXT: dict[str, dict[str, Any]] = {
     "meta-broyden": {"batch": 16, "steps": 200, "segments": 1},
     "hyper-anderson": {"batch": 16},
@@ -207,10 +208,10 @@ class Job:
         name = config.solver if config.solver == CLASSICAL else f"{config.solver}-seed{config.seed}"
         self.results = results_folder(config.results, config, FREE)
         self.folder = self.results / config.family / name
-        settings = (self.recipe, BUDGETS, CLOCKED, HELD, meta_rows.TOLERANCES)
+        settings = (self.recipe, BUDGETS, CLOCKED, HELD, meta_rows.TOLERANCES, grids(config.budget))
         digest = hashlib.sha256(repr(settings).encode() + self.path.read_bytes()).hexdigest()[:8]
         self.work = config.runs / config.family / f"{name}-{config_hash(identity)}-{digest}"
-        measured = (config.budget, config.samples, meta_rows.TOLERANCES)
+        measured = (config.budget, config.samples, meta_rows.TOLERANCES, grids(config.budget))
         digest = hashlib.sha256(repr(measured).encode() + self.path.read_bytes()).hexdigest()[:8]
         self.common = config.runs / config.family / f"common-{digest}"
         if self.first:
@@ -309,9 +310,8 @@ class Job:
         if self.config.solver != "meta-broyden" or "damping" in self.recipe.options:
             return {}
         z0, x = tasks.prepare(tasks.split("validation")[:32])
-        return {
-            "damping": best_damping(lambda damping: make(damping=damping), tasks.f, z0, x, max_nfe=self.config.budget)
-        }
+        found = best_damping(lambda damping: make(damping=damping), tasks.f, z0, x, max_nfe=self.config.budget)
+        return {"damping": distributed.from_first([found])[0]}
 
     def _measured(self, solver: Any) -> list[dict[str, Any]]:
         config = self.config

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -193,6 +195,31 @@ def test_bad_sizes_are_refused(options):
         LearnedConfig(layout="nd", shape=(3,), **options)
     with pytest.raises(ValueError, match="rank"):
         GroupedConfig(layout="nd", shape=(3,), rank=0)
+
+
+@pytest.mark.parametrize("kind", [*SHAPES, "scales"])
+def test_what_metabroyden_hands_over_is_the_inverse_that_it_stepped_with(kind):
+    """B₀ of Broyden: the first gated step of a solver whose LSTM says nothing, and its transpose."""
+    layout = SCALES if kind == "scales" else Layout(kind, SHAPES[kind])
+    solver = make_learned(
+        "meta-broyden", layout, damping=0.25, context_channels=layout.channels, context="native"
+    ).double()
+    for parameter in (solver.channel, *solver.preconditioner.parameters()):
+        parameter.data.normal_(generator=torch.Generator().manual_seed(1))
+    n = sum(math.prod(s) for s in layout.shape) if kind == "scales" else math.prod(layout.shape)
+    z, g, w = torch.randn(3, 2, n, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+    class Problem:
+        shape = layout.shape
+        context = layout.canonical(w, layout.shape) if kind != "ntc" else w.view(2, *layout.shape)
+
+    (phase, *_) = (phase for phase in solver.plan(solver) if isinstance(phase.solver, mb.Broyden))
+    inverse = phase.solver.initial
+    frozen = inverse.init(z, g, Problem())
+    with torch.no_grad():
+        moved = solver.step(z, g, solver.init(z, g, Problem()), Problem())[0]
+    torch.testing.assert_close(z + g + inverse.apply(g, frozen), moved)
+    torch.testing.assert_close((inverse.apply(g, frozen) * w).sum(), (g * inverse.transpose(w, frozen)).sum())
 
 
 def test_the_learned_inverse_jacobian_is_linear_in_the_residual():

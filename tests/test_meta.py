@@ -197,6 +197,22 @@ def test_after_many_of_them_training_returns_to_the_best_weights_with_half_the_r
     assert "back to the best weights with half the learning rate after step 7" in in_words(trainer.incidents.describe())
 
 
+def test_orthogonal_momentum_goes_on_bit_for_bit(tmp_path):
+    config = replace(SMALL, orthogonal_rate=0.05)
+    whole = MetaTrainer(grouped(), tasks(), config)
+    whole.run()
+    path = tmp_path / "training.safetensors"
+    begun = MetaTrainer(grouped(), tasks(), config, checkpoint=path)
+    assert begun.optimizer.matrices
+    begun.run(until=5)
+    resumed = MetaTrainer(grouped(), tasks(), config, checkpoint=path)
+    assert resumed.step == 5
+    resumed.run()
+    for name, value in whole.solver.state_dict().items():
+        assert torch.equal(value, resumed.solver.state_dict()[name]), name
+    assert MetaTrainer(grouped(), tasks(), config, checkpoint=path).stopped == "steps"
+
+
 def test_a_training_that_leaves_what_works_goes_back_to_it(monkeypatch):
     scores = iter([9.0, 7.0, 13.0, 15.0, 6.0, 30.0])
     monkeypatch.setattr(MetaTrainer, "_score", lambda self: next(scores))

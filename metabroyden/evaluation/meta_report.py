@@ -48,6 +48,8 @@ class MetaResults:
         self.name = folder.name
         self.runs: dict[str, tuple[list[Row], dict[str, Any]]] = {}
         for path in sorted(folder.glob("*/rows.jsonl")):
+            if path.parent.name.startswith("trial-"):
+                continue
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             self.runs[path.parent.name] = rows, json.loads((path.parent / "config.json").read_text())
 
@@ -226,8 +228,8 @@ def _spent_words(results: MetaResults, name: str, tolerance: float) -> str:
 
 
 def _clock_words(results: MetaResults, name: str, tolerance: float) -> str:
-    ratios = [ratio for ratio, _ in _clock_ratios(results, name, tolerance) if np.isfinite(ratio)]
-    return f"{np.mean(ratios):.2f}×" if ratios else "—"
+    ratios = [ratio for ratio, _ in _clock_ratios(results, name, tolerance)]
+    return f"{np.mean(ratios):.2f}×" if ratios and np.isfinite(ratios).all() else "—"
 
 
 def _ratio(results: MetaResults, name: str, rival: str, tolerance: float) -> float | None:
@@ -237,9 +239,10 @@ def _ratio(results: MetaResults, name: str, rival: str, tolerance: float) -> flo
         return None
     least = 12 if rival == HARD else 0
     if rival in (BEST, HARD, CALLING):
-        if not results.classical:
+        but = SPLITTING if rival == CALLING else ()
+        if not set(results.classical) - set(but):
             return None
-        rival = results.best(tolerance, SPLITTING if rival == CALLING else ())
+        rival = results.best(tolerance, but)
     elif rival not in results.learned:
         return None
     ours, theirs = (np.array(results.spent(one, tolerance)[0]) for one in (name, rival))
@@ -326,7 +329,7 @@ def _clocks(results: MetaResults, name: str, tolerance: float) -> list[dict[str,
     clocks = [
         {row["solver"]: row for row in rows if row["row"] == "clock" and row["tolerance"] == tolerance} for rows in runs
     ]
-    return [clock for clock in clocks if clock]
+    return [clock for clock in clocks if set(clock) - {name}]
 
 
 def _clock_ratios(results: MetaResults, name: str, tolerance: float) -> list[tuple[float, Row]]:

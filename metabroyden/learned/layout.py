@@ -154,7 +154,7 @@ class Layout:
         """Weights of places (R, 1, *S) as weights of the pixels in each of the `parts`."""
         if self.kind != "scales":
             return [weight]
-        return [functional.interpolate(weight, scale_factor=n) if n > 1 else weight for n in self.factors]
+        return [weight.repeat_interleave(n, 2).repeat_interleave(n, 3) if n > 1 else weight for n in self.factors]
 
     @property
     def part_channels(self) -> list[int]:

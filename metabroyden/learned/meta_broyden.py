@@ -99,8 +99,14 @@ class MetaBroyden(LearnedSolver):
         self.secants = Secants(self.layout, config.memory, config.ridge)
 
     def plan(self, solver: Any) -> list[Phase]:
-        """As every learned solver's; Broyden carries on from −(I + P)."""
-        return self.config.safeguard.phases(self, LearnedInverse(self))
+        """As every learned solver's; Broyden carries on from −(damping + d + P)."""
+        return self.config.safeguard.phases(self, LearnedInverse(self, self._beyond_identity))
+
+    def _beyond_identity(self, r: Tensor, shape: tuple[Any, ...]) -> Tensor:
+        """(damping − 1 + d)·r for r (R, n)."""
+        parts = self.layout.parts(r, shape)
+        shift = self.config.damping - 1
+        return self.layout.joined([part * (d + shift) for part, d in zip(parts, self._channels(parts[0]), strict=True)])
 
     def gates(self, z: Tensor, problem: Any) -> Tensor:
         """The preconditioner's gates at z (R, n): (R, k, *S)."""

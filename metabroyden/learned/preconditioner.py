@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,26 +39,33 @@ class Preconditioner(nn.Module):
 
 
 class LearnedInverse:
-    """A trained `Preconditioner` as the `InverseJacobian` of Broyden's method."""
+    """A trained `Preconditioner` as the `InverseJacobian` of Broyden's method: −(I + P), or −(I + D + P).
 
-    def __init__(self, solver: Any) -> None:
-        self.solver = solver
+    Args:
+        solver: with a `preconditioner`, its `gates` and a `layout`.
+        diagonal: (r (R, n), per-sample shape) ↦ Dr.
+    """
+
+    def __init__(self, solver: Any, diagonal: Callable[[Tensor, Any], Tensor] | None = None) -> None:
+        self.solver, self.diagonal = solver, diagonal
 
     def init(self, z: Tensor, g: Tensor, problem: Any) -> Tensor:
         """The gate, frozen at z."""
         return self.solver.gates(z, problem)
 
     def apply(self, r: Tensor, frozen: Tensor) -> Tensor:
-        """P r for r (R, n)."""
-        layout = self.solver.layout
-        shape = layout.shape_like(frozen.shape[2:])
-        return layout.flat(self.solver.preconditioner(layout.canonical(r, shape), frozen))
+        """(D + P)r for r (R, n)."""
+        return self._with_diagonal(self.solver.preconditioner, r, frozen)
 
     def transpose(self, w: Tensor, frozen: Tensor) -> Tensor:
-        """Pᵀw for w (R, n)."""
+        """(D + P)ᵀw for w (R, n)."""
+        return self._with_diagonal(self.solver.preconditioner.transpose, w, frozen)
+
+    def _with_diagonal(self, p: Callable[[Tensor, Tensor], Tensor], r: Tensor, frozen: Tensor) -> Tensor:
         layout = self.solver.layout
         shape = layout.shape_like(frozen.shape[2:])
-        return layout.flat(self.solver.preconditioner.transpose(layout.canonical(w, shape), frozen))
+        found = layout.flat(p(layout.canonical(r, shape), frozen))
+        return found if self.diagonal is None else found + self.diagonal(r, shape)
 
     def __repr__(self) -> str:
         return f"LearnedInverse({type(self.solver).__name__})"

@@ -75,9 +75,9 @@ class MetaConfig(Unrolling):
         budget_seconds: time after which it stops, looks at validation and earlier sittings included; None: no limit. The
             schedule goes by whichever share is the larger, of the steps or of the time, so that it ends at zero either way.
         budget_clock: what that budget is of, "wall" or "cpu" (of this process, all its threads).
-        return_after, return_above: steps in a row without a finite gradient, or a score over the best one, after which
-            training returns to the best weights with half the learning rate. returns: how often at most; past that, steps
-            without a gradient end the training.
+        return_after: steps in a row without a finite gradient after which training returns to the best weights with half the
+            learning rate. return_above: so it does after a score this many times the best. returns: how often at most; past
+            that, steps without a gradient end the training.
     """
 
     steps: int = 600

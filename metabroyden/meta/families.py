@@ -67,8 +67,8 @@ def _tasks(model: Any, criterion: Criterion) -> TaskSet:
 def family_layout(tasks: TaskSet) -> tuple[Layout, int]:
     """The layout of a family's states, and how many channels its context has in canonical form (0: none to be had).
 
-    The layout is the cell's own `layout` where it has one; the states of a converted network, a tuple without, are taken for
-    one vector. The context is the injection: the first tensor where there are several.
+    The layout is the cell's own `layout` where it has one; else guessed: the states of a converted network, a
+    tuple of vectors, are one vector. The context is the injection: the first tensor where there are several.
     """
     z0, x = tasks.prepare(tasks.split("validation")[:1])
     layout = state_layout(tasks.f, z0, None)

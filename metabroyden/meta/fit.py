@@ -160,7 +160,9 @@ def fit_solver(
     if ours:
         known = _as_solved(f, *tasks.prepare(tasks.split("validation")[: _room(where, TUNED_ON)]))
         learned = make(
-            damping=best_damping(lambda damping: make(damping=damping), *known, max_nfe=config.validation_nfe)
+            damping=best_damping(
+                lambda damping: make(damping=damping), *known, tolerances=(rtol,), max_nfe=config.validation_nfe
+            )
         )
     else:
         learned = make()

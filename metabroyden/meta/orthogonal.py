@@ -1,4 +1,4 @@
-"""Momentum whose matrices are made orthogonal: large, even steps for the few updates of an adaptation."""
+"""Momentum whose matrices are made orthogonal: large, even steps, for few updates or many."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ class OrthogonalAdam(torch.optim.Adam):
         grads = [matrix.grad for matrix in self.matrices]
         for matrix, grad in zip(self.matrices, grads, strict=True):
             if grad is not None:
-                memory = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
+                state = self.state[matrix]
+                state.setdefault("step", torch.tensor(0.0))  # what Adam asks for of every state it is given back
+                memory = state.setdefault("momentum", torch.zeros_like(matrix))
                 memory.mul_(self.momentum).add_(grad)
                 rows, columns = matrix.flatten(1).shape
                 matrix.sub_(orthogonal(memory), alpha=self.orthogonal_rate * max(1.0, rows / columns) ** 0.5)

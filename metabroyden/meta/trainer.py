@@ -147,6 +147,7 @@ class MetaTrainer:
         if len(self.incidents.returned) < self.config.returns:
             self.solver.load_state_dict(self.best)
             self.optimizer.state.clear()
+            self._estimator = None  # an unroll under way was of other weights
             self.incidents.note_return(self.step)
 
     def _validate(self, loss: float) -> None:

@@ -23,17 +23,22 @@ def tuned_solvers(
     budget: int,
     tolerances: tuple[float, ...] = (1e-2, 1e-3),
 ) -> dict[str, Any]:
-    """The best Picard, Anderson and Broyden of a grid; f, z0 and context as for `solve`, the rest as for `tune`."""
-    grids: dict[str, list[Any]] = {
+    """The best Picard, Anderson and Broyden of the `grids`; f, z0 and context as for `solve`, the rest as for `tune`."""
+    return {
+        name: tune(grid, f, z0, context, tolerances=tolerances, max_nfe=budget)[0][0]
+        for name, grid in grids(budget).items()
+    }
+
+
+def grids(budget: int) -> dict[str, list[Any]]:
+    """The options that are tried."""
+    return {
         "tuned Picard": [Picard(damping) for damping in (0.1, 0.25, 0.5, 0.7, 0.85, 1.0, 1.15, 1.3, 1.6)],
         "tuned Anderson": [
             Anderson(memory, damping, ridge)
             for memory, damping, ridge in itertools.product((5, 10), (0.25, 0.7, 1.0, 1.5), (1e-8, 1e-2))
         ],
         "tuned Broyden": [Broyden(budget, damping) for damping in (0.12, 0.25, 0.5, 0.7, 0.85, 1.0, 1.15)],
-    }
-    return {
-        name: tune(grid, f, z0, context, tolerances=tolerances, max_nfe=budget)[0][0] for name, grid in grids.items()
     }
 
 
