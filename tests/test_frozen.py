@@ -154,3 +154,13 @@ def test_nothing_leaks_from_the_future_at_trained_weights(name):
 
 def test_every_family_is_frozen():
     assert set(FROZEN) == set(FAMILIES)
+
+
+def test_published_solvers_of_families_load_and_fit_their_models():
+    """Those of results/meta and results/specialise: a change of a solver's weights must not leave files behind."""
+    paths = [path for part in ("meta", "specialise") for path in (RESULTS.parent / part).glob("*/*/solver.safetensors")]
+    assert len(paths) > 20
+    for path in paths:
+        learned = mb.load_solver(path)
+        model = trained(path.parent.parent.name)
+        assert learned.fingerprint == fingerprint(model.cell), path
