@@ -34,6 +34,8 @@ _COLOURS = {
     "tuned Picard": ("#000000", ":"),
     "tuned Anderson": ("#009E73", ":"),
     "tuned Broyden": ("#56B4E9", ":"),
+    "Peaceman-Rachford": ("#0072B2", ":"),
+    "forward-backward": ("#999999", ":"),
 }
 
 
