@@ -310,7 +310,7 @@ class Job:
         if self.config.solver != "meta-broyden" or "damping" in self.recipe.options:
             return {}
         z0, x = tasks.prepare(tasks.split("validation")[:32])
-        found = best_damping(lambda damping: make(damping=damping), tasks.f, z0, x, max_nfe=self.config.budget)
+        found = best_damping(make, tasks.f, z0, x, max_nfe=self.config.budget)
         return {"damping": distributed.from_first([found])[0]}
 
     def _measured(self, solver: Any) -> list[dict[str, Any]]:

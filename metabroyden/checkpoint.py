@@ -115,18 +115,15 @@ def restore_training(
 ) -> None:
     """The inverse of `training_tensors`; `CheckpointError` when the weights do not fit."""
     load_weights(module, under(tensors, "module."), path)
+    numbers = {name: number for number, (name, _) in enumerate(module.named_parameters())}
     state: dict[int, dict[str, Tensor]] = {}
-    for number, (name, _) in enumerate(module.named_parameters()):
-        moments = {key.split(".")[1]: value for key, value in tensors.items() if _moment_of(name, key)}
-        if moments:
-            state[number] = moments
+    for key, value in under(tensors, "adam.").items():
+        moment, name = key.split(".", 1)
+        if name in numbers:
+            state.setdefault(numbers[name], {})[moment] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     if generator is not None:
         generator.set_state(tensors["generator"])
-
-
-def _moment_of(name: str, key: str) -> bool:
-    return key.startswith("adam.") and key.split(".", 2)[2] == name
 
 
 def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

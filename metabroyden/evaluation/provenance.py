@@ -23,7 +23,11 @@ _PACKAGES = ("metabroyden", "torch", "higher", "numpy", "scikit-learn", "torchde
 
 def config_hash(config: Any) -> str:
     """Eight hex digits that change when a value of the config dataclass does."""
-    return hashlib.sha256(json.dumps(asdict(config), sort_keys=True, default=str).encode()).hexdigest()[:8]
+    return _digest(asdict(config))
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -62,8 +66,7 @@ def results_folder(folder: Path, config: Any, free: Iterable[str]) -> Path:
     chosen = {item.name: getattr(config, item.name) for item in fields(config) if item.name not in free}
     if all(item.default == chosen.get(item.name, item.default) for item in fields(config)):
         return folder
-    digest = hashlib.sha256(json.dumps(chosen, sort_keys=True, default=str).encode()).hexdigest()[:8]
-    return folder / f"trial-{digest}"
+    return folder / f"trial-{_digest(chosen)}"
 
 
 def write_results(folder: Path, rows: Iterable[dict[str, Any]], described: dict[str, Any]) -> None:

@@ -67,13 +67,13 @@ def context_options(f: Callable[..., State], layout: Layout, z: State, x: Tensor
     raise ValueError(f"context='native' cannot be had: {why}; say context='f0'")
 
 
-def best_damping(make: Callable[[float], Any], f: Callable[..., State], z0: State, x: Any, **options: Any) -> float:
-    """The damping with which the untrained solver `make(damping)` needs fewest evaluations; the smallest if none solves any.
+def best_damping(make: Callable[..., Any], f: Callable[..., State], z0: State, x: Any, **options: Any) -> float:
+    """The damping with which the untrained `make(damping=…)` needs fewest evaluations; the smallest if none solves any.
 
     An unroll has to begin as an iteration that does not diverge: where f has large negative eigenvalues, with small steps.
     f, z0 and x as for `solve`, options as for `tune`.
     """
-    candidates = [make(damping).eval() for damping in DAMPINGS[::-1]]
+    candidates = [make(damping=damping).eval() for damping in DAMPINGS[::-1]]
     return float(tune(candidates, f, z0, x, **options)[0][0].config.damping)
 
 

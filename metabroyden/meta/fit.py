@@ -159,11 +159,7 @@ def fit_solver(
 
     if ours:
         known = _as_solved(f, *tasks.prepare(tasks.split("validation")[: _room(where, TUNED_ON)]))
-        learned = make(
-            damping=best_damping(
-                lambda damping: make(damping=damping), *known, tolerances=(rtol,), max_nfe=config.validation_nfe
-            )
-        )
+        learned = make(damping=best_damping(make, *known, tolerances=(rtol,), max_nfe=config.validation_nfe))
     else:
         learned = make()
     with progress_bar("meta-training", steps, show=progress) as report:
