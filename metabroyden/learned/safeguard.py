@@ -62,5 +62,5 @@ class Safeguard:
         ]
 
 
-BY_PROGRESS = Safeguard(horizon=None, patience=15, progress=0.5)
-"""For solvers that may go on as long as they halve the residual every fifteen evaluations."""
+BY_PROGRESS = Safeguard(horizon=None, patience=15, progress=0.8)
+"""For solvers that may go on as long as they take a fifth off the residual every fifteen evaluations."""
