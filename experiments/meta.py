@@ -29,7 +29,7 @@ from metabroyden.evaluation.provenance import (
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.safeguard import BY_PROGRESS
 from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet, distributed
-from metabroyden.meta.defaults import RATES, best_damping
+from metabroyden.meta.defaults import RATES, VECTOR_RANK, best_damping
 from metabroyden.meta.families import family_layout, family_tasks
 from metabroyden.meta.fit import make_learned
 from metabroyden.meta.objectives import OBJECTIVES
@@ -102,7 +102,7 @@ _VECTORS = (
 )
 _MONOTONE = tuple(f"monotone-{cell}-{data}" for cell in ("conv", "multitier") for data in ("digits", "fashion"))
 OWN: dict[tuple[str, str], dict[str, Any]] = {
-    **{(name, "meta-broyden"): {"options": {**_SAME, "initializer": 128, "rank": 64}} for name in _VECTORS},
+    **{(name, "meta-broyden"): {"options": {**_SAME, "initializer": 128, "rank": VECTOR_RANK}} for name in _VECTORS},
     **{(name, "meta-broyden"): {"steps": 450, "options": {**_SAME, "rank": 48}} for name in _MONOTONE},
     ("transformer-shakespeare", "meta-broyden"): {"unroll": 4},
     ("multiscale-fashion", "meta-broyden"): {"steps": 300},
