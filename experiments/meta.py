@@ -29,7 +29,7 @@ from metabroyden.evaluation.provenance import (
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.safeguard import BY_PROGRESS
 from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet, distributed
-from metabroyden.meta.defaults import RATES, VECTOR_RANK, best_damping
+from metabroyden.meta.defaults import RATES, best_damping
 from metabroyden.meta.families import family_layout, family_tasks
 from metabroyden.meta.fit import make_learned
 from metabroyden.meta.objectives import OBJECTIVES
@@ -102,15 +102,15 @@ _VECTORS = (
 )
 _MONOTONE = tuple(f"monotone-{cell}-{data}" for cell in ("conv", "multitier") for data in ("digits", "fashion"))
 OWN: dict[tuple[str, str], dict[str, Any]] = {
-    **{(name, "meta-broyden"): {"options": {**_SAME, "initializer": 128, "rank": VECTOR_RANK}} for name in _VECTORS},
+    **{(name, "meta-broyden"): {"options": {**_SAME, "initializer": 128}} for name in _VECTORS},
     **{(name, "meta-broyden"): {"steps": 450, "options": {**_SAME, "rank": 48}} for name in _MONOTONE},
     ("transformer-shakespeare", "meta-broyden"): {"unroll": 4},
     ("multiscale-fashion", "meta-broyden"): {"steps": 300},
     ("multiscale-fashion", "grouped"): {"steps": 150},
 }
-"""What is different for a solver on one family. Starts and ranks cost little where states are vectors; monotone networks
-gain by rank what others do not (results/RESEARCH.md, 41); on multiscale-fashion validation no longer falls after 300
-steps. The Transformer's unstable directions want secants early: longer unrolls explode or learn less (40)."""
+"""What is different for a solver on one family. Starts cost little where states are vectors; monotone networks gain by
+rank what others do not (results/RESEARCH.md, 41); on multiscale-fashion validation no longer falls after 300 steps. The
+Transformer's unstable directions want secants early: longer unrolls explode or learn less (40)."""
 HELD = 128
 """Validation problems of a text on which weights are chosen."""
 

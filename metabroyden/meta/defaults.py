@@ -22,14 +22,6 @@ RATES: dict[str, Any] = {"learning_rate": 5e-3, "orthogonal_rate": 0.05}
 DAMPINGS = (1.0, 0.5, 0.25, 0.12)
 """Step lengths of the iteration that a `MetaBroyden` is before training; the best is taken."""
 
-VECTOR_RANK = 64
-"""Inner channels of a `MetaBroyden` for vectors, where they cost little, at most."""
-
-
-def rank_of(layout: Layout) -> int:
-    """Inner channels of a `MetaBroyden`: as many as a vector has coordinates, up to that; elsewhere its own choice (0)."""
-    return min(VECTOR_RANK, max(16, layout.channels)) if layout.kind == "nd" else 0
-
 
 def state_layout(f: Callable[..., State], z: State, kind: str | None) -> Layout:
     """The layout of states like z: of the kind given, else of the cell's own attribute `layout`, else guessed.

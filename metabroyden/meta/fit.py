@@ -19,7 +19,7 @@ from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.layout import Layout
 from metabroyden.meta.config import MetaConfig
 from metabroyden.meta.contest import UNTUNED, Contest, contest
-from metabroyden.meta.defaults import RATES, UNROLL, best_damping, context_options, rank_of, segments, state_layout
+from metabroyden.meta.defaults import RATES, UNROLL, best_damping, context_options, segments, state_layout
 from metabroyden.meta.progress import progress_bar
 from metabroyden.meta.tasks import TaskSet
 from metabroyden.meta.trainer import MetaTrainer
@@ -152,7 +152,7 @@ def fit_solver(
     if solver == "coordinatewise" and options.get("context_channels", where.channels) != where.channels:
         options = context_options(f, where, start, x, "f0" if context == "auto" else context)
     if ours:  # its steps beyond those it was trained on are quasi-Newton ones
-        options |= {"gated": config.segments * UNROLL, "rank": rank_of(where)}
+        options["gated"] = config.segments * UNROLL
 
     def make(**more: Any) -> Any:
         return make_learned(solver, where, seed=seed, **options, **more).to(device=first.device, dtype=first.dtype)
