@@ -120,12 +120,12 @@ class _Job:
             atomic_write(self.work / "began.json", json.dumps(provenance(), indent=2) + "\n")
 
     def _inputs(self) -> str:
-        """A hash of the models that are trained on and tested on, their weights along training among them."""
+        """A hash of the models that are trained and tested on, weights along training among them, and of the safeguard."""
         names = dict.fromkeys((*self.config.trained, *self.config.unseen, *self.config.weights))
         files = [path for name in names for path in sorted((self.config.models / name).rglob("*.safetensors"))]
         if self.config.seeds:
             files += sorted(self.config.digits.glob("seed*/model.safetensors"))
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(repr(BY_PROGRESS).encode())
         for path in files:
             digest.update(path.name.encode() + path.read_bytes())
         return digest.hexdigest()[:8]

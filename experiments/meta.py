@@ -85,7 +85,7 @@ RECIPES: dict[str, Recipe] = {
     "started-anderson": Recipe(kind="started", segments=1, options={**_SAME, "classical": Anderson()}),
 }
 """All with the same safeguard and, but for `OWN`, the same width of the start. HyperAnderson is in the best of the
-configurations tried (results/meta/hyper-anderson-tuning.md), and makes more solver iterations, again but for `OWN`."""
+configurations tried (results/meta/hyper-anderson-tuning.md), and has at least as much CPU time."""
 TEXT: dict[str, dict[str, Any]] = {
     "meta-broyden": {"batch": 16, "steps": 200, "segments": 1},
     "hyper-anderson": {"batch": 16},
@@ -110,8 +110,9 @@ OWN: dict[tuple[str, str], dict[str, Any]] = {
     ("multiscale-fashion", "meta-broyden"): {"steps": 300},
     ("multiscale-fashion", "grouped"): {"steps": 150},
 }
-"""What is different for a solver on one family. Starts cost little where states are vectors; monotone networks gain by
-rank what others do not (results/RESEARCH.md, 41); on multiscale-fashion validation no longer falls after 300 steps.
+"""What is different for a solver on one family. Starts cost little where states are vectors; monotone convolutions gain by
+rank what others do not (results/RESEARCH.md, 41) and have 450 steps for the time that it costs; on multiscale-fashion
+MetaBroyden's validation no longer falls after 300 steps, and GroupedLSTM's steps are dear.
 Gradients through the Transformer explode in longer unrolls: many short segments, and small steps (41)."""
 HELD = 128
 """Validation problems of a text on which weights are chosen."""
@@ -235,7 +236,9 @@ class Job:
         if self.texts:
             recipe = replace(recipe, **TEXT.get(config.solver, TEXT[""]))
         recipe = replace(recipe, **OWN.get((config.family, config.solver), {}))
-        if config.solver == "meta-broyden":  # its steps beyond those it was trained on are quasi-Newton ones
+        if (
+            config.solver == "meta-broyden"
+        ):  # unless told otherwise, steps beyond those it was trained on are quasi-Newton ones
             recipe = replace(recipe, options={"gated": recipe.segments * recipe.longest, **recipe.options})
         return replace(recipe, steps=config.steps or recipe.steps, objective=config.objective or recipe.objective)
 

@@ -229,11 +229,13 @@ def _beside_evaluations(families: Sequence[MetaResults], name: str) -> list[str]
     """What a solver does on each family beside saving evaluations: time, scores, the safeguard, training."""
     body: list[list[str]] = []
     ratios: dict[float, list[float]] = {1e-2: [], 1e-3: []}
-    for results in (results for results in families if name in results.learned):
-        star = next(row for rows, _ in results.runs.values() for row in rows if row["row"] == "star")
+    for results in families:
+        if name not in results.learned or not results.classical:
+            continue
+        star = _star(results)
         early = [row["score"] for row in results.of("score", name, evaluations=5)]
         horizon = results.of("horizon", name, tolerance=1e-3)
-        lost, broken, samples = (sum(row[key] for row in horizon) for key in ("lost", "broken", "samples"))
+        lost, broken, fallback = (sum(row[key] for row in horizon) for key in ("lost", "broken", "fallback"))
         handed = np.mean([row["handed_over"] for row in results.of("solve", name, tolerance=results.tolerances[-1])])
         cpu = [described["summary"].get("cpu_seconds", np.nan) for described in results.described(name)]
         outside = [_outside(results, name, tolerance) for tolerance in ratios]
@@ -243,22 +245,28 @@ def _beside_evaluations(families: Sequence[MetaResults], name: str) -> list[str]
         body.append(
             [
                 results.name,
-                " / ".join(f"{share:.2f} f" for share in outside if np.isfinite(share)),
+                " / ".join(f"{share:.2f} f" if np.isfinite(share) else "—" for share in outside),
                 f"{star['score']:.4f}",
                 f"{np.mean(early):.4f}" if early else "",
-                f"{lost} of {samples}" if horizon else "",
+                f"{lost} of {fallback} in {horizon[0]['steps']}" if horizon else "",
                 str(broken) if horizon else "",
                 f"{100 * handed:.0f}%",
                 f"{max(cpu):.0f} s" if np.isfinite(cpu).all() else "",
             ]
         )
     head = ["", "outside f, an evaluation", "score at z*", "after 5", "lost at 4 × horizon", "given what was spent"]
-    means = [f"{np.exp(np.mean(np.log(found))):.2f}× to {tolerance:g}" for tolerance, found in ratios.items() if found]
+    means = [
+        f"{np.exp(np.mean(np.log(found))):.2f}× to {tolerance:g} ({len(found)})"
+        for tolerance, found in ratios.items()
+        if found
+    ]
     words = (
-        f"{name}, beside evaluations. Time over the fastest classical solver's, geometric mean of the families: "
-        f"{', '.join(means)}. Outside f, to 1e-2 and 1e-3: the rest of a solve's time by evaluation, in times of f. Lost "
-        "and handed over: as in the family's own tables, lost to 1e-3, handed over to the last tolerance. Training: CPU "
-        "time of the seed that took longest."
+        f"{name}, beside evaluations. Time over that of the fastest classical solver that solves as many, geometric mean of "
+        f"the families (how many): {', '.join(means) or 'not taken'}. Outside f, to 1e-2 and 1e-3: the rest of a solve's "
+        "time by evaluation, in times of f. Scores: accuracy, of texts bits a token. Lost: of the samples that plain Broyden "
+        "solves to 1e-3 in as many evaluations as are named, those that this solver does not, all seeds together; and those "
+        "that it does not given as many more as it had spent when plain Broyden took over. Handed over: on the way to the "
+        "last tolerance. Training: CPU time, of the first process, of the seed that took longest."
     )
     return [words, table([*head, "handed over", "training"], body)]
 
@@ -293,6 +301,15 @@ def _ratio(results: MetaResults, name: str, rival: str, tolerance: float) -> flo
     return float(np.minimum(ours, budget).mean() / theirs.mean())
 
 
+def _star(results: MetaResults) -> Row:
+    """The row of the family's equilibria; ValueError where no run has one."""
+    for rows, _ in results.runs.values():
+        for row in rows:
+            if row["row"] == "star":
+                return row
+    raise ValueError(f"the runs of {results.name} have no row of kind star: measure one of them again")
+
+
 def evaluations_table(results: MetaResults) -> str:
     """Evaluations to each tolerance."""
     body = []
@@ -312,7 +329,7 @@ def evaluations_table(results: MetaResults) -> str:
 
 def equilibrium_table(results: MetaResults) -> str:
     """Distance to z* when stopped at each tolerance, task scores, hand-overs, leak."""
-    star = next(row for rows, _ in results.runs.values() for row in rows if row["row"] == "star")
+    star = _star(results)
     body = []
     for name in [*results.learned, *results.classical]:
         distance, score = [], []
@@ -468,10 +485,17 @@ def _settings(families: Sequence[MetaResults]) -> str:
             for described in results.described(name):
                 summary = described["summary"]
                 recipe = described["recipe"]
+                safeguard = recipe.get("options", {}).get("safeguard", {})
+                patience = (
+                    f"; handed over where {safeguard['patience']} evaluations leave more than {safeguard['progress']:g} of "
+                    "the residual"
+                    if safeguard
+                    else ""
+                )
                 lines.append(
                     f"- {results.name}, {name}, seed {described['config']['seed']}: {described['parameters']:,} parameters "
                     f"(the model has {described['model_parameters']:,}), {recipe['steps']} steps of {recipe['segments']} × "
                     f"{recipe['unroll']} on batches of {recipe['batch']}, {_time(described)}, "
-                    f"{_incidents(summary)}; commit {described['provenance']['commit']}"
+                    f"{_incidents(summary)}{patience}; commit {described['provenance']['commit']}"
                 )
     return "\n".join(lines)
