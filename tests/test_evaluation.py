@@ -359,7 +359,7 @@ def test_the_report_holds_a_learned_solver_against_the_best_classical_one(tmp_pa
     )
     assert "| meta-broyden | the same, where it needs 12 or more |" not in text
     assert "| mono | 8 (100%) | 4 (100%) Peaceman-Rachford | **2.00×** |" in text
-    assert "the families (how many): 0.30× to 0.01 (1)." in text, "(0.375 + 0.222)/2, timed on one of two families"
+    assert "of the families (how many): 0.30× to 0.01 (1)." in text, "(0.375 + 0.222)/2, timed on one of two families"
     assert "| fam | 1.00 f / — | 0.9000 |  |  |  | 50% |  |" in text
     put(
         "grouped-seed0",
