@@ -264,9 +264,9 @@ def _beside_evaluations(families: Sequence[MetaResults], name: str) -> list[str]
         f"{name}, beside evaluations. Time over that of the fastest classical solver that solves as many, geometric mean "
         f"of the families (how many): {', '.join(means) or 'not taken'}. Outside f, to 1e-2 and 1e-3: the rest of a solve's "
         "time by evaluation, in times of f. Scores: accuracy, of texts bits a token. Lost: of the samples that plain "
-        "Broyden solves to 1e-3 in as many evaluations as are named, those that this solver does not, all seeds together; and those "
-        "that it does not given as many more as it had spent when plain Broyden took over. Handed over: on the way to the "
-        "last tolerance. Training: CPU time, of the first process, of the seed that took longest."
+        "Broyden solves to 1e-3 in as many evaluations as are named, those that this solver does not, all seeds together; "
+        "and those that it does not given as many more as it had spent when plain Broyden took over. Handed over: on the "
+        "way to the last tolerance. Training: CPU time, of the first process, of the seed that took longest."
     )
     return [words, table([*head, "handed over", "training"], body)]
 
