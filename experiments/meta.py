@@ -236,9 +236,8 @@ class Job:
         if self.texts:
             recipe = replace(recipe, **TEXT.get(config.solver, TEXT[""]))
         recipe = replace(recipe, **OWN.get((config.family, config.solver), {}))
-        if (
-            config.solver == "meta-broyden"
-        ):  # unless told otherwise, steps beyond those it was trained on are quasi-Newton ones
+        # unless told otherwise, a MetaBroyden's steps beyond those it was trained on are quasi-Newton ones
+        if config.solver == "meta-broyden":
             recipe = replace(recipe, options={"gated": recipe.segments * recipe.longest, **recipe.options})
         return replace(recipe, steps=config.steps or recipe.steps, objective=config.objective or recipe.objective)
 
