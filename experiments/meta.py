@@ -85,7 +85,7 @@ RECIPES: dict[str, Recipe] = {
     "started-anderson": Recipe(kind="started", segments=1, options={**_SAME, "classical": Anderson()}),
 }
 """All with the same safeguard and, but for `OWN`, the same width of the start. HyperAnderson is in the best of the
-configurations tried (results/meta/hyper-anderson-tuning.md), and has at least as much CPU time."""
+configurations tried (results/meta/hyper-anderson-tuning.md), and has about as much CPU time or more."""
 TEXT: dict[str, dict[str, Any]] = {
     "meta-broyden": {"batch": 16, "steps": 200, "segments": 1},
     "hyper-anderson": {"batch": 16},

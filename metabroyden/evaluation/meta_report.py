@@ -235,13 +235,13 @@ def _beside_evaluations(families: Sequence[MetaResults], name: str) -> list[str]
         star = _star(results)
         early = [row["score"] for row in results.of("score", name, evaluations=5)]
         horizon = results.of("horizon", name, tolerance=1e-3)
-        lost, broken, fallback = (sum(row[key] for row in horizon) for key in ("lost", "broken", "fallback"))
+        fallback, lost, broken = _totals(horizon, "fallback", "lost", "broken")
         handed = np.mean([row["handed_over"] for row in results.of("solve", name, tolerance=results.tolerances[-1])])
         cpu = [described["summary"].get("cpu_seconds", np.nan) for described in results.described(name)]
         outside = [_outside(results, name, tolerance) for tolerance in ratios]
         for tolerance, found in ratios.items():
-            clocks = [ratio for ratio, _ in _clock_ratios(results, name, tolerance)]
-            found += [float(np.mean(clocks))] if clocks and np.isfinite(clocks).all() else []
+            ratio = _clock_mean(results, name, tolerance)
+            found += [ratio] if np.isfinite(ratio) else []
         body.append(
             [
                 results.name,
@@ -277,8 +277,8 @@ def _spent_words(results: MetaResults, name: str, tolerance: float) -> str:
 
 
 def _clock_words(results: MetaResults, name: str, tolerance: float) -> str:
-    ratios = [ratio for ratio, _ in _clock_ratios(results, name, tolerance)]
-    return f"{np.mean(ratios):.2f}×" if ratios and np.isfinite(ratios).all() else "—"
+    ratio = _clock_mean(results, name, tolerance)
+    return f"{ratio:.2f}×" if np.isfinite(ratio) else "—"
 
 
 def _ratio(results: MetaResults, name: str, rival: str, tolerance: float) -> float | None:
@@ -412,6 +412,17 @@ def _clock_ratios(results: MetaResults, name: str, tolerance: float) -> list[tup
     return found
 
 
+def _clock_mean(results: MetaResults, name: str, tolerance: float) -> float:
+    """Mean over seeds of the `_clock_ratios`; infinite where half failed in one, NaN where there are none."""
+    ratios = [ratio for ratio, _ in _clock_ratios(results, name, tolerance)]
+    return float(np.mean(ratios)) if ratios else np.nan
+
+
+def _totals(rows: Sequence[Row], *keys: str) -> list[int]:
+    """Counts of all seeds together."""
+    return [sum(row[key] for row in rows) for key in keys]
+
+
 def horizon_table(results: MetaResults) -> str:
     """What the safeguard does far past the trained horizon, all seeds together."""
     body = []
@@ -420,9 +431,8 @@ def horizon_table(results: MetaResults) -> str:
             rows = results.of("horizon", name, tolerance=tolerance)
             if not rows:
                 continue
-            samples, fallback, learned, lost, broken, triggered = (
-                sum(row[key] for row in rows)
-                for key in ("samples", "fallback", "learned", "lost", "broken", "triggered")
+            samples, fallback, learned, lost, broken, triggered = _totals(
+                rows, "samples", "fallback", "learned", "lost", "broken", "triggered"
             )
             shares = [f"{100 * count / samples:.1f}%" for count in (learned, fallback, triggered)]
             body.append(
