@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from metabroyden.evaluation.meta_results import BEST, CALLING, HARD, MetaResults, totals
 from metabroyden.evaluation.plots import new_axes, save_figure
 from metabroyden.evaluation.report import table
 from metabroyden.meta.incidents import in_words
 from metabroyden.meta.schedule import STOPS
 from metabroyden.storage import atomic_write
 
-Row = dict[str, Any]
-CLASSICAL = "classical"
-SPLITTING = ("Peaceman-Rachford", "forward-backward")
-"""Classical solvers that take the parts of a monotone cell instead of f."""
-BEST, HARD, CALLING = "the best classical", "the same, where it needs 12 or more", "the best that calls f alone"
-"""Rivals of the summary beside HyperAnderson."""
 _COLOURS = {
     "meta-broyden": ("#D55E00", "-"),
     "grouped": ("#E69F00", "--"),
@@ -37,87 +31,6 @@ _COLOURS = {
     "Peaceman-Rachford": ("#0072B2", ":"),
     "forward-backward": ("#999999", ":"),
 }
-
-
-class MetaResults:
-    """Rows of one family: those of each learned solver by seed, and those of the classical ones.
-
-    Attributes:
-        name: the family. runs: (rows, config.json) by folder name.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.name = folder.name
-        self.runs: dict[str, tuple[list[Row], dict[str, Any]]] = {}
-        for path in sorted(folder.glob("*/rows.jsonl")):
-            if path.parent.name.startswith("trial-"):
-                continue
-            rows = [json.loads(line) for line in path.read_text().splitlines()]
-            self.runs[path.parent.name] = rows, json.loads((path.parent / "config.json").read_text())
-
-    def of(self, kind: str, solver: str, **wanted: Any) -> list[Row]:
-        """Rows of a kind of one solver, one a seed."""
-        return [
-            row
-            for rows, _ in self.runs.values()
-            for row in rows
-            if row["row"] == kind
-            and row.get("solver", row.get("way")) == solver
-            and all(row.get(key) == value for key, value in wanted.items())
-        ]
-
-    @property
-    def learned(self) -> list[str]:
-        """Learned solvers that there are, the flagship first."""
-        names = {described["config"]["solver"] for _, described in self.runs.values()} - {CLASSICAL}
-        return sorted(names, key=lambda name: list(_COLOURS).index(name) if name in _COLOURS else len(_COLOURS))
-
-    @property
-    def classical(self) -> list[str]:
-        """Classical solvers that there are."""
-        rows = self.runs.get(CLASSICAL, ([], {}))[0]
-        return list(dict.fromkeys(row["solver"] for row in rows if row["row"] == "solve"))
-
-    @property
-    def tolerances(self) -> list[float]:
-        """Of the solves, the loosest first."""
-        return sorted({row["tolerance"] for rows, _ in self.runs.values() for row in rows if row["row"] == "solve"})[
-            ::-1
-        ]
-
-    def spent(self, solver: str, tolerance: float) -> tuple[list[float], float]:
-        """(median evaluations of each seed, infinite where half of the samples failed; success over all seeds).
-
-        Of an even number of samples the upper one in the middle: nothing is interpolated between a number and a failure.
-        """
-        rows = self.of("solve", solver, tolerance=tolerance)
-        spent = [np.where(row["reached"], row["nfe"], np.inf) for row in rows]
-        medians = [float(np.quantile(values, 0.5, method="higher")) for values in spent]
-        return medians, float(np.mean([np.mean(row["reached"]) for row in rows]))
-
-    def best(self, tolerance: float, but: Sequence[str] = ()) -> str:
-        """The classical solver with the fewest evaluations, median and then mean, a failure counting as the budget."""
-        names = [name for name in self.classical if name not in but]
-        mean = {name: np.mean(self.of("solve", name, tolerance=tolerance)[0]["nfe"]) for name in names}
-        return min(mean, key=lambda name: (self.spent(name, tolerance)[0][0], mean[name]))
-
-    def check(self) -> None:
-        """ValueError where runs differ in what they may spend or in how many problems they saw."""
-        seen = {
-            (row["budget"], len(row["nfe"])): name
-            for name, (rows, _) in self.runs.items()
-            for row in rows
-            if row["row"] == "solve"
-        }
-        if len(seen) > 1:
-            words = "; ".join(
-                f"{name}: budget {budget}, {samples} problems" for (budget, samples), name in seen.items()
-            )
-            raise ValueError(f"the runs of {self.name} cannot stand beside one another: {words}")
-
-    def described(self, solver: str) -> list[dict[str, Any]]:
-        """config.json of each seed."""
-        return [described for _, described in self.runs.values() if described["config"]["solver"] == solver]
 
 
 def write(folder: Path) -> Path:
@@ -168,7 +81,7 @@ def summary(families: Sequence[MetaResults]) -> str:
                 ratios = {
                     results.name: found
                     for results in families
-                    if (found := _ratio(results, name, rival, tolerance)) is not None
+                    if (found := results.ratio(name, rival, tolerance)) is not None
                 }
                 mean = np.exp(np.mean(np.log(list(ratios.values())))) if ratios else np.nan
                 cells.append(
@@ -213,7 +126,7 @@ def _by_family(families: Sequence[MetaResults], names: Sequence[str]) -> list[st
                 if tolerance not in results.tolerances:
                     cells += ["", "", ""]
                     continue
-                best, ratio = results.best(tolerance), _ratio(results, name, BEST, tolerance)
+                best, ratio = results.best(tolerance), results.ratio(name, BEST, tolerance)
                 cells += [_spent_words(results, name, tolerance), f"{_spent_words(results, best, tolerance)} {best}"]
                 cells.append("" if ratio is None else f"**{ratio:.2f}×**")
             body.append([*cells, *(_clock_words(results, name, tolerance) for tolerance in (1e-2, 1e-3))])
@@ -232,15 +145,15 @@ def _beside_evaluations(families: Sequence[MetaResults], name: str) -> list[str]
     for results in families:
         if name not in results.learned or not results.classical:
             continue
-        star = _star(results)
+        star = results.star()
         early = [row["score"] for row in results.of("score", name, evaluations=5)]
         horizon = results.of("horizon", name, tolerance=1e-3)
-        fallback, lost, broken = _totals(horizon, "fallback", "lost", "broken")
+        fallback, lost, broken = totals(horizon, "fallback", "lost", "broken")
         handed = np.mean([row["handed_over"] for row in results.of("solve", name, tolerance=results.tolerances[-1])])
         cpu = [described["summary"].get("cpu_seconds", np.nan) for described in results.described(name)]
-        outside = [_outside(results, name, tolerance) for tolerance in ratios]
+        outside = [results.outside(name, tolerance) for tolerance in ratios]
         for tolerance, found in ratios.items():
-            ratio = _clock_mean(results, name, tolerance)
+            ratio = results.clock_mean(name, tolerance)
             found += [ratio] if np.isfinite(ratio) else []
         body.append(
             [
@@ -277,37 +190,8 @@ def _spent_words(results: MetaResults, name: str, tolerance: float) -> str:
 
 
 def _clock_words(results: MetaResults, name: str, tolerance: float) -> str:
-    ratio = _clock_mean(results, name, tolerance)
+    ratio = results.clock_mean(name, tolerance)
     return f"{ratio:.2f}×" if np.isfinite(ratio) else "—"
-
-
-def _ratio(results: MetaResults, name: str, rival: str, tolerance: float) -> float | None:
-    """Evaluations of a learned solver over a rival's on one family, a median that failed being the budget; None where the
-    rival's own median did, or where there is no such figure."""
-    if name not in results.learned or tolerance not in results.tolerances:
-        return None
-    least = 12 if rival == HARD else 0
-    if rival in (BEST, HARD, CALLING):
-        but = SPLITTING if rival == CALLING else ()
-        if not set(results.classical) - set(but):
-            return None
-        rival = results.best(tolerance, but)
-    elif rival not in results.learned:
-        return None
-    ours, theirs = (np.array(results.spent(one, tolerance)[0]) for one in (name, rival))
-    if not np.isfinite(theirs).all() or theirs.mean() < least:
-        return None
-    budget = results.of("solve", name, tolerance=tolerance)[0]["budget"]
-    return float(np.minimum(ours, budget).mean() / theirs.mean())
-
-
-def _star(results: MetaResults) -> Row:
-    """The row of the family's equilibria; ValueError where no run has one."""
-    for rows, _ in results.runs.values():
-        for row in rows:
-            if row["row"] == "star":
-                return row
-    raise ValueError(f"the runs of {results.name} have no row of kind star: measure one of them again")
 
 
 def evaluations_table(results: MetaResults) -> str:
@@ -329,7 +213,7 @@ def evaluations_table(results: MetaResults) -> str:
 
 def equilibrium_table(results: MetaResults) -> str:
     """Distance to z* when stopped at each tolerance, task scores, hand-overs, leak."""
-    star = _star(results)
+    star = results.star()
     body = []
     for name in [*results.learned, *results.classical]:
         distance, score = [], []
@@ -365,7 +249,7 @@ def clock_table(results: MetaResults) -> str:
     body = []
     for tolerance in (1e-2, 1e-3):
         for name in results.learned:
-            clocks = _clocks(results, name, tolerance)
+            clocks = results.clocks(name, tolerance)
             if not clocks:
                 continue
             ours = [clock[name] for clock in clocks]
@@ -373,54 +257,13 @@ def clock_table(results: MetaResults) -> str:
             spent = f"{1000 * seconds:.0f} ms ({100 * np.mean([row['reached'] for row in ours]):.0f}%)"
             against = [
                 f"{ratio:.2f}× {rival['solver']}'s ({100 * rival['reached']:.0f}%)" if np.isfinite(ratio) else "—"
-                for ratio, rival in _clock_ratios(results, name, tolerance)
+                for ratio, rival in results.clock_ratios(name, tolerance)
             ]
             body.append(
-                [f"{tolerance:g}", name, spent, ", ".join(against), f"{_outside(results, name, tolerance):.2f} f"]
+                [f"{tolerance:g}", name, spent, ", ".join(against), f"{results.outside(name, tolerance):.2f} f"]
             )
     head = "to the fastest classical solver that solves as many, or as the one that solves most (within 2%), by seed"
     return table(["to", "", "batch (solved)", head, "outside f, an evaluation"], body)
-
-
-def _outside(results: MetaResults, name: str, tolerance: float) -> float:
-    """Time of a learned solver's solves that is not f's, over f's; NaN where it was not taken."""
-    ours = [clock[name] for clock in _clocks(results, name, tolerance)]
-    shares = [np.median(np.array(row["total"]) / np.array(row["in_f"])) for row in ours]
-    return float(np.mean(shares)) - 1 if shares else np.nan
-
-
-def _clocks(results: MetaResults, name: str, tolerance: float) -> list[dict[str, Row]]:
-    """Of each run of a learned solver its clock rows by solver."""
-    runs = [rows for rows, described in results.runs.values() if described["config"]["solver"] == name]
-    clocks = [
-        {row["solver"]: row for row in rows if row["row"] == "clock" and row["tolerance"] == tolerance} for rows in runs
-    ]
-    return [clock for clock in clocks if set(clock) - {name}]
-
-
-def _clock_ratios(results: MetaResults, name: str, tolerance: float) -> list[tuple[float, Row]]:
-    """(time over that of the fastest classical solver that solves as many, its row) by run; infinite where half failed."""
-    found = []
-    for clock in _clocks(results, name, tolerance):
-        ours, rivals = clock[name], [row for rival, row in clock.items() if rival != name]
-        enough = min(ours["reached"], max(row["reached"] for row in rivals)) - 0.02
-        fastest = min(
-            (row for row in rivals if row["reached"] >= enough), key=lambda row: float(np.median(row["total"]))
-        )
-        ratio = float(np.median(np.array(ours["total"]) / np.array(fastest["total"])))
-        found.append((ratio if ours["reached"] >= 0.5 else np.inf, fastest))
-    return found
-
-
-def _clock_mean(results: MetaResults, name: str, tolerance: float) -> float:
-    """Mean over seeds of the `_clock_ratios`; infinite where half failed in one, NaN where there are none."""
-    ratios = [ratio for ratio, _ in _clock_ratios(results, name, tolerance)]
-    return float(np.mean(ratios)) if ratios else np.nan
-
-
-def _totals(rows: Sequence[Row], *keys: str) -> list[int]:
-    """Counts of all seeds together."""
-    return [sum(row[key] for row in rows) for key in keys]
 
 
 def horizon_table(results: MetaResults) -> str:
@@ -431,7 +274,7 @@ def horizon_table(results: MetaResults) -> str:
             rows = results.of("horizon", name, tolerance=tolerance)
             if not rows:
                 continue
-            samples, fallback, learned, lost, broken, triggered = _totals(
+            samples, fallback, learned, lost, broken, triggered = totals(
                 rows, "samples", "fallback", "learned", "lost", "broken", "triggered"
             )
             shares = [f"{100 * count / samples:.1f}%" for count in (learned, fallback, triggered)]
