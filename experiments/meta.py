@@ -92,28 +92,27 @@ TEXT: dict[str, dict[str, Any]] = {
     "": {"batch": 16, "steps": 250},
 }
 """What is different where f is a language model's, ten times as costly: by solver, and of all others."""
-_VECTORS = (
-    "dense-digits",
-    "dense-fashion",
-    "mlp-digits",
-    "mlp-fashion",
-    "monotone-dense-digits",
-    "monotone-dense-fashion",
-)
-_MONOTONE = tuple(f"monotone-{cell}-{data}" for cell in ("conv", "multitier") for data in ("digits", "fashion"))
+_DATA = ("digits", "fashion")
+_VECTORS = tuple(f"{cell}-{data}" for cell in ("dense", "mlp") for data in _DATA)
+_WIDE: dict[str, Any] = {**_SAME, "initializer": 128}
+_SPLIT: dict[str, Any] = {"kind": "meta-splitting", "segments": 1}
+_MONOTONE = tuple(f"monotone-{cell}-{data}" for cell in ("conv", "multitier") for data in _DATA)
 _SHORT: dict[str, Any] = {"steps": 150, "unroll": 4, "segments": 6, "learning_rate": 2e-3}
 OWN: dict[tuple[str, str], dict[str, Any]] = {
-    **{(name, "meta-broyden"): {"options": {**_SAME, "initializer": 128}} for name in _VECTORS},
-    **{(name, "meta-broyden"): {"steps": 450, "options": {**_SAME, "rank": 48}} for name in _MONOTONE},
+    **{(name, "meta-broyden"): {"options": _WIDE} for name in _VECTORS},
+    **{(f"monotone-dense-{data}", "meta-broyden"): {**_SPLIT, "options": _WIDE} for data in _DATA},
+    **{(name, "meta-broyden"): {**_SPLIT, "steps": 450} for name in _MONOTONE},
+    ("monotone-conv-fashion", "meta-broyden"): {**_SPLIT, "steps": 450, "options": {**_SAME, "alpha": 0.4}},
     ("transformer-shakespeare", "meta-broyden"): {**_SHORT, "orthogonal_rate": 0.0, "options": {**_SAME, "gated": 12}},
     ("transformer-shakespeare", "grouped"): _SHORT,
     ("multiscale-fashion", "meta-broyden"): {"steps": 300},
     ("multiscale-fashion", "grouped"): {"steps": 150},
 }
-"""What is different for a solver on one family. Starts cost little where states are vectors; monotone convolutions gain by
-rank what others do not (results/RESEARCH.md, 41) and have 450 steps for the time that it costs; on multiscale-fashion
-MetaBroyden's validation no longer falls after 300 steps, and GroupedLSTM's steps are dear.
-Gradients through the Transformer explode in longer unrolls: many short segments, and small steps (41)."""
+"""What is different for a solver on one family. Starts cost little where states are vectors. On monotone networks
+MetaBroyden steps on Peaceman–Rachford's map, see `MetaSplitting`: one segment is enough, and on monotone-conv-fashion
+twice the rival's α does better (results/RESEARCH.md, 42). On multiscale-fashion MetaBroyden's validation no longer falls
+after 300 steps, and GroupedLSTM's steps are dear. Gradients through the Transformer explode in longer unrolls: many
+short segments, and small steps (41)."""
 HELD = 128
 """Validation problems of a text on which weights are chosen."""
 
@@ -279,7 +278,7 @@ class Job:
                 **{**recipe.options, **options},
             ).to(self.device)
 
-        solver = make(**self._damping(make, tasks))
+        solver = make(**self._base_step(make, tasks))
         meta = MetaConfig(
             steps=recipe.steps,
             unroll=recipe.unroll,
@@ -311,10 +310,14 @@ class Job:
             save_solver(solver, path)
         return solver
 
-    def _damping(self, make: Callable[..., Any], tasks: TaskSet) -> dict[str, float]:
-        """The option `damping` of a MetaBroyden, as the untrained solver does best on a few validation problems."""
-        if self.config.solver != "meta-broyden" or "damping" in self.recipe.options:
+    def _base_step(self, make: Callable[..., Any], tasks: TaskSet) -> dict[str, float]:
+        """The option `damping` of a MetaBroyden, as the untrained solver does best on a few validation problems; on operator
+        splitting the tuned `alpha` of the classical rival, which it is before training."""
+        if self.config.solver != "meta-broyden" or {"damping", "alpha"} & set(self.recipe.options):
             return {}
+        if self.recipe.kind == "meta-splitting":
+            alpha = self._rivals()["Peaceman-Rachford"].alpha if self.first else 0.0
+            return {"alpha": distributed.from_first([alpha])[0]}
         z0, x = tasks.prepare(tasks.split("validation")[:32])
         found = best_damping(make, tasks.f, z0, x, max_nfe=self.config.budget)
         return {"damping": distributed.from_first([found])[0]}

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from metabroyden.learned.base import ADJOINT, LEARNED
+from metabroyden.learned.base import ADJOINT, LEARNED, LEARNED_SPLITTING
 from metabroyden.solvers.registry import SOLVERS, SPLITTING, make_solver, name_of
 from metabroyden.storage import atomic_write
 
@@ -137,7 +137,7 @@ def save_solver(solver: Any, path: str | Path) -> Path:
     TypeError for what is no solver of ours, or a Broyden with an operator inside (save the learned solver it is of).
     """
     kind = getattr(solver, "kind", None)
-    if type(solver) in (LEARNED | ADJOINT).values():
+    if type(solver) in (LEARNED | LEARNED_SPLITTING | ADJOINT).values():
         return write(path, f"solver/{kind}", solver.state_dict(), solver.describe())
     name = name_of(solver)
     if name is None or not is_dataclass(solver) or getattr(solver, "initial", None) is not None:
@@ -156,7 +156,7 @@ def load_solver(path_or_name: str | Path) -> Any:
     try:
         if name in SOLVERS | SPLITTING:
             return make_solver(name, **header["config"])
-        known = LEARNED | ADJOINT
+        known = LEARNED | LEARNED_SPLITTING | ADJOINT
         if name not in known:
             raise CheckpointError(f"{path} holds a solver of unknown kind {name!r}; known: {sorted(known)}")
         solver = known[name].from_config(header["config"])

@@ -282,7 +282,9 @@ class _Driver:
         """Drive every sample to a status."""
         z0 = self.ledger.z0
         first = _Cohort(self.ledger, self.plan, 0, np.arange(len(z0)))
-        first.z = first.phase.solver.start(z0, first.problem)
+        begun = first.phase.solver.start(z0, first.problem)
+        # an iterate; or a step, which has evaluated it
+        first.z, first.state, first.g = (begun, None, None) if isinstance(begun, Tensor) else begun
         if first.z.shape != z0.shape:
             raise ValueError(
                 f"{first.phase.solver!r}.start must return shape {tuple(z0.shape)}, got {tuple(first.z.shape)}"
@@ -290,6 +292,8 @@ class _Driver:
         self.cohorts = [first]
         if self.ledger.nfe.any():  # start has looked at f: some samples may be done
             self._look()
+        if first.g is not None:
+            self._keep_due()
         while self.cohorts:
             self._round()
         self.kept += [self.ledger.best_z.clone() for _ in self.due]
@@ -309,6 +313,10 @@ class _Driver:
         due = bool(self.due) and self.ledger.nfe.max() >= self.due[0]
         if due or self.unseen == self.check_every or any(map(self._must_look, self.cohorts)):
             self._look()
+        self._keep_due()
+
+    def _keep_due(self) -> None:
+        """Copy the best iterates where a snapshot is due."""
         while self.due and self.ledger.nfe.max() >= self.due[0]:
             self.kept.append(self.ledger.best_z.clone())
             del self.due[0]

@@ -11,7 +11,7 @@ import torch
 
 import metabroyden as mb
 from metabroyden import checkpoint
-from metabroyden.learned import ADJOINT, LEARNED
+from metabroyden.learned import ADJOINT, LEARNED, LEARNED_SPLITTING
 from metabroyden.learned.layout import Layout
 from metabroyden.meta.fit import make_learned
 from metabroyden.models import ConvClassifier, load_model, save_model
@@ -26,7 +26,7 @@ def some_solver(name: str = "grouped"):
     return solver
 
 
-@pytest.mark.parametrize("name", sorted(LEARNED | ADJOINT))
+@pytest.mark.parametrize("name", sorted(LEARNED | LEARNED_SPLITTING | ADJOINT))
 def test_a_learned_solver_comes_back_as_it_was(tmp_path, name):
     solver = some_solver(name)
     loaded = mb.load_solver(mb.save_solver(solver, tmp_path / "deep" / "s.safetensors"))

@@ -4,8 +4,8 @@ A row is a JSON object with a key "row" that says what it tells of one solver:
   solve  stopped at one tolerance: evaluations by sample (the budget where it was not reached), what it had by then: distance
          to the float64 equilibrium, score of the task
   curve  quartiles over samples of the smallest residual after k evaluations
-  horizon  far past the steps it was trained on: how many samples a learned solver loses that its fallback solves, at the
-         same budget and at the budget plus what it had spent when it handed over
+  horizon  far past the steps it was trained on: how many samples a learned solver loses that its fallback (the last of its
+         phases) solves, at the same budget and at the budget plus what it had spent when that took over
   clock  seconds of a whole solve to one tolerance by repeat, interleaved with the other solvers; the share of samples that
          got there; seconds in f and calls of it, but for solvers that use parts of f
 and "score" after k evaluations by `equilibria.depth_rows`, and "leak" by `texts.leak_rows`.
@@ -127,17 +127,17 @@ def horizon_rows(
 ) -> list[Row]:
     """A learned solver against its own fallback, `steps` evaluations each: the safeguard's promise, counted.
 
-    The promise is that with max_nfe plus what was spent before plain Broyden began, it does not fail where that converges.
+    The promise is that with max_nfe plus what was spent before the fallback began, it does not fail where that converges.
     """
-    rows = []
+    rows, phases = [], solver.plan(solver)
+    fallback = phases[-1].solver
     for tolerance in tolerances:
         counts = {"fallback": 0, "learned": 0, "lost": 0, "broken": 0, "triggered": 0}
         for z0, x, _ in held.chunks():
             ours = solve(held.f, z0, x, solver=solver, rtol=tolerance, max_nfe=4 * steps, throw=False)
-            fallback = solver.config.safeguard.fallback()
             theirs = solve(held.f, z0, x, solver=fallback, rtol=tolerance, max_nfe=steps, throw=False)
             nfe, hit = ours.trace.evaluations_to(tolerance, 4 * steps)
-            before = _spent_before(ours, phase=2)
+            before = _spent_before(ours, phase=len(phases) - 1)
             converged = theirs.converged.cpu().numpy()
             counts["fallback"] += int(converged.sum())
             counts["learned"] += int((hit & (nfe <= steps)).sum())

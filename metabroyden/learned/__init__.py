@@ -1,12 +1,13 @@
-"""Learned solvers and their parts, one a file. `LEARNED` and `ADJOINT` know them by name."""
+"""Learned solvers and their parts, one a file. `LEARNED`, `LEARNED_SPLITTING` and `ADJOINT` know them by name."""
 
 from metabroyden.learned.adjoint import AdjointConfig, AdjointLSTM
-from metabroyden.learned.base import ADJOINT, LEARNED, LearnedConfig, LearnedSolver
+from metabroyden.learned.base import ADJOINT, LEARNED, LEARNED_SPLITTING, LearnedConfig, LearnedSolver
 from metabroyden.learned.coordinatewise import CoordinatewiseConfig, CoordinatewiseLSTM
 from metabroyden.learned.grouped import GroupedConfig, GroupedLSTM
 from metabroyden.learned.hyper_anderson import HyperAnderson, HyperAndersonConfig
 from metabroyden.learned.meta_broyden import MetaBroyden, MetaBroydenConfig
 from metabroyden.learned.meta_learner import MetaLearnerLSTM
+from metabroyden.learned.meta_splitting import MetaSplitting, MetaSplittingConfig
 from metabroyden.learned.neural_fixed_point import NeuralFixedPoint, NeuralFixedPointConfig
 from metabroyden.learned.safeguard import Safeguard
 from metabroyden.learned.started import Started, StartedConfig
@@ -15,6 +16,7 @@ from metabroyden.learned.universal import Universal, UniversalConfig
 __all__ = [
     "ADJOINT",
     "LEARNED",
+    "LEARNED_SPLITTING",
     "AdjointConfig",
     "AdjointLSTM",
     "CoordinatewiseConfig",
@@ -28,6 +30,8 @@ __all__ = [
     "MetaBroyden",
     "MetaBroydenConfig",
     "MetaLearnerLSTM",
+    "MetaSplitting",
+    "MetaSplittingConfig",
     "NeuralFixedPoint",
     "NeuralFixedPointConfig",
     "Safeguard",

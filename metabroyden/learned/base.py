@@ -15,17 +15,22 @@ from metabroyden.solve import Phase
 
 LEARNED: dict[str, type[LearnedSolver]] = {}
 """Learned root finders by name."""
+LEARNED_SPLITTING: dict[str, type[LearnedSolver]] = {}
+"""Learned root finders that use parts of f, for cells that offer them."""
 ADJOINT: dict[str, type[LearnedSolver]] = {}
 """Learned solvers of adjoint systems by name."""
 C = TypeVar("C", bound="type[LearnedSolver]")
 
 
 def register(name: str) -> Callable[[C], C]:
-    """Class decorator: makes a learned solver known under a name, in `LEARNED` or, if homogeneous, in `ADJOINT`."""
+    """Class decorator: makes a learned solver known under a name.
+
+    In `LEARNED`; if homogeneous in `ADJOINT`, if it uses parts of f in `LEARNED_SPLITTING`.
+    """
 
     def add(cls: C) -> C:
         cls.kind = name
-        (ADJOINT if cls.homogeneous else LEARNED)[name] = cls
+        (LEARNED_SPLITTING if cls.parts else ADJOINT if cls.homogeneous else LEARNED)[name] = cls
         return cls
 
     return add
@@ -76,6 +81,7 @@ class LearnedSolver(nn.Module):
     """
 
     kind: str
+    parts: tuple[str, ...] = ()
     homogeneous = False  # whether a step scales with the problem, sign included, as adjoint systems want it
     config_type: type[LearnedConfig] = LearnedConfig
 

@@ -48,10 +48,14 @@ class Safeguard:
         """The classical solver the guarantee speaks of."""
         return Broyden(memory=self.memory)
 
+    def learned_phase(self, solver: Any) -> Phase:
+        """The learned steps."""
+        return Phase(solver, horizon=self.horizon, patience=self.patience, progress=self.progress)
+
     def phases(self, solver: Any, initial: Any = None) -> list[Phase]:
         """Learned steps, Broyden on top of the learned inverse Jacobian `initial` (if any), plain Broyden from z0."""
         return [
-            Phase(solver, horizon=self.horizon, patience=self.patience, progress=self.progress),
+            self.learned_phase(solver),
             Phase(
                 Broyden(memory=self.memory, initial=initial),
                 origin="best",

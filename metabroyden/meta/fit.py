@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from metabroyden.integrations.torchdeq import FixedPointMap, holds_deq
-from metabroyden.learned import ADJOINT, LEARNED, MetaBroyden
+from metabroyden.learned import ADJOINT, LEARNED, LEARNED_SPLITTING, MetaBroyden
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.layout import Layout
 from metabroyden.meta.config import MetaConfig
@@ -39,9 +39,9 @@ ROOM = 2**20
 def make_learned(
     kind: str, layout: Layout, *, seed: int = 0, context: str = "f0", context_channels: int = 0, **options: Any
 ) -> Any:
-    """An untrained solver of this kind (a name in `LEARNED`, `ADJOINT` or `ALIASES`); ValueError for an unknown one."""
+    """An untrained solver of this kind: a name in `LEARNED`, `LEARNED_SPLITTING`, `ADJOINT` or `ALIASES`, or ValueError."""
     name = ALIASES.get(kind, kind)
-    known = LEARNED | ADJOINT
+    known = LEARNED | LEARNED_SPLITTING | ADJOINT
     if name not in known:
         raise ValueError(f"unknown learned solver {kind!r}: known are {', '.join(sorted({*known, *ALIASES}))}")
     cls = known[name]

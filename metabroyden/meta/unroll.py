@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from metabroyden.ledger import method_of
 from metabroyden.meta.modes import Checkpointed, FeatureDetached
 from metabroyden.solution import State, relative, residual_norms
+from metabroyden.solvers.base import Step
 from metabroyden.state import Companion, Packing
 
 BACKENDS = ("higher", "native")
@@ -73,8 +75,11 @@ class UnrolledProblem:
             value = self.f(state) if self._given is None else self.f(state, self._given)
         return self.packing.take(value, z)
 
-    def measure(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """(g = f(z) − z (R, n), relative residual (R,)), both in z's dtype."""
+    def measure(self, z: Tensor, g: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(g = f(z) − z (R, n), relative residual (R,)), both in z's dtype; g as given, where it is known."""
+        if g is not None:
+            _, g_norm, f_norm = residual_norms(z, z + g)
+            return g, relative(g_norm, f_norm)
         return checkpoint(self._measure, z, use_reentrant=False) if self._twice else self._measure(z)
 
     def _measure(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,6 +89,25 @@ class UnrolledProblem:
     def residual(self, z: Tensor) -> Tensor:
         """f(z) − z, (R, n)."""
         return self.evaluate(z) - z
+
+    def part(self, name: str, *settings: Any) -> Callable[..., State]:
+        """A part of f, or the map that it makes of some settings: as `Problem.part`."""
+        method = method_of(self.f, name)
+        if method is None:
+            raise TypeError(f"this solver uses parts of f, and {type(self.f).__name__} has no method {name!r}")
+        return method(*settings) if settings else method
+
+    def use(self, part: Callable[..., State], z: Tensor) -> Tensor:
+        """part(z, context) at z (R, n), packed."""
+        return self.packing.take(part(self.packing.unpack(z), self._given), z)
+
+    def elementwise(self, name: str, v: Tensor) -> Tensor:
+        """The cell's elementwise method of this name at v (R, n)."""
+        return self.packing.take(self.part(name)(self.packing.unpack(v)), v)
+
+    def known(self, z: Tensor, fz: Tensor) -> Tensor:
+        """g = f(z) − z at z (R, n) where f(z) is known."""
+        return fz - z
 
     def origin(self) -> Tensor:
         """f(z0), (R, n)."""
@@ -124,6 +148,11 @@ def unroll(
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    if getattr(solver, "parts", ()) and (detach_features or checkpoint_steps or half):
+        raise ValueError(
+            f"{type(solver).__name__} uses parts of f: no detach_features, checkpoint_steps or half, got "
+            f"{detach_features}, {checkpoint_steps}, {half}"
+        )
     problem = UnrolledProblem(f, z0, context, half=half, twice=checkpoint_steps)
     if detach_features:
         solver = FeatureDetached(solver)
@@ -157,16 +186,26 @@ class _Recorder:
 
 def _unroll_native(solver: Any, problem: UnrolledProblem, steps: int, begin: Any) -> Rollout:
     recorder = _Recorder()
-    z = solver.start(problem.z0, problem) if begin is None else begin[0]
-    g, residual = problem.measure(z)
+    first = _begun(solver, problem, begin)
+    z, state = first.z, first.state
+    g, residual = problem.measure(z, first.g)
     recorder.note(z, residual)
-    state = solver.init(z, g, problem) if begin is None else begin[1]
+    if state is None:
+        state = solver.init(z, g, problem)
     for _ in range(steps):
         step = solver.step(z, g, state, problem)
         z, state = step.z, step.state
-        g, residual = problem.measure(z)
+        g, residual = problem.measure(z, step.g)
         recorder.note(z, residual, state)
     return recorder.rollout()
+
+
+def _begun(solver: Any, problem: UnrolledProblem, begin: Any) -> Step:
+    """Where an unroll begins; the state is None where the solver has yet to make it."""
+    if begin is not None:
+        return Step(begin[0].detach(), begin[1])
+    first = solver.start(problem.z0, problem)
+    return Step(first, None) if isinstance(first, Tensor) else first
 
 
 class _Iterate(nn.Module):
@@ -176,9 +215,9 @@ class _Iterate(nn.Module):
         super().__init__()
         self.z = nn.Parameter(z)
 
-    def forward(self, problem: UnrolledProblem) -> tuple[Tensor, Tensor, Tensor]:
-        """(z, g, relative residual) at the current fast weight."""
-        g, residual = problem.measure(self.z)
+    def forward(self, problem: UnrolledProblem, g: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(z, g, relative residual) at the current fast weight; g as given, where it is known."""
+        g, residual = problem.measure(self.z, g)
         return self.z, g, residual
 
 
@@ -193,13 +232,13 @@ def _unroll_higher(solver: Any, problem: UnrolledProblem, steps: int, begin: Any
     recorder = _Recorder()
     module = _Iterate(problem.z0.detach().clone())
     with higher.innerloop_ctx(module, _Carrier(module.parameters(), lr=1.0), copy_initial_weights=False) as (net, opt):
-        start = solver.start(problem.z0, problem) if begin is None else begin[0].detach()
-        net.update_params([start.requires_grad_()])
-        z, g, residual = net(problem)
+        first = _begun(solver, problem, begin)
+        net.update_params([first.z.requires_grad_()])
+        z, g, residual = net(problem, first.g)
         recorder.note(z, residual)
         # The solver is no optimizer setting (those are deep-copied) but an attribute of the inner loop.
         opt.solver, opt.problem = solver, problem
-        opt.solver_state = solver.init(z, g, problem) if begin is None else begin[1]
+        opt.solver_state = solver.init(z, g, problem) if first.state is None else first.state
         for _ in range(steps):
             live = g
 
@@ -208,7 +247,7 @@ def _unroll_higher(solver: Any, problem: UnrolledProblem, steps: int, begin: Any
 
             # A loss that does not touch f: the optimizer's "gradient" is the live residual, with its graph.
             opt.step(z.sum(), grad_callback=negative_residual)
-            z, g, residual = net(problem)
+            z, g, residual = net(problem, opt.known)
             recorder.note(z, residual, opt.solver_state)
         return recorder.rollout()
 
@@ -227,11 +266,12 @@ def _register_with_higher() -> None:
         solver: Any
         problem: UnrolledProblem
         solver_state: Any
+        known: Tensor | None
 
         def _update(self, grouped_grads: Any, **_: Any) -> None:
             group = self.param_groups[0]
             step = self.solver.step(group["params"][0], -grouped_grads[0][0], self.solver_state, self.problem)
-            self.solver_state = step.state
+            self.solver_state, self.known = step.state, step.g
             group["params"][0] = step.z
 
     higher.register_optim(_Carrier, LearnedUpdate)

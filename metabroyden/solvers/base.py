@@ -33,8 +33,11 @@ class Solver(Protocol):
     - `safeguard`: an object whose `plan(solver)` lists the phases of a safeguarded solve.
     """
 
-    def start(self, z0: Tensor, problem: Problem) -> Tensor:
-        """The first iterate, (R, n); a learned initializer. z0 itself for classical solvers."""
+    def start(self, z0: Tensor, problem: Problem) -> Tensor | Step:
+        """The first iterate, (R, n); a learned initializer. z0 itself for most classical solvers.
+
+        Or a first step, where that has evaluated its iterate and needs nothing of f at z0: `init` is not called then.
+        """
         ...
 
     def init(self, z: Tensor, g: Tensor, problem: Problem) -> Any:
@@ -49,7 +52,7 @@ class Solver(Protocol):
 class ClassicalSolver:
     """A solver without a learned start: it begins at z0."""
 
-    def start(self, z0: Tensor, problem: Problem) -> Tensor:
+    def start(self, z0: Tensor, problem: Problem) -> Tensor | Step:
         """z0 itself."""
         return z0
 

@@ -3,7 +3,8 @@
 Both are those of Winston & Kolter, Monotone operator equilibrium networks (NeurIPS 2020), section 3.2. A cell offers its
 parts as methods: `linear(z, x)` = Wz + x, `prox(v)`, elementwise, and for Peaceman–Rachford `resolvent(alpha)`, which gives
 the map (v, x) ↦ V(v + αx), V = (I + α(I − W))⁻¹. A use of `linear` or of the resolvent counts as an evaluation of f; `prox`
-costs next to nothing and is not counted. Neither method calls f itself but at z0: f(z) follows from what a step has made.
+costs next to nothing and is not counted. Forward–backward calls f at z0, Peaceman–Rachford nowhere: f(z) follows from what
+a step has made.
 """
 
 from __future__ import annotations
@@ -87,10 +88,9 @@ class PeacemanRachfordState(NamedTuple):
 class PeacemanRachford(ClassicalSolver):
     """u' = 2 prox(u) − u, z⁺ = V(u' + αx), u⁺ = 2z⁺ − u', from u = z₀ on; the iterate reported is z⁺.
 
-    Converges for every α > 0 where I − W is strongly monotone. Each step is one use of the resolvent; as that makes
-    (1 + α)z⁺ − αWz⁺ = u' + αx, it gives Wz⁺ + x = ((1 + α)z⁺ − u') / α and with it f(z⁺) at no further cost. The resolvent
-    is set up anew in each solve, before the first step: an inverse, or one for every frequency of a convolution. That is
-    time, and not counted as an evaluation.
+    Converges for every α > 0 where I − W is strongly monotone. Each step is one use of the resolvent (see `resolved`), the
+    first one too: of f(z₀) nothing is wanted. The resolvent is set up anew in each solve, before the first step: an inverse,
+    or one for every frequency of a convolution. That is time, and not counted as an evaluation.
 
     Attributes:
         alpha: in (0, 1000].
@@ -107,17 +107,29 @@ class PeacemanRachford(ClassicalSolver):
         """The best α in [1/16, 16] on validation problems; f, z0, context and options as for `tune`."""
         return _tuned(cls, -4, 4, f, z0, context, options)
 
+    def start(self, z0: Tensor, problem: Problem) -> Step:
+        """The first step."""
+        return self.step(z0, z0, self.init(z0, z0, problem), problem)
+
     def init(self, z: Tensor, g: Tensor, problem: Problem) -> PeacemanRachfordState:
-        """u = z₀, and the resolvent."""
+        """u = z, and the resolvent."""
         return PeacemanRachfordState(z, problem.part("resolvent", self.alpha))
 
     def step(self, z: Tensor, g: Tensor, state: PeacemanRachfordState, problem: Problem) -> Step:
         """One step and its residual, for one use of the resolvent."""
-        reflected = 2 * problem.elementwise("prox", state.u) - state.u
-        z = problem.use(state.resolvent, reflected)
-        linear = z + (z - reflected) / self.alpha
-        g = problem.known(z, problem.elementwise("prox", linear))
-        return Step(z, PeacemanRachfordState(2 * z - reflected, state.resolvent), g)
+        z, g, u = resolved(state.u, state.resolvent, self.alpha, problem)
+        return Step(z, PeacemanRachfordState(u, state.resolvent), g)
+
+
+def resolved(u: Tensor, resolvent: Callable[..., State], alpha: float, problem: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(z, f(z) − z, u⁺), all (R, n), of a step of Peaceman–Rachford from u (R, n): one use of the resolvent.
+
+    As that makes (1 + α)z − αWz = u' + αx, it gives Wz + x = ((1 + α)z − u') / α and with it f(z) at no further cost.
+    """
+    reflected = 2 * problem.elementwise("prox", u) - u
+    z = problem.use(resolvent, reflected)
+    linear = z + (z - reflected) / alpha
+    return z, problem.known(z, problem.elementwise("prox", linear)), 2 * z - reflected
 
 
 def _tuned(
