@@ -151,14 +151,14 @@ def _beside_evaluations(families: Sequence[MetaResults], name: str) -> list[str]
         fallback, lost, broken = totals(horizon, "fallback", "lost", "broken")
         handed = np.mean([row["handed_over"] for row in results.of("solve", name, tolerance=results.tolerances[-1])])
         cpu = [described["summary"].get("cpu_seconds", np.nan) for described in results.described(name)]
-        outside = [results.outside(name, tolerance) for tolerance in ratios]
+        outside = [_outside_words(results, name, tolerance) for tolerance in ratios]
         for tolerance, found in ratios.items():
             ratio = results.clock_mean(name, tolerance)
             found += [ratio] if np.isfinite(ratio) else []
         body.append(
             [
                 results.name,
-                " / ".join(f"{share:.2f} f" if np.isfinite(share) else "—" for share in outside),
+                " / ".join(outside),
                 f"{star['score']:.4f}",
                 f"{np.mean(early):.4f}" if early else "",
                 f"{lost} of {fallback} in {horizon[0]['steps']}" if horizon else "",
@@ -176,9 +176,10 @@ def _beside_evaluations(families: Sequence[MetaResults], name: str) -> list[str]
     words = (
         f"{name}, beside evaluations. Time over that of the fastest classical solver that solves as many, geometric mean "
         f"of the families (how many): {', '.join(means) or 'not taken'}. Outside f, to 1e-2 and 1e-3: the rest of a solve's "
-        "time by evaluation, in times of f. Scores: accuracy, of texts bits a token. Lost: of the samples that plain "
-        "Broyden solves to 1e-3 in as many evaluations as are named, those that this solver does not, all seeds together; "
-        "and those that it does not given as many more as it had spent when plain Broyden took over. Handed over: on the "
+        "time by evaluation, in times of f (a dash where parts of f are used instead). Scores: accuracy, of texts bits a "
+        "token. Lost: of the samples that the solver's fallback (plain Broyden; Peaceman–Rachford for one on its map) "
+        "solves to 1e-3 in as many evaluations as are named, those that this solver does not, all seeds together; "
+        "and those that it does not given as many more as it had spent when the fallback took over. Handed over: on the "
         "way to the last tolerance. Training: CPU time, of the first process, of the seed that took longest."
     )
     return [words, table([*head, "handed over", "training"], body)]
@@ -192,6 +193,11 @@ def _spent_words(results: MetaResults, name: str, tolerance: float) -> str:
 def _clock_words(results: MetaResults, name: str, tolerance: float) -> str:
     ratio = results.clock_mean(name, tolerance)
     return f"{ratio:.2f}×" if np.isfinite(ratio) else "—"
+
+
+def _outside_words(results: MetaResults, name: str, tolerance: float) -> str:
+    share = results.outside(name, tolerance)
+    return f"{share:.2f} f" if np.isfinite(share) else "—"
 
 
 def evaluations_table(results: MetaResults) -> str:
@@ -259,9 +265,7 @@ def clock_table(results: MetaResults) -> str:
                 f"{ratio:.2f}× {rival['solver']}'s ({100 * rival['reached']:.0f}%)" if np.isfinite(ratio) else "—"
                 for ratio, rival in results.clock_ratios(name, tolerance)
             ]
-            body.append(
-                [f"{tolerance:g}", name, spent, ", ".join(against), f"{results.outside(name, tolerance):.2f} f"]
-            )
+            body.append([f"{tolerance:g}", name, spent, ", ".join(against), _outside_words(results, name, tolerance)])
     head = "to the fastest classical solver that solves as many, or as the one that solves most (within 2%), by seed"
     return table(["to", "", "batch (solved)", head, "outside f, an evaluation"], body)
 
@@ -288,11 +292,11 @@ def horizon_table(results: MetaResults) -> str:
                     f"{broken} of {samples}",
                 ]
             )
-    head = ["to", "", "evaluations", "solved", "solved by plain Broyden", "handed over"]
+    head = ["to", "", "evaluations", "solved", "solved by the fallback", "handed over"]
     words = (
-        "As many evaluations as four times the trained horizon, for the learned solver and for the Broyden that it falls "
-        "back on. Lost: solved by Broyden, not by the learned solver; in the last column the learned solver "
-        "has as many more as it had spent when plain Broyden took over, where its safeguard promises none."
+        "As many evaluations as four times the trained horizon, for the learned solver and for its fallback: plain Broyden; "
+        "Peaceman–Rachford for a solver on its map. Lost: solved by the fallback, not by the learned solver; in the last "
+        "column that one has as many more as it had spent when the fallback took over, where its safeguard promises none."
     )
     return f"{words}\n\n" + table([*head, "lost", "lost, given those"], body)
 

@@ -137,8 +137,8 @@ class MetaResults:
         return float(np.minimum(ours, budget).mean() / theirs.mean())
 
     def outside(self, name: str, tolerance: float) -> float:
-        """Time of a learned solver's solves that is not f's, over f's; NaN where it was not taken."""
-        ours = [clock[name] for clock in self.clocks(name, tolerance)]
+        """Time of a learned solver's solves that is not f's, over f's; NaN where not taken, or where parts of f are used."""
+        ours = [clock[name] for clock in self.clocks(name, tolerance) if clock[name]["in_f"]]
         shares = [np.median(np.array(row["total"]) / np.array(row["in_f"])) for row in ours]
         return float(np.mean(shares)) - 1 if shares else np.nan
 

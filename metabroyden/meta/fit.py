@@ -6,7 +6,7 @@ import importlib.util
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from metabroyden.meta.tasks import TaskSet
 from metabroyden.meta.trainer import MetaTrainer
 from metabroyden.solution import State
 from metabroyden.solvers.broyden import Broyden
-from metabroyden.solvers.classical import splitting_solvers, tuned_solvers
+from metabroyden.solvers.classical import offers, splitting_solvers, tuned_solvers
+from metabroyden.solvers.splitting import PeacemanRachford
 from metabroyden.state import Packing
 
 ALIASES = {"metabroyden": "meta-broyden"}
@@ -103,7 +104,8 @@ def fit_solver(
         context: what the solver sees of x: "f0", f(z0, x), or "native", x itself, which saves an evaluation but must then be
             given to every solve; "auto": native where x has the state's extents and f is no torchdeq model. For solves
             without a context, f(z), and those of torchdeq, say "f0".
-        solver: "metabroyden", or another name in `LEARNED`.
+        solver: "metabroyden", or another name in `LEARNED`. On a cell that offers its parts, seen with its native context, a
+            MetaBroyden steps on Peaceman–Rachford's map instead of f: see `MetaSplitting`.
         rtol: tolerance at which solvers are judged.
         steps: outer steps at most. seconds: of training at most, tuning and comparison not included; below 120 unrolls are
             half as long. patience: looks at validation (one every eighth of the steps, or 50) without gain after which it
@@ -151,15 +153,23 @@ def fit_solver(
     options = context_options(f, where, start, x, context)
     if solver == "coordinatewise" and options.get("context_channels", where.channels) != where.channels:
         options = context_options(f, where, start, x, "f0" if context == "auto" else context)
+    splits = ours and options["context"] == "native" and offers(f, PeacemanRachford)
+    if splits:
+        config = replace(config, segments=1)
     if ours:  # its steps beyond those it was trained on are quasi-Newton ones
         options["gated"] = config.segments * UNROLL
 
     def make(**more: Any) -> Any:
-        return make_learned(solver, where, seed=seed, **options, **more).to(device=first.device, dtype=first.dtype)
+        kind = "meta-splitting" if splits else solver
+        return make_learned(kind, where, seed=seed, **options, **more).to(device=first.device, dtype=first.dtype)
 
     if ours:
         known = _as_solved(f, *tasks.prepare(tasks.split("validation")[: _room(where, TUNED_ON)]))
-        learned = make(damping=best_damping(make, *known, tolerances=(rtol,), max_nfe=config.validation_nfe))
+        judged: dict[str, Any] = {"tolerances": (rtol,), "max_nfe": config.validation_nfe}
+        if splits:
+            learned = make(alpha=PeacemanRachford.tuned(*known, **judged).alpha)
+        else:
+            learned = make(damping=best_damping(make, *known, **judged))
     else:
         learned = make()
     with progress_bar("meta-training", steps, show=progress) as report:

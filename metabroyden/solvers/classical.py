@@ -53,12 +53,13 @@ def splitting_solvers(
     """Tuned forward–backward (with a margin) and Peaceman–Rachford, where f offers its parts; none where it does not."""
     options: dict[str, Any] = {"tolerances": tolerances, "max_nfe": budget}
     found: dict[str, Any] = {}
-    if _offers(f, ForwardBackward):
+    if offers(f, ForwardBackward):
         found["forward-backward"] = ForwardBackward.tuned(f, z0, context, margin=0.75, **options)
-    if _offers(f, PeacemanRachford):
+    if offers(f, PeacemanRachford):
         found["Peaceman-Rachford"] = PeacemanRachford.tuned(f, z0, context, **options)
     return found
 
 
-def _offers(f: Any, solver: Any) -> bool:
+def offers(f: Any, solver: Any) -> bool:
+    """Whether f has the methods that a solver (or a class of them) uses beside it."""
     return all(method_of(f, name) is not None for name in solver.parts)
