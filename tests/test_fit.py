@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +13,9 @@ import pytest
 import torch
 
 import metabroyden as mb
+from experiments import fit
 from metabroyden.integrations.torchdeq import FixedPointMap
-from metabroyden.learned import MetaBroyden
+from metabroyden.learned import MetaBroyden, MetaSplitting
 from metabroyden.learned.layout import LARGEST_PACKED
 from metabroyden.meta.contest import Contest, Standing
 from metabroyden.meta.defaults import context_options, segments, state_layout
@@ -184,6 +187,53 @@ def test_cells_that_offer_their_parts_bring_operator_splitting_to_the_contest():
     assert splitting_solvers(Cell(), contexts(3), contexts(3), budget=40) == {}
 
 
+@pytest.mark.parametrize(("context", "kind"), [("auto", MetaSplitting), ("f0", MetaBroyden)])
+def test_on_such_a_cell_what_is_fitted_steps_on_the_splittings_map(context, kind):
+    from metabroyden.models import MonotoneDense
+
+    torch.manual_seed(0)
+    cell, x = MonotoneDense(12, 1), torch.randn(60, 12) + 1
+    with torch.no_grad():
+        for parameter in cell.parameters():
+            parameter *= 2
+    solver = mb.fit_solver(cell, x, steps=2, context=context, progress=False, refuse=False)
+    assert type(solver) is kind
+    held = solver.summary["held_out"]["solvers"]
+    if kind is MetaSplitting:
+        assert (
+            solver.config.alpha
+            == mb.PeacemanRachford.tuned(cell, *_validation(x), tolerances=(1e-3,), max_nfe=60).alpha
+        )
+        assert solver.config.gated == 14
+    assert {"metabroyden", "Peaceman-Rachford", "forward-backward"} <= set(held)
+
+
+def _validation(x):
+    """(z0, x): a fifth of 60 samples, as `fit_solver` takes it."""
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    chosen = x[order[torch.unique(x, dim=0, return_inverse=True)[1]] < 12]
+    return torch.zeros_like(chosen), chosen
+
+
+def test_the_experiment_reports_what_is_returned(tmp_path, capsys):
+    config = fit.Fit(family="dense-digits", steps=2, contexts=60, progress=False, results=tmp_path)
+    fit.run(config)
+    fit.run(replace(config, family="monotone-dense-digits", rtol=1e-2))
+    (trial,) = tmp_path.iterdir()
+    assert {path.name for path in trial.iterdir()} == {
+        "dense-digits-0.001-seed0", "monotone-dense-digits-0.01-seed0", "report.md"
+    }  # fmt: skip
+    rows = {path.parent.name: json.loads(path.read_text()) for path in trial.glob("*/rows.jsonl")}
+    assert {row["solver"] for row in rows.values()} == {"MetaBroyden", "MetaSplitting"}
+    report = (trial / "report.md").read_text()
+    for row in rows.values():
+        (line,) = (line for line in report.splitlines() if line.startswith(f"| {row['family']}, seed 0"))
+        returned = row["best_classical"] if row["shortfalls"] else "**the fitted one**"
+        assert line.split("|")[-3].strip() == returned
+    with pytest.raises(ValueError, match="transformer-shakespeare is one of texts"):
+        fit.run(replace(config, family="transformer-shakespeare"))
+
+
 # --- defaults
 
 
@@ -320,9 +370,10 @@ def test_a_large_tuple_of_no_layout_is_refused_unless_asked_for():
         (
             {"solver": "adam"},
             ValueError,
-            "known are adjoint, coordinatewise, grouped, hyper-anderson, meta-broyden, meta-learner, metabroyden, "
-            "neural-fixed-point, started, universal",
+            "known are adjoint, coordinatewise, grouped, hyper-anderson, meta-broyden, meta-learner, meta-splitting, "
+            "metabroyden, neural-fixed-point, started, universal",
         ),
+        ({"solver": "meta-splitting"}, TypeError, "needs a cell with the methods linear, prox, resolvent"),
         ({"layout": "chw"}, ValueError, "layout must be one of"),
         ({"x_train": torch.randn(20, 3, 4)}, ValueError, "layout= is needed"),
         ({"steps": 0}, ValueError, "steps"),

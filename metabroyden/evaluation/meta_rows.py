@@ -129,15 +129,14 @@ def horizon_rows(
 
     The promise is that with max_nfe plus what was spent before the fallback began, it does not fail where that converges.
     """
-    rows, phases = [], solver.plan(solver)
-    fallback = phases[-1].solver
+    rows, (fallback, phase) = [], solver.fallback()
     for tolerance in tolerances:
         counts = {"fallback": 0, "learned": 0, "lost": 0, "broken": 0, "triggered": 0}
         for z0, x, _ in held.chunks():
             ours = solve(held.f, z0, x, solver=solver, rtol=tolerance, max_nfe=4 * steps, throw=False)
             theirs = solve(held.f, z0, x, solver=fallback, rtol=tolerance, max_nfe=steps, throw=False)
             nfe, hit = ours.trace.evaluations_to(tolerance, 4 * steps)
-            before = _spent_before(ours, phase=len(phases) - 1)
+            before = _spent_before(ours, phase)
             converged = theirs.converged.cpu().numpy()
             counts["fallback"] += int(converged.sum())
             counts["learned"] += int((hit & (nfe <= steps)).sum())

@@ -109,6 +109,10 @@ class LearnedSolver(nn.Module):
         """The phases of a solve, see `Safeguard`."""
         return self.config.safeguard.phases(self)
 
+    def fallback(self) -> tuple[Any, int]:
+        """The classical solver that a sample ends with, from z0, and the number of its phase in the plan."""
+        return self.config.safeguard.fallback(), 2
+
     def context_feature(self, problem: Any, shape: tuple[int, ...]) -> Tensor:
         """The context feature (R, C', *S): f(z0) (evaluated and counted at the start), or the native context."""
         if self.config.context == "f0":

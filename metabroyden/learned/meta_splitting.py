@@ -63,7 +63,11 @@ class MetaSplitting(MetaBroyden):
 
     def plan(self, solver: Any) -> list[Phase]:
         """Learned steps, then Peaceman–Rachford's, which converge on every monotone cell."""
-        return [self.config.safeguard.learned_phase(self), Phase(PeacemanRachford(self.config.alpha))]
+        return [self.config.safeguard.learned_phase(self), Phase(self.fallback()[0])]
+
+    def fallback(self) -> tuple[PeacemanRachford, int]:
+        """Peaceman–Rachford's method with the same α, in the second phase."""
+        return PeacemanRachford(self.config.alpha), 1
 
     def start(self, z0: Tensor, problem: Any) -> Step:  # type: ignore[override]
         """The learned u, (R, n), and the first use of the resolvent."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from metabroyden.integrations.torchdeq import FixedPointMap, holds_deq
-from metabroyden.learned import ADJOINT, LEARNED, LEARNED_SPLITTING, MetaBroyden
+from metabroyden.learned import ADJOINT, LEARNED, LEARNED_SPLITTING
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.layout import Layout
 from metabroyden.meta.config import MetaConfig
@@ -104,8 +104,8 @@ def fit_solver(
         context: what the solver sees of x: "f0", f(z0, x), or "native", x itself, which saves an evaluation but must then be
             given to every solve; "auto": native where x has the state's extents and f is no torchdeq model. For solves
             without a context, f(z), and those of torchdeq, say "f0".
-        solver: "metabroyden", or another name in `LEARNED`. On a cell that offers its parts, seen with its native context, a
-            MetaBroyden steps on Peaceman–Rachford's map instead of f: see `MetaSplitting`.
+        solver: "metabroyden", or another name in `LEARNED` or `LEARNED_SPLITTING`. On a cell that offers its parts, seen with
+            its native context, a MetaBroyden steps on Peaceman–Rachford's map instead of f: see `MetaSplitting`.
         rtol: tolerance at which solvers are judged.
         steps: outer steps at most. seconds: of training at most, tuning and comparison not included; below 120 unrolls are
             half as long. patience: looks at validation (one every eighth of the steps, or 50) without gain after which it
@@ -131,7 +131,8 @@ def fit_solver(
     _check_arguments(f, x_train, z0, seconds)
     if solver in ADJOINT:
         raise ValueError("the adjoint solver is for backward passes: fit_adjoint(cell, x_train) fits it")
-    ours = LEARNED.get(ALIASES.get(solver, solver)) is MetaBroyden
+    kind = ALIASES.get(solver, solver)
+    ours = kind in ("meta-broyden", "meta-splitting")
     config = MetaConfig(
         steps=steps,
         unroll=UNROLL,
@@ -153,20 +154,20 @@ def fit_solver(
     options = context_options(f, where, start, x, context)
     if solver == "coordinatewise" and options.get("context_channels", where.channels) != where.channels:
         options = context_options(f, where, start, x, "f0" if context == "auto" else context)
-    splits = ours and options["context"] == "native" and offers(f, PeacemanRachford)
-    if splits:
+    if kind == "meta-broyden" and options["context"] == "native" and offers(f, PeacemanRachford):
+        kind = "meta-splitting"
+    if kind == "meta-splitting":
         config = replace(config, segments=1)
     if ours:  # its steps beyond those it was trained on are quasi-Newton ones
         options["gated"] = config.segments * UNROLL
 
     def make(**more: Any) -> Any:
-        kind = "meta-splitting" if splits else solver
         return make_learned(kind, where, seed=seed, **options, **more).to(device=first.device, dtype=first.dtype)
 
     if ours:
         known = _as_solved(f, *tasks.prepare(tasks.split("validation")[: _room(where, TUNED_ON)]))
         judged: dict[str, Any] = {"tolerances": (rtol,), "max_nfe": config.validation_nfe}
-        if splits:
+        if kind == "meta-splitting":
             learned = make(alpha=PeacemanRachford.tuned(*known, **judged).alpha)
         else:
             learned = make(damping=best_damping(make, *known, **judged))
