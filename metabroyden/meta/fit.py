@@ -104,8 +104,8 @@ def fit_solver(
         context: what the solver sees of x: "f0", f(z0, x), or "native", x itself, which saves an evaluation but must then be
             given to every solve; "auto": native where x has the state's extents and f is no torchdeq model. For solves
             without a context, f(z), and those of torchdeq, say "f0".
-        solver: "metabroyden", or another name in `LEARNED` or `LEARNED_SPLITTING`. On a cell that offers its parts, seen with
-            its native context, a MetaBroyden steps on Peaceman–Rachford's map instead of f: see `MetaSplitting`.
+        solver: "metabroyden", or another name in `LEARNED` or `LEARNED_SPLITTING`. On a cell that offers its parts, seen
+            with its native context, a MetaBroyden steps on Peaceman–Rachford's map instead of f: see `MetaSplitting`.
         rtol: tolerance at which solvers are judged.
         steps: outer steps at most. seconds: of training at most, tuning and comparison not included; below 120 unrolls are
             half as long. patience: looks at validation (one every eighth of the steps, or 50) without gain after which it
