@@ -93,22 +93,25 @@ TEXT: dict[str, dict[str, Any]] = {
 }
 """What is different where f is a language model's, ten times as costly: by solver, and of all others."""
 _DATA = ("digits", "fashion")
-_VECTORS = tuple(f"{cell}-{data}" for cell in ("dense", "mlp") for data in _DATA)
 _WIDE: dict[str, Any] = {**_SAME, "initializer": 128}
+_LAYERS: dict[str, Any] = {"steps": 3000, "unroll": 6, "segments": 1}
 _SPLIT: dict[str, Any] = {"kind": "meta-splitting", "segments": 1}
-_MONOTONE = tuple(f"monotone-{cell}-{data}" for cell in ("conv", "multitier") for data in _DATA)
 _SHORT: dict[str, Any] = {"steps": 150, "unroll": 4, "segments": 6, "learning_rate": 2e-3}
 OWN: dict[tuple[str, str], dict[str, Any]] = {
-    **{(name, "meta-broyden"): {"options": _WIDE} for name in _VECTORS},
+    **{(f"dense-{data}", "meta-broyden"): {"options": _WIDE} for data in _DATA},
+    **{(f"mlp-{data}", "meta-broyden"): {**_LAYERS, "options": {**_WIDE, "rank": 48}} for data in _DATA},
     **{(f"monotone-dense-{data}", "meta-broyden"): {**_SPLIT, "options": _WIDE} for data in _DATA},
-    **{(name, "meta-broyden"): {**_SPLIT, "steps": 450} for name in _MONOTONE},
+    ("monotone-conv-digits", "meta-broyden"): {**_SPLIT, "steps": 450},
     ("monotone-conv-fashion", "meta-broyden"): {**_SPLIT, "steps": 450, "options": {**_SAME, "alpha": 0.4}},
+    ("monotone-multitier-digits", "meta-broyden"): {**_SPLIT, "options": {**_SAME, "rank": 48}},
+    ("monotone-multitier-fashion", "meta-broyden"): {**_SPLIT, "steps": 450, "options": {**_SAME, "rank": 48}},
     ("transformer-shakespeare", "meta-broyden"): {**_SHORT, "orthogonal_rate": 0.0, "options": {**_SAME, "gated": 12}},
     ("transformer-shakespeare", "grouped"): _SHORT,
     ("multiscale-fashion", "meta-broyden"): {"steps": 300},
     ("multiscale-fashion", "grouped"): {"steps": 150},
 }
-"""What is different for a solver on one family. Starts cost little where states are vectors. On monotone networks
+"""What is different for a solver on one family. Starts cost little where states are vectors. Converted networks are solved
+exactly in as many evaluations as they have layers, six, and longer unrolls teach nothing. On monotone networks
 MetaBroyden steps on Peaceman–Rachford's map, see `MetaSplitting`: one segment is enough, and on monotone-conv-fashion
 twice the rival's α does better (results/RESEARCH.md, 42). On multiscale-fashion MetaBroyden's validation no longer falls
 after 300 steps, and GroupedLSTM's steps are dear. Gradients through the Transformer explode in longer unrolls: many
