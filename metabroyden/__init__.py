@@ -12,10 +12,12 @@ from metabroyden.fixed import FixedBudget
 from metabroyden.gradients import Implicit, JacobianFree, Phantom, Unroll
 from metabroyden.learned import (
     LEARNED,
+    LEARNED_SPLITTING,
     AdjointLSTM,
     CoordinatewiseLSTM,
     GroupedLSTM,
     MetaLearnerLSTM,
+    MetaSplitting,
     NeuralFixedPoint,
     Safeguard,
     Started,
@@ -47,6 +49,7 @@ from metabroyden.training import (
 __all__ = [
     "DEQ",
     "LEARNED",
+    "LEARNED_SPLITTING",
     "SOLVERS",
     "SPLITTING",
     "AdjointLSTM",
@@ -63,6 +66,7 @@ __all__ = [
     "KeepUp",
     "KeepUpConfig",
     "MetaLearnerLSTM",
+    "MetaSplitting",
     "NeuralFixedPoint",
     "Newton",
     "PeacemanRachford",

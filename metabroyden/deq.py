@@ -128,7 +128,7 @@ class DEQ(nn.Module):
             return [z]
         self._watch.check(self.solver, self.cell)
         reuse = graph and getattr(mode, "wants_inverse", False)
-        if reuse and not hasattr(self.solver, "inverse"):
+        if reuse and getattr(self.solver, "inverse", None) is None:
             raise ValueError(
                 f"{mode!r} needs a forward solver with an inverse Jacobian, Broyden or GroupedLSTM; got {self.solver!r:.80}"
             )

@@ -165,6 +165,18 @@ def check_options(
         raise ValueError(f"f_dtype must be a floating dtype such as torch.bfloat16, got {f_dtype!r}")
 
 
+def begin(solver: Any, z0: Tensor, problem: Any) -> tuple[Tensor, Any, Tensor | None]:
+    """(z, state, g) with which a solver begins at z0 (R, n).
+
+    Its first iterate, the state and g still None; or, of a solver whose `start` returns a `Step`, all of it.
+    """
+    begun = solver.start(z0, problem)
+    z, state, g = (begun, None, None) if isinstance(begun, Tensor) else begun
+    if z.shape != z0.shape:
+        raise ValueError(f"{solver!r}.start must return shape {tuple(z0.shape)}, got {tuple(z.shape)}")
+    return z, state, g
+
+
 class _Cohort:
     """Samples that are in the same phase and began it together, with their solver's state.
 
@@ -282,13 +294,7 @@ class _Driver:
         """Drive every sample to a status."""
         z0 = self.ledger.z0
         first = _Cohort(self.ledger, self.plan, 0, np.arange(len(z0)))
-        begun = first.phase.solver.start(z0, first.problem)
-        # an iterate; or a step, which has evaluated it
-        first.z, first.state, first.g = (begun, None, None) if isinstance(begun, Tensor) else begun
-        if first.z.shape != z0.shape:
-            raise ValueError(
-                f"{first.phase.solver!r}.start must return shape {tuple(z0.shape)}, got {tuple(first.z.shape)}"
-            )
+        first.z, first.state, first.g = begin(first.phase.solver, z0, first.problem)
         self.cohorts = [first]
         if self.ledger.nfe.any():  # start has looked at f: some samples may be done
             self._look()
@@ -303,7 +309,9 @@ class _Driver:
         """One step of every cohort, one call of f for all the new iterates; a look at the outcome when it is due."""
         self.ledger.round += 1
         for cohort in self.cohorts:
-            if cohort.g is not None:
+            if cohort.g is None and cohort.number:  # handed over, to begin at z0
+                cohort.z, cohort.state, cohort.g = begin(cohort.phase.solver, cohort.z, cohort.problem)
+            elif cohort.g is not None:
                 cohort.advance()
                 self.steps[cohort.live_rows.pick] += 1
                 if cohort.g is not None:

@@ -236,14 +236,14 @@ def test_steps_are_those_of_the_paper():
         )
         torch.testing.assert_close(found.trace.residual[steps], mb.relative_residual(z, cell(z, x).detach()))
     v = torch.linalg.inv((1 + alpha) * torch.eye(12).double() - alpha * w)
-    u = torch.randn_like(x)
-    start = u
+    start = torch.randn_like(x)
+    u = start + alpha * (start @ w.T + x - start)
     for steps in range(1, 5):
         reflected = 2 * torch.relu(u) - u
         half = (reflected + alpha * x) @ v.T
         u = 2 * half - reflected
-        found = mb.solve(cell, start, x, solver=mb.PeacemanRachford(alpha), max_nfe=steps, **options)
-        torch.testing.assert_close(found.trace.residual[steps - 1], mb.relative_residual(half, cell(half, x).detach()))
+        found = mb.solve(cell, start, x, solver=mb.PeacemanRachford(alpha), max_nfe=1 + steps, **options)
+        torch.testing.assert_close(found.trace.residual[steps], mb.relative_residual(half, cell(half, x).detach()))
 
 
 @pytest.mark.parametrize("name", ["dense", "conv"])

@@ -27,7 +27,7 @@ from metabroyden.evaluation.peers import TorchDEQSolver
 from metabroyden.ledger import Ledger
 from metabroyden.problem import Problem
 from metabroyden.solution import Status, Trace
-from metabroyden.solve import solve
+from metabroyden.solve import begin, solve
 from metabroyden.solvers import Anderson, Broyden, Picard
 from metabroyden.solvers.tuning import tune
 from metabroyden.state import Packing
@@ -175,9 +175,9 @@ def part_rows(solvers: dict[str, Any], problems: Problems, *, repeats: int) -> l
     for name, solver in solvers.items():
         ledger = Ledger(problems.f, Packing.of(problems.z0), flat, problems.x, rtol=0.0, atol=0.0, max_nfe=10**9)
         problem = Problem(ledger, ledger.rows(np.arange(len(flat))))
-        z = solver.start(flat, problem)
-        g = problem.residual(z)
-        state = solver.init(z, g, problem)
+        z, state, g = begin(solver, flat, problem)
+        g = problem.residual(z) if g is None else g
+        state = solver.init(z, g, problem) if state is None else state
         jobs[name, "start"] = partial(solver.start, flat, problem)
         jobs[name, "init"] = partial(solver.init, z, g, problem)
         jobs[name, "step"] = partial(solver.step, z, g, state, problem)

@@ -117,10 +117,15 @@ class MetaResults:
                     return row
         raise ValueError(f"the runs of {self.name} have no row of kind star: measure one of them again")
 
+    def splits(self, name: str) -> bool:
+        """Whether a learned solver steps on Peaceman–Rachford's map here: it uses the resolvent instead of f."""
+        return any(described["recipe"]["kind"] == "meta-splitting" for described in self.described(name))
+
     def ratio(self, name: str, rival: str, tolerance: float) -> float | None:
         """Evaluations of a learned solver over a rival's, a median that failed being the budget; None where the rival's own
-        median did, or where there is no such figure. rival: another learned solver, or `BEST`, `HARD` or `CALLING`."""
-        if name not in self.learned or tolerance not in self.tolerances:
+        median did, or where there is no such figure. rival: another learned solver, or `BEST`, `HARD` or `CALLING`, which
+        is for learned solvers that call f alone, too."""
+        if name not in self.learned or tolerance not in self.tolerances or (rival == CALLING and self.splits(name)):
             return None
         least = 12 if rival == HARD else 0
         if rival in (BEST, HARD, CALLING):

@@ -51,8 +51,10 @@ class MetaSplitting(MetaBroyden):
 
         z = V(2 prox(u) − u + αx),   u⁺ = a MetaBroyden step from u and its residual T(u) − u.
 
-    The iterates reported are the z. Untrained it is Peaceman–Rachford's method, and that is what samples are handed to, from
-    z0. It keeps no inverse Jacobian of f. Needs a cell with the parts `linear`, `prox`, `resolvent`, and a context.
+    The iterates reported are the z. Untrained, with a damping of 1, its gated steps are Peaceman–Rachford's from u = z0, and
+    those after them Anderson's on the pairs of T. Samples are handed to Peaceman–Rachford, from z0. It keeps no inverse
+    Jacobian of f. Needs a cell with the parts `linear`, `prox`, `resolvent`, and a context; `FixedBudget` and f_dtype are
+    not for it.
     """
 
     config_type = MetaSplittingConfig
@@ -69,10 +71,10 @@ class MetaSplitting(MetaBroyden):
         """Peaceman–Rachford's method with the same α, in the second phase."""
         return PeacemanRachford(self.config.alpha), 1
 
-    def start(self, z0: Tensor, problem: Any) -> Step:  # type: ignore[override]
-        """The learned u, (R, n), and the first use of the resolvent."""
+    def start(self, z0: Tensor, problem: Any) -> Tensor | Step:  # type: ignore[override]
+        """The learned u, (R, n), and the first use of the resolvent; u alone where it took an evaluation, of f(z0)."""
         u = super().start(z0, problem)
-        return self.step(u, u, self.init(u, u, problem), problem)
+        return u if self.config.context == "f0" else self.step(u, u, self.init(u, u, problem), problem)
 
     def init(self, z: Tensor, g: Tensor, problem: Any) -> MetaSplittingState:  # type: ignore[override]
         """u = z, and the resolvent."""

@@ -15,7 +15,7 @@ from metabroyden.solvers.base import Step
 from metabroyden.solvers.picard import Picard
 from metabroyden.solvers.registry import make_solver, name_of
 
-_CLASSICAL = ("min_nfe", "gather", "fixed_cost", "parts", "inverse", "transposed")
+_CLASSICAL = ("min_nfe", "gather", "fixed_cost", "inverse", "transposed")
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Started(LearnedSolver):
     def __init__(self, config: StartedConfig) -> None:
         super().__init__(config)
         self.unrolled = config.classical if isinstance(config.classical, Picard) else Picard()
+        self.parts = getattr(config.classical, "parts", ())
 
     def __getattr__(self, name: str) -> Any:
         if name in _CLASSICAL:
@@ -71,6 +72,11 @@ class Started(LearnedSolver):
         started.initializer = copy.deepcopy(learned.initializer)
         started.fingerprint = learned.fingerprint
         return started.eval().requires_grad_(False)
+
+    def start(self, z0: Tensor, problem: Any) -> Tensor | Step:  # type: ignore[override]
+        """The learned first iterate, (R, n), or the first step from there of a classical solver that begins with one."""
+        z = super().start(z0, problem)
+        return z if torch.is_grad_enabled() or self.config.context == "f0" else self.config.classical.start(z, problem)
 
     def init(self, z: Tensor, g: Tensor, problem: Any) -> Any:
         """The classical solver's state; none where gradients are recorded."""

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from metabroyden.ledger import method_of
 from metabroyden.meta.modes import Checkpointed, FeatureDetached
 from metabroyden.solution import State, relative, residual_norms
-from metabroyden.solvers.base import Step
+from metabroyden.solve import begin as begin_solve
 from metabroyden.state import Companion, Packing
 
 BACKENDS = ("higher", "native")
@@ -186,9 +186,8 @@ class _Recorder:
 
 def _unroll_native(solver: Any, problem: UnrolledProblem, steps: int, begin: Any) -> Rollout:
     recorder = _Recorder()
-    first = _begun(solver, problem, begin)
-    z, state = first.z, first.state
-    g, residual = problem.measure(z, first.g)
+    z, state, g = _begun(solver, problem, begin)
+    g, residual = problem.measure(z, g)
     recorder.note(z, residual)
     if state is None:
         state = solver.init(z, g, problem)
@@ -200,12 +199,11 @@ def _unroll_native(solver: Any, problem: UnrolledProblem, steps: int, begin: Any
     return recorder.rollout()
 
 
-def _begun(solver: Any, problem: UnrolledProblem, begin: Any) -> Step:
-    """Where an unroll begins; the state is None where the solver has yet to make it."""
-    if begin is not None:
-        return Step(begin[0].detach(), begin[1])
-    first = solver.start(problem.z0, problem)
-    return Step(first, None) if isinstance(first, Tensor) else first
+def _begun(solver: Any, problem: UnrolledProblem, carried: Any) -> tuple[Tensor, Any, Tensor | None]:
+    """(z, state, g) where an unroll begins; state and g are None where the solver, or f, has yet to tell."""
+    if carried is not None:
+        return carried[0].detach(), carried[1], None
+    return begin_solve(solver, problem.z0, problem)
 
 
 class _Iterate(nn.Module):
@@ -232,13 +230,13 @@ def _unroll_higher(solver: Any, problem: UnrolledProblem, steps: int, begin: Any
     recorder = _Recorder()
     module = _Iterate(problem.z0.detach().clone())
     with higher.innerloop_ctx(module, _Carrier(module.parameters(), lr=1.0), copy_initial_weights=False) as (net, opt):
-        first = _begun(solver, problem, begin)
-        net.update_params([first.z.requires_grad_()])
-        z, g, residual = net(problem, first.g)
+        z, state, g = _begun(solver, problem, begin)
+        net.update_params([z.requires_grad_()])
+        z, g, residual = net(problem, g)
         recorder.note(z, residual)
         # The solver is no optimizer setting (those are deep-copied) but an attribute of the inner loop.
         opt.solver, opt.problem = solver, problem
-        opt.solver_state = solver.init(z, g, problem) if first.state is None else first.state
+        opt.solver_state = solver.init(z, g, problem) if state is None else state
         for _ in range(steps):
             live = g
 

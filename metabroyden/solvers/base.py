@@ -36,7 +36,8 @@ class Solver(Protocol):
     def start(self, z0: Tensor, problem: Problem) -> Tensor | Step:
         """The first iterate, (R, n); a learned initializer. z0 itself for most classical solvers.
 
-        Or a first step, where that has evaluated its iterate and needs nothing of f at z0: `init` is not called then.
+        Or a first step, which has evaluated its iterate, so that its g is known: `init` is not called then. It counts among
+        a solve's evaluations, not among its steps.
         """
         ...
 

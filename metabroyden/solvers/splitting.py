@@ -4,7 +4,7 @@ Both are those of Winston & Kolter, Monotone operator equilibrium networks (Neur
 parts as methods: `linear(z, x)` = Wz + x, `prox(v)`, elementwise, and for Peaceman–Rachford `resolvent(alpha)`, which gives
 the map (v, x) ↦ V(v + αx), V = (I + α(I − W))⁻¹. A use of `linear` or of the resolvent counts as an evaluation of f; `prox`
 costs next to nothing and is not counted. Forward–backward calls f at z0, Peaceman–Rachford nowhere: f(z) follows from what
-a step has made.
+a step, or the use of a part, has made.
 """
 
 from __future__ import annotations
@@ -86,11 +86,12 @@ class PeacemanRachfordState(NamedTuple):
 @register("peaceman-rachford")
 @dataclass(frozen=True)
 class PeacemanRachford(ClassicalSolver):
-    """u' = 2 prox(u) − u, z⁺ = V(u' + αx), u⁺ = 2z⁺ − u', from u = z₀ on; the iterate reported is z⁺.
+    """u' = 2 prox(u) − u, z⁺ = V(u' + αx), u⁺ = 2z⁺ − u'; the iterate reported is z⁺.
 
-    Converges for every α > 0 where I − W is strongly monotone. Each step is one use of the resolvent (see `resolved`), the
-    first one too: of f(z₀) nothing is wanted. The resolvent is set up anew in each solve, before the first step: an inverse,
-    or one for every frequency of a convolution. That is time, and not counted as an evaluation.
+    Converges for every α > 0 where I − W is strongly monotone. From z₀ = 0 it begins at u = 0, and nothing of f(0) is
+    wanted. From any other z₀ it begins at u = z₀ + α(Wz₀ + x − z₀), which belongs to z₀ if that is the solution: one use of
+    `linear`, which tells f(z₀). Each step is one use of the resolvent (see `resolved`). That is set up anew in each solve,
+    before the first step: an inverse, or one for every frequency of a convolution; time, not counted as an evaluation.
 
     Attributes:
         alpha: in (0, 1000].
@@ -108,8 +109,13 @@ class PeacemanRachford(ClassicalSolver):
         return _tuned(cls, -4, 4, f, z0, context, options)
 
     def start(self, z0: Tensor, problem: Problem) -> Step:
-        """The first step."""
-        return self.step(z0, z0, self.init(z0, z0, problem), problem)
+        """The first step; z0 itself, with its residual, where it is not zero."""
+        state = self.init(z0, z0, problem)
+        if not z0.any():
+            return self.step(z0, z0, state, problem)
+        linear = problem.use(problem.part("linear"), z0)
+        g = problem.known(z0, problem.elementwise("prox", linear))
+        return Step(z0, state._replace(u=torch.lerp(z0, linear, self.alpha)), g)
 
     def init(self, z: Tensor, g: Tensor, problem: Problem) -> PeacemanRachfordState:
         """u = z, and the resolvent."""
