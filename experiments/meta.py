@@ -109,7 +109,6 @@ OWN: dict[tuple[str, str], dict[str, Any]] = {
     ("monotone-multitier-fashion", "meta-broyden"): {**_SPLIT, "steps": 450, "options": {**_SAME, "rank": 48}},
     ("transformer-shakespeare", "meta-broyden"): {**_SHORT, "orthogonal_rate": 0.0, "options": {**_SAME, "gated": 12}},
     ("transformer-shakespeare", "grouped"): _SHORT,
-    ("multiscale-digits", "meta-broyden"): {"steps": 1200, "unroll": 10, "segments": 1},
     ("multiscale-fashion", "meta-broyden"): {"steps": 300},
     ("multiscale-fashion", "grouped"): {"steps": 150},
 }
