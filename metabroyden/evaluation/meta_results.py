@@ -119,7 +119,7 @@ class MetaResults:
 
     def splits(self, name: str) -> bool:
         """Whether a learned solver steps on Peaceman–Rachford's map here: it uses the resolvent instead of f."""
-        return any(described["recipe"]["kind"] == "meta-splitting" for described in self.described(name))
+        return any(described["recipe"].get("kind") == "meta-splitting" for described in self.described(name))
 
     def ratio(self, name: str, rival: str, tolerance: float) -> float | None:
         """Evaluations of a learned solver over a rival's, a median that failed being the budget; None where the rival's own
