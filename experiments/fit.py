@@ -16,7 +16,7 @@ from metabroyden.evaluation import fit_report
 from metabroyden.evaluation.provenance import command_line, plain, provenance, results_folder, write_results
 from metabroyden.models import load_model
 from metabroyden.models.criteria import Images
-from metabroyden.models.families import get_family
+from metabroyden.models.families import get_family, trained_model
 
 _PLACES = ("family", "rtol", "seed", "models", "results", "progress")
 
@@ -45,12 +45,7 @@ class Fit:
 
 def run(config: Fit) -> None:
     """One call, which is not gone on with where it was interrupted; the report over all that there are."""
-    family = get_family(config.family)
-    path = config.models / config.family / "model.safetensors"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is missing: train it with `python -m experiments models --family {config.family}`"
-        )
+    path, family = trained_model(config.models, config.family), get_family(config.family)
     criterion = family.criterion()
     if not isinstance(criterion, Images):
         raise ValueError(

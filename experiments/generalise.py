@@ -36,7 +36,7 @@ from metabroyden.meta.progress import progress_bar
 from metabroyden.meta.random_cells import KINDS, random_problem
 from metabroyden.models import load_model
 from metabroyden.models.episodes import load_episodes
-from metabroyden.models.families import get_family
+from metabroyden.models.families import get_family, trained_model
 from metabroyden.storage import atomic_write
 from metabroyden.testbed import cells
 
@@ -317,13 +317,7 @@ class _Job:
         return {epoch: model.requires_grad_(False) for epoch, model in models.items()}
 
     def _model_path(self, family: str) -> Path:
-        get_family(family)
-        path = self.config.models / family / "model.safetensors"
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{path} is missing: train it with `python -m experiments models --family {family}`"
-            )
-        return path
+        return trained_model(self.config.models, family)
 
 
 class _RandomSet(TaskSet):

@@ -36,7 +36,7 @@ from metabroyden.meta.objectives import OBJECTIVES
 from metabroyden.meta.progress import progress_bar, tensorboard
 from metabroyden.models import load_model
 from metabroyden.models.criteria import NextToken
-from metabroyden.models.families import get_family
+from metabroyden.models.families import get_family, trained_model
 from metabroyden.solvers.classical import grids
 from metabroyden.state import Packing
 from metabroyden.storage import atomic_write
@@ -204,12 +204,7 @@ class Job:
         identity = replace(
             config, models=Path(), results=Path(), runs=Path(), fresh=False, progress=True, device=self.device.type
         )
-        self.path = config.models / config.family / "model.safetensors"
-        family = get_family(config.family)
-        if not self.path.exists():
-            raise FileNotFoundError(
-                f"{self.path} is missing: train it with `python -m experiments models --family {config.family}`"
-            )
+        self.path, family = trained_model(config.models, config.family), get_family(config.family)
         self.family, self.criterion = family, family.criterion()
         self.model = self._model()
         self.texts = isinstance(self.criterion, NextToken)

@@ -22,7 +22,7 @@ from metabroyden.meta.progress import progress_bar
 from metabroyden.meta.specialise import SpecialiseConfig, specialise
 from metabroyden.models import load_model
 from metabroyden.models.criteria import NextToken
-from metabroyden.models.families import get_family
+from metabroyden.models.families import get_family, trained_model
 from metabroyden.models.packed import Packed
 from metabroyden.state import Packing
 
@@ -68,12 +68,7 @@ class Specialise:
 
 def run(config: Specialise) -> None:
     """The whole job; twenty steps are done again rather than gone on with."""
-    family = get_family(config.family)
-    path = config.models / config.family / "model.safetensors"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is missing: train it with `python -m experiments models --family {config.family}`"
-        )
+    path, family = trained_model(config.models, config.family), get_family(config.family)
     start = load_solver(config.start)
     criterion = family.criterion()
     model = load_model(path, warn=False).requires_grad_(False)

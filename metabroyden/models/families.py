@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from metabroyden.data.digits import load_digits
@@ -284,3 +285,12 @@ def get_family(name: str) -> Family:
     if name not in FAMILIES:
         raise ValueError(f"unknown family {name!r}: known are {', '.join(FAMILIES)}")
     return FAMILIES[name]
+
+
+def trained_model(models: Path, name: str) -> Path:
+    """The file of a trained family; ValueError for an unknown one, FileNotFoundError for one that is not trained yet."""
+    get_family(name)
+    path = models / name / "model.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: train it with `python -m experiments models --family {name}`")
+    return path
