@@ -40,9 +40,9 @@ class Specialise:
     """What is adapted: a shipped solver's name or the path of a learned solver that fits the family."""
     steps: int = 20
     """Outer steps."""
-    batch: int = 192
+    batch: int = 96
     """Contexts of a step."""
-    unroll: int = 8
+    unroll: int = 14
     """Solver steps that a step differentiates through."""
     learning_rate: float = 1e-2
     """Of Adam, linear to zero."""

@@ -35,8 +35,8 @@ class SpecialiseConfig(Unrolling):
     """
 
     steps: int = 20
-    unroll: int = 8
-    batch: int = 192
+    unroll: int = 14
+    batch: int = 96
     learning_rate: float = 1e-2
     orthogonal_rate: float = 0.08
     rank: int = 64
