@@ -113,7 +113,7 @@ OWN: dict[tuple[str, str], dict[str, Any]] = {
     ("multiscale-fashion", "grouped"): {"steps": 150},
 }
 """What is different for a solver on one family. Where states are vectors starts cost little, and unrolls of as many steps as
-1e-3 takes do best; converted networks are solved exactly in six, and longer unrolls teach nothing (42). On monotone networks
+1e-3 takes do best; converted networks are solved exactly in six, and longer unrolls teach nothing (43). On monotone networks
 MetaBroyden steps on Peaceman–Rachford's map, see `MetaSplitting`: one segment is enough, and on monotone-conv-fashion
 twice the rival's α does better (results/RESEARCH.md, 42). On multiscale-fashion MetaBroyden's validation no longer falls
 after 300 steps, and GroupedLSTM's steps are dear. Gradients through the Transformer explode in longer unrolls: many
