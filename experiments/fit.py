@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +75,5 @@ def run(config: Fit) -> None:
         "provenance": provenance(),
     }
     results = results_folder(config.results, config, _PLACES)
-    write_results(
-        results / f"{config.family}-{config.rtol:g}-seed{config.seed}", [row], json.loads(json.dumps(described))
-    )
+    write_results(results / f"{config.family}-{config.rtol:g}-seed{config.seed}", [row], described)
     Console().print(Markdown(fit_report.write(results).read_text()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -98,7 +97,7 @@ def run(config: Specialise) -> None:
         "parameters": sum(p.numel() for p in adapted.parameters()),
         "provenance": provenance(),
     }
-    write_results(folder, rows, json.loads(json.dumps(described)))
+    write_results(folder, rows, described)
     save_solver(adapted, folder / "solver.safetensors")
     Console().print(Markdown(specialise_report.write(results).read_text()))
 

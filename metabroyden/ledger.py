@@ -40,6 +40,14 @@ def method_of(f: Any, name: str) -> Callable[..., Any] | None:
     return method if callable(method) else None
 
 
+def part_of(f: Any, name: str) -> Callable[..., Any]:
+    """The method of this name that a solver wants; TypeError where the cell has none."""
+    method = method_of(f, name)
+    if method is None:
+        raise TypeError(f"this solver uses parts of f, and {type(f).__name__} has no method {name!r}")
+    return method
+
+
 class InCallersMode(Surroundings):
     """f run as the caller would run it, under autocast or inference mode, whatever the solver's own arithmetic runs in."""
 
@@ -239,9 +247,7 @@ class Ledger:
         ValueError where f is to run in another precision than the solver, as what a solver concludes from a part of f
         would not be true of f, or where there is no context.
         """
-        method = method_of(self.f, name)
-        if method is None:
-            raise TypeError(f"this solver uses parts of f, and {type(self.f).__name__} has no method {name!r}")
+        method = part_of(self.f, name)
         if getattr(self.f, "autocast", False):
             raise ValueError("a solver that uses parts of f needs f in its own precision: no autocast")
         if self.context is None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from metabroyden.evaluation.meta_results import BEST, CALLING, HARD, MetaResults, totals
+from metabroyden.evaluation.meta_results import BEST, CALLING, HARD, MARKED, MetaResults, totals
 from metabroyden.evaluation.plots import new_axes, save_figure
 from metabroyden.evaluation.report import table
 from metabroyden.meta.incidents import in_words
@@ -76,7 +76,7 @@ def summary(families: Sequence[MetaResults]) -> str:
     names = list(dict.fromkeys(name for results in families for name in results.learned))
     body = []
     for name in names:
-        for rival in (BEST, HARD, CALLING, "hyper-anderson"):
+        for rival in (BEST, HARD, MARKED, CALLING, "meta-broyden", "hyper-anderson"):
             cells = []
             for tolerance in (1e-2, 1e-3):
                 ratios = {

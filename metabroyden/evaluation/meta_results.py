@@ -14,7 +14,8 @@ CLASSICAL = "classical"
 SPLITTING = ("Peaceman-Rachford", "forward-backward")
 """Classical solvers that take the parts of a monotone cell instead of f."""
 BEST, HARD, CALLING = "the best classical", "the same, where it needs 12 or more", "the best that calls f alone"
-"""Rivals of the summary beside HyperAnderson."""
+MARKED = "the best classical, on families marked †"
+"""Rivals of the summary beside learned solvers."""
 LEARNED = (
     "meta-broyden",
     "grouped",
@@ -123,12 +124,14 @@ class MetaResults:
 
     def ratio(self, name: str, rival: str, tolerance: float) -> float | None:
         """Evaluations of a learned solver over a rival's, a median that failed being the budget; None where the rival's own
-        median did, or where there is no such figure. rival: another learned solver, or `BEST`, `HARD` or `CALLING`, which
-        is for learned solvers that call f alone, too."""
-        if name not in self.learned or tolerance not in self.tolerances or (rival == CALLING and self.splits(name)):
+        median did, or where there is no such figure. rival: another learned solver, or `BEST`, `HARD`, `CALLING`, which
+        is for learned solvers that call f alone, too, or `MARKED`, for those that do not."""
+        if name not in self.learned or tolerance not in self.tolerances:
+            return None
+        if rival in (CALLING, MARKED) and self.splits(name) != (rival == MARKED):
             return None
         least = 12 if rival == HARD else 0
-        if rival in (BEST, HARD, CALLING):
+        if rival in (BEST, HARD, CALLING, MARKED):
             but = SPLITTING if rival == CALLING else ()
             if not set(self.classical) - set(but):
                 return None

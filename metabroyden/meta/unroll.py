@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from metabroyden.ledger import method_of
+from metabroyden.ledger import part_of
 from metabroyden.meta.modes import Checkpointed, FeatureDetached
 from metabroyden.solution import State, relative, residual_norms
 from metabroyden.solve import begin as begin_solve
@@ -92,9 +92,7 @@ class UnrolledProblem:
 
     def part(self, name: str, *settings: Any) -> Callable[..., State]:
         """A part of f, or the map that it makes of some settings: as `Problem.part`."""
-        method = method_of(self.f, name)
-        if method is None:
-            raise TypeError(f"this solver uses parts of f, and {type(self.f).__name__} has no method {name!r}")
+        method = part_of(self.f, name)
         return method(*settings) if settings else method
 
     def use(self, part: Callable[..., State], z: Tensor) -> Tensor:
