@@ -30,8 +30,8 @@ class Fit:
     """Tolerance at which solvers are judged."""
     contexts: int = 2000
     """Training images given to it, at most."""
-    steps: int = 400
-    """Outer steps, at most."""
+    steps: int | None = None
+    """Outer steps, at most; None: fit_solver's own number."""
     seed: int = 0
     """Of weights, batches and the split."""
     models: Path = Path("results/models")

@@ -30,6 +30,7 @@ from metabroyden.learned.layout import Layout
 from metabroyden.learned.safeguard import BY_PROGRESS
 from metabroyden.meta import MetaConfig, TaskSet
 from metabroyden.meta.across import AcrossTrainer, Known, RandomCells, Source
+from metabroyden.meta.defaults import RATES
 from metabroyden.meta.families import family_layout, family_tasks
 from metabroyden.meta.fit import make_learned
 from metabroyden.meta.progress import progress_bar
@@ -48,6 +49,10 @@ UNSEEN = ("conv-fashion", "multiscale-digits", "multiscale-fashion", "transforme
 """Families it is tested on."""
 SHARE = 8.0
 """How many times as often as those of one family random cells are drawn."""
+LATE = 3
+"""Checkpoints before the last that MetaBroyden learns from; GroupedLSTM learns from all, the later the more often."""
+_LONG: dict[str, Any] = {"unroll": 14, "learning_rate": 4e-3}
+_SHORT: dict[str, Any] = {"unroll": 8, **RATES}
 NOTHING = "—"
 _PLACES = ("models", "digits", "results", "runs", "fresh", "progress")
 
@@ -61,9 +66,9 @@ class Generalise:
     coordinatewise_steps: int = 400
     """Outer steps of the coordinatewise LSTM, on the same problems."""
     weights_steps: int = 400
-    """Outer steps of each solver that is trained on other weights of one DEQ."""
+    """Outer steps of each GroupedLSTM that is trained on other weights of one DEQ; twice as many of each MetaBroyden."""
     weights: tuple[str, ...] = ("conv-digits", "multiscale-digits")
-    """Families of which a solver learns from all checkpoints along training but the last, and is tested on that."""
+    """Families of which solvers learn from checkpoints along training, and are tested on the last, which they never saw."""
     trained: tuple[str, ...] = TRAINED
     """Families that the universal solver learns from."""
     unseen: tuple[str, ...] = UNSEEN
@@ -203,16 +208,18 @@ class _Job:
         sets = {epoch: family_tasks(model, criterion) for epoch, model in models.items()}
         # those of late weights more often: they lie nearer to what is to come
         sources: list[tuple[float, Source]] = [(k + 1.0, Known(sets[epoch])) for k, epoch in enumerate(known)]
-        solver = self._grouped(f"grouped-{family}", sources, [sets[known[-1]]])
+        latest, newest = sources[-LATE:], [sets[known[-1]]]
+        trained = {
+            "grouped": self._native("grouped", family, sources, newest, config.weights_steps, _LONG),
+            "meta-broyden": self._native("meta-broyden", family, latest, newest, 2 * config.weights_steps, _SHORT),
+        }
         rows = []
         for epoch in (*known[-2:], last):
             held = equilibria.held_out(models[epoch], criterion, "test", config.samples)
             part = "weights unseen" if epoch == last else "weights seen"
             tested = f"{family}, epoch {epoch}"
-            rows += [
-                transfer_row(part, "grouped", solver, f"{family}, to epoch {known[-1]}", tested, held, budget=config.budget),
-                transfer_row(part, BROYDEN, Broyden(config.budget), NOTHING, tested, held, budget=config.budget),
-            ]  # fmt: skip
+            contestants = {name: (one, f"{family}, to epoch {known[-1]}") for name, one in trained.items()}
+            rows += self._row(part, tested, held, contestants)
         return rows
 
     def _seeds(self) -> list[dict[str, Any]]:
@@ -223,14 +230,14 @@ class _Job:
             for seed in range(3)
         ]
         sets = [family_tasks(model, criterion) for model in models]
-        solver = self._grouped("grouped-seeds", [(1.0, Known(tasks)) for tasks in sets[:2]], [sets[1]])
+        both: list[tuple[float, Source]] = [(1.0, Known(tasks)) for tasks in sets[:2]]
+        solver = self._native("grouped", "seeds", both, [sets[1]], config.weights_steps, _LONG)
         rows = []
         for seed, model in enumerate(models):
             held = equilibria.held_out(model, criterion, "test", config.samples)
             part = "seeds unseen" if seed == 2 else "seeds seen"
             contestants = {"grouped": (solver, "digits, seeds 0 and 1"), **self._free_solvers()}
-            for name, (one, trained) in {**contestants, BROYDEN: (Broyden(config.budget), NOTHING)}.items():
-                rows.append(transfer_row(part, name, one, trained, f"digits, seed {seed}", held, budget=config.budget))
+            rows += self._row(part, f"digits, seed {seed}", held, contestants)
         return rows
 
     def _row(self, part: str, tested: str, held: HeldOut, solvers: dict[str, tuple[Any, str]]) -> list[dict[str, Any]]:
@@ -245,7 +252,10 @@ class _Job:
         """Solvers that run on any state, with the name of what they were trained on."""
         config = self.config
         universal = self._trained(
-            "universal", lambda: make_learned("universal", Layout("nd", (1,)), seed=config.seed), config.steps, 28, 3e-3
+            "universal",
+            lambda: make_learned("universal", Layout("nd", (1,)), seed=config.seed),
+            config.steps,
+            {"unroll": 28},
         )
         if not config.coordinatewise_steps:
             return {"universal": (universal, "many")}
@@ -254,11 +264,12 @@ class _Job:
             lambda: make_learned(
                 "coordinatewise", Layout("nd", (1,)), seed=config.seed, initializer=0, safeguard=BY_PROGRESS
             ),
-            config.coordinatewise_steps, 16, 3e-3,
-        )  # fmt: skip
+            config.coordinatewise_steps,
+            {"unroll": 16},
+        )
         return {"universal": (universal, "many"), "coordinatewise": (coordinatewise, "many")}
 
-    def _trained(self, name: str, make: Callable[[], Any], steps: int, unroll: int, rate: float) -> Any:
+    def _trained(self, name: str, make: Callable[[], Any], steps: int, options: dict[str, Any]) -> Any:
         """A solver trained on weights along training of `trained` and on random cells."""
         path = self.work / f"{name}.safetensors"
         if path.exists():
@@ -271,38 +282,49 @@ class _Job:
             sources += [(1 / len(sets), Known(tasks)) for tasks in sets]
             validation.append(sets[-1])
         validation += [_RandomSet(kind, 100 + k) for k, kind in enumerate(2 * KINDS + 4 * ("shifted",))]
-        return self._across(name, make(), sources, validation, steps, unroll, rate)
+        return self._across(name, make(), sources, validation, steps, {"learning_rate": 3e-3, **options})
 
-    def _grouped(self, name: str, sources: list[tuple[float, Source]], validation: list[TaskSet]) -> Any:
+    def _native(
+        self,
+        kind: str,
+        of: str,
+        sources: list[tuple[float, Source]],
+        validation: list[TaskSet],
+        steps: int,
+        options: dict[str, Any],
+    ) -> Any:
+        """A solver of this kind for the layout of the sources, which sees x itself."""
+        name = f"{kind}-{of}"
         path = self.work / f"{name}.safetensors"
         if path.exists():
             return load_solver(path)
         layout, channels = family_layout(validation[0])
+        more = {"initializer": 32, "gated": options["unroll"]} if kind == "meta-broyden" else {}
         solver = make_learned(
-            "grouped",
+            kind,
             layout,
             seed=self.config.seed,
             context="native" if channels else "f0",
             context_channels=channels,
             safeguard=BY_PROGRESS,
+            **more,
         )
-        return self._across(name, solver, sources, validation, self.config.weights_steps, 14, 4e-3)
+        return self._across(name, solver, sources, validation, steps, options)
 
     def _across(
-        self, name: str, solver: Any, sources: Any, validation: Any, steps: int, unroll: int, rate: float
+        self, name: str, solver: Any, sources: Any, validation: Any, steps: int, options: dict[str, Any]
     ) -> Any:
         config = self.config
         meta = MetaConfig(
             steps=steps,
-            unroll=unroll,
             batch=config.batch,
-            learning_rate=rate,
             backend="native",
             seed=config.seed,
             validate_every=max(1, min(120, steps // 4)),
             validation_size=64,
             validation_rtol=1e-2,
             validation_nfe=config.budget,
+            **options,
         )
         trainer = AcrossTrainer(
             solver, sources, validation, meta, checkpoint=self.work / f"training-{name}.safetensors"

@@ -137,6 +137,17 @@ def _device(z: State) -> str:
     return (z if isinstance(z, Tensor) else z[0]).device.type
 
 
+def check_parts(f: Any, solver: Any) -> None:
+    """TypeError where f lacks methods that a solver uses beside it."""
+    parts: tuple[str, ...] = getattr(solver, "parts", ())
+    missing = [name for name in parts if method_of(f, name) is None]
+    if missing:
+        raise TypeError(
+            f"{type(solver).__name__} needs a cell with the methods {', '.join(parts)}, such as MonotoneDense; "
+            f"{type(f).__name__} has no {', '.join(missing)}"
+        )
+
+
 def check_options(
     f: Any, solver: Any, rtol: float, atol: float, max_nfe: int, check_every: int, f_dtype: torch.dtype | None
 ) -> None:
@@ -146,14 +157,8 @@ def check_options(
     for name in ("start", "init", "step"):
         if isinstance(solver, type) or not callable(getattr(solver, name, None)):
             raise TypeError(f"solver must be an instance with start, init and step, such as Broyden(); got {solver!r}")
-    parts: tuple[str, ...] = getattr(solver, "parts", ())
-    missing = [name for name in parts if method_of(f, name) is None]
-    if missing:
-        raise TypeError(
-            f"{type(solver).__name__} needs a cell with the methods {', '.join(parts)}, such as MonotoneDense; "
-            f"{type(f).__name__} has no {', '.join(missing)}"
-        )
-    if f_dtype is not None and parts:
+    check_parts(f, solver)
+    if f_dtype is not None and getattr(solver, "parts", None):
         raise ValueError(f"{type(solver).__name__} uses parts of f, in its own precision: no f_dtype, got {f_dtype}")
     for name, value in (("rtol", rtol), ("atol", atol)):
         if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):

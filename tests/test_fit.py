@@ -18,7 +18,7 @@ from metabroyden.integrations.torchdeq import FixedPointMap
 from metabroyden.learned import MetaBroyden, MetaSplitting
 from metabroyden.learned.layout import LARGEST_PACKED
 from metabroyden.meta.contest import Contest, Standing
-from metabroyden.meta.defaults import context_options, segments, state_layout
+from metabroyden.meta.defaults import context_options, schedule, state_layout
 from metabroyden.solvers import clock
 from metabroyden.solvers.classical import splitting_solvers, tuned_solvers
 from tests.test_meta import Cell, contexts
@@ -204,7 +204,7 @@ def test_on_such_a_cell_what_is_fitted_steps_on_the_splittings_map(context, kind
             solver.config.alpha
             == mb.PeacemanRachford.tuned(cell, *_validation(x), tolerances=(1e-3,), max_nfe=60).alpha
         )
-        assert solver.config.gated == 14
+        assert solver.config.gated == solver.summary["meta_training"]["unroll"]
     assert {"metabroyden", "Peaceman-Rachford", "forward-backward"} <= set(held)
 
 
@@ -257,9 +257,22 @@ def test_training_ends_with_its_time_and_short_ones_unroll_less():
     assert time.perf_counter() - began < 30
     assert solver.summary["stopped"] == "budget"
     assert 1 <= solver.summary["seconds"] < 10
-    assert solver.summary["meta_training"]["segments"] == segments(1.0) == 1
-    assert solver.config.gated == 14
-    assert segments(600.0) == segments(None) == 2
+    training = solver.summary["meta_training"]
+    assert training["segments"] == 1
+    assert solver.config.gated == training["unroll"]
+
+
+def test_an_unroll_has_half_of_the_steps_that_the_best_classical_solver_needs():
+    assert schedule(3.0) == (6, 1)
+    assert schedule(13.2) == schedule(13.2, 2) == (7, 1)
+    assert schedule(28.0, 2) == (14, 1)
+    assert schedule(28.1, 2) == schedule(120.0, 2) == (14, 2)
+    assert schedule(120.0) == (14, 1)
+    solver = mb.fit_solver(Cell(), contexts(40), patience=1, progress=False, refuse=False)
+    training, best = solver.summary["meta_training"], solver.summary["held_out"]["solvers"]
+    fewest = min(row["mean_evaluations"] for row in best.values() if "Meta" not in row["config"])
+    assert abs(2 * training["unroll"] - max(fewest, 12)) <= 3
+    assert training["steps"] == 11_200 // (training["unroll"] * training["segments"])
 
 
 def test_training_stops_early_where_nothing_is_gained():

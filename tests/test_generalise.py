@@ -133,7 +133,7 @@ def test_generalise_writes_what_it_promises_and_goes_on(tmp_path, monkeypatch, c
     names = {path.name for path in trial.iterdir()}
     assert names == {
         "rows.jsonl", "config.json", "report.md", "transfer.png", "universal.safetensors", "coordinatewise.safetensors",
-        "grouped-conv-digits.safetensors", "grouped-seeds.safetensors",
+        "grouped-conv-digits.safetensors", "meta-broyden-conv-digits.safetensors", "grouped-seeds.safetensors",
     }  # fmt: skip
     rows = [json.loads(line) for line in (trial / "rows.jsonl").read_text().splitlines()]
     unseen = Transfer(rows, "families unseen")

@@ -16,7 +16,9 @@ from torch import Tensor
 from metabroyden import checkpoint
 from metabroyden.meta.backprop import differentiate, frozen
 from metabroyden.meta.config import MetaConfig
+from metabroyden.meta.orthogonal import make_optimizer
 from metabroyden.meta.random_cells import random_problem
+from metabroyden.meta.schedule import cosine
 from metabroyden.meta.tasks import TaskSet
 from metabroyden.meta.trainer import Progress, mean_evaluations
 
@@ -89,7 +91,7 @@ class AcrossTrainer:
         self.history: list[dict[str, float]] = []
         self.best_score, self.best = math.inf, copy.deepcopy(solver.state_dict())
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.optimizer = torch.optim.Adam(solver.parameters(), lr=config.learning_rate)
+        self.optimizer = make_optimizer(solver, config.learning_rate, config.orthogonal_rate)
         if self.path is not None and self.path.exists():
             self._resume(self.path)
 
@@ -131,8 +133,7 @@ class AcrossTrainer:
         if not torch.isfinite(norm):
             self.skipped += 1
             return math.nan
-        for group in self.optimizer.param_groups:
-            group["lr"] = 0.5 * config.learning_rate * (1 + math.cos(math.pi * self.step / config.steps))
+        self.optimizer.set_rates(cosine(done))
         self.optimizer.step()
         return float(loss)
 

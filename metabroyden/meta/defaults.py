@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +15,13 @@ from metabroyden.solvers.tuning import tune
 
 CONTEXTS = ("auto", "f0", "native")
 SHORT = 120.0
-"""Seconds of training below which unrolls are one segment long, so that there are twice as many outer steps."""
-UNROLL = 14
-"""Solver steps of a segment."""
+"""Seconds of training below which unrolls have one segment, so that there are more outer steps."""
+SEGMENTS = range(6, 15)
+"""Solver steps a segment may have."""
+SOLVER_STEPS = 11_200
+"""Of a whole training, all unrolls together, where no number of outer steps is asked for."""
+LOOK = 1_400
+"""Solver steps from one look at validation to the next, at most."""
 RATES: dict[str, Any] = {"learning_rate": 5e-3, "orthogonal_rate": 0.05}
 """Peak rates for a `MetaBroyden`."""
 DAMPINGS = (1.0, 0.5, 0.25, 0.12)
@@ -77,6 +82,11 @@ def best_damping(make: Callable[..., Any], f: Callable[..., State], z0: State, x
     return float(tune(candidates, f, z0, x, **options)[0][0].config.damping)
 
 
-def segments(seconds: float | None) -> int:
-    """Segments of `UNROLL` steps in an outer step, by the time there is."""
-    return 1 if seconds is not None and seconds < SHORT else 2
+def schedule(fewest: float, segments: int = 1) -> tuple[int, int]:
+    """(steps of a segment, segments) of an unroll, of at most `segments`, by the evaluations of the best classical solver.
+
+    A learned solver is to need half of them, and longer unrolls spend training on iterates that are there already
+    (results/RESEARCH.md, 43); through more than 14 steps gradients are cut.
+    """
+    half = math.ceil(fewest / 2)
+    return min(max(half, SEGMENTS[0]), SEGMENTS[-1]), min(segments, -(-half // SEGMENTS[-1]))

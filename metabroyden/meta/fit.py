@@ -18,15 +18,26 @@ from metabroyden.learned import ADJOINT, LEARNED, LEARNED_SPLITTING
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.layout import Layout
 from metabroyden.meta.config import MetaConfig
-from metabroyden.meta.contest import UNTUNED, Contest, contest
-from metabroyden.meta.defaults import RATES, UNROLL, best_damping, context_options, segments, state_layout
+from metabroyden.meta.contest import UNTUNED, contest
+from metabroyden.meta.defaults import (
+    LOOK,
+    RATES,
+    SHORT,
+    SOLVER_STEPS,
+    best_damping,
+    context_options,
+    schedule,
+    state_layout,
+)
 from metabroyden.meta.progress import progress_bar
 from metabroyden.meta.tasks import TaskSet
 from metabroyden.meta.trainer import MetaTrainer
 from metabroyden.solution import State
+from metabroyden.solve import check_parts
 from metabroyden.solvers.broyden import Broyden
 from metabroyden.solvers.classical import offers, splitting_solvers, tuned_solvers
 from metabroyden.solvers.splitting import PeacemanRachford
+from metabroyden.solvers.tuning import tune
 from metabroyden.state import Packing
 
 ALIASES = {"metabroyden": "meta-broyden"}
@@ -71,7 +82,7 @@ def fit_solver(
     context: str = "auto",
     solver: str = "metabroyden",
     rtol: float = 1e-3,
-    steps: int = 400,
+    steps: int | None = None,
     seconds: float | None = None,
     patience: int | None = 4,
     refuse: bool = True,
@@ -107,9 +118,10 @@ def fit_solver(
         solver: "metabroyden", or another name in `LEARNED` or `LEARNED_SPLITTING`. On a cell that offers its parts, seen
             with its native context, a MetaBroyden steps on Peaceman–Rachford's map instead of f: see `MetaSplitting`.
         rtol: tolerance at which solvers are judged.
-        steps: outer steps at most. seconds: of training at most, tuning and comparison not included; below 120 unrolls are
-            half as long. patience: looks at validation (one every eighth of the steps, or 50) without gain after which it
-            stops early; None: never.
+        steps: outer steps at most; None: 11,200 solver steps' worth. An unroll has half the steps that the best classical
+            solver has evaluations on validation problems, see `schedule`.
+        seconds: of training at most, tuning and comparison not included. patience: looks at validation (one every eighth of
+            the steps, or 1,400 solver steps) without gain after which it stops early; None: never.
         refuse: False to get the fitted solver whatever it is worth.
         seed: of weights, batches and the split. device: where to train; default that of x_train.
         progress: show a bar (needs rich), and print the comparison.
@@ -134,12 +146,9 @@ def fit_solver(
     kind = ALIASES.get(solver, solver)
     ours = kind in ("meta-broyden", "meta-splitting")
     config = MetaConfig(
-        steps=steps,
-        unroll=UNROLL,
-        segments=segments(seconds) if ours else 1,
+        steps=1 if steps is None else steps,
         seed=seed,
         backend="higher" if importlib.util.find_spec("higher") else "native",
-        validate_every=max(1, min(50, steps // 8)) if isinstance(steps, int) else 50,
         validation_rtol=rtol,
         patience=patience,
         budget_seconds=seconds,
@@ -157,23 +166,30 @@ def fit_solver(
     if kind == "meta-broyden" and options["context"] == "native" and offers(f, PeacemanRachford):
         kind = "meta-splitting"
     if kind == "meta-splitting":
-        config = replace(config, segments=1)
+        check_parts(f, PeacemanRachford())
+    known = _as_solved(f, *tasks.prepare(tasks.split("validation")[: _room(where, TUNED_ON)]))
+    budget = config.validation_nfe
+    classical: dict[str, Any] = {UNTUNED: Broyden()}
+    classical |= tuned_solvers(*known, budget=budget, tolerances=(rtol,))
+    classical |= splitting_solvers(*known, budget=budget, tolerances=(rtol,))
+    judged: dict[str, Any] = {"tolerances": (rtol,), "max_nfe": budget}
+    fewest = math.exp(tune(classical.values(), *known, **judged)[0][1])
+    long = kind == "meta-broyden" and (seconds is None or seconds >= SHORT)
+    unroll, segments = schedule(fewest, 2 if long else 1)
+    whole = steps or max(1, SOLVER_STEPS // (unroll * segments))
+    every = max(1, min(whole // 8, LOOK // (unroll * segments)))
+    config = replace(config, unroll=unroll, segments=segments, steps=whole, validate_every=every)
     if ours:  # its steps beyond those it was trained on are quasi-Newton ones
-        options["gated"] = config.segments * UNROLL
+        options["gated"] = segments * unroll
 
     def make(**more: Any) -> Any:
         return make_learned(kind, where, seed=seed, **options, **more).to(device=first.device, dtype=first.dtype)
 
-    if ours:
-        known = _as_solved(f, *tasks.prepare(tasks.split("validation")[: _room(where, TUNED_ON)]))
-        judged: dict[str, Any] = {"tolerances": (rtol,), "max_nfe": config.validation_nfe}
-        if kind == "meta-splitting":
-            learned = make(alpha=PeacemanRachford.tuned(*known, **judged).alpha)
-        else:
-            learned = make(damping=best_damping(make, *known, **judged))
+    if kind == "meta-splitting":
+        learned = make(alpha=classical["Peaceman-Rachford"].alpha)
     else:
-        learned = make()
-    with progress_bar("meta-training", steps, show=progress) as report:
+        learned = make(**({"damping": best_damping(make, *known, **judged)} if ours else {}))
+    with progress_bar("meta-training", whole, show=progress) as report:
         trainer = MetaTrainer(learned, tasks, config, checkpoint=checkpoint)
         trainer.run(report)
     if trainer.skipped > trainer.step // 10:
@@ -183,7 +199,8 @@ def fit_solver(
             stacklevel=2,
         )
     learned.fingerprint = fingerprint(f.model if isinstance(f, FixedPointMap) else f)
-    result = _compared(f, tasks, solver, learned, config)
+    held = _as_solved(f, *tasks.prepare(tasks.split("test")[: _room(where)]))
+    result = contest(*held, solver, {**classical, solver: learned}, rtol=rtol, max_nfe=budget)
     learned.summary["held_out"] = result.summary()
     if progress:
         result.show()
@@ -196,18 +213,6 @@ def fit_solver(
         stacklevel=2,
     )
     return best
-
-
-def _compared(f: Callable[..., State], tasks: TaskSet, name: str, learned: Any, config: MetaConfig) -> Contest:
-    """Classical solvers tuned on validation problems, and all on the test split."""
-    rtol, budget = config.validation_rtol, config.validation_nfe
-    where = learned.layout
-    problem = _as_solved(f, *tasks.prepare(tasks.split("validation")[: _room(where, TUNED_ON)]))
-    solvers: dict[str, Any] = {UNTUNED: Broyden()}
-    solvers |= tuned_solvers(*problem, budget=budget, tolerances=(rtol,))
-    solvers |= splitting_solvers(*problem, budget=budget, tolerances=(rtol,))
-    problem = _as_solved(f, *tasks.prepare(tasks.split("test")[: _room(where)]))
-    return contest(*problem, name, {**solvers, name: learned}, rtol=rtol, max_nfe=budget)
 
 
 def _room(layout: Layout, most: int = ROOM) -> int:

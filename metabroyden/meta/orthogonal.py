@@ -69,6 +69,12 @@ def orthogonal(value: Tensor) -> Tensor:
     return (x if wide else x.T).reshape(value.shape)
 
 
+def make_optimizer(solver: Any, learning_rate: float, orthogonal_rate: float) -> OrthogonalAdam:
+    """For all weights of a solver: Adam, at `orthogonal_rate` above zero but for its matrices."""
+    matrices = [p for p in solver.parameters() if is_matrix(p)] if orthogonal_rate else []
+    return OrthogonalAdam(solver.parameters(), matrices, lr=learning_rate, orthogonal_rate=orthogonal_rate)
+
+
 def is_matrix(value: Tensor) -> bool:
     """Whether a parameter is a map between spaces of several dimensions, which is what orthogonality is for."""
     return value.dim() >= 2 and value.shape[0] >= 8 and value[0].numel() >= 8

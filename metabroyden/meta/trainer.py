@@ -19,7 +19,7 @@ from metabroyden.meta import distributed
 from metabroyden.meta.backprop import BackpropEstimator, frozen
 from metabroyden.meta.config import MetaConfig
 from metabroyden.meta.incidents import Incidents
-from metabroyden.meta.orthogonal import OrthogonalAdam, is_matrix
+from metabroyden.meta.orthogonal import make_optimizer
 from metabroyden.meta.pes import EvolutionEstimator
 from metabroyden.meta.schedule import Clock, cosine, reason_to_stop, share
 from metabroyden.meta.tasks import TaskSet
@@ -71,12 +71,7 @@ class MetaTrainer:
         self.history: list[dict[str, float]] = []
         self.best_score = math.inf
         self.best = copy.deepcopy(solver.state_dict())
-        self.optimizer = OrthogonalAdam(
-            solver.parameters(),
-            [p for p in solver.parameters() if is_matrix(p)] if self.config.orthogonal_rate else [],
-            lr=self.config.learning_rate,
-            orthogonal_rate=self.config.orthogonal_rate,
-        )
+        self.optimizer = make_optimizer(solver, self.config.learning_rate, self.config.orthogonal_rate)
         self.curves: Curves | None = None
         self._estimator: BackpropEstimator | EvolutionEstimator | None = None
         if self.path is not None and self.path.exists():
