@@ -109,7 +109,7 @@ OWN: dict[tuple[str, str], dict[str, Any]] = {
     ("monotone-multitier-fashion", "meta-broyden"): {**_SPLIT, "steps": 450, "options": {**_SAME, "rank": 48}},
     ("transformer-shakespeare", "meta-broyden"): {**_SHORT, "orthogonal_rate": 0.0, "options": {**_SAME, "gated": 12}},
     ("transformer-shakespeare", "grouped"): _SHORT,
-    ("multiscale-fashion", "meta-broyden"): {"unroll": 12, "segments": 1},
+    ("multiscale-fashion", "meta-broyden"): {"steps": 1200, "unroll": 12, "segments": 1},
     ("multiscale-fashion", "grouped"): {"steps": 150},
 }
 """What is different for a solver on one family. Where states are vectors starts cost little, and unrolls of as many steps as
