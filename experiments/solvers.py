@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from metabroyden import Anderson, Broyden, Newton, Picard
-from metabroyden.evaluation import race, race_report
+from metabroyden.evaluation import solver_rows, solvers_report
 from metabroyden.evaluation.peers import ScipySolver, TorchDEQSolver, XitorchSolver, available
 from metabroyden.evaluation.provenance import plain, provenance, write_results
 from metabroyden.meta.progress import progress_bar
@@ -63,8 +63,8 @@ def run(config: Solvers) -> None:
         "provenance": provenance(),
     }
     write_results(config.results, rows, described)
-    report = race_report.write(config.results, rows, described)
-    console.print(Markdown(race_report.verdicts(rows)))
+    report = solvers_report.write(config.results, rows, described)
+    console.print(Markdown(solvers_report.verdicts(rows)))
     console.print(f"Figures and report: {report} ({described['seconds']} s)")
 
 
@@ -75,14 +75,19 @@ def _jobs(config: Solvers) -> list[tuple[str, Callable[[], list[dict[str, Any]]]
     options = {"budget": config.budget, "repeats": config.repeats}
     jobs: list[tuple[str, Callable[[], list[dict[str, Any]]]]] = [
         *((name, partial(_race, config, name, cell, rtol)) for name, cell in cells.items() for rtol in (1e-3, 1e-5)),
-        *(("anatomy", partial(race.anatomy_rows, name, cell, rtol=1e-5, **options)) for name, cell in easy.items()),
-        ("overhead", partial(race.gap_rows, (1, 8, 64, 512), (2, 5, 10, 20, 40), repeats=config.repeats)),
-        ("limited memory", partial(race.limited_rows, rtols=(1e-3, 1e-5), seeds=config.seeds)),
+        *(
+            ("anatomy", partial(solver_rows.anatomy_rows, name, cell, rtol=1e-5, **options))
+            for name, cell in easy.items()
+        ),
+        ("overhead", partial(solver_rows.gap_rows, (1, 8, 64, 512), (2, 5, 10, 20, 40), repeats=config.repeats)),
+        ("limited memory", partial(solver_rows.limited_rows, rtols=(1e-3, 1e-5), seeds=config.seeds)),
         *((name, partial(_registry, config, name)) for name in PROBLEMS),
     ]
     if config.compiled:
         dense = _dense(config, "gaussian", 1.5)
-        compiled = partial(race.compiled_rows, dense, "dense gaussian 1.5", budget=12, repeats=3 * config.repeats)
+        compiled = partial(
+            solver_rows.compiled_rows, dense, "dense gaussian 1.5", budget=12, repeats=3 * config.repeats
+        )
         jobs.append(("compiling", compiled))
     return jobs
 
@@ -119,7 +124,7 @@ def _race(config: Solvers, name: str, cell: Callable[..., KnownProblem], rtol: f
         other.f, other.z0, other.context, tolerances=(rtol,), max_nfe=config.budget
     )
     problems = [cell(x_seed=1 + seed) for seed in range(config.seeds)]
-    return race.race_rows(name, problems, contestants, rtol=rtol, budget=config.budget, repeats=config.repeats)
+    return solver_rows.race_rows(name, problems, contestants, rtol=rtol, budget=config.budget, repeats=config.repeats)
 
 
 def _registry(config: Solvers, name: str) -> list[dict[str, Any]]:
@@ -140,4 +145,4 @@ def _registry(config: Solvers, name: str) -> list[dict[str, Any]]:
         "scipy hybr": ScipySolver("hybr"),
     }
     tolerances = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
-    return race.registry_rows([name], solvers, tolerances=tolerances, budget=200, batch=config.problems)
+    return solver_rows.registry_rows([name], solvers, tolerances=tolerances, budget=200, batch=config.problems)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import metabroyden as mb
-from metabroyden.evaluation import benchmark, meta_report, meta_rows, metrics, race, report
+from metabroyden.evaluation import benchmark, meta_report, meta_rows, metrics, report, solver_rows
 from metabroyden.evaluation.equilibria import HeldOut
 from metabroyden.evaluation.peers import ScipySolver, TorchDEQSolver, XitorchSolver, available
 from metabroyden.evaluation.provenance import write_results
@@ -187,7 +187,7 @@ def test_the_race_of_classical_solvers_tells_what_happened():
     cell = blas(6, 12, 1.2)
     other = blas(6, 12, 1.2, x_seed=2)
     contestants = {"Broyden": {"ours": mb.Broyden(), "torchdeq": TorchDEQSolver("broyden")}}
-    rows = race.race_rows("tiny", [cell, other], contestants, rtol=1e-4, budget=30, repeats=2)
+    rows = solver_rows.race_rows("tiny", [cell, other], contestants, rtol=1e-4, budget=30, repeats=2)
     ours, theirs = rows
     assert ours["samples"] == 12
     assert ours["success"] == theirs["success"] == 1
@@ -196,11 +196,11 @@ def test_the_race_of_classical_solvers_tells_what_happened():
     assert 0 < ours["overhead"] < ours["total"]
     expected = mb.solve(cell.f, cell.z0, cell.context, solver=mb.Broyden(), rtol=1e-4, max_nfe=30)
     assert ours["calls"] == int(expected.nfe.max())
-    anatomy = race.anatomy_rows("tiny", cell, rtol=1e-4, budget=30, repeats=1)
+    anatomy = solver_rows.anatomy_rows("tiny", cell, rtol=1e-4, budget=30, repeats=1)
     assert all(min(row["f"], row["step"], row["driver"]) > 0 for row in anatomy)
-    gaps = race.gap_rows((2,), (2,), repeats=1, steps=8)
+    gaps = solver_rows.gap_rows((2,), (2,), repeats=1, steps=8)
     assert {row["by"] for row in gaps} == {"step", "batch", "memory"}
-    samples = race.registry_rows(
+    samples = solver_rows.registry_rows(
         ["two_tensors", "logistic"],
         {"ours": mb.Anderson(), "hybr": ScipySolver("hybr")},
         tolerances=(1e-2, 1e-5),
