@@ -14,7 +14,6 @@ and "score" after k evaluations by `equilibria.depth_rows`, and "leak" by `texts
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from metabroyden.evaluation.equilibria import HeldOut, Row
 from metabroyden.evaluation.metrics import residual_after, short
+from metabroyden.evaluation.stopwatch import now
 from metabroyden.solution import State
 from metabroyden.solve import solve
 from metabroyden.solvers import Anderson, Broyden
@@ -112,13 +112,6 @@ def solve_rows(
     first = budget - finite  # a learned start is measured after its first evaluation, or its second
     rows.append({"row": "curve", "solver": name, "first": first + 1, "residual": quartiles[:, first:].T.tolist()})
     return short(rows)
-
-
-def now(device: torch.device) -> float:
-    """Seconds, when a device has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 @torch.no_grad()

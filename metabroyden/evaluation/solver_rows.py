@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from metabroyden.evaluation.metrics import short
 from metabroyden.evaluation.peers import ScipySolver, TorchDEQSolver, XitorchSolver
+from metabroyden.evaluation.stopwatch import Stopwatch
 from metabroyden.fixed import FixedBudget
 from metabroyden.solution import Trace
 from metabroyden.solve import solve
@@ -199,35 +200,15 @@ def gap_rows(batches: Iterable[int], memories: Iterable[int], *, repeats: int, s
     return rows
 
 
-class _Watched:
-    """A solver with a stopwatch on its parts."""
-
-    def __init__(self, solver: Any) -> None:
-        self.solver, self.seconds = solver, 0.0
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self.solver, name)
-        if name not in ("start", "init", "step", "gather"):
-            return value
-
-        def watched(*arguments: Any) -> Any:
-            began = time.perf_counter()
-            found = value(*arguments)
-            self.seconds += time.perf_counter() - began
-            return found
-
-        return watched
-
-
 def anatomy_rows(name: str, problem: KnownProblem, *, rtol: float, budget: int, repeats: int) -> list[Row]:
     """Where the time of a solve goes: f, the solver's own arithmetic, the driver; per call of f, medians."""
     rows: list[Row] = []
     for label, solver in (("Picard", Picard()), ("Anderson", Anderson(memory=5)), ("Broyden", Broyden(memory=budget))):
         parts = []
         for _ in range(repeats + 1):
-            watched = _Watched(solver)
-            run = run_ours(watched, problem, rtol, budget)
-            step = watched.seconds
+            watch = Stopwatch(torch.device("cpu"))
+            run = run_ours(watch.of_solver(solver), problem, rtol, budget)
+            step = watch.solver
             parts.append(np.array([run.in_f, step, run.total - run.in_f - step]) / run.calls)
         f, step, driver = np.median(np.stack(parts[1:]), axis=0)
         rows.append(
