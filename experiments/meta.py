@@ -114,11 +114,11 @@ OWN: dict[tuple[str, str], dict[str, Any]] = {
     ("trellisnet-words", "meta-broyden"): {"steps": 300, "unroll": 12},
 }
 """What is different for a solver on one family. Where states are vectors starts cost little, and unrolls of as many steps as
-1e-3 takes do best; converted networks are solved exactly in six, and longer unrolls teach nothing (43). On monotone networks
-MetaBroyden steps on Peaceman–Rachford's map, see `MetaSplitting`: one segment is enough, and on monotone-conv-fashion
-twice the rival's α does better (results/RESEARCH.md, 42). On multiscale-fashion and words MetaBroyden does better in
-shorter unrolls (45), and GroupedLSTM's steps are dear. Gradients through the Transformer explode in longer unrolls: many short segments,
-and small steps (41)."""
+1e-3 takes do best; converted networks are solved exactly in six, and longer unrolls teach nothing (43). On monotone
+networks MetaBroyden steps on Peaceman–Rachford's map, see `MetaSplitting`: one segment is enough, and on monotone-conv-
+fashion twice the rival's α does better (results/RESEARCH.md, 42). On multiscale-fashion and words MetaBroyden does
+better in shorter unrolls (45), and GroupedLSTM's steps are dear on the former. Gradients through the Transformer explode
+in longer ones: many short segments, and small steps (41)."""
 HELD = 128
 """Validation problems of a text on which weights are chosen."""
 

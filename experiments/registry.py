@@ -16,6 +16,7 @@ from experiments import (
     meta,
     models,
     pes,
+    race,
     solvers,
     specialise,
     tune_hyper,
@@ -34,5 +35,6 @@ EXPERIMENTS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "tune-hyper": (tune_hyper.TuneHyper, tune_hyper.run),
     "pes": (pes.Pes, pes.run),
     "generalise": (generalise.Generalise, generalise.run),
+    "race": (race.Race, race.run),
     "specialise": (specialise.Specialise, specialise.run),
 }

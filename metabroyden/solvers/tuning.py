@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from metabroyden.solution import State
+from metabroyden.solution import State, Trace
 from metabroyden.solve import solve
 
 S = TypeVar("S")
@@ -24,14 +24,19 @@ def tune(
 ) -> list[tuple[S, float]]:
     """Solvers with their scores on some problems, best first; f, z0 and context as for `solve`.
 
-    The score is the mean over samples and tolerances of log(evaluations), a failure counting as twice the budget.
+    The score is that of `score`.
     """
     scored = []
     for solver in candidates:
         trace = solve(f, z0, context, solver=solver, rtol=min(tolerances), max_nfe=max_nfe, throw=False).trace  # type: ignore[arg-type]
-        logs = []
-        for tolerance in tolerances:
-            evaluations, reached = trace.evaluations_to(tolerance, max_nfe)
-            logs.append(np.log(np.where(reached, evaluations, 2 * max_nfe)))
-        scored.append((solver, float(np.mean(logs))))
+        scored.append((solver, score(trace, tolerances, max_nfe)))
     return sorted(scored, key=lambda pair: pair[1])
+
+
+def score(trace: Trace, tolerances: tuple[float, ...], max_nfe: int) -> float:
+    """The mean over samples and tolerances of log(evaluations), a failure counting as twice the budget."""
+    logs = []
+    for tolerance in tolerances:
+        evaluations, reached = trace.evaluations_to(tolerance, max_nfe)
+        logs.append(np.log(np.where(reached, evaluations, 2 * max_nfe)))
+    return float(np.mean(logs))

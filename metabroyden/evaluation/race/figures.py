@@ -1,0 +1,292 @@
+"""The race's figures, from rows alone: colours for the colour-blind, lines and hatches for grey, PNG and PDF."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metabroyden.evaluation.plots import new_axes, plt
+from metabroyden.evaluation.race.contestants import FLAGSHIP
+from metabroyden.evaluation.race.statistics import Field
+
+# Okabe & Ito's colours; line style and marker tell solvers apart without them
+_LOOKS: dict[str, tuple[str, str, str]] = {
+    FLAGSHIP: ("#D55E00", "-", "o"),
+    "grouped": ("#CC79A7", "-", "s"),
+    "hyper-anderson": ("#E69F00", (0, (5, 1)), "D"),  # type: ignore[dict-item]
+    "universal": ("#999999", "-", "v"),
+    "best classical": ("#009E73", "-.", "^"),
+    "Broyden": ("#0072B2", "--", "x"),
+    "torchdeq Broyden": ("#56B4E9", ":", "+"),
+    "tuned torchdeq Anderson": ("#000000", (0, (1, 1)), "*"),  # type: ignore[dict-item]
+}
+_LABELS = {
+    FLAGSHIP: "MetaBroyden",
+    "grouped": "GroupedLSTM",
+    "hyper-anderson": "HyperAnderson",
+    "universal": "universal",
+}
+_HATCHES = ("", "///", "...", "xx", "\\\\")
+_PROFILED = (FLAGSHIP, "universal", "tuned Anderson", "tuned Broyden", "tuned Picard", "Broyden", "torchdeq Broyden",
+             "tuned torchdeq Anderson")  # fmt: skip
+_BARS = (FLAGSHIP, "best classical", "Broyden", "tuned torchdeq Anderson", "torchdeq Broyden")
+
+
+def write_all(field: Field, folder: Path) -> list[Path]:
+    """Every figure there are rows for; the PNG files, each with a PDF beside it."""
+    made: list[tuple[str, Any]] = [("residual-evaluations", _residuals(field, by_time=False))]
+    made += [("residual-time", _residuals(field, by_time=True))]
+    made += [(f"evaluations-{tolerance:g}", _bars(field, tolerance)) for tolerance in (1e-2, 1e-3)]
+    made += [(f"reduction-{tolerance:g}", _reduction(field, tolerance)) for tolerance in (1e-2, 1e-3)]
+    made += [("profiles", _profiles(field)), ("metric-evaluations", _metric(field, by_time=False))]
+    made += [("metric-time", _metric(field, by_time=True)), ("overview", _overview(field))]
+    made += [("break-even", figure) for figure in (_break_even(field),) if figure is not None]
+    return [_save(figure, folder / f"{name}.png") for name, figure in made]
+
+
+def _save(figure: Any, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, bbox_inches="tight", metadata={"Software": None})
+    figure.savefig(path.with_suffix(".pdf"), bbox_inches="tight", metadata={"CreationDate": None})
+    plt.close(figure)
+    return path
+
+
+def _look(name: str) -> dict[str, Any]:
+    colour, line, _ = _LOOKS.get(name, ("#777777", "-", "."))
+    return {"color": colour, "linestyle": line, "linewidth": 2.2 if name == FLAGSHIP else 1.5}
+
+
+def _grid(count: int, columns: int = 4) -> tuple[Any, list[Any]]:
+    """A figure of small plots, the empty ones hidden."""
+    rows = math.ceil(count / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.3 * columns, 2.5 * rows), squeeze=False)
+    places = list(axes.flat)
+    for place in places[count:]:
+        place.set_visible(False)
+    for place in places[:count]:
+        place.grid(alpha=0.25)
+        place.spines[["top", "right"]].set_visible(False)
+        place.tick_params(labelsize=7)
+    return figure, places[:count]
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    found: dict[str, Any] = {}
+    for place in axes:
+        for handle, label in zip(*place.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    figure.legend(found.values(), found.keys(), loc="upper center", ncols=min(6, len(found)), frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / figure.get_figheight()))
+
+
+def _drawn(field: Field, family: str) -> list[tuple[str, str]]:
+    """(solver, what it is drawn as) on a family: the flagship and what it is held against."""
+    best = field.best(family, 1e-3)
+    chosen = [
+        (FLAGSHIP, FLAGSHIP),
+        ("grouped", "grouped"),
+        ("hyper-anderson", "hyper-anderson"),
+        (best, "best classical"),
+    ]
+    chosen += [(name, name) for name in ("Broyden", "torchdeq Broyden") if name != best]
+    return [(name, drawn) for name, drawn in chosen if name in field.solvers(family)]
+
+
+def _residuals(field: Field, *, by_time: bool) -> Any:
+    """Median (by evaluations: and the middle half) of the residual, one small plot a family."""
+    figure, places = _grid(len(field.families))
+    for place, family in zip(places, field.families, strict=True):
+        for name, drawn in _drawn(field, family):
+            curves = field.of("curve", family, name)
+            curve = min(curves, key=lambda row: row["seed"] or 0)
+            label = _LABELS.get(drawn, drawn)
+            if by_time:
+                place.semilogy([1e3 * at for at in curve["seconds"]], curve["by_time"], label=label, **_look(drawn))
+                continue
+            place.semilogy(curve["evaluations"], curve["median"], label=label, **_look(drawn))
+            band = (curve["evaluations"], curve["low"], curve["high"])
+            place.fill_between(*band, color=_look(drawn)["color"], alpha=0.12, linewidth=0)
+        place.set_title(f"{family} ({field.best(family, 1e-3)})", fontsize=8)
+        place.set_xlim(0, field.budget if not by_time else None)
+        place.set_ylim(1e-5, 3)
+    words = "time of the first block, ms" if by_time else "evaluations of f"
+    figure.supxlabel(words, fontsize=9)
+    figure.supylabel("relative residual, best so far", fontsize=9)
+    _legend(figure, places)
+    return figure
+
+
+def _resolve(field: Field, family: str, drawn: str, tolerance: float) -> str:
+    return field.best(family, tolerance) if drawn == "best classical" else drawn
+
+
+def _bars(field: Field, tolerance: float) -> Any:
+    """Median evaluations with the share solved above each bar."""
+    figure, axes = new_axes(max(8.0, 0.95 * len(field.families)))
+    width = 0.8 / len(_BARS)
+    for number, drawn in enumerate(_BARS):
+        colour = _LOOKS[drawn][0]
+        label: str | None = _LABELS.get(drawn, drawn)
+        for place, family in enumerate(field.families):
+            found = field.standing(family, _resolve(field, family, drawn, tolerance), tolerance)
+            if found is None:
+                continue
+            at = place + (number - (len(_BARS) - 1) / 2) * width
+            axes.bar(at, found.median, width, color=colour, hatch=_HATCHES[number], edgecolor="white", label=label)
+            label = None
+            if found.success < 0.995:
+                axes.text(at, found.median + 0.7, f"{found.success:.0%}", ha="center", fontsize=5, rotation=90)
+    axes.set_xticks(range(len(field.families)), field.families, rotation=35, ha="right", fontsize=7)
+    axes.set(ylabel=f"median evaluations to {tolerance:g}", ylim=(0, field.budget + 6))
+    axes.grid(axis="x", visible=False)
+    axes.set_title("A share stands where not all samples are solved; a failure counts as the budget", fontsize=8)
+    axes.legend(frameon=False, fontsize=8, ncols=len(_BARS))
+    return figure
+
+
+def _reduction(field: Field, tolerance: float) -> Any:
+    """MetaBroyden's evaluations over those of three rivals, with intervals, by family."""
+    families = sorted(
+        field.flagship, key=lambda name: field.ratio(name, FLAGSHIP, field.best(name, tolerance), tolerance).value
+    )
+    figure, axes = new_axes(6.8)
+    figure.set_figheight(1.2 + 0.34 * max(4, len(families)))
+    headline = field.headline(tolerance)
+    for number, drawn in enumerate(("best classical", "Broyden", "torchdeq Broyden")):
+        for place, family in enumerate(families):
+            rival = _resolve(field, family, drawn, tolerance)
+            if rival not in field.solvers(family):
+                continue
+            value = field.ratio(family, FLAGSHIP, rival, tolerance)
+            colour, _, marker = _LOOKS[drawn]
+            axes.errorbar(
+                value.value, place + 0.22 * (1 - number), fmt=marker, color=colour, markersize=5,
+                xerr=[[value.value - value.low], [value.high - value.value]], label=f"over {drawn}" if not place else None,
+            )  # fmt: skip
+    axes.set_yticks(range(len(families)), [f"{name} *" if name in headline else name for name in families], fontsize=8)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set(xlabel=f"evaluations of MetaBroyden over those of the rival, to {tolerance:g}", xlim=(0, 1.3))
+    axes.set_title("* the best classical solver needs 12 or more", fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
+
+
+def _profiles(field: Field) -> Any:
+    """Dolan and Moré's performance profiles by evaluations: share of samples solved within τ times the fewest."""
+    ran = {name for family in field.families for name in field.solvers(family)}
+    names = [name for name in _PROFILED if name in ran]
+    figure, places = _grid(2, 2)
+    figure.set_size_inches(10.5, 4.4)
+    factors = np.geomspace(1, 10, 60)
+    for place, tolerance in zip(places, (1e-2, 1e-3), strict=True):
+        shares = {name: np.zeros((len(field.families), len(factors))) for name in names}
+        for number, family in enumerate(field.families):
+            spent = {}
+            for name in names:
+                found = field.standing(family, name, tolerance)
+                if found is not None:
+                    spent[name] = np.where(found.solved, found.evaluations, np.inf)[0]
+            fewest = np.min(list(spent.values()), axis=0)
+            for name, values in spent.items():
+                with np.errstate(invalid="ignore"):
+                    ratio = np.where(np.isfinite(values), values / fewest, np.inf)
+                shares[name][number] = (ratio[None] <= factors[:, None]).mean(axis=1)
+        for number, name in enumerate(names):
+            look = (
+                _look(name)
+                if name in _LOOKS
+                else {"color": ("#009E73", "#0072B2", "#E69F00")[number % 3], "linestyle": "-."}
+            )
+            place.plot(factors, shares[name].mean(axis=0), label=_LABELS.get(name, name), **look)
+        place.set_xscale("log")
+        place.set_xticks([1, 2, 3, 5, 10], ["1", "2", "3", "5", "10"])
+        place.set(xlabel="τ: evaluations over the fewest of all", ylim=(0, 1.02), title=f"to {tolerance:g}")
+    places[0].set_ylabel("share of samples solved within τ")
+    _legend(figure, places)
+    return figure
+
+
+def _metric(field: Field, *, by_time: bool) -> Any:
+    """Mean score of the task by evaluations, or by the time at which so many were done."""
+    figure, places = _grid(len(field.families))
+    for place, family in zip(places, field.families, strict=True):
+        (star,) = field.of("star", family, "float64")
+        goal = float(np.mean(star["score"]))
+        for name, drawn in _drawn(field, family):
+            rows = field.of("depth", family, name)
+            seed = min((row["seed"] or 0 for row in rows), default=0)
+            rows = [row for row in rows if (row["seed"] or 0) == seed]
+            at = [row["evaluations"] for row in rows]
+            if by_time and rows:
+                curve = min(field.of("curve", family, name), key=lambda row: row["seed"] or 0)
+                rows = [row for row in rows if row["evaluations"] <= len(curve["seconds"])]
+                at = [1e3 * curve["seconds"][row["evaluations"] - 1] for row in rows]
+            marker = _LOOKS.get(drawn, ("", "", "."))[2]
+            scores = [row["score"] for row in rows]
+            place.plot(at, scores, marker=marker, markersize=3, label=_LABELS.get(drawn, drawn), **_look(drawn))
+        place.axhline(goal, color="black", linewidth=0.8)
+        below, above = (-0.24, 0.04) if star["higher_is_better"] else (-0.05, 0.6)
+        place.set_ylim(goal + below, goal + above)
+        place.set_title(f"{family}: {'accuracy' if star['higher_is_better'] else 'bits a token'}", fontsize=8)
+        place.set_xscale("log")
+    figure.supxlabel("time of the first block, ms" if by_time else "evaluations of f", fontsize=9)
+    _legend(figure, places)
+    return figure
+
+
+def _overview(field: Field) -> Any:
+    """Every solver on every family: evaluations over those of untuned Broyden, to 1e-3."""
+    names = list(dict.fromkeys(name for family in field.families for name in field.solvers(family)))
+    values = np.full((len(names), len(field.families)), np.nan)
+    for column, family in enumerate(field.families):
+        base = field.must(family, "Broyden", 1e-3)
+        for row, name in enumerate(names):
+            found = field.standing(family, name, 1e-3)
+            if found is not None and found.success >= 0.5:
+                values[row, column] = found.median / base.median
+    figure, axes = new_axes(max(7.0, 0.62 * len(field.families) + 3))
+    figure.set_figheight(1.6 + 0.3 * len(names))
+    axes.grid(visible=False)
+    axes.imshow(values, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto")
+    for (y, x), value in np.ndenumerate(values):
+        text = f"{value:.2f}" if np.isfinite(value) else "–"
+        axes.text(x, y, text, ha="center", va="center", fontsize=6, color="white" if abs(value - 1) > 0.75 else "black")
+    axes.set_xticks(range(len(field.families)), field.families, rotation=45, ha="right", fontsize=7)
+    axes.set_yticks(range(len(names)), [_LABELS.get(name, name) for name in names], fontsize=7)
+    axes.set_title(
+        "median evaluations to 1e-3 over untuned Broyden's (–: less than half solved, or did not run)", fontsize=8
+    )
+    return figure
+
+
+def _break_even(field: Field) -> Any | None:
+    """How many samples a solver must solve until its training has paid, against the fastest classical solver."""
+    found: list[tuple[str, float, float]] = []
+    for family in field.flagship:
+        trained = [row["cpu_seconds"] for row in field.of("training", family, FLAGSHIP)]
+        ours = field.standing(family, FLAGSHIP, 1e-3)
+        if not trained or ours is None:
+            continue
+        theirs = field.must(family, field.fastest(family, 1e-3), 1e-3)
+        samples = ours.evaluations.shape[1] / ours.seconds.shape[1]
+        saved = float(np.median(theirs.seconds) - np.median(ours.seconds)) / samples
+        found.append((family, float(np.median(trained)), saved))
+    if not found:
+        return None
+    figure, axes = new_axes(6.8)
+    figure.set_figheight(1.2 + 0.3 * max(4, len(found)))
+    paying = sorted(((cost / saved, family) for family, cost, saved in found if saved > 0), reverse=True)
+    never = [family for family, _, saved in found if saved <= 0]
+    for place, (count, _) in enumerate(paying):
+        axes.barh(place, count, color=_LOOKS[FLAGSHIP][0])
+        axes.text(count * 1.05, place, f"{count:,.0f}", va="center", fontsize=7)
+    axes.set_yticks(range(len(paying)), [family for _, family in paying], fontsize=8)
+    axes.set_xscale("log")
+    axes.set_xlabel("samples solved to 1e-3 until training has paid, on one thread")
+    words = f"never, since no time is saved: {', '.join(never)}" if never else "on all families"
+    axes.set_title(words, fontsize=6, wrap=True)
+    return figure

@@ -1,0 +1,233 @@
+"""What rows of the race say: medians, successes, times, and ratios with their intervals. Solves nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from metabroyden.evaluation.race.contestants import FLAGSHIP
+from metabroyden.evaluation.race.schema import Row
+
+RESAMPLES = 4000
+HEADLINE = 12
+"""Evaluations that the best classical solver needs, on validation, where a family counts towards the means."""
+TORCHDEQ = ("torchdeq Broyden", "tuned torchdeq Broyden", "torchdeq Anderson", "tuned torchdeq Anderson")
+
+
+class Interval(NamedTuple):
+    """A figure and its 95% bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __format__(self, spec: str) -> str:
+        """0.51 (0.49–0.53)."""
+        spec = spec or ".2f"
+        return f"{self.value:{spec}} ({self.low:{spec}}–{self.high:{spec}})"
+
+
+class Standing(NamedTuple):
+    """One solver on one family to one tolerance; S seeds, N samples."""
+
+    evaluations: np.ndarray  # (S, N), the budget where it failed
+    solved: np.ndarray  # (S, N) bool
+    seconds: np.ndarray  # (S, blocks, rounds)
+
+    @property
+    def median(self) -> float:
+        """Of evaluations, over samples and seeds."""
+        return float(np.median(self.evaluations))
+
+    @property
+    def success(self) -> float:
+        """Share of samples solved, over seeds."""
+        return float(self.solved.mean())
+
+    @property
+    def error(self) -> float:
+        """Standard error of that share, over samples; all of them solved is no certainty."""
+        count = self.solved.shape[1]
+        smoothed = (self.success * count + 1) / (count + 2)
+        return float((smoothed * (1 - smoothed) / count) ** 0.5)
+
+    def within(self, budget: int) -> float:
+        """Share of samples solved in so many evaluations."""
+        return float((self.solved & (self.evaluations <= budget)).mean())
+
+
+class Field:
+    """All rows of a race (or of one part of it).
+
+    Attributes:
+        rows: of the part. families: in the order of the rows. tolerances: the loosest first.
+    """
+
+    def __init__(self, rows: Sequence[Row], part: str = "families") -> None:
+        self.rows = [row for row in rows if row["part"] == part]
+        if not any(row["row"] == "solve" for row in self.rows):
+            raise ValueError(f"no solves among the rows of part {part!r}")
+        self.families = list(dict.fromkeys(row["family"] for row in self.rows))
+        self.tolerances = sorted({row["tolerance"] for row in self.rows if row["row"] == "solve"}, reverse=True)
+        self.budget = max(row["budget"] for row in self.rows if row["row"] == "solve")
+        self._standings: dict[tuple[str, str, float], Standing | None] = {}
+
+    @cached_property
+    def _by_place(self) -> dict[tuple[str, str], list[Row]]:
+        found: dict[tuple[str, str], list[Row]] = {}
+        for row in self.rows:
+            found.setdefault((row["family"], row["solver"]), []).append(row)
+        return found
+
+    def of(self, kind: str, family: str, solver: str, **wanted: Any) -> list[Row]:
+        """Rows of one kind of a solver on a family."""
+        return [
+            row
+            for row in self._by_place.get((family, solver), ())
+            if row["row"] == kind and all(row[key] == value for key, value in wanted.items())
+        ]
+
+    def solvers(self, family: str, *kinds: str) -> list[str]:
+        """Those that ran on a family, of these kinds (all where none is given)."""
+        return list(
+            dict.fromkeys(
+                row["solver"]
+                for row in self.rows
+                if row["row"] == "solve" and row["family"] == family and (not kinds or row["kind"] in kinds)
+            )
+        )
+
+    def standing(self, family: str, solver: str, tolerance: float) -> Standing | None:
+        """How a solver did; None where it did not run."""
+        key = family, solver, tolerance
+        if key not in self._standings:
+            seeds: dict[Any, list[Row]] = {}
+            for row in self.of("solve", family, solver, tolerance=tolerance):
+                seeds.setdefault(row["seed"], []).append(row)
+            self._standings[key] = _standing(list(seeds.values())) if seeds else None
+        return self._standings[key]
+
+    def must(self, family: str, solver: str, tolerance: float) -> Standing:
+        """The same; KeyError where it did not run."""
+        found = self.standing(family, solver, tolerance)
+        if found is None:
+            raise KeyError(f"{solver} did not run on {family} to {tolerance:g}")
+        return found
+
+    def _able(self, family: str, tolerance: float, kinds: Sequence[str]) -> dict[str, Standing]:
+        """Solvers whose success is at most a standard error below the best one's."""
+        every = {name: self.must(family, name, tolerance) for name in self.solvers(family, *kinds)}
+        best = max(every.values(), key=lambda one: one.success)
+        return {name: one for name, one in every.items() if one.success >= best.success - best.error}
+
+    def best(self, family: str, tolerance: float, kinds: Sequence[str] = ("classical",)) -> str:
+        """The solver of these kinds that needs fewest evaluations, among those that solve most."""
+        able = self._able(family, tolerance, kinds)
+        return min(able, key=lambda name: (able[name].median, able[name].evaluations.mean()))
+
+    def fastest(self, family: str, tolerance: float, kinds: Sequence[str] = ("classical",)) -> str:
+        """The one that needs least time, among those that solve most."""
+        able = self._able(family, tolerance, kinds)
+        return min(able, key=lambda name: float(np.median(able[name].seconds)))
+
+    def headline(self, tolerance: float) -> list[str]:
+        """Families that count towards the means, by the validation problems that classical solvers were tuned on."""
+        chosen = []
+        for family in self.families:
+            tuned = [row for row in self.rows if row["row"] == "tuned" and row["family"] == family]
+            able = [row for row in tuned if row["tolerance"] == tolerance]
+            if able and min(row["median"] for row in able) >= HEADLINE:
+                chosen.append(family)
+        return chosen
+
+    def ratio(self, family: str, solver: str, rival: str, tolerance: float) -> Interval:
+        """Median evaluations of one over those of another, samples and seeds drawn again."""
+        return _interval(self._draws(family, solver, rival, tolerance))
+
+    def mean_ratio(self, families: Sequence[str], solver: str, rival: Any, tolerance: float) -> Interval:
+        """Geometric mean over families; `rival` a name, or a map from a family to one. NaN where there are none."""
+        draws = []
+        for family in families:
+            name = rival(family) if callable(rival) else rival
+            if self.standing(family, solver, tolerance) and self.standing(family, name, tolerance):
+                draws.append(np.log(self._draws(family, solver, name, tolerance)))
+        return _interval(np.exp(np.mean(draws, axis=0))) if draws else Interval(*3 * (float("nan"),))
+
+    def _draws(self, family: str, solver: str, rival: str, tolerance: float) -> np.ndarray:
+        """(1 + RESAMPLES,) ratios, the first of them the figure itself."""
+        ours, theirs = self.must(family, solver, tolerance), self.must(family, rival, tolerance)
+        count = ours.evaluations.shape[1]
+        generator = np.random.default_rng(0)
+        samples = np.concatenate([np.arange(count)[None], generator.integers(count, size=(RESAMPLES, count))])
+        return _medians(ours, samples, generator) / _medians(theirs, samples, generator)
+
+    def time_ratio(self, family: str, solver: str, rival: str, tolerance: float) -> Interval:
+        """Median over blocks, rounds and seeds of the ratio of times of one round; these drawn again."""
+        return _interval(self._time_draws(family, solver, rival, tolerance))
+
+    def mean_time_ratio(self, families: Sequence[str], solver: str, rival: Any, tolerance: float) -> Interval:
+        """Geometric mean over families, as `mean_ratio`."""
+        draws = []
+        for family in families:
+            name = rival(family) if callable(rival) else rival
+            if self.standing(family, solver, tolerance) and self.standing(family, name, tolerance):
+                draws.append(np.log(self._time_draws(family, solver, name, tolerance)))
+        return _interval(np.exp(np.mean(draws, axis=0))) if draws else Interval(*3 * (float("nan"),))
+
+    def _time_draws(self, family: str, solver: str, rival: str, tolerance: float) -> np.ndarray:
+        ours, theirs = self.must(family, solver, tolerance).seconds, self.must(family, rival, tolerance).seconds
+        if len(theirs) not in (1, len(ours)):
+            theirs = np.median(theirs, axis=0, keepdims=True)
+        ratios = (ours / theirs).ravel()
+        generator = np.random.default_rng(0)
+        drawn = np.concatenate(
+            [np.arange(len(ratios))[None], generator.integers(len(ratios), size=(RESAMPLES, len(ratios)))]
+        )
+        return np.median(ratios[drawn], axis=1)
+
+    def paired(self, family: str, solver: str, rival: str, tolerance: float) -> tuple[Interval, int, int]:
+        """(mean difference of evaluations, samples that only the first solves, samples that only the second solves).
+
+        A learned solver's samples are means over its seeds; it solves one where most of its seeds do.
+        """
+        ours, theirs = self.must(family, solver, tolerance), self.must(family, rival, tolerance)
+        difference = ours.evaluations.mean(axis=0) - theirs.evaluations.mean(axis=0)
+        generator = np.random.default_rng(0)
+        count = len(difference)
+        drawn = np.concatenate([np.arange(count)[None], generator.integers(count, size=(RESAMPLES, count))])
+        one, other = ours.solved.mean(axis=0) > 0.5, theirs.solved.mean(axis=0) > 0.5
+        return _interval(difference[drawn].mean(axis=1)), int((one & ~other).sum()), int((other & ~one).sum())
+
+    @property
+    def flagship(self) -> list[str]:
+        """Families on which MetaBroyden ran."""
+        return [family for family in self.families if FLAGSHIP in self.solvers(family)]
+
+
+def _standing(seeds: list[list[Row]]) -> Standing:
+    def joined(rows: list[Row]) -> tuple[list[int], list[bool], list[list[float]]]:
+        rows = sorted(rows, key=lambda row: row["block"])
+        spent = [value for row in rows for value in row["evaluations"]]
+        solved = [letter == "C" for row in rows for letter in row["status"]]
+        return spent, solved, [[lap["total"] for lap in row["seconds"]] for row in rows]
+
+    evaluations, solved, seconds = zip(*map(joined, seeds), strict=True)
+    return Standing(np.array(evaluations), np.array(solved), np.array(seconds))
+
+
+def _medians(standing: Standing, samples: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """(draws,) medians over drawn samples, and drawn seeds where there are several; the first draw is of all seeds."""
+    seeds = len(standing.evaluations)
+    if seeds == 1:
+        return np.median(standing.evaluations[0][samples], axis=1)
+    chosen = generator.integers(seeds, size=(len(samples), seeds))
+    chosen[0] = np.arange(seeds)
+    return np.median(standing.evaluations[chosen[:, :, None], samples[:, None, :]], axis=(1, 2))
+
+
+def _interval(draws: np.ndarray) -> Interval:
+    low, high = np.quantile(draws[1:], [0.025, 0.975])
+    return Interval(float(draws[0]), float(low), float(high))

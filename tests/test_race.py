@@ -1,0 +1,243 @@
+"""The race: its rows are what the schema says, its statistics are right where the answer is known, a tiny one runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import metabroyden as mb
+from experiments import race
+from metabroyden.evaluation.equilibria import HeldOut
+from metabroyden.evaluation.peers import TorchDEQSolver
+from metabroyden.evaluation.race import contestants, measure, schema
+from metabroyden.evaluation.race.contestants import Contestant
+from metabroyden.evaluation.race.statistics import Field
+from metabroyden.evaluation.stopwatch import Stopwatch
+from metabroyden.learned.layout import Layout
+from metabroyden.meta.fit import make_learned
+from metabroyden.testbed import cells
+
+STAMP = {"part": "families", "kind": "classical", "seed": None, "config": "0123abcd", "commit": "here"}
+
+
+def solve_row(solver="Picard", evaluations=(4, 8), status="CC", seconds=(1.0,), **change):
+    count = len(evaluations)
+    laps = [{"total": total, "f": 0.5, "solver": 0.1, "bookkeeping": total - 0.6} for total in seconds]
+    return {
+        "row": "solve", "family": "one", "solver": solver, **STAMP, "options": "", "tolerance": 1e-2, "budget": 60,
+        "block": 0, "evaluations": list(evaluations), "residual": count * [1e-3], "status": status,
+        "distance": count * [1e-3], "score": count * [1.0], "handed_over": 0, "seconds": laps, "peak_bytes": None, **change,
+    }  # fmt: skip
+
+
+# --- the schema
+
+
+def test_rows_are_checked_when_they_are_written_and_found_again(tmp_path):
+    rows = [solve_row(), solve_row("Broyden", seed=2)]
+    schema.write(tmp_path / "one.jsonl", rows)
+    assert schema.read(tmp_path) == rows
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"row": "slove"}, "one of solve, curve"),
+        ({"status": "CX"}, "status"),
+        ({"evaluations": [1.5, 2]}, "evaluations/0"),
+        ({"status": "C"}, "as long as each other"),
+        ({"kind": "other"}, "kind"),
+        ({"more": 1}, "more"),
+    ],
+)
+def test_a_row_that_is_none_is_refused_and_nothing_is_written(tmp_path, change, words):
+    with pytest.raises(ValueError, match=words):
+        schema.write(tmp_path / "rows.jsonl", [solve_row(), {**solve_row(), **change}])
+    assert not list(tmp_path.iterdir())
+
+
+def test_reading_names_file_and_line_of_what_is_no_row(tmp_path):
+    with pytest.raises(ValueError, match="no rows of a race"):
+        schema.read(tmp_path)
+    (tmp_path / "bad.jsonl").write_text(json.dumps(solve_row()) + '\n{"row": "solve", "fam')
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2"):
+        schema.read(tmp_path)
+
+
+# --- statistics
+
+
+def test_medians_count_failures_as_the_budget_and_ratios_are_of_medians():
+    rows = [
+        solve_row("Broyden", (20, 30, 60), "CCB"),
+        solve_row("Picard", (20, 30, 60), "CCC"),
+        solve_row("meta-broyden", (10, 15, 20), "CCC", kind="learned", seed=0),
+        solve_row("meta-broyden", (10, 15, 60), "CCB", kind="learned", seed=1),
+    ]
+    field = Field(rows)
+    ours = field.must("one", "meta-broyden", 1e-2)
+    assert ours.evaluations.shape == (2, 3)
+    assert ours.median == 15
+    assert ours.success == pytest.approx(5 / 6)
+    assert ours.within(15) == pytest.approx(4 / 6)
+    assert field.ratio("one", "meta-broyden", "Broyden", 1e-2).value == 0.5
+    assert field.best("one", 1e-2) == "Picard", "as few evaluations, and one sample more"
+    difference, won, lost = field.paired("one", "meta-broyden", "Broyden", 1e-2)
+    assert difference.value == pytest.approx(np.mean([10 - 20, 15 - 30, 40 - 60]))
+    assert (won, lost) == (0, 0), "a sample that half of the seeds solve is not solved"
+
+
+def test_intervals_hold_the_truth_as_often_as_they_should():
+    """Of ratios of medians of two known distributions, samples paired: in 95% of 200 trials, less three standard errors."""
+    generator, held = np.random.default_rng(0), 0
+    for _ in range(200):
+        hardness = generator.exponential(size=80)
+        theirs = np.ceil(40 + 10 * hardness + generator.normal(size=80)).astype(int)
+        ours = np.ceil(20 + 5 * hardness + generator.normal(size=80)).astype(int)
+        field = Field([solve_row("Broyden", theirs.tolist(), 80 * "C"), solve_row("Picard", ours.tolist(), 80 * "C")])
+        found = field.ratio("one", "Picard", "Broyden", 1e-2)
+        held += found.low <= 0.5 * (1 + 0.5 / 46.9) * 1.0 <= found.high
+    assert held >= 200 * (0.95 - 3 * (0.95 * 0.05 / 200) ** 0.5)
+
+
+def test_means_over_families_are_geometric_and_headline_families_come_from_validation():
+    rows = []
+    for family, ours, theirs in (("one", 5, 20), ("two", 10, 10)):
+        rows += [
+            solve_row("Broyden", (theirs,) * 9, 9 * "C", family=family),
+            solve_row("meta-broyden", (ours,) * 9, 9 * "C", family=family, kind="learned", seed=0),
+            {"row": "tuned", **STAMP, "family": family, "solver": "Broyden", "options": "", "tolerance": 1e-2,
+             "median": 13.0 if family == "one" else 11.0, "success": 1.0},
+        ]  # fmt: skip
+    field = Field(rows)
+    assert field.headline(1e-2) == ["one"]
+    assert field.mean_ratio(field.families, "meta-broyden", "Broyden", 1e-2).value == pytest.approx(0.5)
+    assert field.mean_ratio(field.headline(1e-2), "meta-broyden", field_best(field), 1e-2).value == 0.25
+    assert np.isnan(field.mean_ratio([], "meta-broyden", "Broyden", 1e-2).value)
+
+
+def field_best(field):
+    return lambda family: field.best(family, 1e-2)
+
+
+def test_times_are_compared_within_a_round():
+    """The machine is ten times slower in the second round: no ratio sees it."""
+    rows = [
+        solve_row("Broyden", seconds=(2.0, 20.0, 2.0)),
+        solve_row("meta-broyden", seconds=(1.0, 10.0, 1.0), kind="learned", seed=0),
+    ]
+    found = Field(rows).time_ratio("one", "meta-broyden", "Broyden", 1e-2)
+    assert found == (0.5, 0.5, 0.5)
+
+
+# --- measuring
+
+
+def held_out():
+    problem = cells.blas(12, 16, 0.8)
+    return HeldOut(problem.f, problem.z0, problem.context, lambda z, index: z.sum(dim=1)), problem
+
+
+def test_contestants_are_measured_alike_and_times_add_up():
+    held, problem = held_out()
+    star = mb.solve(problem.f, problem.z0, problem.context, solver=mb.Broyden(60), rtol=1e-6, max_nfe=60).z.double()  # type: ignore[union-attr]
+    entries = [
+        Contestant("Broyden", "classical", mb.Broyden(), "Broyden()"),
+        Contestant("torchdeq Broyden", "peer", TorchDEQSolver("broyden"), "torchdeq"),
+        Contestant("universal", "learned", mb.load_solver("universal"), "shipped", 0),
+    ]
+    rules = measure.Rules((1e-1, 1e-3), (1e-3,), 30, 5, 2)
+    stamps = {"family": "cell", "part": "families", "config": "0123abcd", "commit": "here"}
+
+    def stamp(one):
+        return {**stamps, "solver": one.name, "kind": one.kind, "seed": one.seed}
+
+    rows = [
+        schema.check(row)
+        for row in measure.solve_rows(entries, held, star, torch.ones(12, dtype=torch.bool), rules, stamp)
+    ]
+    solves = [row for row in rows if row["row"] == "solve"]
+    assert len(solves) == 3 * 2 * 3, "solvers, tolerances, blocks of five, five and two"
+    assert {len(row["seconds"]) for row in solves if row["tolerance"] == 1e-3} == {2}
+    for row in solves:
+        for lap in row["seconds"]:
+            assert lap["total"] == pytest.approx(lap["f"] + lap["solver"] + lap["bookkeeping"], rel=1e-3)
+        if row["tolerance"] == 1e-3:
+            assert max(row["distance"]) < 0.05
+            assert set(row["status"]) == {"C"}
+    own = mb.solve(problem.f, problem.z0, problem.context, solver=mb.Broyden(), rtol=1e-3, max_nfe=30)
+    found = Field(rows).must("cell", "Broyden", 1e-3)
+    assert found.evaluations[0].tolist() == own.nfe.tolist(), "blocks do not change what a sample costs"
+    assert all((row["peak_bytes"] or 0) > 0 for row in solves if row["block"] == 0 and row["tolerance"] == 1e-3)
+    for row in measure.pace_rows([(entries[0], 4), (entries[2], 3)], held, rules, stamp):
+        assert len(schema.check(row)["seconds"]) == 2
+
+
+def test_a_stopwatch_sees_the_solvers_a_safeguard_hands_over_to():
+    problem = cells.blas(4, 8, 3.0)
+    solver = make_learned("grouped", Layout("nd", (8,)), seed=0)
+    watch = Stopwatch(torch.device("cpu"))
+    found = mb.solve(
+        watch.of_f(problem.f), problem.z0, problem.context, solver=watch.of_solver(solver), rtol=1e-4, max_nfe=200,
+        throw=False,
+    )  # fmt: skip
+    plain = mb.solve(problem.f, problem.z0, problem.context, solver=solver, rtol=1e-4, max_nfe=200, throw=False)
+    assert found.nfe.tolist() == plain.nfe.tolist()
+    assert (found.trace.phase > 0).any(), "the untrained solver hands this cell over"
+    assert watch.calls == len(found.trace.residual)
+
+
+def test_the_tuned_peer_is_the_best_of_its_grid():
+    held, _ = held_out()
+    found = {one.name: one for one in contestants.peers(held, 30)}
+    assert set(found) == {"torchdeq Broyden", "tuned torchdeq Broyden", "torchdeq Anderson", "tuned torchdeq Anderson"}
+    scores = {name: contestants._score(one.solver, held, 30) for name, one in found.items()}
+    assert scores["tuned torchdeq Anderson"] <= scores["torchdeq Anderson"] + 1e-9
+    assert scores["tuned torchdeq Broyden"] <= scores["torchdeq Broyden"] + 1e-9
+
+
+# --- the experiment
+
+
+def test_a_tiny_race_runs_goes_on_and_reports(tmp_path, capsys, monkeypatch):
+    config = race.Race(
+        families=("dense-digits",), images=6, rounds=1, budget=30, runs=tmp_path / "runs", results=tmp_path / "results",
+        progress=False,
+    )  # fmt: skip
+    race.run(config)
+    (trial,) = config.results.iterdir()
+    assert trial.name.startswith("trial-"), "fewer images than the usual ones"
+    names = {str(path.relative_to(trial)) for path in trial.rglob("*") if path.is_file()}
+    assert {"config.json", "schema.json", "report.md", "rows/dense-digits.jsonl"} <= names
+    assert {"figures/residual-evaluations.png", "figures/residual-evaluations.pdf", "figures/profiles.png"} <= names
+    text = (trial / "report.md").read_text()
+    assert "python -m experiments race --families dense-digits --images 6 --budget 30 --rounds 1" in text
+    field = Field(schema.read(trial / "rows"))
+    assert {
+        "Picard",
+        "tuned Anderson",
+        "tuned Anderson + start",
+        "meta-broyden",
+        "universal",
+        "torchdeq Broyden",
+    } <= set(field.solvers("dense-digits"))
+    then = (trial / "rows" / "dense-digits.jsonl").read_bytes()
+    monkeypatch.setattr(race._Family, "_made", lambda self: pytest.fail("finished work was done again"))
+    race.run(config)
+    assert (trial / "rows" / "dense-digits.jsonl").read_bytes() == then
+    capsys.readouterr()
+    with pytest.raises(ValueError, match="unknown family 'nets'"):
+        race.run(replace(config, families=("nets",)))
+    with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
+        race.run(replace(config, rounds=0))
+
+
+def test_the_protocol_was_there_before_the_rows():
+    protocol = Path("results/race/PROTOCOL.md").read_text()
+    for words in ("Headline families", "Wall-clock", "What is not done", "Changes"):
+        assert words in protocol
