@@ -23,6 +23,7 @@ from metabroyden.evaluation.provenance import command_line, config_hash, plain, 
 from metabroyden.evaluation.race import contestants, measure, report, schema
 from metabroyden.evaluation.race.contestants import Contestant
 from metabroyden.evaluation.race.schema import Row
+from metabroyden.evaluation.race.statistics import Field
 from metabroyden.meta import distributed
 from metabroyden.meta.progress import progress_bar
 from metabroyden.models import FAMILIES, load_model
@@ -35,7 +36,7 @@ DEPTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 30, 40)
 CLOCKED = (1e-2, 1e-3)
 NEAR = {"accuracy": 0.005, "bits": 0.01}
 """How far from the equilibrium's score counts as equal."""
-FREE = ("models", "meta", "device", "results", "runs", "fresh", "progress")
+FREE = ("models", "meta", "device", "results", "runs", "compare", "fresh", "progress")
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Race:
     """Where results go; those of a run with other settings than these to a trial- folder in it."""
     runs: Path = Path("runs/race")
     """Where unfinished work is kept, to go on from."""
+    compare: tuple[Path, Path] | None = None
+    """Two folders of earlier runs: solve nothing, print where they differ, with paired intervals."""
     fresh: bool = False
     """Throw away unfinished and finished work of this configuration and start anew."""
     progress: bool = True
@@ -70,6 +73,10 @@ class Race:
 
 def run(config: Race) -> None:
     """The whole job: rows of every family that are not there yet, then figures and reports from all."""
+    if config.compare is not None:
+        ours, theirs = (Field(schema.read(folder / "rows")) for folder in config.compare)
+        Console().print(Markdown(report.comparison(ours, theirs)))
+        return
     for name in ("images", "segments", "budget", "rounds"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")

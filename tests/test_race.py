@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +15,10 @@ import metabroyden as mb
 from experiments import race
 from metabroyden.evaluation.equilibria import HeldOut
 from metabroyden.evaluation.peers import TorchDEQSolver
-from metabroyden.evaluation.race import contestants, measure, schema
+from metabroyden.evaluation.plots import plt
+from metabroyden.evaluation.race import check_page, contestants, measure, page, report, schema
 from metabroyden.evaluation.race.contestants import Contestant
-from metabroyden.evaluation.race.statistics import Field
+from metabroyden.evaluation.race.statistics import Field, compared
 from metabroyden.evaluation.stopwatch import Stopwatch
 from metabroyden.learned.layout import Layout
 from metabroyden.meta.fit import make_learned
@@ -119,6 +121,44 @@ def test_means_over_families_are_geometric_and_headline_families_come_from_valid
     assert field.mean_ratio(field.families, "meta-broyden", "Broyden", 1e-2).value == pytest.approx(0.5)
     assert field.mean_ratio(field.headline(1e-2), "meta-broyden", field_best(field), 1e-2).value == 0.25
     assert np.isnan(field.mean_ratio([], "meta-broyden", "Broyden", 1e-2).value)
+
+
+def test_two_runs_are_compared_by_sample():
+    spent = np.random.default_rng(1).integers(10, 60, size=50)
+    before = Field([solve_row("Broyden", spent.tolist(), 50 * "C"), solve_row("Picard", (60,) * 50, 50 * "B")])
+    after = Field(
+        [solve_row("Broyden", (spent - 3).tolist(), 50 * "C"), solve_row("Picard", (60,) * 50, "C" + 49 * "B")]
+    )
+    (broyden, picard) = compared(after, before)
+    assert broyden[:3] == ("one", "Broyden", 1e-2)
+    assert broyden[3].high < 1, "three evaluations fewer on every sample: the pairs show it"
+    assert picard[4:] == (1, 0)
+    assert "1 : 0" in report.comparison(after, before)
+    with pytest.raises(ValueError, match="same samples; one has 50 and 2"):
+        compared(after, Field([solve_row("Broyden")]))
+    with pytest.raises(ValueError, match="no family"):
+        compared(after, Field([solve_row("Newton")]))
+
+
+# --- the page
+
+
+def test_the_page_is_one_file_with_every_table_and_figure_and_a_browser_can_use_it(tmp_path):
+    picture = tmp_path / "one.png"
+    figure, axes = plt.subplots()
+    axes.plot([1, 2])
+    figure.savefig(picture)
+    plt.close(figure)
+    body = [["b", "10 (100%)"], ["a", "9"], ["<c>", ""], ["**d**", "1e-3"]]
+    path = page.write(tmp_path / "report.html", ["Made by `x < y`."], [picture], [("A table", ["name", "count"], body)])
+    text = path.read_text()
+    assert "http" not in text.replace("http-equiv", ""), "nothing is loaded from elsewhere"
+    assert "&lt;c&gt;" in text
+    assert "<strong>d</strong>" in text
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no browser here: make check-page wants Debian's chromium")
+    assert check_page.checked(path, browser) == "checked 1 tables, 1 figures"
 
 
 def field_best(field):

@@ -30,7 +30,7 @@ _LABELS = {
     "universal": "universal",
 }
 _HATCHES = ("", "///", "...", "xx", "\\\\")
-_PROFILED = (FLAGSHIP, "universal", "tuned Anderson", "tuned Broyden", "tuned Picard", "Broyden", "torchdeq Broyden",
+_PROFILED = (FLAGSHIP, "best classical", "universal", "tuned Anderson", "tuned Picard", "Broyden", "torchdeq Broyden",
              "tuned torchdeq Anderson")  # fmt: skip
 _BARS = (FLAGSHIP, "best classical", "Broyden", "tuned torchdeq Anderson", "torchdeq Broyden")
 
@@ -177,7 +177,7 @@ def _reduction(field: Field, tolerance: float) -> Any:
 
 def _profiles(field: Field) -> Any:
     """Dolan and Moré's performance profiles by evaluations: share of samples solved within τ times the fewest."""
-    ran = {name for family in field.families for name in field.solvers(family)}
+    ran = {name for family in field.families for name in field.solvers(family)} | {"best classical"}
     names = [name for name in _PROFILED if name in ran]
     figure, places = _grid(2, 2)
     figure.set_size_inches(10.5, 4.4)
@@ -187,7 +187,7 @@ def _profiles(field: Field) -> Any:
         for number, family in enumerate(field.families):
             spent = {}
             for name in names:
-                found = field.standing(family, name, tolerance)
+                found = field.standing(family, _resolve(field, family, name, tolerance), tolerance)
                 if found is not None:
                     spent[name] = np.where(found.solved, found.evaluations, np.inf)[0]
             fewest = np.min(list(spent.values()), axis=0)
@@ -218,10 +218,12 @@ def _metric(field: Field, *, by_time: bool) -> Any:
         goal = float(np.mean(star["score"]))
         for name, drawn in _drawn(field, family):
             rows = field.of("depth", family, name)
-            seed = min((row["seed"] or 0 for row in rows), default=0)
+            if not rows:
+                continue
+            seed = min(row["seed"] or 0 for row in rows)
             rows = [row for row in rows if (row["seed"] or 0) == seed]
             at = [row["evaluations"] for row in rows]
-            if by_time and rows:
+            if by_time:
                 curve = min(field.of("curve", family, name), key=lambda row: row["seed"] or 0)
                 rows = [row for row in rows if row["evaluations"] <= len(curve["seconds"])]
                 at = [1e3 * curve["seconds"][row["evaluations"] - 1] for row in rows]
@@ -233,6 +235,8 @@ def _metric(field: Field, *, by_time: bool) -> Any:
         place.set_ylim(goal + below, goal + above)
         place.set_title(f"{family}: {'accuracy' if star['higher_is_better'] else 'bits a token'}", fontsize=8)
         place.set_xscale("log")
+        if not by_time:
+            place.set_xticks([1, 2, 5, 10, 20, 40], ["1", "2", "5", "10", "20", "40"])
     figure.supxlabel("time of the first block, ms" if by_time else "evaluations of f", fontsize=9)
     _legend(figure, places)
     return figure

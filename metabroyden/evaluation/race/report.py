@@ -3,39 +3,43 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from metabroyden.evaluation.race import figures
+from metabroyden.evaluation.race import figures, page
 from metabroyden.evaluation.race.contestants import FLAGSHIP
 from metabroyden.evaluation.race.schema import read
-from metabroyden.evaluation.race.statistics import HEADLINE, TORCHDEQ, Field, Interval
+from metabroyden.evaluation.race.statistics import HEADLINE, TORCHDEQ, Field, Interval, compared
 from metabroyden.evaluation.report import made_by, table
 from metabroyden.storage import atomic_write
 
 SHOWN = (1e-2, 1e-3)
 BUDGETS = (10, 20, 40, 60)
-Table = tuple[str, list[str], list[list[str]]]
+Table = page.Table
 """A table: what it is, its header, its rows."""
+_LINK = r"\[([^]]+)\]\([^)]+\)"
 
 
 def write(folder: Path) -> Path:
-    """Write report.md beside rows/ and config.json; ValueError where there are no rows."""
+    """Write report.md and report.html beside rows/ and config.json; ValueError where there are no rows."""
     field = Field(read(folder / "rows"))
     drawn = figures.write_all(field, folder / "figures")
     described = json.loads((folder / "config.json").read_text())
-    sections = [
-        "# The race",
-        made_by(described["command"], described["provenance"], "torchdeq"),
+    lead = (
         "Rules: [PROTOCOL.md](PROTOCOL.md). Rows: [rows/](rows/), as [schema.json](schema.json) says. Median evaluations "
         "over held-out samples (share of them solved), a failure counting the whole budget of "
-        f"{field.budget}; ratios with 95% bootstrap intervals over samples and seeds.",
-    ]
+        f"{field.budget}; ratios with 95% bootstrap intervals over samples and seeds."
+    )
+    found = tables(field)
+    made = made_by(described["command"], described["provenance"], "torchdeq")
+    page.write(folder / "report.html", [f"Made by `{described['command']}`.", re.sub(_LINK, r"\1", lead)], drawn, found)
+    sections = ["# The race", made, f"{lead} Sortable and zoomable: [report.html](report.html)."]
     sections += [f"![{path.stem}](figures/{path.name})" for path in drawn]
-    for words, head, body in tables(field):
+    for words, head, body in found:
         sections += [f"## {words}", table(head, body)]
     return atomic_write(folder / "report.md", "\n\n".join(sections) + "\n")
 
@@ -48,6 +52,19 @@ def tables(field: Field) -> list[Table]:
     made += [_success(field), _budgets(field), _paired(field), _equilibria(field), _time(field), _metric(field)]
     made += [found for found in (_leak(field), _horizon(field)) if found[2]]
     return made
+
+
+def comparison(ours: Field, theirs: Field) -> str:
+    """What differs between two runs: the ratios whose interval excludes one, and samples that only one of them solves."""
+    found = compared(ours, theirs)
+    body = [
+        [family, solver, f"{tolerance:g}", str(ratio), f"{won} : {lost}"]
+        for family, solver, tolerance, ratio, won, lost in found
+        if not ratio.low <= 1 <= ratio.high or won != lost
+    ]
+    head = ["family", "solver", "tolerance", "evaluations, first over second", "only one solves"]
+    words = f"{len(found)} pairs of a family, a solver and a tolerance; {len(body)} differ."
+    return words + ("\n\n" + table(head, body) if body else "")
 
 
 def _spent(field: Field, family: str, solver: str, tolerance: float) -> str:

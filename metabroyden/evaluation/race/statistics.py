@@ -158,11 +158,7 @@ class Field:
 
     def _draws(self, family: str, solver: str, rival: str, tolerance: float) -> np.ndarray:
         """(1 + RESAMPLES,) ratios, the first of them the figure itself."""
-        ours, theirs = self.must(family, solver, tolerance), self.must(family, rival, tolerance)
-        count = ours.evaluations.shape[1]
-        generator = np.random.default_rng(0)
-        samples = np.concatenate([np.arange(count)[None], generator.integers(count, size=(RESAMPLES, count))])
-        return _medians(ours, samples, generator) / _medians(theirs, samples, generator)
+        return _draws(self.must(family, solver, tolerance), self.must(family, rival, tolerance))
 
     def time_ratio(self, family: str, solver: str, rival: str, tolerance: float) -> Interval:
         """Median over blocks, rounds and seeds of the ratio of times of one round; these drawn again."""
@@ -205,6 +201,38 @@ class Field:
     def flagship(self) -> list[str]:
         """Families on which MetaBroyden ran."""
         return [family for family in self.families if FLAGSHIP in self.solvers(family)]
+
+
+def compared(ours: Field, theirs: Field) -> list[tuple[str, str, float, Interval, int, int]]:
+    """Two runs of the race, solver by solver: (family, solver, tolerance, ratio of median evaluations of the first over the
+    second, samples drawn in pairs, samples that only the first, that only the second solves), where both have it.
+
+    ValueError where the runs share nothing, or hold different samples.
+    """
+    found = []
+    for family in ours.families:
+        for solver in ours.solvers(family):
+            for tolerance in ours.tolerances:
+                one, other = ours.must(family, solver, tolerance), theirs.standing(family, solver, tolerance)
+                if other is None:
+                    continue
+                if one.evaluations.shape[1] != other.evaluations.shape[1]:
+                    counts = f"{one.evaluations.shape[1]} and {other.evaluations.shape[1]}"
+                    raise ValueError(f"runs can be compared on the same samples; {family} has {counts}")
+                a, b = one.solved.mean(axis=0) > 0.5, other.solved.mean(axis=0) > 0.5
+                ratio = _interval(_draws(one, other))
+                found.append((family, solver, tolerance, ratio, int((a & ~b).sum()), int((b & ~a).sum())))
+    if not found:
+        raise ValueError("the two runs have no family and solver in common")
+    return found
+
+
+def _draws(ours: Standing, theirs: Standing) -> np.ndarray:
+    """(1 + RESAMPLES,) ratios of medians; the same samples are drawn for both."""
+    count = ours.evaluations.shape[1]
+    generator = np.random.default_rng(0)
+    samples = np.concatenate([np.arange(count)[None], generator.integers(count, size=(RESAMPLES, count))])
+    return _medians(ours, samples, generator) / _medians(theirs, samples, generator)
 
 
 def _standing(seeds: list[list[Row]]) -> Standing:
