@@ -1,8 +1,9 @@
 # `make demo` runs the main job, `make test` the tests; each sets up what it needs in .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
+DIGITS := dense-digits mlp-digits conv-digits multiscale-digits monotone-dense-digits monotone-conv-digits monotone-multitier-digits
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint setup clean race race-small check-page
 
 demo: setup
 	$(BIN)/python -m experiments digits
@@ -14,6 +15,17 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+race: setup
+	$(BIN)/python -m experiments race
+
+# the digits part, into a trial- folder of results/race
+race-small: setup
+	$(BIN)/python -m experiments race --families $(DIGITS) --no-cells
+
+# wants a browser: apt-get install chromium
+check-page: setup
+	$(BIN)/python -m metabroyden.evaluation.race.check_page results/race/report.html
 
 setup: .venv/ready
 

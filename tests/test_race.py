@@ -19,6 +19,7 @@ from metabroyden.evaluation.plots import plt
 from metabroyden.evaluation.race import check_page, contestants, measure, page, report, schema
 from metabroyden.evaluation.race.contestants import Contestant
 from metabroyden.evaluation.race.statistics import Field, compared
+from metabroyden.evaluation.race.units import FamilyUnit
 from metabroyden.evaluation.stopwatch import Stopwatch
 from metabroyden.learned.layout import Layout
 from metabroyden.meta.fit import make_learned
@@ -246,14 +247,14 @@ def test_the_tuned_peer_is_the_best_of_its_grid():
 
 def test_a_tiny_race_runs_goes_on_and_reports(tmp_path, capsys, monkeypatch):
     config = race.Race(
-        families=("dense-digits",), images=6, rounds=1, budget=30, runs=tmp_path / "runs", results=tmp_path / "results",
+        families=("dense-digits",), cells=True, images=6, rounds=1, budget=30, runs=tmp_path / "runs", results=tmp_path / "results",
         progress=False,
     )  # fmt: skip
     race.run(config)
     (trial,) = config.results.iterdir()
     assert trial.name.startswith("trial-"), "fewer images than the usual ones"
     names = {str(path.relative_to(trial)) for path in trial.rglob("*") if path.is_file()}
-    assert {"config.json", "schema.json", "report.md", "rows/dense-digits.jsonl"} <= names
+    assert {"config.json", "schema.json", "report.md", "rows/dense-digits.jsonl", "rows/cells.jsonl"} <= names
     assert {"figures/residual-evaluations.png", "figures/residual-evaluations.pdf", "figures/profiles.png"} <= names
     text = (trial / "report.md").read_text()
     assert "python -m experiments race --families dense-digits --images 6 --budget 30 --rounds 1" in text
@@ -267,7 +268,7 @@ def test_a_tiny_race_runs_goes_on_and_reports(tmp_path, capsys, monkeypatch):
         "torchdeq Broyden",
     } <= set(field.solvers("dense-digits"))
     then = (trial / "rows" / "dense-digits.jsonl").read_bytes()
-    monkeypatch.setattr(race._Family, "_made", lambda self: pytest.fail("finished work was done again"))
+    monkeypatch.setattr(FamilyUnit, "rows", lambda self, work: pytest.fail("finished work was done again"))
     race.run(config)
     assert (trial / "rows" / "dense-digits.jsonl").read_bytes() == then
     capsys.readouterr()

@@ -72,13 +72,15 @@ class HeldOut:
 
 
 @torch.no_grad()
-def held_out(model: Any, criterion: Criterion, split: str, limit: int) -> HeldOut:
-    """The first `limit` problems of a split (for texts: evenly spaced segments)."""
+def held_out(
+    model: Any, criterion: Criterion, split: str, limit: int, change: Callable[[Tensor], Tensor] | None = None
+) -> HeldOut:
+    """The first `limit` problems of a split (for texts: evenly spaced segments), of inputs changed by `change`."""
     tasks = family_tasks(model, criterion)
     raw = tasks.split(split)
     count = min(limit, len(raw))
     chosen = torch.arange(count) if isinstance(criterion, Images) else torch.linspace(0, len(raw) - 1, count).long()
-    z0, x = tasks.prepare(raw[chosen])
+    z0, x = tasks.prepare(raw[chosen] if change is None else change(raw[chosen]))
     f, x = pin(model.cell, x, z0)
     if isinstance(criterion, Images):
         labels = getattr(criterion.data, split).labels[chosen].to(device_of(model))

@@ -90,6 +90,11 @@ def universal() -> Contestant:
     return Contestant("universal", "learned", load_solver("universal"), "shipped", 0)
 
 
+def torchdeq(name: str) -> TorchDEQSolver:
+    """torchdeq's solver of this name, as it is."""
+    return TorchDEQSolver(name.lower())
+
+
 def peers(validation: HeldOut, budget: int) -> list[Contestant]:
     """torchdeq's Broyden and Anderson, as they are and tuned like ours."""
     grids = {
@@ -104,7 +109,7 @@ def peers(validation: HeldOut, budget: int) -> list[Contestant]:
     }
     found = []
     for name, grid in grids.items():
-        usual = TorchDEQSolver(name.lower())
+        usual = torchdeq(name)
         found.append(Contestant(f"torchdeq {name}", "peer", usual, repr(usual)))
         best = min(grid, key=lambda solver: _score(solver, validation, budget))
         found.append(Contestant(f"tuned torchdeq {name}", "peer", best, repr(best)))

@@ -35,7 +35,7 @@ _PROFILED = (FLAGSHIP, "best classical", "universal", "tuned Anderson", "tuned P
 _BARS = (FLAGSHIP, "best classical", "Broyden", "tuned torchdeq Anderson", "torchdeq Broyden")
 
 
-def write_all(field: Field, folder: Path) -> list[Path]:
+def write_all(field: Field, outside: Field | None, folder: Path) -> list[Path]:
     """Every figure there are rows for; the PNG files, each with a PDF beside it."""
     made: list[tuple[str, Any]] = [("residual-evaluations", _residuals(field, by_time=False))]
     made += [("residual-time", _residuals(field, by_time=True))]
@@ -44,6 +44,7 @@ def write_all(field: Field, folder: Path) -> list[Path]:
     made += [("profiles", _profiles(field)), ("metric-evaluations", _metric(field, by_time=False))]
     made += [("metric-time", _metric(field, by_time=True)), ("overview", _overview(field))]
     made += [("break-even", figure) for figure in (_break_even(field),) if figure is not None]
+    made += [("norms", _norms(outside))] if outside is not None and _sweep(outside) else []
     return [_save(figure, folder / f"{name}.png") for name, figure in made]
 
 
@@ -264,6 +265,31 @@ def _overview(field: Field) -> Any:
     axes.set_title(
         "median evaluations to 1e-3 over untuned Broyden's (–: less than half solved, or did not run)", fontsize=8
     )
+    return figure
+
+
+def _sweep(outside: Field) -> list[tuple[float, str]]:
+    """(norm, name) of the dense cells of the sweep."""
+    found = [(name.partition("dense, norm ")[2], name) for name in outside.families]
+    return sorted((float(norm), name) for norm, name in found if norm)
+
+
+def _norms(outside: Field) -> Any:
+    """Median evaluations of solvers that were trained or tuned on nothing of the kind, by the spectral norm of the cell."""
+    sweep = _sweep(outside)
+    figure, places = _grid(2, 2)
+    figure.set_size_inches(10.5, 4.4)
+    for place, tolerance in zip(places, (1e-2, 1e-3), strict=True):
+        for number, name in enumerate(outside.solvers(sweep[0][1])):
+            look = _LOOKS.get(name, (("#009E73", "#E69F00", "#CC79A7")[number % 3], "-.", "d"))
+            found = [outside.must(cell, name, tolerance) for _, cell in sweep]
+            place.plot(
+                [norm for norm, _ in sweep], [one.median for one in found], color=look[0], linestyle=look[1],
+                marker=look[2], markersize=4, label=_LABELS.get(name, name),
+            )  # fmt: skip
+        place.set(xlabel="spectral norm of W in tanh(Wz + x), 128 units", title=f"to {tolerance:g}", ylim=(0, None))
+    places[0].set_ylabel("median evaluations, a failure as the budget")
+    _legend(figure, places)
     return figure
 
 

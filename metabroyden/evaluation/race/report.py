@@ -26,15 +26,17 @@ _LINK = r"\[([^]]+)\]\([^)]+\)"
 
 def write(folder: Path) -> Path:
     """Write report.md and report.html beside rows/ and config.json; ValueError where there are no rows."""
-    field = Field(read(folder / "rows"))
-    drawn = figures.write_all(field, folder / "figures")
+    rows = read(folder / "rows")
+    field = Field(rows)
+    outside = Field(rows, "outside") if any(row["part"] == "outside" for row in rows) else None
+    drawn = figures.write_all(field, outside, folder / "figures")
     described = json.loads((folder / "config.json").read_text())
     lead = (
         "Rules: [PROTOCOL.md](PROTOCOL.md). Rows: [rows/](rows/), as [schema.json](schema.json) says. Median evaluations "
         "over held-out samples (share of them solved), a failure counting the whole budget of "
         f"{field.budget}; ratios with 95% bootstrap intervals over samples and seeds."
     )
-    found = tables(field)
+    found = [*tables(field), *(_outside(outside, tolerance) for tolerance in SHOWN if outside is not None)]
     made = made_by(described["command"], described["provenance"], "torchdeq")
     page.write(folder / "report.html", [f"Made by `{described['command']}`.", re.sub(_LINK, r"\1", lead)], drawn, found)
     sections = ["# The race", made, f"{lead} Sortable and zoomable: [report.html](report.html)."]
@@ -138,6 +140,11 @@ def _every(field: Field, tolerance: float) -> Table:
     names = list(dict.fromkeys(name for family in field.families for name in field.solvers(family)))
     body = [[family, *(_spent(field, family, name, tolerance) for name in names)] for family in field.families]
     return f"Every solver to {tolerance:g}", ["family", *names], body
+
+
+def _outside(field: Field, tolerance: float) -> Table:
+    words, head, body = _every(field, tolerance)
+    return f"Outside of what anybody was trained or tuned on. {words}", ["problem", *head[1:]], body
 
 
 def _success(field: Field) -> Table:

@@ -1,0 +1,290 @@
+"""What is raced on: a family of models with its inputs as they are and changed, or cells that nobody was trained on."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metabroyden import checkpoint
+from metabroyden.evaluation import equilibria, meta_rows, texts
+from metabroyden.evaluation.equilibria import HeldOut
+from metabroyden.evaluation.metrics import short
+from metabroyden.evaluation.provenance import provenance
+from metabroyden.evaluation.race import contestants, measure
+from metabroyden.evaluation.race.contestants import Contestant
+from metabroyden.evaluation.race.schema import TOLERANCES, Row
+from metabroyden.meta.progress import progress_bar
+from metabroyden.models import load_model
+from metabroyden.models.criteria import Images, NextToken
+from metabroyden.models.families import get_family, trained_model
+from metabroyden.solve import solve
+from metabroyden.solvers import Anderson, Broyden, Newton, Picard
+from metabroyden.state import Packing
+from metabroyden.testbed import KnownProblem, make_problem
+from metabroyden.testbed.cells import blas
+
+CLOCKED = (1e-2, 1e-3)
+DEPTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 30, 40)
+NEAR = {"accuracy": 0.005, "bits": 0.01}
+"""How far from the equilibrium's score counts as equal."""
+NORMS = (0.5, 0.9, 1.2, 1.5, 2.0, 3.0)
+"""Of dense cells of 128 units: a sweep of the spectral norm."""
+WIDTHS = (16, 64, 256, 1024)
+"""Of dense cells of norm 1.5."""
+BUSES = (14, 30, 57, 118)
+"""Of power networks."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a race is run with.
+
+    Attributes:
+        images, segments: held-out problems of a family. budget: evaluations a sample. rounds: timed ones of a block.
+        models, meta: folders of trained models and solvers. device: where to run. digest: hash of the race's settings.
+        progress: show bars.
+    """
+
+    images: int
+    segments: int
+    budget: int
+    rounds: int
+    models: Path
+    meta: Path
+    device: torch.device
+    digest: str
+    progress: bool
+
+
+class Unit:
+    """A piece of the race whose rows are made in one go.
+
+    Attributes:
+        name: of its file of rows. key: name with a hash of what it is made from. work: folder for what is kept meanwhile.
+    """
+
+    name: str
+    key: str
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.commit = provenance()["commit"]
+
+    def rows(self, work: Path) -> list[Row]:
+        """All of them; what may be wanted again after an interruption is kept in `work`."""
+        raise NotImplementedError
+
+    def stamp(self, part: str, family: str) -> Callable[[Contestant], Row]:
+        """What every row of a contestant begins with."""
+
+        def begin(one: Contestant) -> Row:
+            who = {"solver": one.name, "kind": one.kind, "seed": one.seed}
+            return {"part": part, "family": family, **who, "config": self.settings.digest, "commit": self.commit}
+
+        return begin
+
+    def solves(
+        self,
+        everyone: Sequence[Contestant],
+        held: HeldOut,
+        star: Tensor,
+        known: Tensor,
+        rules: measure.Rules,
+        stamp: Callable[[Contestant], Row],
+        title: str,
+    ) -> list[Row]:
+        """`measure.solve_rows` behind a bar."""
+        blocks = math.ceil(len(held) / rules.block) * len(rules.tolerances)
+        with progress_bar(title, blocks, show=self.settings.progress) as bar:
+            count = iter(range(1, blocks + 1))
+            done = (lambda: None) if bar is None else (lambda: bar(next(count), ""))
+            return measure.solve_rows(everyone, held, star, known, rules, stamp, done)
+
+
+class FamilyUnit(Unit):
+    """A family of trained models."""
+
+    def __init__(self, settings: Settings, name: str) -> None:
+        super().__init__(settings)
+        self.name, self.family, self.path = name, get_family(name), trained_model(settings.models, name)
+        self.criterion = self.family.criterion()
+        self.texts = isinstance(self.criterion, NextToken)
+        solvers = sorted((settings.meta / name).glob("*-seed*/solver.safetensors"))
+        digest = hashlib.sha256(b"".join(path.read_bytes() for path in (self.path, *solvers))).hexdigest()[:8]
+        self.key = f"{name}-{digest}"
+        self._stamp = self.stamp("families", name)
+
+    def rows(self, work: Path) -> list[Row]:
+        """Everyone on the family's test inputs; on images changed, those that a user would choose among."""
+        settings = self.settings
+        model = self._model()
+        validation = equilibria.held_out(model, self.criterion, "validation", 64)
+        count = settings.segments if self.texts else settings.images
+        held = equilibria.held_out(model, self.criterion, "test", count)
+        ours = contestants.classical(validation, settings.budget, splitting=self.family.splitting)
+        learned = [*contestants.learned(settings.meta, self.name), contestants.universal()]
+        peers = contestants.peers(validation, settings.budget)
+        for one in learned:
+            one.solver.to(settings.device)
+        everyone = [*ours, *contestants.started(learned[0], ours), *learned, *peers]
+        block = max(1, len(held) // (4 if self.texts else 2))
+        rules = measure.Rules(TOLERANCES, CLOCKED, settings.budget, block, settings.rounds)
+        star, known = self._equilibria(work / "equilibria.safetensors", model, held, ours)
+        rows = [*self._tuned_rows(ours, validation), self._star_row(held, star, known)]
+        rows += self.solves(everyone, held, star, known, rules, self._stamp, self.name)
+        rows += self._metric_rows(everyone, held, rows, rules)
+        rows += self._learned_rows(learned[:-1], held)
+        rows += self._leak_rows([one for one in everyone if not one.peer])
+        few = [*ours, *learned, *(one for one in peers if one.name in ("torchdeq Broyden", "tuned torchdeq Anderson"))]
+        for name, change in CHANGES.items() if isinstance(self.criterion, Images) else ():
+            held = equilibria.held_out(model, self.criterion, "test", count, change)
+            star, known = self._equilibria(work / f"equilibria-{name}.safetensors", model, held, ours)
+            outside = self.stamp("outside", f"{self.name}, {name}")
+            once = replace(rules, tolerances=CLOCKED, rounds=1)
+            rows += self.solves(few, held, star, known, once, outside, f"{self.name}, {name}")
+        return rows
+
+    def _model(self, **options: Any) -> Any:
+        return load_model(self.path, **options, warn=False).requires_grad_(False).to(self.settings.device)
+
+    def _equilibria(self, path: Path, model: Any, held: HeldOut, ours: list[Contestant]) -> tuple[Tensor, Tensor]:
+        """(z*, known), kept in a file."""
+        if not path.exists():
+            sure = tuple(one.solver for one in ours if one.name == "Peaceman-Rachford")
+            star, known = meta_rows.double_equilibria(model.cell, held, sure)
+            checkpoint.write(path, "measured/equilibria", {"star": star, "known": known}, {})
+        tensors, _ = checkpoint.read(path, "measured")
+        return tensors["star"].to(held.device), tensors["known"].to(held.device)
+
+    def _tuned_rows(self, ours: list[Contestant], validation: HeldOut) -> list[Row]:
+        """How ours did on the problems that they were tuned on: which families are headline ones follows from that."""
+        z0, x, _ = next(iter(validation.chunks()))
+        budget, rows = self.settings.budget, []
+        for one in ours:
+            tightest = min(TOLERANCES)
+            found = solve(validation.f, z0, x, solver=one.solver, rtol=tightest, max_nfe=budget, throw=False)
+            for tolerance in TOLERANCES:
+                spent, reached = found.trace.evaluations_to(tolerance, budget)
+                figures = {"median": float(np.median(spent)), "success": float(reached.mean())}
+                row = {"row": "tuned", **self._stamp(one), "options": one.options, "tolerance": tolerance, **figures}
+                rows.append(row)
+        return rows
+
+    def _star_row(self, held: HeldOut, star: Tensor, known: Tensor) -> Row:
+        index = torch.arange(len(held), device=held.device)
+        packing = Packing.of(held.z0)
+        z = packing.unpack(star.to(packing.pack(held.z0).dtype))
+        return {
+            "row": "star",
+            **self._stamp(Contestant("float64", "classical", None, "")),
+            "samples": len(held),
+            "known": int(known.sum()),
+            "score": short(held.judge(z, index).tolist()),
+            "higher_is_better": not self.texts,
+        }
+
+    def _metric_rows(
+        self, everyone: list[Contestant], held: HeldOut, rows: list[Row], rules: measure.Rules
+    ) -> list[Row]:
+        """Score by evaluations, and the time of as many as bring it to the equilibrium's for good."""
+        (star,) = (row for row in rows if row["row"] == "star")
+        goal, near = float(np.mean(star["score"])), NEAR["bits" if self.texts else "accuracy"]
+        found: list[Row] = []
+        enough: list[tuple[Contestant, int]] = []
+        for one in everyone:
+            if one.peer:
+                continue
+            depths = [k for k in DEPTHS if k <= self.settings.budget]
+            scores = equilibria.depth_rows(self.name, held, solver=one.solver, depths=depths)
+            for row in scores:
+                figures = {key: row[key] for key in ("evaluations", "score")}
+                found.append({"row": "depth", **self._stamp(one), "samples": len(held), **figures})
+            far = [row["evaluations"] for row in scores if abs(row["score"] - goal) > near]
+            later = [k for k in depths if not far or k > far[-1]]
+            if later:
+                enough.append((one, later[0]))
+        return [*found, *measure.pace_rows(enough, held, rules, self._stamp)]
+
+    def _learned_rows(self, learned: list[Contestant], held: HeldOut) -> list[Row]:
+        """What meta-training took, and what is lost far past its horizon."""
+        rows = []
+        for one in learned:
+            taken = {key: one.solver.summary[key] for key in ("cpu_seconds", "steps")}
+            rows.append({"row": "training", **self._stamp(one), **taken})
+            steps = 4 * getattr(one.solver.config, "gated", 14)
+            rows += [
+                {**row, **self._stamp(one)} for row in meta_rows.horizon_rows(one.name, one.solver, held, steps=steps)
+            ]
+        return rows
+
+    def _leak_rows(self, everyone: list[Contestant]) -> list[Row]:
+        rows: list[Row] = []
+        if not isinstance(self.criterion, NextToken):
+            return rows
+        for one in everyone:
+            model = self._model(solver=one.solver)
+            for row in texts.leak_rows(one.name, model, self.criterion, tolerances=CLOCKED):
+                figures = {key: row[key] for key in ("tolerance", "mean", "most")}
+                rows.append({"row": "leak", **self._stamp(one), **figures})
+        return rows
+
+
+def _shifted(images: Tensor) -> Tensor:
+    return images.roll((images.shape[2] // 8, images.shape[3] // 8), (2, 3))
+
+
+def _noisy(images: Tensor) -> Tensor:
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    return images + 0.5 * images.std() * noise.to(images)
+
+
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {"shifted": _shifted, "noisy": _noisy}
+"""Of images: by an eighth of their side; by noise of half their deviation."""
+
+
+class CellsUnit(Unit):
+    """Cells that nobody was trained or tuned on: a sweep of the spectral norm, other widths, power flow."""
+
+    name = key = "cells"
+
+    def rows(self, work: Path) -> list[Row]:
+        """The classical solvers as they are, the universal one and torchdeq's."""
+        settings, rows = self.settings, []
+        plain = {
+            "Picard": Picard(),
+            "Anderson": Anderson(),
+            "Broyden": Broyden(settings.budget),
+            "Newton-Krylov": Newton(),
+        }
+        ours = [Contestant(name, "classical", solver, repr(solver)) for name, solver in plain.items()]
+        peers = [
+            Contestant(f"torchdeq {name}", "peer", contestants.torchdeq(name), "") for name in ("Broyden", "Anderson")
+        ]
+        for name, problem in _cells(settings.images // 4).items():
+            held = HeldOut(problem.f, problem.z0, problem.context, lambda z, index: torch.zeros(len(index)))
+            packed = Packing.of(held.z0).pack(held.z0)
+            known = torch.full((len(held),), problem.star is not None)
+            star = torch.zeros_like(packed) if problem.star is None else Packing.of(problem.star).pack(problem.star)
+            rules = measure.Rules(CLOCKED, CLOCKED, settings.budget, len(held), settings.rounds)
+            everyone = [*ours, contestants.universal(), *peers]
+            rows += self.solves(everyone, held, star.double(), known, rules, self.stamp("outside", name), name)
+        return rows
+
+
+def _cells(count: int) -> dict[str, KnownProblem]:
+    count = max(1, count)
+    found = {f"dense, norm {norm:g}": blas(count, 128, norm, seed=11, x_seed=12) for norm in NORMS}
+    found |= {f"dense, {width} wide": blas(count, width, 1.5, seed=13, x_seed=14) for width in WIDTHS}
+    found |= {
+        f"power flow, {buses} buses": make_problem(f"power_flow_{buses}", dtype=torch.float32, batch=count, seed=15)
+        for buses in BUSES
+    }
+    return found
