@@ -247,7 +247,7 @@ def test_the_tuned_peer_is_the_best_of_its_grid():
 
 def test_a_tiny_race_runs_goes_on_and_reports(tmp_path, capsys, monkeypatch):
     config = race.Race(
-        families=("dense-digits",), cells=True, images=6, rounds=1, budget=30, runs=tmp_path / "runs", results=tmp_path / "results",
+        families=("dense-digits",), images=6, rounds=1, budget=30, runs=tmp_path / "runs", results=tmp_path / "results",
         progress=False,
     )  # fmt: skip
     race.run(config)
