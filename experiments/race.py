@@ -37,6 +37,8 @@ class Race:
     """Held-out segments of a text, in four blocks."""
     budget: int = 60
     """Evaluations each sample may cost."""
+    threads: int = 1
+    """Of the CPU."""
     rounds: int = 3
     """Timed rounds of a block, to 1e-2 and 1e-3."""
     models: Path = Path("results/models")
@@ -46,7 +48,8 @@ class Race:
     device: str = "auto"
     """Where to run: auto (a GPU where there is one), cpu, cuda, cuda:N."""
     results: Path = Path("results/race")
-    """Where results go; those of a run with other settings than these to a trial- folder in it."""
+    """Where results go; those of a run with other settings than these to a trial- folder in it, those of a GPU to gpu/race
+    beside it."""
     runs: Path = Path("runs/race")
     """Where unfinished work is kept, to go on from."""
     compare: tuple[Path, Path] | None = None
@@ -63,7 +66,7 @@ def run(config: Race) -> None:
         ours, theirs = (Field(schema.read(folder / "rows")) for folder in config.compare)
         Console().print(Markdown(report.comparison(ours, theirs)))
         return
-    for name in ("images", "segments", "budget", "rounds"):
+    for name in ("images", "segments", "budget", "rounds", "threads"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
     for family in config.families:
@@ -75,13 +78,20 @@ def run(config: Race) -> None:
     settings = config_hash(replace(identity, device=device.type))
     if config.fresh:
         shutil.rmtree(config.runs / settings, ignore_errors=True)
-    folder = results_folder(config.results, config, FREE)
+    place = config.results if device.type == "cpu" else config.results.with_name("gpu") / config.results.name
+    folder = results_folder(place, config, FREE)
     options = {name: getattr(config, name) for name in ("images", "segments", "budget", "rounds", "models", "meta")}
     setting = Settings(**options, device=device, digest=settings, progress=config.progress)
     units: list[Unit] = [FamilyUnit(setting, family) for family in config.families]
-    if config.cells:
+    if config.cells and device.type == "cpu":  # that is where their problems are
         units.append(CellsUnit(setting))
-    paths = [(unit.name, _rows(unit, config.runs / settings / unit.key)) for unit in units]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    try:
+        paths = [(unit.name, _rows(unit, config.runs / settings / unit.key)) for unit in units]
+        made = provenance()
+    finally:
+        torch.set_num_threads(threads)
     for name, path in paths:
         atomic_write(folder / "rows" / f"{name}.jsonl", path.read_bytes())
     described = {
@@ -89,7 +99,7 @@ def run(config: Race) -> None:
         "config": plain(config),
         "settings": settings,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "provenance": provenance(),
+        "provenance": made,
     }
     atomic_write(folder / "config.json", json.dumps(described, indent=2) + "\n")
     atomic_write(folder / "schema.json", json.dumps(schema.SCHEMA, indent=2) + "\n")

@@ -49,13 +49,14 @@ class HeldOut:
     """Fixed-point problems of a trained model on a part of a split: f pinned, starts, contexts; `judge` scores states.
 
     `judge(z, index)` gives (len(index),) scores of the states of these samples: 1 or 0 for a right or wrong class, or bits
-    per token.
+    per token; `predict(z)` the classes themselves, (B,) or (B, T).
     """
 
     f: Callable[..., State]
     z0: State
     x: Any
     judge: Callable[[State, Tensor], Tensor]
+    predict: Callable[[State], Tensor] | None = None
 
     def __len__(self) -> int:
         return len(parts_of(self.z0)[0])
@@ -82,16 +83,20 @@ def held_out(
     chosen = torch.arange(count) if isinstance(criterion, Images) else torch.linspace(0, len(raw) - 1, count).long()
     z0, x = tasks.prepare(raw[chosen] if change is None else change(raw[chosen]))
     f, x = pin(model.cell, x, z0)
+
+    def classes(z: State) -> Tensor:
+        return model.classify(z).argmax(dim=1 if isinstance(criterion, Images) else 2)
+
     if isinstance(criterion, Images):
         labels = getattr(criterion.data, split).labels[chosen].to(device_of(model))
-        return HeldOut(f, z0, x, lambda z, index: (model.classify(z).argmax(dim=1) == labels[index]).float())
+        return HeldOut(f, z0, x, lambda z, index: (model.classify(z).argmax(dim=1) == labels[index]).float(), classes)
     assert isinstance(criterion, NextToken)
     targets = text_windows(criterion.data, split, criterion.length)[1][chosen].to(device_of(model))
 
     def bits(z: State, index: Tensor) -> Tensor:
         return bits_of(model.classify(z), targets[index]).mean(dim=1)
 
-    return HeldOut(f, z0, x, bits)
+    return HeldOut(f, z0, x, bits, classes)
 
 
 @torch.no_grad()

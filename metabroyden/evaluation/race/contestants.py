@@ -87,7 +87,9 @@ def learned(folder: Path, family: str, names: tuple[str, ...] = LEARNED) -> list
 
 def universal() -> Contestant:
     """The universal solver that is shipped."""
-    return Contestant("universal", "learned", load_solver("universal"), "shipped", 0)
+    solver = load_solver("universal")
+    weights = b"".join(value.cpu().numpy().tobytes() for value in solver.state_dict().values())
+    return Contestant("universal", "learned", solver, f"shipped, {hashlib.sha256(weights).hexdigest()[:8]}", 0)
 
 
 def torchdeq(name: str) -> TorchDEQSolver:
@@ -99,12 +101,16 @@ def peers(validation: HeldOut, budget: int) -> list[Contestant]:
     """torchdeq's Broyden and Anderson, as they are and tuned like ours."""
     grids = {
         "Broyden": [
-            TorchDEQSolver("broyden", (("LBFGS_thres", memory), ("ls", search)))
-            for memory, search in itertools.product((10, 20, budget), (False, True))
+            # its line search spends calls beyond the budget
+            TorchDEQSolver("broyden", (("LBFGS_thres", memory),))
+            for memory in (5, 10, 15, 20, 30, 40, budget)
         ],
         "Anderson": [
-            TorchDEQSolver("anderson", (("m", memory), ("lam", ridge), ("tau", damping)))
-            for memory, ridge, damping in itertools.product((5, 10), (1e-4, 1e-6), (0.25, 0.7, 1.0, 1.5))
+            torchdeq("Anderson"),
+            *(
+                TorchDEQSolver("anderson", (("m", memory), ("lam", ridge), ("tau", damping)))
+                for memory, ridge, damping in itertools.product((5, 10), (1e-4, 1e-6), (0.25, 0.7, 1.0, 1.5))
+            ),
         ],
     }
     found = []

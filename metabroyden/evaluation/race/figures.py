@@ -115,7 +115,7 @@ def _residuals(field: Field, *, by_time: bool) -> Any:
         place.set_xlim(0, field.budget if not by_time else None)
         place.set_ylim(1e-5, 3)
     words = "time of the first block, ms" if by_time else "evaluations of f"
-    figure.supxlabel(words, fontsize=9)
+    figure.supxlabel(f"{words} (learned solvers: first seed)", fontsize=9)
     figure.supylabel("relative residual, best so far", fontsize=9)
     _legend(figure, places)
     return figure
@@ -177,7 +177,7 @@ def _reduction(field: Field, tolerance: float) -> Any:
 
 
 def _profiles(field: Field) -> Any:
-    """Dolan and Moré's performance profiles by evaluations: share of samples solved within τ times the fewest."""
+    """Dolan and Moré's profiles: share of samples solved within τ times the fewest evaluations of all."""
     ran = {name for family in field.families for name in field.solvers(family)} | {"best classical"}
     names = [name for name in _PROFILED if name in ran]
     figure, places = _grid(2, 2)
@@ -190,7 +190,8 @@ def _profiles(field: Field) -> Any:
             for name in names:
                 found = field.standing(family, _resolve(field, family, name, tolerance), tolerance)
                 if found is not None:
-                    spent[name] = np.where(found.solved, found.evaluations, np.inf)[0]
+                    middle = np.sort(np.where(found.solved, found.evaluations, np.inf), axis=0)
+                    spent[name] = middle[len(middle) // 2]  # of a sample's seeds the middle one
             fewest = np.min(list(spent.values()), axis=0)
             for name, values in spent.items():
                 with np.errstate(invalid="ignore"):
@@ -205,7 +206,7 @@ def _profiles(field: Field) -> Any:
             place.plot(factors, shares[name].mean(axis=0), label=_LABELS.get(name, name), **look)
         place.set_xscale("log")
         place.set_xticks([1, 2, 3, 5, 10], ["1", "2", "3", "5", "10"])
-        place.set(xlabel="τ: evaluations over the fewest of all", ylim=(0, 1.02), title=f"to {tolerance:g}")
+        place.set(xlabel="τ: evaluations over the fewest of those drawn", ylim=(0, 1.02), title=f"to {tolerance:g}")
     places[0].set_ylabel("share of samples solved within τ")
     _legend(figure, places)
     return figure
@@ -223,11 +224,12 @@ def _metric(field: Field, *, by_time: bool) -> Any:
                 continue
             seed = min(row["seed"] or 0 for row in rows)
             rows = [row for row in rows if (row["seed"] or 0) == seed]
-            at = [row["evaluations"] for row in rows]
+            at: list[float] = [row["evaluations"] for row in rows]
             if by_time:
-                curve = min(field.of("curve", family, name), key=lambda row: row["seed"] or 0)
-                rows = [row for row in rows if row["evaluations"] <= len(curve["seconds"])]
-                at = [1e3 * curve["seconds"][row["evaluations"] - 1] for row in rows]
+                paces = [row for row in field.of("pace", family, name) if (row["seed"] or 0) == seed]
+                spent = {row["evaluations"]: 1e3 * float(np.median(row["seconds"])) for row in paces}
+                rows = [row for row in rows if row["evaluations"] in spent]
+                at = [spent[row["evaluations"]] for row in rows]
             marker = _LOOKS.get(drawn, ("", "", "."))[2]
             scores = [row["score"] for row in rows]
             place.plot(at, scores, marker=marker, markersize=3, label=_LABELS.get(drawn, drawn), **_look(drawn))
@@ -238,7 +240,10 @@ def _metric(field: Field, *, by_time: bool) -> Any:
         place.set_xscale("log")
         if not by_time:
             place.set_xticks([1, 2, 5, 10, 20, 40], ["1", "2", "5", "10", "20", "40"])
-    figure.supxlabel("time of the first block, ms" if by_time else "evaluations of f", fontsize=9)
+    words = (
+        "time of a solve of the first block that stops after so many evaluations, ms" if by_time else "evaluations of f"
+    )
+    figure.supxlabel(f"{words} (learned solvers: first seed)", fontsize=9)
     _legend(figure, places)
     return figure
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,15 +68,12 @@ def solve_rows(
     for number, index in enumerate(torch.arange(len(held), device=held.device).split(rules.block)):
         z0, x = gather(held.z0, index), gather(held.x, index)
         for tolerance in rules.tolerances:
-            found: dict[str, _Found] = {}
+            # what is found warms up what is timed
+            found = {one.key: _solved(one, held.f, z0, x, tolerance, rules.budget)[0] for one in contestants}
             seconds: dict[str, list[Row]] = {one.key: [] for one in contestants}
-            laps = rules.rounds if tolerance in rules.clocked else 0
-            for one in contestants:
-                found[one.key], taken = _solved(one, held.f, z0, x, tolerance, rules.budget)
-                if not laps:
-                    seconds[one.key].append(taken)
-            by_key = {one.key: one for one in contestants}
-            for key in turns(list(by_key), laps):
+            by_key, keys = {one.key: one for one in contestants}, [one.key for one in contestants]
+            first = number * rules.rounds % len(keys)
+            for key in turns([*keys[first:], *keys[:first]], rules.rounds if tolerance in rules.clocked else 1):
                 seconds[key].append(_solved(by_key[key], held.f, z0, x, tolerance, rules.budget, keep=False)[1])
             for one in contestants:
                 result = found[one.key]
@@ -97,6 +93,7 @@ def solve_rows(
                         "status": result.status,
                         "distance": _distance(result.z, star[index], known[index]),
                         "score": _numbers(held.judge(result.z, index).tolist()),
+                        "agrees": _agreement(held, result.z, star[index], known[index]),
                         "handed_over": result.handed_over,
                         "seconds": short(seconds[one.key]),
                         "peak_bytes": _peak(one, held.f, z0, x, tolerance, rules.budget) if weighed else None,
@@ -113,17 +110,17 @@ def _solved(
     if one.peer:
         return _solved_by_peer(one.solver, f, z0, x, tolerance, budget, keep=keep)
     watch = Stopwatch(_device(z0))
+    watched = watch.device.type == "cpu"  # on a GPU a look at the clock waits for the device
+    f, solver = (watch.of_f(f), watch.of_solver(one.solver)) if watched else (f, one.solver)
     began = now(watch.device)
-    solution = solve(
-        watch.of_f(f), z0, x, solver=watch.of_solver(one.solver), rtol=tolerance, max_nfe=budget, throw=False
-    )
+    solution = solve(f, z0, x, solver=solver, rtol=tolerance, max_nfe=budget, throw=False)
     total = now(watch.device) - began
-    apart = not getattr(one.solver, "parts", ())
+    apart = watched and not getattr(one.solver, "parts", ())
     taken = {
         "total": total,
         "f": watch.f if apart else None,
-        "solver": watch.solver if apart else watch.solver + watch.f,
-        "bookkeeping": total - watch.f - watch.solver,
+        "solver": watch.solver if watched else total,
+        "bookkeeping": total - watch.f - watch.solver if watched else 0.0,
     }
     status = "".join(LETTERS[Status(value)] for value in solution.status.tolist())
     evaluations = np.where(solution.converged.cpu().numpy(), solution.nfe.numpy(), budget)
@@ -134,14 +131,14 @@ def _solved(
 def _solved_by_peer(
     solver: Any, f: Any, z0: State, x: Any, tolerance: float, budget: int, *, keep: bool
 ) -> tuple[_Found, Row]:
-    packing = Packing.of(z0)
-    began = time.perf_counter()
+    packing, device = Packing.of(z0), _device(z0)
+    began = now(device)
     z, recorder = solver.solve(
         lambda flat: packing.pack(f(packing.unpack(flat), x)), packing.pack(z0), tolerance, budget, keep=keep
     )
-    total = time.perf_counter() - began - recorder.excused
-    rest = total - recorder.f_seconds
-    taken = {"total": total, "f": recorder.f_seconds, "solver": rest, "bookkeeping": 0.0}
+    total = now(device) - began - recorder.excused
+    in_f = recorder.f_seconds if device.type == "cpu" else None
+    taken = {"total": total, "f": in_f, "solver": total - (in_f or 0.0), "bookkeeping": 0.0}
     if not keep:
         return _Found(z0, np.empty(0), [], "", 0, None), taken
     trace = recorder.trace()
@@ -180,6 +177,16 @@ def _distance(z: State, star: Tensor, known: Tensor) -> list[float | None]:
     ]
 
 
+def _agreement(held: HeldOut, z: State, star: Tensor, known: Tensor) -> list[float | None]:
+    """By sample, the share of predictions that are those at the float64 equilibrium; None where that is not known."""
+    if held.predict is None:
+        return [None for _ in star]
+    packing = Packing.of(z)
+    settled = held.predict(packing.unpack(star.to(packing.pack(z).dtype)))
+    same = (held.predict(z) == settled).float().reshape(len(star), -1).mean(dim=1)
+    return [float(f"{v:.4g}") if there else None for v, there in zip(same.tolist(), known.tolist(), strict=True)]
+
+
 def _peak(one: Contestant, f: Any, z0: State, x: Any, tolerance: float, budget: int) -> int:
     """Bytes of tensors alive at once in a solve beyond those that were there before it (on a GPU: the allocator's)."""
     device = _device(z0)
@@ -198,17 +205,26 @@ def _peak(one: Contestant, f: Any, z0: State, x: Any, tolerance: float, budget: 
 
 
 def pace_rows(
-    contestants: Sequence[tuple[Contestant, int]], held: HeldOut, rules: Rules, stamp: Callable[[Contestant], Row]
+    solves: Sequence[tuple[Contestant, int, bool]], held: HeldOut, rules: Rules, stamp: Callable[[Contestant], Row]
 ) -> list[Row]:
-    """Time of solves of the first block that stop after so many evaluations, whatever the residual; in turns."""
+    """Time of solves of the first block that stop after so many evaluations, whatever the residual; in turns.
+
+    solves: contestant, evaluations, and whether they are enough for the task.
+    """
     index = torch.arange(min(rules.block, len(held)), device=held.device)
     z0, x = gather(held.z0, index), gather(held.x, index)
-    by_key = {one.key: (one, count) for one, count in contestants}
+    by_key = {f"{one.key} {count}": (one, count) for one, count, _ in solves}
     seconds: dict[str, list[float]] = {key: [] for key in by_key}
     for key in turns(list(by_key), rules.rounds + 1):
         one, count = by_key[key]
         seconds[key].append(_solved(one, held.f, z0, x, 0.0, count, keep=False)[1]["total"])
     return [
-        {"row": "pace", **stamp(one), "evaluations": count, "seconds": short(seconds[one.key][1:])}
-        for one, count in contestants
+        {
+            "row": "pace",
+            **stamp(one),
+            "evaluations": count,
+            "enough": enough,
+            "seconds": short(seconds[f"{one.key} {count}"][1:]),
+        }
+        for one, count, enough in solves
     ]

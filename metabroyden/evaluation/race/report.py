@@ -144,7 +144,7 @@ def _every(field: Field, tolerance: float) -> Table:
 
 def _outside(field: Field, tolerance: float) -> Table:
     words, head, body = _every(field, tolerance)
-    return f"Outside of what anybody was trained or tuned on. {words}", ["problem", *head[1:]], body
+    return f"Outside of what the families' solvers were trained and tuned on. {words}", ["problem", *head[1:]], body
 
 
 def _success(field: Field) -> Table:
@@ -196,7 +196,7 @@ def _equilibria(field: Field) -> Table:
     head = [
         "family",
         "known",
-        *(f"{words}, {tolerance:g}" for tolerance in SHOWN for words in ("distance", "farther", "score")),
+        *(f"{words}, {tolerance:g}" for tolerance in SHOWN for words in ("distance", "farther", "score", "agree")),
     ]
     body = []
     for family in field.flagship:
@@ -207,16 +207,18 @@ def _equilibria(field: Field) -> Table:
             ours, theirs = (_distances(field, family, name, tolerance) for name in (FLAGSHIP, rival))
             both = np.isfinite(ours) & np.isfinite(theirs)
             farther = float((ours > 3 * theirs)[both].mean()) if both.any() else float("nan")
-            scores = [_score(field, family, name, tolerance) for name in (FLAGSHIP, rival)]
+            scores = [_mean(field, family, name, tolerance, "score") for name in (FLAGSHIP, rival)]
             row += [
                 f"{np.nanmedian(ours):.1e} / {np.nanmedian(theirs):.1e}",
                 f"{farther:.1%}",
                 f"{scores[0]:.4f} / {scores[1]:.4f} / {np.mean(star['score']):.4f}",
+                " / ".join(f"{_mean(field, family, name, tolerance, 'agrees'):.1%}" for name in (FLAGSHIP, rival)),
             ]
         body.append(row)
     words = (
         "The same equilibrium: median distance to the float64 one, MetaBroyden / the best classical; share of samples that "
-        "both solve where it is more than three times farther; score of both and at the float64 equilibrium"
+        "both solve where it is more than three times farther; score of both and at the float64 equilibrium; predictions of "
+        "both that are the float64 equilibrium's"
     )
     return words, head, body
 
@@ -237,8 +239,9 @@ def _distances(field: Field, family: str, solver: str, tolerance: float) -> np.n
     return np.where(solved, _lists(field, family, solver, tolerance, "distance").mean(axis=0), np.nan)
 
 
-def _score(field: Field, family: str, solver: str, tolerance: float) -> float:
-    return float(np.nanmean(_lists(field, family, solver, tolerance, "score")))
+def _mean(field: Field, family: str, solver: str, tolerance: float, key: str) -> float:
+    values = _lists(field, family, solver, tolerance, key)
+    return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
 
 
 def _time(field: Field) -> Table:
@@ -271,8 +274,13 @@ def _metric(field: Field) -> Table:
     body = []
     for family in field.flagship:
         (star,) = field.of("star", family, "float64")
-        ours = field.of("pace", family, FLAGSHIP)
-        classical = [row for name in field.solvers(family, "classical") for row in field.of("pace", family, name)]
+        ours = [row for row in field.of("pace", family, FLAGSHIP) if row["enough"]]
+        classical = [
+            row
+            for name in field.solvers(family, "classical")
+            for row in field.of("pace", family, name)
+            if row["enough"]
+        ]
         row = [family, f"{np.mean(star['score']):.4f}", " ".join(str(one["evaluations"]) for one in ours), "", ""]
         if classical:
             fewest = min(classical, key=lambda one: one["evaluations"])

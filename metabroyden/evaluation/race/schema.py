@@ -1,4 +1,4 @@
-"""What a row of the race is: its schema, checked whenever rows are written or read."""
+"""What a row of the race is: its schema, checked whenever rows are written."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from metabroyden.storage import atomic_write
 
 Row = dict[str, Any]
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+_BY_SAMPLE = ("evaluations", "residual", "status", "distance", "score", "agrees")
 KINDS = ("classical", "started", "learned", "peer")
 """Classical solvers of ours; the same from the learned start; learned ones; other libraries'."""
 LETTERS = {Status.CONVERGED: "C", Status.MAX_NFE: "B", Status.NON_FINITE: "N", Status.STALLED: "S"}
@@ -66,6 +67,7 @@ SCHEMA: dict[str, Any] = {
             status={"type": "string", "pattern": "^[CBNS]*$", "description": "a letter a sample"},
             distance={"type": "array", "items": _MAYBE, "description": "by sample, relative, to the float64 equilibrium"},
             score={"type": "array", "items": _MAYBE, "description": "by sample, of the task"},
+            agrees={"type": "array", "items": _MAYBE, "description": "by sample, predictions that are the float64's"},
             handed_over={**_COUNT, "description": "samples that a safeguard took from a learned solver"},
             seconds={"type": "array", "items": _SECONDS, "description": "of whole solves of the block, one a round"},
             peak_bytes={"type": ["integer", "null"], "description": "of tensors alive at once in this solve"},
@@ -91,6 +93,7 @@ SCHEMA: dict[str, Any] = {
             "pace",
             "Time of solves that stop after so many evaluations",
             evaluations=_COUNT,
+            enough={"type": "boolean", "description": "whether so many bring the score to the equilibrium's for good"},
             seconds={"type": "array", "items": _NUMBER, "description": "of one block, one a round"},
         ),
         _kind(
@@ -143,7 +146,7 @@ def check(row: Row) -> Row:
         where = "/".join(map(str, error.absolute_path)) or "the row"
         raise ValueError(f"not a {row['row']!r} row of the race: {where}: {error.message}")
     if row["row"] == "solve":
-        sizes = {name: len(row[name]) for name in ("evaluations", "residual", "status", "distance", "score")}
+        sizes = {name: len(row[name]) for name in _BY_SAMPLE}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"a row's lists by sample must be as long as each other, got {sizes}")
     return row
@@ -162,11 +165,11 @@ def _validators() -> dict[str, Any]:
 
 def write(path: Path, rows: Iterable[Row]) -> None:
     """Check rows and write them, one a line; the file is replaced whole or not at all."""
-    atomic_write(path, "".join(json.dumps(check(row), separators=(",", ":")) + "\n" for row in rows))
+    atomic_write(path, "".join(json.dumps(check(row), separators=(",", ":"), allow_nan=False) + "\n" for row in rows))
 
 
 def read(folder: Path) -> list[Row]:
-    """All rows of a folder's *.jsonl, as `write` checked them; ValueError names file and line of what is none."""
+    """All rows of a folder's *.jsonl, which `write` has checked; ValueError names file and line of what is no row at all."""
     rows: list[Row] = []
     for path in sorted(folder.glob("*.jsonl")):
         for number, line in enumerate(path.read_text().splitlines(), 1):

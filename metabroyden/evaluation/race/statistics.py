@@ -175,27 +175,28 @@ class Field:
 
     def _time_draws(self, family: str, solver: str, rival: str, tolerance: float) -> np.ndarray:
         ours, theirs = self.must(family, solver, tolerance).seconds, self.must(family, rival, tolerance).seconds
-        if len(theirs) not in (1, len(ours)):
-            theirs = np.median(theirs, axis=0, keepdims=True)
-        ratios = (ours / theirs).ravel()
-        generator = np.random.default_rng(0)
-        drawn = np.concatenate(
-            [np.arange(len(ratios))[None], generator.integers(len(ratios), size=(RESAMPLES, len(ratios)))]
-        )
-        return np.median(ratios[drawn], axis=1)
+        ratios = ours / np.median(theirs, axis=0, keepdims=True)
+        generator, (seeds, blocks, rounds) = np.random.default_rng(0), ratios.shape
+        draws = np.empty(1 + RESAMPLES)
+        draws[0] = np.median(ratios)
+        for number in range(RESAMPLES):  # seeds, blocks of each, rounds of each
+            seed = generator.integers(seeds, size=(seeds, 1, 1))
+            block = generator.integers(blocks, size=(seeds, blocks, 1))
+            lap = generator.integers(rounds, size=(seeds, blocks, rounds))
+            draws[1 + number] = np.median(ratios[seed, block, lap])
+        return draws
 
     def paired(self, family: str, solver: str, rival: str, tolerance: float) -> tuple[Interval, int, int]:
         """(mean difference of evaluations, samples that only the first solves, samples that only the second solves).
 
-        A learned solver's samples are means over its seeds; it solves one where most of its seeds do.
+        A learned solver solves a sample where most of its seeds do.
         """
         ours, theirs = self.must(family, solver, tolerance), self.must(family, rival, tolerance)
-        difference = ours.evaluations.mean(axis=0) - theirs.evaluations.mean(axis=0)
         generator = np.random.default_rng(0)
-        count = len(difference)
-        drawn = np.concatenate([np.arange(count)[None], generator.integers(count, size=(RESAMPLES, count))])
+        samples = _drawn_samples(ours, generator)
+        draws = _over(ours, samples, generator, np.mean) - _over(theirs, samples, generator, np.mean)
         one, other = ours.solved.mean(axis=0) > 0.5, theirs.solved.mean(axis=0) > 0.5
-        return _interval(difference[drawn].mean(axis=1)), int((one & ~other).sum()), int((other & ~one).sum())
+        return _interval(draws), int((one & ~other).sum()), int((other & ~one).sum())
 
     @property
     def flagship(self) -> list[str]:
@@ -207,8 +208,10 @@ def compared(ours: Field, theirs: Field) -> list[tuple[str, str, float, Interval
     """Two runs of the race, solver by solver: (family, solver, tolerance, ratio of median evaluations of the first over the
     second, samples drawn in pairs, samples that only the first, that only the second solves), where both have it.
 
-    ValueError where the runs share nothing, or hold different samples.
+    ValueError where the runs share nothing, or hold different samples or budgets.
     """
+    if ours.budget != theirs.budget:
+        raise ValueError(f"runs can be compared at the same budget, got {ours.budget} and {theirs.budget}")
     found = []
     for family in ours.families:
         for solver in ours.solvers(family):
@@ -229,10 +232,15 @@ def compared(ours: Field, theirs: Field) -> list[tuple[str, str, float, Interval
 
 def _draws(ours: Standing, theirs: Standing) -> np.ndarray:
     """(1 + RESAMPLES,) ratios of medians; the same samples are drawn for both."""
-    count = ours.evaluations.shape[1]
     generator = np.random.default_rng(0)
-    samples = np.concatenate([np.arange(count)[None], generator.integers(count, size=(RESAMPLES, count))])
-    return _medians(ours, samples, generator) / _medians(theirs, samples, generator)
+    samples = _drawn_samples(ours, generator)
+    return _over(ours, samples, generator, np.median) / _over(theirs, samples, generator, np.median)
+
+
+def _drawn_samples(standing: Standing, generator: np.random.Generator) -> np.ndarray:
+    """(1 + RESAMPLES, N) indices, the first row all samples once."""
+    count = standing.evaluations.shape[1]
+    return np.concatenate([np.arange(count)[None], generator.integers(count, size=(RESAMPLES, count))])
 
 
 def _standing(seeds: list[list[Row]]) -> Standing:
@@ -246,14 +254,14 @@ def _standing(seeds: list[list[Row]]) -> Standing:
     return Standing(np.array(evaluations), np.array(solved), np.array(seconds))
 
 
-def _medians(standing: Standing, samples: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """(draws,) medians over drawn samples, and drawn seeds where there are several; the first draw is of all seeds."""
+def _over(standing: Standing, samples: np.ndarray, generator: np.random.Generator, of: Any) -> np.ndarray:
+    """(draws,) means or medians over drawn samples, and drawn seeds where there are several; first of all seeds."""
     seeds = len(standing.evaluations)
     if seeds == 1:
-        return np.median(standing.evaluations[0][samples], axis=1)
+        return of(standing.evaluations[0][samples], axis=1)
     chosen = generator.integers(seeds, size=(len(samples), seeds))
     chosen[0] = np.arange(seeds)
-    return np.median(standing.evaluations[chosen[:, :, None], samples[:, None, :]], axis=(1, 2))
+    return of(standing.evaluations[chosen[:, :, None], samples[:, None, :]], axis=(1, 2))
 
 
 def _interval(draws: np.ndarray) -> Interval:

@@ -19,7 +19,7 @@ from metabroyden.evaluation.equilibria import HeldOut
 from metabroyden.evaluation.metrics import short
 from metabroyden.evaluation.provenance import provenance
 from metabroyden.evaluation.race import contestants, measure
-from metabroyden.evaluation.race.contestants import Contestant
+from metabroyden.evaluation.race.contestants import FLAGSHIP, Contestant
 from metabroyden.evaluation.race.schema import TOLERANCES, Row
 from metabroyden.meta.progress import progress_bar
 from metabroyden.models import load_model
@@ -32,7 +32,10 @@ from metabroyden.testbed import KnownProblem, make_problem
 from metabroyden.testbed.cells import blas
 
 CLOCKED = (1e-2, 1e-3)
-DEPTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 30, 40)
+DEPTHS = range(1, 41)
+PACES = (1, 2, 3, 5, 8, 12, 20, 30)
+"""Evaluations after which solves are stopped to be timed, of the solvers that figures show."""
+TIMED = (FLAGSHIP, "grouped", "hyper-anderson", "tuned Picard", "tuned Anderson", "Broyden", "Peaceman-Rachford")
 NEAR = {"accuracy": 0.005, "bits": 0.01}
 """How far from the equilibrium's score counts as equal."""
 NORMS = (0.5, 0.9, 1.2, 1.5, 2.0, 3.0)
@@ -118,8 +121,7 @@ class FamilyUnit(Unit):
         self.criterion = self.family.criterion()
         self.texts = isinstance(self.criterion, NextToken)
         solvers = sorted((settings.meta / name).glob("*-seed*/solver.safetensors"))
-        digest = hashlib.sha256(b"".join(path.read_bytes() for path in (self.path, *solvers))).hexdigest()[:8]
-        self.key = f"{name}-{digest}"
+        self.key = f"{name}-{_digest(self.path, *solvers)}"
         self._stamp = self.stamp("families", name)
 
     def rows(self, work: Path) -> list[Row]:
@@ -198,9 +200,9 @@ class FamilyUnit(Unit):
         (star,) = (row for row in rows if row["row"] == "star")
         goal, near = float(np.mean(star["score"])), NEAR["bits" if self.texts else "accuracy"]
         found: list[Row] = []
-        enough: list[tuple[Contestant, int]] = []
+        timed: list[tuple[Contestant, int, bool]] = []
         for one in everyone:
-            if one.peer:
+            if one.peer or getattr(one.solver, "min_nfe", 1) > 1:  # no state after every evaluation
                 continue
             depths = [k for k in DEPTHS if k <= self.settings.budget]
             scores = equilibria.depth_rows(self.name, held, solver=one.solver, depths=depths)
@@ -210,8 +212,10 @@ class FamilyUnit(Unit):
             far = [row["evaluations"] for row in scores if abs(row["score"] - goal) > near]
             later = [k for k in depths if not far or k > far[-1]]
             if later:
-                enough.append((one, later[0]))
-        return [*found, *measure.pace_rows(enough, held, rules, self._stamp)]
+                timed.append((one, later[0], True))
+            if one.name in TIMED and not one.seed:
+                timed += [(one, k, False) for k in PACES if k in depths and k != (later or [0])[0]]
+        return [*found, *measure.pace_rows(timed, held, rules, self._stamp)]
 
     def _learned_rows(self, learned: list[Contestant], held: HeldOut) -> list[Row]:
         """What meta-training took, and what is lost far past its horizon."""
@@ -237,6 +241,16 @@ class FamilyUnit(Unit):
         return rows
 
 
+def _digest(*paths: Path) -> str:
+    """Of files, the shipped universal solver and the versions of libraries: what rows depend on beside the settings."""
+    versions = provenance()["versions"]
+    used = [contestants.universal().options, versions["torch"], versions["torchdeq"]]
+    digest = hashlib.sha256(repr(used).encode())
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
 def _shifted(images: Tensor) -> Tensor:
     return images.roll((images.shape[2] // 8, images.shape[3] // 8), (2, 3))
 
@@ -251,9 +265,17 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {"shifted": _shifted, "noisy": 
 
 
 class CellsUnit(Unit):
-    """Cells that nobody was trained or tuned on: a sweep of the spectral norm, other widths, power flow."""
+    """Cells that no family has: a sweep of the spectral norm, other widths, power flow.
 
-    name = key = "cells"
+    The universal solver was trained on random cells, dense ones of 16 to 128 units and norms 0.4 to 3 among them: here only
+    the wider ones and power flow are new to it.
+    """
+
+    name = "cells"
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.key = f"cells-{_digest()}"
 
     def rows(self, work: Path) -> list[Row]:
         """The classical solvers as they are, the universal one and torchdeq's."""
