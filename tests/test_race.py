@@ -275,7 +275,12 @@ def test_a_tiny_race_runs_goes_on_and_reports(tmp_path, capsys, monkeypatch):
     assert trial.name.startswith("trial-"), "fewer images than the usual ones"
     names = {str(path.relative_to(trial)) for path in trial.rglob("*") if path.is_file()}
     assert {"config.json", "schema.json", "report.md", "rows/dense-digits.jsonl", "rows/cells.jsonl"} <= names
-    assert {"figures/residual-evaluations.png", "figures/residual-evaluations.pdf", "figures/profiles.png"} <= names
+    assert {
+        "figures/residual-evaluations.png",
+        "figures/residual-evaluations.pdf",
+        "figures/profiles.png",
+        "figures/paths.png",
+    } <= names
     text = (trial / "report.md").read_text()
     assert "python -m experiments race --families dense-digits --images 6 --budget 30 --rounds 1" in text
     field = Field(schema.read(trial / "rows"))

@@ -44,6 +44,7 @@ def write_all(field: Field, outside: Field | None, folder: Path) -> list[Path]:
     made += [("profiles", _profiles(field)), ("metric-evaluations", _metric(field, by_time=False))]
     made += [("metric-time", _metric(field, by_time=True)), ("overview", _overview(field))]
     made += [("break-even", figure) for figure in (_break_even(field),) if figure is not None]
+    made += [("paths", _paths(field))] if _pathed(field) else []
     made += [("norms", _norms(outside))] if outside is not None and _sweep(outside) else []
     return [_save(figure, folder / f"{name}.png") for name, figure in made]
 
@@ -270,6 +271,38 @@ def _overview(field: Field) -> Any:
     axes.set_title(
         "median evaluations to 1e-3 over untuned Broyden's (–: less than half solved, or did not run)", fontsize=8
     )
+    return figure
+
+
+def _pathed(field: Field) -> list[str]:
+    """Families with paths of MetaBroyden and of others."""
+    return [family for family in field.flagship if field.of("path", family, FLAGSHIP)]
+
+
+def _paths(field: Field) -> Any:
+    """The iterates of several solvers on one input, in the plane in which they vary most; the equilibrium is the origin."""
+    families = _pathed(field)
+    figure, places = _grid(len(families))
+    for place, family in zip(places, families, strict=True):
+        for name, drawn in ((FLAGSHIP, FLAGSHIP), ("Broyden", "Broyden"), ("tuned Anderson", "best classical")):
+            for row in field.of("path", family, name):
+                look, marker = _look(drawn), _LOOKS[drawn][2]
+                place.plot(
+                    row["along"], row["across"], marker=marker, markersize=3, alpha=0.85,
+                    label=f"{_LABELS.get(name, name)}", **{**look, "linewidth": 1.0},
+                )  # fmt: skip
+                place.plot(
+                    row["along"][:1], row["across"][:1], marker="o", markersize=7, color=look["color"], fillstyle="none"
+                )
+        place.plot(0, 0, marker="*", markersize=9, color="black", linestyle="", label="equilibrium")
+        place.set_title(family, fontsize=8)
+        place.set_xticks([])
+        place.set_yticks([])
+    figure.supxlabel(
+        "first input of the test split; rings: first evaluations; plane of the iterates' two principal components",
+        fontsize=9,
+    )
+    _legend(figure, places)
     return figure
 
 

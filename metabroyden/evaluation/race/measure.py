@@ -204,6 +204,35 @@ def _peak(one: Contestant, f: Any, z0: State, x: Any, tolerance: float, budget: 
         return live.peak - before
 
 
+@torch.no_grad()
+def path_rows(
+    contestants: Sequence[Contestant], held: HeldOut, star: Tensor, rules: Rules, stamp: Callable[[Contestant], Row]
+) -> list[Row]:
+    """Iterates of solvers that call f, on the first sample to 1e-4, in the plane of their two principal components.
+
+    star (N, n): its first row is the origin.
+    """
+    index = torch.zeros(1, dtype=torch.long, device=held.device)
+    z0, x = gather(held.z0, index), gather(held.x, index)
+    paths, residuals = [], []
+    for one in contestants:
+        visited: list[Tensor] = []
+
+        def f(z: State, context: Any, seen: list[Tensor] = visited) -> State:
+            seen.append(packed(z)[0].double())
+            return held.f(z, context)
+
+        found = solve(f, z0, x, solver=one.solver, rtol=1e-4, max_nfe=rules.budget, throw=False)
+        paths.append(torch.stack(visited) - star[0])
+        residuals.append(_numbers(found.trace.residual[: len(visited), 0].tolist()))
+    plane = torch.linalg.svd(torch.cat(paths), full_matrices=False)[2][:2]
+    rows = []
+    for one, path, residual in zip(contestants, paths, residuals, strict=True):
+        along, across = (path @ plane.T).T.tolist()
+        rows.append({"row": "path", **stamp(one), "along": short(along), "across": short(across), "residual": residual})
+    return rows
+
+
 def pace_rows(
     solves: Sequence[tuple[Contestant, int, bool]], held: HeldOut, rules: Rules, stamp: Callable[[Contestant], Row]
 ) -> list[Row]:

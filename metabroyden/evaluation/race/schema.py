@@ -83,6 +83,13 @@ SCHEMA: dict[str, Any] = {
             by_time={**_SERIES, "description": "median over its samples by then"},
         ),
         _kind(
+            "path",
+            "Where one solve of the first sample goes: its iterates minus the equilibrium, in a plane shared by all paths",
+            along={**_SERIES, "description": "first principal component of all paths' iterates"},
+            across={**_SERIES, "description": "second"},
+            residual={"type": "array", "items": _MAYBE},
+        ),
+        _kind(
             "depth",
             "The task's mean score after so many evaluations",
             evaluations=_COUNT,

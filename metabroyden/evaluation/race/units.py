@@ -36,6 +36,8 @@ DEPTHS = range(1, 41)
 PACES = (1, 2, 3, 5, 8, 12, 20, 30)
 """Evaluations after which solves are stopped to be timed, of the solvers that figures show."""
 TIMED = (FLAGSHIP, "grouped", "hyper-anderson", "tuned Picard", "tuned Anderson", "Broyden", "Peaceman-Rachford")
+PATHS = (FLAGSHIP, "Broyden", "tuned Anderson")
+"""Solvers whose iterates are drawn."""
 NEAR = {"accuracy": 0.005, "bits": 0.01}
 """How far from the equilibrium's score counts as equal."""
 NORMS = (0.5, 0.9, 1.2, 1.5, 2.0, 3.0)
@@ -144,6 +146,8 @@ class FamilyUnit(Unit):
         rows += self.solves(everyone, held, star, known, rules, self._stamp, self.name)
         rows += self._metric_rows(everyone, held, rows, rules)
         rows += self._learned_rows(learned[:-1], held)
+        shown = [one for one in everyone if one.name in PATHS and not one.seed and not getattr(one.solver, "parts", ())]
+        rows += measure.path_rows(shown, held, star, rules, self._stamp) if bool(known[0]) else []
         rows += self._leak_rows([one for one in everyone if not one.peer])
         few = [*ours, *learned, *(one for one in peers if one.name in ("torchdeq Broyden", "tuned torchdeq Anderson"))]
         for name, change in CHANGES.items() if isinstance(self.criterion, Images) else ():
