@@ -242,7 +242,7 @@ def test_meta_names_what_it_does_not_know(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "steps"), [("conv-digits", 28), ("trellisnet-words", 14), ("transformer-shakespeare", 12)]
+    ("family", "steps"), [("conv-digits", 28), ("trellisnet-words", 12), ("transformer-shakespeare", 12)]
 )
 def test_secants_take_over_after_an_unroll_or_where_the_family_says(tmp_path, family, steps):
     assert meta.Job(meta.Meta(family=family, runs=tmp_path)).recipe.options["gated"] == steps

@@ -15,7 +15,7 @@ from experiments import race
 from metabroyden.evaluation.equilibria import HeldOut
 from metabroyden.evaluation.peers import TorchDEQSolver
 from metabroyden.evaluation.plots import plt
-from metabroyden.evaluation.race import check_page, contestants, measure, page, report, schema
+from metabroyden.evaluation.race import check_page, contestants, measure, page, report, schema, units
 from metabroyden.evaluation.race.contestants import Contestant
 from metabroyden.evaluation.race.statistics import Field, compared
 from metabroyden.evaluation.race.units import FamilyUnit, Settings
@@ -270,6 +270,9 @@ def test_a_tiny_race_runs_goes_on_and_reports(tmp_path, capsys, monkeypatch):
         families=("dense-digits",), images=6, rounds=1, budget=30, runs=tmp_path / "runs", results=tmp_path / "results",
         progress=False,
     )  # fmt: skip
+    few = {"NORMS": (1.5,), "WIDTHS": (16,), "BUSES": (14,), "CHANGES": {"noisy": units.CHANGES["noisy"]}}
+    for name, value in few.items():
+        monkeypatch.setattr(units, name, value)
     race.run(config)
     (trial,) = config.results.iterdir()
     assert trial.name.startswith("trial-"), "fewer images than the usual ones"
@@ -283,7 +286,12 @@ def test_a_tiny_race_runs_goes_on_and_reports(tmp_path, capsys, monkeypatch):
     } <= names
     text = (trial / "report.md").read_text()
     assert "python -m experiments race --families dense-digits --images 6 --budget 30 --rounds 1" in text
-    field = Field(schema.read(trial / "rows"))
+    rows = schema.read(trial / "rows")
+    outside = Field(rows, "outside")
+    assert outside.families == ["dense, norm 1.5", "dense, 16 wide", "power flow, 14 buses", "dense-digits, noisy"]
+    assert outside.must("power flow, 14 buses", "Broyden", 1e-3).success == 1
+    field = Field(rows)
+    assert field.families == ["dense-digits"]
     assert {
         "Picard",
         "tuned Anderson",

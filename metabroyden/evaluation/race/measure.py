@@ -29,7 +29,7 @@ class Rules:
 
     Attributes:
         tolerances: each with a solve of its own. clocked: those with `rounds` timed rounds; the others have one.
-        budget: evaluations a sample. block: samples solved as one batch.
+        budget: evaluations a sample. block: samples solved as one batch. weighed: whether memory is measured.
     """
 
     tolerances: tuple[float, ...]
@@ -37,6 +37,7 @@ class Rules:
     budget: int
     block: int
     rounds: int
+    weighed: bool = True
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def solve_rows(
                 result = found[one.key]
                 if tolerance == rules.tolerances[-1] and result.trace is not None:
                     traces[one.key].append(result.trace)
-                weighed = number == 0 and tolerance == rules.clocked[-1]
+                weighed = rules.weighed and number == 0 and tolerance == rules.clocked[-1]
                 rows.append(
                     {
                         "row": "solve",

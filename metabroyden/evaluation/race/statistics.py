@@ -177,14 +177,11 @@ class Field:
         ours, theirs = self.must(family, solver, tolerance).seconds, self.must(family, rival, tolerance).seconds
         ratios = ours / np.median(theirs, axis=0, keepdims=True)
         generator, (seeds, blocks, rounds) = np.random.default_rng(0), ratios.shape
-        draws = np.empty(1 + RESAMPLES)
-        draws[0] = np.median(ratios)
-        for number in range(RESAMPLES):  # seeds, blocks of each, rounds of each
-            seed = generator.integers(seeds, size=(seeds, 1, 1))
-            block = generator.integers(blocks, size=(seeds, blocks, 1))
-            lap = generator.integers(rounds, size=(seeds, blocks, rounds))
-            draws[1 + number] = np.median(ratios[seed, block, lap])
-        return draws
+        # seeds, blocks of each, rounds of each
+        seed = generator.integers(seeds, size=(RESAMPLES, seeds, 1, 1))
+        block = generator.integers(blocks, size=(RESAMPLES, seeds, blocks, 1))
+        lap = generator.integers(rounds, size=(RESAMPLES, seeds, blocks, rounds))
+        return np.concatenate([[np.median(ratios)], np.median(ratios[seed, block, lap], axis=(1, 2, 3))])
 
     def paired(self, family: str, solver: str, rival: str, tolerance: float) -> tuple[Interval, int, int]:
         """(mean difference of evaluations, samples that only the first solves, samples that only the second solves).

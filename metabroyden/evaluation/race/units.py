@@ -154,7 +154,7 @@ class FamilyUnit(Unit):
             held = equilibria.held_out(model, self.criterion, "test", count, change)
             star, known = self._equilibria(work / f"equilibria-{name}.safetensors", model, held, ours)
             outside = self.stamp("outside", f"{self.name}, {name}")
-            once = replace(rules, tolerances=CLOCKED, rounds=1)
+            once = replace(rules, tolerances=CLOCKED, rounds=1, weighed=False)
             rows += self.solves(few, held, star, known, once, outside, f"{self.name}, {name}")
         return rows
 
@@ -299,7 +299,7 @@ class CellsUnit(Unit):
             packed = Packing.of(held.z0).pack(held.z0)
             known = torch.full((len(held),), problem.star is not None)
             star = torch.zeros_like(packed) if problem.star is None else Packing.of(problem.star).pack(problem.star)
-            rules = measure.Rules(CLOCKED, CLOCKED, settings.budget, len(held), settings.rounds)
+            rules = measure.Rules(CLOCKED, CLOCKED, settings.budget, len(held), settings.rounds, weighed=False)
             everyone = [*ours, contestants.universal(), *peers]
             rows += self.solves(everyone, held, star.double(), known, rules, self.stamp("outside", name), name)
         return rows
