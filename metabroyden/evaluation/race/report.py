@@ -32,7 +32,7 @@ def write(folder: Path) -> Path:
     drawn = figures.write_all(field, outside, folder / "figures")
     described = json.loads((folder / "config.json").read_text())
     lead = (
-        "Rules: [PROTOCOL.md](PROTOCOL.md). Rows: [rows/](rows/), as [schema.json](schema.json) says. Median evaluations "
+        "Rules: `results/race/PROTOCOL.md`. Rows: [rows/](rows/), as [schema.json](schema.json) says. Median evaluations "
         "over held-out samples (share of them solved), a failure counting the whole budget of "
         f"{field.budget}; ratios with 95% bootstrap intervals over samples and seeds."
     )
