@@ -19,9 +19,9 @@ lint: setup
 race: setup
 	$(BIN)/python -m experiments race
 
-# the digits part, into a trial- folder of results/race
+# the digits families on fewer images, into a trial- folder of results/race
 race-small: setup
-	$(BIN)/python -m experiments race --families $(DIGITS) --no-cells
+	$(BIN)/python -m experiments race --families $(DIGITS) --images 64 --no-cells
 
 # wants a browser: apt-get install chromium
 check-page: setup
