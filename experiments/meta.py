@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markdown import Markdown
-from torch import Tensor
 
-from metabroyden import Anderson, Broyden, checkpoint, load_solver, save_solver
+from metabroyden import Anderson, Broyden, load_solver, save_solver
 from metabroyden.evaluation import equilibria, meta_report, meta_rows, texts
 from metabroyden.evaluation.provenance import (
     command_line,
@@ -38,7 +37,6 @@ from metabroyden.models import load_model
 from metabroyden.models.criteria import NextToken
 from metabroyden.models.families import get_family, trained_model
 from metabroyden.solvers.classical import grids
-from metabroyden.state import Packing
 from metabroyden.storage import atomic_write
 
 CLASSICAL = "classical"
@@ -330,10 +328,11 @@ class Job:
         contestants = (
             {config.solver: solver} if solver is not None else {**classical, "Broyden": Broyden(config.budget)}
         )
-        star, known = self._equilibria(held, classical)
+        sure = (classical["Peaceman-Rachford"],) if self.family.splitting else ()
+        # once for all solvers of the family
+        star, known = meta_rows.kept_equilibria(self.common / "equilibria.safetensors", self.model.cell, held, sure)
         index = torch.arange(len(held), device=held.device)
-        packing = Packing.of(held.z0)
-        at_star = float(held.judge(packing.unpack(star.to(packing.pack(held.z0).dtype)), index).mean())
+        at_star = float(held.judge(meta_rows.states_at(star, held), index).mean())
         rows: list[dict[str, Any]] = [
             {"row": "star", "known": float(known.float().mean()), "score": at_star, "samples": len(held)}
         ]
@@ -373,16 +372,6 @@ class Job:
             save_solver(solver, self.common / f"{name}.solver")
         atomic_write(self.common / "tuned", "")
         return dict(sorted(found.items()))
-
-    def _equilibria(self, held: equilibria.HeldOut, classical: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """(z*, known) of the held-out problems in float64: once for all solvers of the family."""
-        path = self.common / "equilibria.safetensors"
-        if not path.exists():
-            sure = (classical["Peaceman-Rachford"],) if self.family.splitting else ()
-            star, known = meta_rows.double_equilibria(self.model.cell, held, sure)
-            checkpoint.write(path, "measured/equilibria", {"star": star, "known": known}, {})
-        tensors, _ = checkpoint.read(path, "measured")
-        return tensors["star"].to(held.device), tensors["known"].to(held.device)
 
     def _described(self, solver: Any) -> dict[str, Any]:
         config = self.config

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from metabroyden.evaluation.metrics import residual_after, residual_by_time, seconds_to, short
 from metabroyden.evaluation.peers import TorchDEQSolver
+from metabroyden.evaluation.stopwatch import Stopwatch
 from metabroyden.ledger import Ledger
 from metabroyden.problem import Problem
 from metabroyden.solution import Status, Trace
@@ -117,14 +118,15 @@ def clock_rows(
     Three readings: until half, until 90% and until all of the batch had finished (a failed sample finishes with the
     solve), and the share of the solve that was spent outside f.
     """
-    timed = _TimedCell(problems.f)
+    watch = Stopwatch(torch.device("cpu"))
+    timed: Any = watch.of_f(problems.f)
     clocked = Problems(timed, problems.z0, problems.x, problems.classify, problems.labels)
     readings: dict[str, list[list[float]]] = {name: [] for name in solvers}
     paths: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in solvers}
     known = {name: run_solver(solver, problems, rtol, budget)[1] for name, solver in solvers.items()}  # and warm up
     for _ in range(repeats):
         for name, solver in solvers.items():
-            timed.seconds = 0.0
+            watch.clear()
             began = time.perf_counter()
             if isinstance(solver, TorchDEQSolver):  # recording takes time: the residuals are those of the warm-up
                 seconds = solver.clock(timed, problems.z0, problems.x, rtol, budget)
@@ -135,7 +137,7 @@ def clock_rows(
                 total = time.perf_counter() - began
             done = np.sort(np.minimum(seconds_to(trace, rtol), total))
             half, most = done[(len(done) - 1) // 2], done[int(np.ceil(0.9 * len(done))) - 1]
-            readings[name].append([half, most, total, timed.seconds, len(trace.seconds)])
+            readings[name].append([half, most, total, watch.f, len(trace.seconds)])
             paths[name].append(residual_by_time(trace))
     rows: list[Row] = []
     middle = {name: np.median(np.array(values), axis=0) for name, values in readings.items()}
@@ -241,16 +243,3 @@ def reference_equilibrium(
             if len(todo) == 0:
                 break
     return z, known
-
-
-class _TimedCell:
-    """f with a stopwatch."""
-
-    def __init__(self, f: Cell) -> None:
-        self.f, self.seconds = f, 0.0
-
-    def __call__(self, z: Tensor, x: Tensor) -> Tensor:
-        began = time.perf_counter()
-        value = self.f(z, x)
-        self.seconds += time.perf_counter() - began
-        return value

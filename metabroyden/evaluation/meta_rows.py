@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from metabroyden import checkpoint
 from metabroyden.evaluation.equilibria import HeldOut, Row
 from metabroyden.evaluation.metrics import residual_after, short
-from metabroyden.evaluation.stopwatch import now
+from metabroyden.evaluation.stopwatch import Stopwatch, now
 from metabroyden.solution import State
 from metabroyden.solve import solve
 from metabroyden.solvers import Anderson, Broyden
@@ -66,6 +68,21 @@ def double_equilibria(
         stars.append(star)
         known.append(found)
     return torch.cat(stars), torch.cat(known)
+
+
+def kept_equilibria(path: Path, cell: Any, held: HeldOut, solvers: Sequence[Any] = ()) -> tuple[Tensor, Tensor]:
+    """`double_equilibria`, found once and kept in a file."""
+    if not path.exists():
+        star, known = double_equilibria(cell, held, solvers)
+        checkpoint.write(path, "measured/equilibria", {"star": star, "known": known}, {})
+    tensors, _ = checkpoint.read(path, "measured")
+    return tensors["star"].to(held.device), tensors["known"].to(held.device)
+
+
+def states_at(star: Tensor, held: HeldOut) -> State:
+    """Equilibria (N, n) as states of the held-out problems, in their dtype."""
+    packing = Packing.of(held.z0)
+    return packing.unpack(star.to(packing.pack(held.z0).dtype))
 
 
 def _in_double(leaf: Any) -> Any:
@@ -159,26 +176,19 @@ def clock_rows(
     """
     index = torch.arange(min(batch, len(held)), device=held.device)
     z0, x = gather(held.z0, index), gather(held.x, index)
-    spent = {"seconds": 0.0, "calls": 0}
-
-    def f(z: State, context: Any) -> State:
-        began = now(held.device)
-        value = held.f(z, context)
-        spent["seconds"] += now(held.device) - began
-        spent["calls"] += 1
-        return value
-
+    watch = Stopwatch(held.device)
+    f = watch.of_f(held.f)
     rows: list[Row] = []
     for tolerance in tolerances:
         taken: dict[str, list[tuple[float, float, float]]] = {name: [] for name in solvers}
         reached: dict[str, float] = {}
         for name in turns(list(solvers), repeats + 1):
             solver = solvers[name]
-            spent.update(seconds=0.0, calls=0)
+            watch.clear()
             timed = held.f if getattr(solver, "parts", ()) else f
             began = now(held.device)
             found = solve(timed, z0, x, solver=solver, rtol=tolerance, max_nfe=budget, throw=False)
-            taken[name].append((now(held.device) - began, spent["seconds"], spent["calls"]))
+            taken[name].append((now(held.device) - began, watch.f, watch.calls))
             reached[name] = float(found.converged.float().mean())
         for name, readings in taken.items():
             total, in_f, calls = zip(*readings[1:], strict=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from metabroyden.solution import Trace, relative, residual_norms
+from metabroyden.state import Packing
 
 Cell = Callable[[Tensor, Any], Tensor]
 
@@ -195,6 +196,16 @@ class ScipySolver:
             else:
                 getattr(optimize, self.name)(g, start, alpha=1.0, **options)
         return z0 if recorder.last is None else recorder.last, recorder
+
+
+def solve_state(
+    peer: Any, f: Callable[..., Any], z0: Any, context: Any, rtol: float, max_nfe: int, *, keep: bool = True
+) -> tuple[Any, Recorder]:
+    """(z, record) of a peer on a state of one tensor or several, which it meets as (B, n); f(z, context)."""
+    packing = Packing.of(z0)
+    flat = packing.pack(z0)
+    z, recorder = peer.solve(lambda z: packing.pack(f(packing.unpack(z), context)), flat, rtol, max_nfe, keep=keep)
+    return packing.unpack(z), recorder
 
 
 def available(package: str) -> bool:

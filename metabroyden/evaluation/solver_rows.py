@@ -22,13 +22,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metabroyden.evaluation.metrics import short
-from metabroyden.evaluation.peers import ScipySolver, TorchDEQSolver, XitorchSolver
+from metabroyden.evaluation.peers import ScipySolver, TorchDEQSolver, XitorchSolver, solve_state
 from metabroyden.evaluation.stopwatch import Stopwatch
 from metabroyden.fixed import FixedBudget
 from metabroyden.solution import Trace
 from metabroyden.solve import solve
 from metabroyden.solvers import Anderson, Broyden, Picard
-from metabroyden.state import Packing
 from metabroyden.testbed import KnownProblem, make_problem
 
 Row = dict[str, Any]
@@ -70,14 +69,8 @@ def run_ours(solver: Any, problem: KnownProblem, rtol: float, max_nfe: int) -> R
 
 def run_peer(peer: Peer, problem: KnownProblem, rtol: float, max_nfe: int, *, keep: bool) -> Run:
     """A solve by a peer, on the flat state: recorded, or timed."""
-    packing = Packing.of(problem.z0)
-    flat = packing.pack(problem.z0)
-
-    def f(z: Tensor) -> Tensor:
-        return packing.pack(problem.f(packing.unpack(z), problem.context))
-
     began = time.perf_counter()
-    _, recorder = peer.solve(f, flat, rtol, max_nfe, keep=keep)
+    _, recorder = solve_state(peer, problem.f, problem.z0, problem.context, rtol, max_nfe, keep=keep)
     total = time.perf_counter() - began - recorder.excused
     return Run(total, recorder.f_seconds, recorder.count, recorder.trace() if keep else None, recorder.gaps)
 

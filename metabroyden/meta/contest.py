@@ -16,6 +16,12 @@ UNTUNED = "Broyden, untuned"
 """The solver that a DEQ has by default: one of the contestants."""
 
 
+def standard_error(success: float, count: int) -> float:
+    """Of a share of `count` samples; all of them solved is no certainty."""
+    smoothed = (success * count + 1) / (count + 2)
+    return float((smoothed * (1 - smoothed) / count) ** 0.5)
+
+
 @dataclass(frozen=True)
 class Standing:
     """How one solver did. B problems.
@@ -89,9 +95,7 @@ class Contest:
     def rivals(self) -> dict[str, Standing]:
         """The classical solvers of the highest success, or no more than its standard error below it."""
         top, count = max(one.success for one in self.classical.values()), len(self.fitted.nfe)
-        smoothed = (top * count + 1) / (count + 2)  # all of them solved is no certainty
-        error = (smoothed * (1 - smoothed) / count) ** 0.5
-        return {name: one for name, one in self.classical.items() if one.success >= top - error}
+        return {name: one for name, one in self.classical.items() if one.success >= top - standard_error(top, count)}
 
     @property
     def best(self) -> str:

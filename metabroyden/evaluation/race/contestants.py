@@ -11,11 +11,10 @@ from typing import Any
 from metabroyden.checkpoint import load_solver
 from metabroyden.evaluation import equilibria
 from metabroyden.evaluation.equilibria import HeldOut
-from metabroyden.evaluation.peers import TorchDEQSolver
+from metabroyden.evaluation.peers import TorchDEQSolver, solve_state
 from metabroyden.learned.started import Started
 from metabroyden.solvers import Broyden, Newton, Picard
 from metabroyden.solvers.tuning import score, tune
-from metabroyden.state import Packing
 
 FLAGSHIP = "meta-broyden"
 LEARNED = (FLAGSHIP, "grouped", "hyper-anderson")
@@ -75,7 +74,7 @@ def started(learned: Contestant, known: list[Contestant]) -> list[Contestant]:
 
 
 def learned(folder: Path, family: str, names: tuple[str, ...] = LEARNED) -> list[Contestant]:
-    """Trained solvers of a family, from results/meta, and the universal one that is shipped."""
+    """Trained solvers of a family, from results/meta."""
     found = []
     for name in names:
         for path in sorted((folder / family).glob(f"{name}-seed*/solver.safetensors")):
@@ -124,8 +123,5 @@ def peers(validation: HeldOut, budget: int) -> list[Contestant]:
 
 def _score(solver: TorchDEQSolver, validation: HeldOut, budget: int) -> float:
     z0, x, _ = next(iter(validation.chunks()))
-    packing = Packing.of(z0)
-    _, recorder = solver.solve(
-        lambda z: packing.pack(validation.f(packing.unpack(z), x)), packing.pack(z0), min(_JUDGED), budget
-    )
+    _, recorder = solve_state(solver, validation.f, z0, x, min(_JUDGED), budget)
     return score(recorder.trace(), _JUDGED, budget)

@@ -231,7 +231,7 @@ def _metric(field: Field, *, by_time: bool) -> Any:
                 spent = {row["evaluations"]: 1e3 * float(np.median(row["seconds"])) for row in paces}
                 rows = [row for row in rows if row["evaluations"] in spent]
                 at = [spent[row["evaluations"]] for row in rows]
-            marker = _LOOKS.get(drawn, ("", "", "."))[2]
+            marker = _LOOKS[drawn][2]
             scores = [row["score"] for row in rows]
             place.plot(at, scores, marker=marker, markersize=3, label=_LABELS.get(drawn, drawn), **_look(drawn))
         place.axhline(goal, color="black", linewidth=0.8)

@@ -12,15 +12,17 @@ from torch import Tensor
 
 from metabroyden.evaluation.equilibria import HeldOut
 from metabroyden.evaluation.memory import LiveBytes
-from metabroyden.evaluation.meta_rows import packed
+from metabroyden.evaluation.meta_rows import packed, states_at
 from metabroyden.evaluation.metrics import residual_after, residual_by_time, short
+from metabroyden.evaluation.peers import solve_state
 from metabroyden.evaluation.race.contestants import Contestant
 from metabroyden.evaluation.race.schema import LETTERS, Row
 from metabroyden.evaluation.stopwatch import Stopwatch, now
+from metabroyden.gradients.base import parts_of
 from metabroyden.solution import State, Status, Trace
 from metabroyden.solve import solve
 from metabroyden.solvers.clock import turns
-from metabroyden.state import Packing, gather
+from metabroyden.state import gather
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,11 @@ def solve_rows(
     done: called after each block and tolerance.
     """
     rows = []
+    settled = None if held.predict is None else held.predict(states_at(star, held))
     traces: dict[str, list[Trace]] = {one.key: [] for one in contestants}
     for number, index in enumerate(torch.arange(len(held), device=held.device).split(rules.block)):
         z0, x = gather(held.z0, index), gather(held.x, index)
+        predicted = None if settled is None else settled[index]
         for tolerance in rules.tolerances:
             # what is found warms up what is timed
             found = {one.key: _solved(one, held.f, z0, x, tolerance, rules.budget)[0] for one in contestants}
@@ -94,7 +98,7 @@ def solve_rows(
                         "status": result.status,
                         "distance": _distance(result.z, star[index], known[index]),
                         "score": _numbers(held.judge(result.z, index).tolist()),
-                        "agrees": _agreement(held, result.z, star[index], known[index]),
+                        "agrees": _agreement(held, result.z, predicted, known[index]),
                         "handed_over": result.handed_over,
                         "seconds": short(seconds[one.key]),
                         "peak_bytes": _peak(one, held.f, z0, x, tolerance, rules.budget) if weighed else None,
@@ -132,11 +136,9 @@ def _solved(
 def _solved_by_peer(
     solver: Any, f: Any, z0: State, x: Any, tolerance: float, budget: int, *, keep: bool
 ) -> tuple[_Found, Row]:
-    packing, device = Packing.of(z0), _device(z0)
+    device = _device(z0)
     began = now(device)
-    z, recorder = solver.solve(
-        lambda flat: packing.pack(f(packing.unpack(flat), x)), packing.pack(z0), tolerance, budget, keep=keep
-    )
+    z, recorder = solve_state(solver, f, z0, x, tolerance, budget, keep=keep)
     total = now(device) - began - recorder.excused
     in_f = recorder.f_seconds if device.type == "cpu" else None
     taken = {"total": total, "f": in_f, "solver": total - (in_f or 0.0), "bookkeeping": 0.0}
@@ -147,7 +149,7 @@ def _solved_by_peer(
     smallest = trace.residual.nan_to_num(torch.inf).min(dim=0).values.tolist()
     finite = torch.isfinite(trace.residual[-1]).tolist()
     letters = ["C" if hit else "B" if whole else "N" for hit, whole in zip(reached, finite, strict=True)]
-    return _Found(packing.unpack(z), evaluations, smallest, "".join(letters), 0, trace), taken
+    return _Found(z, evaluations, smallest, "".join(letters), 0, trace), taken
 
 
 def _curve(traces: Sequence[Trace], budget: int) -> Row:
@@ -163,7 +165,7 @@ def _curve(traces: Sequence[Trace], budget: int) -> Row:
 
 
 def _device(z: State) -> torch.device:
-    return z.device if isinstance(z, Tensor) else z[0].device
+    return parts_of(z)[0].device
 
 
 def _numbers(values: list[float]) -> list[float | None]:
@@ -178,13 +180,11 @@ def _distance(z: State, star: Tensor, known: Tensor) -> list[float | None]:
     ]
 
 
-def _agreement(held: HeldOut, z: State, star: Tensor, known: Tensor) -> list[float | None]:
-    """By sample, the share of predictions that are those at the float64 equilibrium; None where that is not known."""
-    if held.predict is None:
-        return [None for _ in star]
-    packing = Packing.of(z)
-    settled = held.predict(packing.unpack(star.to(packing.pack(z).dtype)))
-    same = (held.predict(z) == settled).float().reshape(len(star), -1).mean(dim=1)
+def _agreement(held: HeldOut, z: State, settled: Tensor | None, known: Tensor) -> list[float | None]:
+    """By sample, the share of predictions that are the settled ones; None where the equilibrium is not known."""
+    if held.predict is None or settled is None:
+        return [None for _ in known]
+    same = (held.predict(z) == settled).float().reshape(len(known), -1).mean(dim=1)
     return [float(f"{v:.4g}") if there else None for v, there in zip(same.tolist(), known.tolist(), strict=True)]
 
 

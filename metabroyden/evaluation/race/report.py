@@ -225,12 +225,8 @@ def _equilibria(field: Field) -> Table:
 
 def _lists(field: Field, family: str, solver: str, tolerance: float, key: str) -> np.ndarray:
     """(S, N) values by sample; NaN for None."""
-    seeds: dict[Any, list[Any]] = {}
-    for row in sorted(field.of("solve", family, solver, tolerance=tolerance), key=lambda row: row["block"]):
-        seeds.setdefault(row["seed"], []).extend(row[key])
-    return np.array(
-        [[np.nan if value is None else value for value in values] for values in seeds.values()], dtype=float
-    )
+    seeds = [[value for row in rows for value in row[key]] for rows in field.blocks(family, solver, tolerance)]
+    return np.array(seeds, dtype=float)  # None becomes NaN
 
 
 def _distances(field: Field, family: str, solver: str, tolerance: float) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 
 from metabroyden.evaluation.race.contestants import FLAGSHIP
 from metabroyden.evaluation.race.schema import Row
+from metabroyden.meta.contest import standard_error
 
 RESAMPLES = 4000
 HEADLINE = 12
@@ -49,10 +50,13 @@ class Standing(NamedTuple):
 
     @property
     def error(self) -> float:
-        """Standard error of that share, over samples; all of them solved is no certainty."""
-        count = self.solved.shape[1]
-        smoothed = (self.success * count + 1) / (count + 2)
-        return float((smoothed * (1 - smoothed) / count) ** 0.5)
+        """Standard error of that share, over samples."""
+        return standard_error(self.success, self.solved.shape[1])
+
+    @property
+    def mostly(self) -> np.ndarray:
+        """(N,) samples that most seeds solve."""
+        return self.solved.mean(axis=0) > 0.5
 
     def within(self, budget: int) -> float:
         """Share of samples solved in so many evaluations."""
@@ -104,11 +108,21 @@ class Field:
         """How a solver did; None where it did not run."""
         key = family, solver, tolerance
         if key not in self._standings:
-            seeds: dict[Any, list[Row]] = {}
-            for row in self.of("solve", family, solver, tolerance=tolerance):
-                seeds.setdefault(row["seed"], []).append(row)
-            self._standings[key] = _standing(list(seeds.values())) if seeds else None
+            blocks = self.blocks(*key)
+            spent, letters = (
+                np.array([[value for row in rows for value in row[name]] for rows in blocks])
+                for name in ("evaluations", "status")
+            )
+            seconds = np.array([[[lap["total"] for lap in row["seconds"]] for row in rows] for rows in blocks])
+            self._standings[key] = Standing(spent, letters == "C", seconds) if blocks else None
         return self._standings[key]
+
+    def blocks(self, family: str, solver: str, tolerance: float) -> list[list[Row]]:
+        """Of each seed, the rows of a solver in the order of their blocks."""
+        seeds: dict[Any, list[Row]] = {}
+        for row in sorted(self.of("solve", family, solver, tolerance=tolerance), key=lambda row: row["block"]):
+            seeds.setdefault(row["seed"], []).append(row)
+        return list(seeds.values())
 
     def must(self, family: str, solver: str, tolerance: float) -> Standing:
         """The same; KeyError where it did not run."""
@@ -149,12 +163,15 @@ class Field:
 
     def mean_ratio(self, families: Sequence[str], solver: str, rival: Any, tolerance: float) -> Interval:
         """Geometric mean over families; `rival` a name, or a map from a family to one. NaN where there are none."""
-        draws = []
+        return self._mean(self._draws, families, solver, rival, tolerance)
+
+    def _mean(self, draws: Any, families: Sequence[str], solver: str, rival: Any, tolerance: float) -> Interval:
+        found = []
         for family in families:
             name = rival(family) if callable(rival) else rival
             if self.standing(family, solver, tolerance) and self.standing(family, name, tolerance):
-                draws.append(np.log(self._draws(family, solver, name, tolerance)))
-        return _interval(np.exp(np.mean(draws, axis=0))) if draws else Interval(*3 * (float("nan"),))
+                found.append(np.log(draws(family, solver, name, tolerance)))
+        return _interval(np.exp(np.mean(found, axis=0))) if found else Interval(*3 * (float("nan"),))
 
     def _draws(self, family: str, solver: str, rival: str, tolerance: float) -> np.ndarray:
         """(1 + RESAMPLES,) ratios, the first of them the figure itself."""
@@ -166,12 +183,7 @@ class Field:
 
     def mean_time_ratio(self, families: Sequence[str], solver: str, rival: Any, tolerance: float) -> Interval:
         """Geometric mean over families, as `mean_ratio`."""
-        draws = []
-        for family in families:
-            name = rival(family) if callable(rival) else rival
-            if self.standing(family, solver, tolerance) and self.standing(family, name, tolerance):
-                draws.append(np.log(self._time_draws(family, solver, name, tolerance)))
-        return _interval(np.exp(np.mean(draws, axis=0))) if draws else Interval(*3 * (float("nan"),))
+        return self._mean(self._time_draws, families, solver, rival, tolerance)
 
     def _time_draws(self, family: str, solver: str, rival: str, tolerance: float) -> np.ndarray:
         ours, theirs = self.must(family, solver, tolerance).seconds, self.must(family, rival, tolerance).seconds
@@ -192,8 +204,7 @@ class Field:
         generator = np.random.default_rng(0)
         samples = _drawn_samples(ours, generator)
         draws = _over(ours, samples, generator, np.mean) - _over(theirs, samples, generator, np.mean)
-        one, other = ours.solved.mean(axis=0) > 0.5, theirs.solved.mean(axis=0) > 0.5
-        return _interval(draws), int((one & ~other).sum()), int((other & ~one).sum())
+        return _interval(draws), *_alone(ours, theirs)
 
     @property
     def flagship(self) -> list[str]:
@@ -219,12 +230,15 @@ def compared(ours: Field, theirs: Field) -> list[tuple[str, str, float, Interval
                 if one.evaluations.shape[1] != other.evaluations.shape[1]:
                     counts = f"{one.evaluations.shape[1]} and {other.evaluations.shape[1]}"
                     raise ValueError(f"runs can be compared on the same samples; {family} has {counts}")
-                a, b = one.solved.mean(axis=0) > 0.5, other.solved.mean(axis=0) > 0.5
-                ratio = _interval(_draws(one, other))
-                found.append((family, solver, tolerance, ratio, int((a & ~b).sum()), int((b & ~a).sum())))
+                found.append((family, solver, tolerance, _interval(_draws(one, other)), *_alone(one, other)))
     if not found:
         raise ValueError("the two runs have no family and solver in common")
     return found
+
+
+def _alone(ours: Standing, theirs: Standing) -> tuple[int, int]:
+    """Samples that only the first, that only the second solves."""
+    return int((ours.mostly & ~theirs.mostly).sum()), int((theirs.mostly & ~ours.mostly).sum())
 
 
 def _draws(ours: Standing, theirs: Standing) -> np.ndarray:
@@ -238,17 +252,6 @@ def _drawn_samples(standing: Standing, generator: np.random.Generator) -> np.nda
     """(1 + RESAMPLES, N) indices, the first row all samples once."""
     count = standing.evaluations.shape[1]
     return np.concatenate([np.arange(count)[None], generator.integers(count, size=(RESAMPLES, count))])
-
-
-def _standing(seeds: list[list[Row]]) -> Standing:
-    def joined(rows: list[Row]) -> tuple[list[int], list[bool], list[list[float]]]:
-        rows = sorted(rows, key=lambda row: row["block"])
-        spent = [value for row in rows for value in row["evaluations"]]
-        solved = [letter == "C" for row in rows for letter in row["status"]]
-        return spent, solved, [[lap["total"] for lap in row["seconds"]] for row in rows]
-
-    evaluations, solved, seconds = zip(*map(joined, seeds), strict=True)
-    return Standing(np.array(evaluations), np.array(solved), np.array(seconds))
 
 
 def _over(standing: Standing, samples: np.ndarray, generator: np.random.Generator, of: Any) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What is raced on: a family of models with its inputs as they are and changed, or cells that nobody was trained on."""
+"""What is raced on: a family of models with its inputs as they are and changed, or cells of no family."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metabroyden import checkpoint
 from metabroyden.evaluation import equilibria, meta_rows, texts
 from metabroyden.evaluation.equilibria import HeldOut
 from metabroyden.evaluation.metrics import short
@@ -73,7 +73,7 @@ class Unit:
     """A piece of the race whose rows are made in one go.
 
     Attributes:
-        name: of its file of rows. key: name with a hash of what it is made from. work: folder for what is kept meanwhile.
+        name: of its file of rows. key: name with a hash of what it is made from.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Unit:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.commit = provenance()["commit"]
+        self.commit = _made()["commit"]
 
     def rows(self, work: Path) -> list[Row]:
         """All of them; what may be wanted again after an interruption is kept in `work`."""
@@ -142,9 +142,10 @@ class FamilyUnit(Unit):
         block = max(1, len(held) // (4 if self.texts else 2))
         rules = measure.Rules(TOLERANCES, CLOCKED, settings.budget, block, settings.rounds)
         star, known = self._equilibria(work / "equilibria.safetensors", model, held, ours)
-        rows = [*self._tuned_rows(ours, validation), self._star_row(held, star, known)]
+        settled = self._star_row(held, star, known)
+        rows = [*self._tuned_rows(ours, validation), settled]
         rows += self.solves(everyone, held, star, known, rules, self._stamp, self.name)
-        rows += self._metric_rows(everyone, held, rows, rules)
+        rows += self._metric_rows(everyone, held, float(np.mean(settled["score"])), rules)
         rows += self._learned_rows(learned[:-1], held)
         shown = [one for one in everyone if one.name in PATHS and not one.seed and not getattr(one.solver, "parts", ())]
         rows += measure.path_rows(shown, held, star, rules, self._stamp) if bool(known[0]) else []
@@ -162,13 +163,8 @@ class FamilyUnit(Unit):
         return load_model(self.path, **options, warn=False).requires_grad_(False).to(self.settings.device)
 
     def _equilibria(self, path: Path, model: Any, held: HeldOut, ours: list[Contestant]) -> tuple[Tensor, Tensor]:
-        """(z*, known), kept in a file."""
-        if not path.exists():
-            sure = tuple(one.solver for one in ours if one.name == "Peaceman-Rachford")
-            star, known = meta_rows.double_equilibria(model.cell, held, sure)
-            checkpoint.write(path, "measured/equilibria", {"star": star, "known": known}, {})
-        tensors, _ = checkpoint.read(path, "measured")
-        return tensors["star"].to(held.device), tensors["known"].to(held.device)
+        sure = tuple(one.solver for one in ours if one.name == "Peaceman-Rachford")
+        return meta_rows.kept_equilibria(path, model.cell, held, sure)
 
     def _tuned_rows(self, ours: list[Contestant], validation: HeldOut) -> list[Row]:
         """How ours did on the problems that they were tuned on: which families are headline ones follows from that."""
@@ -186,29 +182,24 @@ class FamilyUnit(Unit):
 
     def _star_row(self, held: HeldOut, star: Tensor, known: Tensor) -> Row:
         index = torch.arange(len(held), device=held.device)
-        packing = Packing.of(held.z0)
-        z = packing.unpack(star.to(packing.pack(held.z0).dtype))
         return {
             "row": "star",
             **self._stamp(Contestant("float64", "classical", None, "")),
             "samples": len(held),
             "known": int(known.sum()),
-            "score": short(held.judge(z, index).tolist()),
+            "score": short(held.judge(meta_rows.states_at(star, held), index).tolist()),
             "higher_is_better": not self.texts,
         }
 
-    def _metric_rows(
-        self, everyone: list[Contestant], held: HeldOut, rows: list[Row], rules: measure.Rules
-    ) -> list[Row]:
-        """Score by evaluations, and the time of as many as bring it to the equilibrium's for good."""
-        (star,) = (row for row in rows if row["row"] == "star")
-        goal, near = float(np.mean(star["score"])), NEAR["bits" if self.texts else "accuracy"]
+    def _metric_rows(self, everyone: list[Contestant], held: HeldOut, goal: float, rules: measure.Rules) -> list[Row]:
+        """Score by evaluations, and the time of as many as bring it to the goal, the equilibrium's, for good."""
+        near = NEAR["bits" if self.texts else "accuracy"]
         found: list[Row] = []
         timed: list[tuple[Contestant, int, bool]] = []
+        depths = [k for k in DEPTHS if k <= self.settings.budget]
         for one in everyone:
             if one.peer or getattr(one.solver, "min_nfe", 1) > 1:  # no state after every evaluation
                 continue
-            depths = [k for k in DEPTHS if k <= self.settings.budget]
             scores = equilibria.depth_rows(self.name, held, solver=one.solver, depths=depths)
             for row in scores:
                 figures = {key: row[key] for key in ("evaluations", "score")}
@@ -245,9 +236,15 @@ class FamilyUnit(Unit):
         return rows
 
 
+@cache
+def _made() -> dict[str, Any]:
+    """Commit and versions: asked for once, not for every family."""
+    return provenance()
+
+
 def _digest(*paths: Path) -> str:
     """Of files, the shipped universal solver and the versions of libraries: what rows depend on beside the settings."""
-    versions = provenance()["versions"]
+    versions = _made()["versions"]
     used = [contestants.universal().options, versions["torch"], versions["torchdeq"]]
     digest = hashlib.sha256(repr(used).encode())
     for path in paths:
@@ -294,13 +291,13 @@ class CellsUnit(Unit):
         peers = [
             Contestant(f"torchdeq {name}", "peer", contestants.torchdeq(name), "") for name in ("Broyden", "Anderson")
         ]
+        everyone = [*ours, contestants.universal(), *peers]
         for name, problem in _cells(settings.images // 4).items():
             held = HeldOut(problem.f, problem.z0, problem.context, lambda z, index: torch.zeros(len(index)))
             packed = Packing.of(held.z0).pack(held.z0)
             known = torch.full((len(held),), problem.star is not None)
             star = torch.zeros_like(packed) if problem.star is None else Packing.of(problem.star).pack(problem.star)
             rules = measure.Rules(CLOCKED, CLOCKED, settings.budget, len(held), settings.rounds, weighed=False)
-            everyone = [*ours, contestants.universal(), *peers]
             rows += self.solves(everyone, held, star.double(), known, rules, self.stamp("outside", name), name)
         return rows
 
