@@ -239,6 +239,28 @@ def test_contestants_are_measured_alike_and_times_add_up():
     assert [len(schema.check(row)["seconds"]) for row in paces] == [2, 2]
 
 
+def test_a_peer_that_breaks_a_state_fails_on_that_sample_alone():
+    held, _ = held_out()
+    stamps = {"family": "cell", "part": "families", "config": "0123abcd", "commit": "here"}
+
+    class Breaking(TorchDEQSolver):
+        def solve(self, *arguments, **options):
+            z, recorder = super().solve(*arguments, **options)
+            z[3] = torch.nan
+            return z, recorder
+
+    def stamp(one):
+        return {**stamps, "solver": one.name, "kind": one.kind, "seed": one.seed}
+
+    known = torch.ones(12, dtype=torch.bool)
+    rules = measure.Rules((1e-3,), (1e-3,), 30, 12, 1, weighed=False)
+    breaking = Contestant("torchdeq Broyden", "peer", Breaking("broyden"), "torchdeq")
+    row, _ = measure.solve_rows([breaking], held, torch.ones(12, 16).double(), known, rules, stamp)
+    schema.check(row)
+    assert [number for number, value in enumerate(row["score"]) if value is None] == [3]
+    assert [number for number, value in enumerate(row["distance"]) if value is None] == [3]
+
+
 def test_a_stopwatch_sees_the_solvers_a_safeguard_hands_over_to():
     problem = cells.blas(4, 8, 3.0)
     solver = make_learned("grouped", Layout("nd", (8,)), seed=0)

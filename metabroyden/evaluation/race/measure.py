@@ -82,6 +82,7 @@ def solve_rows(
                 seconds[key].append(_solved(by_key[key], held.f, z0, x, tolerance, rules.budget, keep=False)[1])
             for one in contestants:
                 result = found[one.key]
+                whole = _finite(result.z)
                 if tolerance == rules.tolerances[-1] and result.trace is not None:
                     traces[one.key].append(result.trace)
                 weighed = rules.weighed and number == 0 and tolerance == rules.clocked[-1]
@@ -96,9 +97,9 @@ def solve_rows(
                         "evaluations": result.evaluations.tolist(),
                         "residual": _numbers(result.residual),
                         "status": result.status,
-                        "distance": _distance(result.z, star[index], known[index]),
-                        "score": _numbers(held.judge(result.z, index).tolist()),
-                        "agrees": _agreement(held, result.z, predicted, known[index]),
+                        "distance": _distance(result.z, star[index], known[index] & whole),
+                        "score": _numbers(held.judge(result.z, index).where(whole, torch.nan).tolist()),
+                        "agrees": _agreement(held, result.z, predicted, known[index] & whole),
                         "handed_over": result.handed_over,
                         "seconds": short(seconds[one.key]),
                         "peak_bytes": _peak(one, held.f, z0, x, tolerance, rules.budget) if weighed else None,
@@ -173,8 +174,18 @@ def _numbers(values: list[float]) -> list[float | None]:
     return [float(f"{value:.4g}") if np.isfinite(value) else None for value in values]
 
 
+def _flat(z: State) -> Tensor:
+    """(B, n) of a state that a peer may have broken: `packed` wants finite ones."""
+    return torch.cat([part.flatten(1) for part in parts_of(z)], dim=1)
+
+
+def _finite(z: State) -> Tensor:
+    """(B,) samples whose state is finite."""
+    return _flat(z).isfinite().all(dim=1)
+
+
 def _distance(z: State, star: Tensor, known: Tensor) -> list[float | None]:
-    apart = (packed(z).double() - star).norm(dim=1) / star.norm(dim=1)
+    apart = (_flat(z).double() - star).norm(dim=1) / star.norm(dim=1)
     return [
         float(f"{value:.3g}") if there else None for value, there in zip(apart.tolist(), known.tolist(), strict=True)
     ]
