@@ -277,7 +277,7 @@ class Job:
                 **{**recipe.options, **options},
             ).to(self.device)
 
-        solver = make(**self._base_step(make, tasks))
+        solver = self.altered(make(**self._base_step(make, tasks)))
         meta = MetaConfig(
             steps=recipe.steps,
             unroll=recipe.unroll,
@@ -307,6 +307,10 @@ class Job:
         solver.fingerprint = fingerprint(self.model.cell)
         if self.first:
             save_solver(solver, path)
+        return solver
+
+    def altered(self, solver: Any) -> Any:
+        """What an ablation does to the untrained solver; here nothing."""
         return solver
 
     def _base_step(self, make: Callable[..., Any], tasks: TaskSet) -> dict[str, float]:

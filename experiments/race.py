@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
+from experiments import meta
 from metabroyden.evaluation.provenance import command_line, config_hash, plain, provenance, results_folder
-from metabroyden.evaluation.race import report, schema
+from metabroyden.evaluation.race import ablation, hyper_deq, report, schema
+from metabroyden.evaluation.race.ablation import AblationUnit
+from metabroyden.evaluation.race.beyond import BeyondUnit
+from metabroyden.evaluation.race.hyper_deq import HyperDEQUnit
 from metabroyden.evaluation.race.statistics import Field
 from metabroyden.evaluation.race.units import CellsUnit, FamilyUnit, Settings, Unit
 from metabroyden.meta import distributed
@@ -30,7 +36,8 @@ class Race:
     families: tuple[str, ...] = tuple(FAMILIES)
     """Families of metabroyden.models.FAMILIES."""
     cells: bool = True
-    """Race on cells that nothing was trained on, too."""
+    """Beside the race itself: cells that nothing was trained on, solvers of other families and far past their horizon,
+    MetaBroyden without its pieces (which trains it anew), and silva-networks' HyperDEQ."""
     images: int = 256
     """Held-out images of a family, in blocks of half as many."""
     segments: int = 128
@@ -83,8 +90,8 @@ def run(config: Race) -> None:
     options = {name: getattr(config, name) for name in ("images", "segments", "budget", "rounds", "models", "meta")}
     setting = Settings(**options, device=device, digest=settings, progress=config.progress)
     units: list[Unit] = [FamilyUnit(setting, family) for family in config.families]
-    if config.cells and device.type == "cpu":  # that is where their problems are
-        units.append(CellsUnit(setting))
+    if config.cells:
+        units += _beside(config, setting)
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)
     try:
@@ -104,6 +111,39 @@ def run(config: Race) -> None:
     atomic_write(folder / "config.json", json.dumps(described, indent=2) + "\n")
     atomic_write(folder / "schema.json", json.dumps(schema.SCHEMA, indent=2) + "\n")
     Console().print(Markdown(report.write(folder).read_text()))
+
+
+def _beside(config: Race, setting: Settings) -> list[Unit]:
+    """What is run on the families beside the race."""
+    units: list[Unit] = [CellsUnit(setting)] if setting.device.type == "cpu" else []  # that is where their problems are
+    for family in config.families:
+        units.append(BeyondUnit(setting, family))
+        if family in hyper_deq.FAMILIES:
+            units.append(HyperDEQUnit(setting, family))
+        if family in ablation.FAMILIES:
+            units.append(AblationUnit(setting, family, partial(_without, config)))
+    return units
+
+
+class _Ablated(meta.Job):
+    """MetaBroyden's usual training, but for what a variant leaves out."""
+
+    def __init__(self, config: meta.Meta, variant: ablation.Variant) -> None:
+        super().__init__(config)
+        self.variant = variant
+        self.recipe = replace(self.recipe, options={**self.recipe.options, **variant.options})
+
+    def altered(self, solver: Any) -> Any:
+        return self.variant.prepared(solver)
+
+
+def _without(config: Race, family: str, variant: str, seed: int) -> Any:
+    """The trained variant; training goes on where it was interrupted."""
+    runs = config.runs / "ablation" / variant.replace(" ", "-")
+    usual = meta.Meta(
+        family=family, seed=seed, models=config.models, runs=runs, device=config.device, progress=config.progress
+    )
+    return _Ablated(usual, ablation.TRAINED[variant]).trained()
 
 
 def _rows(unit: Unit, work: Path) -> Path:

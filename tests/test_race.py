@@ -11,11 +11,21 @@ import pytest
 import torch
 
 import metabroyden as mb
-from experiments import race
+from experiments import meta, race
 from metabroyden.evaluation.equilibria import HeldOut
 from metabroyden.evaluation.peers import TorchDEQSolver
 from metabroyden.evaluation.plots import plt
-from metabroyden.evaluation.race import check_page, contestants, measure, page, report, schema, units
+from metabroyden.evaluation.race import (
+    ablation,
+    check_page,
+    contestants,
+    hyper_deq,
+    measure,
+    page,
+    report,
+    schema,
+    units,
+)
 from metabroyden.evaluation.race.contestants import Contestant
 from metabroyden.evaluation.race.statistics import Field, compared
 from metabroyden.evaluation.race.units import FamilyUnit, Settings
@@ -279,7 +289,7 @@ def test_the_tuned_peer_is_the_best_of_its_grid():
     held, _ = held_out()
     found = {one.name: one for one in contestants.peers(held, 30)}
     assert set(found) == {"torchdeq Broyden", "tuned torchdeq Broyden", "torchdeq Anderson", "tuned torchdeq Anderson"}
-    scores = {name: contestants._score(one.solver, held, 30) for name, one in found.items()}
+    scores = {name: contestants.peer_score(one.solver, held, 30) for name, one in found.items()}
     assert scores["tuned torchdeq Anderson"] <= scores["torchdeq Anderson"] + 1e-9
     assert scores["tuned torchdeq Broyden"] <= scores["torchdeq Broyden"] + 1e-9
 
@@ -295,6 +305,11 @@ def test_a_tiny_race_runs_goes_on_and_reports(tmp_path, capsys, monkeypatch):
     few = {"NORMS": (1.5,), "WIDTHS": (16,), "BUSES": (14,), "CHANGES": {"noisy": units.CHANGES["noisy"]}}
     for name, value in few.items():
         monkeypatch.setattr(units, name, value)
+    for name, value in {"RATES": (1e-3,), "STEPS": 3, "POOL": 64}.items():
+        monkeypatch.setattr(hyper_deq, name, value)
+    place = ("dense-digits", "meta-broyden")
+    monkeypatch.setitem(meta.OWN, place, {**meta.OWN[place], "steps": 8})
+    monkeypatch.setattr(ablation, "TRAINED", {"no P": ablation.TRAINED["no P"]})
     race.run(config)
     (trial,) = config.results.iterdir()
     assert trial.name.startswith("trial-"), "fewer images than the usual ones"
@@ -312,6 +327,10 @@ def test_a_tiny_race_runs_goes_on_and_reports(tmp_path, capsys, monkeypatch):
     outside = Field(rows, "outside")
     assert outside.families == ["dense, norm 1.5", "dense, 16 wide", "power flow, 14 buses", "dense-digits, noisy"]
     assert outside.must("power flow, 14 buses", "Broyden", 1e-3).success == 1
+    without = Field(rows, "ablation")
+    assert {"meta-broyden", "no secants", "no safeguard", "no P", "Broyden"} == set(without.solvers("dense-digits"))
+    assert set(Field(rows, "hyper-deq").solvers("dense-digits", "peer")) == {"HyperDEQ", "torchdeq Anderson"}
+    assert [row["solver"] for row in rows if row["part"] == "horizon"] == ["meta-broyden", "Broyden"]
     field = Field(rows)
     assert field.families == ["dense-digits"]
     assert {

@@ -20,7 +20,7 @@ from metabroyden.state import Packing
 Cell = Callable[[Tensor, Any], Tensor]
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """The stopping rule is met: the way out of a solver that has another one."""
 
 
@@ -67,7 +67,7 @@ class Recorder:
             enough = bool((residual <= self.rtol).all()) or self.count == self.max_calls
         self._moments.append((start, end, time.perf_counter()))
         if enough:
-            raise _Enough
+            raise Enough
         return value
 
     @property
@@ -156,7 +156,7 @@ class XitorchSolver:
         with (
             torch.no_grad(),
             warnings.catch_warnings(),
-            contextlib.suppress(_Enough, RuntimeError, ValueError, TypeError),
+            contextlib.suppress(Enough, RuntimeError, ValueError, TypeError),
         ):
             warnings.simplefilter("ignore")
             equilibrium(lambda z: recorder(z), z0, method=self.name, maxiter=max_nfe, **never, **dict(self.options))
@@ -187,7 +187,7 @@ class ScipySolver:
         start = z0[0].double().numpy()
         options: dict[str, Any] = {"f_tol": 1e-300, "maxiter": max_nfe}
         # scipy raises NoConvergence and, on what diverges, several other errors
-        with torch.no_grad(), warnings.catch_warnings(), contextlib.suppress(_Enough, Exception):
+        with torch.no_grad(), warnings.catch_warnings(), contextlib.suppress(Enough, Exception):
             warnings.simplefilter("ignore")
             if self.name == "hybr":
                 optimize.root(g, start, method="hybr", tol=1e-300, options={"maxfev": max_nfe})
@@ -201,10 +201,16 @@ class ScipySolver:
 def solve_state(
     peer: Any, f: Callable[..., Any], z0: Any, context: Any, rtol: float, max_nfe: int, *, keep: bool = True
 ) -> tuple[Any, Recorder]:
-    """(z, record) of a peer on a state of one tensor or several, which it meets as (B, n); f(z, context)."""
+    """(z, record) of a peer on a state of one tensor or several, which it meets as (B, n); f(z, context).
+
+    A peer with a true attribute `conditioned` is shown the context, too, as `condition`.
+    """
     packing = Packing.of(z0)
     flat = packing.pack(z0)
-    z, recorder = peer.solve(lambda z: packing.pack(f(packing.unpack(z), context)), flat, rtol, max_nfe, keep=keep)
+    seen = {"condition": context} if getattr(peer, "conditioned", False) else {}
+    z, recorder = peer.solve(
+        lambda z: packing.pack(f(packing.unpack(z), context)), flat, rtol, max_nfe, keep=keep, **seen
+    )
     return packing.unpack(z), recorder
 
 

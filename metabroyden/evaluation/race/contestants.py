@@ -27,7 +27,7 @@ class Contestant:
     """One solver of the race.
 
     Attributes:
-        name, kind: see `schema`. solver: one for `solve`, or a `TorchDEQSolver`. options: in words.
+        name, kind: see `schema`. solver: one for `solve`; a peer's for `solve_state`. options: in words.
         seed: of a learned solver; None for others.
     """
 
@@ -40,7 +40,7 @@ class Contestant:
     @property
     def peer(self) -> bool:
         """Whether it runs in another library's loop."""
-        return isinstance(self.solver, TorchDEQSolver)
+        return self.kind == "peer"
 
     @property
     def key(self) -> str:
@@ -116,12 +116,13 @@ def peers(validation: HeldOut, budget: int) -> list[Contestant]:
     for name, grid in grids.items():
         usual = torchdeq(name)
         found.append(Contestant(f"torchdeq {name}", "peer", usual, repr(usual)))
-        best = min(grid, key=lambda solver: _score(solver, validation, budget))
+        best = min(grid, key=lambda solver: peer_score(solver, validation, budget))
         found.append(Contestant(f"tuned torchdeq {name}", "peer", best, repr(best)))
     return found
 
 
-def _score(solver: TorchDEQSolver, validation: HeldOut, budget: int) -> float:
+def peer_score(solver: Any, validation: HeldOut, budget: int) -> float:
+    """What tuning minimises, of another library's solver."""
     z0, x, _ = next(iter(validation.chunks()))
     _, recorder = solve_state(solver, validation.f, z0, x, min(_JUDGED), budget)
     return score(recorder.trace(), _JUDGED, budget)

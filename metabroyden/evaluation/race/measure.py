@@ -109,6 +109,23 @@ def solve_rows(
     return rows + [{"row": "curve", **stamp(one), **_curve(traces[one.key], rules.budget)} for one in contestants]
 
 
+def curve_rows(
+    contestants: Sequence[Contestant],
+    held: HeldOut,
+    count: int,
+    tolerance: float,
+    rules: Rules,
+    stamp: Callable[[Contestant], Row],
+) -> list[Row]:
+    """Residual curves to a budget of their own, on the first `count` problems."""
+    index = torch.arange(min(count, len(held)), device=held.device)
+    z0, x = gather(held.z0, index), gather(held.x, index)
+    found = ((one, _solved(one, held.f, z0, x, tolerance, rules.budget)[0].trace) for one in contestants)
+    return [
+        {"row": "curve", **stamp(one), **_curve([trace], rules.budget)} for one, trace in found if trace is not None
+    ]
+
+
 def _solved(
     one: Contestant, f: Any, z0: State, x: Any, tolerance: float, budget: int, *, keep: bool = True
 ) -> tuple[_Found, Row]:
@@ -172,6 +189,11 @@ def _device(z: State) -> torch.device:
 def _numbers(values: list[float]) -> list[float | None]:
     """To four digits; None for what is no number."""
     return [float(f"{value:.4g}") if np.isfinite(value) else None for value in values]
+
+
+def unknown(held: HeldOut) -> tuple[Tensor, Tensor]:
+    """(z*, known) for `solve_rows` where no equilibrium is known."""
+    return torch.zeros_like(packed(held.z0), dtype=torch.float64), torch.zeros(len(held), dtype=torch.bool)
 
 
 def _flat(z: State) -> Tensor:

@@ -16,6 +16,9 @@ TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 _BY_SAMPLE = ("evaluations", "residual", "status", "distance", "score", "agrees")
 KINDS = ("classical", "started", "learned", "peer")
 """Classical solvers of ours; the same from the learned start; learned ones; other libraries'."""
+PARTS = ("families", "outside", "ablation", "transfer", "horizon", "hyper-deq")
+"""The race itself; inputs and cells of another kind; MetaBroyden without its pieces; solvers of other families; curves past
+the trained horizon; another library's learned solver."""
 LETTERS = {Status.CONVERGED: "C", Status.MAX_NFE: "B", Status.NON_FINITE: "N", Status.STALLED: "S"}
 """Of a sample's status, in a row: converged, budget, not finite, stalled."""
 
@@ -33,7 +36,7 @@ _SECONDS = {
 def _kind(name: str, title: str, **properties: Any) -> dict[str, Any]:
     every = {
         "row": {"const": name},
-        "part": {"enum": ["families", "outside", "ablation"]},
+        "part": {"enum": list(PARTS)},
         "family": _WORDS,
         "solver": _WORDS,
         "kind": {"enum": list(KINDS)},

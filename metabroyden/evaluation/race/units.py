@@ -28,7 +28,6 @@ from metabroyden.models.criteria import NextToken
 from metabroyden.models.families import get_family, trained_model
 from metabroyden.solve import solve
 from metabroyden.solvers import Anderson, Broyden, Newton, Picard
-from metabroyden.state import Packing
 from metabroyden.testbed import KnownProblem, make_problem
 from metabroyden.testbed.cells import blas
 
@@ -115,37 +114,64 @@ class Unit:
             return measure.solve_rows(everyone, held, star, known, rules, stamp, done)
 
 
-class FamilyUnit(Unit):
+class OnFamily(Unit):
+    """A unit on the held-out problems of one family.
+
+    Attributes:
+        family: its name. kind: the family itself. path: of its trained model. texts: whether it reads tokens.
+    """
+
+    def __init__(self, settings: Settings, family: str) -> None:
+        super().__init__(settings)
+        self.family, self.kind, self.path = family, get_family(family), trained_model(settings.models, family)
+        self.criterion = self.kind.criterion()
+        self.texts = isinstance(self.criterion, NextToken)
+
+    @property
+    def count(self) -> int:
+        """Held-out problems."""
+        return self.settings.segments if self.texts else self.settings.images
+
+    def rules(self, held: HeldOut) -> measure.Rules:
+        """Those of the protocol, in blocks of a text's quarter or of half of the images."""
+        block = max(1, len(held) // (4 if self.texts else 2))
+        return measure.Rules(TOLERANCES, CLOCKED, self.settings.budget, block, self.settings.rounds)
+
+    def model(self, **options: Any) -> Any:
+        """The frozen model."""
+        return load_model(self.path, **options, warn=False).requires_grad_(False).to(self.settings.device)
+
+    def solvers_of(self, family: str) -> list[Path]:
+        """Files of the solvers trained on a family."""
+        return sorted((self.settings.meta / family).glob("*-seed*/solver.safetensors"))
+
+
+class FamilyUnit(OnFamily):
     """A family of trained models."""
 
     def __init__(self, settings: Settings, name: str) -> None:
-        super().__init__(settings)
-        self.name, self.family, self.path = name, get_family(name), trained_model(settings.models, name)
-        self.criterion = self.family.criterion()
-        self.texts = isinstance(self.criterion, NextToken)
+        super().__init__(settings, name)
+        self.name = name
         # of the second text domain; missing, it is asked for before any work is done
         self.bible = None
         if isinstance(self.criterion, NextToken):
             self.bible = replace(self.criterion, data=load_bible(self.criterion.data))
-        solvers = sorted((settings.meta / name).glob("*-seed*/solver.safetensors"))
-        self.key = f"{name}-{_digest(self.path, *solvers, also=BIBLE if self.texts else '')}"
+        self.key = f"{name}-{digest(self.path, *self.solvers_of(name), also=BIBLE if self.texts else '')}"
         self._stamp = self.stamp("families", name)
 
     def rows(self, work: Path) -> list[Row]:
         """Everyone on the family's test inputs; on inputs of another kind, those that a user would choose among."""
         settings = self.settings
-        model = self._model()
+        model = self.model()
         validation = equilibria.held_out(model, self.criterion, "validation", 64)
-        count = settings.segments if self.texts else settings.images
-        held = equilibria.held_out(model, self.criterion, "test", count)
-        ours = contestants.classical(validation, settings.budget, splitting=self.family.splitting)
+        held = equilibria.held_out(model, self.criterion, "test", self.count)
+        ours = contestants.classical(validation, settings.budget, splitting=self.kind.splitting)
         learned = [*contestants.learned(settings.meta, self.name), contestants.universal()]
         peers = contestants.peers(validation, settings.budget)
         for one in learned:
             one.solver.to(settings.device)
         everyone = [*ours, *contestants.started(learned[0], ours), *learned, *peers]
-        block = max(1, len(held) // (4 if self.texts else 2))
-        rules = measure.Rules(TOLERANCES, CLOCKED, settings.budget, block, settings.rounds)
+        rules = self.rules(held)
         star, known = self._equilibria(work / "equilibria.safetensors", model, held, ours)
         settled = self._star_row(held, star, known)
         rows = [*self._tuned_rows(ours, validation), settled]
@@ -156,23 +182,20 @@ class FamilyUnit(Unit):
         rows += measure.path_rows(shown, held, star, rules, self._stamp) if bool(known[0]) else []
         rows += self._leak_rows([one for one in everyone if not one.peer])
         few = [*ours, *learned, *(one for one in peers if one.name in ("torchdeq Broyden", "tuned torchdeq Anderson"))]
-        for name, held in self._outside(model, count):
+        for name, held in self._outside(model):
             star, known = self._equilibria(work / f"equilibria-{name}.safetensors", model, held, ours)
             outside = self.stamp("outside", f"{self.name}, {name}")
             once = replace(rules, tolerances=CLOCKED, rounds=1, weighed=False)
             rows += self.solves(few, held, star, known, once, outside, f"{self.name}, {name}")
         return rows
 
-    def _outside(self, model: Any, count: int) -> Iterator[tuple[str, HeldOut]]:
+    def _outside(self, model: Any) -> Iterator[tuple[str, HeldOut]]:
         """Test inputs of another kind than those trained on: changed images, another text."""
         if self.bible is not None:
-            yield BIBLE, equilibria.held_out(model, self.bible, "test", count)
+            yield BIBLE, equilibria.held_out(model, self.bible, "test", self.count)
             return
         for name, change in CHANGES.items():
-            yield name, equilibria.held_out(model, self.criterion, "test", count, change)
-
-    def _model(self, **options: Any) -> Any:
-        return load_model(self.path, **options, warn=False).requires_grad_(False).to(self.settings.device)
+            yield name, equilibria.held_out(model, self.criterion, "test", self.count, change)
 
     def _equilibria(self, path: Path, model: Any, held: HeldOut, ours: list[Contestant]) -> tuple[Tensor, Tensor]:
         sure = tuple(one.solver for one in ours if one.name == "Peaceman-Rachford")
@@ -241,7 +264,7 @@ class FamilyUnit(Unit):
         if not isinstance(self.criterion, NextToken):
             return rows
         for one in everyone:
-            model = self._model(solver=one.solver)
+            model = self.model(solver=one.solver)
             for row in texts.leak_rows(one.name, model, self.criterion, tolerances=CLOCKED):
                 figures = {key: row[key] for key in ("tolerance", "mean", "most")}
                 rows.append({"row": "leak", **self._stamp(one), **figures})
@@ -254,14 +277,14 @@ def _made() -> dict[str, Any]:
     return provenance()
 
 
-def _digest(*paths: Path, also: str = "") -> str:
-    """Of files, the shipped universal solver and the versions of libraries: what rows depend on beside the settings."""
+def digest(*paths: Path, also: str = "") -> str:
+    """Hash of files, the shipped universal solver and the versions of libraries: what rows depend on beside the settings."""
     versions = _made()["versions"]
     used = [contestants.universal().options, versions["torch"], versions["torchdeq"]]
-    digest = hashlib.sha256(repr(used).encode() + also.encode())
+    found = hashlib.sha256(repr(used).encode() + also.encode())
     for path in paths:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:8]
+        found.update(path.read_bytes())
+    return found.hexdigest()[:8]
 
 
 def _shifted(images: Tensor) -> Tensor:
@@ -290,7 +313,7 @@ class CellsUnit(Unit):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self.key = f"cells-{_digest()}"
+        self.key = f"cells-{digest()}"
 
     def rows(self, work: Path) -> list[Row]:
         """The classical solvers as they are, the universal one and torchdeq's."""
@@ -308,11 +331,11 @@ class CellsUnit(Unit):
         everyone = [*ours, contestants.universal(), *peers]
         for name, problem in _cells(settings.images // 4).items():
             held = HeldOut(problem.f, problem.z0, problem.context, lambda z, index: torch.zeros(len(index)))
-            packed = Packing.of(held.z0).pack(held.z0)
-            known = torch.full((len(held),), problem.star is not None)
-            star = torch.zeros_like(packed) if problem.star is None else Packing.of(problem.star).pack(problem.star)
+            star, known = measure.unknown(held)
+            if problem.star is not None:
+                star, known = meta_rows.packed(problem.star).double(), ~known
             rules = measure.Rules(CLOCKED, CLOCKED, settings.budget, len(held), settings.rounds, weighed=False)
-            rows += self.solves(everyone, held, star.double(), known, rules, self.stamp("outside", name), name)
+            rows += self.solves(everyone, held, star, known, rules, self.stamp("outside", name), name)
         return rows
 
 

@@ -1,0 +1,118 @@
+"""What each piece of MetaBroyden buys: the same solver trained, or run, without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metabroyden.evaluation import equilibria
+from metabroyden.evaluation.race import contestants, measure
+from metabroyden.evaluation.race.contestants import FLAGSHIP, Contestant
+from metabroyden.evaluation.race.schema import Row
+from metabroyden.evaluation.race.units import OnFamily, Settings, digest
+from metabroyden.learned import MetaBroyden
+from metabroyden.solvers import Broyden
+
+FAMILIES = ("dense-digits", "conv-digits", "trellisnet-words")
+"""A vector, an image and a text, none of them solved by splitting."""
+SEED = 0
+"""Of what is trained without a piece."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """MetaBroyden trained without a piece, by the recipe of the whole.
+
+    Attributes:
+        options: of its config, other than the recipe's.
+        masks: solver ↦ {parameter: mask (1 or 0) of its shape}, entries that are zero and stay zero.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    masks: Callable[[MetaBroyden], dict[Tensor, Tensor]] = lambda solver: {}
+
+    def prepared(self, solver: MetaBroyden) -> MetaBroyden:
+        """The untrained solver, its masked weights zero; their gradients will be zero, too."""
+        for parameter, mask in self.masks(solver).items():
+            with torch.no_grad():
+                parameter.mul_(mask)
+            parameter.register_hook(lambda gradient, mask=mask: gradient * mask)
+        return solver
+
+
+def _no_preconditioner(solver: MetaBroyden) -> dict[Tensor, Tensor]:
+    return {weight: torch.zeros_like(weight) for weight in solver.preconditioner.outward.parameters()}
+
+
+def _blind(solver: MetaBroyden) -> dict[Tensor, Tensor]:
+    """The columns of what the LSTM sees: what is left tells time, and nothing else."""
+    mask = torch.ones_like(solver.lstm.weight)
+    mask[:, : mask.shape[1] - solver.lstm.hidden] = 0
+    return {solver.lstm.weight: mask}
+
+
+TRAINED = {
+    "no learned start": Variant(options={"initializer": 0}),
+    "no P": Variant(masks=_no_preconditioner),
+    "fixed schedule": Variant(masks=_blind),
+}
+"""Trained anew without: the initializer; the learned inverse Jacobian in k channels, so that B₀ is a weight of the residual
+by step and channel; the LSTM's sight, so that its gates and weights depend on the number of the step alone."""
+
+
+def without_secants(solver: MetaBroyden, budget: int) -> MetaBroyden:
+    """The same weights, gates throughout: no secant is ever used but in a hand-over."""
+    return _changed(solver, gated=budget)
+
+
+def without_safeguard(solver: MetaBroyden, budget: int) -> MetaBroyden:
+    """The same weights and steps, nothing handed over."""
+    return _changed(solver, safeguard=None)
+
+
+RUN = {"no secants": without_secants, "no safeguard": without_safeguard}
+"""The whole solver's weights, run without."""
+
+
+def _changed(solver: MetaBroyden, **options: Any) -> MetaBroyden:
+    changed = MetaBroyden(replace(solver.config, **options)).to(next(solver.parameters()))
+    changed.load_state_dict(solver.state_dict())
+    return changed.eval()
+
+
+class AblationUnit(OnFamily):
+    """Ablations on one family.
+
+    train: (family, variant, seed) ↦ a trained solver; it keeps what it has done, and goes on with it.
+    """
+
+    def __init__(self, settings: Settings, family: str, train: Callable[[str, str, int], MetaBroyden]) -> None:
+        super().__init__(settings, family)
+        self.train = train
+        self.name = f"ablation-{family}"
+        self.key = f"{self.name}-{digest(self.path, *self.solvers_of(family), also=repr(sorted(TRAINED)))}"
+
+    def rows(self, work: Path) -> list[Row]:
+        """The whole with all its seeds, without each piece, and Broyden's method."""
+        settings = self.settings
+        held = equilibria.held_out(self.model(), self.criterion, "test", self.count)
+        everyone = whole = contestants.learned(settings.meta, self.family, (FLAGSHIP,))
+        for words, change in RUN.items():
+            without = [replace(one, name=words, solver=change(one.solver, settings.budget)) for one in whole]
+            everyone = [*everyone, *without]
+        for words in TRAINED:
+            trained = self.train(self.family, words, SEED)
+            everyone = [*everyone, Contestant(words, "learned", trained, f"trained anew, seed {SEED}", SEED)]
+        for one in everyone:
+            one.solver.to(settings.device)
+        broyden = Broyden(settings.budget)
+        everyone = [*everyone, Contestant("Broyden", "classical", broyden, repr(broyden))]
+        rules = replace(self.rules(held), rounds=1, weighed=False)
+        stamp = self.stamp("ablation", self.family)
+        rows = self.solves(everyone, held, *measure.unknown(held), rules, stamp, self.name)
+        return [row for row in rows if row["row"] == "solve"]

@@ -1,0 +1,74 @@
+"""Solvers where they were not trained: on the model of other data, and far past their horizon."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from metabroyden.evaluation import equilibria
+from metabroyden.evaluation.race import contestants, measure
+from metabroyden.evaluation.race.contestants import FLAGSHIP, LEARNED, Contestant
+from metabroyden.evaluation.race.schema import Row
+from metabroyden.evaluation.race.units import CLOCKED, OnFamily, Settings, digest
+from metabroyden.models import FAMILIES
+from metabroyden.solve import solve
+from metabroyden.solvers import Broyden
+
+FAR = 4
+"""Times the steps of an unroll to which curves go."""
+FEW = 64
+"""Problems of a curve."""
+FINEST = 1e-6
+
+
+class BeyondUnit(OnFamily):
+    """On one family: the solvers of other families that fit its states, and long curves of its own solvers."""
+
+    def __init__(self, settings: Settings, family: str) -> None:
+        super().__init__(settings, family)
+        self.name = f"beyond-{family}"
+        self.others = [other for other in FAMILIES if other != family]
+        files = [path for name in (family, *self.others) for path in self.solvers_of(name)]
+        self.key = f"{self.name}-{digest(self.path, *files)}"
+
+    def rows(self, work: Path) -> list[Row]:
+        """Transfer first, then curves."""
+        held = equilibria.held_out(self.model(), self.criterion, "test", self.count)
+        return [*self._transfer(held), *self._curves(held)]
+
+    def _transfer(self, held: equilibria.HeldOut) -> list[Row]:
+        """MetaBroyden as trained on other families, under the name of the family that it was trained on."""
+        z0, x, _ = next(iter(held.chunks()))
+        found = []
+        for other in self.others:
+            for one in contestants.learned(self.settings.meta, other, (FLAGSHIP,)):
+                one.solver.to(self.settings.device)
+                if _fits(lambda solver=one.solver: solve(held.f, z0, x, solver=solver, max_nfe=2, throw=False)):  # type: ignore[misc]
+                    found.append(replace(one, name=f"{FLAGSHIP} of {other}"))
+        if not found:
+            return []
+        rules = replace(self.rules(held), tolerances=CLOCKED, rounds=1, weighed=False)
+        stamp = self.stamp("transfer", self.family)
+        rows = self.solves(found, held, *measure.unknown(held), rules, stamp, self.name)
+        return [row for row in rows if row["row"] == "solve"]
+
+    def _curves(self, held: equilibria.HeldOut) -> list[Row]:
+        """Residuals by evaluations to four times the steps of an unroll, of the first seeds and of Broyden's method."""
+        own = [one for one in contestants.learned(self.settings.meta, self.family, LEARNED) if not one.seed]
+        for one in own:
+            one.solver.to(self.settings.device)
+        flagship = next(one.solver for one in own if one.name == FLAGSHIP)
+        steps = FAR * flagship.config.gated
+        everyone = [*own, Contestant("Broyden", "classical", Broyden(steps), repr(Broyden(steps)))]
+        far = replace(self.rules(held), budget=steps)
+        return measure.curve_rows(everyone, held, FEW, FINEST, far, self.stamp("horizon", self.family))
+
+
+def _fits(attempt: Callable[[], object]) -> bool:
+    """Whether a solver takes these states: one that does not says so by a ValueError or TypeError."""
+    try:
+        attempt()
+    except (ValueError, TypeError):
+        return False
+    return True
