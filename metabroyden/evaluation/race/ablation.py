@@ -14,7 +14,7 @@ from metabroyden.evaluation import equilibria
 from metabroyden.evaluation.race import contestants, measure
 from metabroyden.evaluation.race.contestants import FLAGSHIP, Contestant
 from metabroyden.evaluation.race.schema import Row
-from metabroyden.evaluation.race.units import OnFamily, Settings, digest
+from metabroyden.evaluation.race.units import CLOCKED, OnFamily, Settings, digest
 from metabroyden.learned import MetaBroyden
 from metabroyden.solvers import Broyden
 
@@ -112,7 +112,7 @@ class AblationUnit(OnFamily):
             one.solver.to(settings.device)
         broyden = Broyden(settings.budget)
         everyone = [*everyone, Contestant("Broyden", "classical", broyden, repr(broyden))]
-        rules = replace(self.rules(held), rounds=1, weighed=False)
+        rules = replace(self.rules(held), tolerances=CLOCKED, rounds=1, weighed=False)
         stamp = self.stamp("ablation", self.family)
         rows = self.solves(everyone, held, *measure.unknown(held), rules, stamp, self.name)
         return [row for row in rows if row["row"] == "solve"]

@@ -183,10 +183,9 @@ class FamilyUnit(OnFamily):
         rows += self._leak_rows([one for one in everyone if not one.peer])
         few = [*ours, *learned, *(one for one in peers if one.name in ("torchdeq Broyden", "tuned torchdeq Anderson"))]
         for name, held in self._outside(model):
-            star, known = self._equilibria(work / f"equilibria-{name}.safetensors", model, held, ours)
             outside = self.stamp("outside", f"{self.name}, {name}")
             once = replace(rules, tolerances=CLOCKED, rounds=1, weighed=False)
-            rows += self.solves(few, held, star, known, once, outside, f"{self.name}, {name}")
+            rows += self.solves(few, held, *measure.unknown(held), once, outside, f"{self.name}, {name}")
         return rows
 
     def _outside(self, model: Any) -> Iterator[tuple[str, HeldOut]]:
