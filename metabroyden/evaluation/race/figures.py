@@ -2,41 +2,28 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from metabroyden.evaluation.plots import new_axes, plt
+from metabroyden.evaluation.plots import new_axes
+from metabroyden.evaluation.race import figures_beside
 from metabroyden.evaluation.race.contestants import FLAGSHIP
+from metabroyden.evaluation.race.looks import LABELS, LOOKS, grid, legend, look, save
+from metabroyden.evaluation.race.schema import Row
 from metabroyden.evaluation.race.statistics import Field
 
-# Okabe & Ito's colours; line style and marker tell solvers apart without them
-_LOOKS: dict[str, tuple[str, str, str]] = {
-    FLAGSHIP: ("#D55E00", "-", "o"),
-    "grouped": ("#CC79A7", "-", "s"),
-    "hyper-anderson": ("#E69F00", (0, (5, 1)), "D"),  # type: ignore[dict-item]
-    "universal": ("#999999", "-", "v"),
-    "best classical": ("#009E73", "-.", "^"),
-    "Broyden": ("#0072B2", "--", "x"),
-    "torchdeq Broyden": ("#56B4E9", ":", "+"),
-    "tuned torchdeq Anderson": ("#000000", (0, (1, 1)), "*"),  # type: ignore[dict-item]
-}
-_LABELS = {
-    FLAGSHIP: "MetaBroyden",
-    "grouped": "GroupedLSTM",
-    "hyper-anderson": "HyperAnderson",
-    "universal": "universal",
-}
 _HATCHES = ("", "///", "...", "xx", "\\\\")
 _PROFILED = (FLAGSHIP, "best classical", "universal", "tuned Anderson", "tuned Picard", "Broyden", "torchdeq Broyden",
              "tuned torchdeq Anderson")  # fmt: skip
 _BARS = (FLAGSHIP, "best classical", "Broyden", "tuned torchdeq Anderson", "torchdeq Broyden")
 
 
-def write_all(field: Field, outside: Field | None, folder: Path) -> list[Path]:
-    """Every figure there are rows for; the PNG files, each with a PDF beside it."""
+def write_all(parts: Mapping[str, Field], far: Sequence[Row], folder: Path) -> list[Path]:
+    """Every figure there are rows for; the PNG files, each with a PDF beside it. far: curves past the horizon."""
+    field = parts["families"]
     made: list[tuple[str, Any]] = [("residual-evaluations", _residuals(field, by_time=False))]
     made += [("residual-time", _residuals(field, by_time=True))]
     made += [(f"evaluations-{tolerance:g}", _bars(field, tolerance)) for tolerance in (1e-2, 1e-3)]
@@ -45,44 +32,8 @@ def write_all(field: Field, outside: Field | None, folder: Path) -> list[Path]:
     made += [("metric-time", _metric(field, by_time=True)), ("overview", _overview(field))]
     made += [("break-even", figure) for figure in (_break_even(field),) if figure is not None]
     made += [("paths", _paths(field))] if _pathed(field) else []
-    made += [("norms", _norms(outside))] if outside is not None and _sweep(outside) else []
-    return [_save(figure, folder / f"{name}.png") for name, figure in made]
-
-
-def _save(figure: Any, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, bbox_inches="tight", metadata={"Software": None})
-    figure.savefig(path.with_suffix(".pdf"), bbox_inches="tight", metadata={"CreationDate": None})
-    plt.close(figure)
-    return path
-
-
-def _look(name: str) -> dict[str, Any]:
-    colour, line, _ = _LOOKS.get(name, ("#777777", "-", "."))
-    return {"color": colour, "linestyle": line, "linewidth": 2.2 if name == FLAGSHIP else 1.5}
-
-
-def _grid(count: int, columns: int = 4) -> tuple[Any, list[Any]]:
-    """A figure of small plots, the empty ones hidden."""
-    rows = math.ceil(count / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.3 * columns, 2.5 * rows), squeeze=False)
-    places = list(axes.flat)
-    for place in places[count:]:
-        place.set_visible(False)
-    for place in places[:count]:
-        place.grid(alpha=0.25)
-        place.spines[["top", "right"]].set_visible(False)
-        place.tick_params(labelsize=7)
-    return figure, places[:count]
-
-
-def _legend(figure: Any, axes: Any) -> None:
-    found: dict[str, Any] = {}
-    for place in axes:
-        for handle, label in zip(*place.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    figure.legend(found.values(), found.keys(), loc="upper center", ncols=min(6, len(found)), frameon=False, fontsize=9)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / figure.get_figheight()))
+    made += figures_beside.make(parts, far)
+    return [save(figure, folder / f"{name}.png") for name, figure in made]
 
 
 def _drawn(field: Field, family: str) -> list[tuple[str, str]]:
@@ -100,25 +51,25 @@ def _drawn(field: Field, family: str) -> list[tuple[str, str]]:
 
 def _residuals(field: Field, *, by_time: bool) -> Any:
     """Median (by evaluations: and the middle half) of the residual, one small plot a family."""
-    figure, places = _grid(len(field.families))
+    figure, places = grid(len(field.families))
     for place, family in zip(places, field.families, strict=True):
         for name, drawn in _drawn(field, family):
             curves = field.of("curve", family, name)
             curve = min(curves, key=lambda row: row["seed"] or 0)
-            label = _LABELS.get(drawn, drawn)
+            label = LABELS.get(drawn, drawn)
             if by_time:
-                place.semilogy([1e3 * at for at in curve["seconds"]], curve["by_time"], label=label, **_look(drawn))
+                place.semilogy([1e3 * at for at in curve["seconds"]], curve["by_time"], label=label, **look(drawn))
                 continue
-            place.semilogy(curve["evaluations"], curve["median"], label=label, **_look(drawn))
+            place.semilogy(curve["evaluations"], curve["median"], label=label, **look(drawn))
             band = (curve["evaluations"], curve["low"], curve["high"])
-            place.fill_between(*band, color=_look(drawn)["color"], alpha=0.12, linewidth=0)
+            place.fill_between(*band, color=look(drawn)["color"], alpha=0.12, linewidth=0)
         place.set_title(f"{family} ({field.best(family, 1e-3)})", fontsize=8)
         place.set_xlim(0, field.budget if not by_time else None)
         place.set_ylim(1e-5, 3)
     words = "time of the first block, ms" if by_time else "evaluations of f"
     figure.supxlabel(f"{words} (learned solvers: first seed)", fontsize=9)
     figure.supylabel("relative residual, best so far", fontsize=9)
-    _legend(figure, places)
+    legend(figure, places)
     return figure
 
 
@@ -131,8 +82,8 @@ def _bars(field: Field, tolerance: float) -> Any:
     figure, axes = new_axes(max(8.0, 0.95 * len(field.families)))
     width = 0.8 / len(_BARS)
     for number, drawn in enumerate(_BARS):
-        colour = _LOOKS[drawn][0]
-        label: str | None = _LABELS.get(drawn, drawn)
+        colour = LOOKS[drawn][0]
+        label: str | None = LABELS.get(drawn, drawn)
         for place, family in enumerate(field.families):
             found = field.standing(family, _resolve(field, family, drawn, tolerance), tolerance)
             if found is None:
@@ -164,7 +115,7 @@ def _reduction(field: Field, tolerance: float) -> Any:
             if rival not in field.solvers(family):
                 continue
             value = field.ratio(family, FLAGSHIP, rival, tolerance)
-            colour, _, marker = _LOOKS[drawn]
+            colour, _, marker = LOOKS[drawn]
             axes.errorbar(
                 value.value, place + 0.22 * (1 - number), fmt=marker, color=colour, markersize=5,
                 xerr=[[value.value - value.low], [value.high - value.value]], label=f"over {drawn}" if not place else None,
@@ -181,7 +132,7 @@ def _profiles(field: Field) -> Any:
     """Dolan and Moré's profiles: share of samples solved within τ times the fewest evaluations of all."""
     ran = {name for family in field.families for name in field.solvers(family)} | {"best classical"}
     names = [name for name in _PROFILED if name in ran]
-    figure, places = _grid(2, 2)
+    figure, places = grid(2, 2)
     figure.set_size_inches(10.5, 4.4)
     factors = np.geomspace(1, 10, 60)
     for place, tolerance in zip(places, (1e-2, 1e-3), strict=True):
@@ -199,23 +150,23 @@ def _profiles(field: Field) -> Any:
                     ratio = np.where(np.isfinite(values), values / fewest, np.inf)
                 shares[name][number] = (ratio[None] <= factors[:, None]).mean(axis=1)
         for number, name in enumerate(names):
-            look = (
-                _look(name)
-                if name in _LOOKS
+            shown = (
+                look(name)
+                if name in LOOKS
                 else {"color": ("#009E73", "#0072B2", "#E69F00")[number % 3], "linestyle": "-."}
             )
-            place.plot(factors, shares[name].mean(axis=0), label=_LABELS.get(name, name), **look)
+            place.plot(factors, shares[name].mean(axis=0), label=LABELS.get(name, name), **shown)
         place.set_xscale("log")
         place.set_xticks([1, 2, 3, 5, 10], ["1", "2", "3", "5", "10"])
         place.set(xlabel="τ: evaluations over the fewest of those drawn", ylim=(0, 1.02), title=f"to {tolerance:g}")
     places[0].set_ylabel("share of samples solved within τ")
-    _legend(figure, places)
+    legend(figure, places)
     return figure
 
 
 def _metric(field: Field, *, by_time: bool) -> Any:
     """Mean score of the task by evaluations, or by the time at which so many were done."""
-    figure, places = _grid(len(field.families))
+    figure, places = grid(len(field.families))
     for place, family in zip(places, field.families, strict=True):
         (star,) = field.of("star", family, "float64")
         goal = float(np.mean(star["score"]))
@@ -231,9 +182,9 @@ def _metric(field: Field, *, by_time: bool) -> Any:
                 spent = {row["evaluations"]: 1e3 * float(np.median(row["seconds"])) for row in paces}
                 rows = [row for row in rows if row["evaluations"] in spent]
                 at = [spent[row["evaluations"]] for row in rows]
-            marker = _LOOKS[drawn][2]
+            marker = LOOKS[drawn][2]
             scores = [row["score"] for row in rows]
-            place.plot(at, scores, marker=marker, markersize=3, label=_LABELS.get(drawn, drawn), **_look(drawn))
+            place.plot(at, scores, marker=marker, markersize=3, label=LABELS.get(drawn, drawn), **look(drawn))
         place.axhline(goal, color="black", linewidth=0.8)
         below, above = (-0.24, 0.04) if star["higher_is_better"] else (-0.05, 0.6)
         place.set_ylim(goal + below, goal + above)
@@ -245,7 +196,7 @@ def _metric(field: Field, *, by_time: bool) -> Any:
         "time of a solve of the first block that stops after so many evaluations, ms" if by_time else "evaluations of f"
     )
     figure.supxlabel(f"{words} (learned solvers: first seed)", fontsize=9)
-    _legend(figure, places)
+    legend(figure, places)
     return figure
 
 
@@ -267,7 +218,7 @@ def _overview(field: Field) -> Any:
         text = f"{value:.2f}" if np.isfinite(value) else "–"
         axes.text(x, y, text, ha="center", va="center", fontsize=6, color="white" if abs(value - 1) > 0.75 else "black")
     axes.set_xticks(range(len(field.families)), field.families, rotation=45, ha="right", fontsize=7)
-    axes.set_yticks(range(len(names)), [_LABELS.get(name, name) for name in names], fontsize=7)
+    axes.set_yticks(range(len(names)), [LABELS.get(name, name) for name in names], fontsize=7)
     axes.set_title(
         "median evaluations to 1e-3 over untuned Broyden's (–: less than half solved, or did not run)", fontsize=8
     )
@@ -282,17 +233,22 @@ def _pathed(field: Field) -> list[str]:
 def _paths(field: Field) -> Any:
     """The iterates of several solvers on one input, in the plane in which they vary most; the equilibrium is the origin."""
     families = _pathed(field)
-    figure, places = _grid(len(families))
+    figure, places = grid(len(families))
     for place, family in zip(places, families, strict=True):
         for name, drawn in ((FLAGSHIP, FLAGSHIP), ("Broyden", "Broyden"), ("tuned Anderson", "best classical")):
             for row in field.of("path", family, name):
-                look, marker = _look(drawn), _LOOKS[drawn][2]
+                shown, marker = look(drawn), LOOKS[drawn][2]
                 place.plot(
                     row["along"], row["across"], marker=marker, markersize=3, alpha=0.85,
-                    label=f"{_LABELS.get(name, name)}", **{**look, "linewidth": 1.0},
+                    label=f"{LABELS.get(name, name)}", **{**shown, "linewidth": 1.0},
                 )  # fmt: skip
                 place.plot(
-                    row["along"][:1], row["across"][:1], marker="o", markersize=7, color=look["color"], fillstyle="none"
+                    row["along"][:1],
+                    row["across"][:1],
+                    marker="o",
+                    markersize=7,
+                    color=shown["color"],
+                    fillstyle="none",
                 )
         place.plot(0, 0, marker="*", markersize=9, color="black", linestyle="", label="equilibrium")
         place.set_title(family, fontsize=8)
@@ -302,32 +258,7 @@ def _paths(field: Field) -> Any:
         "first input of the test split; rings: first evaluations; plane of the iterates' two principal components",
         fontsize=9,
     )
-    _legend(figure, places)
-    return figure
-
-
-def _sweep(outside: Field) -> list[tuple[float, str]]:
-    """(norm, name) of the dense cells of the sweep."""
-    found = [(name.partition("dense, norm ")[2], name) for name in outside.families]
-    return sorted((float(norm), name) for norm, name in found if norm)
-
-
-def _norms(outside: Field) -> Any:
-    """Median evaluations of solvers that were trained or tuned on nothing of the kind, by the spectral norm of the cell."""
-    sweep = _sweep(outside)
-    figure, places = _grid(2, 2)
-    figure.set_size_inches(10.5, 4.4)
-    for place, tolerance in zip(places, (1e-2, 1e-3), strict=True):
-        for number, name in enumerate(outside.solvers(sweep[0][1])):
-            look = _LOOKS.get(name, (("#009E73", "#E69F00", "#CC79A7")[number % 3], "-.", "d"))
-            found = [outside.must(cell, name, tolerance) for _, cell in sweep]
-            place.plot(
-                [norm for norm, _ in sweep], [one.median for one in found], color=look[0], linestyle=look[1],
-                marker=look[2], markersize=4, label=_LABELS.get(name, name),
-            )  # fmt: skip
-        place.set(xlabel="spectral norm of W in tanh(Wz + x), 128 units", title=f"to {tolerance:g}", ylim=(0, None))
-    places[0].set_ylabel("median evaluations, a failure as the budget")
-    _legend(figure, places)
+    legend(figure, places)
     return figure
 
 
@@ -350,7 +281,7 @@ def _break_even(field: Field) -> Any | None:
     paying = sorted(((cost / saved, family) for family, cost, saved in found if saved > 0), reverse=True)
     never = [family for family, _, saved in found if saved <= 0]
     for place, (count, _) in enumerate(paying):
-        axes.barh(place, count, color=_LOOKS[FLAGSHIP][0])
+        axes.barh(place, count, color=LOOKS[FLAGSHIP][0])
         axes.text(count * 1.05, place, f"{count:,.0f}", va="center", fontsize=7)
     axes.set_yticks(range(len(paying)), [family for _, family in paying], fontsize=8)
     axes.set_xscale("log")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import numpy as np
 
 from metabroyden.evaluation.race import figures, page
 from metabroyden.evaluation.race.contestants import FLAGSHIP
-from metabroyden.evaluation.race.schema import read
+from metabroyden.evaluation.race.figures_beside import transferred
+from metabroyden.evaluation.race.schema import PARTS, read
 from metabroyden.evaluation.race.statistics import HEADLINE, TORCHDEQ, Field, Interval, compared
 from metabroyden.evaluation.report import made_by, table
 from metabroyden.storage import atomic_write
@@ -27,16 +28,18 @@ _LINK = r"\[([^]]+)\]\([^)]+\)"
 def write(folder: Path) -> Path:
     """Write report.md and report.html beside rows/ and config.json; ValueError where there are no rows."""
     rows = read(folder / "rows")
-    field = Field(rows)
-    outside = Field(rows, "outside") if any(row["part"] == "outside" for row in rows) else None
-    drawn = figures.write_all(field, outside, folder / "figures")
+    solved = {row["part"] for row in rows if row["row"] == "solve"}
+    parts = {part: Field(rows, part) for part in PARTS if part in solved}
+    field = parts["families"]
+    far = [row for row in rows if row["part"] == "horizon"]
+    drawn = figures.write_all(parts, far, folder / "figures")
     described = json.loads((folder / "config.json").read_text())
     lead = (
         "Rules: `results/race/PROTOCOL.md`. Rows: [rows/](rows/), as [schema.json](schema.json) says. Median evaluations "
         "over held-out samples (share of them solved), a failure counting the whole budget of "
         f"{field.budget}; ratios with 95% bootstrap intervals over samples and seeds."
     )
-    found = [*tables(field), *(_outside(outside, tolerance) for tolerance in SHOWN if outside is not None)]
+    found = [*tables(field), *beside(parts)]
     made = made_by(described["command"], described["provenance"], "torchdeq")
     page.write(folder / "report.html", [f"Made by `{described['command']}`.", re.sub(_LINK, r"\1", lead)], drawn, found)
     sections = ["# The race", made, f"{lead} Sortable and zoomable: [report.html](report.html)."]
@@ -53,6 +56,23 @@ def tables(field: Field) -> list[Table]:
     made += [_every(field, tolerance) for tolerance in SHOWN]
     made += [_success(field), _budgets(field), _paired(field), _equilibria(field), _time(field), _metric(field)]
     made += [found for found in (_leak(field), _horizon(field)) if found[2]]
+    return made
+
+
+def beside(parts: Mapping[str, Field]) -> list[Table]:
+    """Tables of what is run beside the race, as far as there are rows."""
+    made = []
+    if "outside" in parts:
+        made += [
+            _every(parts["outside"], at, "Outside of what solvers were trained and tuned on", "problem") for at in SHOWN
+        ]
+    if "transfer" in parts:
+        made += [_transfer(parts, at) for at in SHOWN]
+    if "ablation" in parts:
+        made += [_every(parts["ablation"], at, "MetaBroyden without its pieces") for at in SHOWN]
+    if "hyper-deq" in parts:
+        made += [_every(parts["hyper-deq"], at, "silva-networks' HyperDEQ, stopped by our rule") for at in SHOWN]
+        made.append(_times_of(parts["hyper-deq"], "HyperDEQ"))
     return made
 
 
@@ -136,15 +156,31 @@ def _ran(field: Field, family: str, rival: Any) -> bool:
     return callable(rival) or rival in field.solvers(family)
 
 
-def _every(field: Field, tolerance: float) -> Table:
+def _every(field: Field, tolerance: float, words: str = "Every solver", first: str = "family") -> Table:
     names = list(dict.fromkeys(name for family in field.families for name in field.solvers(family)))
     body = [[family, *(_spent(field, family, name, tolerance) for name in names)] for family in field.families]
-    return f"Every solver to {tolerance:g}", ["family", *names], body
+    return f"{words}: to {tolerance:g}", [first, *names], body
 
 
-def _outside(field: Field, tolerance: float) -> Table:
-    words, head, body = _every(field, tolerance)
-    return f"Outside of what the families' solvers were trained and tuned on. {words}", ["problem", *head[1:]], body
+def _transfer(parts: Mapping[str, Field], tolerance: float) -> Table:
+    names, problems, values = transferred(parts, tolerance)
+    body = [
+        [problem, *("" if np.isnan(value) else f"{value:.2f}" for value in column)]
+        for problem, column in zip(problems, values.T, strict=True)
+    ]
+    words = "Transfer: evaluations over those of the best classical solver tuned on the family's own inputs, to"
+    return f"{words} {tolerance:g}", ["problem", *(f"MetaBroyden, {name}" for name in names[:2]), *names[2:]], body
+
+
+def _times_of(field: Field, rival: str) -> Table:
+    head = ["family", *(f"{words}, {at:g}" for at in SHOWN for words in ("evaluations", "time"))]
+    body = []
+    for family in field.families:
+        row = [family]
+        for at in SHOWN:
+            row += [f"{field.ratio(family, FLAGSHIP, rival, at)}", f"{field.time_ratio(family, FLAGSHIP, rival, at)}"]
+        body.append(row)
+    return f"MetaBroyden over {rival}", head, body
 
 
 def _success(field: Field) -> Table:

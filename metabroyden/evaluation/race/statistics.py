@@ -159,7 +159,7 @@ class Field:
 
     def ratio(self, family: str, solver: str, rival: str, tolerance: float) -> Interval:
         """Median evaluations of one over those of another, samples and seeds drawn again."""
-        return _interval(self._draws(family, solver, rival, tolerance))
+        return ratio_of(self.must(family, solver, tolerance), self.must(family, rival, tolerance))
 
     def mean_ratio(self, families: Sequence[str], solver: str, rival: Any, tolerance: float) -> Interval:
         """Geometric mean over families; `rival` a name, or a map from a family to one. NaN where there are none."""
@@ -230,10 +230,15 @@ def compared(ours: Field, theirs: Field) -> list[tuple[str, str, float, Interval
                 if one.evaluations.shape[1] != other.evaluations.shape[1]:
                     counts = f"{one.evaluations.shape[1]} and {other.evaluations.shape[1]}"
                     raise ValueError(f"runs can be compared on the same samples; {family} has {counts}")
-                found.append((family, solver, tolerance, _interval(_draws(one, other)), *_alone(one, other)))
+                found.append((family, solver, tolerance, ratio_of(one, other), *_alone(one, other)))
     if not found:
         raise ValueError("the two runs have no family and solver in common")
     return found
+
+
+def ratio_of(ours: Standing, theirs: Standing) -> Interval:
+    """Ratio of median evaluations of two solvers on the same samples, which are drawn again for both, and seeds."""
+    return _interval(_draws(ours, theirs))
 
 
 def _alone(ours: Standing, theirs: Standing) -> tuple[int, int]:
