@@ -9,7 +9,7 @@ demo: setup
 	$(BIN)/python -m experiments digits
 
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: setup
 	$(BIN)/ruff format --check .

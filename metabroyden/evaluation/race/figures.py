@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import NullFormatter
 
 from metabroyden.evaluation.plots import new_axes
 from metabroyden.evaluation.race import figures_beside
@@ -190,6 +191,7 @@ def _metric(field: Field, *, by_time: bool) -> Any:
         place.set_ylim(goal + below, goal + above)
         place.set_title(f"{family}: {'accuracy' if star['higher_is_better'] else 'bits a token'}", fontsize=8)
         place.set_xscale("log")
+        place.xaxis.set_minor_formatter(NullFormatter())
         if not by_time:
             place.set_xticks([1, 2, 5, 10, 20, 40], ["1", "2", "5", "10", "20", "40"])
     words = (
