@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DIGITS := dense-digits mlp-digits conv-digits multiscale-digits monotone-dense-digits monotone-conv-digits monotone-multitier-digits
 
-.PHONY: demo test lint setup clean race race-small check-page
+.PHONY: demo test lint docs setup clean race race-small check-page
 
 demo: setup
 	$(BIN)/python -m experiments digits
@@ -32,10 +32,19 @@ race-small: setup
 check-page: setup
 	$(BIN)/python -m metabroyden.evaluation.race.check_page results/race/report.html
 
+# into site/, from docs/ and the docstrings; in a virtual environment of its own, warnings being errors
+docs: .venv-docs/ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+.venv-docs/ready: docs/requirements.txt
+	$(PYTHON) -m venv --clear .venv-docs
+	.venv-docs/bin/python -m pip install --disable-pip-version-check --quiet -r docs/requirements.txt
+	touch .venv-docs/ready
+
 setup: .venv/ready
 
 .venv/ready: requirements.txt pyproject.toml setup.sh
 	PYTHON="$(PYTHON)" sh setup.sh
 
 clean:
-	rm -rf .venv runs build *.egg-info
+	rm -rf .venv .venv-docs site runs build *.egg-info

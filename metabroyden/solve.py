@@ -81,7 +81,7 @@ def solve(
         keep_inverse: keep what the solver knows of the inverse Jacobian, in `Solution.inverse`; copies its memory.
 
     Returns:
-        A `Solution` of detached tensors: the solve runs under no_grad.
+        A `Solution` of detached tensors, since the solve runs under no_grad.
 
     Raises:
         ValueError, TypeError: bad input, naming what was given and what is wanted.
