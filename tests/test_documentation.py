@@ -1,0 +1,75 @@
+"""The Python of README and of docs/ runs as it stands, and what they point to is there."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from pkgutil import resolve_name
+
+import pytest
+
+import metabroyden as mb
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+MADE_BY_RUNS = {"results/models/dense-stripes", "results/gpu/race"}
+PAGES = sorted(str(path.relative_to(ROOT)) for path in DOCS.rglob("*.md"))
+
+
+def blocks_of(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+
+
+def programs() -> dict[str, dict[str, str]]:
+    """Names and texts of the files that one process runs: each block of README, and together each page of docs/, whole."""
+    readme = {f"README {number}": {"README": code} for number, code in enumerate(blocks_of("README.md"))}
+    return readme | {"docs": {page.replace("/", "."): "\n".join(blocks_of(page)) for page in PAGES}}
+
+
+@pytest.mark.parametrize("name", programs())
+def test_the_python_of_readme_and_docs_runs(name, tmp_path):
+    files = {tmp_path / f"{page}.py": code for page, code in programs()[name].items()}
+    for path, code in files.items():
+        path.write_text(code.replace("/tmp/", f"{tmp_path}/"))
+    run = "import runpy, sys; [runpy.run_path(path, run_name='__main__') for path in sys.argv[1:]]"
+    environment = os.environ | {"PYTHONWARNINGS": "error"}
+    subprocess.run([sys.executable, "-c", run, *files], check=True, cwd=ROOT, env=environment, timeout=200)
+
+
+def test_readme_and_the_guides_have_their_examples():
+    assert len(blocks_of("README.md")) == 7
+    without = {page for page in PAGES if not page.startswith("docs/api/") and not blocks_of(page)}
+    assert without == {"docs/protocol.md"}
+
+
+@pytest.mark.parametrize("page", ["README.md", *PAGES])
+def test_every_file_that_a_page_points_to_exists(page):
+    text, folder = (ROOT / page).read_text(), (ROOT / page).parent
+    links = [link for link in re.findall(r"\]\(([^)#:]+)", text) if link]
+    assert links or page != "README.md"
+    for link in links:
+        assert (folder / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_a_page_names_exists(page):
+    named = set(re.findall(r"`((?:results|metabroyden|experiments|tests)/[\w./-]+?)/?`", (ROOT / page).read_text()))
+    for path in named - MADE_BY_RUNS:
+        assert (ROOT / path).exists(), path
+
+
+def test_every_page_is_in_the_navigation():
+    found = re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    assert sorted(f"docs/{page}" for page in found) == PAGES
+
+
+def test_the_reference_has_every_public_name():
+    named = [name for page in PAGES for name in re.findall(r"^::: (\S+)", (ROOT / page).read_text(), re.M)]
+    assert len(named) == len(set(named))
+    shown = [resolve_name(name) for name in named]
+    modules = {"integrations"}  # its members are shown
+    missing = [name for name in mb.__all__ if not any(getattr(mb, name) is thing for thing in shown)]
+    assert set(missing) == modules
