@@ -207,7 +207,7 @@ class Job:
         self.family, self.criterion = family, family.criterion()
         self.model = self._model()
         self.texts = isinstance(self.criterion, NextToken)
-        self.recipe = self._usual() if recipe is None else recipe
+        self.recipe = self.usual() if recipe is None else recipe
         name = config.solver if config.solver == CLASSICAL else f"{config.solver}-seed{config.seed}"
         self.results = results_folder(config.results, config, FREE)
         self.folder = self.results / config.family / name
@@ -228,7 +228,7 @@ class Job:
     def _model(self, **options: Any) -> Any:
         return load_model(self.path, **options, warn=False).requires_grad_(False).to(self.device)
 
-    def _usual(self) -> Recipe:
+    def usual(self) -> Recipe:
         """The recipe of the solver's name, as the family and the settings want it."""
         config, recipe = self.config, RECIPES.get(self.config.solver, Recipe())
         if self.texts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import dataclass, replace
@@ -129,9 +130,12 @@ class _Ablated(meta.Job):
     """MetaBroyden's usual training, but for what a variant leaves out."""
 
     def __init__(self, config: meta.Meta, variant: ablation.Variant) -> None:
-        super().__init__(config)
         self.variant = variant
-        self.recipe = replace(self.recipe, options={**self.recipe.options, **variant.options})
+        super().__init__(config)
+
+    def usual(self) -> meta.Recipe:
+        recipe = super().usual()
+        return replace(recipe, options={**recipe.options, **self.variant.options})
 
     def altered(self, solver: Any) -> Any:
         return self.variant.prepared(solver)
@@ -139,11 +143,17 @@ class _Ablated(meta.Job):
 
 def _without(config: Race, family: str, variant: str, seed: int) -> Any:
     """The trained variant; training goes on where it was interrupted."""
-    runs = config.runs / "ablation" / variant.replace(" ", "-")
+    left_out = ablation.TRAINED[variant]
     usual = meta.Meta(
-        family=family, seed=seed, models=config.models, runs=runs, device=config.device, progress=config.progress
+        family=family,
+        seed=seed,
+        models=config.models,
+        runs=config.runs / "ablation" / hashlib.sha256(left_out.words.encode()).hexdigest()[:8],
+        device=config.device,
+        fresh=config.fresh,
+        progress=config.progress,
     )
-    return _Ablated(usual, ablation.TRAINED[variant]).trained()
+    return _Ablated(usual, left_out).trained()
 
 
 def _rows(unit: Unit, work: Path) -> Path:

@@ -305,7 +305,7 @@ def test_a_tiny_race_runs_goes_on_and_reports(tmp_path, capsys, monkeypatch):
     few = {"NORMS": (1.5,), "WIDTHS": (16,), "BUSES": (14,), "CHANGES": {"noisy": units.CHANGES["noisy"]}}
     for name, value in few.items():
         monkeypatch.setattr(units, name, value)
-    for name, value in {"RATES": (1e-3,), "STEPS": 3, "POOL": 64}.items():
+    for name, value in {"RATES": (1e-3,), "STEPS": 4, "LOOKS": 2, "POOL": 64}.items():
         monkeypatch.setattr(hyper_deq, name, value)
     place = ("dense-digits", "meta-broyden")
     monkeypatch.setitem(meta.OWN, place, {**meta.OWN[place], "steps": 8})

@@ -104,15 +104,16 @@ def test_transfer_holds_solvers_against_the_best_classical_one_of_the_family():
             solve_row("outside", "conv-digits, noisy", "tuned Anderson", [40, 40, 40], tolerance=at),
             solve_row("outside", "conv-digits, noisy", "meta-broyden", [10, 10, 10], "learned", 0, at),
             solve_row("outside", "conv-digits, noisy", "universal", [40, 40, 40], "learned", 0, at),
+            solve_row("transfer", "conv-digits", "meta-broyden of mlp-digits", [60, 60, 60], "learned", 0, at),
             solve_row("transfer", "conv-digits", "meta-broyden of conv-fashion", [25, 25, 25], "learned", 0, at),
         ]
     parts = {part: Field(rows, part) for part in ("families", "outside", "transfer")}
     names, problems, values = figures_beside.transferred(parts, 1e-2)
-    assert names == ["own", "of the other data", "universal"]
+    assert names == ["own", "of the twin on other data", "universal"]
     assert problems == ["conv-digits", "conv-digits, noisy"]
     assert np.allclose(values[:, 0], [0.5, 1.25, 0.75])
     assert np.allclose(values[[0, 2], 1], [0.25, 1.0])
     assert np.isnan(values[1, 1])
     _, head, body = report._transfer(parts, 1e-2)
-    assert head == ["problem", "MetaBroyden, own", "MetaBroyden, of the other data", "universal"]
+    assert head == ["problem", "MetaBroyden, own", "MetaBroyden, of the twin on other data", "universal"]
     assert body[1] == ["conv-digits, noisy", "0.25", "", "1.00"]

@@ -18,7 +18,18 @@ import torch
 
 from metabroyden.storage import atomic_write
 
-_PACKAGES = ("metabroyden", "torch", "higher", "numpy", "scikit-learn", "torchdeq", "xitorch", "scipy", "pypower")
+_PACKAGES = (
+    "metabroyden",
+    "torch",
+    "higher",
+    "numpy",
+    "scikit-learn",
+    "torchdeq",
+    "silva-networks",
+    "xitorch",
+    "scipy",
+    "pypower",
+)
 
 
 def config_hash(config: Any) -> str:

@@ -29,10 +29,11 @@ class Variant:
     """MetaBroyden trained without a piece, by the recipe of the whole.
 
     Attributes:
-        options: of its config, other than the recipe's.
+        words: what is left out. options: of its config, other than the recipe's.
         masks: solver ↦ {parameter: mask (1 or 0) of its shape}, entries that are zero and stay zero.
     """
 
+    words: str = "nothing"
     options: dict[str, Any] = field(default_factory=dict)
     masks: Callable[[MetaBroyden], dict[Tensor, Tensor]] = lambda solver: {}
 
@@ -57,16 +58,20 @@ def _blind(solver: MetaBroyden) -> dict[Tensor, Tensor]:
 
 
 TRAINED = {
-    "no learned start": Variant(options={"initializer": 0}),
-    "no P": Variant(masks=_no_preconditioner),
-    "fixed schedule": Variant(masks=_blind),
+    "no learned start": Variant("the initializer", options={"initializer": 0}),
+    "no P": Variant(
+        "P and the correction in its channels: B₀ is a weight of the residual by step and channel",
+        masks=_no_preconditioner,
+    ),
+    "fixed schedule": Variant(
+        "the LSTM's sight: what it puts out depends on the number of the step alone", masks=_blind
+    ),
 }
-"""Trained anew without: the initializer; the learned inverse Jacobian in k channels, so that B₀ is a weight of the residual
-by step and channel; the LSTM's sight, so that its gates and weights depend on the number of the step alone."""
+"""Trained anew. The gates where a solve begins, which are P's, depend on its context in all of them."""
 
 
 def without_secants(solver: MetaBroyden, budget: int) -> MetaBroyden:
-    """The same weights, gates throughout: no secant is ever used but in a hand-over."""
+    """The same weights; the LSTM goes on where secants would take over, and only a hand-over uses any."""
     return _changed(solver, gated=budget)
 
 
@@ -95,7 +100,8 @@ class AblationUnit(OnFamily):
         super().__init__(settings, family)
         self.train = train
         self.name = f"ablation-{family}"
-        self.key = f"{self.name}-{digest(self.path, *self.solvers_of(family), also=repr(sorted(TRAINED)))}"
+        described = [(name, one.words) for name, one in TRAINED.items()], sorted(RUN), SEED
+        self.key = f"{self.name}-{digest(self.path, *self.solvers_of(family), also=repr(described))}"
 
     def rows(self, work: Path) -> list[Row]:
         """The whole with all its seeds, without each piece, and Broyden's method."""

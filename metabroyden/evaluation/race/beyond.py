@@ -16,7 +16,7 @@ from metabroyden.solve import solve
 from metabroyden.solvers import Broyden
 
 FAR = 4
-"""Times the steps of an unroll to which curves go."""
+"""Times the gated steps of MetaBroyden, which are those of an unroll or two, to which curves go."""
 FEW = 64
 """Problems of a curve."""
 FINEST = 1e-6
@@ -54,12 +54,14 @@ class BeyondUnit(OnFamily):
         return [row for row in rows if row["row"] == "solve"]
 
     def _curves(self, held: equilibria.HeldOut) -> list[Row]:
-        """Residuals by evaluations to four times the steps of an unroll, of the first seeds and of Broyden's method."""
+        """Residuals by evaluations to `FAR`, of the first seeds and of Broyden's method."""
         own = [one for one in contestants.learned(self.settings.meta, self.family, LEARNED) if not one.seed]
         for one in own:
             one.solver.to(self.settings.device)
-        flagship = next(one.solver for one in own if one.name == FLAGSHIP)
-        steps = FAR * flagship.config.gated
+        flagship = [one.solver for one in own if one.name == FLAGSHIP]
+        if not flagship:
+            return []
+        steps = FAR * flagship[0].config.gated
         everyone = [*own, Contestant("Broyden", "classical", Broyden(steps), repr(Broyden(steps)))]
         far = replace(self.rules(held), budget=steps)
         return measure.curve_rows(everyone, held, FEW, FINEST, far, self.stamp("horizon", self.family))

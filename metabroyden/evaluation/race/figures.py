@@ -12,7 +12,7 @@ from matplotlib.ticker import NullFormatter
 from metabroyden.evaluation.plots import new_axes
 from metabroyden.evaluation.race import figures_beside
 from metabroyden.evaluation.race.contestants import FLAGSHIP
-from metabroyden.evaluation.race.looks import LABELS, LOOKS, grid, legend, look, save
+from metabroyden.evaluation.race.looks import LABELS, LOOKS, grid, heat_map, legend, look, save
 from metabroyden.evaluation.race.schema import Row
 from metabroyden.evaluation.race.statistics import Field
 
@@ -212,19 +212,8 @@ def _overview(field: Field) -> Any:
             found = field.standing(family, name, 1e-3)
             if found is not None and found.success >= 0.5:
                 values[row, column] = found.median / base.median
-    figure, axes = new_axes(max(7.0, 0.62 * len(field.families) + 3))
-    figure.set_figheight(1.6 + 0.3 * len(names))
-    axes.grid(visible=False)
-    axes.imshow(values, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto")
-    for (y, x), value in np.ndenumerate(values):
-        text = f"{value:.2f}" if np.isfinite(value) else "–"
-        axes.text(x, y, text, ha="center", va="center", fontsize=6, color="white" if abs(value - 1) > 0.75 else "black")
-    axes.set_xticks(range(len(field.families)), field.families, rotation=45, ha="right", fontsize=7)
-    axes.set_yticks(range(len(names)), [LABELS.get(name, name) for name in names], fontsize=7)
-    axes.set_title(
-        "median evaluations to 1e-3 over untuned Broyden's (–: less than half solved, or did not run)", fontsize=8
-    )
-    return figure
+    words = "median evaluations to 1e-3 over untuned Broyden's (–: less than half solved, or did not run)"
+    return heat_map(values, [LABELS.get(name, name) for name in names], field.families, words)
 
 
 def _pathed(field: Field) -> list[str]:

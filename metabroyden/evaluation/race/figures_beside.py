@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from metabroyden.evaluation.plots import new_axes
 from metabroyden.evaluation.race.contestants import FLAGSHIP
-from metabroyden.evaluation.race.looks import LABELS, LOOKS, grid, legend, look
+from metabroyden.evaluation.race.looks import LABELS, LOOKS, grid, heat_map, legend, look
 from metabroyden.evaluation.race.schema import Row
 from metabroyden.evaluation.race.statistics import Field, Standing, ratio_of
 
-_BARS = ("#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#999999")
-_HATCHES = ("", "///", "...", "xx", "\\\\", "++")
+_COLOURS = ("#D55E00", "#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#999999", "#0072B2")
+_HATCHES = ("", "///", "...", "xx", "\\\\", "++", "--")
+_OTHER = {"digits": "fashion", "fashion": "digits", "shakespeare": "words", "words": "shakespeare"}
 
 
 def make(parts: Mapping[str, Field], far: Sequence[Row]) -> list[tuple[str, Any]]:
@@ -38,13 +38,13 @@ def swept(outside: Field) -> list[tuple[float, str]]:
 
 
 def norms(outside: Field) -> Any:
-    """Median evaluations of solvers that were trained or tuned on nothing of the kind, by the spectral norm of the cell."""
+    """Median evaluations of solvers as they are, by the cell's spectral norm; the universal one knows such cells."""
     sweep = swept(outside)
     figure, places = grid(2, 2)
     figure.set_size_inches(10.5, 4.4)
     for place, tolerance in zip(places, (1e-2, 1e-3), strict=True):
-        for number, name in enumerate(outside.solvers(sweep[0][1])):
-            shown = LOOKS.get(name, (("#009E73", "#E69F00", "#CC79A7")[number % 3], "-.", "d"))
+        for name in outside.solvers(sweep[0][1]):
+            shown = LOOKS[name]
             found = [outside.must(cell, name, tolerance) for _, cell in sweep]
             place.plot(
                 [norm for norm, _ in sweep], [one.median for one in found], color=shown[0], linestyle=shown[1],
@@ -62,48 +62,47 @@ def transferred(parts: Mapping[str, Field], tolerance: float) -> tuple[list[str]
     Problems are families, and their inputs changed. NaN where a solver did not run.
     """
     field, outside, transfer = parts["families"], parts.get("outside"), parts["transfer"]
-    names = ["own", "of the other data", "universal"]
+    names = ["own", "of the twin on other data", "universal"]
     problems: list[str] = []
     columns: list[list[float]] = []
     for family in field.flagship:
         best = field.best(family, tolerance)
         theirs = field.must(family, best, tolerance)
-        other = [transfer.standing(family, name, tolerance) for name in transfer.solvers(family)]
-        column = [field.standing(family, FLAGSHIP, tolerance), *other[:1]] + (1 - len(other[:1])) * [None]
-        columns.append([_over(one, theirs) for one in (*column, field.standing(family, "universal", tolerance))])
+        found = [
+            field.standing(family, FLAGSHIP, tolerance),
+            transfer.standing(family, f"{FLAGSHIP} of {_twin(family)}", tolerance),
+            field.standing(family, "universal", tolerance),
+        ]
+        columns.append([_ratio(one, theirs) for one in found])
         problems.append(family)
         for problem in outside.families if outside is not None else ():
             if problem.rpartition(", ")[0] == family and outside is not None:
                 theirs = outside.must(problem, best, tolerance)
                 found = [outside.standing(problem, name, tolerance) for name in (FLAGSHIP, "universal")]
-                columns.append([_over(found[0], theirs), float("nan"), _over(found[1], theirs)])
+                columns.append([_ratio(found[0], theirs), float("nan"), _ratio(found[1], theirs)])
                 problems.append(problem)
     return names, problems, np.array(columns).T
 
 
-def _over(ours: Standing | None, theirs: Standing) -> float:
+def _twin(family: str) -> str:
+    """The same cell on other data."""
+    cell, _, data = family.rpartition("-")
+    return f"{cell}-{_OTHER[data]}"
+
+
+def _ratio(ours: Standing | None, theirs: Standing) -> float:
     return float("nan") if ours is None else ratio_of(ours, theirs).value
 
 
 def transfer(parts: Mapping[str, Field], tolerance: float = 1e-2) -> Any:
     """A heat map: solvers against problems that they were trained on, and that they were not."""
     names, problems, values = transferred(parts, tolerance)
-    figure, axes = new_axes(max(7.0, 0.36 * len(problems) + 2))
-    figure.set_figheight(3.6)
-    axes.grid(visible=False)
-    axes.imshow(values, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto")
-    for (y, x), value in np.ndenumerate(values):
-        ink = "white" if abs(value - 1) > 0.75 else "black"
-        axes.text(x, y, f"{value:.2f}" if np.isfinite(value) else "–", ha="center", va="center", fontsize=6, color=ink)
-    axes.set_xticks(range(len(problems)), problems, rotation=60, ha="right", fontsize=7)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
     words = f"evaluations to {tolerance:g} over those of the best classical solver, tuned on the family's own inputs"
-    axes.set_title(words, fontsize=8)
-    return figure
+    return heat_map(values, names, problems, words)
 
 
 def horizon(field: Field, far: Sequence[Row]) -> Any:
-    """Median and middle half of the residual to four times the steps of an unroll, which end at the line."""
+    """Median and middle half of the residual to four times MetaBroyden's gated steps, which end at the line."""
     families = list(dict.fromkeys(row["family"] for row in far))
     figure, places = grid(len(families))
     for place, family in zip(places, families, strict=True):
@@ -114,7 +113,7 @@ def horizon(field: Field, far: Sequence[Row]) -> Any:
             colour = look(name)["color"]
             place.fill_between(row["evaluations"], row["low"], row["high"], color=colour, alpha=0.12, linewidth=0)
         for row in field.of("horizon", family, FLAGSHIP)[:1]:
-            place.axvline(row["steps"] / 4, color="black", linewidth=0.8, linestyle=":", label="steps of an unroll")
+            place.axvline(row["steps"] / 4, color="black", linewidth=0.8, linestyle=":", label="gated steps")
         place.set_title(family, fontsize=8)
         place.set_ylim(1e-7, 3)
     figure.supxlabel("evaluations of f", fontsize=9)
@@ -137,8 +136,8 @@ def ablation(field: Field) -> Any:
                 if found is None:
                     continue
                 spot = at + (number - (len(names) - 1) / 2) * width
-                look_of = {"color": _BARS[number % 6], "hatch": _HATCHES[number % 6], "edgecolor": "white"}
-                place.bar(spot, found.median, width, label=label, **look_of)
+                shown = {"color": _COLOURS[number], "hatch": _HATCHES[number], "edgecolor": "white"}
+                place.bar(spot, found.median, width, label=label, **shown)
                 label = None
                 if found.success < 0.995:
                     place.text(spot, found.median + 0.4, f"{found.success:.0%}", ha="center", fontsize=5, rotation=90)

@@ -1,17 +1,20 @@
 """Another library's learned solver: HyperDEQ of silva-networks, trained by its own loss, run as it is.
 
 It follows Bai, Koltun & Kolter 2022 in form: a learned start, and a network that sets Anderson's coefficients (there by a
-softmax: nothing is extrapolated) and the damping from four statistics of the last five residuals and of the context.
+softmax: nothing is extrapolated) and the damping from four statistics of the last five residuals and of the context. Its
+start ends in a tanh, and reaches no state beyond ±1.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 from metabroyden import checkpoint
 from metabroyden.evaluation import equilibria, meta_rows
 from metabroyden.evaluation.equilibria import HeldOut
-from metabroyden.evaluation.peers import Enough, Recorder
+from metabroyden.evaluation.peers import Enough, Recorder, available
 from metabroyden.evaluation.race import contestants, measure
 from metabroyden.evaluation.race.contestants import FLAGSHIP, Contestant
 from metabroyden.evaluation.race.schema import Row
@@ -30,15 +33,15 @@ from metabroyden.solvers import Broyden
 from metabroyden.state import Packing, gather
 from metabroyden.training.pin import pin
 
-FAMILIES = ("dense-digits", "dense-fashion", "conv-digits")
+FAMILIES = ("dense-digits", "conv-digits")
 """Whose state is one tensor, and whose context is one."""
-VERSION = "1.2.2"
+PACKAGE = "silva-networks"
 RATES = (1e-3, 3e-3)
-"""Learning rates tried; validation problems choose."""
-STEPS, SECONDS = 1500, 90.0
-"""Of a training with one rate: outer steps, or CPU seconds if those are over before."""
-UNROLL, BATCH, POOL = 10, 32, 1024
-SETTINGS = (RATES, STEPS, SECONDS, UNROLL, BATCH, POOL)
+"""Learning rates tried, each falling to zero along a cosine; validation problems choose among them and among looks."""
+STEPS, SECONDS, LOOKS = 2000, 130.0, 8
+"""Of a training with one rate: outer steps, or CPU seconds if those are over before; looks at validation."""
+UNROLL, BATCH, POOL = 10, 32, 2048
+"""Steps unrolled; samples of a batch; training contexts, drawn as all learned solvers' are."""
 
 
 class _Map(nn.Module):
@@ -56,7 +59,7 @@ class HyperDEQ:
     conditioned = True
 
     def __init__(self, network: Any, options: str) -> None:
-        self.network, self.options = network.eval(), options
+        self.network, self.options = network, options
 
     def __repr__(self) -> str:
         return self.options
@@ -78,44 +81,62 @@ def flat_context(x: Any) -> Tensor:
     return getattr(x, "context", x).flatten(1)
 
 
-def train(unit: OnFamily, validation: HeldOut) -> tuple[HyperDEQ, float]:
-    """(the best on validation over `RATES`, CPU seconds of all trainings together).
+class Trained(NamedTuple):
+    """A training's outcome: its score on validation, and after how many outer steps."""
 
-    Targets are equilibria of training contexts, to 1e-4.
-    """
+    score: float
+    steps: int
+    rate: float
+    weights: dict[str, Tensor]
+
+
+def train(unit: OnFamily, validation: HeldOut) -> tuple[Trained, float]:
+    """(the best look at validation of trainings with all `RATES`, CPU seconds of all of them together)."""
     began = time.process_time()
-    model, seed = unit.model(), torch.Generator().manual_seed(0)
-    tasks = family_tasks(model, unit.criterion)
-    raw = tasks.split("train")
-    z0, x = tasks.prepare(raw[torch.randperm(len(raw), generator=seed)[:POOL]])
+    model = unit.model()
+    z0, x = family_tasks(model, unit.criterion).draw(POOL, torch.Generator().manual_seed(0))
     f, x = pin(model.cell, x, z0)
-    packing = Packing.of(z0)
-    targets = []
-    for index in torch.arange(len(meta_rows.packed(z0))).split(128):
+    target, solved = _equilibria(f, z0, x)
+    x, target = gather(x, solved), target[solved]
+    tried = [look for rate in RATES for look in _training(rate, f, Packing.of(z0), x, target, validation, unit)]
+    return min(tried, key=lambda look: look.score), time.process_time() - began
+
+
+def _equilibria(f: Any, z0: Any, x: Any) -> tuple[Tensor, Tensor]:
+    """(equilibria to 1e-4 (N, n), the indices of those that were found): others teach nothing."""
+    targets, found = [], []
+    for index in torch.arange(len(meta_rows.packed(z0)), device=meta_rows.packed(z0).device).split(128):
         start, context = gather(z0, index), gather(x, index)
-        found = solve(f, start, context, solver=Broyden(60), rtol=1e-4, max_nfe=60, throw=False)
-        targets.append(meta_rows.packed(found.z))
-    target = torch.cat(targets)
+        solution = solve(f, start, context, solver=Broyden(120), rtol=1e-4, max_nfe=120, throw=False)
+        targets.append(meta_rows.packed(solution.z))
+        found.append(index[solution.converged])
+    return torch.cat(targets), torch.cat(found)
 
-    def attempt(rate: float) -> HyperDEQ:
-        network = _network(target.shape[1], flat_context(x).shape[1])
-        optimizer = torch.optim.Adam(network.parameters(), lr=rate)
-        generator, until = torch.Generator().manual_seed(0), time.process_time() + SECONDS
-        step = 0
-        while step < STEPS and time.process_time() < until:
-            index = torch.randint(len(target), (BATCH,), generator=generator)
-            context = gather(x, index)
-            network.transition.f = lambda z: packing.pack(f(packing.unpack(z), context))  # noqa: B023 (called at once)
-            loss = _loss(network(flat_context(context)), target[index])
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-            step += 1
-        return HyperDEQ(network, f"silva-networks {VERSION}, rate {rate:g}, {step} steps")
 
-    best = min((attempt(rate) for rate in RATES), key=lambda one: contestants.peer_score(one, validation, 60))
-    return best, time.process_time() - began
+def _training(
+    rate: float, f: Any, packing: Packing, x: Any, target: Tensor, validation: HeldOut, unit: OnFamily
+) -> Iterator[Trained]:
+    network = _network(target.shape[1], flat_context(x).shape[1]).to(target)
+    optimizer = torch.optim.Adam(network.parameters(), lr=rate)
+    generator, began = torch.Generator().manual_seed(0), time.process_time()
+    step, looked = 0, 0
+    while looked < LOOKS:
+        index = torch.randint(len(target), (BATCH,), generator=generator).to(target.device)
+        context = gather(x, index)
+        network.transition.f = lambda z: packing.pack(f(packing.unpack(z), context))  # noqa: B023 (called at once)
+        loss = _loss(network(flat_context(context)), target[index])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        share = max(step / STEPS, (time.process_time() - began) / SECONDS)
+        optimizer.param_groups[0]["lr"] = 0.5 * rate * (1 + math.cos(math.pi * min(share, 1.0)))
+        if share * LOOKS >= looked + 1:
+            looked += 1
+            score = contestants.peer_score(HyperDEQ(network, ""), validation, unit.settings.budget)
+            weights = {name: value.clone() for name, value in network.state_dict().items()}
+            yield Trained(score, step, rate, weights)
 
 
 def _network(size: int, condition: int) -> Any:
@@ -137,14 +158,18 @@ class HyperDEQUnit(OnFamily):
 
     def __init__(self, settings: Settings, family: str) -> None:
         super().__init__(settings, family)
-        self.name = f"hyper-deq-{family}"
-        also = repr((VERSION, SETTINGS))
+        if not available("silva_networks"):
+            raise ImportError(
+                f"HyperDEQ comes with {PACKAGE}: pip install {PACKAGE}==1.2.2, or leave it out by --no-cells"
+            )
+        self.name, self.version = f"hyper-deq-{family}", importlib.metadata.version(PACKAGE)
+        also = repr((self.version, RATES, STEPS, SECONDS, LOOKS, UNROLL, BATCH, POOL))
         self.key = f"{self.name}-{digest(self.path, *self.solvers_of(family), also=also)}"
 
     def rows(self, work: Path) -> list[Row]:
         """Both, Broyden's method and torchdeq's Anderson beside them."""
         settings, model = self.settings, self.model()
-        peer, seconds = self._trained(work / "hyper-deq.safetensors", model)
+        peer, taken = self._trained(work / "hyper-deq.safetensors", model)
         held = equilibria.held_out(model, self.criterion, "test", self.count)
         ours = contestants.learned(settings.meta, self.family, (FLAGSHIP,))
         for one in ours:
@@ -160,16 +185,18 @@ class HyperDEQUnit(OnFamily):
         stamp = self.stamp("hyper-deq", self.family)
         rules = replace(self.rules(held), weighed=False)
         rows = self.solves(everyone, held, *measure.unknown(held), rules, stamp, self.name)
-        return [*rows, {"row": "training", **stamp(theirs), "cpu_seconds": seconds, "steps": STEPS}]
+        return [*rows, {"row": "training", **stamp(theirs), **taken}]
 
-    def _trained(self, path: Path, model: Any) -> tuple[HyperDEQ, float]:
-        """Trained once, and kept."""
+    def _trained(self, path: Path, model: Any) -> tuple[HyperDEQ, Row]:
+        """Trained once, and kept; with CPU seconds and outer steps."""
         validation = equilibria.held_out(model, self.criterion, "validation", 64)
         if not path.exists():
             found, seconds = train(self, validation)
-            header = {"options": found.options, "cpu_seconds": seconds}
-            checkpoint.write(path, "race/hyper-deq", dict(found.network.state_dict()), header)
+            header = {"rate": found.rate, "cpu_seconds": round(seconds, 1), "steps": found.steps}
+            checkpoint.write(path, "race/hyper-deq", found.weights, header)
         tensors, kept = checkpoint.read(path, "race")
         network = _network(meta_rows.packed(validation.z0).shape[1], flat_context(validation.x).shape[1])
         network.load_state_dict(tensors)
-        return HyperDEQ(network.to(self.settings.device), str(kept["options"])), float(kept["cpu_seconds"])
+        options = f"{PACKAGE} {self.version}, rate {kept['rate']:g}, {kept['steps']} steps"
+        taken = {name: kept[name] for name in ("cpu_seconds", "steps")}
+        return HyperDEQ(network.to(self.settings.device), options), taken

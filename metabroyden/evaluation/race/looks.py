@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from metabroyden.evaluation.plots import plt
+import numpy as np
+
+from metabroyden.evaluation.plots import new_axes, plt
 from metabroyden.evaluation.race.contestants import FLAGSHIP
 
 # Okabe & Ito's colours; line style and marker tell solvers apart without them
@@ -15,6 +18,10 @@ LOOKS: dict[str, tuple[str, str, str]] = {
     "grouped": ("#CC79A7", "-", "s"),
     "hyper-anderson": ("#E69F00", (0, (5, 1)), "D"),  # type: ignore[dict-item]
     "universal": ("#999999", "-", "v"),
+    "Picard": ("#F0E442", "-.", "d"),
+    "Anderson": ("#009E73", "-.", "^"),
+    "Newton-Krylov": ("#8C564B", (0, (3, 1, 1, 1)), "p"),  # type: ignore[dict-item]
+    "torchdeq Anderson": ("#000000", (0, (1, 1)), "*"),  # type: ignore[dict-item]
     "best classical": ("#009E73", "-.", "^"),
     "Broyden": ("#0072B2", "--", "x"),
     "torchdeq Broyden": ("#56B4E9", ":", "+"),
@@ -55,6 +62,21 @@ def grid(count: int, columns: int = 4) -> tuple[Any, list[Any]]:
         place.spines[["top", "right"]].set_visible(False)
         place.tick_params(labelsize=7)
     return figure, places[:count]
+
+
+def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str) -> Any:
+    """Ratios with their numbers, blue below one and red above; a dash for NaN."""
+    figure, axes = new_axes(max(7.0, 0.45 * len(columns) + 3))
+    figure.set_figheight(1.6 + 0.3 * len(rows))
+    axes.grid(visible=False)
+    axes.imshow(values, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto")
+    for (y, x), value in np.ndenumerate(values):
+        ink = "white" if abs(value - 1) > 0.75 else "black"
+        axes.text(x, y, f"{value:.2f}" if np.isfinite(value) else "–", ha="center", va="center", fontsize=6, color=ink)
+    axes.set_xticks(range(len(columns)), columns, rotation=55, ha="right", fontsize=7)
+    axes.set_yticks(range(len(rows)), rows, fontsize=7)
+    axes.set_title(title, fontsize=8)
+    return figure
 
 
 def legend(figure: Any, axes: Any) -> None:

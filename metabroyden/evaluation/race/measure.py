@@ -120,10 +120,12 @@ def curve_rows(
     """Residual curves to a budget of their own, on the first `count` problems."""
     index = torch.arange(min(count, len(held)), device=held.device)
     z0, x = gather(held.z0, index), gather(held.x, index)
-    found = ((one, _solved(one, held.f, z0, x, tolerance, rules.budget)[0].trace) for one in contestants)
-    return [
-        {"row": "curve", **stamp(one), **_curve([trace], rules.budget)} for one, trace in found if trace is not None
-    ]
+    rows = []
+    for one in contestants:
+        trace = _solved(one, held.f, z0, x, tolerance, rules.budget)[0].trace
+        assert trace is not None, "recorded, unless told otherwise"
+        rows.append({"row": "curve", **stamp(one), **_curve([trace], rules.budget)})
+    return rows
 
 
 def _solved(
@@ -193,7 +195,9 @@ def _numbers(values: list[float]) -> list[float | None]:
 
 def unknown(held: HeldOut) -> tuple[Tensor, Tensor]:
     """(z*, known) for `solve_rows` where no equilibrium is known."""
-    return torch.zeros_like(packed(held.z0), dtype=torch.float64), torch.zeros(len(held), dtype=torch.bool)
+    return torch.zeros_like(packed(held.z0), dtype=torch.float64), torch.zeros(
+        len(held), dtype=torch.bool, device=held.device
+    )
 
 
 def _flat(z: State) -> Tensor:

@@ -29,8 +29,10 @@ def write(folder: Path) -> Path:
     """Write report.md and report.html beside rows/ and config.json; ValueError where there are no rows."""
     rows = read(folder / "rows")
     solved = {row["part"] for row in rows if row["row"] == "solve"}
+    field = Field(rows)
     parts = {part: Field(rows, part) for part in PARTS if part in solved}
-    field = parts["families"]
+    if "ablation" in parts:  # what was trained anew has one seed
+        parts["ablation"] = Field([row for row in rows if not row["seed"]], "ablation")
     far = [row for row in rows if row["part"] == "horizon"]
     drawn = figures.write_all(parts, far, folder / "figures")
     described = json.loads((folder / "config.json").read_text())
@@ -64,12 +66,14 @@ def beside(parts: Mapping[str, Field]) -> list[Table]:
     made = []
     if "outside" in parts:
         made += [
-            _every(parts["outside"], at, "Outside of what solvers were trained and tuned on", "problem") for at in SHOWN
+            _every(parts["outside"], at, "Outside of what the families' solvers were trained and tuned on", "problem")
+            for at in SHOWN
         ]
     if "transfer" in parts:
         made += [_transfer(parts, at) for at in SHOWN]
+        made += [_every(parts["transfer"], at, "Solvers of other families that fit its states") for at in SHOWN]
     if "ablation" in parts:
-        made += [_every(parts["ablation"], at, "MetaBroyden without its pieces") for at in SHOWN]
+        made += [_every(parts["ablation"], at, "MetaBroyden, seed 0, without its pieces") for at in SHOWN]
     if "hyper-deq" in parts:
         made += [_every(parts["hyper-deq"], at, "silva-networks' HyperDEQ, stopped by our rule") for at in SHOWN]
         made.append(_times_of(parts["hyper-deq"], "HyperDEQ"))
@@ -175,7 +179,7 @@ def _transfer(parts: Mapping[str, Field], tolerance: float) -> Table:
 def _times_of(field: Field, rival: str) -> Table:
     head = ["family", *(f"{words}, {at:g}" for at in SHOWN for words in ("evaluations", "time"))]
     body = []
-    for family in field.families:
+    for family in field.flagship:
         row = [family]
         for at in SHOWN:
             row += [f"{field.ratio(family, FLAGSHIP, rival, at)}", f"{field.time_ratio(family, FLAGSHIP, rival, at)}"]
