@@ -19,6 +19,7 @@ from experiments import (
     race,
     solvers,
     specialise,
+    throughput,
     tune_hyper,
 )
 
@@ -37,4 +38,5 @@ EXPERIMENTS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "generalise": (generalise.Generalise, generalise.run),
     "race": (race.Race, race.run),
     "specialise": (specialise.Specialise, specialise.run),
+    "throughput": (throughput.Throughput, throughput.run),
 }

@@ -13,7 +13,7 @@ from metabroyden.deq import initial_state
 from metabroyden.learned.layout import Layout
 from metabroyden.meta.defaults import state_layout
 from metabroyden.meta.tasks import TaskSet
-from metabroyden.models.base import LanguageModel
+from metabroyden.models.base import LanguageModel, Memory
 from metabroyden.models.criteria import Criterion, Images, NextToken, device_of
 from metabroyden.models.packed import Packed
 from metabroyden.state import Packing
@@ -90,9 +90,14 @@ def text_windows(data: TextData, name: str, length: int, back: int = 0) -> tuple
 
 
 @torch.no_grad()
-def second_half(model: LanguageModel, tokens: Tensor, length: int) -> Any:
-    """The context of the last segments of tokens (B, back + 2·length), their memory that of the segments before."""
+def read_on(model: LanguageModel, tokens: Tensor, length: int) -> tuple[Tensor, Memory]:
+    """The last segments of tokens (B, back + 2·length), and their memory: that of the segments before."""
     before, first, second = tokens.split([tokens.shape[1] - 2 * length, length, length], dim=1)
     memory = model.beginning(len(tokens))._replace(tokens=before)
-    memory = model.remember(model.deq(model.inject(first, memory)), first, memory)
-    return model.inject(second, memory)
+    return second, model.remember(model.deq(model.inject(first, memory)), first, memory)
+
+
+@torch.no_grad()
+def second_half(model: LanguageModel, tokens: Tensor, length: int) -> Any:
+    """The context of the last segments of tokens (B, back + 2·length), their memory that of the segments before."""
+    return model.inject(*read_on(model, tokens, length))
