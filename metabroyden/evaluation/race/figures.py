@@ -150,13 +150,8 @@ def _profiles(field: Field) -> Any:
                 with np.errstate(invalid="ignore"):
                     ratio = np.where(np.isfinite(values), values / fewest, np.inf)
                 shares[name][number] = (ratio[None] <= factors[:, None]).mean(axis=1)
-        for number, name in enumerate(names):
-            shown = (
-                look(name)
-                if name in LOOKS
-                else {"color": ("#009E73", "#0072B2", "#E69F00")[number % 3], "linestyle": "-."}
-            )
-            place.plot(factors, shares[name].mean(axis=0), label=LABELS.get(name, name), **shown)
+        for name in names:
+            place.plot(factors, shares[name].mean(axis=0), label=LABELS.get(name, name), **look(name))
         place.set_xscale("log")
         place.set_xticks([1, 2, 3, 5, 10], ["1", "2", "3", "5", "10"])
         place.set(xlabel="τ: evaluations over the fewest of those drawn", ylim=(0, 1.02), title=f"to {tolerance:g}")

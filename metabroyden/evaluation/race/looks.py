@@ -18,6 +18,8 @@ LOOKS: dict[str, tuple[str, str, str]] = {
     "grouped": ("#CC79A7", "-", "s"),
     "hyper-anderson": ("#E69F00", (0, (5, 1)), "D"),  # type: ignore[dict-item]
     "universal": ("#999999", "-", "v"),
+    "tuned Picard": ("#8A6D00", (0, (3, 1, 1, 1)), "d"),  # type: ignore[dict-item]
+    "tuned Anderson": ("#7B3294", (0, (5, 1, 1, 1)), "h"),  # type: ignore[dict-item]
     "Picard": ("#F0E442", "-.", "d"),
     "Anderson": ("#009E73", "-.", "^"),
     "Newton-Krylov": ("#8C564B", (0, (3, 1, 1, 1)), "p"),  # type: ignore[dict-item]
