@@ -41,7 +41,7 @@ RATES = (1e-3, 3e-3)
 STEPS, SECONDS, LOOKS = 2000, 130.0, 8
 """Of a training with one rate: outer steps, or CPU seconds if those are over before; looks at validation."""
 UNROLL, BATCH, POOL = 10, 32, 2048
-"""Steps unrolled; samples of a batch; training contexts, drawn as all learned solvers' are, or as they come: both are tried."""
+"""Steps unrolled; samples of a batch; training contexts, augmented as all learned solvers' are, or not: both are tried."""
 
 
 class _Map(nn.Module):
