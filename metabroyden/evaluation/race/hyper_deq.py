@@ -168,7 +168,7 @@ class HyperDEQUnit(OnFamily):
                 f"HyperDEQ comes with {PACKAGE}: pip install {PACKAGE}==1.2.2, or leave it out by --no-cells"
             )
         self.name, self.version = f"hyper-deq-{family}", importlib.metadata.version(PACKAGE)
-        also = repr((self.version, RATES, STEPS, SECONDS, LOOKS, UNROLL, BATCH, POOL))
+        also = repr((self.version, "augmented and plain", RATES, STEPS, SECONDS, LOOKS, UNROLL, BATCH, POOL))
         self.key = f"{self.name}-{digest(self.path, *self.solvers_of(family), also=also)}"
 
     def rows(self, work: Path) -> list[Row]:
