@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from metabroyden.evaluation import equilibria
-from metabroyden.evaluation.race import contestants, measure
-from metabroyden.evaluation.race.contestants import FLAGSHIP, Contestant
+from metabroyden.evaluation.race.contestants import Contestant
 from metabroyden.evaluation.race.schema import Row
-from metabroyden.evaluation.race.units import CLOCKED, OnFamily, Settings, digest
+from metabroyden.evaluation.race.units import OnFamily, Settings, digest
 from metabroyden.learned import MetaBroyden
 from metabroyden.solvers import Broyden
 
@@ -107,18 +106,13 @@ class AblationUnit(OnFamily):
         """The whole with all its seeds, without each piece, and Broyden's method."""
         settings = self.settings
         held = equilibria.held_out(self.model(), self.criterion, "test", self.count)
-        everyone = whole = contestants.learned(settings.meta, self.family, (FLAGSHIP,))
+        everyone = whole = self.trained(self.family)
         for words, change in RUN.items():
             without = [replace(one, name=words, solver=change(one.solver, settings.budget)) for one in whole]
             everyone = [*everyone, *without]
         for words in TRAINED:
-            trained = self.train(self.family, words, SEED)
-            everyone = [*everyone, Contestant(words, "learned", trained, f"trained anew, seed {SEED}", SEED)]
-        for one in everyone:
-            one.solver.to(settings.device)
+            anew = self.train(self.family, words, SEED).to(settings.device)
+            everyone = [*everyone, Contestant(words, "learned", anew, f"trained anew, seed {SEED}", SEED)]
         broyden = Broyden(settings.budget)
         everyone = [*everyone, Contestant("Broyden", "classical", broyden, repr(broyden))]
-        rules = replace(self.rules(held), tolerances=CLOCKED, rounds=1, weighed=False)
-        stamp = self.stamp("ablation", self.family)
-        rows = self.solves(everyone, held, *measure.unknown(held), rules, stamp, self.name)
-        return [row for row in rows if row["row"] == "solve"]
+        return self.briefly("ablation", everyone, held)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from metabroyden.evaluation import equilibria
-from metabroyden.evaluation.race import contestants, measure
+from metabroyden.evaluation.race import measure
 from metabroyden.evaluation.race.contestants import FLAGSHIP, LEARNED, Contestant
 from metabroyden.evaluation.race.schema import Row
-from metabroyden.evaluation.race.units import CLOCKED, OnFamily, Settings, digest
+from metabroyden.evaluation.race.units import OnFamily, Settings, digest
 from metabroyden.models import FAMILIES
 from metabroyden.solve import solve
 from metabroyden.solvers import Broyden
@@ -39,25 +39,17 @@ class BeyondUnit(OnFamily):
 
     def _transfer(self, held: equilibria.HeldOut) -> list[Row]:
         """MetaBroyden as trained on other families, under the name of the family that it was trained on."""
-        z0, x, _ = next(iter(held.chunks()))
-        found = []
-        for other in self.others:
-            for one in contestants.learned(self.settings.meta, other, (FLAGSHIP,)):
-                one.solver.to(self.settings.device)
-                if _fits(lambda solver=one.solver: solve(held.f, z0, x, solver=solver, max_nfe=2, throw=False)):  # type: ignore[misc]
-                    found.append(replace(one, name=f"{FLAGSHIP} of {other}"))
-        if not found:
-            return []
-        rules = replace(self.rules(held), tolerances=CLOCKED, rounds=1, weighed=False)
-        stamp = self.stamp("transfer", self.family)
-        rows = self.solves(found, held, *measure.unknown(held), rules, stamp, self.name)
-        return [row for row in rows if row["row"] == "solve"]
+        found = [
+            replace(one, name=f"{FLAGSHIP} of {other}")
+            for other in self.others
+            for one in self.trained(other)
+            if _fits(one.solver, held)
+        ]
+        return self.briefly("transfer", found, held) if found else []
 
     def _curves(self, held: equilibria.HeldOut) -> list[Row]:
         """Residuals by evaluations to `FAR`, of the first seeds and of Broyden's method."""
-        own = [one for one in contestants.learned(self.settings.meta, self.family, LEARNED) if not one.seed]
-        for one in own:
-            one.solver.to(self.settings.device)
+        own = [one for one in self.trained(self.family, LEARNED) if not one.seed]
         flagship = [one.solver for one in own if one.name == FLAGSHIP]
         if not flagship:
             return []
@@ -67,10 +59,11 @@ class BeyondUnit(OnFamily):
         return measure.curve_rows(everyone, held, FEW, FINEST, far, self.stamp("horizon", self.family))
 
 
-def _fits(attempt: Callable[[], object]) -> bool:
+def _fits(solver: Any, held: equilibria.HeldOut) -> bool:
     """Whether a solver takes these states: one that does not says so by a ValueError or TypeError."""
+    z0, x, _ = next(iter(held.chunks()))
     try:
-        attempt()
+        solve(held.f, z0, x, solver=solver, max_nfe=2, throw=False)
     except (ValueError, TypeError):
         return False
     return True

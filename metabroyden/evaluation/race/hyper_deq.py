@@ -24,7 +24,7 @@ from metabroyden.evaluation import equilibria, meta_rows
 from metabroyden.evaluation.equilibria import HeldOut
 from metabroyden.evaluation.peers import Enough, Recorder, available
 from metabroyden.evaluation.race import contestants, measure
-from metabroyden.evaluation.race.contestants import FLAGSHIP, Contestant
+from metabroyden.evaluation.race.contestants import Contestant
 from metabroyden.evaluation.race.schema import Row
 from metabroyden.evaluation.race.units import OnFamily, Settings, digest
 from metabroyden.meta.families import family_tasks
@@ -176,9 +176,7 @@ class HyperDEQUnit(OnFamily):
         settings, model = self.settings, self.model()
         peer, taken = self._trained(work / "hyper-deq.safetensors", model)
         held = equilibria.held_out(model, self.criterion, "test", self.count)
-        ours = contestants.learned(settings.meta, self.family, (FLAGSHIP,))
-        for one in ours:
-            one.solver.to(settings.device)
+        ours = self.trained(self.family)
         broyden, anderson = Broyden(settings.budget), contestants.torchdeq("Anderson")
         theirs = Contestant("HyperDEQ", "peer", peer, peer.options, 0)
         everyone = [

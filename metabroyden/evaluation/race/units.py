@@ -141,6 +141,20 @@ class OnFamily(Unit):
         """The frozen model."""
         return load_model(self.path, **options, warn=False).requires_grad_(False).to(self.settings.device)
 
+    def trained(self, family: str, names: tuple[str, ...] = (FLAGSHIP,)) -> list[Contestant]:
+        """Solvers trained on a family, with all seeds that are there, where the race runs."""
+        found = contestants.learned(self.settings.meta, family, names)
+        for one in found:
+            one.solver.to(self.settings.device)
+        return found
+
+    def briefly(self, part: str, everyone: Sequence[Contestant], held: HeldOut) -> list[Row]:
+        """Solves of a part beside the race: the clocked tolerances, one timed round, no equilibria, no memory, no curves."""
+        rules = replace(self.rules(held), tolerances=CLOCKED, rounds=1, weighed=False)
+        stamp = self.stamp(part, self.family)
+        rows = self.solves(everyone, held, *measure.unknown(held), rules, stamp, self.name)
+        return [row for row in rows if row["row"] == "solve"]
+
     def solvers_of(self, family: str) -> list[Path]:
         """Files of the solvers trained on a family."""
         return sorted((self.settings.meta / family).glob("*-seed*/solver.safetensors"))
