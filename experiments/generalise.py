@@ -299,7 +299,8 @@ class _Job:
         if path.exists():
             return load_solver(path)
         layout, channels = family_layout(validation[0])
-        more = {"initializer": 32, "gated": options["unroll"]} if kind == "meta-broyden" else {}
+        seeing = {"initializer": 32, "gated": options["unroll"], "weighing": "lstm"}
+        more = seeing if kind == "meta-broyden" else {}
         solver = make_learned(
             kind,
             layout,

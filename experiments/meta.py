@@ -28,7 +28,7 @@ from metabroyden.evaluation.provenance import (
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.safeguard import BY_PROGRESS
 from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet, distributed
-from metabroyden.meta.defaults import RATES, best_damping
+from metabroyden.meta.defaults import RATES, best_damping, dilations
 from metabroyden.meta.families import family_layout, family_tasks
 from metabroyden.meta.fit import make_learned
 from metabroyden.meta.objectives import OBJECTIVES
@@ -96,6 +96,7 @@ _QUICK: dict[str, Any] = {"steps": 1500, "unroll": 7, "segments": 1, "options": 
 _LAYERS: dict[str, Any] = {"steps": 3000, "unroll": 6, "segments": 1, "options": {**_WIDE, "rank": 48}}
 _SPLIT: dict[str, Any] = {"kind": "meta-splitting", "segments": 1}
 _SHORT: dict[str, Any] = {"steps": 150, "unroll": 4, "segments": 6, "learning_rate": 2e-3}
+_SEEING: dict[str, Any] = {**_SAME, "gated": 12, "weighing": "lstm", "dilations": (1, 1)}
 OWN: dict[tuple[str, str], dict[str, Any]] = {
     **{(f"dense-{data}", "meta-broyden"): {**_QUICK, "unroll": 8} for data in _DATA},
     **{(f"monotone-dense-{data}", "meta-broyden"): {**_SPLIT, **_QUICK} for data in _DATA},
@@ -105,7 +106,7 @@ OWN: dict[tuple[str, str], dict[str, Any]] = {
     ("monotone-conv-fashion", "meta-broyden"): {**_SPLIT, "steps": 450, "options": {**_SAME, "alpha": 0.4}},
     ("monotone-multitier-digits", "meta-broyden"): {**_SPLIT, "options": {**_SAME, "rank": 48}},
     ("monotone-multitier-fashion", "meta-broyden"): {**_SPLIT, "steps": 450, "options": {**_SAME, "rank": 48}},
-    ("transformer-shakespeare", "meta-broyden"): {**_SHORT, "orthogonal_rate": 0.0, "options": {**_SAME, "gated": 12}},
+    ("transformer-shakespeare", "meta-broyden"): {**_SHORT, "orthogonal_rate": 0.0, "options": _SEEING},
     ("transformer-shakespeare", "grouped"): _SHORT,
     ("multiscale-fashion", "meta-broyden"): {"steps": 1200, "unroll": 12, "segments": 1},
     ("multiscale-fashion", "grouped"): {"steps": 150},
@@ -116,7 +117,8 @@ OWN: dict[tuple[str, str], dict[str, Any]] = {
 networks MetaBroyden steps on Peaceman–Rachford's map, see `MetaSplitting`: one segment is enough, and on monotone-conv-
 fashion twice the rival's α does better (results/RESEARCH.md, 42). On multiscale-fashion and words MetaBroyden does
 better in shorter unrolls (45), and GroupedLSTM's steps are dear on the former. Gradients through the Transformer explode
-in longer ones: many short segments, and small steps (41)."""
+in longer ones: many short segments, and small steps (41); and there alone an LSTM that sees the solve is better than a
+table (47)."""
 HELD = 128
 """Validation problems of a text on which weights are chosen."""
 
@@ -267,6 +269,8 @@ class Job:
         layout, channels = family_layout(tasks)
         context = config.context if channels else "f0"
 
+        reach = {"dilations": dilations(tasks.f, layout)} if config.solver == "meta-broyden" else {}
+
         def make(**options: Any) -> Any:
             return make_learned(
                 recipe.kind or config.solver,
@@ -274,7 +278,7 @@ class Job:
                 seed=config.seed,
                 context=context,
                 context_channels=channels if context == "native" else 0,
-                **{**recipe.options, **options},
+                **{**reach, **recipe.options, **options},
             ).to(self.device)
 
         solver = self.altered(make(**self._base_step(make, tasks)))

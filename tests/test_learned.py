@@ -11,7 +11,9 @@ import metabroyden as mb
 from metabroyden.learned import LEARNED, GroupedConfig, LearnedConfig, Safeguard
 from metabroyden.learned.layout import Layout, Mixer, guess_layout
 from metabroyden.learned.secants import Secants
+from metabroyden.meta.defaults import dilations
 from metabroyden.meta.fit import make_learned
+from metabroyden.meta.orthogonal import is_matrix
 from metabroyden.meta.unroll import UnrolledProblem, unroll
 from tests.conftest import tanh
 
@@ -31,15 +33,25 @@ def problem_of(kind: str, batch: int = 5, gain: float = 0.7, dtype: torch.dtype 
     return layout, f, torch.zeros_like(x), x
 
 
-CASES = [(name, kind) for name in LEARNED for kind in SHAPES]
+BY_LSTM = "meta-broyden by LSTM"
+EVERY = [*LEARNED, BY_LSTM]
+CASES = [(name, kind) for name in EVERY for kind in SHAPES]
+
+
+def made(name, layout, *, gated=None, **options):
+    """An untrained solver; with `gated` for those that have such steps, and dilated maps where states have extents."""
+    if name in ("meta-broyden", BY_LSTM):
+        weighing = "lstm" if name == BY_LSTM else "table"
+        reach = (1, 1) if layout.kind in ("nd", "scales") else (1, 2)
+        options = {"weighing": weighing, "dilations": reach, **({"gated": gated} if gated else {}), **options}
+    return make_learned("meta-broyden" if name == BY_LSTM else name, layout, **options)
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
 @pytest.mark.parametrize("context", ["f0", "native"])
 def test_untrained_it_is_a_classical_solver(name, kind, context):
     layout, f, z0, x = problem_of(kind)
-    options = {"gated": 60} if name == "meta-broyden" else {}  # then come its secants
-    solver = make_learned(name, layout, context=context, **options)
+    solver = made(name, layout, context=context, gated=60)  # then come its secants
     twin = mb.Anderson(memory=10, ridge=1e-2) if name == "universal" else mb.Picard()
     ours = mb.solve(f, z0, x, solver=solver, rtol=1e-4)
     classical = mb.solve(f, z0, x, solver=twin, rtol=1e-4)
@@ -50,7 +62,7 @@ def test_untrained_it_is_a_classical_solver(name, kind, context):
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_with_any_weights_it_hands_over_and_converges(name, kind):
     layout, f, z0, x = problem_of(kind)
-    solver = make_learned(name, layout)
+    solver = made(name, layout)
     for parameter in solver.parameters():
         parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
     solution = mb.solve(f, z0, x, solver=solver, rtol=1e-5, max_nfe=120)
@@ -120,14 +132,13 @@ def test_hand_over_costs_no_evaluation(nonlinear):
 
 
 def test_a_sequence_solver_does_not_look_ahead():
-    """With a causal f, what happens at the last tokens changes nothing at earlier ones while the LSTM is at work."""
+    """With a causal f, what happens at the last tokens changes nothing at earlier ones before secants are taken."""
     for kind in ("nct", "ntc"):
         layout, f, z0, x = problem_of(kind)
-        for name in LEARNED:
+        for name in EVERY:
             if name in ("hyper-anderson", "universal"):  # weights of the whole sample: they do, as Anderson's do
                 continue
-            options = {"gated": 3} if name == "meta-broyden" else {}
-            solver = make_learned(name, layout, safeguard=Safeguard(horizon=50, patience=None), **options)
+            solver = made(name, layout, gated=3, safeguard=Safeguard(horizon=50, patience=None))
             for parameter in solver.parameters():
                 parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
             changed = x.clone()
@@ -197,14 +208,14 @@ def test_bad_sizes_are_refused(options):
         GroupedConfig(layout="nd", shape=(3,), rank=0)
 
 
+@pytest.mark.parametrize("name", ["meta-broyden", BY_LSTM])
 @pytest.mark.parametrize("kind", [*SHAPES, "scales"])
-def test_what_metabroyden_hands_over_is_the_inverse_that_it_stepped_with(kind):
-    """B₀ of Broyden: the first gated step of a solver whose LSTM says nothing, and its transpose."""
+def test_what_metabroyden_hands_over_is_the_inverse_that_it_stepped_with(kind, name):
+    """B₀ of Broyden: the step of a table of one row, or the first one of an LSTM that says nothing; and its transpose."""
     layout = SCALES if kind == "scales" else Layout(kind, SHAPES[kind])
-    solver = make_learned(
-        "meta-broyden", layout, damping=0.25, context_channels=layout.channels, context="native"
-    ).double()
-    for parameter in (solver.channel, *solver.preconditioner.parameters()):
+    solver = made(name, layout, gated=1, damping=0.25, context_channels=layout.channels, context="native").double()
+    weights = [solver.channel] if solver.table is None else solver.table.parameters()
+    for parameter in (*weights, *solver.preconditioner.parameters()):
         parameter.data.normal_(generator=torch.Generator().manual_seed(1))
     n = sum(math.prod(s) for s in layout.shape) if kind == "scales" else math.prod(layout.shape)
     z, g, w = torch.randn(3, 2, n, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -331,12 +342,13 @@ def test_the_secant_phase_is_andersons_on_the_pairs_of_the_gated_steps(kind, gat
                 torch.testing.assert_close(iterates[k][b][here], wanted, rtol=close[0], atol=close[1])
 
 
+@pytest.mark.parametrize("name", ["meta-broyden", BY_LSTM])
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("steps", [2, 7])
-def test_the_transposed_inverse_is_that_of_the_step(kind, steps):
+def test_the_transposed_inverse_is_that_of_the_step(kind, steps, name):
     """⟨Bg, w⟩ = ⟨g, Bᵀw⟩ with B read off the quasi-Newton step itself, and early on B = B₀."""
     layout, f, z0, x = problem_of(kind, batch=3, gain=0.9, dtype=torch.float64)
-    solver = make_learned("meta-broyden", layout, gated=3, memory=4).double()
+    solver = made(name, layout, gated=3, memory=4).double()
     for parameter in solver.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
 
@@ -373,10 +385,11 @@ def test_the_transposed_inverse_is_that_of_the_step(kind, steps):
                 g=noted.g - noted.residuals[:, (noted.steps - 2) % 4])), problem).z, rtol=1e-7, atol=1e-9)  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["meta-broyden", BY_LSTM])
 @pytest.mark.parametrize("memory", [1, 3])
-def test_a_sample_goes_its_way_whoever_else_is_in_the_batch(memory):
+def test_a_sample_goes_its_way_whoever_else_is_in_the_batch(memory, name):
     """Samples that leave at different times take their rows of the trail, and of the secants, along."""
-    solver = make_learned("meta-broyden", Layout("nd", (8,)), context="native", gated=5, memory=memory).double()
+    solver = made(name, Layout("nd", (8,)), context="native", gated=5, memory=memory).double()
     for parameter in solver.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
     x = torch.randn(9, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -400,10 +413,14 @@ def test_a_sample_goes_its_way_whoever_else_is_in_the_batch(memory):
         )
 
 
-def test_gates_are_set_anew_at_every_step():
-    solver = make_learned("meta-broyden", Layout("nd", (8,)), initializer=0)
+@pytest.mark.parametrize("name", ["meta-broyden", BY_LSTM])
+def test_gates_are_set_anew_at_every_step(name):
+    solver = made(name, Layout("nd", (8,)), initializer=0)
     with torch.no_grad():
-        solver.lstm.offset[2 : 2 + solver.rank] = 0.5
+        if solver.table is None:
+            solver.lstm.offset[2 : 2 + solver.rank] = 0.5
+        else:
+            solver.table.gates[0, 2] = 1.5
         x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
         problem = UnrolledProblem(lambda z, x: 0.5 * z + x, torch.zeros_like(x), x)
         state = solver.init(x, x, problem)
@@ -431,7 +448,7 @@ def test_a_sample_that_creeps_is_handed_over():
     """Each learned step takes a hundredth of Picard's: better every time, and never there."""
     solver = make_learned("meta-broyden", Layout("nd", (4,)), gated=10_000, initializer=0)
     with torch.no_grad():
-        solver.lstm.offset[0] = -0.99
+        solver.table.direct.fill_(0.01)
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     solution = mb.solve(lambda z, x: 0.5 * z + x, torch.zeros(3, 4), x, solver=solver, rtol=1e-5, max_nfe=100)
     assert (solution.trace.phase > 0).any(dim=0).all()
@@ -441,3 +458,47 @@ def test_a_saved_solver_of_several_scales_loads(tmp_path):
     solver = make_learned("meta-broyden", SCALES)
     again = mb.load_solver(mb.save_solver(solver, tmp_path / "s.safetensors"))
     assert again.config == solver.config
+
+
+def test_a_solver_saved_before_there_were_tables_has_an_lstm():
+    solver = make_learned("meta-broyden", Layout("nd", (6,)), weighing="lstm")
+    described = solver.describe()["config"]
+    for name in ("weighing", "dilations"):
+        del described[name]
+    again = type(solver).from_config(described)
+    assert again.config == solver.config
+    again.load_state_dict(solver.state_dict())
+
+
+def test_what_weighs_and_how_far_is_checked():
+    with pytest.raises(ValueError, match="weighing must be 'table' or 'lstm', got 'gru'"):
+        make_learned("meta-broyden", Layout("nd", (6,)), weighing="gru")
+    for layout in (Layout("nd", (6,)), SCALES):
+        with pytest.raises(
+            ValueError, match="dilations must be at least 1, and are 1 for layouts 'nd' and 'scales'; got 2"
+        ):
+            make_learned("meta-broyden", layout, dilations=(2, 1))
+
+
+@pytest.mark.parametrize("kind", ["nct", "ntc"])
+def test_a_dilated_preconditioner_reaches_eight_evaluations_of_f_back_without_a_gap(kind):
+    class Cell:
+        dilation = 2
+
+    layout = Layout(kind, (20, 3) if kind == "ntc" else (3, 20))
+    reach = dilations(Cell(), layout)
+    assert reach == (2, 6)
+    assert dilations(torch.nn.Conv1d(3, 3, 3), layout) == (1, 3), "a tuple says nothing"
+    assert dilations(Cell(), Layout("nd", (6,))) == (1, 1)
+    p = make_learned("meta-broyden", layout, dilations=reach).preconditioner
+    for weight in p.parameters():
+        weight.data.fill_(1.0)
+    impulse = torch.zeros(1, 3, 20)
+    impulse[..., 1] = 1
+    seen = p(impulse, torch.ones(1, p.inward.map.weight.shape[0], 20))[0, 0].nonzero().flatten().tolist()
+    assert seen == list(range(1, 18, 2))
+
+
+def test_a_table_is_no_matrix_to_the_optimizer():
+    solver = make_learned("meta-broyden", Layout("nd", (32,)), gated=12)
+    assert not any(is_matrix(weight) for weight in solver.table.parameters())

@@ -35,18 +35,8 @@ def test_what_is_left_out_stays_out_while_the_rest_is_trained(name):
     assert (solver.initializer is None) == (name == "no learned start")
     (outward,) = solver.preconditioner.outward.parameters()
     assert bool(outward.any()) == (name != "no P")
-    sees, remembers = solver.lstm.weight.split([solver.lstm.weight.shape[1] - 8, 8], dim=1)
-    assert bool(sees.any()) == (name != "fixed schedule")
-    assert remembers.any()
-    assert solver.lstm.readout.any()
-    assert whole.lstm.weight.all()
-
-
-def test_a_blind_lstm_weighs_every_problem_alike():
-    solver = ablation.TRAINED["fixed schedule"].prepared(make_learned("meta-broyden", Layout("nd", (16,))))
-    features = torch.randn(2, 5, solver.lstm.weight.shape[1] - 8, 1)
-    hidden, cell = solver.lstm.begin(5, 1, features[0])
-    assert torch.equal(solver.lstm(features[0], hidden, cell)[1], solver.lstm(features[1], hidden, cell)[1])
+    assert (solver.table is None) == (solver.lstm is not None) == (name == "LSTM for table")
+    assert whole.table is not None
 
 
 def test_pieces_are_left_out_of_the_whole_without_training():

@@ -291,19 +291,31 @@ def packed_layout(shapes: Sequence[Sequence[int]]) -> Layout:
 class Mixer(nn.Module):
     """A linear map over canonical states that mixes channels and, by layout, near neighbours.
 
-    A convolution of odd width `kernel` for images (3×3), a causal one for sequences, a dense map for vectors.
+    A convolution of odd width `kernel` for images (3×3), a causal one for sequences, a dense map for vectors. `dilation` is
+    the distance of a convolution's taps; ValueError where there are none, or parts of several resolutions.
     """
 
     def __init__(
-        self, layout: Layout, inputs: int, outputs: int, *, kernel: int = 3, bias: bool = True, zero: bool = False
+        self,
+        layout: Layout,
+        inputs: int,
+        outputs: int,
+        *,
+        kernel: int = 3,
+        bias: bool = True,
+        zero: bool = False,
+        dilation: int = 1,
     ) -> None:
         super().__init__()
-        self.past = kernel - 1 if layout.causal else 0
+        if dilation < 1 or (dilation > 1 and layout.kind in ("nd", "scales")):
+            raise ValueError(f"dilations must be at least 1, and are 1 for layouts 'nd' and 'scales'; got {dilation}")
+        self.past = (kernel - 1) * dilation if layout.causal else 0
+        self.dilation = dilation
         self.map: nn.Module
         if layout.spatial:
-            self.map = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=bias)
+            self.map = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2 * dilation, dilation=dilation, bias=bias)
         elif layout.causal:
-            self.map = nn.Conv1d(inputs, outputs, kernel, bias=bias)
+            self.map = nn.Conv1d(inputs, outputs, kernel, dilation=dilation, bias=bias)
         else:
             self.map = nn.Linear(inputs, outputs, bias=bias)
         self.layout = layout
@@ -325,9 +337,11 @@ class Mixer(nn.Module):
             bias = layer.bias if begin == 0 else None
             begin += part.shape[1]
             if isinstance(layer, nn.Conv2d):
-                mapped = nn.functional.conv2d(part, weight, bias, padding=layer.padding)
+                mapped = nn.functional.conv2d(part, weight, bias, padding=layer.padding, dilation=self.dilation)
             elif isinstance(layer, nn.Conv1d):  # as an image one pixel high, padded on both sides: no copy of the input
-                wide = nn.functional.conv2d(part.unsqueeze(2), weight.unsqueeze(2), bias, padding=(0, self.past))
+                wide = nn.functional.conv2d(
+                    part.unsqueeze(2), weight.unsqueeze(2), bias, padding=(0, self.past), dilation=(1, self.dilation)
+                )
                 mapped = wide[:, :, 0, : part.shape[2]]
             else:
                 mapped = nn.functional.linear(part, weight, bias)
@@ -367,7 +381,8 @@ class Mixer(nn.Module):
         """The transposed linear map (its bias left out), (R, outputs, *S) → (R, inputs, *S)."""
         weight: Any = self.map.weight
         if isinstance(self.map, nn.Conv2d):
-            return nn.functional.conv_transpose2d(value, weight, padding=weight.shape[-1] // 2)
+            padding = weight.shape[-1] // 2 * self.dilation
+            return nn.functional.conv_transpose2d(value, weight, padding=padding, dilation=self.dilation)
         if isinstance(self.map, nn.Conv1d):
-            return nn.functional.conv_transpose1d(value, weight)[..., self.past :]
+            return nn.functional.conv_transpose1d(value, weight, dilation=self.dilation)[..., self.past :]
         return nn.functional.linear(value, weight.T)

@@ -13,6 +13,7 @@ from metabroyden.learned.lstm import SharedLSTM
 from metabroyden.learned.preconditioner import LearnedInverse, Preconditioner
 from metabroyden.learned.safeguard import BY_PROGRESS, Safeguard
 from metabroyden.learned.secants import Secants, SecantState
+from metabroyden.learned.table import Table
 from metabroyden.solve import Phase
 from metabroyden.solvers.base import Step
 from metabroyden.state import gather
@@ -23,10 +24,11 @@ class MetaBroydenConfig(LearnedConfig):
     """Adds to `LearnedConfig`.
 
     Attributes:
-        rank: inner channels k of the preconditioner, which are what the LSTM sees and gates; 0: half of the state's (of all
-            its resolutions together), from 16 to 48.
+        rank: inner channels k of the preconditioner; 0: half of the state's (of all resolutions together), from 16 to 48.
         damping: of the iteration that it is before training.
-        gated: steps weighed by the LSTM, which see no secants; quasi-Newton steps from then on.
+        gated: steps with learned weights, which see no secants; quasi-Newton steps from then on.
+        weighing: of those steps, "table" or "lstm", see `MetaBroyden`. `hidden` is the width of the latter.
+        dilations: of the preconditioner's two maps, see `Preconditioner`; both 1 for vectors and for several resolutions.
         memory: secant pairs kept, those of the gated steps among them.
         ridge: of the least squares over the pairs, relative to each; at least 100 units of rounding of the state's dtype.
     """
@@ -35,12 +37,16 @@ class MetaBroydenConfig(LearnedConfig):
     rank: int = 0
     damping: float = 1.0
     gated: int = 28
+    weighing: str = "table"
+    dilations: tuple[int, int] = (1, 1)
     memory: int = 10
     ridge: float = 1e-8
     safeguard: Safeguard = BY_PROGRESS
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.weighing not in ("table", "lstm"):
+            raise ValueError(f"weighing must be 'table' or 'lstm', got {self.weighing!r}")
         for name, least in (("rank", 0), ("gated", 1), ("memory", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -50,15 +56,15 @@ class MetaBroydenConfig(LearnedConfig):
 
 
 class MetaBroydenState(NamedTuple):
-    """R rows, n coordinates, k inner channels, H hidden, P places (all of S)."""
+    """R rows, n coordinates, C channels (of all resolutions), k inner ones, H hidden, P places (all of S)."""
 
     initial: Tensor  # (R, k, *S) the preconditioner's gates where the solve began
     gates: Tensor  # (R, k, *S) those of the last gated step
-    direct: Tensor  # (R, 1, *S) weight of the residual in the last gated step
+    direct: (
+        Tensor  # weight of the residual in the last gated step: of places (R, 1, *S), or, from a table, channels (R, C)
+    )
     before: Tensor  # (R, n) the iterate before this one
-    hidden: Tensor  # (R, H, P)
-    cell: Tensor  # (R, H, P)
-    scale: Tensor  # (R, 1, …) previous residual scale
+    lstm: tuple[Tensor, Tensor, Tensor] | None  # hidden and cell state (R, H, P), previous residual scale (R, 1, …)
     trail: tuple[
         tuple[Tensor, Tensor, Tensor | None], ...
     ]  # (iterates, residuals, our rows in them) of the gated steps
@@ -66,21 +72,35 @@ class MetaBroydenState(NamedTuple):
     steps: int
 
 
+class _Weights(NamedTuple):
+    """Of one gated step."""
+
+    direct: Tensor  # as in the state
+    onward: Tensor  # 1 + m, likewise
+    gates: Tensor  # (R, k, *S)
+    correction: Tensor | None  # s·c, (R, k, *S)
+    lstm: tuple[Tensor, Tensor, Tensor] | None
+
+
 @register("meta-broyden")
 class MetaBroyden(LearnedSolver):
     """z⁺ = z − B_k g, B_k = B₀ + (ΔZ − B₀ΔG)ΔG⁺ with a learned B₀ = −(w + d + P) and exact secant pairs.
 
-    P(g) = B(A(g) · γ) is a `Preconditioner` of k inner channels. In the first steps one LSTM cell a place (a pixel, a token,
-    the sample of a vector), shared by all, sees the inner residual A(g)/s, the gates where the solve began, the residual's
-    scale s and its last change, and sets the inner gates γ, an inner correction c, the weight w of the residual and that of
-    the last move:
+    P(g) = B(A(g) · γ) is a `Preconditioner` of k inner channels, whose gates γ the context sets once. The first steps are
 
         z⁺ = z + m·(z − z₋) + (w + d)·g + B(A(g)·γ + s·c)
 
-    with a constant d for each channel, since resolutions and features differ in the step they want. All else that is learned
-    happens in k channels; of the state's size there are few operations. The pairs (Δz, Δg) of these steps are kept, the last
-    `memory` of them. From then on the LSTM rests: its last γ and w are frozen, which makes B₀ linear, and every step is a
-    multisecant one on top of it (see `Secants`; for sequences causal, token by token).
+    and what weighs them is either
+
+    - a table: w and m for each step and channel, and a factor of the gates for each step and inner channel; c = d = 0. A
+      step costs little more than P, two narrow maps; or
+    - an LSTM: one cell a place (a pixel, a token, the sample of a vector), shared by all, sees the inner residual A(g)/s,
+      the gates where the solve began, the residual's scale s and its last change, and sets γ, an inner correction c, w and
+      m of the place; d is a constant for each channel. As few evaluations on most maps, fewer on some, at two to three
+      times the price of a table's step (results/RESEARCH.md, 46 and 47).
+
+    The pairs (Δz, Δg) of these steps are kept, the last `memory` of them. From then on the last γ and w are frozen, which
+    makes B₀ linear, and every step is a multisecant one on top of it (see `Secants`; for sequences causal, token by token).
     With no more than `gated` steps in an unroll, B₀ is learned from what the residuals of the gated steps want.
 
     Untrained, P = 0, c = m = d = 0 and w is the damping: Picard's iteration, then Anderson's on its pairs.
@@ -93,33 +113,57 @@ class MetaBroyden(LearnedSolver):
         super().__init__(config)
         rank = self.rank = config.rank or min(48, max(16, sum(self.layout.part_channels) // 2))
         kernel = 1 if config.layout == "scales" else 3  # there finer pixels already go with their coarse one
-        self.preconditioner = Preconditioner(self.layout, self.context_channels, rank, kernel=kernel)
-        self.channel = nn.Parameter(torch.zeros(sum(self.layout.part_channels)))
-        self.lstm = SharedLSTM(2 * rank + 2, config.hidden, 2 * rank + 2)
+        self.preconditioner = Preconditioner(
+            self.layout, self.context_channels, rank, kernel=kernel, dilations=config.dilations
+        )
+        channels = sum(self.layout.part_channels)
+        self.table: Table | None = None
+        self.lstm: SharedLSTM | None = None
+        if config.weighing == "table":
+            self.table = Table(config.gated, channels, rank, config.damping)
+        else:
+            self.channel = nn.Parameter(torch.zeros(channels))
+            self.lstm = SharedLSTM(2 * rank + 2, config.hidden, 2 * rank + 2)
         self.secants = Secants(self.layout, config.memory, config.ridge)
 
+    @classmethod
+    def from_config(cls, values: dict[str, Any]) -> LearnedSolver:
+        """The untrained solver of a described config; without a word on weighing, as there was none once, by an LSTM."""
+        values = {"weighing": "lstm", **values}
+        if "dilations" in values:
+            values["dilations"] = tuple(values["dilations"])
+        return super().from_config(values)
+
     def plan(self, solver: Any) -> list[Phase]:
-        """As every learned solver's; Broyden carries on from −(damping + d + P)."""
+        """As every learned solver's; Broyden carries on from B₀: that of a table's last row, or −(damping + d + P)."""
         return self.config.safeguard.phases(self, LearnedInverse(self, self._beyond_identity))
 
     def _beyond_identity(self, r: Tensor, shape: tuple[Any, ...]) -> Tensor:
-        """(damping − 1 + d)·r for r (R, n)."""
+        """(w + d − 1)·r for r (R, n), where there is no step to take w from."""
         parts = self.layout.parts(r, shape)
-        shift = self.config.damping - 1
-        return self.layout.joined([part * (d + shift) for part, d in zip(parts, self._channels(parts[0]), strict=True)])
+        weight = self.config.damping + self.channel if self.table is None else self.table.last[0]
+        weights = _of_channels(weight.unsqueeze(0) - 1, self.layout.part_channels, parts[0])
+        return self.layout.joined([part * w for part, w in zip(parts, weights, strict=True)])
 
     def gates(self, z: Tensor, problem: Any) -> Tensor:
-        """The preconditioner's gates at z (R, n): (R, k, *S)."""
+        """The preconditioner's gates at z (R, n) where there is no step to take them from: (R, k, *S)."""
+        gates = self._initial_gates(z, problem)
+        return gates if self.table is None else gates * _along(self.table.last[2], gates)
+
+    def _initial_gates(self, z: Tensor, problem: Any) -> Tensor:
         shape = self.layout.resolve(problem.shape)
         return self.preconditioner.gates(self.layout.canonical(z, shape), self.context_feature(problem, shape))
 
     def init(self, z: Tensor, g: Tensor, problem: Any) -> MetaBroydenState:
         """Zero memory, no pairs; the gates are taken once."""
-        gates = self.gates(z, problem)
+        gates = self._initial_gates(z, problem)
+        if self.lstm is None:
+            channels = z.new_full((len(z), sum(self.layout.part_channels)), self.config.damping)
+            return MetaBroydenState(gates, gates, channels, z, None, (), None, 0)
         hidden, cell = self.lstm.begin(len(z), gates[0, 0].numel(), z)
         scale = self.layout.scale_of(g, self.layout.resolve(problem.shape))
         direct = torch.full_like(gates[:, :1], self.config.damping)
-        return MetaBroydenState(gates, gates, direct, z, hidden, cell, scale, (), None, 0)
+        return MetaBroydenState(gates, gates, direct, z, (hidden, cell, scale), (), None, 0)
 
     def step(self, z: Tensor, g: Tensor, state: MetaBroydenState, problem: Any) -> Step:
         """One learned step, (R, n)."""
@@ -133,30 +177,49 @@ class MetaBroyden(LearnedSolver):
         return Step(z, state._replace(trail=(), secants=secants, steps=state.steps + 1))
 
     def _gated(self, z: Tensor, g: Tensor, state: MetaBroydenState, shape: tuple[Any, ...]) -> Step:
-        layout, rank = self.layout, self.rank
+        layout = self.layout
         residuals = layout.parts(g, shape)
-        scale = layout.scale_of(g, shape)
         inner = self.preconditioner.inward.of_parts(residuals)
-        level = torch.stack([scale.log() / 5, (scale / state.scale).log().clamp(-3, 3)], dim=1).flatten(2)
-        places = state.hidden.shape[2]
-        seen = [(inner / scale).reshape(len(z), rank, places), state.initial.reshape(len(z), rank, places)]
-        features = torch.cat([*seen, level.expand(-1, -1, places)], dim=1)
-        output, hidden, cell = self.lstm(features, state.hidden, state.cell)
-        output = output.reshape(len(z), -1, *inner.shape[2:])
-        direct, momentum, change, correction = output.split([1, 1, rank, rank], dim=1)
-        direct, gates = self.config.damping + direct, state.initial * (1 + change)
+        by_table = self.table is not None
+        weights = self._weighed_by_table(state) if by_table else self._weighed_by_lstm(inner, g, state, shape)
         after, before = layout.parts(z, shape), layout.parts(state.before, shape)
-        moved = [torch.lerp(*pair) for pair in zip(before, after, layout.spread(1 + momentum), strict=True)]
-        learned = self.preconditioner.outward.to_parts(torch.addcmul(inner * gates, scale, correction))
-        for place, r, w, d, more in zip(
-            moved, residuals, layout.spread(direct), self._channels(direct), learned, strict=True
+        moved = [torch.lerp(*three) for three in zip(before, after, self._by_part(weights.onward, inner), strict=True)]
+        inner = inner * weights.gates
+        if weights.correction is not None:
+            inner = inner + weights.correction
+        learned = self.preconditioner.outward.to_parts(inner)
+        for place, r, several, more in zip(
+            moved, residuals, self._diagonal(weights.direct, inner), learned, strict=True
         ):
-            place.addcmul_(w, r).addcmul_(d, r).add_(more)
+            for w in several:
+                place.addcmul_(w, r)
+            place.add_(more)
         trail = (*state.trail, (z, g, None))[-self.config.memory - 1 :]
-        known = MetaBroydenState(
-            state.initial, gates, direct, z, hidden, cell, scale, trail, None, steps=state.steps + 1
+        known = state._replace(
+            gates=weights.gates, direct=weights.direct, before=z, lstm=weights.lstm, trail=trail, steps=state.steps + 1
         )
         return Step(layout.joined(moved), known)
+
+    def _weighed_by_table(self, state: MetaBroydenState) -> _Weights:
+        assert self.table is not None
+        direct, onward, gates = self.table(state.steps)
+        rows = len(state.initial)
+        gates = state.initial * _along(gates, state.initial)
+        return _Weights(direct.expand(rows, -1), onward.unsqueeze(0), gates, None, None)
+
+    def _weighed_by_lstm(self, inner: Tensor, g: Tensor, state: MetaBroydenState, shape: tuple[Any, ...]) -> _Weights:
+        assert self.lstm is not None
+        assert state.lstm is not None
+        hidden, cell, before = state.lstm
+        rows, rank, places = len(g), self.rank, hidden.shape[2]
+        scale = self.layout.scale_of(g, shape)
+        level = torch.stack([scale.log() / 5, (scale / before).log().clamp(-3, 3)], dim=1).flatten(2)
+        seen = [(inner / scale).reshape(rows, rank, places), state.initial.reshape(rows, rank, places)]
+        output, hidden, cell = self.lstm(torch.cat([*seen, level.expand(-1, -1, places)], dim=1), hidden, cell)
+        output = output.reshape(rows, -1, *inner.shape[2:])
+        direct, momentum, change, correction = output.split([1, 1, rank, rank], dim=1)
+        gates = state.initial * (1 + change)
+        return _Weights(self.config.damping + direct, 1 + momentum, gates, scale * correction, (hidden, cell, scale))
 
     def _initial_inverse(self, r: Tensor, state: MetaBroydenState, shape: tuple[Any, ...]) -> Tensor:
         """B₀r for r (R, n), with the weights of the last gated step."""
@@ -166,12 +229,26 @@ class MetaBroyden(LearnedSolver):
 
     def _weighted(self, parts: list[Tensor], direct: Tensor, more: list[Tensor]) -> list[Tensor]:
         """(w + d)·r and something more, part by part."""
-        weights = zip(parts, self.layout.spread(direct), self._channels(direct), more, strict=True)
-        return [torch.addcmul(rest, part, w + d) for part, w, d, rest in weights]
+        found = []
+        for part, several, rest in zip(parts, self._diagonal(direct, parts[0]), more, strict=True):
+            for w in several:
+                rest = torch.addcmul(rest, w, part)
+            found.append(rest)
+        return found
 
-    def _channels(self, like: Tensor) -> list[Tensor]:
-        """d for each of the layout's parts, to be multiplied with it."""
-        return [d.view(-1, *[1] * (like.dim() - 2)) for d in self.channel.split(self.layout.part_channels)]
+    def _diagonal(self, direct: Tensor, like: Tensor) -> list[tuple[Tensor, ...]]:
+        """For each of the layout's parts, what its residual is multiplied with, as terms."""
+        weights = self._by_part(direct, like)
+        if self.table is not None:
+            return [(w,) for w in weights]
+        constants = _of_channels(self.channel.unsqueeze(0), self.layout.part_channels, like)
+        return list(zip(weights, constants, strict=True))
+
+    def _by_part(self, weight: Tensor, like: Tensor) -> list[Tensor]:
+        """Weights of places (R, 1, *S) or, with a table, of channels (R or 1, C), as weights of the layout's parts."""
+        if self.table is None:
+            return self.layout.spread(weight)
+        return _of_channels(weight, self.layout.part_channels, like)
 
     def _pairs(self, state: MetaBroydenState, shape: tuple[Any, ...]) -> SecantState | None:
         """The secant pairs known so far; None before the first iterate is noted."""
@@ -209,3 +286,13 @@ class MetaBroyden(LearnedSolver):
             return back
         residuals, moves, gram = pairs
         return back + self.secants.transposed(w, back, residuals, moves, gram, shape)
+
+
+def _of_channels(weight: Tensor, channels: list[int], like: Tensor) -> list[Tensor]:
+    """Weights (R or 1, C) as those of each part, which has so many channels and the axes of `like`."""
+    return [part.reshape(*part.shape, *[1] * (like.dim() - 2)) for part in weight.split(channels, dim=1)]
+
+
+def _along(weight: Tensor, like: Tensor) -> Tensor:
+    """Weights (k,) of the channels of `like` (R, k, *S)."""
+    return weight.reshape(-1, *[1] * (like.dim() - 2))

@@ -17,12 +17,17 @@ class Preconditioner(nn.Module):
     Linear in r, so that −(I + P) may serve as the initial inverse Jacobian of a secant method; a bias would put a floor
     under the residual. A looks at neighbours, and B too unless `kernel`, its width, is 1. The gate is taken once, where the
     solve starts (or is handed over), and frozen.
+
+    The maps of sequences and images may be dilated, at no cost: the first by the distance that f carries news in one
+    evaluation, say, and the second by three times as much, so that P reaches eight times as far without a gap.
     """
 
-    def __init__(self, layout: Layout, context_channels: int, rank: int, *, kernel: int = 3) -> None:
+    def __init__(
+        self, layout: Layout, context_channels: int, rank: int, *, kernel: int = 3, dilations: tuple[int, int] = (1, 1)
+    ) -> None:
         super().__init__()
-        self.inward = Mixer(layout, layout.channels, rank, bias=False)
-        self.outward = Mixer(layout, rank, layout.channels, kernel=kernel, bias=False, zero=True)
+        self.inward = Mixer(layout, layout.channels, rank, bias=False, dilation=dilations[0])
+        self.outward = Mixer(layout, rank, layout.channels, kernel=kernel, bias=False, zero=True, dilation=dilations[1])
         self.gate = Mixer(layout, layout.channels + context_channels, rank)
 
     def gates(self, z: Tensor, context: Tensor) -> Tensor:

@@ -82,6 +82,17 @@ def best_damping(make: Callable[..., Any], f: Callable[..., State], z0: State, x
     return float(tune(candidates, f, z0, x, **options)[0][0].config.damping)
 
 
+def dilations(f: Callable[..., State], layout: Layout) -> tuple[int, int]:
+    """Of a `MetaBroyden`'s two maps, so that no token within eight evaluations of f is left out, see `Preconditioner`.
+
+    f's own attribute `dilation` is the distance in tokens that an evaluation carries news; 1 where it has none.
+    """
+    step = getattr(f, "dilation", 1)
+    if not layout.causal or isinstance(step, bool) or not isinstance(step, int) or step < 1:
+        step = 1
+    return (step, 3 * step) if layout.causal else (1, 1)
+
+
 def schedule(fewest: float, segments: int = 1) -> tuple[int, int]:
     """(steps of a segment, segments) of an unroll, of at most `segments`, by the evaluations of the best classical solver.
 

@@ -26,6 +26,7 @@ from metabroyden.meta.defaults import (
     SOLVER_STEPS,
     best_damping,
     context_options,
+    dilations,
     schedule,
     state_layout,
 )
@@ -180,7 +181,7 @@ def fit_solver(
     every = max(1, min(whole // 8, LOOK // (unroll * segments)))
     config = replace(config, unroll=unroll, segments=segments, steps=whole, validate_every=every)
     if ours:  # its steps beyond those it was trained on are quasi-Newton ones
-        options["gated"] = segments * unroll
+        options |= {"gated": segments * unroll, "dilations": dilations(f, where)}
 
     def make(**more: Any) -> Any:
         return make_learned(kind, where, seed=seed, **options, **more).to(device=first.device, dtype=first.dtype)

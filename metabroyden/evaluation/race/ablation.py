@@ -49,28 +49,21 @@ def _no_preconditioner(solver: MetaBroyden) -> dict[Tensor, Tensor]:
     return {weight: torch.zeros_like(weight) for weight in solver.preconditioner.outward.parameters()}
 
 
-def _blind(solver: MetaBroyden) -> dict[Tensor, Tensor]:
-    """The columns of what the LSTM sees: what is left tells time, and nothing else."""
-    mask = torch.ones_like(solver.lstm.weight)
-    mask[:, : mask.shape[1] - solver.lstm.hidden] = 0
-    return {solver.lstm.weight: mask}
-
-
 TRAINED = {
     "no learned start": Variant("the initializer", options={"initializer": 0}),
     "no P": Variant(
-        "P and the correction in its channels: B₀ is a weight of the residual by step and channel",
+        "P: B₀ is a weight of the residual by step and channel",
         masks=_no_preconditioner,
     ),
-    "fixed schedule": Variant(
-        "the LSTM's sight: what it puts out depends on the number of the step alone", masks=_blind
+    "LSTM for table": Variant(
+        "the table: an LSTM that sees residuals and gates weighs the first steps", options={"weighing": "lstm"}
     ),
 }
 """Trained anew. The gates where a solve begins, which are P's, depend on its context in all of them."""
 
 
 def without_secants(solver: MetaBroyden, budget: int) -> MetaBroyden:
-    """The same weights; the LSTM goes on where secants would take over, and only a hand-over uses any."""
+    """The same weights; the table's last row goes on where secants would take over, and only a hand-over uses any."""
     return _changed(solver, gated=budget)
 
 
@@ -85,7 +78,12 @@ RUN = {"no secants": without_secants, "no safeguard": without_safeguard}
 
 def _changed(solver: MetaBroyden, **options: Any) -> MetaBroyden:
     changed = MetaBroyden(replace(solver.config, **options)).to(next(solver.parameters()))
-    changed.load_state_dict(solver.state_dict())
+    weights = solver.state_dict()
+    for name in weights:
+        if name.startswith("table."):
+            missing = changed.config.gated - weights[name].shape[1]
+            weights[name] = torch.cat([weights[name], weights[name][:, -1:].expand(-1, missing, -1)], dim=1)
+    changed.load_state_dict(weights)
     return changed.eval()
 
 
