@@ -28,7 +28,7 @@ from metabroyden.evaluation.provenance import (
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.safeguard import BY_PROGRESS
 from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet, distributed
-from metabroyden.meta.defaults import RATES, best_damping, dilations
+from metabroyden.meta.defaults import RATES, best_damping, dilations, gated_steps
 from metabroyden.meta.families import family_layout, family_tasks
 from metabroyden.meta.fit import make_learned
 from metabroyden.meta.objectives import OBJECTIVES
@@ -236,9 +236,8 @@ class Job:
         if self.texts:
             recipe = replace(recipe, **TEXT.get(config.solver, TEXT[""]))
         recipe = replace(recipe, **OWN.get((config.family, config.solver), {}))
-        # unless told otherwise, a MetaBroyden's steps beyond those it was trained on are quasi-Newton ones
-        if config.solver == "meta-broyden":
-            recipe = replace(recipe, options={"gated": recipe.segments * recipe.longest, **recipe.options})
+        if config.solver == "meta-broyden" and "gated" not in recipe.options:
+            recipe = replace(recipe, options={**gated_steps(recipe.segments * recipe.longest), **recipe.options})
         return replace(recipe, steps=config.steps or recipe.steps, objective=config.objective or recipe.objective)
 
     def run(self) -> None:

@@ -204,7 +204,7 @@ def test_on_such_a_cell_what_is_fitted_steps_on_the_splittings_map(context, kind
             solver.config.alpha
             == mb.PeacemanRachford.tuned(cell, *_validation(x), tolerances=(1e-3,), max_nfe=60).alpha
         )
-        assert solver.config.gated == solver.summary["meta_training"]["unroll"]
+        assert solver.trained_for == solver.summary["meta_training"]["unroll"]
     assert {"metabroyden", "Peaceman-Rachford", "forward-backward"} <= set(held)
 
 
@@ -259,7 +259,7 @@ def test_training_ends_with_its_time_and_short_ones_unroll_less():
     assert 1 <= solver.summary["seconds"] < 10
     training = solver.summary["meta_training"]
     assert training["segments"] == 1
-    assert solver.config.gated == training["unroll"]
+    assert solver.trained_for == training["unroll"]
 
 
 def test_an_unroll_has_half_of_the_steps_that_the_best_classical_solver_needs():

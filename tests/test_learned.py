@@ -502,3 +502,19 @@ def test_a_dilated_preconditioner_reaches_eight_evaluations_of_f_back_without_a_
 def test_a_table_is_no_matrix_to_the_optimizer():
     solver = make_learned("meta-broyden", Layout("nd", (32,)), gated=12)
     assert not any(is_matrix(weight) for weight in solver.table.parameters())
+
+
+def test_the_last_row_of_a_table_goes_on():
+    with pytest.raises(ValueError, match="rows must be at most gated, 4, got 5"):
+        make_learned("meta-broyden", Layout("nd", (12,)), gated=4, rows=5)
+    short, long = (
+        make_learned("meta-broyden", Layout("nd", (12,)), gated=9, rows=rows, initializer=0).double() for rows in (3, 9)
+    )
+    for name, weight in short.table.named_parameters():
+        weight.data += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1), dtype=weight.dtype)
+        later = weight.data[:, -1:].expand(-1, 6, -1)
+        dict(long.table.named_parameters())[name].data.copy_(torch.cat([weight.data, later], dim=1))
+    _, f, z0, x = problem_of("nd", dtype=torch.float64)
+    found = [unroll(solver, f, z0, x, steps=12, backend="native").residuals for solver in (short, long)]
+    torch.testing.assert_close(*found)
+    assert (short.trained_for, long.trained_for) == (3, 9)

@@ -28,6 +28,7 @@ class MetaBroydenConfig(LearnedConfig):
         damping: of the iteration that it is before training.
         gated: steps with learned weights, which see no secants; quasi-Newton steps from then on.
         weighing: of those steps, "table" or "lstm", see `MetaBroyden`. `hidden` is the width of the latter.
+        rows: of the table, whose last one serves all later gated steps; 0: as many as those.
         dilations: of the preconditioner's two maps, see `Preconditioner`; both 1 for vectors and for several resolutions.
         memory: secant pairs kept, those of the gated steps among them.
         ridge: of the least squares over the pairs, relative to each; at least 100 units of rounding of the state's dtype.
@@ -38,6 +39,7 @@ class MetaBroydenConfig(LearnedConfig):
     damping: float = 1.0
     gated: int = 28
     weighing: str = "table"
+    rows: int = 0
     dilations: tuple[int, int] = (1, 1)
     memory: int = 10
     ridge: float = 1e-8
@@ -47,9 +49,11 @@ class MetaBroydenConfig(LearnedConfig):
         super().__post_init__()
         if self.weighing not in ("table", "lstm"):
             raise ValueError(f"weighing must be 'table' or 'lstm', got {self.weighing!r}")
-        for name, least in (("rank", 0), ("gated", 1), ("memory", 1)):
+        for name, least in (("rank", 0), ("gated", 1), ("memory", 1), ("rows", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.rows > self.gated:
+            raise ValueError(f"rows must be at most gated, {self.gated}, got {self.rows}")
         for name in ("damping", "ridge"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
@@ -101,7 +105,8 @@ class MetaBroyden(LearnedSolver):
 
     The pairs (Δz, Δg) of these steps are kept, the last `memory` of them. From then on the last γ and w are frozen, which
     makes B₀ linear, and every step is a multisecant one on top of it (see `Secants`; for sequences causal, token by token).
-    With no more than `gated` steps in an unroll, B₀ is learned from what the residuals of the gated steps want.
+    With no more than `gated` steps in an unroll, B₀ is learned from what the residuals of the gated steps want. A table's
+    last row may go on for some steps after the unroll's length: they cost a third of a multisecant step on small maps.
 
     Untrained, P = 0, c = m = d = 0 and w is the damping: Picard's iteration, then Anderson's on its pairs.
     """
@@ -120,11 +125,16 @@ class MetaBroyden(LearnedSolver):
         self.table: Table | None = None
         self.lstm: SharedLSTM | None = None
         if config.weighing == "table":
-            self.table = Table(config.gated, channels, rank, config.damping)
+            self.table = Table(self.trained_for, channels, rank, config.damping)
         else:
             self.channel = nn.Parameter(torch.zeros(channels))
             self.lstm = SharedLSTM(2 * rank + 2, config.hidden, 2 * rank + 2)
         self.secants = Secants(self.layout, config.memory, config.ridge)
+
+    @property
+    def trained_for(self) -> int:
+        """Steps of the unrolls that it is made for."""
+        return self.config.rows or self.config.gated
 
     @classmethod
     def from_config(cls, values: dict[str, Any]) -> LearnedSolver:

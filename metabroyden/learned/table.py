@@ -9,6 +9,8 @@ from torch import Tensor, nn
 class Table(nn.Module):
     """A learned schedule: what step k gives to the residual and to the last move, by channel, and to inner gates.
 
+    After the last row that one goes on.
+
     In the manner of unrolled iterations with weights of their own for each step (Gregor & LeCun, LISTA, ICML 2010), but for
     scalars of channels alone, as the coefficients of Chebyshev's semi-iteration are.
 
@@ -25,7 +27,8 @@ class Table(nn.Module):
 
     def forward(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of step 0, 1, …: weight of the residual (C,), one plus that of the last move (C,), factor of the gates (k,)."""
-        return self.direct[0, step], self.onward[0, step], self.gates[0, step]
+        row = min(step, self.direct.shape[1] - 1)
+        return self.direct[0, row], self.onward[0, row], self.gates[0, row]
 
     @property
     def last(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -93,6 +93,11 @@ def dilations(f: Callable[..., State], layout: Layout) -> tuple[int, int]:
     return (step, 3 * step) if layout.causal else (1, 1)
 
 
+def gated_steps(trained: int) -> dict[str, int]:
+    """Options of a `MetaBroyden` unrolled for so many steps: a table's last row goes on for half as many, eight at least."""
+    return {"rows": trained, "gated": trained + max(8, trained // 2)}
+
+
 def schedule(fewest: float, segments: int = 1) -> tuple[int, int]:
     """(steps of a segment, segments) of an unroll, of at most `segments`, by the evaluations of the best classical solver.
 

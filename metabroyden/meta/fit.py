@@ -27,6 +27,7 @@ from metabroyden.meta.defaults import (
     best_damping,
     context_options,
     dilations,
+    gated_steps,
     schedule,
     state_layout,
 )
@@ -180,8 +181,8 @@ def fit_solver(
     whole = steps or max(1, SOLVER_STEPS // (unroll * segments))
     every = max(1, min(whole // 8, LOOK // (unroll * segments)))
     config = replace(config, unroll=unroll, segments=segments, steps=whole, validate_every=every)
-    if ours:  # its steps beyond those it was trained on are quasi-Newton ones
-        options |= {"gated": segments * unroll, "dilations": dilations(f, where)}
+    if ours:
+        options |= {**gated_steps(segments * unroll), "dilations": dilations(f, where)}
 
     def make(**more: Any) -> Any:
         return make_learned(kind, where, seed=seed, **options, **more).to(device=first.device, dtype=first.dtype)

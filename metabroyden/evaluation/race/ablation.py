@@ -64,7 +64,7 @@ TRAINED = {
 
 def without_secants(solver: MetaBroyden, budget: int) -> MetaBroyden:
     """The same weights; the table's last row goes on where secants would take over, and only a hand-over uses any."""
-    return _changed(solver, gated=budget)
+    return _changed(solver, gated=budget, rows=solver.trained_for)
 
 
 def without_safeguard(solver: MetaBroyden, budget: int) -> MetaBroyden:
@@ -78,12 +78,7 @@ RUN = {"no secants": without_secants, "no safeguard": without_safeguard}
 
 def _changed(solver: MetaBroyden, **options: Any) -> MetaBroyden:
     changed = MetaBroyden(replace(solver.config, **options)).to(next(solver.parameters()))
-    weights = solver.state_dict()
-    for name in weights:
-        if name.startswith("table."):
-            missing = changed.config.gated - weights[name].shape[1]
-            weights[name] = torch.cat([weights[name], weights[name][:, -1:].expand(-1, missing, -1)], dim=1)
-    changed.load_state_dict(weights)
+    changed.load_state_dict(solver.state_dict())
     return changed.eval()
 
 

@@ -16,7 +16,7 @@ from metabroyden.solve import solve
 from metabroyden.solvers import Broyden
 
 FAR = 4
-"""Times the gated steps of MetaBroyden, which are those of an unroll or two, to which curves go."""
+"""Times the steps that MetaBroyden is trained for, to which curves go."""
 FEW = 64
 """Problems of a curve."""
 FINEST = 1e-6
@@ -53,7 +53,7 @@ class BeyondUnit(OnFamily):
         flagship = [one.solver for one in own if one.name == FLAGSHIP]
         if not flagship:
             return []
-        steps = FAR * flagship[0].config.gated
+        steps = FAR * flagship[0].trained_for
         everyone = [*own, Contestant("Broyden", "classical", Broyden(steps), repr(Broyden(steps)))]
         far = replace(self.rules(held), budget=steps)
         return measure.curve_rows(everyone, held, FEW, FINEST, far, self.stamp("horizon", self.family))

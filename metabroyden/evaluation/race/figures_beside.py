@@ -102,7 +102,7 @@ def transfer(parts: Mapping[str, Field], tolerance: float = 1e-2) -> Any:
 
 
 def horizon(field: Field, far: Sequence[Row]) -> Any:
-    """Median and middle half of the residual to four times MetaBroyden's gated steps, which end at the line."""
+    """Median and middle half of the residual to four times the steps MetaBroyden is trained for, which end at the line."""
     families = list(dict.fromkeys(row["family"] for row in far))
     figure, places = grid(len(families))
     for place, family in zip(places, families, strict=True):
@@ -113,7 +113,7 @@ def horizon(field: Field, far: Sequence[Row]) -> Any:
             colour = look(name)["color"]
             place.fill_between(row["evaluations"], row["low"], row["high"], color=colour, alpha=0.12, linewidth=0)
         for row in field.of("horizon", family, FLAGSHIP)[:1]:
-            place.axvline(row["steps"] / 4, color="black", linewidth=0.8, linestyle=":", label="gated steps")
+            place.axvline(row["steps"] / 4, color="black", linewidth=0.8, linestyle=":", label="trained steps")
         place.set_title(family, fontsize=8)
         place.set_ylim(1e-7, 3)
     figure.supxlabel("evaluations of f", fontsize=9)

@@ -266,7 +266,7 @@ class FamilyUnit(OnFamily):
         for one in learned:
             taken = {key: one.solver.summary[key] for key in ("cpu_seconds", "steps")}
             rows.append({"row": "training", **self._stamp(one), **taken})
-            steps = 4 * getattr(one.solver.config, "gated", 14)
+            steps = 4 * getattr(one.solver, "trained_for", 14)
             rows += [
                 {**row, **self._stamp(one)} for row in meta_rows.horizon_rows(one.name, one.solver, held, steps=steps)
             ]
