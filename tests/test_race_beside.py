@@ -37,6 +37,7 @@ def test_what_is_left_out_stays_out_while_the_rest_is_trained(name):
     assert bool(outward.any()) == (name != "no P")
     assert (solver.table is None) == (solver.lstm is not None) == (name == "LSTM for table")
     assert whole.table is not None
+    assert variant.differs(whole) == (name != "no dilations"), "a vector's maps have none"
 
 
 def test_pieces_are_left_out_of_the_whole_without_training():

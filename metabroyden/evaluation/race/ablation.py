@@ -17,8 +17,8 @@ from metabroyden.evaluation.race.units import OnFamily, Settings, digest
 from metabroyden.learned import MetaBroyden
 from metabroyden.solvers import Broyden
 
-FAMILIES = ("dense-digits", "conv-digits")
-"""A vector and an image, neither of them solved by splitting."""
+FAMILIES = ("dense-digits", "conv-digits", "trellisnet-words")
+"""A vector, an image and a text, none of them solved by splitting."""
 SEED = 0
 """Of what is trained without a piece."""
 
@@ -35,6 +35,10 @@ class Variant:
     words: str = "nothing"
     options: dict[str, Any] = field(default_factory=dict)
     masks: Callable[[MetaBroyden], dict[Tensor, Tensor]] = lambda solver: {}
+
+    def differs(self, whole: MetaBroyden) -> bool:
+        """Whether there is something to leave out."""
+        return not self.options or any(getattr(whole.config, name) != value for name, value in self.options.items())
 
     def prepared(self, solver: MetaBroyden) -> MetaBroyden:
         """The untrained solver, its masked weights zero; their gradients will be zero, too."""
@@ -58,8 +62,9 @@ TRAINED = {
     "LSTM for table": Variant(
         "the table: an LSTM that sees residuals and gates weighs the first steps", options={"weighing": "lstm"}
     ),
+    "no dilations": Variant("the distance of P's taps", options={"dilations": (1, 1)}),
 }
-"""Trained anew. The gates where a solve begins, which are P's, depend on its context in all of them."""
+"""Trained anew, where the whole has it. P's gates where a solve begins depend on its context in all of them."""
 
 
 def without_secants(solver: MetaBroyden, budget: int) -> MetaBroyden:
@@ -103,7 +108,7 @@ class AblationUnit(OnFamily):
         for words, change in RUN.items():
             without = [replace(one, name=words, solver=change(one.solver, settings.budget)) for one in whole]
             everyone = [*everyone, *without]
-        for words in TRAINED:
+        for words in (name for name, variant in TRAINED.items() if variant.differs(whole[0].solver)):
             anew = self.train(self.family, words, SEED).to(settings.device)
             everyone = [*everyone, Contestant(words, "learned", anew, f"trained anew, seed {SEED}", SEED)]
         broyden = Broyden(settings.budget)
