@@ -108,7 +108,8 @@ def fit_solver(
 
     Args:
         f: z⁺ = f(z, x), batch first, differentiable; a module's parameters are left as they are. Or a model with a
-            torchdeq DEQ in it: x are then the model's inputs, see `FixedPointMap`.
+            torchdeq DEQ in it: x are then the model's inputs, see `FixedPointMap`. Along a sequence the solver looks by
+            steps of f's attribute `dilation`, the tokens that one evaluation carries news (1 where it has none).
         x_train: contexts, (N, ...) with N ≥ 10, on any device.
         z0: x → start, a tensor or a tuple of several; default `f.initial_state` where f has one, else zeros like x.
         layout: which axes of the state are channels, space, time: "nd", "nct", "ntc", "nchw", or of several tensors "scales"

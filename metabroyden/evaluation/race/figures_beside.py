@@ -12,8 +12,8 @@ from metabroyden.evaluation.race.looks import LABELS, LOOKS, grid, heat_map, leg
 from metabroyden.evaluation.race.schema import Row
 from metabroyden.evaluation.race.statistics import Field, Standing, ratio_of
 
-_COLOURS = ("#D55E00", "#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#999999", "#0072B2")
-_HATCHES = ("", "///", "...", "xx", "\\\\", "++", "--")
+_COLOURS = ("#D55E00", "#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#F0E442", "#999999", "#0072B2")
+_HATCHES = ("", "///", "...", "xx", "\\\\", "oo", "++", "--")
 _OTHER = {"digits": "fashion", "fashion": "digits", "shakespeare": "words", "words": "shakespeare"}
 
 
