@@ -64,9 +64,7 @@ class MetaBroydenState(NamedTuple):
 
     initial: Tensor  # (R, k, *S) the preconditioner's gates where the solve began
     gates: Tensor  # (R, k, *S) those of the last gated step
-    direct: (
-        Tensor  # weight of the residual in the last gated step: of places (R, 1, *S), or, from a table, channels (R, C)
-    )
+    direct: Tensor  # the residual's weight in that step: of places (R, 1, *S); from a table of channels (R, C)
     before: Tensor  # (R, n) the iterate before this one
     lstm: tuple[Tensor, Tensor, Tensor] | None  # hidden and cell state (R, H, P), previous residual scale (R, 1, …)
     trail: tuple[
