@@ -236,8 +236,6 @@ class Job:
         if self.texts:
             recipe = replace(recipe, **TEXT.get(config.solver, TEXT[""]))
         recipe = replace(recipe, **OWN.get((config.family, config.solver), {}))
-        if config.solver == "meta-broyden" and "gated" not in recipe.options:
-            recipe = replace(recipe, options={**gated_steps(recipe.segments * recipe.longest), **recipe.options})
         return replace(recipe, steps=config.steps or recipe.steps, objective=config.objective or recipe.objective)
 
     def run(self) -> None:
@@ -268,7 +266,12 @@ class Job:
         layout, channels = family_layout(tasks)
         context = config.context if channels else "f0"
 
-        reach = {"dilations": dilations(tasks.f, layout)} if config.solver == "meta-broyden" else {}
+        usual: dict[str, Any] = {}
+        if config.solver == "meta-broyden":
+            usual["dilations"] = dilations(tasks.f, layout)
+            if "gated" not in recipe.options:
+                weighing = recipe.options.get("weighing", "table")
+                usual |= gated_steps(recipe.segments * recipe.longest, layout, weighing)
 
         def make(**options: Any) -> Any:
             return make_learned(
@@ -277,7 +280,7 @@ class Job:
                 seed=config.seed,
                 context=context,
                 context_channels=channels if context == "native" else 0,
-                **{**reach, **recipe.options, **options},
+                **{**usual, **recipe.options, **options},
             ).to(self.device)
 
         solver = self.altered(make(**self._base_step(make, tasks)))

@@ -11,7 +11,7 @@ import metabroyden as mb
 from metabroyden.learned import LEARNED, GroupedConfig, LearnedConfig, Safeguard
 from metabroyden.learned.layout import Layout, Mixer, guess_layout
 from metabroyden.learned.secants import Secants
-from metabroyden.meta.defaults import dilations
+from metabroyden.meta.defaults import dilations, gated_steps
 from metabroyden.meta.fit import make_learned
 from metabroyden.meta.orthogonal import is_matrix
 from metabroyden.meta.unroll import UnrolledProblem, unroll
@@ -497,6 +497,13 @@ def test_a_dilated_preconditioner_reaches_eight_evaluations_of_f_back_without_a_
     impulse[..., 1] = 1
     seen = p(impulse, torch.ones(1, p.inward.map.weight.shape[0], 20))[0, 0].nonzero().flatten().tolist()
     assert seen == list(range(1, 18, 2))
+
+
+def test_secants_begin_where_training_ended_on_vectors_and_with_an_lstm():
+    image, vector = Layout("nchw", SHAPES["nchw"]), Layout("nd", SHAPES["nd"])
+    assert gated_steps(28, image) == {"rows": 28, "gated": 42}
+    assert gated_steps(6, image) == {"rows": 6, "gated": 14}
+    assert gated_steps(28, vector) == gated_steps(28, image, "lstm") == {"rows": 28, "gated": 28}
 
 
 def test_a_table_is_no_matrix_to_the_optimizer():

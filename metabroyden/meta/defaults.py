@@ -93,9 +93,13 @@ def dilations(f: Callable[..., State], layout: Layout) -> tuple[int, int]:
     return (step, 3 * step) if layout.causal else (1, 1)
 
 
-def gated_steps(trained: int) -> dict[str, int]:
-    """Options of a `MetaBroyden` unrolled for so many steps: a table's last row goes on for half as many, eight at least."""
-    return {"rows": trained, "gated": trained + max(8, trained // 2)}
+def gated_steps(trained: int, layout: Layout, weighing: str = "table") -> dict[str, int]:
+    """Options of a `MetaBroyden` unrolled for so many steps: a table's last row goes on for half as many, eight at least.
+
+    Not for vectors: there secants from then on save evaluations, and bring back a sample that the table leads astray.
+    """
+    more = max(8, trained // 2) if weighing == "table" and layout.kind != "nd" else 0
+    return {"rows": trained, "gated": trained + more}
 
 
 def schedule(fewest: float, segments: int = 1) -> tuple[int, int]:
