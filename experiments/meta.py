@@ -236,6 +236,14 @@ class Job:
         if self.texts:
             recipe = replace(recipe, **TEXT.get(config.solver, TEXT[""]))
         recipe = replace(recipe, **OWN.get((config.family, config.solver), {}))
+        if config.solver == "meta-broyden":
+            cell, given = self.model.cell, recipe.options
+            layout = getattr(cell, "layout", "nd")  # of a converted network, whose states go as one vector
+            usual: dict[str, Any] = {"dilations": dilations(cell, layout)}
+            if "gated" not in given:
+                trained, weighing = recipe.segments * recipe.longest, given.get("weighing", "table")
+                usual |= gated_steps(trained, layout, weighing)
+            recipe = replace(recipe, options={**usual, **given})
         return replace(recipe, steps=config.steps or recipe.steps, objective=config.objective or recipe.objective)
 
     def run(self) -> None:
@@ -266,13 +274,6 @@ class Job:
         layout, channels = family_layout(tasks)
         context = config.context if channels else "f0"
 
-        usual: dict[str, Any] = {}
-        if config.solver == "meta-broyden":
-            usual["dilations"] = dilations(tasks.f, layout)
-            if "gated" not in recipe.options:
-                weighing = recipe.options.get("weighing", "table")
-                usual |= gated_steps(recipe.segments * recipe.longest, layout, weighing)
-
         def make(**options: Any) -> Any:
             return make_learned(
                 recipe.kind or config.solver,
@@ -280,7 +281,7 @@ class Job:
                 seed=config.seed,
                 context=context,
                 context_channels=channels if context == "native" else 0,
-                **{**usual, **recipe.options, **options},
+                **{**recipe.options, **options},
             ).to(self.device)
 
         solver = self.altered(make(**self._base_step(make, tasks)))

@@ -135,7 +135,10 @@ class _Ablated(meta.Job):
 
     def usual(self) -> meta.Recipe:
         recipe = super().usual()
-        return replace(recipe, options={**recipe.options, **self.variant.options})
+        options = {**recipe.options, **self.variant.options}
+        if options.get("weighing") == "lstm":  # no last row goes on
+            options["gated"] = options.get("rows", options["gated"])
+        return replace(recipe, options=options)
 
     def altered(self, solver: Any) -> Any:
         return self.variant.prepared(solver)

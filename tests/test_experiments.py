@@ -242,7 +242,18 @@ def test_meta_names_what_it_does_not_know(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "steps"), [("conv-digits", 28), ("trellisnet-words", 12), ("transformer-shakespeare", 12)]
+    ("family", "rows", "gated", "dilations"),
+    [
+        ("conv-digits", 28, 42, (1, 1)),
+        ("dense-digits", 8, 8, (1, 1)),
+        ("trellisnet-words", 12, 20, (2, 6)),
+        ("trellisnet-shakespeare", 14, 22, (4, 12)),
+        ("transformer-shakespeare", None, 12, (1, 1)),
+    ],
 )
-def test_secants_take_over_after_an_unroll_or_where_the_family_says(tmp_path, family, steps):
-    assert meta.Job(meta.Meta(family=family, runs=tmp_path)).recipe.options["gated"] == steps
+def test_secants_take_over_some_time_after_an_unroll_or_where_the_family_says(tmp_path, family, rows, gated, dilations):
+    options = meta.Job(meta.Meta(family=family, runs=tmp_path)).recipe.options
+    assert options.get("rows") == rows
+    assert options["gated"] == gated
+    assert options["dilations"] == dilations
+    assert options.get("weighing", "table") == ("table" if rows else "lstm")

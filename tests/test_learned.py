@@ -486,10 +486,10 @@ def test_a_dilated_preconditioner_reaches_eight_evaluations_of_f_back_without_a_
         dilation = 2
 
     layout = Layout(kind, (20, 3) if kind == "ntc" else (3, 20))
-    reach = dilations(Cell(), layout)
+    reach = dilations(Cell(), kind)
     assert reach == (2, 6)
-    assert dilations(torch.nn.Conv1d(3, 3, 3), layout) == (1, 3), "a tuple says nothing"
-    assert dilations(Cell(), Layout("nd", (6,))) == (1, 1)
+    assert dilations(torch.nn.Conv1d(3, 3, 3), kind) == (1, 3), "a tuple says nothing"
+    assert dilations(Cell(), "nd") == (1, 1)
     p = make_learned("meta-broyden", layout, dilations=reach).preconditioner
     for weight in p.parameters():
         weight.data.fill_(1.0)
@@ -500,10 +500,9 @@ def test_a_dilated_preconditioner_reaches_eight_evaluations_of_f_back_without_a_
 
 
 def test_secants_begin_where_training_ended_on_vectors_and_with_an_lstm():
-    image, vector = Layout("nchw", SHAPES["nchw"]), Layout("nd", SHAPES["nd"])
-    assert gated_steps(28, image) == {"rows": 28, "gated": 42}
-    assert gated_steps(6, image) == {"rows": 6, "gated": 14}
-    assert gated_steps(28, vector) == gated_steps(28, image, "lstm") == {"rows": 28, "gated": 28}
+    assert gated_steps(28, "nchw") == {"rows": 28, "gated": 42}
+    assert gated_steps(6, "nct") == {"rows": 6, "gated": 14}
+    assert gated_steps(28, "nd") == gated_steps(28, "nchw", "lstm") == {"rows": 28, "gated": 28}
 
 
 def test_a_table_is_no_matrix_to_the_optimizer():

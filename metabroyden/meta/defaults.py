@@ -82,23 +82,23 @@ def best_damping(make: Callable[..., Any], f: Callable[..., State], z0: State, x
     return float(tune(candidates, f, z0, x, **options)[0][0].config.damping)
 
 
-def dilations(f: Callable[..., State], layout: Layout) -> tuple[int, int]:
+def dilations(f: Callable[..., State], layout: str) -> tuple[int, int]:
     """Of a `MetaBroyden`'s two maps, so that no token within eight evaluations of f is left out, see `Preconditioner`.
 
     f's own attribute `dilation` is the distance in tokens that an evaluation carries news; 1 where it has none.
     """
     step = getattr(f, "dilation", 1)
-    if not layout.causal or isinstance(step, bool) or not isinstance(step, int) or step < 1:
+    if isinstance(step, bool) or not isinstance(step, int) or step < 1:
         step = 1
-    return (step, 3 * step) if layout.causal else (1, 1)
+    return (step, 3 * step) if layout in ("nct", "ntc") else (1, 1)
 
 
-def gated_steps(trained: int, layout: Layout, weighing: str = "table") -> dict[str, int]:
+def gated_steps(trained: int, layout: str, weighing: str = "table") -> dict[str, int]:
     """Options of a `MetaBroyden` unrolled for so many steps: a table's last row goes on for half as many, eight at least.
 
     Not for vectors: there secants from then on save evaluations, and bring back a sample that the table leads astray.
     """
-    more = max(8, trained // 2) if weighing == "table" and layout.kind != "nd" else 0
+    more = max(8, trained // 2) if weighing == "table" and layout != "nd" else 0
     return {"rows": trained, "gated": trained + more}
 
 

@@ -183,7 +183,7 @@ def fit_solver(
     every = max(1, min(whole // 8, LOOK // (unroll * segments)))
     config = replace(config, unroll=unroll, segments=segments, steps=whole, validate_every=every)
     if ours:
-        options |= {**gated_steps(segments * unroll, where), "dilations": dilations(f, where)}
+        options |= {**gated_steps(segments * unroll, where.kind), "dilations": dilations(f, where.kind)}
 
     def make(**more: Any) -> Any:
         return make_learned(kind, where, seed=seed, **options, **more).to(device=first.device, dtype=first.dtype)
