@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import metabroyden as mb
+from experiments import meta, race
 from metabroyden.evaluation.equilibria import HeldOut
 from metabroyden.evaluation.race import ablation, figures_beside, hyper_deq, measure, report
 from metabroyden.evaluation.race.contestants import Contestant
@@ -108,3 +109,10 @@ def test_transfer_holds_solvers_against_the_best_classical_one_of_the_family():
     _, head, body = report._transfer(parts, 1e-2)
     assert head == ["problem", "MetaBroyden, own", "MetaBroyden, of the twin on other data", "universal"]
     assert body[1] == ["conv-digits, noisy", "0.25", "", "1.00"]
+
+
+def test_an_lstm_for_the_table_has_no_last_row_that_goes_on(tmp_path):
+    usual = meta.Meta(family="conv-digits", runs=tmp_path)
+    table, lstm = (race._Ablated(usual, ablation.TRAINED[name]).recipe.options for name in ("no P", "LSTM for table"))
+    assert (table["rows"], table["gated"]) == (28, 42)
+    assert (lstm["rows"], lstm["gated"], lstm["weighing"]) == (28, 28, "lstm")
