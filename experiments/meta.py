@@ -237,7 +237,7 @@ class Job:
             recipe = replace(recipe, **TEXT.get(config.solver, TEXT[""]))
         recipe = replace(recipe, **OWN.get((config.family, config.solver), {}))
         if config.solver == "meta-broyden":
-            cell, given = self.model.cell, recipe.options
+            cell, given = self.model.cell, {**recipe.options, **self.altered_options()}
             layout = getattr(cell, "layout", "nd")  # of a converted network, whose states go as one vector
             usual: dict[str, Any] = {"dilations": dilations(cell, layout)}
             if "gated" not in given:
@@ -315,6 +315,10 @@ class Job:
         if self.first:
             save_solver(solver, path)
         return solver
+
+    def altered_options(self) -> dict[str, Any]:
+        """Options of a MetaBroyden that are not its recipe's: none, unless a subclass says otherwise."""
+        return {}
 
     def altered(self, solver: Any) -> Any:
         """What an ablation does to the untrained solver; here nothing."""

@@ -133,12 +133,8 @@ class _Ablated(meta.Job):
         self.variant = variant
         super().__init__(config)
 
-    def usual(self) -> meta.Recipe:
-        recipe = super().usual()
-        options = {**recipe.options, **self.variant.options}
-        if options.get("weighing") == "lstm":  # no last row goes on
-            options["gated"] = options.get("rows", options["gated"])
-        return replace(recipe, options=options)
+    def altered_options(self) -> dict[str, Any]:
+        return self.variant.options
 
     def altered(self, solver: Any) -> Any:
         return self.variant.prepared(solver)
