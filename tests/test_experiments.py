@@ -242,18 +242,21 @@ def test_meta_names_what_it_does_not_know(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "rows", "gated", "dilations"),
+    ("family", "weighing", "rows", "gated", "dilations"),
     [
-        ("conv-digits", 28, 42, (1, 1)),
-        ("dense-digits", 8, 8, (1, 1)),
-        ("trellisnet-words", 12, 20, (2, 6)),
-        ("trellisnet-shakespeare", 14, 22, (4, 12)),
-        ("transformer-shakespeare", None, 12, (1, 1)),
+        ("conv-digits", "table", 28, 42, (1, 1)),
+        ("dense-digits", "table", 8, 8, (1, 1)),
+        ("trellisnet-words", "table", 12, 20, (2, 6)),
+        ("trellisnet-shakespeare", "table", 14, 22, (4, 12)),
+        ("transformer-shakespeare", "lstm", None, 12, (1, 1)),
+        ("mlp-fashion", "lstm", 6, 6, (1, 1)),
     ],
 )
-def test_secants_take_over_some_time_after_an_unroll_or_where_the_family_says(tmp_path, family, rows, gated, dilations):
+def test_secants_take_over_some_time_after_an_unroll_or_where_the_family_says(
+    tmp_path, family, weighing, rows, gated, dilations
+):
     options = meta.Job(meta.Meta(family=family, runs=tmp_path)).recipe.options
+    assert options.get("weighing", "table") == weighing
     assert options.get("rows") == rows
     assert options["gated"] == gated
     assert options["dilations"] == dilations
-    assert options.get("weighing", "table") == ("table" if rows else "lstm")
