@@ -72,7 +72,9 @@ def run(config: Race) -> None:
     """The whole job: rows of every family that are not there yet, then figures and reports from all."""
     if config.compare is not None:
         ours, theirs = (Field(schema.read(folder / "rows")) for folder in config.compare)
-        Console().print(Markdown(report.comparison(ours, theirs)))
+        console, found = Console(), report.comparison(ours, theirs)
+        # a file is wider than any terminal
+        console.print(Markdown(found)) if console.is_terminal else print(found)
         return
     for name in ("images", "segments", "budget", "rounds", "threads"):
         if getattr(config, name) < 1:

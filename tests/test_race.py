@@ -145,7 +145,7 @@ def test_two_runs_are_compared_by_sample():
     assert broyden[:3] == ("one", "Broyden", 1e-2)
     assert broyden[3].high < 1, "three evaluations fewer on every sample: the pairs show it"
     assert picard[4:] == (1, 0)
-    assert "1 : 0" in report.comparison(after, before)
+    assert "| 1.00 (1.00–1.00) | 1 : 0 |" in report.comparison(after, before)
     with pytest.raises(ValueError, match="same samples; one has 50 and 2"):
         compared(after, Field([solve_row("Broyden")]))
     with pytest.raises(ValueError, match="no family"):
@@ -192,6 +192,15 @@ def test_intervals_of_times_and_differences_see_that_seeds_differ():
     assert apart.paired("one", "meta-broyden", "Broyden", 1e-2)[0].high > -24
     assert alike.time_ratio("one", "meta-broyden", "Broyden", 1e-2) == pytest.approx((0.3, 0.3, 0.3))
     assert apart.time_ratio("one", "meta-broyden", "Broyden", 1e-2).high == pytest.approx(0.5)
+
+
+def test_a_comparison_is_printed_whole_where_no_terminal_is(tmp_path, capsys):
+    for name, spent in (("now", 4), ("then", 8)):
+        row = solve_row("a solver of a very long name", 20 * [spent], 20 * "C", family="a family of a very long name")
+        schema.write(tmp_path / name / "rows" / "one.jsonl", [row])
+    race.run(race.Race(compare=(tmp_path / "now", tmp_path / "then")))
+    line = "| a family of a very long name | a solver of a very long name | 0.01 | 0.50 (0.50–0.50) | 0 : 0 |"
+    assert line in capsys.readouterr().out
 
 
 def test_times_are_compared_within_a_round():

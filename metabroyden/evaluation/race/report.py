@@ -84,7 +84,7 @@ def comparison(ours: Field, theirs: Field) -> str:
     """What differs between two runs: the ratios whose interval excludes one, and samples that only one of them solves."""
     found = compared(ours, theirs)
     body = [
-        [family, solver, f"{tolerance:g}", str(ratio), f"{won} : {lost}"]
+        [family, solver, f"{tolerance:g}", f"{ratio}", f"{won} : {lost}"]
         for family, solver, tolerance, ratio, won, lost in found
         if not ratio.low <= 1 <= ratio.high or won != lost
     ]
