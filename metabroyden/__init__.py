@@ -24,6 +24,7 @@ from metabroyden.learned import (
 )
 from metabroyden.meta import KeepUp, KeepUpConfig, fit_adjoint, fit_solver
 from metabroyden.models import compose, to_deq
+from metabroyden.shared import Shared
 from metabroyden.solution import Solution, SolveError, Status, Trace, relative_residual
 from metabroyden.solve import solve
 from metabroyden.solvers import (
@@ -73,6 +74,7 @@ __all__ = [
     "Phantom",
     "Picard",
     "Safeguard",
+    "Shared",
     "Solution",
     "SolveError",
     "Started",

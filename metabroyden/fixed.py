@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from metabroyden.evaluator import Evaluator, Given, in_callers_mode
 from metabroyden.solution import Solution, State, Status, Trace, relative, scaled_norm
-from metabroyden.solve import check_options
-from metabroyden.state import Packing, check_context
+from metabroyden.solve import check_options, nothing
+from metabroyden.state import Packing, check_context, in_dtype_of
 
 
 class FixedBudget:
@@ -20,8 +22,11 @@ class FixedBudget:
 
     Nothing is frozen or gathered and nothing is read back until the end, so that `torch.compile` can fuse the solver's
     arithmetic with f, and a GPU never waits. Every sample costs what the whole batch costs. The iterate returned is, as in
-    `solve`, the first that reached the tolerance, else the best one. A learned solver runs its learned steps only: there
-    is no hand-over here. Recompiles for every new shape of z0 or of the context.
+    `solve`, the first that reached the tolerance, else the best one, and f is called as there: in the caller's mode, and
+    neither z nor the context may be changed by it. A learned solver runs its learned steps only: there is no hand-over
+    here. Recompiles for every new shape of z0 or of the context; since a graph cannot tell whether f changes what it is
+    given, f is called once more then, uncompiled and uncounted, and looked at. Uncompiled, it can be exported
+    (`torch.export`) as a part of a model, without these checks.
 
     Args:
         f: batch-first map, f(z) or f(z, context), as for `solve`.
@@ -32,7 +37,7 @@ class FixedBudget:
         mode: passed to `torch.compile`, for instance "reduce-overhead" for CUDA graphs.
 
     Attributes:
-        compile_seconds: wall-clock seconds of the calls that compiled, in sum.
+        compile_seconds: wall-clock seconds of the calls that compiled, in sum, with the call of f before each.
 
     Raises:
         ValueError, TypeError: bad input, naming what was given and what is wanted.
@@ -72,11 +77,16 @@ class FixedBudget:
     def __call__(self, z0: State, context: Any = None) -> Solution:
         """The solution for a batch; nothing raises where samples fail, see `Solution.status`."""
         packing = Packing.of(z0)
-        with torch.no_grad():
+        device = (z0 if isinstance(z0, Tensor) else z0[0]).device.type
+        evaluator = Evaluator(in_callers_mode(self.f, device), packing, f_dtype=self.f_dtype)
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
             flat = packing.pack(z0).detach().clone()
-            check_context(context, len(flat))
+            check_context(context, flat.shape[0])
+            if flat.shape[0] == 0:
+                return nothing(packing, flat)
             began = time.perf_counter()
-            z, best, done, last, residuals, absolute = self._run(packing, flat, context)
+            found = self._run(evaluator, flat, Given(context), in_dtype_of(context, flat))
+            z, best, done, last, residuals, absolute = (value.detach() for value in found)
             calls, batch = residuals.shape
             status = torch.where(
                 done, int(Status.CONVERGED), torch.where(last, int(Status.MAX_NFE), int(Status.NON_FINITE))
@@ -95,29 +105,32 @@ class FixedBudget:
             trace=Trace(residuals, nfe.clone(), seconds, torch.zeros(calls, batch, dtype=torch.int8), absolute),
         )
 
-    def _run(self, packing: Packing, z0: Tensor, context: Any) -> tuple[Tensor, ...]:
+    def _run(self, evaluator: Evaluator, z0: Tensor, given: Given, context: Any) -> tuple[Tensor, ...]:
+        """`_iterate`, compiled where that was asked for and works."""
         if self._compiled is None:
-            return self._iterate(packing, z0, context)
-        shapes = (
-            z0.shape,
-            z0.dtype,
-            str(torch.utils._pytree.tree_map_only(Tensor, lambda t: (t.shape, t.dtype), context)),
-        )
-        began = time.perf_counter()
+            return self._iterate(evaluator, z0, given, context)
+        mode = getattr(evaluator.f, "dtype", None) if evaluator.f is not self.f else None
+        shapes = (z0.shape, z0.dtype, mode, str(pytree.tree_map_only(Tensor, lambda t: (t.shape, t.dtype), context)))
+        began, new = time.perf_counter(), shapes not in self._seen
+        if new:
+            evaluator(z0, given)
         try:
-            found = self._compiled(packing, z0, context)
+            found = self._compiled(evaluator, z0, given, context)
         except Exception as error:  # what f itself raises, it raises again when it is run as it stands
-            found = self._iterate(packing, z0, context)
+            found = self._iterate(evaluator, z0, given, context)
             self._compiled = None
             warnings.warn(f"FixedBudget runs uncompiled: {type(error).__name__}: {str(error)[:200]}", stacklevel=3)
-        if shapes not in self._seen:
+        if new:
             self._seen.add(shapes)
             self.compile_seconds += time.perf_counter() - began
         return found
 
-    def _iterate(self, packing: Packing, z0: Tensor, context: Any) -> tuple[Tensor, ...]:
-        """(best z, its residual, converged, last evaluation finite; of all calls the residuals, relative and absolute)."""
-        problem = _FixedProblem(self, packing, z0, context)
+    def _iterate(self, evaluator: Evaluator, z0: Tensor, given: Given, context: Any) -> tuple[Tensor, ...]:
+        """(best z, its residual, converged, last evaluation finite; of all calls the residuals, relative and absolute).
+
+        `context` is the one that the solver sees.
+        """
+        problem = _FixedProblem(self, evaluator, z0, given, context)
         z = self.solver.start(z0, problem)
         state = None
         while len(problem.residuals) < self.max_nfe:
@@ -128,20 +141,22 @@ class FixedBudget:
             step = self.solver.step(z, g, state, problem)
             z, state = step.z, step.state
         residuals, absolute = torch.stack(problem.residuals), torch.stack(problem.absolute)
-        return problem.best_z, problem.best, problem.done, problem.last, residuals, absolute
+        return problem.best_z, problem.best_residual, problem.done, problem.last, residuals, absolute
 
 
 class _FixedProblem:
     """What a solver sees of a solve with a fixed budget: `Problem`, as far as it makes sense without a host."""
 
-    def __init__(self, owner: FixedBudget, packing: Packing, z0: Tensor, context: Any) -> None:
-        self._owner, self._packing, self._z0, self.context = owner, packing, z0, context
-        self.shape = packing.shape
+    def __init__(self, owner: FixedBudget, evaluator: Evaluator, z0: Tensor, given: Given, context: Any) -> None:
+        self._owner, self._call, self._z0, self._given, self.context = owner, evaluator, z0, given, context
+        self.shape = evaluator.packing.shape
+        self._last: tuple[Tensor, Tensor] | None = None
         self._origin: Tensor | None = None
         self.residuals: list[Tensor] = []
         self.absolute: list[Tensor] = []
         batch = z0.shape[0]
-        self.best_z, self.best = z0, z0.new_full((batch,), torch.nan)
+        self.best_z, self.best_residual = z0, z0.new_full((batch,), torch.nan)
+        self._best = self.best_residual.double()  # its ‖g‖
         self.done = torch.zeros(batch, dtype=torch.bool, device=z0.device)
         self.last = ~self.done
 
@@ -157,22 +172,26 @@ class _FixedProblem:
         assert self._origin is not None
         return self._origin
 
+    def image(self, z: Tensor, g: Tensor) -> Tensor:
+        """f(z), (R, n), where g is known: to the last bit where z is the point evaluated last, as `Problem.image`."""
+        return self._last[1].clone() if self._last is not None and self._last[0] is z else z + g
+
     def residual(self, z: Tensor) -> Tensor:
-        """g = f(z) − z at z (R, n); the best iterate is kept."""
+        """g = f(z) − z at z (R, n); the best iterate is kept, as in `Ledger`."""
         owner = self._owner
-        point = z if owner.f_dtype is None else z.to(owner.f_dtype)
-        arguments = () if self.context is None else (self.context,)
-        fz = self._packing.take(owner.f(self._packing.unpack(point), *arguments), z)
+        fz = self._call(z, self._given)
         g = fz - z
+        self._last = z, fz
         if z is self._z0:
             self._origin = z + g  # in memory of ours: f may use its own again
         g_norm, f_norm = scaled_norm(g), scaled_norm(fz)
         residual = relative(g_norm, f_norm).to(z.dtype)
         self.last = torch.isfinite(g_norm) & torch.isfinite(f_norm)
         reached = self.last & (g_norm <= owner.atol + owner.rtol * f_norm)
-        better = ~self.done & (reached | (self.last & ~(residual >= self.best)))
+        better = ~self.done & (reached | (self.last & ~(g_norm >= self._best)))
         self.best_z = torch.where(better[:, None], z, self.best_z)
-        self.best = torch.where(better, residual, self.best)
+        self.best_residual = torch.where(better, residual, self.best_residual)
+        self._best = torch.where(better, g_norm, self._best)
         self.done = self.done | reached
         self.residuals.append(residual)
         self.absolute.append(torch.where(self.last, g_norm, torch.nan).to(z.dtype))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,67 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metabroyden.evaluator import Evaluator, Given, alike, part_of
+from metabroyden.evaluator import InCallersMode as InCallersMode  # lived here
+from metabroyden.evaluator import Surroundings as Surroundings
+from metabroyden.evaluator import method_of as method_of
 from metabroyden.solution import State, Trace, scaled_norm
 from metabroyden.state import Packing, gather
-
-F = Callable[..., State]
-
-
-class Surroundings:
-    """A map that runs another one, `inner`, in some surroundings; `alike` runs a function in the same ones."""
-
-    inner: Callable[..., Any]
-
-    def alike(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """This function in the surroundings that `inner` is run in."""
-        raise NotImplementedError
-
-
-def alike(f: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function, run as f is run."""
-    return f.alike(function) if isinstance(f, Surroundings) else function
-
-
-def method_of(f: Any, name: str) -> Callable[..., Any] | None:
-    """A method of the cell behind f, without f's surroundings; None where the cell has none of this name."""
-    while isinstance(f, Surroundings):
-        f = f.inner
-    method = getattr(f, name, None)
-    return method if callable(method) else None
-
-
-def part_of(f: Any, name: str) -> Callable[..., Any]:
-    """The method of this name that a solver wants; TypeError where the cell has none."""
-    method = method_of(f, name)
-    if method is None:
-        raise TypeError(f"this solver uses parts of f, and {type(f).__name__} has no method {name!r}")
-    return method
-
-
-class InCallersMode(Surroundings):
-    """f run as the caller would run it, under autocast or inference mode, whatever the solver's own arithmetic runs in."""
-
-    def __init__(self, f: Callable[..., State], device: str) -> None:
-        self.f = self.inner = f
-        self.device = device
-        self.inference, self.autocast = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(device)
-        self.dtype = torch.get_autocast_dtype(device) if self.autocast else None
-
-    def __call__(self, *arguments: Any) -> State:
-        """f."""
-        with torch.inference_mode(self.inference):
-            return self.differentiable(*arguments)
-
-    def differentiable(self, *arguments: Any) -> State:
-        """f outside inference mode, in which forward AD does not work."""
-        with torch.autocast(self.device, dtype=self.dtype, enabled=self.autocast):
-            return self.f(*arguments)
-
-    def alike(self, function: Callable[..., Any]) -> InCallersMode:
-        """The function in these modes, and in the surroundings of f."""
-        twin = copy.copy(self)
-        twin.f = twin.inner = alike(self.f, function)
-        return twin
 
 
 class Rows:
@@ -85,7 +29,6 @@ class Rows:
         whole = len(host) == batch and bool((host == np.arange(batch)).all())
         self.index = None if whole else torch.as_tensor(host, device=device)
         self.pick: Any = slice(None) if whole else host
-        self._context: Any = None
         self._norms: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
@@ -98,14 +41,6 @@ class Rows:
             self._norms = both, both[0], both[1]
         return self._norms
 
-    def context(self, full: Any) -> Any:
-        """The context of these rows, gathered once."""
-        if self.index is None or full is None:
-            return full
-        if self._context is None:
-            self._context = gather(full, self.index)
-        return self._context
-
 
 class _Evaluation(NamedTuple):
     """An evaluation whose outcome the host has not seen yet."""
@@ -115,7 +50,7 @@ class _Evaluation(NamedTuple):
     fz: Tensor
     g: Tensor
     norms: Tensor  # (2, R) ‖g‖, ‖f(z)‖ on the device
-    nfe: np.ndarray  # (R,) spent so far
+    nfe: np.ndarray | None  # (R,) spent so far; for the trace, as is the phase
     phase: np.ndarray | int
     round: int
 
@@ -123,13 +58,17 @@ class _Evaluation(NamedTuple):
 class Ledger:
     """Calls f for a whole solve and writes down what it cost and what it found.
 
+    The best iterate of a sample is the first that reached the tolerance, else that of smallest ‖f(z) − z‖: a size of the
+    residual against one fixed scale. ‖f(z) − z‖/‖f(z)‖, by which convergence is judged, falls where z merely grows.
+
     Evaluations are judged on the host, when `settle` is called: what they converged to, which are the best. That is the
     one host synchronisation; until then they wait, with their iterates. The usual case, every row finite and better than
     before, takes a dozen operations on (R,) arrays.
 
     Attributes (host arrays over the B samples):
         nfe: evaluations spent; no entry above `most`. phase: the phase of the driver a sample is in.
-        best: relative residual of the best iterate, infinite before the first finite evaluation. converged.
+        best: ‖f(z) − z‖ of the best iterate, infinite before the first finite evaluation; best_residual: its relative
+            residual, NaN before. converged.
         broken: not finite at the end of a round (what a line search tries and drops does not count).
         residual, residual_before: of the sample's last evaluation and of the one before.
     On the device: best_z (B, n); best_g: its g, None where nothing will be handed over; g0: f(z0) − z0, once known.
@@ -138,7 +77,7 @@ class Ledger:
 
     def __init__(
         self,
-        f: F,
+        f: Callable[..., State],
         packing: Packing,
         z0: Tensor,
         context: Any,
@@ -148,10 +87,13 @@ class Ledger:
         max_nfe: int,
         keep_g: bool = True,
         f_dtype: torch.dtype | None = None,
+        trace: bool = True,
     ) -> None:
-        self.f, self.packing, self.context, self.max_nfe = f, packing, context, max_nfe
+        self.f, self.packing, self.max_nfe = f, packing, max_nfe
         self.rtol, self.atol, self.f_dtype = rtol, atol, f_dtype
-        self._plain = packing.is_flat and f_dtype is None  # f takes what solvers see
+        self.evaluator = Evaluator(f, packing, f_dtype=f_dtype)
+        self._given = Given(context)
+        self._gathered: tuple[Rows | None, Given] = None, self._given  # the rows gathered last: contexts may be large
         batch = len(z0)
         self.nfe = np.zeros(batch, dtype=np.int64)
         self.most = 0
@@ -163,7 +105,7 @@ class Ledger:
         self.last: tuple[Tensor, Tensor] | None = None  # the last point and its image, in f's own memory
         self.best_z, self._owned = z0, False  # owned: no iterate shares best_z's memory, it may be written to
         self.best_g = z0.new_zeros(z0.shape) if keep_g else None
-        self.best = np.full(batch, np.inf)
+        self.best, self.best_residual = np.full(batch, np.inf), np.full(batch, np.nan)
         self.converged = np.zeros(batch, dtype=bool)
         self.broken = np.zeros(batch, dtype=bool)
         self._finite = np.ones(batch, dtype=bool)  # the last evaluation
@@ -178,7 +120,8 @@ class Ledger:
         self._taken: list[tuple[int, Rows, Tensor]] = []
         # by round: rows, and whether what they took is finite
         self._verdicts: dict[int, list[tuple[Rows, np.ndarray]]] = {}
-        self._events: list[tuple[Rows, np.ndarray, np.ndarray, np.ndarray, np.ndarray | int]] = []  # see `trace`
+        self._traced = trace
+        self._events: list[tuple[Rows, np.ndarray, np.ndarray, Any, np.ndarray | int]] = []  # see `trace`
         self._seconds: list[float] = []
         self._began = time.perf_counter()
 
@@ -198,33 +141,33 @@ class Ledger:
         self.nfe[rows.pick] += 1
         self.most += 1
 
+    def context_of(self, rows: Rows) -> Any:
+        """The context of some samples, in the caller's form."""
+        return self._given_to(rows).context
+
+    def _given_to(self, rows: Rows) -> Given:
+        """What f is given beside the state of these rows: their context, gathered; the one gathered before is let go."""
+        if rows.index is None or self._given.context is None:
+            return self._given
+        if self._gathered[0] is not rows:
+            self._gathered = None, self._given
+            self._gathered = rows, Given(gather(self._given.context, rows.index))
+        return self._gathered[1]
+
     def call(self, z: Tensor, rows: Rows, *, differentiable: bool = False) -> Tensor:
         """f at z (R, n) for the given rows, flat (R, n). With no context f sees the full batch, the rest at its best."""
-        f = self.f.differentiable if differentiable and isinstance(self.f, InCallersMode) else self.f
         if self._pending and not self._owned_images:  # f may write its next value where it wrote the last
             self._pending[-1] = self._pending[-1]._replace(fz=self._pending[-1].fz.clone())
             self._owned_images = True
-        if self.context is not None:
-            context = self.context if rows.index is None else rows.context(self.context)
-            if self._plain:
-                return self.packing.take(f(z, context), z)
-            return self._image(f, z, context)
-        if rows.index is None:
-            return self._image(f, z)
-        return self._image(f, self.best_z.index_copy(0, rows.index, z)).index_select(0, rows.index)
-
-    def _image(self, f: F, z: Tensor, *context: Any) -> Tensor:
-        point = z if self.f_dtype is None else z.to(self.f_dtype)
-        return self.packing.take(f(self.packing.unpack(point), *context), z)
+        if rows.index is None or self._given.context is not None:
+            return self.evaluator(z, self._given_to(rows), differentiable=differentiable)
+        whole = self.best_z.index_copy(0, rows.index, z)
+        return self.evaluator(whole, differentiable=differentiable).index_select(0, rows.index)
 
     def evaluate(self, z: Tensor, rows: Rows) -> Tensor:
         """g = f(z) − z at z (R, n): counted at once, judged when `settle` is called."""
         self.spend(rows)
-        version = z._version
-        fz = self.call(z, rows)
-        if z._version != version:
-            raise ValueError("f changed its argument z in place: a fixed-point map must leave z as it was")
-        return self.record(z, fz, rows)
+        return self.record(z, self.call(z, rows), rows)
 
     def record(self, z: Tensor, fz: Tensor, rows: Rows) -> Tensor:
         """g = f(z) − z where f(z) (R, n) is known and was counted: written down, judged when `settle` is called."""
@@ -235,9 +178,10 @@ class Ledger:
         torch.linalg.vector_norm(fz, dim=1, out=f_norm)
         if self.g0 is None and z is self.z0:
             self.g0 = g
-        pick = rows.pick
-        phase = self.phase[pick].copy() if self.phased else 0
-        self._pending.append(_Evaluation(rows, z, fz, g, norms, self.nfe[pick].copy(), phase, self.round))
+        nfe, phase = None, 0
+        if self._traced:
+            nfe, phase = self.nfe[rows.pick].copy(), self.phase[rows.pick].copy() if self.phased else 0
+        self._pending.append(_Evaluation(rows, z, fz, g, norms, nfe, phase, self.round))
         self._owned_images = False
         return g
 
@@ -250,15 +194,14 @@ class Ledger:
         method = part_of(self.f, name)
         if getattr(self.f, "autocast", False):
             raise ValueError("a solver that uses parts of f needs f in its own precision: no autocast")
-        if self.context is None:
+        if self._given.context is None:
             raise ValueError("a solver that uses parts of f needs a context: f(z, context), not f(z)")
         return alike(self.f, method)
 
     def use(self, part: Callable[..., State], z: Tensor, rows: Rows) -> Tensor:
         """part(z, context) at z (R, n) for the given rows, flat (R, n): counts as one evaluation of f."""
         self.spend(rows)
-        value = self.packing.take(part(self.packing.unpack(z), rows.context(self.context)), z)
-        return value.clone() if value.is_inference() else value
+        return self.evaluator(z, self._given_to(rows), part)
 
     def origin(self) -> Tensor | None:
         """f(z0), (B, n), where it has been evaluated; in memory of ours, for f may use its own again."""
@@ -299,14 +242,14 @@ class Ledger:
         if trusted:
             bound = self.rtol * f_norm if self.atol == 0 else self.atol + self.rtol * f_norm
             residual = g_norm / f_norm
-            reached, better = g_norm <= bound, residual < best
+            reached, better = g_norm <= bound, g_norm < best
         else:
             far = ~((norms > low) & (norms < high)).all(axis=0)
             g_norm, f_norm = np.where(far, to_host([scaled_norm(g), scaled_norm(fz)]), norms)
-            finite = np.isfinite(g_norm + f_norm)
+            finite = np.isfinite(g_norm) & np.isfinite(f_norm)
             residual = np.where(finite, np.where(g_norm == 0, 0.0, g_norm / f_norm), np.nan)
             reached = finite & (g_norm <= self.atol + self.rtol * f_norm)
-            better = finite & ((residual < best) | (far & (residual <= best)))
+            better = finite & (g_norm < best)
         if not (trusted and self._all_finite):
             self._finite[pick] = trusted or finite
             self._all_finite = bool(self._finite.all())
@@ -322,15 +265,17 @@ class Ledger:
         else:
             self.residual = self.residual.copy()
             self.residual[pick] = residual
-        self._events.append((rows, residual, g_norm, nfe, phase))
+        if self._traced:
+            self._events.append((rows, residual, g_norm, nfe, phase))
         gained = np.count_nonzero(better)
         if gained == count:
-            self.best[pick] = residual
+            self.best[pick], self.best_residual[pick] = g_norm, residual
             self._keep_best(rows, None, z, g)
             return
         self.idle = True
         if gained:
-            self.best[pick] = np.where(better, residual, best)
+            self.best[pick] = np.where(better, g_norm, best)
+            self.best_residual[pick] = np.where(better, residual, self.best_residual[pick])
             self._keep_best(rows, better, z, g)
 
     def _close_round(self) -> None:
@@ -366,30 +311,19 @@ class Ledger:
         self.phase[host], self.phased = phase, True
         self.broken[host], self._finite[host] = False, True
 
-    def outcome(self) -> np.ndarray:
-        """(B,) relative residual of the best iterates; NaN where no evaluation was finite."""
-        best = self.best.copy()
-        for sample in np.flatnonzero(np.isinf(best)):  # an infinite ratio of finite norms, or nothing finite at all
-            seen = [value[rows.host == sample] for rows, value, *_ in self._events]
-            best[sample] = np.inf if np.isposinf(np.concatenate(seen)).any() else np.nan
-        return best
-
     def trace(self) -> Trace:
-        """All evaluations so far, unpadded."""
+        """All evaluations so far, unpadded; none where none were written down."""
         self.settle()
         calls, batch = len(self._events), len(self.nfe)
-        residual, absolute = np.full((2, calls, batch), np.nan)
-        nfe, phase = np.zeros((calls, batch), dtype=np.int64), np.full((calls, batch), -1, dtype=np.int8)
+        both = torch.full((2, calls, batch), torch.nan, dtype=self.z0.dtype)
+        nfe, phase = torch.zeros(calls, batch, dtype=torch.int64), torch.full((calls, batch), -1, dtype=torch.int8)
         for k, (rows, value, size, spent, where) in enumerate(self._events):
-            residual[k, rows.pick], nfe[k, rows.pick], phase[k, rows.pick] = value, spent, where
-            absolute[k, rows.pick] = np.where(np.isnan(value), np.nan, size)
-        return Trace(
-            torch.from_numpy(residual).to(self.z0),
-            torch.from_numpy(nfe),
-            torch.tensor(self._seconds, dtype=torch.float64),
-            torch.from_numpy(phase),
-            torch.from_numpy(absolute).to(self.z0),
-        )
+            residual, absolute = both[:, k].numpy()
+            residual[rows.pick], absolute[rows.pick] = value, np.where(np.isnan(value), np.nan, size)
+            nfe[k].numpy()[rows.pick], phase[k].numpy()[rows.pick] = spent, where
+        both = both.to(self.z0.device)
+        seconds = torch.tensor(self._seconds[:calls], dtype=torch.float64)
+        return Trace(both[0], nfe, seconds, phase, both[1])
 
 
 def to_host(tensors: list[Tensor]) -> list[np.ndarray]:

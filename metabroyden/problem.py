@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metabroyden.ledger import Ledger, Rows, alike, part_of
+from metabroyden.evaluator import alike, part_of
+from metabroyden.ledger import Ledger, Rows
 from metabroyden.solution import State
-from metabroyden.state import Companion
+from metabroyden.state import Companion, in_dtype_of
 
 
 class Problem:
@@ -35,9 +36,9 @@ class Problem:
 
     @property
     def context(self) -> Any:
-        """The context of these rows (None where f takes none)."""
-        context = self._rows.context(self._ledger.context)
-        return context.context if isinstance(context, Companion) else context
+        """The context of these rows, in the dtype of the iterates (None where f takes none)."""
+        context = self._ledger.context_of(self._rows)
+        return in_dtype_of(context.context if isinstance(context, Companion) else context, self._ledger.z0)
 
     @property
     def alive(self) -> np.ndarray:
@@ -135,9 +136,7 @@ class Problem:
 
     def elementwise(self, name: str, v: Tensor) -> Tensor:
         """The cell's elementwise method of this name at v (R, n): not counted, as it costs next to nothing."""
-        method = part_of(self._ledger.f, name)
-        packing = self._ledger.packing
-        return packing.take(method(packing.unpack(v)), v)
+        return self._ledger.evaluator(v, function=part_of(self._ledger.f, name))
 
     def known(self, z: Tensor, fz: Tensor) -> Tensor:
         """g = f(z) − z at z (R, n) where f(z) follows from parts already counted: written down, at no evaluation."""

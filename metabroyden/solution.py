@@ -68,6 +68,13 @@ class Trace:
     phase: Tensor
     absolute: Tensor | None = None
 
+    @classmethod
+    def empty(cls, z: Tensor) -> Trace:
+        """The trace of no call, for a state z (B, n)."""
+        none = torch.zeros(0, len(z))
+        size = none.to(z)
+        return cls(size, none.long(), torch.zeros(0, dtype=torch.float64), none.to(torch.int8), size.clone())
+
     def evaluations_to(self, tolerance: float, budget: int) -> tuple[np.ndarray, np.ndarray]:
         """(evaluations, reached), (B,) each: what a sample had spent when its residual first reached the tolerance.
 
@@ -84,14 +91,14 @@ class Solution:
     """The result of `metabroyden.solve`, per sample; B samples.
 
     Attributes:
-        z: shaped like z0, per sample the first iterate that reached the tolerance, else that of smallest relative residual;
-            never non-finite.
+        z: shaped like z0, per sample the first iterate that reached the tolerance, else that of smallest ‖f(z)−z‖₂ (not of
+            smallest relative residual, which falls where z merely grows); never non-finite.
         residual: (B,), ‖f(z)−z‖₂ / ‖f(z)‖₂ at `z` (0/0 = 0); NaN where not one evaluation gave a finite f(z) − z.
         nfe: (B,) int64, evaluations of f spent on the sample, Jacobian products included; at most max_nfe.
         steps: (B,) int64, solver steps.
         converged: (B,) bool, ‖f(z)−z‖₂ ≤ atol + rtol·‖f(z)‖₂.
         status: (B,) int64 of `Status` values.
-        trace: every evaluation, see `Trace`.
+        trace: every evaluation, see `Trace`; of no call where it was switched off or the batch is empty.
         snapshots: where asked for, the best iterates after so many evaluations, each shaped like z0.
         inverse: where asked for, what the solver knows of the inverse Jacobian at the end, see `FinalInverse`.
     """
@@ -126,10 +133,15 @@ def residual_norms(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def scaled_norm(x: Tensor) -> Tensor:
-    """‖x‖₂ per sample in float64, (B,), for x (B, n) of any magnitude: scaled, so that no square over- or underflows."""
+    """‖x‖₂ per sample in float64, (B,), for x (B, n) of any magnitude: scaled, so that no square over- or underflows.
+
+    The largest float64 where x is finite and its norm is not: what is finite is never judged otherwise.
+    """
     top = x.abs().amax(dim=1, keepdim=True).double()
-    scale = torch.where((top > 0) & torch.isfinite(top), top, 1.0)
-    return torch.linalg.vector_norm(x.double() / scale, dim=1) * scale.squeeze(1)
+    finite = torch.isfinite(top)
+    scale = torch.where((top > 0) & finite, top, 1.0)
+    norm = torch.linalg.vector_norm(x.double() / scale, dim=1) * scale.squeeze(1)
+    return torch.where(finite.squeeze(1), norm.clamp(max=torch.finfo(torch.float64).max), norm)
 
 
 def relative(g_norm: Tensor, f_norm: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metabroyden.evaluator import in_callers_mode, method_of
 from metabroyden.inverse import FinalInverse
-from metabroyden.ledger import InCallersMode, Ledger, Rows, method_of, to_host
+from metabroyden.ledger import Ledger, Rows, to_host
 from metabroyden.problem import Problem
-from metabroyden.solution import Solution, SolveError, State, Status
+from metabroyden.solution import Solution, SolveError, State, Status, Trace
 from metabroyden.state import Packing, check_context, gather
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Phase:
         origin: where the phase begins: "start" (z0) or "best" (the best iterate so far, at no evaluation).
         horizon: steps after which what has not converged is handed to the next phase; None: no limit.
         patience: evaluations without progress after which a sample is handed on; None: no limit.
-        progress: the factor by which the best residual must fall to count as progress.
+        progress: the factor by which the smallest ‖f(z) − z‖ must fall to count as progress.
     """
 
     solver: Any
@@ -57,16 +58,19 @@ def solve(
     throw: bool = True,
     check_every: int = 1,
     f_dtype: torch.dtype | None = None,
-    snapshots: Sequence[int] = (),
+    snapshots: Iterable[int] = (),
     keep_inverse: bool = False,
+    trace: bool = True,
 ) -> Solution:
     """Find z with f(z) = z, or f(z, context) = z, for every sample of a batch.
 
     Args:
         f: batch-first map; returns a tensor (or a tuple of tensors) shaped like z. Samples must not influence one
-            another (no batch norm in training mode). With a context, f sees only the rows still active.
-        z0: start, (B, ...) floating and finite, or a tuple of such tensors.
-        context: any pytree of batch-first tensors; None where f takes z alone (then f sees the full batch always).
+            another (no batch norm in training mode). With a context, f sees only the rows still active. It must change
+            neither z nor its context, see `Evaluator` for how far that is checked.
+        z0: start, (B, ...) floating and finite, or a tuple of such tensors. An empty batch has an empty solution.
+        context: any pytree of batch-first tensors, dense or sparse COO, and plain values; a tensor that has no batch axis is
+            marked, `Shared(tensor)`. None where f takes z alone (then f sees the full batch always).
         solver: `Picard`, `Anderson`, `Broyden`, `Newton`, or a learned solver.
         rtol, atol: a sample has converged once ‖f(z)−z‖₂ ≤ atol + rtol·‖f(z)‖₂ (2-norms over all its coordinates).
         max_nfe: evaluations of f each sample may cost, Jacobian products and verification included.
@@ -74,11 +78,13 @@ def solve(
         check_every: steps between two looks at the outcome, each of which waits for the device. With more than one a
             sample may make up to check_every − 1 steps after it converged; their evaluations are counted, its result is
             the same. A learned solver's hand-over may come as much later, too.
-        f_dtype: dtype that f is called in, torch.bfloat16 say; the context is the caller's to cast. Iterates, norms and
-            the solver's memory stay in z0's dtype. Rounding sets a floor under the residual: see tolerances from 1e-2.
+        f_dtype: dtype that f is called in, torch.bfloat16 say; the context is the caller's to cast. Iterates, norms, the
+            solver's memory and the context as a learned solver sees it are in z0's dtype. Rounding sets a floor under the
+            residual: see tolerances from 1e-2.
         snapshots: rising numbers of evaluations; `Solution.snapshots` then holds each sample's best iterate once so many
             were spent (or the last there was). At the end of a step, where a step costs several.
         keep_inverse: keep what the solver knows of the inverse Jacobian, in `Solution.inverse`; copies its memory.
+        trace: write down every evaluation, some 50 bytes for a sample and an evaluation; False: `Solution.trace` is empty.
 
     Returns:
         A `Solution` of detached tensors, since the solve runs under no_grad.
@@ -94,47 +100,43 @@ def solve(
     """
     packing = Packing.of(z0)
     check_options(f, solver, rtol, atol, max_nfe, check_every, f_dtype)
-    if any(isinstance(k, bool) or not isinstance(k, Integral) or k < 1 for k in snapshots) or list(snapshots) != sorted(
-        set(snapshots)
-    ):
-        raise ValueError(f"snapshots must be rising integers of at least 1, got {snapshots!r}")
-    f = in_callers_mode(f, _device(z0))
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(_device(z0), enabled=False):
+    due = _rising(snapshots)
+    device = (z0 if isinstance(z0, Tensor) else z0[0]).device.type
+    with torch.inference_mode(False), torch.no_grad():
         flat = packing.pack(z0).detach().contiguous()
         if flat.is_inference():
             flat = flat.clone()
-        check_context(context, len(flat))
-        driver = _Driver(
-            flat, packing, f, context, solver, check_every, rtol=rtol, atol=atol, max_nfe=max_nfe, f_dtype=f_dtype
-        )
-        driver.due = list(snapshots)
-        driver.inverse = FinalInverse(len(flat)) if keep_inverse else None
+    check_context(context, len(flat), f)
+    if len(flat) == 0:
+        return nothing(packing, flat, snapshots=len(due), keep_inverse=keep_inverse)
+    f = in_callers_mode(f, device)
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+        options = {"rtol": rtol, "atol": atol, "max_nfe": max_nfe, "f_dtype": f_dtype, "trace": trace}
+        driver = _Driver(flat, packing, f, context, solver, check_every, **options)
+        driver.due, driver.inverse = due, FinalInverse(len(flat)) if keep_inverse else None
         with np.errstate(all="ignore"):
-            ledger = driver.run()
-        solution = Solution(
-            z=packing.unpack(ledger.best_z.clone() if ledger.best_z is flat else ledger.best_z),
-            residual=torch.from_numpy(ledger.outcome()).to(flat),
-            nfe=torch.from_numpy(ledger.nfe),
-            steps=torch.from_numpy(driver.steps),
-            converged=torch.from_numpy(ledger.converged).to(flat.device),
-            status=torch.from_numpy(driver.status),
-            trace=ledger.trace(),
-            snapshots=tuple(packing.unpack(z) for z in driver.kept),
-            inverse=driver.inverse,
-        )
+            solution = driver.solution()
     if throw and (driver.status != Status.CONVERGED).any():
         raise SolveError(solution.failures(), solution)
     return solution
 
 
-def in_callers_mode(f: Callable[..., State], device: str) -> Callable[..., State]:
-    """f itself where the caller is in neither mode."""
-    wrapped = InCallersMode(f, device)
-    return wrapped if wrapped.inference or wrapped.autocast else f
+def _rising(snapshots: Iterable[int]) -> list[int]:
+    """The numbers, of an iterator too; ValueError unless they are integers of at least 1 that rise."""
+    due = list(snapshots)
+    if any(isinstance(k, bool) or not isinstance(k, Integral) or k < 1 for k in due) or due != sorted(set(due)):
+        raise ValueError(f"snapshots must be rising integers of at least 1, got {due!r}")
+    return due
 
 
-def _device(z: State) -> str:
-    return (z if isinstance(z, Tensor) else z[0]).device.type
+def nothing(packing: Packing, z: Tensor, *, snapshots: int = 0, keep_inverse: bool = False) -> Solution:
+    """The solution for an empty batch, z (0, n): f is not called."""
+    number, size = torch.zeros(0, dtype=torch.int64), z.new_zeros(0)
+    kept = tuple(packing.unpack(z.clone()) for _ in range(snapshots))
+    inverse = FinalInverse(0) if keep_inverse else None
+    z, done = z.clone(), torch.zeros(0, dtype=torch.bool, device=z.device)
+    trace = Trace.empty(z)
+    return Solution(packing.unpack(z), size, number, number.clone(), done, number.clone(), trace, kept, inverse)
 
 
 def check_parts(f: Any, solver: Any) -> None:
@@ -199,7 +201,7 @@ class _Cohort:
         self.g: Tensor | None = None
         self.state: Any = None
         self.steps = 0
-        self.mark = np.full(len(host), np.nan)  # best residual when progress was last seen
+        self.mark = np.full(len(host), np.nan)  # smallest ‖g‖ when progress was last seen
         self.since = np.zeros(len(host), dtype=np.int64)  # evaluations since then
         if number:
             ledger.enter(host, number)
@@ -294,8 +296,9 @@ class _Driver:
         self.due: list[int] = []  # evaluations after which to keep the best iterates
         self.kept: list[Tensor] = []
         self.inverse: FinalInverse | None = None
+        self._joint: tuple[list[Rows], Rows] | None = None
 
-    def run(self) -> Ledger:
+    def _run(self) -> None:
         """Drive every sample to a status."""
         z0 = self.ledger.z0
         first = _Cohort(self.ledger, self.plan, 0, np.arange(len(z0)))
@@ -308,7 +311,23 @@ class _Driver:
         while self.cohorts:
             self._round()
         self.kept += [self.ledger.best_z.clone() for _ in self.due]
-        return self.ledger
+
+    def solution(self) -> Solution:
+        """What came of every sample, once all have been driven to a status."""
+        self._run()
+        ledger, unpack = self.ledger, self.ledger.packing.unpack
+        z = ledger.best_z
+        return Solution(
+            z=unpack(z.clone() if z is ledger.z0 else z),
+            residual=torch.from_numpy(ledger.best_residual).to(z),
+            nfe=torch.from_numpy(ledger.nfe),
+            steps=torch.from_numpy(self.steps),
+            converged=torch.from_numpy(ledger.converged).to(z.device),
+            status=torch.from_numpy(self.status),
+            trace=ledger.trace(),
+            snapshots=tuple(unpack(kept) for kept in self.kept),
+            inverse=self.inverse,
+        )
 
     def _round(self) -> None:
         """One step of every cohort, one call of f for all the new iterates; a look at the outcome when it is due."""
@@ -353,11 +372,18 @@ class _Driver:
             cohorts[0].g = cohorts[0].problem.residual(cohorts[0].z)
             return
         points = [cohort.take_live(cohort.z) for cohort in cohorts]
-        rows = self.ledger.rows(np.concatenate([cohort.live_rows.host for cohort in cohorts]))
-        parts = self.ledger.evaluate(torch.cat(points), rows).split([len(point) for point in points])
+        parts = self.ledger.evaluate(torch.cat(points), self._together([cohort.live_rows for cohort in cohorts])).split(
+            [len(point) for point in points]
+        )
         for cohort, g in zip(cohorts, parts, strict=True):
             index = cohort.problem.live_index
             cohort.g = g if index is None else torch.zeros_like(cohort.z).index_copy(0, index, g)
+
+    def _together(self, parts: list[Rows]) -> Rows:
+        """The rows of several cohorts: the same object while these are, so that a context is gathered once."""
+        if self._joint is None or self._joint[0] != parts:
+            self._joint = parts, self.ledger.rows(np.concatenate([rows.host for rows in parts]))
+        return self._joint[1]
 
     def _look(self) -> None:
         """See what has happened since the last look, and decide. The one host synchronisation."""

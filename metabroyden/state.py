@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from metabroyden.shared import WATCH, Shared, is_shared
 from metabroyden.solution import State
 
 T = TypeVar("T")
@@ -52,35 +54,46 @@ class Packing:
     def pack(self, z: State) -> Tensor:
         """(B, n) matrix of the state; a view where z is one contiguous tensor."""
         if isinstance(z, Tensor):
-            return z.reshape(len(z), -1)
-        return torch.cat([part.reshape(len(part), -1) for part in z], dim=1)
+            return _flat(z)
+        return torch.cat([_flat(part) for part in z], dim=1)
 
     def take(self, value: Any, z: Tensor) -> Tensor:
         """What f returned at z (R, n), packed and in z's dtype.
 
         TypeError for what is no tensor or tuple of tensors, ValueError for what is not shaped like the state.
         """
-        if self.single and isinstance(value, Tensor) and value.dtype == z.dtype and value.shape[1:] == self.shapes[0]:
-            if value.shape == z.shape:  # the usual case, without ceremony
-                return value
-            if value.shape[0] == z.shape[0]:
-                return value.reshape(z.shape)
+        if self.single and isinstance(value, Tensor) and self._is_like(value, z):  # the usual case, without ceremony
+            return value if self.is_flat else value.reshape(z.shape)
         parts = (value,) if isinstance(value, Tensor) else value
         if not isinstance(parts, tuple) or not all(isinstance(part, Tensor) for part in parts):
             raise TypeError(f"f must return a tensor or a tuple of tensors like z, got {type(value).__name__}")
-        wanted = [(len(z), *shape) for shape in self.shapes]
+        for part in parts:
+            _check_dense(part, "what f returns")
+            _check_real(part, "what f returns")
+        wanted = [(z.shape[0], *shape) for shape in self.shapes]
         got = [tuple(part.shape) for part in parts]
         if got != wanted or not all(part.is_floating_point() for part in parts):
             kinds = [str(part.dtype) for part in parts]
             raise ValueError(f"f must return what z is shaped like: wanted {wanted} floating, got {got} {kinds}")
         return self.pack(value).to(z.dtype)
 
+    def _is_like(self, value: Tensor, z: Tensor) -> bool:
+        """Whether a single tensor is shaped, typed and laid out as the state of z (R, n)."""
+        if value.dtype != z.dtype or value.layout != z.layout or value.is_nested:
+            return False
+        return value.shape[1:] == self.shapes[0] and value.shape[0] == z.shape[0]
+
     def unpack(self, flat: Tensor) -> State:
         """The state of a (B, n) matrix, as the user's f takes it."""
         if self.single:
-            return flat if self.is_flat else flat.reshape(len(flat), *self.shapes[0])
+            return flat if self.is_flat else flat.reshape(flat.shape[0], *self.shapes[0])
         pieces = flat.split([shape.numel() for shape in self.shapes], dim=1)
-        return tuple(piece.reshape(len(flat), *shape) for piece, shape in zip(pieces, self.shapes, strict=True))
+        return tuple(piece.reshape(flat.shape[0], *shape) for piece, shape in zip(pieces, self.shapes, strict=True))
+
+
+def _flat(z: Tensor) -> Tensor:
+    """(B, n), of an empty batch too."""
+    return z.reshape(z.shape[0], math.prod(z.shape[1:]))
 
 
 def check_state(z: Any, name: str) -> None:
@@ -90,45 +103,117 @@ def check_state(z: Any, name: str) -> None:
     parts = (z,) if isinstance(z, Tensor) else z
     first = parts[0]
     for part in parts:
-        if part.dim() == 0:
-            raise ValueError(f"{name} must have a batch axis first, got a 0-dimensional tensor")
-        if not part.is_floating_point():
-            raise ValueError(f"{name} must be of a floating dtype, got {part.dtype}")
-        if part.dtype in (torch.float16, torch.bfloat16):
-            raise ValueError(
-                f"{name} must be float32 or float64, got {part.dtype}: iterates are kept in at least float32; "
-                "f may compute in half precision, what it returns is converted"
-            )
-        if part.shape[0] == 0 or part.numel() == 0:
-            raise ValueError(f"{name} must hold at least one sample and one coordinate, got shape {tuple(part.shape)}")
+        _check_part(part, name)
         if (part.shape[0], part.dtype, part.device) != (first.shape[0], first.dtype, first.device):
             raise ValueError(
                 f"the tensors of {name} must agree in batch size, dtype and device, got "
                 f"{(part.shape[0], part.dtype, part.device)} beside {(first.shape[0], first.dtype, first.device)}"
             )
+        if part.shape[0] == 0 or torch.compiler.is_compiling():  # a compiler or torch.export knows no values
+            continue
         low, high = torch.aminmax(part.detach())  # NaN passes through
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError(f"{name} must be finite, got NaN or infinity in it")
 
 
-def check_context(context: Any, batch: int) -> None:
-    """Refuse a context with a tensor that has not the batch on its first axis (ValueError), or with something else that
-    may hold the batch and could not be gathered (TypeError)."""
-    for leaf in pytree.tree_leaves(context):
+def _check_part(part: Tensor, name: str) -> None:
+    """ValueError for a tensor of a bad layout, dtype or shape."""
+    _check_dense(part, name)
+    if part.dim() == 0:
+        raise ValueError(f"{name} must have a batch axis first, got a 0-dimensional tensor")
+    _check_real(part, name)
+    if not part.is_floating_point():
+        raise ValueError(f"{name} must be of a floating dtype, got {part.dtype}")
+    if part.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"{name} must be float32 or float64, got {part.dtype}: iterates are kept in at least float32; "
+            "f may compute in half precision, what it returns is converted"
+        )
+    if 0 in part.shape[1:]:
+        raise ValueError(f"{name} must hold at least one coordinate a sample, got shape {tuple(part.shape)}")
+
+
+def _check_dense(part: Tensor, name: str) -> None:
+    if part.is_nested or part.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got {_layout(part)}")
+
+
+def _check_real(part: Tensor, name: str) -> None:
+    if part.is_complex():
+        raise ValueError(
+            f"{name} must be real, got {part.dtype}: solve for torch.view_as_real(z), and let f take "
+            "torch.view_as_complex of it and return torch.view_as_real of its value"
+        )
+
+
+def _layout(tensor: Tensor) -> str:
+    return f"a nested tensor, layout {tensor.layout}" if tensor.is_nested else f"layout {tensor.layout}"
+
+
+def check_context(context: Any, batch: int, f: Any = None) -> None:
+    """Refuse what could not be gathered: ValueError for a tensor without the batch on its first axis or of a layout that
+    has no rows, TypeError for something else that may hold the batch.
+
+    Warns of tensors that look shared (see `SharedWatch`), at the caller of the caller.
+    """
+    gathered = []
+    for leaf in pytree.tree_leaves(context, is_leaf=is_shared):
+        if isinstance(leaf, Shared):
+            if leaf.tensor.is_nested or leaf.tensor.dim() == 0 or leaf.tensor.shape[0] != batch:
+                WATCH.note(f, leaf.tensor)
+            continue
         if not isinstance(leaf, (Tensor, bool, int, float, str, type(None))):
             raise TypeError(
                 "context must be a pytree (tuples, lists, dicts) of tensors and plain values, "
                 f"got {type(leaf).__name__} in it"
             )
-        if isinstance(leaf, Tensor) and (leaf.dim() == 0 or leaf.shape[0] != batch):
-            raise ValueError(
-                f"every tensor of context must have the batch first: wanted {batch} rows as in z0, "
-                f"got shape {tuple(leaf.shape)}"
-            )
+        if isinstance(leaf, Tensor):
+            _check_rows(leaf, batch, f)
+            gathered.append(leaf)
+    if not torch.compiler.is_compiling():
+        WATCH.check(f, gathered, stacklevel=3)
+
+
+def _check_rows(leaf: Tensor, batch: int, f: Any) -> None:
+    """ValueError unless this tensor of a context has a row for each sample."""
+    if leaf.is_nested or leaf.layout not in (torch.strided, torch.sparse_coo):
+        raise ValueError(
+            f"a tensor of context cannot be gathered by rows, got {_layout(leaf)}: pass it dense (padded, with its lengths) "
+            "or as torch.sparse_coo, or as mb.Shared(tensor) if all samples share it"
+        )
+    if leaf.dim() == 0 or leaf.shape[0] != batch:
+        WATCH.note(f, leaf)
+        raise ValueError(
+            f"every tensor of context must have the batch first: wanted {batch} rows as in z0, "
+            f"got shape {tuple(leaf.shape)}; if all samples share it, pass mb.Shared(tensor)"
+        )
 
 
 def gather(tree: T, index: Tensor) -> T:
-    """The rows `index` of every tensor in a pytree (a context, a solver state); what is no tensor passes through."""
+    """The rows `index` of every tensor in a pytree (a context, a solver state); what is no tensor, or is shared by all
+    samples, passes through."""
     if isinstance(tree, Tensor):  # the usual case, without ceremony
         return tree.index_select(0, index)  # type: ignore[return-value]
-    return pytree.tree_map(lambda leaf: leaf.index_select(0, index) if isinstance(leaf, Tensor) else leaf, tree)
+    return pytree.tree_map(
+        lambda leaf: leaf.index_select(0, index) if isinstance(leaf, Tensor) else leaf, tree, is_leaf=is_shared
+    )
+
+
+def concatenate(trees: Sequence[T]) -> T:
+    """The rows of several pytrees of one structure, one after another; what is shared, or is no tensor, is the first's."""
+    return pytree.tree_map(
+        lambda first, *rest: torch.cat([first, *rest]) if isinstance(first, Tensor) else first,
+        *trees,
+        is_leaf=is_shared,
+    )
+
+
+def in_dtype_of(context: Any, z: Tensor) -> Any:
+    """The context as a solver sees it: floating tensors in the iterates' dtype (f's own may be half precision), and shared
+    tensors as they are, without their mark."""
+
+    def seen(leaf: Any) -> Any:
+        tensor = leaf.tensor if isinstance(leaf, Shared) else leaf
+        return tensor.to(z.dtype) if isinstance(tensor, Tensor) and tensor.is_floating_point() else tensor
+
+    return seen(context) if isinstance(context, Tensor) else pytree.tree_map(seen, context, is_leaf=is_shared)

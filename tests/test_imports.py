@@ -15,7 +15,8 @@ PACKAGE = Path(metabroyden.__file__).parent
 
 # Lower layers first. A module may import from its own layer and from those below, never from above.
 LAYERS = [
-    ["solution", "state", "storage"],
+    ["solution", "state", "shared", "storage"],
+    ["evaluator"],
     ["ledger", "inverse"],
     ["problem"],
     ["solve"],

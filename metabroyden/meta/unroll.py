@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from metabroyden.ledger import part_of
+from metabroyden.evaluator import Evaluator, Given, part_of
 from metabroyden.meta.modes import Checkpointed, FeatureDetached
 from metabroyden.solution import State, relative, residual_norms
 from metabroyden.solve import begin as begin_solve
-from metabroyden.state import Companion, Packing
+from metabroyden.state import Companion, Packing, in_dtype_of
 
 BACKENDS = ("higher", "native")
 
@@ -55,10 +55,11 @@ class UnrolledProblem:
     def __init__(
         self, f: Callable[..., State], z0: State, context: Any, *, half: bool = False, twice: bool = False
     ) -> None:
-        self.f, self._given, self._half, self._twice = f, context, half, twice
-        self.context = context.context if isinstance(context, Companion) else context
+        self.f, self._given, self._half, self._twice = f, Given(context), half, twice
         self.packing = Packing.of(z0)
+        self._call = Evaluator(f, self.packing, attached=True)
         self.z0 = self.packing.pack(z0)
+        self.context = in_dtype_of(context.context if isinstance(context, Companion) else context, self.z0)
         self._origin: Tensor | None = None
         if half and self.z0.dtype != torch.float32:
             raise ValueError(f"f in bfloat16 is for states of float32, got {self.z0.dtype}")
@@ -70,10 +71,8 @@ class UnrolledProblem:
 
     def evaluate(self, z: Tensor) -> Tensor:
         """f(z), (R, n)."""
-        state = self.packing.unpack(z)
         with torch.autocast(z.device.type, torch.bfloat16) if self._half else nullcontext():
-            value = self.f(state) if self._given is None else self.f(state, self._given)
-        return self.packing.take(value, z)
+            return self._call(z, self._given)
 
     def measure(self, z: Tensor, g: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(g = f(z) − z (R, n), relative residual (R,)), both in z's dtype; g as given, where it is known."""
@@ -97,11 +96,15 @@ class UnrolledProblem:
 
     def use(self, part: Callable[..., State], z: Tensor) -> Tensor:
         """part(z, context) at z (R, n), packed."""
-        return self.packing.take(part(self.packing.unpack(z), self._given), z)
+        return self._call(z, self._given, part)
 
     def elementwise(self, name: str, v: Tensor) -> Tensor:
         """The cell's elementwise method of this name at v (R, n)."""
-        return self.packing.take(self.part(name)(self.packing.unpack(v)), v)
+        return self._call(v, function=self.part(name))
+
+    def image(self, z: Tensor, g: Tensor) -> Tensor:
+        """f(z), (R, n), where g = f(z) − z is known."""
+        return z + g
 
     def known(self, z: Tensor, fz: Tensor) -> Tensor:
         """g = f(z) − z at z (R, n) where f(z) is known."""
