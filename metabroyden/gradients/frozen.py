@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metabroyden.gradients.base import evaluate, parts_of
+from metabroyden.gradients.view import seen_with
 from metabroyden.ledger import InCallersMode
 from metabroyden.solution import State
 from metabroyden.state import gather
+from metabroyden.training.hold import parametrizations
 from metabroyden.training.pin import Pinned
 
 Parts = tuple[Tensor, ...]
@@ -26,25 +29,25 @@ Map = Callable[[Parts, Sequence[Tensor]], Parts]
 class Frozen:
     """A cell with the weights and the context of this moment, as a map of the state and of what requires gradients.
 
-    What the cell reads when backward runs may be something else (`torch.func.functional_call`): the tensors of the forward
-    pass are put back for an evaluation, pinned weights and masks (`pin`) among them. Not what was overwritten in place:
-    `unchanged` says whether something was.
+    What the cell reads when backward runs may be something else (`torch.func.functional_call`): an evaluation sees the
+    tensors of the forward pass, pinned weights and masks (`pin`) among them, and writes them nowhere (`seen_with`). Not
+    what was overwritten in place: `unchanged` says whether something was.
     """
 
     def __init__(self, cell: Callable[..., State], context: Any, z: State) -> None:
         self.cell: Any = cell
         self.single = isinstance(z, Tensor)
         module = cell.cell if isinstance(cell, Pinned) else cell
-        self._modules = list(module.modules()) if isinstance(module, nn.Module) else []
+        self._modules = list(_readers(module)) if isinstance(module, nn.Module) else []
         # where a module keeps its tensors; a tied one stands in several places
         self._slots = [
-            (places, name, id(tensor))
+            (owner, places, name, tensor)
             for owner in self._modules
             for places in (owner._parameters, owner._buffers)
             for name, tensor in places.items()
             if tensor is not None
         ]
-        own = {id(tensor): tensor for places, name, _ in self._slots if (tensor := places[name]) is not None}
+        own = {id(tensor): tensor for *_, tensor in self._slots}
         self._order = {key: number for number, key in enumerate(own)}
         leaves, self._spec = pytree.tree_flatten(context)
         self._everything = [*leaves, *own.values(), *(cell.weights if isinstance(cell, Pinned) else ())]
@@ -85,24 +88,18 @@ class Frozen:
 
     def _at(self, point: Parts, tensors: Sequence[Tensor], context: Any) -> Any:
         values = self._filled(tensors)[self._spec.num_leaves :]
-        pinned = values[len(self._order) :]
-
-        def cell(z: State, context: Any = None) -> State:
-            if isinstance(self.cell, Pinned):
-                return self.cell.call(self.cell.cell, pinned, z, context)
-            return self.cell(z) if context is None else self.cell(z, context)
-
-        before: list[tuple[Any, str, Tensor | None]] = []
-        for places, name, key in self._slots:
-            value = values[self._order[key]]
-            if places[name] is not value:
-                before.append((places, name, places[name]))
-                before[-1][0][name] = value
-        try:
-            return self._call.differentiable(cell, point, self.single, context)
-        finally:
-            for places, name, value in before:
-                places[name] = value
+        other = {
+            (id(owner), name): values[self._order[id(tensor)]]
+            for owner, places, name, tensor in self._slots
+            if places.get(name) is not values[self._order[id(tensor)]]
+        }
+        module = self.cell.cell if isinstance(self.cell, Pinned) else self.cell
+        if other:
+            module = seen_with(module, other)
+        if not isinstance(self.cell, Pinned):
+            return self._call.differentiable(module, point, self.single, context)
+        pinned = partial(self.cell.call, module, values[len(self._order) :])
+        return self._call.differentiable(lambda z, x=None: pinned(z, x), point, self.single, context)
 
     def _filled(self, tensors: Sequence[Tensor]) -> list[Any]:
         given = iter(tensors)
@@ -110,6 +107,12 @@ class Frozen:
 
     def _context_with(self, tensors: Sequence[Tensor]) -> Any:
         return pytree.tree_unflatten(self._filled(tensors)[: self._spec.num_leaves], self._spec)
+
+
+def _readers(cell: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a cell that read tensors while it is evaluated: parametrizations are not, their values are held."""
+    inside = {id(part) for _, _, made in parametrizations(cell) for part in made.modules()}
+    return (module for module in cell.modules() if id(module) not in inside)
 
 
 def pull(values: Parts, towards: Sequence[Tensor], cotangents: Parts, **options: Any) -> Parts:
