@@ -33,10 +33,10 @@ class DEQ(nn.Module):
         backward: gradient mode (default `Implicit()`; `Phantom`, `JacobianFree`, `Unroll`); used only where gradients are
             enabled.
         rtol, atol, max_nfe: as in `solve`.
-        warn: say once when samples fail, forward or backward.
+        warn: say when samples fail, forward or backward: once for each reason, and again when twice the share fails.
 
     After each call `last_solution` tells what the solve cost, and `last_backward_solution`, after a backward pass, what
-    the adjoint cost. Samples that fail keep their best iterate; the first time that happens a warning says so.
+    the adjoint cost. Samples that fail keep their best iterate, and a warning says so.
 
     Through one call the cell is one map: parametrized weights (`normalise`) are computed once, `VariationalDropout` draws
     one mask a sample, and an ordinary dropout layer in training mode brings a warning, once.
@@ -79,7 +79,8 @@ class DEQ(nn.Module):
         self.rtol, self.atol, self.max_nfe = rtol, atol, max_nfe
         self.last_solution: Solution | None = None
         self.last_backward_solution: Solution | None = None
-        self._warned = self._warned_backward = self._warned_restless = not warn
+        self._warned_restless = not warn
+        self._said, self._said_backward = _Failures(warn), _Failures(warn)
         self._watch = FingerprintWatch()
         self.observer: Observer | None = None  # told of each equilibrium that gets gradients
 
@@ -145,9 +146,8 @@ class DEQ(nn.Module):
             keep_inverse=reuse,
         )
         self.last_solution = replace(solution, inverse=None)
-        if not self._warned and _fell_short(solution):
-            self._warned = True
-            warnings.warn(f"DEQ: {solution.failures()} (said once; see last_solution)", stacklevel=5)
+        if self._said.news(solution):
+            warnings.warn(f"DEQ: {solution.failures()} (said again if it gets worse; see last_solution)", stacklevel=5)
         if not graph:
             return [*solution.snapshots, solution.z]
         early = [JacobianFree().attach(f, replace(solution, z=z), context) for z in solution.snapshots]
@@ -174,15 +174,32 @@ class DEQ(nn.Module):
 
     def _note_backward(self, solution: Solution) -> None:
         self.last_backward_solution = solution
-        if not self._warned_backward and _fell_short(solution):
-            self._warned_backward = True
-            warnings.warn(f"DEQ, backward: {solution.failures()} (said once; see last_backward_solution)", stacklevel=2)
+        if self._said_backward.news(solution):
+            warnings.warn(
+                f"DEQ, backward: {solution.failures()} (said again if it gets worse; see last_backward_solution)",
+                stacklevel=2,
+            )
 
 
-def _fell_short(solution: Solution) -> bool:
-    """Whether a sample missed the tolerance by more than rounding."""
-    at_rounding = solution.residual <= _ROUNDINGS * torch.finfo(solution.residual.dtype).eps
-    return not bool((solution.converged | at_rounding).all())
+class _Failures:
+    """Which failures a warning has told of: a status is news the first time, and where its share has doubled since."""
+
+    def __init__(self, warn: bool) -> None:
+        self._warn = warn
+        self._shares: dict[int, float] = {}
+
+    def news(self, solution: Solution) -> bool:
+        """Whether samples missed the tolerance, by more than rounding, in a way that was not told of yet."""
+        if not self._warn:
+            return False
+        at_rounding = solution.residual <= _ROUNDINGS * torch.finfo(solution.residual.dtype).eps
+        short = ~(solution.converged | at_rounding).cpu()
+        new = False
+        for status, count in zip(*solution.status[short].unique(return_counts=True), strict=True):
+            share = float(count) / len(short)
+            if share >= 2 * self._shares.get(int(status), 0.0):
+                self._shares[int(status)], new = share, True
+        return new
 
 
 def initial_state(cell: nn.Module, x: Any) -> State:

@@ -24,6 +24,7 @@ class Status(enum.IntEnum):
     MAX_NFE = 1
     NON_FINITE = 2
     STALLED = 3
+    ILL_CONDITIONED = 4
 
     @property
     def message(self) -> str:
@@ -36,6 +37,7 @@ _MESSAGES = {
     Status.MAX_NFE: "the evaluation budget max_nfe ran out before the tolerance was reached",
     Status.NON_FINITE: "f returned a value that is not finite; the best finite iterate was kept",
     Status.STALLED: "the iterate stopped moving (a step below rounding) short of the tolerance",
+    Status.ILL_CONDITIONED: "of an adjoint system: it met the tolerance only by growing, as I − J is close to singular",
 }
 
 

@@ -75,6 +75,47 @@ def test_a_failed_adjoint_is_said_once():
     deq(x).sum().backward()
 
 
+def test_a_failure_is_said_again_for_another_reason_or_twice_the_share():
+    class Fickle(nn.Module):
+        def forward(self, z, x):
+            return torch.where(x.abs() > 1, torch.where(x > 0, 1.9 * z + x, torch.nan), 0.1 * z)
+
+    deq = mb.DEQ(Fickle(), solver=mb.Picard(), rtol=1e-6, max_nfe=20)
+
+    def said(*x: float) -> str:
+        with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+            warnings.simplefilter("always")
+            deq(torch.tensor(x, dtype=torch.float32)[:, None])
+        return " ".join(str(warning.message) for warning in caught)
+
+    assert "1 of 4" in said(2, 0, 0, 0)
+    assert said(0, 2, 0, 0) == ""
+    assert said(0, 0, 0, 0) == ""
+    assert "2 of 4" in said(2, 2, 0, 0)
+    assert said(2, 2, 2, 0) == ""
+    assert "non_finite" in said(-2, 2, 2, 0)
+    assert said(-2, 2, 2, 2) == ""
+
+
+def test_a_residual_at_rounding_is_no_failure():
+    class Rounded(nn.Module):
+        def __init__(self, roundings: float) -> None:
+            super().__init__()
+            self.size = 1 + roundings * torch.finfo(torch.float32).eps
+
+        def forward(self, z, x):
+            return self.size * z + 0 * x
+
+    x = torch.ones(2, 3)
+    for roundings, silent in ((4, True), (40, False)):
+        deq = mb.DEQ(Rounded(roundings), solver=mb.Picard(), rtol=0.0, max_nfe=3)
+        with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+            warnings.simplefilter("always")
+            deq(x, torch.ones(2, 3))
+        assert not deq.last_solution.converged.any()
+        assert (not caught) == silent
+
+
 def test_a_foreign_gradient_mode_is_refused():
     with pytest.raises(TypeError, match="backward must be a gradient mode such as Implicit"):
         mb.DEQ(TanhCell(), backward="implicit")

@@ -18,6 +18,7 @@ import metabroyden as mb
 from metabroyden.gradients.base import parts_of
 from metabroyden.learned.layout import Layout, Mixer
 from metabroyden.learned.preconditioner import Preconditioner
+from metabroyden.meta.fit import make_learned
 from metabroyden.models import CELLS as MODELS
 from metabroyden.models import ConvCell, make_cell
 from metabroyden.testbed.cells import dense
@@ -349,6 +350,102 @@ def test_a_mixer_and_a_preconditioner_have_their_transposes(kind):
         torch.Size(layout.extents(shape)).numel()] * 3)  # fmt: skip
     gates = part.gates(z, z)
     torch.testing.assert_close((part(r, gates) * w).sum(), (r * part.transpose(w, gates)).sum())
+
+
+# An adjoint that fails.
+
+
+def failing(gain: float, n: int = 40, *, batch: int = 6, **options) -> tuple[mb.DEQ, torch.Tensor, torch.Tensor]:
+    """(a linear layer, its contexts, its matrix) whose adjoint iteration diverges."""
+    cell = Linear(n)
+    with torch.no_grad():
+        cell.a.mul_(gain / 0.7)
+        cell.c.copy_(torch.eye(n, dtype=torch.float64))
+    deq = mb.DEQ(cell, solver=mb.Newton(krylov=n), max_nfe=400, rtol=1e-6, backward=mb.Implicit(**options), warn=False)
+    return deq, torch.randn(batch, n, dtype=torch.float64, requires_grad=True), cell.a.detach()
+
+
+FAILING = {
+    "picard": {"solver": mb.Picard(), "max_nfe": 12},
+    "broyden": {"max_nfe": 6},
+    "anderson": {"solver": mb.Anderson(), "max_nfe": 8},
+    "newton": {"solver": mb.Newton(), "max_nfe": 8},
+    "learned": {"solver": make_learned("adjoint", Layout("nd", (40,))).double(), "max_nfe": 7},
+}
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-30, 1e30])
+@pytest.mark.parametrize("gain", [0.97, 1.05, 3.0, 1e4])
+@pytest.mark.parametrize("name", FAILING)
+def test_a_failed_adjoint_is_no_worse_than_either_guess_that_costs_nothing(name, gain, size):
+    deq, x, a = failing(gain, **FAILING[name])
+    v = torch.randn_like(x) * size
+    (u,) = torch.autograd.grad(deq(x), x, v)
+    left, none, jacobian_free = (((w - w @ a.T - v) / size).norm(dim=1) for w in (u, torch.zeros_like(u), v))
+    solution = deq.last_backward_solution
+    assert not solution.converged.any()
+    assert (left <= none * (1 + 1e-9)).all()
+    assert (left <= jacobian_free * (1 + 1e-9)).all()
+    image = ((u @ a.T + v) / size).norm(dim=1)
+    torch.testing.assert_close(solution.residual, left / image, rtol=1e-6, atol=1e-12)
+    assert solution.nfe.max() <= FAILING[name]["max_nfe"] + 2
+
+
+def test_a_failed_adjoint_that_began_elsewhere_is_no_worse_than_the_cotangent():
+    """With `precondition` the solve begins at the forward solver's guess and never looks at u = v."""
+    cell = Linear(30)
+    with torch.no_grad():
+        cell.a.mul_(0.6)
+    x = torch.randn(5, 30, dtype=torch.float64, requires_grad=True)
+    deq = mb.DEQ(cell, rtol=1e-2, backward=mb.Implicit(rtol=1e-12, max_nfe=1, precondition=True), warn=False)
+    deq.solver = mb.Broyden(memory=2)
+    v = torch.randn_like(x)
+    (towards,) = torch.autograd.grad(deq(x), x, v)
+    u = towards @ torch.linalg.inv(cell.c.detach().T)
+    a = cell.a.detach()
+    assert ((u - u @ a.T - v).norm(dim=1) <= (v @ a.T).norm(dim=1) * (1 + 1e-9)).all()
+    assert deq.last_backward_solution.nfe.tolist() == [3] * 5
+
+
+def test_an_adjoint_that_meets_its_tolerance_by_growing_has_not_converged():
+    """f(u) = 1.0001·u + v blows up at a relative residual of 1e-4: ‖g‖ grows beyond ‖v‖."""
+
+    class Growing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.tensor([[1e3, 3.0], [-5.0, 1.0 + 1e-9]], dtype=torch.float64))
+
+        def forward(self, z, x):
+            return z @ self.gain + x
+
+    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    cell = Growing()
+    v = torch.randn_like(x)
+    for rtol in (0.9999, 0.999, 0.9):
+        deq = mb.DEQ(cell, solver=mb.Newton(), backward=mb.Implicit(mb.Picard(), rtol=rtol, max_nfe=9), warn=False)
+        (u,) = torch.autograd.grad(deq(x), x, v)
+        assert ((u - u @ cell.gain.detach().T - v).norm(dim=1) <= v.norm(dim=1) * (1 + 1e-9)).all()
+        solution = deq.last_backward_solution
+        assert torch.equal(solution.converged, solution.status == mb.Status.CONVERGED)
+
+
+def test_a_failure_of_a_second_derivative_is_reported_too():
+    deq, x, _ = failing(1.05, max_nfe=6)
+    (first,) = torch.autograd.grad(deq(x).pow(3).sum(), x, create_graph=True)
+    deq.last_backward_solution = None
+    torch.autograd.grad(first.square().sum(), x)
+    assert not deq.last_backward_solution.converged.any()
+
+
+def test_an_adjoint_under_autocast_is_asked_for_no_more_than_half_precision_gives():
+    cell, x = ConvCell(4, 8, 2), torch.randn(8, 4, 5, 5)
+    deq = mb.DEQ(cell, rtol=3e-2, backward=mb.Implicit(rtol=1e-6), warn=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = deq(x)
+    (z * torch.randn_like(z)).sum().backward()
+    floor = 4 * torch.finfo(torch.bfloat16).eps
+    assert deq.last_backward_solution.converged.all()
+    assert 0.1 * floor < deq.last_backward_solution.residual.max() <= floor
 
 
 # Autograd's machinery round a layer.

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from metabroyden.training.hold import held, holding
+
 
 class VariationalDropout(nn.Module):
     """Dropout whose mask is drawn once a call of the DEQ and kept through its solve and its backward pass.
@@ -41,7 +43,11 @@ class VariationalDropout(nn.Module):
         self.p, self.shape = float(p), tuple(shape)
         if not self.shape or any(size < 1 for size in self.shape):
             raise ValueError(f"shape must be that of one sample's mask, sizes of at least 1, got {self.shape}")
-        self.mask: Tensor | None = None  # (B, *shape) bool, True stays; set for the time of a call only
+
+    @property
+    def mask(self) -> Tensor | None:
+        """(B, *shape) bool, True stays: what is held in this thread, for the time of a call; None elsewhere."""
+        return held(self)
 
     @property
     def active(self) -> bool:
@@ -50,8 +56,9 @@ class VariationalDropout(nn.Module):
 
     def draw(self, batch: int, device: torch.device) -> Tensor:
         """A mask (batch, *shape); the one that is held, where one is."""
-        if self.mask is not None:
-            return self.mask
+        mask = self.mask
+        if mask is not None:
+            return mask
         return torch.rand(batch, *self.shape, device=device) >= self.p
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,8 +90,8 @@ def held_masks(module: nn.Module, batch: int, device: torch.device | str | None 
     """Draw the masks of a module's `VariationalDropout` layers for `batch` samples, and hold them for a `with` block.
 
     Within it a `DEQ` uses these masks, and so does whatever else calls the cell on the whole batch: a Jacobian penalty at
-    the equilibrium, say, which else would meet masks of its own. `device`: where the state lives; None: where the
-    module's parameters are.
+    the equilibrium, say, which else would meet masks of its own. Other threads draw masks of their own. `device`: where
+    the state lives; None: where the module's parameters are.
 
     >>> import torch, metabroyden as mb
     >>> layer = mb.VariationalDropout(0.5, (100,))
@@ -93,15 +100,8 @@ def held_masks(module: nn.Module, batch: int, device: torch.device | str | None 
     True
     """
     where = torch.device(device) if device is not None else next((p.device for p in module.parameters()), None)
-    layers = dropouts(module)
-    before = [layer.mask for layer in layers]
-    for layer in layers:
-        layer.mask = layer.draw(batch, where or torch.device("cpu"))
-    try:
+    with holding([(layer, layer.draw(batch, where or torch.device("cpu"))) for layer in dropouts(module)]):
         yield
-    finally:
-        for layer, mask in zip(layers, before, strict=True):
-            layer.mask = mask
 
 
 def restless(module: nn.Module) -> list[str]:

@@ -1,0 +1,168 @@
+"""The adjoint system u = Jᵀu + v of one backward pass: its products, its solve, and what is used where that fails."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from metabroyden.gradients.base import Report, parts_of
+from metabroyden.gradients.frozen import Graph, Parts
+from metabroyden.inverse import FinalInverse, TransposedInverse
+from metabroyden.solution import Solution, Status, scaled_norm
+from metabroyden.solve import solve
+from metabroyden.solvers.base import ClassicalSolver
+from metabroyden.solvers.broyden import Broyden
+from metabroyden.state import Packing
+
+if TYPE_CHECKING:
+    from metabroyden.gradients.implicit import Implicit
+
+
+@dataclass(frozen=True)
+class AdjointSolve:
+    """Solves u = Jᵀu + v, given the graph of the cell at the equilibrium.
+
+    A sample that fails gets α·u or α·v, u the best iterate, whichever leaves the smaller residual, with α from least
+    squares. So ‖Jᵀu + v − u‖ is never larger than with u = 0 (‖v‖) or with u = v (‖Jᵀv‖).
+    """
+
+    mode: Implicit
+    packing: Packing
+    final: FinalInverse | None
+    report: Report | None
+    floor: float  # no tolerance below it
+
+    def __call__(self, graph: Graph, cotangent: Parts) -> Parts:
+        """u for the cotangent v. Coordinates of v that are not finite pass by the solve, to the weights."""
+        mode, packing, star = self.mode, self.packing, tuple(part.detach() for part in graph.point)
+        given = packing.pack(cotangent[0] if packing.single else cotangent)
+        finite = torch.isfinite(given)
+        v = torch.where(finite, given, 0.0)
+        # by a power of two, so that nothing under- or overflows and not a bit changes otherwise
+        _, exponent = torch.frexp(v.abs().amax(dim=1, keepdim=True))
+        scale = torch.exp2(exponent.clamp(-100, 100).to(v.dtype))
+        v = v / scale
+        system = _System(graph, packing, v)
+        solver, start = mode.solver, v
+        if self.final is not None:
+            solver, start = replace(solver, initial=TransposedInverse(self.final)), -self.final.transpose(v)
+            start = torch.where(torch.isfinite(start).all(dim=1, keepdim=True), start, v)
+        context = {"sample": system.sample, "z": packing.pack(star[0] if packing.single else star), "v": v}
+        rtol = max(mode.rtol, self.floor)
+        found = solve(system, start, context, solver=solver, rtol=rtol, max_nfe=mode.max_nfe, throw=False)
+        found = _mended(found, system, rtol)
+        if self.report is not None:
+            self.report(found)
+        assert isinstance(found.z, Tensor)
+        return parts_of(packing.unpack(torch.where(finite, found.z * scale, given)))
+
+    def plain(self) -> AdjointSolve:
+        """The solver of the adjoint of an adjoint: its matrix is J again, so no trained solver and no forward inverse."""
+        solver = self.mode.solver if isinstance(self.mode.solver, ClassicalSolver) else Broyden(memory=30)
+        return replace(self, mode=replace(self.mode, precondition=False, solver=solver), final=None)
+
+
+class _System:
+    """u ↦ Jᵀu + v, on matrices (R, n); the graph is made anew for the samples that are left once they are few.
+
+    Attributes:
+        sample: numbers of all samples. v: cotangents (B, n). evaluations: products made beside those of the solve.
+    """
+
+    def __init__(self, graph: Graph, packing: Packing, v: Tensor) -> None:
+        self._whole = self._graph = graph
+        self._packing = packing
+        self.v, self.sample = v, torch.arange(len(v), device=v.device)
+        self._at_v: Tensor | None = None  # Jᵀv + v, where the solve began at v
+
+    def __call__(self, u: Tensor, rows: dict[str, Tensor]) -> Tensor:
+        image = self.product(u, rows["sample"]) + rows["v"]
+        if self._at_v is None and rows["sample"] is self.sample:
+            self._at_v = image if u.data_ptr() == self.v.data_ptr() else torch.empty(0)
+        return image
+
+    def at_v(self, sample: Tensor) -> Tensor | None:
+        """Jᵀv of these samples, where it is known."""
+        known = self._at_v is not None and len(self._at_v) == len(self.v)
+        return (self._at_v - self.v)[sample] if known and self._at_v is not None else None
+
+    def product(self, u: Tensor, sample: Tensor) -> Tensor:
+        """Jᵀu for u (R, n) of these samples (R,)."""
+        if sample is self.sample and self._graph is self._whole:
+            return self._pull(u)
+        self._graph = (self._graph if self._graph.holds(sample) else self._whole).for_rows(sample)
+        place = sample if self._graph.place is None else self._graph.place[sample]
+        spread = u.new_zeros(len(self._graph.point[0]), u.shape[1]).index_copy(0, place, u)
+        return self._pull(spread).index_select(0, place)
+
+    def _pull(self, u: Tensor) -> Tensor:
+        pulled = self._graph.pull(parts_of(self._packing.unpack(u)))
+        return self._packing.pack(pulled[0] if self._packing.single else pulled)
+
+
+def _mended(found: Solution, system: _System, rtol: float) -> Solution:
+    """The solution with the best multiple of u or v wherever the solve failed, or met its tolerance by growing alone.
+
+    Costs a failed sample one product, two where the solve did not begin at v.
+    """
+    u, v = found.z, system.v
+    assert isinstance(u, Tensor)
+    # ‖g‖ = ρ‖f(u)‖ ≤ ρ(‖u‖ + ‖g‖): small where it is below ‖v‖ for certain
+    small = found.residual * scaled_norm(u) <= (1 - found.residual) * scaled_norm(v)
+    sample = (~(found.converged & small)).nonzero().squeeze(1)
+    if not len(sample):
+        return found
+    v, at_v = v[sample], system.at_v(sample)
+    first = _best_multiple(u[sample], system.product(u[sample], sample), v)
+    second = _best_multiple(v, system.product(v, sample) if at_v is None else at_v, v)
+    better = (second.size < first.size).unsqueeze(1)
+    chosen, g = torch.where(better, second.u, first.u), torch.where(better, second.g, first.g)
+    size, image = scaled_norm(g), scaled_norm(chosen + g)
+    # as it is: what nothing is known of, and what has converged by a residual below ‖v‖
+    kept = ~torch.isfinite(size + image) | (found.converged[sample] & (first.given <= scaled_norm(v)))
+    residual = torch.where(size == 0, 0.0, size / image).to(v.dtype)
+    converged = ~kept & (size <= rtol * image)
+    status = found.status.to(v.device)[sample]
+    failed = torch.where(status == Status.CONVERGED, int(Status.ILL_CONDITIONED), status)
+    extra = 1 if at_v is not None else 2
+    hold = kept.unsqueeze(1)
+    return replace(
+        found,
+        z=u.index_copy(0, sample, torch.where(hold, u[sample], chosen)),
+        residual=found.residual.index_copy(0, sample, torch.where(kept, found.residual[sample], residual)),
+        converged=found.converged.index_copy(0, sample, torch.where(kept, found.converged[sample], converged)),
+        status=_put(
+            found.status, sample, torch.where(kept, status, torch.where(converged, int(Status.CONVERGED), failed))
+        ),
+        nfe=_put(found.nfe, sample, found.nfe.to(v.device)[sample] + extra),
+    )
+
+
+def _put(values: Tensor, sample: Tensor, new: Tensor) -> Tensor:
+    return values.index_copy(0, sample.to(values.device), new.to(values))
+
+
+@dataclass(frozen=True)
+class _Multiple:
+    """α·u with its residual g (R, n) and ‖g‖ (R,), infinite where it is not finite; `given`: ‖g‖ at u itself."""
+
+    u: Tensor
+    g: Tensor
+    size: Tensor
+    given: Tensor
+
+
+def _best_multiple(u: Tensor, product: Tensor, v: Tensor) -> _Multiple:
+    """The α·u whose residual v − α(u − Jᵀu) is the smallest."""
+    a = u - product
+    length = scaled_norm(a).to(v.dtype).unsqueeze(1)
+    length = torch.where(length > 0, length, 1.0)
+    direction = a / length
+    along = (direction * v).sum(dim=1, keepdim=True)
+    g = v - along * direction
+    size = scaled_norm(g)
+    size = torch.where(torch.isfinite(size), size, torch.inf)
+    return _Multiple(u / length * along, g, size, scaled_norm(v - a))

@@ -1,0 +1,162 @@
+"""Where the backward pass evaluates the cell again: the map of the forward pass, and its graph for some samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from metabroyden.gradients.base import evaluate, parts_of
+from metabroyden.gradients.view import seen_with
+from metabroyden.ledger import InCallersMode
+from metabroyden.solution import State
+from metabroyden.state import gather
+from metabroyden.training.hold import parametrizations
+from metabroyden.training.pin import Pinned
+
+Parts = tuple[Tensor, ...]
+_RESTRICT_AT = 0.5  # the graph is made anew for the samples that are left once so small a share of its rows is
+
+Map = Callable[[Parts, Sequence[Tensor]], Parts]
+"""A fixed-point map of the state's tensors that depends on further tensors."""
+
+
+class Frozen:
+    """A cell with the weights and the context of this moment, as a map of the state and of what requires gradients.
+
+    What the cell reads when backward runs may be something else (`torch.func.functional_call`): an evaluation sees the
+    tensors of the forward pass, pinned weights and masks (`pin`) among them, and writes them nowhere (`seen_with`). Not
+    what was overwritten in place: `unchanged` says whether something was.
+    """
+
+    def __init__(self, cell: Callable[..., State], context: Any, z: State) -> None:
+        self.cell: Any = cell
+        self.single = isinstance(z, Tensor)
+        module = cell.cell if isinstance(cell, Pinned) else cell
+        self._modules = list(_readers(module)) if isinstance(module, nn.Module) else []
+        # where a module keeps its tensors; a tied one stands in several places
+        self._slots = [
+            (owner, places, name, tensor)
+            for owner in self._modules
+            for places in (owner._parameters, owner._buffers)
+            for name, tensor in places.items()
+            if tensor is not None
+        ]
+        own = {id(tensor): tensor for *_, tensor in self._slots}
+        self._order = {key: number for number, key in enumerate(own)}
+        leaves, self._spec = pytree.tree_flatten(context)
+        self._everything = [*leaves, *own.values(), *(cell.weights if isinstance(cell, Pinned) else ())]
+        self._live = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in self._everything]
+        self.tensors = [leaf for leaf, live in zip(self._everything, self._live, strict=True) if live]
+        self._versions, self._modes = self._state()
+        self._call = InCallersMode(evaluate, parts_of(z)[0].device.type)
+
+    @property
+    def rounding(self) -> float:
+        """Unit rounding of the dtype that autocast chose; 0 without autocast."""
+        return 0.0 if self._call.dtype is None else torch.finfo(self._call.dtype).eps
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether nothing that the cell reads was written to since, and no module has changed its mode."""
+        return self._state() == (self._versions, self._modes)
+
+    def _state(self) -> tuple[list[int], list[bool]]:
+        tensors = (leaf for leaf in self._everything if isinstance(leaf, Tensor) and not leaf.is_inference())
+        return [tensor._version for tensor in tensors], [module.training for module in self._modules]
+
+    def first(self, point: Parts) -> Any:
+        """The map at a point while the weights are still in their place."""
+        return self._call.differentiable(self.cell, point, self.single, self._context_with(self.tensors))
+
+    def __call__(self, point: Parts, tensors: Sequence[Tensor]) -> Any:
+        """The map at a point, with these in the place of the tensors that require gradients."""
+        return self._at(point, tensors, self._context_with(tensors))
+
+    def for_rows(self, samples: Tensor) -> Callable[[Parts], Any] | None:
+        """The map of these samples' points; None where something has changed, or where there is no context, since f
+        then sees the full batch always."""
+        if all(leaf is None for leaf in self._everything[: self._spec.num_leaves]) or not self.unchanged:
+            return None
+        context = gather(self._context_with(self.tensors), samples)
+        return lambda point: self._at(point, self.tensors, context)
+
+    def _at(self, point: Parts, tensors: Sequence[Tensor], context: Any) -> Any:
+        values = self._filled(tensors)[self._spec.num_leaves :]
+        other = {
+            (id(owner), name): values[self._order[id(tensor)]]
+            for owner, places, name, tensor in self._slots
+            if places.get(name) is not values[self._order[id(tensor)]]
+        }
+        module = self.cell.cell if isinstance(self.cell, Pinned) else self.cell
+        if other:
+            module = seen_with(module, other)
+        if not isinstance(self.cell, Pinned):
+            return self._call.differentiable(module, point, self.single, context)
+        pinned = partial(self.cell.call, module, values[len(self._order) :])
+        return self._call.differentiable(lambda z, x=None: pinned(z, x), point, self.single, context)
+
+    def _filled(self, tensors: Sequence[Tensor]) -> list[Any]:
+        given = iter(tensors)
+        return [next(given) if live else leaf for leaf, live in zip(self._everything, self._live, strict=True)]
+
+    def _context_with(self, tensors: Sequence[Tensor]) -> Any:
+        return pytree.tree_unflatten(self._filled(tensors)[: self._spec.num_leaves], self._spec)
+
+
+def _readers(cell: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a cell that read tensors while it is evaluated: parametrizations are not, their values are held."""
+    inside = {id(part) for _, _, made in parametrizations(cell) for part in made.modules()}
+    return (module for module in cell.modules() if id(module) not in inside)
+
+
+def pull(values: Parts, towards: Sequence[Tensor], cotangents: Parts, **options: Any) -> Parts:
+    """Σ ∂valuesᵀ cotangents towards some tensors; zeros where nothing depends on them."""
+    live = [(value, cotangent) for value, cotangent in zip(values, cotangents, strict=True) if value.requires_grad]
+    if not live:
+        return tuple(torch.zeros_like(tensor) for tensor in towards)
+    images, given = zip(*live, strict=True)
+    return torch.autograd.grad(images, towards, given, materialize_grads=True, **options)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The graph of a map at the equilibria of some samples.
+
+    `place` (B,) says where a sample stands, −1 where it does not; None: all stand there, in order.
+    """
+
+    function: Map
+    point: Parts
+    image: Parts
+    place: Tensor | None = None
+
+    def holds(self, samples: Tensor) -> bool:
+        """Whether these samples all stand in it: a solver may have asked for some of those at work only."""
+        return self.place is None or not bool((self.place[samples] < 0).any())
+
+    def for_rows(self, samples: Tensor) -> Graph:
+        """The graph to go on with where only these samples are left: a new one once they are few.
+
+        Making it costs them one evaluation; each product then saves the work on all others.
+        """
+        if len(samples) > _RESTRICT_AT * len(self.point[0]) or not isinstance(self.function, Frozen):
+            return self
+        cell = self.function.for_rows(samples)
+        if cell is None:
+            return self
+        here = samples if self.place is None else self.place[samples]
+        point = tuple(part.detach().index_select(0, here).requires_grad_() for part in self.point)
+        size = len(self.point[0]) if self.place is None else len(self.place)
+        place = samples.new_full((size,), -1).index_copy(0, samples, torch.arange(len(samples), device=samples.device))
+        with torch.enable_grad():
+            return Graph(self.function, point, cell(point), place)
+
+    def pull(self, u: Parts) -> Parts:
+        """Jᵀu at the equilibrium."""
+        return pull(self.image, self.point, u, retain_graph=True)

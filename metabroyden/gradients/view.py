@@ -1,0 +1,118 @@
+"""A module seen with other tensors in the place of its own: `torch.func.functional_call` that writes to nothing.
+
+`functional_call` puts the tensors into the module for the time of the call, where other threads would meet them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Tables = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
+_CACHE = "_metabroyden_view"  # in a class: the class of its views
+
+
+def seen_with(module: nn.Module, values: Mapping[tuple[int, str], Tensor]) -> nn.Module:
+    """A view of a module: what it is, with these tensors in the place of its parameters and buffers.
+
+    Plain attributes are the module's own, written to as well as read. Modules that stand in several places have one
+    view. TorchScript modules are left as they are.
+
+    Args:
+        module: the root of the tree.
+        values: by the id of the module that holds it and the name it has there, the tensor to be seen.
+    """
+    return _seen(module, values, {})
+
+
+def _seen(module: nn.Module, values: Mapping[tuple[int, str], Tensor], views: dict[int, nn.Module]) -> nn.Module:
+    if id(module) in views:
+        return views[id(module)]
+    if isinstance(module, torch.jit.ScriptModule):
+        return module
+    if "torch._dynamo" in sys.modules and isinstance(module, torch._dynamo.OptimizedModule):
+        return _seen(module._orig_mod, values, views)
+    view = object.__new__(_view_class(type(module)))
+    origin = _kept(module)[0] if isinstance(module, _View) else module  # a view of a view
+    views[id(module)] = views[id(origin)] = view
+    object.__setattr__(view, "__dict__", module.__dict__)
+    own = [
+        {name: values.get((id(module), name), tensor) for name, tensor in table.items()}
+        for table in (module._parameters, module._buffers)
+    ]
+    children = {name: None if child is None else _seen(child, values, views) for name, child in module._modules.items()}
+    vars(type(view))["_kept"].__set__(view, (origin, views, (*own, children)))
+    return view
+
+
+class _View:
+    """What a view adds to the class of its module: tables of its own, and no way from them to the module's."""
+
+    __slots__ = ()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        pass  # a class of views is no news to whoever counts subclasses
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in _NUMBER:
+            return _kept(self)[2][_NUMBER[name]]
+        if name == "_compiled_call_impl":  # would run the module itself
+            return None
+        if name == "_flat_weights" and isinstance(self, nn.RNNBase):
+            return [getattr(self, each) for each in self._flat_weights_names]
+        value = super().__getattribute__(name)
+        return value if name.startswith("__") else _moved(value, _kept(self)[1])
+
+    def __getattr__(self, name: str) -> Any:
+        for table in _kept(self)[2]:
+            if name in table:
+                return table[name]
+        return super().__getattr__(name)  # type: ignore[misc]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        for table in _kept(self)[2]:
+            if name in table:
+                table[name] = value
+                return
+        super().__setattr__(name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _itself, (_kept(self)[0],)  # copies are of the module
+
+
+def _itself(module: nn.Module) -> nn.Module:
+    return module
+
+
+def _kept(view: Any) -> tuple[nn.Module, dict[int, nn.Module], Tables]:
+    """The module that a view is of, all the views by the ids of their modules, and the view's tables."""
+    return vars(type(view))["_kept"].__get__(view)
+
+
+_NUMBER = {"_parameters": 0, "_buffers": 1, "_modules": 2}
+
+
+def _view_class(cls: type) -> type:
+    """The class of the views of a class: made once, kept in the class, and gone with it."""
+    made = cls if issubclass(cls, _View) else vars(cls).get(_CACHE)
+    if made is None:
+        names = {"__slots__": ("_kept",), "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        made = type(cls)(cls.__name__, (_View, cls), names)
+        setattr(cls, _CACHE, made)
+    return made
+
+
+def _moved(value: Any, views: dict[int, nn.Module]) -> Any:
+    """A plain attribute as a view shows it: modules of the tree, lists of them and their methods are the views'."""
+    if isinstance(value, nn.Module):
+        return views.get(id(value), value)
+    if isinstance(value, MethodType) and id(value.__self__) in views:
+        return MethodType(value.__func__, views[id(value.__self__)])
+    if type(value) in (list, tuple) and any(id(item) in views for item in value):
+        return type(value)(views.get(id(item), item) for item in value)
+    return value
