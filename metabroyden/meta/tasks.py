@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metabroyden.learned.fingerprint import fingerprint
+from metabroyden.learned.fingerprint import named_fingerprint
 from metabroyden.solution import State
 from metabroyden.state import gather
 
@@ -76,7 +76,7 @@ class TaskSet:
 
     def identity(self) -> str:
         """A hash of the weights of f (where it is a module) and of the training and validation contexts."""
-        digest = hashlib.sha256(str(fingerprint(self.f)).encode())
+        digest = hashlib.sha256(str(named_fingerprint(self.f)).encode())
         for name in ("train", "validation"):
             digest.update(self.split(name).detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
