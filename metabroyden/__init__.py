@@ -16,13 +16,17 @@ from metabroyden.learned import (
     AdjointLSTM,
     CoordinatewiseLSTM,
     GroupedLSTM,
+    HyperAnderson,
+    MetaBroyden,
     MetaLearnerLSTM,
     MetaSplitting,
     NeuralFixedPoint,
     Safeguard,
     Started,
+    Universal,
 )
-from metabroyden.meta import KeepUp, KeepUpConfig, fit_adjoint, fit_solver
+from metabroyden.learned.layout import Layout
+from metabroyden.meta import KeepUp, KeepUpConfig, MetaConfig, MetaTrainer, TaskSet, fit_adjoint, fit_solver
 from metabroyden.models import compose, to_deq
 from metabroyden.shared import Shared
 from metabroyden.solution import Solution, SolveError, Status, Trace, relative_residual
@@ -46,6 +50,7 @@ from metabroyden.training import (
     normalise,
     spectral_radius,
 )
+from metabroyden.version import __version__
 
 __all__ = [
     "DEQ",
@@ -62,12 +67,17 @@ __all__ = [
     "FixedBudget",
     "ForwardBackward",
     "GroupedLSTM",
+    "HyperAnderson",
     "Implicit",
     "JacobianFree",
     "KeepUp",
     "KeepUpConfig",
+    "Layout",
+    "MetaBroyden",
+    "MetaConfig",
     "MetaLearnerLSTM",
     "MetaSplitting",
+    "MetaTrainer",
     "NeuralFixedPoint",
     "Newton",
     "PeacemanRachford",
@@ -79,9 +89,12 @@ __all__ = [
     "SolveError",
     "Started",
     "Status",
+    "TaskSet",
     "Trace",
+    "Universal",
     "Unroll",
     "VariationalDropout",
+    "__version__",
     "compose",
     "fit_adjoint",
     "fit_solver",

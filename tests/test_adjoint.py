@@ -163,3 +163,29 @@ def test_fit_adjoint_refuses_bad_input(change, words):
     cell.forward = lambda z, x: torch.tanh(0.5 * z + x)
     with pytest.raises(ValueError, match=words):
         mb.fit_adjoint(cell, **{"x_train": torch.randn(12, 4), "steps": 1, "progress": False} | change)
+
+
+@pytest.mark.parametrize("given", ["deq", "model"])
+def test_an_adjoint_is_fitted_for_a_deqs_cell_and_for_the_deq_in_a_model(given):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.deq = nn.Linear(3, 6), mb.DEQ(Mixing("nd"))
+
+        def forward(self, x):
+            return self.deq(self.stem(x))
+
+    model, raw = Model().train(), torch.randn(20, 3)
+    with torch.no_grad():
+        x = model.stem(raw)
+    f, inputs = (model.deq, x) if given == "deq" else (model, raw)
+    found = mb.fit_adjoint(f, inputs, steps=2, progress=False)
+    same = mb.fit_adjoint(model.deq.cell, x, steps=2, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), same.parameters(), strict=True))
+    assert found.fingerprint == same.fingerprint
+    assert model.training
+
+
+def test_keep_up_wants_the_layer_and_not_its_cell():
+    with pytest.raises(TypeError, match="deq must be the DEQ that is trained, got Mixing"):
+        mb.KeepUp(Mixing("nd"), backward=solver_of("nd"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,9 +16,13 @@ import metabroyden as mb
 from experiments import fit
 from metabroyden.integrations.torchdeq import FixedPointMap
 from metabroyden.learned import MetaBroyden, MetaSplitting
+from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.layout import LARGEST_PACKED
-from metabroyden.meta.contest import Contest, Standing
+from metabroyden.meta.contest import Contest, Standing, by_sample, contest
 from metabroyden.meta.defaults import context_options, schedule, state_layout
+from metabroyden.meta.fit import _split
+from metabroyden.meta.target import Inside, Target
+from metabroyden.meta.tasks import TaskSet, count, rows
 from metabroyden.solvers import clock
 from metabroyden.solvers.classical import splitting_solvers, tuned_solvers
 from tests.test_meta import Cell, contexts
@@ -55,7 +59,7 @@ def test_a_solver_that_wins_is_returned_and_serves_as_a_drop_in(monkeypatch, tmp
     assert ours["seconds"] < best["seconds"]
     printed = capsys.readouterr().out
     for name, row in held["solvers"].items():
-        (line,) = [line for line in printed.splitlines() if name in line.split("│")[1:2] or f" {name} " in line[:40]]
+        (line,) = [line for line in printed.splitlines() if line.strip().split("  ")[0] == name]
         assert f"{row['mean_evaluations']:.1f}" in line
         assert f"{row['success']:.1%}" in line
     loaded = mb.load_solver(mb.save_solver(solver, tmp_path / "solver.safetensors"))
@@ -175,8 +179,9 @@ def test_the_table_needs_no_rich(monkeypatch, capsys):
     race = Contest("ours", {"ours": standing([3, 4], [0.5]), "Picard": standing([60, 8], [1.0], [False, True])}, 1e-3)
     race.show()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].split() == ["Picard", "8", "60", "64.0", "50.0%", "1000.0", "ms", "0.50×"]
-    assert lines[3].split() == ["ours", "3", "4", "3.5", "100.0%", "500.0", "ms", "1.00×"]
+    assert lines[-3].split() == ["solver", "median", "90%", "mean", "solved", "time", "ratio", "elsewhere"]
+    assert lines[-2].split() == ["Picard", "8", "60", "64.0", "50.0%", "1000.0", "ms", "0.50×", "0.0%"]
+    assert lines[-1].split() == ["ours", "3", "4", "3.5", "100.0%", "500.0", "ms", "1.00×", "0.0%"]
 
 
 def test_cells_that_offer_their_parts_bring_operator_splitting_to_the_contest():
@@ -447,3 +452,304 @@ def test_equal_contexts_stay_on_one_side_of_the_split():
     doubled = contexts(20).repeat(2, 1, 1, 1)
     solver = mb.fit_solver(Cell(), doubled, steps=1, progress=False, refuse=False)
     assert solver.summary["held_out"]["samples"] == 8
+
+
+# --- contexts of several tensors
+
+
+def gated(z, c):
+    return torch.tanh(0.5 * c["gain"] * z.roll(1, 1) + c["x"])
+
+
+def parts(count: int = 40) -> dict:
+    return {"x": torch.randn(count, 4), "gain": torch.rand(count, 1), "mode": "eval", "nothing": None}
+
+
+def starts(c):
+    return torch.zeros_like(c["x"])
+
+
+@pytest.mark.parametrize("form", ["dict", "tuple", "list", "nested"])
+def test_contexts_may_be_any_pytree_that_solve_takes(form):
+    c = parts()
+    pack = {
+        "dict": (lambda c: c, lambda c: c),
+        "tuple": (lambda c: (c["x"], c["gain"]), lambda c: {"x": c[0], "gain": c[1]}),
+        "list": (lambda c: [c["x"], c["gain"], 3], lambda c: {"x": c[0], "gain": c[1]}),
+        "nested": (lambda c: {"a": (c["gain"], {"b": c["x"]})}, lambda c: {"x": c["a"][1]["b"], "gain": c["a"][0]}),
+    }[form]
+    into, out = pack
+    f = lambda z, c: gated(z, out(c))  # noqa: E731
+    solver = mb.fit_solver(f, into(c), z0=lambda c: starts(out(c)), steps=2, progress=False, refuse=False)
+    assert solver.config.context == ("native" if form == "tuple" else "f0")
+    assert solver.summary["held_out"]["samples"] == 8
+    assert mb.solve(f, starts(c), into(c), solver=solver).converged.all()
+
+
+def test_equal_samples_of_several_tensors_stay_on_one_side_and_others_may_share_a_tensor():
+    c = parts(20)
+    doubled = {"x": c["x"].repeat(2, 1), "gain": c["gain"].repeat(2, 1)}
+    tasks = _split(Target(gated, None, starts), doubled, 0)
+    assert [count(tasks.split(name)) for name in ("train", "validation", "test")] == [24, 8, 8]
+    shared = {"x": c["x"][:1].expand(20, 4), "gain": c["gain"]}
+    assert count(_split(Target(gated, None, starts), shared, 0).split("test")) == 4
+    with pytest.raises(ValueError, match="a context of the validation split is in the train split"):
+        TaskSet(gated, doubled, c, z0=starts)
+
+
+def test_task_sets_of_several_tensors_draw_whole_samples():
+    c = parts(30)
+    c["x"] = torch.arange(30.0)[:, None].expand(30, 4)
+    c["gain"] = torch.arange(30.0)[:, None]
+    tasks = TaskSet(gated, rows(c, slice(20)), rows(c, slice(20, 30)), z0=starts)
+    z0, x = tasks.draw(50, torch.Generator().manual_seed(0), slice(10, 40))
+    assert z0.shape == (30, 4)
+    assert torch.equal(x["x"][:, :1], x["gain"])
+    assert int(x["gain"].max()) < 20
+    assert (x["mode"], x["nothing"]) == ("eval", None)
+    again = TaskSet(gated, rows(c, slice(20)), rows(c, slice(20, 30)), z0=starts)
+    assert tasks.identity() == again.identity()
+    c["gain"] += 1
+    assert tasks.identity() != TaskSet(gated, rows(c, slice(20)), rows(c, slice(20, 30)), z0=starts).identity()
+    made = tasks.prepared(6, torch.Generator().manual_seed(0), 3)
+    _, x = made.problems("validation")
+    assert (len(x["gain"]), x["mode"]) == (3, "eval")
+
+
+@pytest.mark.parametrize(
+    ("x", "z0", "error", "words"),
+    [
+        (parts(), None, ValueError, "x_train is dict, so the state cannot be zeros like it: give z0="),
+        ({"x": torch.randn(20, 3), "y": torch.randn(19, 3)}, starts, ValueError, "batch first: wanted 20 rows"),
+        ({"x": torch.randn(20, 3), "y": object()}, starts, TypeError, "tensors and plain values, got object"),
+        ({"x": torch.randn(5, 3)}, starts, ValueError, "at least 10 samples first, got dict"),
+        ({"x": torch.full((20, 3), torch.inf)}, starts, ValueError, "x_train must be finite"),
+    ],
+)
+def test_what_are_no_contexts_is_refused_by_name(x, z0, error, words):
+    with pytest.raises(error, match=words):
+        mb.fit_solver(gated, x, z0=z0, steps=1, progress=False)
+
+
+# --- a DEQ, and a model with one in it
+
+
+class Small(torch.nn.Module):
+    layout = "nd"
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+
+    def forward(self, z, c):
+        return torch.tanh(0.5 * self.linear(z) + c[0] * c[1])
+
+    def initial_state(self, c):
+        return torch.full_like(c[0], 0.1)
+
+
+class Network(torch.nn.Module):
+    """Inputs (B, 3) → logits, through a DEQ whose context is a tuple; with dropout before it."""
+
+    def __init__(self, start: bool = False):
+        super().__init__()
+        self.stem, self.drop = torch.nn.Linear(3, 4), torch.nn.Dropout(0.5)
+        self.deq, self.head = mb.DEQ(Small()), torch.nn.Linear(4, 2)
+        self.start, self.seen = start, 0
+
+    def context(self, x):
+        return torch.tanh(self.drop(self.stem(x))), x[:, :1].exp()
+
+    def forward(self, x):
+        c = self.context(x)
+        z = self.deq(c, torch.ones_like(c[0])) if self.start else self.deq(c)
+        self.seen += 1
+        return self.head(z)
+
+
+@pytest.mark.parametrize("given", ["deq", "forward", "compiled"])
+def test_a_deq_is_fitted_for_its_cell(given):
+    deq, x = mb.DEQ(Small()).train(), torch.randn(40, 4)
+    c = x, torch.ones(40, 1)
+    f = {"deq": deq, "forward": deq.forward, "compiled": torch.compile(deq, backend="eager")}[given]
+    solver = mb.fit_solver(f, c, steps=2, progress=False, refuse=False)
+    same = mb.fit_solver(deq.cell, c, steps=2, progress=False, refuse=False)
+    assert all(torch.equal(a, b) for a, b in zip(solver.parameters(), same.parameters(), strict=True))
+    assert solver.fingerprint == fingerprint(deq.cell)
+    assert deq.training
+    assert deq.cell.training
+
+
+@pytest.mark.parametrize("start", [False, True])
+def test_a_model_is_fitted_for_the_deq_inside_it(start, monkeypatch):
+    model, x = Network(start).train(), torch.randn(40, 3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    asked = []
+    usual = Small.forward
+    monkeypatch.setattr(Small, "forward", lambda self, z, c: (asked.append((z, c)), usual(self, z, c))[1])
+    solver = mb.fit_solver(model, x, steps=2, progress=False, refuse=False)
+    z, c = asked[0]
+    monkeypatch.undo()
+    assert float(z[0, 0]) == pytest.approx(1.0 if start else 0.1)
+    assert c[1].shape == (len(c[0]), 1)
+    assert (solver.config.context, solver.config.context_channels) == ("native", 4)
+    assert solver.fingerprint == fingerprint(model.deq.cell)
+    assert model.training
+    assert model.seen == 0, "nothing behind the DEQ runs"
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.deq.solver = solver
+    model.eval()(x)
+    assert model.deq.last_solution.converged.all()
+    # the very problems of the model in evaluation mode
+    with torch.no_grad():
+        inside = Inside(model)
+        for got, wanted in zip(inside.context(x), model.context(x), strict=True):
+            assert torch.equal(got, wanted)
+
+
+def test_models_that_other_functions_make_are_fitted_too():
+    inner = mb.to_deq(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)))
+    solver = mb.fit_solver(inner, torch.randn(30, 4), steps=1, layout="nd", progress=False, refuse=False)
+    assert solver.fingerprint == fingerprint(inner.cell)
+
+
+def test_a_model_with_several_deqs_is_refused_and_told_their_names():
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = mb.DEQ(Small()), mb.DEQ(Small())
+
+        def forward(self, x):
+            return self.second(self.first(x))
+
+    with pytest.raises(ValueError, match=r"Two has 2 DEQs \(first, second\): give one of them \(such as model.first\)"):
+        mb.fit_solver(Two(), torch.randn(20, 4), progress=False)
+
+
+def test_a_map_with_a_deq_inside_is_not_taken_for_a_model_in_silence():
+    class Nested(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.deq = mb.DEQ(Small())
+
+        def forward(self, z, x):
+            return 0.5 * z + x
+
+    f, x = Nested(), torch.randn(20, 4)
+    with pytest.raises(TypeError, match=r"Nested holds a DEQ \(deq\).*give `lambda z, x: f\(z, x\)`"):
+        mb.fit_solver(f, x, steps=1, progress=False)
+    mb.fit_solver(lambda z, x: f(z, x), x, steps=1, progress=False, refuse=False)
+
+
+def test_task_sets_take_a_deq_for_its_cell():
+    deq, c = mb.DEQ(Small()), (torch.randn(20, 4), torch.ones(20, 1))
+    tasks = TaskSet(deq, rows(c, slice(10)), rows(c, slice(10, 20)))
+    assert tasks.f is deq.cell
+    z0, _ = tasks.problems("validation")
+    assert torch.equal(z0, torch.full((10, 4), 0.1))
+
+
+# --- another equilibrium
+
+
+@dataclass(frozen=True)
+class Other(mb.Picard):
+    """Picard from the other side: quicker to another of two stable equilibria, where `there` says so."""
+
+    there: float = 0.0
+
+    def start(self, z0, problem):
+        first = problem.origin()
+        other = problem.context[:, :1].abs() < self.there
+        return torch.where(other, -3 * first.sign(), 3 * first.sign())
+
+
+def double_well(z, x):
+    """z⁺ = tanh(2.5 z + x): for small x two stable equilibria, near 1 and −1; from zero one goes to that of x's sign."""
+    return torch.tanh(2.5 * z + x)
+
+
+def two_wells(there: float, rivals=None, score=None, **options) -> Contest:
+    x = torch.linspace(-0.3, 0.3, 41)[:40, None] + 1e-3
+    # a secant method from zero goes to the unstable one between them
+    plain = {"Broyden, untuned": mb.Picard(), "Picard": mb.Picard(damping=0.9)}
+    solvers = {**plain, **(rivals or {}), "ours": Other(there=there)}
+    scored = None if score is None else by_sample(score, x)
+    return contest(double_well, torch.zeros(40, 1), x, "ours", solvers, rtol=1e-3, max_nfe=60, score=scored, **options)
+
+
+def test_a_solver_that_goes_to_another_equilibrium_is_told_apart_and_refused(capsys):
+    same, apart = two_wells(0.0), two_wells(0.03)
+    assert not [words for words in same.shortfalls if "another solution" in words]
+    figures = apart.summary()
+    assert figures["solvers"]["ours"]["success"] == 1, "by their residuals all are solved"
+    assert figures["solvers"]["ours"]["elsewhere"] == pytest.approx(4 / 40)
+    assert figures["solvers"]["Picard"]["elsewhere"] == 0
+    assert figures["reference"] == "Broyden, untuned"
+    assert "it is at another solution than Broyden, untuned on 10.0% of the problems, " in apart.shortfalls[-1]
+    apart.show()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("ours ")]
+    assert line.split()[-1] == "10.0%"
+
+
+def test_where_classical_solvers_disagree_as_often_a_fitted_one_may_too():
+    assert not [words for words in two_wells(0.03, {"third": Other(there=0.04)}).shortfalls if "another" in words]
+    assert [words for words in two_wells(0.2, {"third": Other(there=0.04)}).shortfalls if "another" in words]
+
+
+def test_an_honest_residual_on_an_ill_conditioned_problem_is_not_another_equilibrium():
+    """f(z) = 0.99 z + x to 1e-3: solutions are up to 99 tolerances away, everybody's."""
+    x = torch.rand(40, 1) + 0.5
+    solvers = {"Broyden, untuned": mb.Picard(), "Picard": mb.Picard(damping=0.9), "ours": mb.Picard(damping=0.95)}
+    found = contest(lambda z, x: 0.99 * z + x, 0 * x, x, "ours", solvers, rtol=1e-3, max_nfe=2000)
+    assert found.fitted.apart > 0.5
+    assert not [words for words in found.shortfalls if "another" in words]
+
+
+def test_only_samples_that_both_solve_are_compared():
+    one = Standing(
+        None,
+        60,
+        np.full(4, 9),
+        np.ones(4, bool),
+        np.ones(3),
+        np.array([1, 1, 0, 0], bool),
+        np.array([0, 1, 1, 1], bool),
+    )
+    assert one.apart == pytest.approx(1 / 3)
+    assert replace(one, both=np.zeros(4, bool)).apart == 0
+
+
+def right(z, x):
+    return (z.sign() == x.sign()).float().squeeze(1)
+
+
+@pytest.mark.parametrize("score", [right, lambda z, x: right(z, x).mean(), lambda z, x: float(right(z, x).mean())])
+def test_a_lower_score_is_a_shortfall_and_a_column(score, capsys):
+    apart = two_wells(0.03, score=score)
+    assert apart.summary()["solvers"]["ours"]["score"] == pytest.approx(0.9)
+    assert apart.summary()["solvers"]["Picard"]["score"] == 1
+    assert apart.shortfalls[-1].startswith("it scores 0.9, ")
+    assert not [words for words in two_wells(0.0, score=score).shortfalls if "scores" in words]
+    apart.show()
+    assert capsys.readouterr().out.splitlines()[-2].split()[-1] == "0.9"
+
+
+def test_a_fit_reports_the_score_on_what_was_held_out_with_labels_that_travel_along():
+    c = {**parts(), "label": torch.arange(40)}
+    seen = []
+
+    def score(z, c):
+        seen.append(c["label"])
+        return -(z - gated(z, c)).norm(dim=1)
+
+    solver = mb.fit_solver(gated, c, z0=starts, steps=1, progress=False, refuse=False, score=score)
+    held = solver.summary["held_out"]
+    assert all(-0.1 < row["score"] <= 0 for row in held["solvers"].values())
+    assert len(seen) == len(held["solvers"])
+    assert len(seen[0]) == held["samples"] == 8
+    json.dumps(held)
+    with pytest.raises(ValueError, match=r"score\(z, x\) must give \(8,\) numbers, or their mean, got shape \(8, 4\)"):
+        mb.fit_solver(gated, c, z0=starts, steps=1, progress=False, score=lambda z, c: z)
+    with pytest.raises(TypeError, match="score must be a map"):
+        mb.fit_solver(gated, c, z0=starts, score=3)

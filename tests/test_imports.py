@@ -5,17 +5,19 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 import metabroyden
+from metabroyden import version
 
 PACKAGE = Path(metabroyden.__file__).parent
 
 # Lower layers first. A module may import from its own layer and from those below, never from above.
 LAYERS = [
-    ["solution", "state", "shared", "storage"],
+    ["solution", "state", "shared", "storage", "version"],
     ["evaluator"],
     ["ledger", "inverse"],
     ["problem"],
@@ -92,6 +94,23 @@ for solver in (mb.Broyden(), mb.GroupedLSTM(GroupedConfig(layout="nd", shape=(6,
     assert mb.solve(f, torch.zeros(4, 6), x, solver=solver).converged.all()
 """
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
+
+
+def test_the_flagship_is_exported_and_the_version_is_that_of_the_project():
+    for name in ("MetaBroyden", "Universal", "HyperAnderson", "Layout", "TaskSet", "MetaTrainer", "MetaConfig"):
+        assert name in metabroyden.__all__
+        assert hasattr(metabroyden, name)
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    assert project["version"] == version.SOURCE
+    assert metabroyden.__version__ == version.found()
+
+
+def test_sources_that_are_not_installed_have_a_version_too(monkeypatch):
+    def missing(name):
+        raise version.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(version.metadata, "version", missing)
+    assert version.found() == version.SOURCE
 
 
 def test_importing_takes_under_two_seconds_beyond_torch():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,12 +11,14 @@ from torch import Tensor, nn
 
 from metabroyden.deq import initial_state
 from metabroyden.gradients.implicit import pull
+from metabroyden.integrations.torchdeq import FixedPointMap
 from metabroyden.learned import AdjointLSTM
-from metabroyden.learned.fingerprint import fingerprint
+from metabroyden.learned.fingerprint import fingerprint, module_of
 from metabroyden.learned.layout import Layout, guess_layout
 from metabroyden.meta.config import MetaConfig
-from metabroyden.meta.fit import make_learned
+from metabroyden.meta.fit import check_contexts, make_learned
 from metabroyden.meta.progress import progress_bar
+from metabroyden.meta.target import resting, target_of
 from metabroyden.meta.tasks import TaskSet
 from metabroyden.meta.trainer import MetaTrainer, mean_evaluations
 from metabroyden.solve import solve
@@ -53,7 +56,7 @@ class AdjointMap(nn.Module):
 
 def fit_adjoint(
     cell: nn.Module,
-    x_train: Tensor,
+    x_train: Any,
     *,
     cotangents: Tensor | None = None,
     layout: str | None = None,
@@ -70,8 +73,9 @@ def fit_adjoint(
     there over Broyden is in `summary["held_out"]`.
 
     Args:
-        cell: module f(z, x) with a state of one tensor; in evaluation mode while the fit lasts.
-        x_train: contexts (N, ...), N ≥ 10.
+        cell: module f(z, x) with a state of one tensor; in evaluation mode while the fit lasts. Or a `DEQ`, or a model
+            with one in it, as for `fit_solver`.
+        x_train: contexts of N ≥ 10 samples, as for `fit_solver`.
         cotangents: (N, ...) shaped like the states: gradients of the loss at the equilibria; default standard normal.
         layout: as in `fit_solver`.
         rtol: tolerance at which it is judged. steps: outer steps. unroll: inner ones. seed: of weights and batches.
@@ -80,20 +84,20 @@ def fit_adjoint(
     Raises:
         ValueError: too few contexts, a state of several tensors, or cotangents that are not shaped like the states.
     """
-    if not isinstance(x_train, Tensor) or x_train.dim() < 1 or len(x_train) < 10:
-        raise ValueError(f"x_train must be a tensor with at least 10 samples first, got {x_train!r:.80}")
-    busy = [module for module in cell.modules() if module.training]
-    cell.eval()
-    try:
-        return _fit(cell, x_train, cotangents, layout, rtol, steps, unroll, seed, progress, options)
-    finally:
-        for module in busy:
-            module.training = True
+    target = target_of(cell)
+    check_contexts(x_train)
+    whole = target.whole or module_of(target.f)
+    with nullcontext() if whole is None else resting(whole):
+        if target.encode is not None:
+            x_train = target.encode(x_train)
+        z0 = initial_state(target.f, x_train) if target.z0 is None else target.z0(x_train)
+        return _fit(target.f, z0, x_train, cotangents, layout, rtol, steps, unroll, seed, progress, options)
 
 
 def _fit(
-    cell: nn.Module,
-    x_train: Tensor,
+    cell: Any,
+    z0: Any,
+    x_train: Any,
     cotangents: Tensor | None,
     layout: str | None,
     rtol: float,
@@ -103,7 +107,6 @@ def _fit(
     progress: bool,
     options: dict[str, Any],
 ) -> AdjointLSTM:
-    z0 = initial_state(cell, x_train)
     if not isinstance(z0, Tensor):
         raise ValueError("fit_adjoint takes states of one tensor")
     star = solve(cell, z0, x_train, solver=Broyden(memory=60), rtol=1e-4, max_nfe=100, throw=False).z
@@ -134,7 +137,7 @@ def _fit(
     config = MetaConfig(steps=steps, unroll=unroll, seed=seed, validation_rtol=rtol, backend="native")
     with progress_bar("meta-training the adjoint", steps, show=progress) as report:
         MetaTrainer(learned, tasks, config).run(report)
-    learned.fingerprint = fingerprint(cell)
+    learned.fingerprint = fingerprint(cell.model if isinstance(cell, FixedPointMap) else cell)
     learned.summary["held_out"] = _held_out(learned, tasks, config)
     system.forget()
     return learned

@@ -7,13 +7,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from metabroyden.gradients.base import parts_of
 from metabroyden.meta.progress import print_table
-from metabroyden.solution import State
+from metabroyden.meta.tasks import rows
+from metabroyden.solution import Solution, State
+from metabroyden.solve import solve
+from metabroyden.solvers.broyden import Broyden
 from metabroyden.solvers.clock import race
+from metabroyden.state import Packing, gather
 
 UNTUNED = "Broyden, untuned"
 """The solver that a DEQ has by default: one of the contestants."""
+FAR = 10.0
+"""A solution is elsewhere where its relative distance to the reference exceeds so many tolerances."""
+CLOSER = 100.0
+"""The reference is solved to a tolerance so many times smaller."""
+Score = Callable[[State], np.ndarray]
+"""States → (B,) how good they are for the task, higher being better."""
 
 
 def standard_error(success: float, count: int) -> float:
@@ -30,6 +43,8 @@ class Standing:
         solver: what was run. budget: evaluations allowed a problem.
         nfe: (B,) evaluations, the budget where it failed. solved: (B,) bool. seconds: of whole solves of all problems in one
             batch; the k-th is of the same round as every other solver's k-th.
+        elsewhere: (B,) bool, where its solution is not the reference's; None where that was not looked at. both: (B,) bool,
+            problems that it and the reference solve, of which `elsewhere` tells. scores: (B,) of the task; None for none.
     """
 
     solver: Any
@@ -37,6 +52,21 @@ class Standing:
     nfe: np.ndarray
     solved: np.ndarray
     seconds: np.ndarray
+    elsewhere: np.ndarray | None = None
+    both: np.ndarray | None = None
+    scores: np.ndarray | None = None
+
+    @property
+    def apart(self) -> float:
+        """Share of the problems solved by both where its solution is not the reference's; 0 where there are none."""
+        if self.elsewhere is None or self.both is None or not self.both.any():
+            return 0.0
+        return float(self.elsewhere[self.both].mean())
+
+    @property
+    def score(self) -> float | None:
+        """Mean score."""
+        return None if self.scores is None else float(self.scores.mean())
 
     @property
     def mean(self) -> float:
@@ -55,6 +85,7 @@ class Standing:
     def figures(self, fitted: Standing) -> dict[str, Any]:
         """All of it as JSON, with the time of the fitted solver over this one's."""
         median, most = np.quantile(np.where(self.solved, self.nfe, self.budget), [0.5, 0.9], method="nearest")
+        more = {} if self.scores is None else {"score": self.score}
         return {
             "config": type(self.solver).__name__ if hasattr(self.solver, "parameters") else repr(self.solver),
             "mean_evaluations": self.mean,
@@ -63,6 +94,8 @@ class Standing:
             "success": self.success,
             "seconds": float(np.median(self.seconds)),
             "fitted_over_this": fitted.time_over(self),
+            "elsewhere": self.apart,
+            **more,
         }
 
 
@@ -71,15 +104,20 @@ class Contest:
     """The standings, and what follows from them.
 
     The fitted solver has won where it solves no fewer problems than any classical one, and against each rival needs fewer
-    evaluations in the mean and less time, by the median ratio of paired rounds.
+    evaluations in the mean and less time, by the median ratio of paired rounds; is elsewhere no more often than the rival
+    that is so most often, give or take a standard error, as rivals are where problems are ill-conditioned or have several
+    equilibria that all solvers choose among; and scores no lower than the best rival, give or take a standard error of the
+    paired difference.
 
     Attributes:
         name: of the fitted solver. standings: of all by name. rtol: what was solved to.
+        reference: the classical solver whose equilibria the solutions are held against.
     """
 
     name: str
     standings: dict[str, Standing]
     rtol: float
+    reference: str = UNTUNED
 
     @property
     def fitted(self) -> Standing:
@@ -116,6 +154,23 @@ class Contest:
         ratio = fitted.time_over(rivals[best])
         if ratio >= 1:
             said.append(f"it takes {ratio:.2f} times as long as {best}")
+        return said + self._other_solutions()
+
+    def _other_solutions(self) -> list[str]:
+        """In what its solutions are worse than the rivals', whatever they cost."""
+        fitted, rivals, said = self.fitted, self.rivals, []
+        most = max(rivals, key=lambda name: rivals[name].apart)
+        shared = 0 if fitted.both is None else int(fitted.both.sum())
+        if shared and fitted.apart > rivals[most].apart + standard_error(rivals[most].apart, shared):
+            said.append(
+                f"it is at another solution than {self.reference} on {fitted.apart:.1%} of the problems, {most} on "
+                f"{rivals[most].apart:.1%}"
+            )
+        if fitted.scores is not None:
+            top = max(rivals, key=lambda name: rivals[name].score or 0.0)
+            less = fitted.scores - rivals[top].scores
+            if not less.mean() >= -less.std() / len(less) ** 0.5:  # NaN too
+                said.append(f"it scores {fitted.score:.4g}, {top} {rivals[top].score:.4g}")
         return said
 
     def summary(self) -> dict[str, Any]:
@@ -127,13 +182,25 @@ class Contest:
             "mean_evaluations": self.fitted.mean,
             "mean_evaluations_broyden": self.standings[UNTUNED].mean,
             "best_classical": self.best,
+            "reference": self.reference,
             "shortfalls": self.shortfalls,
             "solvers": {name: one.figures(self.fitted) for name, one in self.standings.items()},
         }
 
     def show(self) -> None:
         """Print the figures as a table, the classical solvers first."""
-        head = ("solver", "median", "90%", "mean", "solved", "time", "ratio")
+        scored = self.fitted.scores is not None
+        head = (
+            "solver",
+            "median",
+            "90%",
+            "mean",
+            "solved",
+            "time",
+            "ratio",
+            "elsewhere",
+            *(["score"] if scored else []),
+        )
         rows = []
         for name, one in sorted(self.standings.items(), key=lambda item: item[0] == self.name):
             figures = one.figures(self.fitted)
@@ -146,11 +213,14 @@ class Contest:
                     f"{figures['success']:.1%}",
                     f"{1e3 * figures['seconds']:.1f} ms",
                     f"{figures['fitted_over_this']:.2f}×",
+                    f"{figures['elsewhere']:.1%}",
+                    *([f"{figures['score']:.4g}"] if scored else []),
                 )
             )
         about = (
-            f"Evaluations and time of a solve, {len(self.fitted.nfe)} held-out problems in one batch, to {self.rtol:g}, at "
-            f"most {self.fitted.budget} evaluations; ratio: time of {self.name} over time of the solver"
+            f"{len(self.fitted.nfe)} held-out problems in one batch, to {self.rtol:g}, at most {self.fitted.budget} "
+            f"evaluations.\nratio: time of {self.name} over time of the solver\nelsewhere: of the problems that "
+            f"{self.reference} solves too, those solved\nmore than {FAR:g} tolerances away from its equilibrium"
         )
         print_table(about, head, rows)
 
@@ -164,12 +234,66 @@ def contest(
     *,
     rtol: float,
     max_nfe: int,
+    score: Score | None = None,
 ) -> Contest:
-    """Race the solver called `name` against the other ones; f, z0, context, rtol and max_nfe as for `solve`."""
+    """Race the solver called `name` against the other ones; f, z0, context, rtol and max_nfe as for `solve`.
+
+    Solutions are held against the equilibria of a reference, the classical solver that solves most (of several the first):
+    its solutions, solved on by Broyden's method to a hundredth of the tolerance. That is not always reached; the closest
+    iterate is as good a reference as a solver that stops at the tolerance can be asked for.
+    """
     found, taken = race(f, z0, context, solvers, rtol=rtol, max_nfe=max_nfe)
+    solved = {key: found[key].converged.cpu().numpy() for key in solvers}
+    reference = max((key for key in solvers if key != name), key=lambda key: solved[key].mean())
+    star = _closer(f, found[reference], context, rtol, max_nfe)
     standings = {}
     for key, solver in solvers.items():
-        solved = found[key].converged.cpu().numpy()
-        nfe = np.where(solved, found[key].nfe.numpy(), max_nfe)
-        standings[key] = Standing(solver, max_nfe, nfe, solved, np.array(taken[key]))
-    return Contest(name, standings, rtol)
+        nfe = np.where(solved[key], found[key].nfe.numpy(), max_nfe)
+        standings[key] = Standing(
+            solver,
+            max_nfe,
+            nfe,
+            solved[key],
+            np.array(taken[key]),
+            elsewhere=_distance(found[key].z, star) > FAR * rtol,
+            both=solved[key] & solved[reference],
+            scores=None if score is None else score(found[key].z),
+        )
+    return Contest(name, standings, rtol, reference)
+
+
+def by_sample(score: Callable[[State, Any], Any], x: Any) -> Score:
+    """A score (z, x) → (B,) or a mean, as numbers by sample; one that gives a mean is asked for each sample alone.
+
+    The score raises ValueError where it gives anything else.
+    """
+
+    def scores(z: State) -> np.ndarray:
+        size = len(parts_of(z)[0])
+        value = torch.as_tensor(score(z, x))
+        if value.dim() == 0:
+            value = torch.stack([torch.as_tensor(score(*_one(z, x, number))) for number in range(size)])
+        if value.shape != (size,):
+            raise ValueError(f"score(z, x) must give ({size},) numbers, or their mean, got shape {tuple(value.shape)}")
+        return value.detach().double().cpu().numpy()
+
+    return scores
+
+
+def _one(z: State, x: Any, number: int) -> tuple[State, Any]:
+    index = torch.tensor([number])
+    return gather(z, index.to(parts_of(z)[0].device)), rows(x, index)
+
+
+def _closer(f: Callable[..., State], found: Solution, context: Any, rtol: float, max_nfe: int) -> State:
+    """The equilibria near solutions."""
+    solver = Broyden(memory=max_nfe)
+    return solve(f, found.z, context, solver=solver, rtol=rtol / CLOSER, max_nfe=max_nfe, throw=False).z
+
+
+def _distance(z: State, star: State) -> np.ndarray:
+    """(B,) ‖z − z*‖ / ‖z*‖, 0 where both are 0."""
+    packing = Packing.of(z)
+    flat, at = packing.pack(z).double(), packing.pack(star).double()
+    apart: Tensor = (flat - at).norm(dim=1) / at.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+    return apart.cpu().numpy()

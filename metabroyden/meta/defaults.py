@@ -46,18 +46,18 @@ def state_layout(f: Callable[..., State], z: State, kind: str | None) -> Layout:
     return packed_layout(shape) if kind == "nd" else Layout(kind, shape)
 
 
-def context_options(f: Callable[..., State], layout: Layout, z: State, x: Tensor, context: str) -> dict[str, Any]:
+def context_options(f: Callable[..., State], layout: Layout, z: State, x: Any, context: str) -> dict[str, Any]:
     """Options of a learned solver that say what it sees of x; ValueError where it cannot see what is asked for.
 
-    A native context needs a tensor of the state's dtype and device with its spatial or time extents, and an f that takes
-    it: inside a torchdeq model f is a closure.
+    A native context needs a tensor (of a tuple the first) of the state's dtype and device with its spatial or time extents,
+    and an f that takes it: inside a torchdeq model f is a closure.
     """
     if context not in CONTEXTS:
         raise ValueError(f"context must be one of {', '.join(CONTEXTS)}, got {context!r}")
     if context == "f0":
         return {"context": "f0"}
-    first = z if isinstance(z, Tensor) else z[0]
-    alike = (x.dtype, x.device) == (first.dtype, first.device)
+    first, seen = (value[0] if isinstance(value, tuple) and value else value for value in (z, x))
+    alike = isinstance(seen, Tensor) and (seen.dtype, seen.device) == (first.dtype, first.device)
     channels = layout.context_channels(x, layout.shape) if alike and not isinstance(f, FixedPointMap) else 0
     if channels:
         return {"context": "native", "context_channels": channels}
@@ -67,9 +67,15 @@ def context_options(f: Callable[..., State], layout: Layout, z: State, x: Tensor
         "a torchdeq model solves a closure, with no context to see"
         if isinstance(f, FixedPointMap)
         else f"x must be a tensor like the state, {first.dtype} of layout {layout.kind!r} and shape {layout.shape} but for "
-        f"its channels; got {x.dtype} of per-sample shape {tuple(x.shape[1:])}"
+        f"its channels, or a tuple that begins with one; got {_described(seen)}"
     )
     raise ValueError(f"context='native' cannot be had: {why}; say context='f0'")
+
+
+def _described(seen: Any) -> str:
+    return (
+        f"{seen.dtype} of per-sample shape {tuple(seen.shape[1:])}" if isinstance(seen, Tensor) else type(seen).__name__
+    )
 
 
 def best_damping(make: Callable[..., Any], f: Callable[..., State], z0: State, x: Any, **options: Any) -> float:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from metabroyden.meta.backprop import frozen
 from metabroyden.meta.inner import UPDATES, InnerUpdate, Weights
 from metabroyden.meta.objectives import Objective, ResidualObjective
-from metabroyden.meta.tasks import TaskSet, as_learn2learn
+from metabroyden.meta.tasks import TaskSet, as_learn2learn, count, rows
 from metabroyden.meta.trainer import Progress
 from metabroyden.meta.unroll import unroll
 
@@ -89,7 +89,7 @@ class _Numbered:
         self.tasks = tasks
 
     def split(self, name: str) -> Tensor:
-        return torch.arange(len(self.tasks.split(name)))
+        return torch.arange(count(self.tasks.split(name)))
 
 
 class EpisodeSet:
@@ -107,10 +107,9 @@ class EpisodeSet:
         self.task_sets, self.config, self.split = list(task_sets), config, split
         wanted = (config.inner + 1) * config.shots
         for tasks in self.task_sets:
-            if len(tasks.split(split)) < wanted:
-                raise ValueError(
-                    f"an episode takes {wanted} contexts, (inner + 1)·shots; a {split} split has {len(tasks.split(split))}"
-                )
+            there = count(tasks.split(split))
+            if there < wanted:
+                raise ValueError(f"an episode takes {wanted} contexts, (inner + 1)·shots; a {split} split has {there}")
         numbered: Any = [_Numbered(tasks) for tasks in self.task_sets]
         self.dataset = as_learn2learn(numbered, split, shots=wanted)
 
@@ -122,7 +121,7 @@ class EpisodeSet:
         tasks = self.task_sets[number]
         parts = numbers.reshape(self.config.inner + 1, self.config.shots)
         raw = tasks.split(self.split)
-        batches = [tasks.prepare(raw[part]) for part in parts]
+        batches = [tasks.prepare(rows(raw, part)) for part in parts]
         return Episode(number, tasks.f, batches[:-1], batches[-1], parts)
 
 

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from metabroyden.integrations.torchdeq import FixedPointMap, holds_deq
+from metabroyden.integrations.torchdeq import FixedPointMap
 from metabroyden.learned import ADJOINT, LEARNED, LEARNED_SPLITTING
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.layout import Layout
 from metabroyden.meta.config import MetaConfig
-from metabroyden.meta.contest import UNTUNED, contest
+from metabroyden.meta.contest import UNTUNED, Contest, by_sample, contest
 from metabroyden.meta.defaults import (
     LOOK,
     RATES,
@@ -32,7 +33,8 @@ from metabroyden.meta.defaults import (
     state_layout,
 )
 from metabroyden.meta.progress import progress_bar
-from metabroyden.meta.tasks import TaskSet
+from metabroyden.meta.target import Target, target_of
+from metabroyden.meta.tasks import TaskSet, count, rows, sampled
 from metabroyden.meta.trainer import MetaTrainer
 from metabroyden.solution import State
 from metabroyden.solve import check_parts
@@ -40,7 +42,7 @@ from metabroyden.solvers.broyden import Broyden
 from metabroyden.solvers.classical import offers, splitting_solvers, tuned_solvers
 from metabroyden.solvers.splitting import PeacemanRachford
 from metabroyden.solvers.tuning import tune
-from metabroyden.state import Packing
+from metabroyden.state import Packing, check_context
 
 ALIASES = {"metabroyden": "meta-broyden"}
 """Names of presets."""
@@ -77,9 +79,9 @@ def make_learned(
 
 def fit_solver(
     f: Callable[..., State],
-    x_train: Tensor,
+    x_train: Any,
     *,
-    z0: Callable[[Tensor], State] | None = None,
+    z0: Callable[[Any], State] | None = None,
     layout: str | None = None,
     context: str = "auto",
     solver: str = "metabroyden",
@@ -92,32 +94,37 @@ def fit_solver(
     device: str | torch.device | None = None,
     progress: bool = True,
     checkpoint: str | Path | None = None,
+    score: Callable[[State, Any], Any] | None = None,
 ) -> Any:
     """Meta-train a root finder for the fixed points of f(z, x), without labels, and see whether it pays.
 
     Of x_train a fifth (at most 256 samples) chooses weights, when to stop, and the options of the classical solvers; another
     fifth (at most 128, fewer where states are large) is left alone until the end. On that one the fitted solver is held
     against Picard, Anderson and Broyden, tuned to rtol (and operator splitting where f offers its parts), at 60 evaluations
-    a sample: evaluations, success, and whole solves of one batch, in turns on the clock. It is returned where it solves no
-    fewer samples than any of them, and against each that solves most, give or take a standard error, needs fewer
-    evaluations in the mean (a failure counts twice the budget) and less time (by the median ratio of paired solves). Else
-    the fastest of those is returned, with a warning that gives the reasons.
+    a sample: evaluations, success, whole solves of one batch, in turns on the clock, and whether it finds the same
+    equilibria. It is returned where it solves no fewer samples than any of them, against each that solves most, give or take
+    a standard error, needs fewer evaluations in the mean (a failure counts twice the budget) and less time (by the median
+    ratio of paired solves), and neither goes to another equilibrium more often nor scores lower than they do. Else the
+    fastest of those is returned, with a warning that gives the reasons.
 
     All figures are in the fitted solver's `summary["held_out"]`. With `higher` installed the unroll runs through it, else by
     plain autograd, with the same gradients.
 
     Args:
-        f: z⁺ = f(z, x), batch first, differentiable; a module's parameters are left as they are. Or a model with a
-            torchdeq DEQ in it: x are then the model's inputs, see `FixedPointMap`. Along a sequence the solver looks by
-            steps of f's attribute `dilation`, the tokens that one evaluation carries news (1 where it has none).
-        x_train: contexts, (N, ...) with N ≥ 10, on any device.
-        z0: x → start, a tensor or a tuple of several; default `f.initial_state` where f has one, else zeros like x.
+        f: z⁺ = f(z, x), batch first, differentiable; a module's parameters are left as they are. Or a `DEQ`, which stands
+            for its cell; or a model with one `DEQ` in it, ours or torchdeq's: x are then the model's inputs, see `Inside`
+            and `FixedPointMap`. Layer and model are in evaluation mode while the fit lasts. Along a sequence the solver
+            looks by steps of f's attribute `dilation`, the tokens that one evaluation carries news (1 where it has none).
+        x_train: contexts of N ≥ 10 samples, on any device: a tensor (N, ...), or a pytree (dicts, tuples, lists) of such
+            tensors, as `solve` takes them.
+        z0: x → start, a tensor or a tuple of several; default `f.initial_state` where f has one, else zeros like x. Of a
+            model with a `DEQ` of ours, x is here what its DEQ is called with, and the default is where that starts.
         layout: which axes of the state are channels, space, time: "nd", "nct", "ntc", "nchw", or of several tensors "scales"
             (see `Layout`) or "nd", one vector of all. Default f's own attribute `layout`, else a guess where that is
             unambiguous.
-        context: what the solver sees of x: "f0", f(z0, x), or "native", x itself, which saves an evaluation but must then be
-            given to every solve; "auto": native where x has the state's extents and f is no torchdeq model. For solves
-            without a context, f(z), and those of torchdeq, say "f0".
+        context: what the solver sees of x: "f0", f(z0, x), or "native", x itself (of a tuple its first tensor), which saves
+            an evaluation but must then be given to every solve; "auto": native where that has the state's extents and f is
+            no torchdeq model. For solves without a context, f(z), and those of torchdeq, say "f0".
         solver: "metabroyden", or another name in `LEARNED` or `LEARNED_SPLITTING`. On a cell that offers its parts, seen
             with its native context, a MetaBroyden steps on Peaceman–Rachford's map instead of f: see `MetaSplitting`.
         rtol: tolerance at which solvers are judged.
@@ -129,6 +136,9 @@ def fit_solver(
         seed: of weights, batches and the split. device: where to train; default that of x_train.
         progress: show a bar (needs rich), and print the comparison.
         checkpoint: file for the training's state, from which the same call goes on after an interruption.
+        score: (z, x) → how good the states z are for the samples x of x_train, higher being better: a tensor (B,), or the
+            mean, which is then asked for sample by sample. Labels may travel in x_train, beside what f reads. A column of
+            the comparison, and a reason to refuse.
 
     Returns:
         A learned solver in evaluation mode, or a classical one; both for `solve`, `DEQ`, `register` and `save_solver`.
@@ -139,11 +149,11 @@ def fit_solver(
     """
     if torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         raise RuntimeError("fit_solver trains: call it outside of torch.inference_mode and autocast")
-    if holds_deq(f):
-        f = FixedPointMap(f)  # type: ignore[arg-type]
-    if z0 is None:
-        z0 = getattr(f, "initial_state", None)
-    _check_arguments(f, x_train, z0, seconds)
+    target = target_of(f)
+    if z0 is not None:
+        target = target._replace(z0=z0)
+    _check_arguments(target, seconds, score)
+    check_contexts(x_train, zeros=target.z0 is None)
     if solver in ADJOINT:
         raise ValueError("the adjoint solver is for backward passes: fit_adjoint(cell, x_train) fits it")
     kind = ALIASES.get(solver, solver)
@@ -158,10 +168,33 @@ def fit_solver(
         **(RATES if ours else {}),
     )
     if device is not None:
-        x_train = x_train.to(device)
-    tasks = _split(f, x_train, z0, seed)
+        x_train = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device), x_train)
+    with target.at_rest():
+        return _fit(
+            target, _split(target, x_train, seed), config, solver, kind, steps=steps, layout=layout, context=context,
+            refuse=refuse, progress=progress, checkpoint=checkpoint, score=score,
+        )  # fmt: skip
+
+
+def _fit(
+    target: Target,
+    tasks: TaskSet,
+    config: MetaConfig,
+    solver: str,
+    kind: str,
+    *,
+    steps: int | None,
+    layout: str | None,
+    context: str,
+    refuse: bool,
+    progress: bool,
+    checkpoint: str | Path | None,
+    score: Callable[[State, Any], Any] | None,
+) -> Any:
+    f, seed, rtol, seconds = target.f, config.seed, config.validation_rtol, config.budget_seconds
+    ours = kind in ("meta-broyden", "meta-splitting")
     start, x = tasks.problems("validation")
-    where = _checked_layout(f, start, len(x), layout)
+    where = _checked_layout(f, start, count(tasks.split("validation")), layout)
     first = start if isinstance(start, Tensor) else start[0]
     options = context_options(f, where, start, x, context)
     if solver == "coordinatewise" and options.get("context_channels", where.channels) != where.channels:
@@ -170,7 +203,7 @@ def fit_solver(
         kind = "meta-splitting"
     if kind == "meta-splitting":
         check_parts(f, PeacemanRachford())
-    known = _as_solved(f, *tasks.prepare(tasks.split("validation")[: _room(where, TUNED_ON)]))
+    known = _as_solved(f, *tasks.prepare(rows(tasks.split("validation"), slice(_room(where, TUNED_ON)))))
     budget = config.validation_nfe
     classical: dict[str, Any] = {UNTUNED: Broyden()}
     classical |= tuned_solvers(*known, budget=budget, tolerances=(rtol,))
@@ -195,25 +228,34 @@ def fit_solver(
     with progress_bar("meta-training", whole, show=progress) as report:
         trainer = MetaTrainer(learned, tasks, config, checkpoint=checkpoint)
         trainer.run(report)
+    _warn_of_skipped(trainer)
+    learned.fingerprint = fingerprint(f.model if isinstance(f, FixedPointMap) else f)
+    raw = rows(tasks.split("test"), slice(_room(where)))
+    held = _as_solved(f, *tasks.prepare(raw))
+    scored = None if score is None else by_sample(score, raw)
+    result = contest(*held, solver, {**classical, solver: learned}, rtol=rtol, max_nfe=budget, score=scored)
+    learned.summary["held_out"] = result.summary()
+    if progress:
+        result.show()
+    return learned if not refuse or not result.shortfalls else _refused(result)
+
+
+def _warn_of_skipped(trainer: MetaTrainer) -> None:
     if trainer.skipped > trainer.step // 10:
         warnings.warn(
             f"fit_solver: {trainer.skipped} of {trainer.step} steps were skipped because their gradient was not finite: f "
             "blows up on some contexts, and the solver has learned little",
-            stacklevel=2,
+            stacklevel=4,
         )
-    learned.fingerprint = fingerprint(f.model if isinstance(f, FixedPointMap) else f)
-    held = _as_solved(f, *tasks.prepare(tasks.split("test")[: _room(where)]))
-    result = contest(*held, solver, {**classical, solver: learned}, rtol=rtol, max_nfe=budget)
-    learned.summary["held_out"] = result.summary()
-    if progress:
-        result.show()
-    if not refuse or not result.shortfalls:
-        return learned
+
+
+def _refused(result: Contest) -> Any:
+    """The best classical solver, with a warning that says why."""
     best = result.standings[result.best].solver
     warnings.warn(
         f"fit_solver: the fitted solver does not beat the best classical ones on {len(result.fitted.nfe)} held-out problems "
-        f"to {rtol:g}: {'; '.join(result.shortfalls)}. Returned is {best!r}; with refuse=False the fitted one is",
-        stacklevel=2,
+        f"to {result.rtol:g}: {'; '.join(result.shortfalls)}. Returned is {best!r}; with refuse=False the fitted one is",
+        stacklevel=4,
     )
     return best
 
@@ -223,7 +265,7 @@ def _room(layout: Layout, most: int = ROOM) -> int:
     return min(most, max(16, ROOM // (layout.channels * math.prod(layout.extents(layout.shape)))))
 
 
-def _as_solved(f: Callable[..., State], z0: State, x: Tensor) -> tuple[Callable[..., State], State, Tensor | None]:
+def _as_solved(f: Callable[..., State], z0: State, x: Any) -> tuple[Callable[..., State], State, Any]:
     """(f, z0, context) as solvers will meet them: inside a torchdeq model f is a closure, without a context."""
     return (lambda z: f(z, x), z0, None) if isinstance(f, FixedPointMap) else (f, z0, x)
 
@@ -231,41 +273,65 @@ def _as_solved(f: Callable[..., State], z0: State, x: Tensor) -> tuple[Callable[
 def _checked_layout(f: Callable[..., State], start: Any, size: int, layout: str | None) -> Layout:
     """The layout of a start that has a row for each of `size` contexts; ValueError or TypeError for what is none."""
     packing = Packing.of(start, "z0(x)")
-    rows = len(start if isinstance(start, Tensor) else start[0])
-    if rows != size:
-        raise ValueError(f"z0(x) must have a row for each of {size} contexts, got {rows}")
+    there = len(start if isinstance(start, Tensor) else start[0])
+    if there != size:
+        raise ValueError(f"z0(x) must have a row for each of {size} contexts, got {there}")
     if any(not shape for shape in packing.shapes):
         raise ValueError("a state needs an axis besides the samples': give x_train (or z0) as (N, 1)")
     return state_layout(f, start, layout)
 
 
-def _check_arguments(f: Any, x_train: Any, z0: Any, seconds: Any) -> None:
+def _check_arguments(target: Target, seconds: Any, score: Any) -> None:
     """TypeError or ValueError for arguments of `fit_solver` that cannot work."""
-    if not callable(f):
-        raise TypeError(f"f must be callable, got {type(f).__name__}")
-    if z0 is not None and not callable(z0):
-        raise TypeError(f"z0 must be a map x → start, got {type(z0).__name__}")
+    if target.z0 is not None and not callable(target.z0):
+        raise TypeError(f"z0 must be a map x → start, got {type(target.z0).__name__}")
     number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
     if seconds is not None and not (number and 0 < seconds < float("inf")):
         raise ValueError(f"seconds must be a positive number, or None for no limit, got {seconds!r}")
-    if not isinstance(x_train, Tensor) or x_train.dim() < 1 or len(x_train) < 10:
+    if score is not None and not callable(score):
+        raise TypeError(f"score must be a map (z, x) → numbers, higher being better, got {type(score).__name__}")
+
+
+def check_contexts(x_train: Any, *, zeros: bool = False) -> None:
+    """TypeError or ValueError for what are no contexts to fit a solver to. zeros: whether the start is zeros like them."""
+    leaves = [leaf for leaf in pytree.tree_leaves(x_train) if isinstance(leaf, Tensor)]
+    if not leaves or leaves[0].dim() < 1 or count(x_train) < 10:
         shape = tuple(x_train.shape) if isinstance(x_train, Tensor) else type(x_train).__name__
-        raise ValueError(f"x_train must be a tensor with at least 10 samples first, got {shape}")
-    if x_train.dtype in (torch.float16, torch.bfloat16) or x_train.is_complex():
-        raise ValueError(f"x_train must be float32, float64 or of an integer dtype, got {x_train.dtype}")
-    if x_train.is_floating_point() and not bool(torch.isfinite(x_train).all()):
-        raise ValueError("x_train must be finite, got NaN or infinity in it")
-    if z0 is None and not x_train.is_floating_point():
-        raise ValueError(f"x_train is {x_train.dtype}, so the state cannot be zeros like it: give z0=, a map x → start")
+        raise ValueError(f"x_train must be a tensor, or a pytree of them, with at least 10 samples first, got {shape}")
+    check_context(x_train, count(x_train))
+    for leaf in leaves:
+        if leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+            raise ValueError("x_train must be finite, got NaN or infinity in it")
+    if not zeros:
+        return
+    dtype = x_train.dtype if isinstance(x_train, Tensor) else None
+    if dtype in (torch.float16, torch.bfloat16) or (dtype is not None and dtype.is_complex):
+        raise ValueError(
+            f"x_train must be float32, float64 or of an integer dtype, got {dtype}; or give z0=, a map x → start"
+        )
+    if dtype is None or not dtype.is_floating_point:
+        raise ValueError(
+            f"x_train is {dtype or type(x_train).__name__}, so the state cannot be zeros like it: give z0=, a map x → start"
+        )
 
 
-def _split(f: Callable[..., State], x: Tensor, z0: Callable[[Tensor], State] | None, seed: int) -> TaskSet:
+def _split(target: Target, x: Any, seed: int) -> TaskSet:
     """A task set of x, a fifth (at most 256) for validation, one (at most 128) for the test; equal contexts together."""
-    _, group = torch.unique(x.detach().reshape(len(x), -1), dim=0, return_inverse=True)
+    group = _groups(x)
     order = torch.randperm(int(group.max()) + 1, generator=torch.Generator().manual_seed(seed)).to(group.device)
     if len(order) < 3:
         raise ValueError(f"x_train must hold at least three different samples, got {len(order)}")
     held, last = (max(1, min(most, len(order) // 5)) for most in (256, 128))
     place = order[group]
     validation, test = place < held, (place >= held) & (place < held + last)
-    return TaskSet(f, x[~validation & ~test], x[validation], x[test], z0=z0)
+    train, *others = (rows(x, mask.nonzero().squeeze(1)) for mask in (~validation & ~test, validation, test))
+    return TaskSet(target.f, train, *others, encode=target.encode, z0=target.z0)
+
+
+def _groups(x: Any) -> Tensor:
+    """(N,) numbers from 0, the same for equal samples."""
+    found = []
+    for leaf in sampled(x):
+        value = torch.view_as_real(leaf.detach()) if leaf.is_complex() else leaf.detach()
+        found.append(torch.unique(value.reshape(len(leaf), -1), dim=0, return_inverse=True)[1])
+    return found[0] if len(found) == 1 else torch.unique(torch.stack(found, dim=1), dim=0, return_inverse=True)[1]

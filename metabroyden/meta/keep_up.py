@@ -71,6 +71,8 @@ class KeepUp:
         config: KeepUpConfig | None = None,
         seed: int = 0,
     ) -> None:
+        if not isinstance(deq, DEQ):
+            raise TypeError(f"deq must be the DEQ that is trained, got {type(deq).__name__}")
         if forward is None and backward is None:
             raise ValueError("KeepUp needs a learned solver, forward or backward")
         if forward is not None and (not isinstance(forward, LearnedSolver) or forward.homogeneous):

@@ -32,6 +32,7 @@ def progress_bar(title: str, total: int, *, show: bool = True) -> Iterator[Progr
 def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table, its first column to the left, the others to the right; plain text where rich is missing."""
     try:
+        from rich.box import SIMPLE_HEAD
         from rich.console import Console
         from rich.table import Table
     except ImportError:
@@ -42,12 +43,15 @@ def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) 
             cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
             print("  ".join([line[0].ljust(widths[0]), *cells[1:]]))
         return
-    table = Table(title=title)
+    print(title)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
     for column, name in enumerate(head):
-        table.add_column(name, justify="right" if column else "left")
+        table.add_column(name, justify="right" if column else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    terminal = Console()
+    # a file or a notebook has no width of its own
+    (terminal if terminal.is_terminal else Console(width=200)).print(table)
 
 
 @contextmanager

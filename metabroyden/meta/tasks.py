@@ -11,19 +11,46 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metabroyden.learned.fingerprint import fingerprint
+from metabroyden.deq import DEQ
+from metabroyden.learned.fingerprint import module_of, named_fingerprint
+from metabroyden.meta.target import target_of
 from metabroyden.solution import State
 from metabroyden.state import gather
 
 SPLITS = ("train", "validation", "test")
 
 
+def sampled(tree: Any) -> list[Tensor]:
+    """The tensors of a pytree of contexts that have a row for each sample: those of which `gather` takes rows."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    leaves = pytree.tree_leaves(tree)
+    device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), None)
+    taken = pytree.tree_leaves(gather(tree, torch.empty(0, dtype=torch.long, device=device)))
+    return [leaf for leaf, none in zip(leaves, taken, strict=True) if isinstance(leaf, Tensor) and leaf is not none]
+
+
+def count(tree: Any) -> int:
+    """How many samples a pytree of contexts is of."""
+    return len(sampled(tree)[0])
+
+
+def rows(tree: Any, part: slice | Tensor) -> Any:
+    """The samples `part`, a slice or numbers, of a pytree of contexts; what is shared by all of them stays."""
+    first = sampled(tree)[0]
+    if isinstance(part, slice):
+        return tree[part] if tree is first else rows(tree, torch.arange(len(first))[part])
+    return gather(tree, part.to(first.device))
+
+
 class TaskSet:
     """The fixed-point problems z = f(z, x) of one trained DEQ.
 
     Args:
-        f: callable f(z, x); the parameters of a module are frozen while tasks are trained on.
-        train, validation, test: raw contexts (N, ...) of each split, such as images; test may be None.
+        f: callable f(z, x), or a `DEQ`, which stands for its cell; the parameters of a module are frozen while tasks are
+            trained on.
+        train, validation, test: raw contexts of each split, such as images (N, ...): a tensor, or a pytree of tensors with
+            the samples first; test may be None.
         encode: raw contexts → the context x that f takes, such as the DEQ's injection; default the identity.
         augment: (raw, generator) → raw, applied to training draws only.
         z0: x → start; default zeros like x.
@@ -34,14 +61,17 @@ class TaskSet:
     def __init__(
         self,
         f: Callable[..., State],
-        train: Tensor,
-        validation: Tensor,
-        test: Tensor | None = None,
+        train: Any,
+        validation: Any,
+        test: Any = None,
         *,
-        encode: Callable[[Tensor], Any] | None = None,
-        augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+        encode: Callable[[Any], Any] | None = None,
+        augment: Callable[[Any, torch.Generator], Any] | None = None,
         z0: Callable[[Any], State] | None = None,
     ) -> None:
+        if isinstance(module_of(f), DEQ):
+            layer = target_of(f)
+            f, z0 = layer.f, z0 or layer.z0
         self.f, self._encode, self._augment, self._z0 = f, encode, augment, z0
         self._made: tuple[State, Any] | None = None  # (z0, x) made beforehand; raw contexts are then row numbers
         self.raw = {"train": train, "validation": validation, "test": test}
@@ -63,25 +93,27 @@ class TaskSet:
             raise ValueError("contexts that are augmented cannot be made beforehand")
         train = self.split("train")
         chosen = {
-            "train": train[torch.randperm(len(train), generator=generator)[:pool]],
-            "validation": self.split("validation")[:held],
+            "train": rows(train, torch.randperm(count(train), generator=generator)[:pool]),
+            "validation": rows(self.split("validation"), slice(held)),
         }
         made = [self.prepare(raw) for raw in chosen.values()]
-        sizes = [len(raw) for raw in chosen.values()]
+        sizes = [count(raw) for raw in chosen.values()]
         numbers = dict(zip(chosen, torch.arange(sum(sizes)).split(sizes), strict=True))
         twin = copy.copy(self)
         twin.raw = {name: numbers.get(name) for name in self.raw}
-        twin._made = pytree.tree_map(lambda *parts: torch.cat(parts), *made)
+        own = {id(leaf) for leaf in sampled(made[0])}
+        twin._made = pytree.tree_map(lambda *parts: torch.cat(parts) if id(parts[0]) in own else parts[0], *made)
         return twin
 
     def identity(self) -> str:
         """A hash of the weights of f (where it is a module) and of the training and validation contexts."""
-        digest = hashlib.sha256(str(fingerprint(self.f)).encode())
+        digest = hashlib.sha256(str(named_fingerprint(self.f)).encode())
         for name in ("train", "validation"):
-            digest.update(self.split(name).detach().cpu().contiguous().numpy().tobytes())
+            for leaf in sampled(self.split(name)):
+                digest.update(_bytes(leaf).tobytes())
         return digest.hexdigest()[:16]
 
-    def split(self, name: str) -> Tensor:
+    def split(self, name: str) -> Any:
         """Raw contexts of a split; ValueError for an unknown or absent one."""
         part = self.raw.get(name)
         if part is None:
@@ -100,10 +132,10 @@ class TaskSet:
         The draws are those of the whole batch, whatever the part.
         """
         train = self.split("train")
-        raw = train[torch.randint(len(train), (batch,), generator=generator).to(train.device)]
-        return self.prepare((raw if self._augment is None else self._augment(raw, generator))[part])
+        raw = rows(train, torch.randint(count(train), (batch,), generator=generator))
+        return self.prepare(rows(raw if self._augment is None else self._augment(raw, generator), part))
 
-    def prepare(self, raw: Tensor) -> tuple[State, Any]:
+    def prepare(self, raw: Any) -> tuple[State, Any]:
         """(z0, x) of raw contexts."""
         if self._made is not None:
             return gather(self._made, raw.to(pytree.tree_leaves(self._made)[0].device))
@@ -112,14 +144,20 @@ class TaskSet:
             return (torch.zeros_like(x) if self._z0 is None else self._z0(x)), x
 
 
-def _refuse_overlap(parts: dict[str, Tensor]) -> None:
+def _refuse_overlap(parts: dict[str, Any]) -> None:
     owner: dict[bytes, str] = {}
     for name, part in parts.items():
-        if len(part) == 0:
+        if count(part) == 0:
             raise ValueError(f"the {name} split is empty")
-        for row in part.detach().cpu().reshape(len(part), -1).numpy():
-            if owner.setdefault(row.tobytes(), name) != name:
-                raise ValueError(f"a context of the {name} split is in the {owner[row.tobytes()]} split too")
+        for row in zip(*map(_bytes, sampled(part)), strict=True):
+            first = owner.setdefault(b"".join(leaf.tobytes() for leaf in row), name)
+            if first != name:
+                raise ValueError(f"a context of the {name} split is in the {first} split too")
+
+
+def _bytes(leaf: Tensor) -> Any:
+    """(N, bytes of a row) of a tensor, as an array."""
+    return leaf.detach().cpu().contiguous().reshape(len(leaf), -1).view(torch.uint8).numpy()
 
 
 def as_learn2learn(task_sets: Sequence[TaskSet], split: str, *, shots: int, num_tasks: int = -1) -> Any:
@@ -134,6 +172,8 @@ def as_learn2learn(task_sets: Sequence[TaskSet], split: str, *, shots: int, num_
     if not task_sets:
         raise ValueError("task_sets must hold at least one TaskSet")
     raws = [task_set.split(split) for task_set in task_sets]
+    if not all(isinstance(raw, Tensor) for raw in raws):
+        raise TypeError(f"learn2learn takes raw contexts of one tensor, got {[type(raw).__name__ for raw in raws]}")
     labels = torch.cat([torch.full((len(raw),), number) for number, raw in enumerate(raws)])
     dataset = l2l.data.MetaDataset(torch.utils.data.TensorDataset(torch.cat(raws), labels))
     transforms = [

@@ -1,0 +1,150 @@
+"""What a solver is fitted to: a map f(z, x), the cell of a DEQ, or the cell of the DEQ inside a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from metabroyden.deq import DEQ, initial_state
+from metabroyden.integrations.torchdeq import FixedPointMap, holds_deq
+from metabroyden.learned.fingerprint import module_of
+from metabroyden.solution import State
+
+
+class Target(NamedTuple):
+    """A family of fixed-point problems.
+
+    Attributes:
+        f: z⁺ = f(z, x). encode: what is given for a problem → the context x; None: that is x.
+        z0: x → start; None: zeros like x.
+        whole: the module that is in evaluation mode while the fit lasts; None: f is taken as it is.
+    """
+
+    f: Callable[..., State]
+    encode: Callable[[Any], Any] | None = None
+    z0: Callable[[Any], State] | None = None
+    whole: nn.Module | None = None
+
+    def at_rest(self) -> Any:
+        """A context in which the model is in evaluation mode."""
+        return nullcontext() if self.whole is None else resting(self.whole)
+
+
+def target_of(f: Any) -> Target:
+    """The problems that f stands for, where f is what people hand to `fit_solver`.
+
+    A map f(z, x) is taken as it is, a `DEQ` for its cell, and a module with a DEQ in it, ours or torchdeq's, for a model
+    whose inputs are given for contexts: see `Inside` and `FixedPointMap`.
+
+    Raises:
+        TypeError: no callable. ValueError: a model with several DEQs.
+    """
+    if not callable(f):
+        raise TypeError(f"f must be callable, got {type(f).__name__}")
+    f = getattr(f, "_orig_mod", f)  # what torch.compile wraps
+    owner = module_of(f)
+    if isinstance(owner, DEQ):  # the layer, or its method forward
+        return Target(owner.cell, None, lambda x: initial_state(owner.cell, x), owner)
+    layers = deqs_in(f)
+    if layers and holds_deq(f):
+        raise ValueError(
+            f"{type(f).__name__} holds DEQs of torchdeq and of ours ({', '.join(layers)}): hand over one of them"
+        )
+    if holds_deq(f):
+        f = FixedPointMap(f)
+    if layers:
+        inside = Inside(f)
+        return Target(inside.deq.cell, inside.context, inside.start, f)
+    return Target(f, None, getattr(f, "initial_state", None))
+
+
+def deqs_in(model: Any) -> dict[str, DEQ]:
+    """The DEQs of a model by name, without those inside another one's cell; none where it is no module."""
+    if not isinstance(model, nn.Module) or isinstance(model, FixedPointMap):
+        return {}
+    found = {name: module for name, module in model.named_modules() if isinstance(module, DEQ)}
+    inner = {id(module) for deq in found.values() for module in deq.modules() if module is not deq}
+    return {name: deq for name, deq in found.items() if id(deq) not in inner}
+
+
+class Inside:
+    """What a model hands to the DEQ inside it.
+
+    The model runs on its inputs, in evaluation mode and without gradients, up to the moment it calls its DEQ. What the DEQ
+    is called with is the context and, where the model gives one, the start. A model that calls its DEQ more than once is
+    taken at its first call.
+
+    Args:
+        model: the model; its one argument are the inputs.
+
+    Raises:
+        ValueError: no DEQ in the model, or several.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        found = deqs_in(model)
+        if len(found) != 1:
+            raise ValueError(
+                f"{type(model).__name__} has {len(found)} DEQs ({', '.join(found)}): give one of them (such as "
+                f"model.{next(iter(found), 'deq')}) with the contexts that it is called with"
+            )
+        (self.name, self.deq), self.model = *found.items(), model
+        self._last: tuple[Any, State | None] = (None, None)  # a context, and the start that the model gave with it
+
+    def context(self, inputs: Any) -> Any:
+        """The context that the DEQ is called with for these inputs."""
+        self._last = self._call(inputs)
+        return self._last[0]
+
+    def start(self, context: Any) -> State:
+        """The start that the DEQ is called with, for a context that `context` has just made."""
+        made, z0 = self._last
+        return z0 if made is context and z0 is not None else initial_state(self.deq.cell, context)
+
+    def _call(self, inputs: Any) -> tuple[Any, State | None]:
+        attributes = self.deq.__dict__  # where an entry hides a method of that name
+        attributes["forward"] = lambda x, z0=None: _leave(x, z0)
+        attributes["states"] = lambda x, after=(), z0=None: _leave(x, z0)
+        try:
+            with torch.inference_mode(False), torch.no_grad(), resting(self.model):
+                self.model(inputs)
+        except _Called as called:
+            return called.x, called.z0
+        except TypeError as error:
+            raise TypeError(
+                f"{type(self.model).__name__} holds a DEQ ({self.name}), so that it is taken for a model and called with x "
+                f"alone: {error}. For a map f(z, x) with a DEQ inside give `lambda z, x: f(z, x)`"
+            ) from error
+        finally:
+            del attributes["forward"], attributes["states"]
+        raise ValueError(
+            f"{type(self.model).__name__} did not call its DEQ ({self.name}) when run on x in evaluation mode"
+        )
+
+
+class _Called(BaseException):
+    """The way out of a model once it calls its DEQ. No Exception: those a model may catch."""
+
+    def __init__(self, x: Any, z0: State | None) -> None:
+        super().__init__()
+        self.x, self.z0 = x, z0
+
+
+def _leave(x: Any, z0: State | None) -> Any:
+    raise _Called(x, z0)
+
+
+@contextmanager
+def resting(module: nn.Module) -> Iterator[None]:
+    """While it lasts the module is in evaluation mode."""
+    busy = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in busy:
+            part.training = True
