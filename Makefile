@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DIGITS := dense-digits mlp-digits conv-digits multiscale-digits monotone-dense-digits monotone-conv-digits monotone-multitier-digits
 
-.PHONY: demo test lint docs setup clean race race-small check-page
+.PHONY: demo test lint docs setup clean race race-small check-page check-data
 
 demo: setup
 	$(BIN)/python -m experiments digits
@@ -31,6 +31,10 @@ race-small: setup
 # wants a browser: apt-get install chromium
 check-page: setup
 	$(BIN)/python -m metabroyden.evaluation.race.check_page results/race/report.html
+
+# the tests of the data and of the frozen models on Fashion-MNIST itself: apt-get install dataset-fashion-mnist
+check-data: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --real-data tests/test_data.py tests/test_frozen.py
 
 # into site/, from docs/ and the docstrings; in a virtual environment of its own, warnings being errors
 docs: .venv-docs/ready

@@ -17,11 +17,8 @@ from metabroyden.data.idx import load_idx
 from metabroyden.data.images import ImageData
 from metabroyden.data.shakespeare import TEST, VALIDATION, load_shakespeare
 from metabroyden.data.text import TextData, TextSplit, split_works, words_of
-
-
-def idx(array: np.ndarray) -> bytes:
-    sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
-    return bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes()
+from metabroyden.models import FAMILIES
+from tests.conftest import idx, write_images
 
 
 def folder_of(path: Path, train: int = 20, test: int = 6, side: int = 4, zipped: bool = True) -> Path:
@@ -31,12 +28,7 @@ def folder_of(path: Path, train: int = 20, test: int = 6, side: int = 4, zipped:
     for name, count in (("train", train), ("t10k", test)):
         images = generator.integers(0, 256, (count, side, side), dtype=np.uint8)
         images[:, 0, 0] = np.arange(count)
-        files = {f"{name}-images-idx3-ubyte": images, f"{name}-labels-idx1-ubyte": images[:, 0, 0] % 10}
-        for file, array in files.items():
-            if zipped:
-                (path / f"{file}.gz").write_bytes(gzip.compress(idx(array)))
-            else:
-                (path / file).write_bytes(idx(array))
+        write_images(path, name, images, images[:, 0, 0] % 10, zipped)
     return path
 
 
@@ -117,14 +109,20 @@ def test_a_cut_off_or_foreign_file_is_refused_by_name(tmp_path, file, content, w
     assert str(folder) in str(refusal.value)
 
 
-def test_fashion_mnist_is_looked_for_in_the_data_folder_first(tmp_path, monkeypatch):
-    folder_of(tmp_path / "fashion-mnist")
+def test_fashion_mnist_is_looked_for_in_the_data_folder_alone_where_one_is_named(tmp_path, monkeypatch):
+    installed, named = folder_of(tmp_path / "debian", train=30), tmp_path / "fashion-mnist"
+    monkeypatch.setattr(fashion_mnist, "DEBIAN", installed)
     monkeypatch.setenv("METABROYDEN_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=str(named)):
+        load_fashion_mnist(validation=5)
+    folder_of(named)
     assert len(load_fashion_mnist(validation=5).train.images) == 15
+    monkeypatch.delenv("METABROYDEN_DATA")
+    assert len(load_fashion_mnist(validation=5).train.images) == 25
 
 
 def test_missing_fashion_mnist_says_how_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.setenv("METABROYDEN_DATA", str(tmp_path))
+    monkeypatch.delenv("METABROYDEN_DATA", raising=False)
     monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="apt install dataset-fashion-mnist"):
         load_fashion_mnist()
@@ -132,9 +130,15 @@ def test_missing_fashion_mnist_says_how_to_get_it(tmp_path, monkeypatch):
         load_fashion_mnist(tmp_path)
 
 
-@pytest.mark.skipif(not fashion_mnist.DEBIAN.is_dir(), reason="dataset-fashion-mnist is not installed")
+def test_every_family_has_data_on_a_machine_that_has_only_what_make_installs():
+    for name, family in FAMILIES.items():
+        criterion = family.criterion()
+        assert criterion.steps(family.training.batch) > 0, name
+
+
+@pytest.mark.real_data
 def test_the_real_fashion_mnist():
-    data = load_fashion_mnist(fashion_mnist.DEBIAN, side=14)
+    data = load_fashion_mnist(side=14)
     assert [len(split.images) for split in (data.train, data.validation, data.test)] == [50_000, 10_000, 10_000]
     assert data.train.images.shape[1:] == (1, 14, 14)
     assert (data.train.labels.bincount() + data.validation.labels.bincount()).tolist() == [6_000] * 10

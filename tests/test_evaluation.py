@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 import metabroyden as mb
 from metabroyden.evaluation import benchmark, meta_report, meta_rows, metrics, report, solver_rows
 from metabroyden.evaluation.equilibria import HeldOut
-from metabroyden.evaluation.peers import ScipySolver, TorchDEQSolver, XitorchSolver, available
+from metabroyden.evaluation.peers import ScipySolver, TorchDEQSolver, XitorchSolver
 from metabroyden.evaluation.provenance import write_results
 from metabroyden.learned.layout import Layout
 from metabroyden.learned.safeguard import Safeguard
@@ -66,7 +65,6 @@ def problems() -> benchmark.Problems:
     return benchmark.Problems(problem.f, problem.z0, problem.x, lambda z: z, problem.x.argmax(dim=1))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchdeq") is None, reason="torchdeq is not installed")
 def test_the_peer_is_counted_by_its_calls_and_judged_like_ours():
     z, trace, status = benchmark.run_solver(TorchDEQSolver("broyden"), problems(), 1e-4, 40)
     p = problems()
@@ -138,7 +136,6 @@ def test_no_rows_no_report():
         report.Results([])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchdeq") is None, reason="torchdeq is not installed")
 @pytest.mark.parametrize("name", ["anderson", "broyden", "fixed_point_iter"])
 def test_what_a_peer_measured_is_not_lost_when_it_writes_over_its_points(name):
     p = problems()
@@ -161,8 +158,6 @@ def test_what_a_peer_measured_is_not_lost_when_it_writes_over_its_points(name):
     ids=str,
 )
 def test_other_peers_stop_by_our_rule_and_within_our_budget(peer):
-    if isinstance(peer, XitorchSolver) and not available("xitorch"):
-        pytest.skip("xitorch is not installed")
     p = problems()
     one = isinstance(peer, ScipySolver)
     z0, x = (p.z0[:1], p.x[:1]) if one else (p.z0, p.x)

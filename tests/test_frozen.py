@@ -24,7 +24,8 @@ from metabroyden.models.base import LanguageModel
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "models"
 FROZEN = sorted(path.parent.name for path in RESULTS.glob("*/config.json"))
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+GPU = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 
 
 def described(name: str) -> dict:
@@ -37,10 +38,7 @@ def trained(name: str, **options):
 
 @functools.cache
 def criterion(name: str):
-    try:
-        return get_family(name).criterion()
-    except FileNotFoundError as missing:
-        pytest.skip(str(missing))
+    return get_family(name).criterion()
 
 
 def problems(name: str, model, count: int = 6):

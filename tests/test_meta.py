@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import signal
 import subprocess
 import sys
@@ -274,7 +273,6 @@ def test_a_training_killed_in_the_middle_goes_on_bit_for_bit(tmp_path):
     assert [look["score"] for look in whole.history] == [look["score"] for look in resumed.history]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
 @pytest.mark.filterwarnings("ignore")
 def test_curves_are_written_for_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -332,7 +330,7 @@ def test_bad_meta_configs_are_refused(options):
         MetaConfig(**options)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("learn2learn") is None, reason="learn2learn needs a C compiler to install")
+@pytest.mark.learn2learn
 @pytest.mark.filterwarnings("ignore")
 def test_task_sets_are_learn2learn_task_sets():
     sets = [tasks(), TaskSet(Cell(), contexts(40, 7), contexts(8, 8))]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
-import shutil
+import sys
 from dataclasses import replace
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -155,7 +157,28 @@ def test_two_runs_are_compared_by_sample():
 # --- the page
 
 
-def test_the_page_is_one_file_with_every_table_and_figure_and_a_browser_can_use_it(tmp_path):
+class Tags(HTMLParser):
+    """Start tags with their attributes in order; AssertionError where an end tag closes another element."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "link", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def names(self, *wanted: str) -> list[str]:
+        return [tag for tag, _ in self.found if tag in wanted]
+
+
+def test_the_page_is_one_file_with_every_table_and_figure(tmp_path):
     picture = tmp_path / "one.png"
     figure, axes = plt.subplots()
     axes.plot([1, 2])
@@ -167,10 +190,43 @@ def test_the_page_is_one_file_with_every_table_and_figure_and_a_browser_can_use_
     assert "http" not in text.replace("http-equiv", ""), "nothing is loaded from elsewhere"
     assert "&lt;c&gt;" in text
     assert "<strong>d</strong>" in text
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no browser here: make check-page wants Debian's chromium")
-    assert check_page.checked(path, browser) == "checked 1 tables, 1 figures"
+    tags = Tags(text)
+    assert not tags.open
+    assert tags.names("table", "th", "button", "td") == ["table", *2 * ["th", "button"], *8 * ["td"]]
+    shown = next(attributes["src"] for tag, attributes in tags.found if tag == "img" and "src" in attributes)
+    assert base64.b64decode(shown.removeprefix("data:image/png;base64,")) == picture.read_bytes()
+    assert {"zoom"} == {attributes["id"] for _, attributes in tags.found if "id" in attributes}, (
+        "what the script looks for"
+    )
+
+
+@pytest.mark.parametrize(
+    ("said", "code"), [("checked 1 tables, 1 figures", 0), ("failed: not sorted: count", 1), (None, None)]
+)
+def test_make_check_page_reports_what_the_page_found_when_it_tried_itself_in_a_browser(
+    tmp_path, monkeypatch, capsys, said, code
+):
+    """A script stands for the browser: it shows the page asked for with the words the page would have added."""
+    browser, report_page = tmp_path / "chromium", tmp_path / "report.html"
+    words = "no page" if said is None else f'<pre id="checked">{said}</pre>'
+    browser.write_text(
+        f"#!/bin/sh\nfor last; do :; done\n[ \"$last\" = 'file://{report_page}#check' ] && echo '{words}'\n"
+    )
+    browser.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(sys, "argv", ["check_page", str(report_page)])
+    if said is None:
+        with pytest.raises(RuntimeError, match="did not get to the end"):
+            check_page.main()
+    else:
+        assert check_page.main() == code
+        assert said in capsys.readouterr().out
+
+
+def test_make_check_page_says_what_to_install_where_there_is_no_browser(monkeypatch, capsys):
+    monkeypatch.setattr(check_page.shutil, "which", lambda name: None)
+    assert check_page.main() == 2
+    assert "apt-get install chromium" in capsys.readouterr().err
 
 
 def field_best(field):

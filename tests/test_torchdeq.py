@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torchdeq
 from torch import nn
 
 import metabroyden as mb
@@ -22,8 +23,6 @@ from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.layout import Layout
 from metabroyden.meta.fit import make_learned
 from metabroyden.meta.trainer import MetaTrainer
-
-torchdeq = pytest.importorskip("torchdeq")
 
 CORES = ("indexing", "sliced")
 SOLVERS = {

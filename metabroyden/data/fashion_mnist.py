@@ -22,20 +22,19 @@ def load_fashion_mnist(
     """60,000 images to train on and validate with, in a fixed random split, and the 10,000 of the test files.
 
     Args:
-        folder: of the four IDX files; None: `$METABROYDEN_DATA/fashion-mnist`, else where Debian's package installs them.
+        folder: of the four IDX files; None: `$METABROYDEN_DATA/fashion-mnist` and nowhere else where that variable is set,
+            otherwise where Debian's package installs them.
         validation, limit, side, split_seed: of `load_idx`; `side=14` averages 2×2 pixels.
 
     Raises FileNotFoundError that says how to get the files (nothing is downloaded), and what `load_idx` does.
     """
-    root = os.environ.get("METABROYDEN_DATA")
-    default = [*([Path(root) / "fashion-mnist"] if root else []), DEBIAN]
-    places = default if folder is None else [Path(folder)]
-    there = next((place for place in places if place.is_dir()), places[0])
+    if folder is None:
+        root = os.environ.get("METABROYDEN_DATA")
+        folder = Path(root) / "fashion-mnist" if root else DEBIAN
     try:
-        return load_idx(there, validation=validation, limit=limit, side=side, split_seed=split_seed)
+        return load_idx(folder, validation=validation, limit=limit, side=side, split_seed=split_seed)
     except FileNotFoundError as fault:
         raise FileNotFoundError(
-            f"Fashion-MNIST is not there ({fault}; looked in {', '.join(map(str, places))}). "
-            "Get it with `apt install dataset-fashion-mnist`, or name a folder that holds its four IDX files, or put them "
-            "into the folder fashion-mnist of $METABROYDEN_DATA."
+            f"Fashion-MNIST is not there ({fault}). Get it with `apt install dataset-fashion-mnist`, or name a folder that "
+            "holds its four IDX files, or put them into the folder fashion-mnist of $METABROYDEN_DATA."
         ) from fault
