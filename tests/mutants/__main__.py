@@ -59,8 +59,21 @@ ELSEWHERE = {
         "evaluation",
         "experiments",
     ),
-    *("families", "fit", "generalise", "imports", "language", "memory", "multiscale", "mutants", "ngram", "race"),
-    *("race_beside", "throughput", "tune_hyper", "twins", "unroll", "unroll_modes"),
+    *(
+        "families",
+        "fit",
+        "frozen",
+        "generalise",
+        "imports",
+        "keep_up",
+        "language",
+        "memory",
+        "meta",
+        "models",
+        "multiscale",
+    ),
+    *("mutants", "ngram", "pes", "race", "race_beside", "throughput", "torchdeq", "training", "tune_hyper", "twins"),
+    *("unroll", "unroll_modes"),
 }
 """Tests of other parts (models, meta-training, commands, data), most of them slow."""
 WANTED = 0.85  # the share killed below which the command fails
@@ -84,12 +97,11 @@ def main() -> int:
     tracer = coverage.Coverage(data_file=None, config_file=False, include=[str(PACKAGE / "*")])
     if len(surveys) < len(files):
         tracer.start()  # before the package is imported, to see what an import runs
-    hunt = Hunt(tracer, surveys, mutants, options.workers)
+    hunt = Hunt(tracer, surveys, mutants, options.workers, remember)
     quiet = ["--capture=no", "-p", "no:cacheprovider", "--timeout=60"]
     pytest.main([*quiet, *map(str, files)], plugins=[hunt])
     if not hunt.outcomes:
         raise SystemExit("no mutant was run: the tests cannot be collected, or no file of the package is meant")
-    write(CACHE, json.dumps({file: [key_of(ROOT / file), survey] for file, survey in hunt.surveys.items()}))
     return publish(hunt, options)
 
 
@@ -117,6 +129,11 @@ def remembered(files: list[Path]) -> dict[str, Any]:
     held = json.loads(CACHE.read_text()) if CACHE.exists() else {}
     names = {str(path.relative_to(ROOT)): path for path in files}
     return {name: held[name][1] for name, path in names.items() if name in held and held[name][0] == key_of(path)}
+
+
+def remember(surveys: dict[str, Any]) -> None:
+    """Keep what the unchanged tests have told so far."""
+    write(CACHE, json.dumps({file: [key_of(ROOT / file), survey] for file, survey in surveys.items()}))
 
 
 def key_of(path: Path) -> str:

@@ -68,9 +68,16 @@ class Known:
 class Hunt:
     """Takes over from pytest: runs the unchanged tests where no survey of them is known, then the mutants."""
 
-    def __init__(self, tracer: Any, surveys: dict[str, Any], mutants: list[tuple[Mutant, str]], workers: int) -> None:
+    def __init__(
+        self,
+        tracer: Any,
+        surveys: dict[str, Any],
+        mutants: list[tuple[Mutant, str]],
+        workers: int,
+        remember: Callable[[dict[str, Any]], None],
+    ) -> None:
         self.tracer, self.surveys, self.mutants, self.workers = tracer, surveys, mutants, workers
-        self.known = Known()
+        self.remember, self.known = remember, Known()
         self.outcomes: list[dict[str, Any]] = []
         self.seconds = 0.0
 
@@ -100,6 +107,7 @@ class Hunt:
             if found is None:
                 raise RuntimeError(f"the process of the unchanged tests of {file} died")
             self.surveys[file] = found
+            self.remember(self.surveys)
             print(f"{file}: {sum(found['seconds'].values()):.0f} s; not used: {found['unused']}", flush=True)
 
     def traced(self, items: list[pytest.Item]) -> dict[str, Any]:
