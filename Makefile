@@ -1,15 +1,24 @@
 # `make demo` runs the main job, `make test` the tests; each sets up what it needs in .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
+SAMPLE ?= 300
 DIGITS := dense-digits mlp-digits conv-digits multiscale-digits monotone-dense-digits monotone-conv-digits monotone-multitier-digits
 
-.PHONY: demo test lint docs setup clean race race-small check-page check-data
+.PHONY: demo test lint docs setup clean race race-small check-page check-data mutants
 
 demo: setup
 	$(BIN)/python -m experiments digits
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+# single faults put in, and whether a test fails: a sample of 300 takes half an hour, SAMPLE=0 is all of them
+mutants: setup .venv/coverage
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants --sample $(SAMPLE)
+
+.venv/coverage: .venv/ready
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet coverage==7.17.5
+	touch $@
 
 lint: setup
 	$(BIN)/ruff format --check .
