@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -160,5 +161,6 @@ def relative_residual(z: Tensor, fz: Tensor) -> Tensor:
     >>> relative_residual(torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0]]))
     tensor([0.5000])
     """
-    flat = fz.reshape(len(fz), -1)
-    return relative(scaled_norm(flat - z.reshape(len(z), -1)), scaled_norm(flat)).to(z.dtype)
+    size = fz.shape[0], math.prod(fz.shape[1:])
+    flat = fz.reshape(size)
+    return relative(scaled_norm(flat - z.reshape(size)), scaled_norm(flat)).to(z.dtype)
