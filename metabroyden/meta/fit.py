@@ -262,7 +262,9 @@ def _check_arguments(f: Any, x_train: Any, z0: Any, seconds: Any) -> None:
 def _split(f: Callable[..., State], x: Tensor, z0: Callable[[Tensor], State] | None, seed: int) -> TaskSet:
     """A task set of x, a fifth (at most 256) for validation, one (at most 128) for the test; equal contexts together."""
     _, group = torch.unique(x.detach().reshape(len(x), -1), dim=0, return_inverse=True)
-    order = torch.randperm(int(group.max()) + 1, generator=torch.Generator().manual_seed(seed)).to(group.device)
+    order = torch.randperm(int(group.max()) + 1, generator=torch.Generator().manual_seed(seed), device="cpu").to(
+        group.device
+    )
     if len(order) < 3:
         raise ValueError(f"x_train must hold at least three different samples, got {len(order)}")
     held, last = (max(1, min(most, len(order) // 5)) for most in (256, 128))

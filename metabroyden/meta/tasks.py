@@ -63,7 +63,7 @@ class TaskSet:
             raise ValueError("contexts that are augmented cannot be made beforehand")
         train = self.split("train")
         chosen = {
-            "train": train[torch.randperm(len(train), generator=generator)[:pool]],
+            "train": train[torch.randperm(len(train), generator=generator, device="cpu")[:pool]],
             "validation": self.split("validation")[:held],
         }
         made = [self.prepare(raw) for raw in chosen.values()]
@@ -100,7 +100,7 @@ class TaskSet:
         The draws are those of the whole batch, whatever the part.
         """
         train = self.split("train")
-        raw = train[torch.randint(len(train), (batch,), generator=generator).to(train.device)]
+        raw = train[torch.randint(len(train), (batch,), generator=generator, device="cpu").to(train.device)]
         return self.prepare((raw if self._augment is None else self._augment(raw, generator))[part])
 
     def prepare(self, raw: Tensor) -> tuple[State, Any]:
