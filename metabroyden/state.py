@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,18 +27,20 @@ class Companion(NamedTuple):
 class Packing:
     """How a state is laid out: per-sample shapes (batch axis left out) of its tensors, in order.
 
-    `single` says that the user handed one bare tensor and gets one back.
+    `single` says that the user handed one bare tensor and gets one back, `kind` what sort of tuple (a named one, say).
     """
 
     shapes: tuple[torch.Size, ...]
     single: bool
+    kind: type = tuple
 
     @classmethod
     def of(cls, z: State, name: str = "z0") -> Packing:
         """The packing of z; ValueError when z is no valid state (see `check_state`)."""
         check_state(z, name)
         parts = (z,) if isinstance(z, Tensor) else z
-        return cls(tuple(part.shape[1:] for part in parts), isinstance(z, Tensor))
+        single = isinstance(z, Tensor)
+        return cls(tuple(part.shape[1:] for part in parts), single, tuple if single else type(z))
 
     @property
     def is_flat(self) -> bool:
@@ -80,7 +83,14 @@ class Packing:
         if self.single:
             return flat if self.is_flat else flat.reshape(len(flat), *self.shapes[0])
         pieces = flat.split([shape.numel() for shape in self.shapes], dim=1)
-        return tuple(piece.reshape(len(flat), *shape) for piece, shape in zip(pieces, self.shapes, strict=True))
+        return like(
+            (piece.reshape(len(flat), *shape) for piece, shape in zip(pieces, self.shapes, strict=True)), self.kind
+        )
+
+
+def like(parts: Iterable[Tensor], kind: type) -> tuple[Tensor, ...]:
+    """The parts of a state as a tuple of a kind: a named one where the user's is."""
+    return kind._make(parts) if hasattr(kind, "_make") else tuple(parts)
 
 
 def check_state(z: Any, name: str) -> None:

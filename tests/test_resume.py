@@ -377,7 +377,8 @@ def test_a_state_from_before_moments_were_listed_still_serves():
 def test_training_draws_alike_whatever_the_default_device():
     solver, problems, whole = universal(), tasks(), WHOLE["meta"]()
     made = MetaTrainer(solver, problems, CONFIG)
-    several = AcrossTrainer(universal(), [(1.0, Known(tasks())), (1.0, RandomCells())], [tasks()], CONFIG)
+    free = make_learned("universal", Layout("nd", (1,)), hidden=4)
+    several = AcrossTrainer(free, [(1.0, Known(tasks())), (1.0, RandomCells())], [tasks()], CONFIG)
     with torch.device("meta"):
         found = made.run()
         several.run()

@@ -13,6 +13,7 @@ import threading
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -38,6 +39,15 @@ class Cell(torch.nn.Module):
 
     def forward(self, z, x):
         return torch.tanh(0.5 * self.linear(z) + x)
+
+
+class Named(NamedTuple):
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+def named(z: Named, x: torch.Tensor) -> Named:
+    return Named(torch.tanh(0.3 * z.b.sum(1, keepdim=True) + x), torch.cos(0.3 * z.a).expand_as(z.b))
 
 
 def away(z: torch.Tensor) -> torch.Tensor:
@@ -262,3 +272,19 @@ def test_where_files_cannot_be_locked_nothing_is_taken_for_a_leftover(tmp_path, 
     monkeypatch.undo()
     atomic_write(tmp_path / "a", "newer")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("solver", sorted(mb.SOLVERS))
+def test_a_named_tuple_comes_back_as_one(solver):
+    z0, x = Named(torch.zeros(4, 1), torch.zeros(4, 3)), torch.randn(4, 1)
+    options = {"rtol": 1e-5, "snapshots": (2,)}
+    solution = mb.solve(named, z0, x, solver=mb.make_solver(solver), **options)
+    plain = mb.solve(lambda z, x: tuple(named(Named(*z), x)), tuple(z0), x, solver=mb.make_solver(solver), **options)
+    assert type(solution.z) is type(solution.snapshots[0]) is Named
+    assert type(plain.z) is tuple
+    for one, other in zip(solution.z, plain.z, strict=True):
+        assert torch.equal(one, other)
+    cache = mb.EquilibriumCache()
+    cache.store(range(4), solution.z)
+    assert torch.equal(cache.start(range(4), z0).b, solution.z.b)
+    assert type(pickle.loads(pickle.dumps(solution)).z) is Named
