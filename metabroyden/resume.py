@@ -79,12 +79,13 @@ def restore(
     Raises:
         CheckpointError: something is missing, of another shape or dtype, not finite, or too much. Nothing was changed.
     """
-    parts = {name: checkpoint.under(tensors, f"{name}.") for name in ("module", "best", "adam")}
+    kept = ("module", "best") if best else ("module",)
+    parts = {name: checkpoint.under(tensors, f"{name}.") for name in (*kept, "adam")}
     known = sum(map(len, parts.values())) + (generator is not None and "generator" in tensors)
     if known != len(tensors):
         names = sorted(name for name in tensors if name.split(".")[0] not in parts)
         raise damaged(path, f"it holds tensors that are not of such a training: {names}")
-    for name in ("module", "best") if best else ("module",):
+    for name in kept:
         checkpoint.compare(module.state_dict(), parts[name], path)
         check_finite(parts[name], path)
     state = _moments(parts["adam"], header, path, module, optimizer)
@@ -94,7 +95,7 @@ def restore(
         restore_generator(generator, tensors.get("generator"), path)
     checkpoint.load_weights(module, parts["module"], path)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return parts["best"]
+    return parts.get("best", {})
 
 
 def check_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
