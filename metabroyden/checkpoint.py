@@ -1,13 +1,17 @@
 """Self-describing checkpoints: tensors in safetensors, everything else as JSON in its header. No pickle.
 
-Any of our files is a safetensors file whose metadata has one key, "metabroyden", with a JSON object: schema, kind, and
-what the kind needs. `write` and `read` do files of any kind; `save_solver` and `load_solver` do solvers.
+Any of our files is a safetensors file whose metadata has a key "metabroyden", with a JSON object: schema, kind, and what
+the kind needs; and a key "blake2b", the checksum of that text and of the tensors (files of earlier versions have none).
+`write` and `read` do files of any kind; `save_solver` and `load_solver` do solvers.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import asdict, is_dataclass
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, is_dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,55 +21,88 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from metabroyden.described import MISFITS, CheckpointError, Limits, check, damaged
 from metabroyden.learned.base import ADJOINT, LEARNED, LEARNED_SPLITTING
+from metabroyden.learned.safeguard import Safeguard
 from metabroyden.solvers.registry import SOLVERS, SPLITTING, make_solver, name_of
 from metabroyden.storage import atomic_write
 
 SCHEMA = 1
 LARGEST = 5_000_000
 """Bytes of weights above which a file that a repository is to keep holds them in half precision."""
-_KEY = "metabroyden"
+PRECISIONS = (torch.float32, torch.float64)
+"""Of a solver's weights: those of the states that it can work on."""
+_KEY, _CHECKSUM = "metabroyden", "blake2b"
+_CPU = torch.device("cpu")
+_SHAPE = tuple[int, ...] | tuple[tuple[int, ...], ...]
 
 
-class CheckpointError(ValueError):
-    """A file that cannot be used; the message says which and why."""
+@dataclass(frozen=True)
+class _LearnedHeader:
+    config: dict[str, Any]
+    fingerprint: str | None
+    summary: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _ClassicalHeader:
+    config: dict[str, Any]
 
 
 def write(path: str | Path, kind: str, tensors: dict[str, Tensor], header: dict[str, Any]) -> Path:
-    """Write a checkpoint of this kind, atomically. The header must be JSON."""
+    """Write a checkpoint of this kind, atomically and with a checksum. The header must be JSON."""
     described = json.dumps({"schema": SCHEMA, "kind": kind, **header}, sort_keys=True)
     flat = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    return atomic_write(path, safetensors.torch.save(flat, metadata={_KEY: described}))
+    metadata = {_KEY: described, _CHECKSUM: _checksum(flat, described)}
+    return atomic_write(path, safetensors.torch.save(flat, metadata=metadata))
 
 
 def read(path: str | Path, kind: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, header) of a checkpoint.
+    """(tensors, header) of a checkpoint, on the CPU.
 
-    Raises FileNotFoundError where there is no file, `CheckpointError` for a truncated, foreign or newer-schema file, or
-    one of another kind (`kind` is a prefix, such as "solver").
+    Raises FileNotFoundError where there is no file, `CheckpointError` for a truncated, foreign, altered or newer-schema
+    file, or one of another kind (`kind` is a prefix, such as "solver").
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    data = path.read_bytes()
-    try:
-        tensors = safetensors.torch.load(data)
-        length = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is no readable safetensors file (truncated or foreign): {error}") from error
+    tensors, metadata = _parsed(path.read_bytes(), path)
     try:
         header = json.loads(metadata[_KEY])
         schema, found = header["schema"], header["kind"]
-    except (KeyError, TypeError, ValueError) as error:
+    except MISFITS as error:
         raise CheckpointError(f"{path} is a safetensors file, but not one that metabroyden wrote") from error
-    if not isinstance(schema, int) or not isinstance(found, str) or found.count("/") != 1:
-        raise CheckpointError(f"{path}: its description is damaged: schema {schema!r}, kind {found!r}")
-    if schema > SCHEMA:
+    if type(schema) is int and schema > SCHEMA:
         raise CheckpointError(f"{path} has schema {schema}, newer than {SCHEMA}: update metabroyden to read it")
+    if metadata.get(_CHECKSUM) not in (None, _checksum(tensors, metadata[_KEY])):
+        raise CheckpointError(f"{path} is not as it was written: its checksum does not match its content")
+    if type(schema) is not int or schema < 1 or not isinstance(found, str) or found.count("/") != 1:
+        raise damaged(path, f"schema {schema!r}, kind {found!r}")
     if kind is not None and found.split("/")[0] != kind:
         raise CheckpointError(f"{path} holds a {found!r}, wanted a {kind!r}")
     return tensors, header
+
+
+def _parsed(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a safetensors file."""
+    try:
+        with _CPU:
+            tensors = safetensors.torch.load(data)
+        length = int.from_bytes(data[:8], "little")
+        return tensors, json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    except (SafetensorError, *MISFITS) as error:
+        raise CheckpointError(f"{path} is no readable safetensors file (truncated or foreign): {error}") from error
+
+
+def _checksum(tensors: dict[str, Tensor], described: str) -> str:
+    """Of a file's description and of its tensors' names, dtypes, shapes and bytes."""
+    found = hashlib.blake2b(described.encode("utf-8", "surrogatepass"), digest_size=16)
+    for name in sorted(tensors):
+        value = tensors[name]
+        found.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        plain = torch.view_as_real(value) if value.is_complex() else value
+        found.update(plain.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def slimmed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -90,40 +127,66 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], path: str | Path
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
-        raise CheckpointError(f"{path}: the weights do not fit the described model: {error}") from error
+        raise misfit(path, error) from error
 
 
-def training_tensors(
-    module: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator | None = None
-) -> dict[str, Tensor]:
-    """What a training run must remember to go on bit for bit: weights, moments, random generator if any."""
-    tensors = {f"module.{name}": value for name, value in module.state_dict().items()}
-    names = [name for name, _ in module.named_parameters()]
-    for number, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"adam.{key}.{names[number]}": torch.as_tensor(value) for key, value in state.items()}
-    if generator is not None:
-        tensors["generator"] = generator.get_state()
-    return tensors
+def misfit(path: str | Path, why: object) -> CheckpointError:
+    """The error for weights of another module."""
+    return CheckpointError(f"{path}: the weights do not fit the described model: {why}")
 
 
-def restore_training(
+def built(
+    build: Callable[[], nn.Module],
     tensors: dict[str, Tensor],
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
     path: str | Path,
-    generator: torch.Generator | None = None,
-) -> None:
-    """The inverse of `training_tensors`; `CheckpointError` when the weights do not fit."""
-    load_weights(module, under(tensors, "module."), path)
-    numbers = {name: number for number, (name, _) in enumerate(module.named_parameters())}
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in under(tensors, "adam.").items():
-        moment, name = key.split(".", 1)
-        if name in numbers:
-            state.setdefault(numbers[name], {})[moment] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    if generator is not None:
-        generator.set_state(tensors["generator"])
+    precisions: tuple[torch.dtype, ...] = PRECISIONS,
+    *,
+    make: Callable[[], nn.Module] | None = None,
+) -> Any:
+    """The module that `build` makes, with these weights in their precision, on the CPU whatever the default device.
+
+    Args:
+        build: makes a module as the file describes it.
+        tensors: its state.
+        path: the file, for messages.
+        precisions: dtypes that the weights may have, all of them the same one.
+        make: makes the module that is returned, where that is not `build`; its errors are not the file's.
+
+    Raises:
+        CheckpointError: `build` refuses the description, or the weights do not fit it. That is found without memory for
+            the sizes described.
+    """
+    floating = {value.dtype for value in tensors.values() if value.is_floating_point()}
+    if len(floating) != 1 or not floating <= set(precisions):
+        wanted = " or ".join(map(str, precisions))
+        raise misfit(path, f"wanted floating weights, all of them {wanted}, got {sorted(map(str, floating))}")
+    precision = floating.pop()
+    try:
+        with warnings.catch_warnings(), Limits.like(tensors), _CPU:
+            warnings.simplefilter("ignore")  # PyTorch's, of sizes that make no sense: they are about to be refused
+            module = build().to(precision)
+    except CheckpointError:
+        raise
+    except MISFITS as error:
+        raise damaged(path, f"{error!r:.400}") from error
+    compare(module.state_dict(), tensors, path)
+    if make is not None:
+        with _CPU:
+            module = make().to(precision)
+    load_weights(module, tensors, path)
+    return module
+
+
+def compare(wanted: dict[str, Tensor], tensors: dict[str, Tensor], path: str | Path) -> None:
+    """`CheckpointError` unless both have the same names, shapes and dtypes."""
+    for name in sorted(wanted.keys() | tensors.keys()):
+        one, other = (_kind(values.get(name)) for values in (wanted, tensors))
+        if one != other:
+            raise misfit(path, f"{name} is {other}, wanted {one}")
+
+
+def _kind(value: Tensor | None) -> str:
+    return "missing" if value is None else f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
 
 
 def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -153,21 +216,33 @@ def load_solver(path_or_name: str | Path) -> Any:
     path = _resolve(path_or_name)
     tensors, header = read(path, "solver")
     name = header["kind"].split("/")[1]
-    try:
-        if name in SOLVERS | SPLITTING:
-            return make_solver(name, **header["config"])
-        known = LEARNED | LEARNED_SPLITTING | ADJOINT
-        if name not in known:
-            raise CheckpointError(f"{path} holds a solver of unknown kind {name!r}; known: {sorted(known)}")
-        solver = known[name].from_config(header["config"])
-        solver.fingerprint, solver.summary = header["fingerprint"], header["summary"]
-        solver.to(next(iter(tensors.values())).dtype)
-    except CheckpointError:
-        raise
-    except (KeyError, TypeError, ValueError, RuntimeError, StopIteration) as error:
-        raise CheckpointError(f"{path}: its description is damaged: {error}") from error
-    load_weights(solver, tensors, path)
+    if name in SOLVERS | SPLITTING:
+        return _classical(name, header, path)
+    known = LEARNED | LEARNED_SPLITTING | ADJOINT
+    if name not in known:
+        raise CheckpointError(f"{path} holds a solver of unknown kind {name!r}; known: {sorted(known)}")
+    check(header, _LearnedHeader, path)
+    check(header["config"], known[name].config_type, path, shape=_SHAPE, safeguard=Safeguard | None)
+    _check_sizes(header["config"].get("shape", []), path)
+    solver = built(lambda: known[name].from_config(header["config"]), tensors, path)
+    solver.fingerprint, solver.summary = header["fingerprint"], header["summary"]
     return solver.eval().requires_grad_(False)
+
+
+def _classical(name: str, header: dict[str, Any], path: Path) -> Any:
+    check(header, _ClassicalHeader, path)
+    check(header["config"], (SOLVERS | SPLITTING)[name], path)
+    try:
+        return make_solver(name, **header["config"])
+    except MISFITS as error:
+        raise damaged(path, error) from error
+
+
+def _check_sizes(shape: Any, path: Path) -> None:
+    """`CheckpointError` unless all sizes of a state are positive."""
+    sizes = [size for part in shape for size in (part if isinstance(part, list) else [part])]
+    if not sizes or min(sizes) < 1:
+        raise damaged(path, f"shape is {shape!r:.80}, wanted sizes of at least 1")
 
 
 def pretrained() -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,18 +28,20 @@ class Companion(NamedTuple):
 class Packing:
     """How a state is laid out: per-sample shapes (batch axis left out) of its tensors, in order.
 
-    `single` says that the user handed one bare tensor and gets one back.
+    `single` says that the user handed one bare tensor and gets one back, `kind` what sort of tuple (a named one, say).
     """
 
     shapes: tuple[torch.Size, ...]
     single: bool
+    kind: type = tuple
 
     @classmethod
     def of(cls, z: State, name: str = "z0") -> Packing:
         """The packing of z; ValueError when z is no valid state (see `check_state`)."""
         check_state(z, name)
         parts = (z,) if isinstance(z, Tensor) else z
-        return cls(tuple(part.shape[1:] for part in parts), isinstance(z, Tensor))
+        single = isinstance(z, Tensor)
+        return cls(tuple(part.shape[1:] for part in parts), single, tuple if single else type(z))
 
     @property
     def is_flat(self) -> bool:
@@ -88,12 +90,19 @@ class Packing:
         if self.single:
             return flat if self.is_flat else flat.reshape(flat.shape[0], *self.shapes[0])
         pieces = flat.split([shape.numel() for shape in self.shapes], dim=1)
-        return tuple(piece.reshape(flat.shape[0], *shape) for piece, shape in zip(pieces, self.shapes, strict=True))
+        return like(
+            (piece.reshape(flat.shape[0], *shape) for piece, shape in zip(pieces, self.shapes, strict=True)), self.kind
+        )
 
 
 def _flat(z: Tensor) -> Tensor:
     """(B, n), of an empty batch too."""
     return z.reshape(z.shape[0], math.prod(z.shape[1:]))
+
+
+def like(parts: Iterable[Tensor], kind: type) -> tuple[Tensor, ...]:
+    """The parts of a state as a tuple of a kind: a named one where the user's is."""
+    return kind._make(parts) if hasattr(kind, "_make") else tuple(parts)
 
 
 def check_state(z: Any, name: str) -> None:

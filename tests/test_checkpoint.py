@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+import random
+import resource
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -14,7 +21,16 @@ from metabroyden import checkpoint
 from metabroyden.learned import ADJOINT, LEARNED, LEARNED_SPLITTING
 from metabroyden.learned.layout import Layout
 from metabroyden.meta.fit import make_learned
-from metabroyden.models import ConvClassifier, load_model, save_model
+from metabroyden.models import (
+    ConvClassifier,
+    DenseClassifier,
+    DenseClassifierConfig,
+    MLPClassifier,
+    MLPClassifierConfig,
+    load_model,
+    save_model,
+    unrolled_twin,
+)
 from metabroyden.storage import atomic_write
 
 
@@ -63,7 +79,9 @@ def header_of(data: bytes) -> tuple[dict, bytes]:
 
 
 def with_header(data: bytes, change) -> bytes:
+    """The file with another description, and without a checksum, as there was none once."""
     header, rest = header_of(data)
+    del header["__metadata__"]["blake2b"]
     ours = json.loads(header["__metadata__"]["metabroyden"])
     change(ours)
     header["__metadata__"]["metabroyden"] = json.dumps(ours)
@@ -88,6 +106,9 @@ DAMAGE = [
     (lambda data: b"PK\x03\x04" + data, "truncated or foreign"),
     (lambda data: safetensors.torch.save({"a": torch.ones(2)}), "not one that metabroyden wrote"),
     (lambda data: with_header(data, lambda h: h.update(schema=99)), "schema 99, newer than 1: update metabroyden"),
+    (lambda data: with_header(data, lambda h: h.update(schema=checkpoint.SCHEMA + 1)), "newer than"),
+    (lambda data: with_header(data, lambda h: h.update(schema=0)), "damaged: schema 0"),
+    (lambda data: with_header(data, lambda h: h.update(schema=True)), "damaged: schema True"),
     (lambda data: with_header(data, lambda h: h.update(kind="solver/quantum")), "unknown kind 'quantum'"),
     (lambda data: with_header(data, lambda h: h.update(kind="model/conv")), "holds a 'model/conv', wanted a 'solver'"),
     (lambda data: with_header(data, lambda h: h.pop("fingerprint")), "description is damaged"),
@@ -168,3 +189,270 @@ def test_every_solver_among_the_results_loads():
     assert len(paths) > 15
     for path in paths:
         assert mb.load_solver(path).config, path
+
+
+def small_solver() -> Any:
+    return make_learned("universal", Layout("nd", (1,)), hidden=4)
+
+
+def small_model() -> Any:
+    return DenseClassifier(DenseClassifierConfig(n=6, side=3, classes=3))
+
+
+FILES: dict[str, tuple[Callable, Callable, Callable]] = {
+    "solver": (small_solver, mb.save_solver, mb.load_solver),
+    "model": (small_model, save_model, load_model),
+}
+every_file = pytest.mark.parametrize("name", FILES)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two modules are configured alike and have the same weights."""
+    weights = one.state_dict()
+    return one.config == other.config and all(torch.equal(weights[k], v) for k, v in other.state_dict().items())
+
+
+def outcome(load: Callable, path: Path, data: bytes, whole: Any) -> str:
+    """What comes of a damaged file: anything but a refusal or the same module is an error of ours."""
+    path.write_bytes(data)
+    try:
+        found = load(path)
+    except mb.CheckpointError as error:
+        return "refused" if str(path) in str(error) else f"refused without the file's name: {error}"
+    return "same" if same(whole, found) else "other weights"
+
+
+@every_file
+def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path, name):
+    build, save, load = FILES[name]
+    data, drawn = save(build(), tmp_path / "whole").read_bytes(), random.Random(0)
+    whole, found = load(tmp_path / "whole"), Counter()
+    for bit in drawn.sample(range(8 * len(data)), 500):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        found[outcome(load, tmp_path / "flipped", bytes(flipped), whole)] += 1
+    assert found["refused"] + found["same"] == 500, found
+    assert found["same"] < 10, "in the name of the checksum alone a flip does no harm"
+
+
+@every_file
+def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path, name):
+    build, save, load = FILES[name]
+    data = save(build(), tmp_path / "whole").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    ends = {*range(20), *range(8 + length - 9, 8 + length + 9), *range(0, len(data), 31), len(data) - 1}
+    for end in sorted(ends):
+        assert outcome(load, tmp_path / "cut", data[:end], None) == "refused", end
+    assert outcome(load, tmp_path / "long", data + b"0", None) == "refused"
+
+
+def described(data: bytes) -> dict:
+    return json.loads(header_of(data)[0]["__metadata__"]["metabroyden"])
+
+
+def leaves(value: Any, way: tuple = ()) -> list[tuple]:
+    """The ways to all values in a JSON value, those of objects and lists included."""
+    found = [way] if way else []
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        found += leaves(item, (*way, key))
+    return found
+
+
+def put(value: Any, way: tuple, new: Any) -> None:
+    """Replace the value at the end of a way; leave it out where the new one is `...`."""
+    for key in way[:-1]:
+        value = value[key]
+    if new is ...:
+        del value[way[-1]]
+    else:
+        value[way[-1]] = new
+
+
+FOREIGN: list[Any] = [
+    *(..., None, True, False, "", "x", [], [1], [-2, 0], [[1]], {}, {"a": None}),
+    *(-3, -1, 0, 1, 2, 9, 10**6, 10**9, 10**12, 2**63, 10**40, math.nan, math.inf, -0.5, 1.5),
+]
+"""What may stand in a description in the place of anything; `...` for nothing at all."""
+SOLVERS = sorted(LEARNED | LEARNED_SPLITTING | ADJOINT)
+
+
+@pytest.fixture(scope="module")
+def described_files(tmp_path_factory) -> list[tuple[Callable, bytes, list[tuple]]]:
+    """(loader, content, ways into the description) of files of many kinds."""
+    path = tmp_path_factory.mktemp("described") / "file"
+    solvers = [*map(some_solver, SOLVERS), *map(mb.make_solver, sorted(mb.SOLVERS | mb.SPLITTING))]
+    models = ConvClassifier(), MLPClassifier(MLPClassifierConfig(hidden=4, depth=2)), unrolled_twin(small_model(), 3)
+    found = [(mb.load_solver, mb.save_solver(solver, path).read_bytes()) for solver in solvers]
+    found += [(load_model, save_model(model, path).read_bytes()) for model in models]
+    return [(load, data, leaves(described(data))) for load, data in found]
+
+
+def test_a_hand_damaged_description_is_refused_or_serves(described_files, tmp_path):
+    path, drawn = tmp_path / "damaged", random.Random(0)
+    cases = [(load, data, way, new) for load, data, ways in described_files for way in ways for new in FOREIGN]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for load, data, way, new in drawn.sample(cases, 300):
+        path.write_bytes(with_header(data, lambda header, way=way, new=new: put(header, way, new)))
+        with suppress(mb.CheckpointError):
+            load(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000, "kilobytes, for files of a few"
+
+
+HUGE = [
+    ("universal", {"hidden": 60_000}),
+    ("grouped", {"hidden": 10**9}),
+    ("grouped", {"shape": [10**6, 10**6, 10**6]}),
+    ("meta-broyden", {"gated": 10**12}),
+    ("meta-broyden", {"rank": 10**5, "initializer": 10**5}),
+    ("meta-broyden", {"dilations": []}),
+    ("meta-broyden", {"dilations": [1, -1]}),
+    ("meta-broyden", {"dilations": "11"}),
+    ("universal", {"shape": []}),
+    ("universal", {"hidden": 8.0}),
+    ("universal", {"hidden": "8"}),
+    ("universal", {"safeguard": {"horizon": "20"}}),
+    ("started", {"classical": {"name": "broyden", "options": [1]}}),
+    ("started", {"classical": {"name": ["broyden"], "options": {}}}),
+]
+
+
+@pytest.mark.parametrize(("name", "config"), HUGE, ids=repr)
+def test_impossible_sizes_and_types_are_refused_before_they_take_memory(tmp_path, name, config):
+    path = mb.save_solver(some_solver(name), tmp_path / "s.safetensors")
+    path.write_bytes(with_header(path.read_bytes(), lambda header: header["config"].update(config)))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(mb.CheckpointError):
+        mb.load_solver(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
+
+
+MODELS = [
+    ({"config": {"classes": -1}}, "classes is -1"),
+    ({"config": {"side": 10**6}}, "many times what the file holds"),
+    ({"config": {"n": 10**9}}, "n is 1000000000, wanted from 0"),
+    ({"config": {"n": 10.0}}, "n is 10.0, wanted int"),
+    ({"config": [1]}, "config is"),
+    ({"twin": {"kind": "explicit", "depth": 10**9}}, "many times what the file holds"),
+    ({"twin": {"kind": "unrolled", "depth": "3"}}, "depth must be an integer"),
+    ({"twin": {"kind": ["unrolled"]}}, "damaged"),
+    ({"twin": "unrolled"}, "twin is 'unrolled'"),
+    ({"slimmed": "yes"}, "slimmed is 'yes'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), MODELS, ids=repr)
+def test_an_impossible_model_is_refused_with_a_sentence(tmp_path, changes, words):
+    path = save_model(small_model(), tmp_path / "m.safetensors")
+
+    def change(header: dict) -> None:
+        for key, value in changes.items():
+            header[key] = (
+                header[key] | value if isinstance(header.get(key), dict) and isinstance(value, dict) else value
+            )
+
+    path.write_bytes(with_header(path.read_bytes(), change))
+    with pytest.raises(mb.CheckpointError, match=words):
+        load_model(path)
+
+
+def test_a_deep_layered_model_that_the_file_does_not_hold_is_refused(tmp_path):
+    path = save_model(MLPClassifier(MLPClassifierConfig(hidden=4, depth=2)), tmp_path / "m.safetensors")
+    data = path.read_bytes()
+    for depth in (10**5, 10**12):
+        path.write_bytes(with_header(data, lambda header, depth=depth: header["config"].update(depth=depth)))
+        with pytest.raises(mb.CheckpointError):
+            load_model(path)
+
+
+def test_brackets_beyond_counting_are_refused(tmp_path):
+    path = mb.save_solver(small_solver(), tmp_path / "s.safetensors")
+    header, rest = header_of(path.read_bytes())
+    del header["__metadata__"]["blake2b"]
+    for text in ("[" * 100_000, '{"schema": 1, "kind": ' + "[" * 100_000, '{"a":' * 100_000, "9" * 100_000):
+        header["__metadata__"]["metabroyden"] = text
+        written = json.dumps(header).encode()
+        path.write_bytes(len(written).to_bytes(8, "little") + written + rest)
+        with pytest.raises(mb.CheckpointError):
+            mb.load_solver(path)
+    written = b"[" * 100_000
+    path.write_bytes(len(written).to_bytes(8, "little") + written)
+    with pytest.raises(mb.CheckpointError):
+        mb.load_solver(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float16, torch.bfloat16, torch.int32], ids=str)
+def test_a_solver_with_weights_that_no_state_can_have_is_refused(tmp_path, dtype):
+    solver = small_solver()
+    for mixed in (False, True):
+        tensors = {name: value.to(dtype) for name, value in solver.state_dict().items()}
+        if mixed:
+            tensors = dict(list(tensors.items())[:1]) | dict(list(solver.state_dict().items())[1:])
+        checkpoint.write(tmp_path / "s", "solver/universal", tensors, solver.describe())
+        with pytest.raises(mb.CheckpointError, match="the weights do not fit"):
+            mb.load_solver(tmp_path / "s")
+
+
+def test_a_model_with_complex_weights_or_of_several_precisions_is_refused(tmp_path):
+    model = small_model()
+    names = list(model.state_dict())
+    for dtype, count in ((torch.complex64, len(names)), (torch.complex64, 1), (torch.float64, 1)):
+        tensors = {n: v.to(dtype) if n in names[:count] else v for n, v in model.state_dict().items()}
+        checkpoint.write(tmp_path / "m", f"model/{model.kind}", tensors, {"config": model.describe()})
+        with pytest.raises(mb.CheckpointError, match="the weights do not fit"):
+            load_model(tmp_path / "m")
+
+
+@every_file
+def test_a_file_without_a_checksum_still_loads(tmp_path, name):
+    build, save, load = FILES[name]
+    path = save(build(), tmp_path / "f")
+    whole = load(path)
+    path.write_bytes(with_header(path.read_bytes(), lambda header: None))
+    assert same(load(path), whole)
+
+
+def test_the_checksum_is_of_tensors_names_and_description(tmp_path):
+    data = mb.save_solver(small_solver(), tmp_path / "s").read_bytes()
+    kept = header_of(data)[0]["__metadata__"]["blake2b"]
+    tensors, _ = checkpoint.read(tmp_path / "s")
+    text = header_of(data)[0]["__metadata__"]["metabroyden"]
+    one, two = sorted(name for name in tensors if tensors[name].numel() > 1)[:2]
+    assert checkpoint._checksum(tensors, text) == kept
+    for other in (
+        {**tensors, one: tensors[one] + 1},
+        {**tensors, one: tensors[one].reshape(-1)},
+        {**tensors, one: tensors[one].view(torch.int32)},
+        {**tensors, one: tensors[two], two: tensors[one]},
+    ):
+        assert checkpoint._checksum(other, text) != kept
+    assert checkpoint._checksum(tensors, text + " ") != kept
+
+
+@pytest.fixture(params=["context", "default"])
+def meta_device(request):
+    """The meta device as the default one."""
+    if request.param == "context":
+        with torch.device("meta"):
+            yield
+    else:
+        torch.set_default_device("meta")
+        yield
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("name", [*mb.pretrained(), *SOLVERS])
+def test_a_solver_comes_to_the_cpu_whatever_the_default_device(tmp_path, name, meta_device):
+    if name not in mb.pretrained():
+        with torch.device("cpu"):
+            name = mb.save_solver(some_solver(name), tmp_path / "s")
+    solver = mb.load_solver(name)
+    assert {value.device.type for value in solver.state_dict().values()} == {"cpu"}
+
+
+def test_a_model_comes_to_the_cpu_whatever_the_default_device(tmp_path, meta_device):
+    with torch.device("cpu"):
+        save_model(small_model(), tmp_path / "m")
+    for options in ({}, {"solver": mb.Picard()}):
+        found = load_model(tmp_path / "m", **options)
+        assert {value.device.type for value in found.state_dict().values()} == {"cpu"}

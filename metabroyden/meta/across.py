@@ -6,14 +6,15 @@ import copy
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from metabroyden import checkpoint
+from metabroyden import checkpoint, resume
+from metabroyden.described import check, damaged
 from metabroyden.meta.backprop import differentiate, frozen
 from metabroyden.meta.config import MetaConfig
 from metabroyden.meta.orthogonal import make_optimizer
@@ -48,6 +49,26 @@ class RandomCells:
     def problem(self, batch: int, generator: torch.Generator) -> tuple[Any, Tensor, Tensor]:
         """(f, z0, x) of a random batch."""
         return random_problem(generator, batch)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """One look at validation."""
+
+    step: int
+    loss: float | None
+    score: float
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What the header of a checkpoint says of the run so far."""
+
+    step: int
+    seconds: float
+    skipped: int
+    best_score: float
+    history: list[dict[str, Any]]
 
 
 class AcrossTrainer:
@@ -85,7 +106,7 @@ class AcrossTrainer:
         self.solver, self.config, self.validation = solver, config, list(validation)
         self.longest = config.unroll
         self.sources = [source for _, source in sources]
-        self.shares = torch.tensor([share for share, _ in sources], dtype=torch.float64)
+        self.shares = torch.tensor([share for share, _ in sources], dtype=torch.float64, device="cpu")
         self.path = None if checkpoint is None else Path(checkpoint)
         self.step, self.seconds, self.skipped = 0, 0.0, 0
         self.history: list[dict[str, float]] = []
@@ -126,7 +147,7 @@ class AcrossTrainer:
         config, generator = self.config, self.generator
         source = self.sources[int(torch.multinomial(self.shares, 1, generator=generator))]
         f, z0, x = source.problem(config.batch, generator)
-        length = int(torch.randint(max(1, self.longest // 2), self.longest + 1, (), generator=generator))
+        length = int(torch.randint(max(1, self.longest // 2), self.longest + 1, (), generator=generator, device="cpu"))
         done = self.step / config.steps
         with frozen(f):
             loss, norm = differentiate(self.solver, f, z0, x, config, config.backend, steps=length, done=done)
@@ -157,8 +178,6 @@ class AcrossTrainer:
     def _save(self) -> None:
         if self.path is None:
             return
-        tensors = checkpoint.training_tensors(self.solver, self.optimizer, self.generator)
-        tensors |= {f"best.{name}": value for name, value in self.best.items()}
         header = {
             "config": repr(asdict(self.config)),
             "step": self.step,
@@ -167,16 +186,45 @@ class AcrossTrainer:
             "best_score": self.best_score,
             "history": self.history,
         }
-        checkpoint.write(self.path, "training/across", tensors, header)
+        resume.save(self.path, "across", self.solver, self.optimizer, header, generator=self.generator, best=self.best)
 
     def _resume(self, path: Path) -> None:
         tensors, header = checkpoint.read(path, "training")
-        if header["config"] != repr(asdict(self.config)):
+        if header.get("config") != repr(asdict(self.config)):
             raise checkpoint.CheckpointError(
-                f"{path} was written by another meta-training: its config is {header['config']}, wanted "
+                f"{path} was written by another meta-training: its config is {header.get('config')}, wanted "
                 f"{asdict(self.config)!r}; move it away to start anew"
             )
-        checkpoint.restore_training(tensors, self.solver, self.optimizer, path, self.generator)
-        self.best = checkpoint.under(tensors, "best.")
+        self._check(header, path)
+        self.best = resume.restore(
+            tensors,
+            header,
+            path,
+            self.solver,
+            self.optimizer,
+            taken=header["step"] - header["skipped"],
+            generator=self.generator,
+            best=True,
+        )
         self.step, self.seconds, self.skipped = header["step"], header["seconds"], header["skipped"]
         self.best_score, self.history = header["best_score"], header["history"]
+
+    def _check(self, header: dict[str, Any], path: Path) -> None:
+        """`CheckpointError` for a header that no such training has written."""
+        check(header, _Record, path)
+        step, history = header["step"], header["history"]
+        for entry in history:
+            check(entry, _Look, path)
+        looks = [entry["step"] for entry in history]
+        sound = {
+            f"step is {step}, wanted from 0 to {self.config.steps}": 0 <= step <= self.config.steps,
+            f"skipped is {header['skipped']}, wanted from 0 to {step}": 0 <= header["skipped"] <= step,
+            f"seconds is {header['seconds']}": header["seconds"] >= 0,
+            f"its history is not one of {step} steps": looks == sorted(looks)
+            and all(0 <= look <= step for look in looks),
+            f"best_score is {header['best_score']}, its history has another": header["best_score"]
+            == min((entry["score"] for entry in history), default=math.inf),
+        }
+        for complaint, holds in sound.items():
+            if not holds:
+                raise damaged(path, complaint)

@@ -114,7 +114,9 @@ def _fit(
     if cotangents is not None and not isinstance(cotangents, Tensor):
         raise TypeError(f"cotangents must be a tensor, got {type(cotangents).__name__}")
     if cotangents is None:
-        noise = torch.randn(star.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        noise = torch.randn(
+            star.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu"
+        )
         cotangents = noise.to(star)
     if cotangents.shape != star.shape:
         raise ValueError(
@@ -124,7 +126,7 @@ def _fit(
     where = guess_layout(shape) if layout is None else Layout(layout, shape)
     learned = make_learned("adjoint", where, seed=seed, **options).to(star)
     known = {"z": star.flatten(1), "x": x_train, "v": cotangents.flatten(1)}
-    order = torch.randperm(len(star), generator=torch.Generator().manual_seed(seed)).unsqueeze(1)
+    order = torch.randperm(len(star), generator=torch.Generator().manual_seed(seed), device="cpu").unsqueeze(1)
     held = max(1, min(256, len(star) // 5))
     system = AdjointMap(cell, shape)
     tasks = TaskSet(

@@ -28,7 +28,7 @@ def unroll_length(unroll: int | tuple[int, int], seed: int, step: int) -> int:
     if isinstance(unroll, int):
         return unroll
     low, high = unroll
-    at = float(torch.rand((), generator=generator(seed, step, "length"), dtype=torch.float64))
+    at = float(torch.rand((), generator=generator(seed, step, "length"), dtype=torch.float64, device="cpu"))
     return min(high, math.floor(low * ((high + 1) / low) ** at))
 
 
@@ -39,7 +39,9 @@ def training_batch(tasks: TaskSet, config: Any, step: int, part: slice = slice(N
         return z0, x
     packing = Packing.of(z0)
     size = sum(shape.numel() for shape in packing.shapes)
-    noise = torch.randn(config.batch, size, generator=generator(config.seed, step, "start"), dtype=torch.float64)
+    noise = torch.randn(
+        config.batch, size, generator=generator(config.seed, step, "start"), dtype=torch.float64, device="cpu"
+    )
     return shaken(tasks.f, z0, x, config.start_noise * noise[part]), x
 
 

@@ -318,7 +318,8 @@ def check_contexts(x_train: Any, *, zeros: bool = False) -> None:
 def _split(target: Target, x: Any, seed: int) -> TaskSet:
     """A task set of x, a fifth (at most 256) for validation, one (at most 128) for the test; equal contexts together."""
     group = _groups(x)
-    order = torch.randperm(int(group.max()) + 1, generator=torch.Generator().manual_seed(seed)).to(group.device)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(int(group.max()) + 1, generator=generator, device="cpu").to(group.device)
     if len(order) < 3:
         raise ValueError(f"x_train must hold at least three different samples, got {len(order)}")
     held, last = (max(1, min(most, len(order) // 5)) for most in (256, 128))

@@ -56,6 +56,11 @@ class Incidents:
         """As JSON."""
         return asdict(self)
 
+    def before(self, step: int) -> bool:
+        """Whether all that is noted can have happened in so many steps."""
+        noted = [*self.exploded, *self.returned, *(number for numbers in self.skipped.values() for number in numbers)]
+        return all(0 <= number <= step for number in noted) and 0 <= self.streak <= self.count
+
 
 def in_words(incidents: dict[str, Any]) -> str:
     """A sentence on what `Incidents.describe` tells; "" where nothing happened."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from metabroyden import resume
+from metabroyden.checkpoint import compare
 from metabroyden.deq import DEQ, initial_state
+from metabroyden.described import CheckpointError, check, damaged
 from metabroyden.gradients import Implicit
 from metabroyden.learned import AdjointLSTM, LearnedSolver
 from metabroyden.meta.adjoint import AdjointMap
@@ -16,6 +19,8 @@ from metabroyden.meta.backprop import differentiate, frozen
 from metabroyden.meta.config import Unrolling
 from metabroyden.state import Companion, gather
 from metabroyden.training.pin import Pinned
+
+_STATE = "the state of a KeepUp"
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,24 @@ class KeepUpConfig(Unrolling):
         self._check_counts("every", "unroll", "batch")
         self._check_counts("burst", least=0)
         self._check_positive("learning_rate")
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What `KeepUp.state_dict` gives."""
+
+    solvers: dict[str, dict[str, Tensor]]
+    optimizer: dict[str, Any]
+    generator: Tensor
+    counts: tuple[int, int, int]
+    waiting: bool
+    moments: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Optimizer:
+    state: dict[int, dict[str, Tensor]]
+    param_groups: list[dict[str, Any]]
 
 
 class KeepUp:
@@ -139,7 +162,7 @@ class KeepUp:
         if not self._problem:
             raise RuntimeError("KeepUp has seen no training step of its DEQ yet")
         f, x, z = (self._problem[key] for key in ("f", "x", "z"))
-        rows = torch.randperm(len(z), generator=self.generator)[: self.config.batch].to(z.device)
+        rows = torch.randperm(len(z), generator=self.generator, device="cpu")[: self.config.batch].to(z.device)
         if x is None:  # f sees the whole batch always
             rows = torch.arange(len(z), device=z.device)
         x, z = gather((x, z), rows)
@@ -168,9 +191,11 @@ class KeepUp:
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on bit for bit after an interruption, the solvers' weights included; not a copy."""
+        optimizer = self.optimizer.state_dict()
         return {
             "solvers": {name: solver.state_dict() for name, solver in self.solvers.items()},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
+            "moments": sorted(optimizer["state"]),
             "generator": self.generator.get_state(),
             "counts": [self._seen, self.steps, self.skipped],
             "waiting": bool(self._waiting),
@@ -179,19 +204,46 @@ class KeepUp:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave; the layer gets its learned solvers where they had taken over.
 
-        ValueError for what is no such state, or one of other directions.
+        `CheckpointError`, a ValueError, for what is no such state, or one of other directions; nothing is changed then.
         """
-        if set(state) != {"solvers", "optimizer", "generator", "counts", "waiting"}:
-            raise ValueError(f"not the state of a KeepUp: it holds {sorted(state)}")
-        if set(state["solvers"]) != set(self.solvers):
-            raise ValueError(f"the state is of solvers {sorted(state['solvers'])}, wanted {sorted(self.solvers)}")
+        self._check(state)
+        resume.restore_generator(self.generator, state["generator"], _STATE)
         for name, solver in self.solvers.items():
             solver.load_state_dict(state["solvers"][name])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
         self._seen, self.steps, self.skipped = state["counts"]
         if not state["waiting"]:
             self.take_over()
+
+    def _check(self, state: Any) -> None:
+        """`CheckpointError` unless `state_dict` of a KeepUp like this one may have given this."""
+        wanted = {"solvers", "optimizer", "moments", "generator", "counts", "waiting"}
+        if not isinstance(state, dict) or set(state) | {"moments"} != wanted:
+            held = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
+            raise CheckpointError(f"not the state of a KeepUp: it holds {held}")
+        check(state, _Record, _STATE)
+        if set(state["solvers"]) != set(self.solvers):
+            raise CheckpointError(f"the state is of solvers {sorted(state['solvers'])}, wanted {sorted(self.solvers)}")
+        if min(state["counts"]) < 0:
+            raise damaged(_STATE, f"counts are {state['counts']}, wanted none below 0")
+        parameters = {}
+        for name, solver in self.solvers.items():
+            compare(solver.state_dict(), state["solvers"][name], _STATE)
+            resume.check_finite(state["solvers"][name], _STATE)
+            parameters |= {f"{name}.{key}": value for key, value in solver.named_parameters()}
+        self._check_optimizer(state, parameters)
+
+    def _check_optimizer(self, state: dict[str, Any], parameters: dict[str, Tensor]) -> None:
+        optimizer, own = state["optimizer"], self.optimizer.state_dict()
+        check(optimizer, _Optimizer, _STATE)
+        moments, groups = optimizer["state"], optimizer["param_groups"]
+        if [group.get("params") for group in groups] != [group["params"] for group in own["param_groups"]]:
+            raise damaged(_STATE, "its optimizer is of other parameters")
+        updates = state["counts"][1] * len(self.solvers) - state["counts"][2]
+        kept = state.get("moments", sorted(moments))
+        if sorted(moments) != kept or not set(moments) <= set(range(len(parameters))) or (updates > 0 and not moments):
+            raise damaged(_STATE, "moments of its optimizer are missing, or are of other parameters")
+        resume.check_moments(moments, parameters, self.optimizer, _STATE)
 
     def close(self) -> None:
         """Stop watching; the solvers no longer require gradients."""

@@ -91,7 +91,9 @@ class EvolutionEstimator:
         parameters = list(self.solver.parameters())
         theta = nn.utils.parameters_to_vector(parameters).detach()
         shape = config.particles, len(theta)
-        noise = torch.randn(shape, generator=generator(config.seed, step, "particles"), dtype=torch.float64).to(theta)
+        noise = torch.randn(
+            shape, generator=generator(config.seed, step, "particles"), dtype=torch.float64, device="cpu"
+        ).to(theta)
         loss, gradient = self._particles.segment(theta, noise, play, distributed.mean)
         for parameter, piece in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = piece.view_as(parameter).clone()

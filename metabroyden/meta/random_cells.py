@@ -55,16 +55,16 @@ class _Draw:
         self.generator = generator
 
     def normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.generator)
+        return torch.randn(*shape, generator=self.generator, device="cpu")
 
     def uniform(self, low: float, high: float) -> float:
-        return low + (high - low) * float(torch.rand((), generator=self.generator))
+        return low + (high - low) * float(torch.rand((), generator=self.generator, device="cpu"))
 
     def log_uniform(self, low: float, high: float) -> float:
         return math.exp(self.uniform(math.log(low), math.log(high)))
 
     def whole(self, low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (), generator=self.generator))
+        return int(torch.randint(low, high + 1, (), generator=self.generator, device="cpu"))
 
     def one(self, choices: Any) -> Any:
         return list(choices)[self.whole(0, len(choices) - 1)]
@@ -91,7 +91,7 @@ def _shifted(draw: _Draw) -> tuple[Cell, tuple[int, ...]]:
     n, sigma = draw.whole(16, 128), draw.activation()
     w = draw.matrix(n, 0.3, 1.5)
     if draw.whole(0, 1):
-        w = w - draw.log_uniform(0.3, 6.0) * torch.eye(n)
+        w = w - draw.log_uniform(0.3, 6.0) * torch.eye(n, device="cpu")
     else:
         half = draw.normal(n, draw.whole(n // 4, n)) / n**0.5
         w = w - draw.log_uniform(0.3, 6.0) * half @ half.T

@@ -93,7 +93,7 @@ class TaskSet:
             raise ValueError("contexts that are augmented cannot be made beforehand")
         train = self.split("train")
         chosen = {
-            "train": rows(train, torch.randperm(count(train), generator=generator)[:pool]),
+            "train": rows(train, torch.randperm(count(train), generator=generator, device="cpu")[:pool]),
             "validation": rows(self.split("validation"), slice(held)),
         }
         made = [self.prepare(raw) for raw in chosen.values()]
@@ -132,7 +132,7 @@ class TaskSet:
         The draws are those of the whole batch, whatever the part.
         """
         train = self.split("train")
-        raw = rows(train, torch.randint(count(train), (batch,), generator=generator))
+        raw = rows(train, torch.randint(count(train), (batch,), generator=generator, device="cpu"))
         return self.prepare(rows(raw if self._augment is None else self._augment(raw, generator), part))
 
     def prepare(self, raw: Any) -> tuple[State, Any]:

@@ -6,7 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,15 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from metabroyden import checkpoint
+from metabroyden import checkpoint, resume
+from metabroyden.described import check, damaged
 from metabroyden.meta import distributed
 from metabroyden.meta.backprop import BackpropEstimator, frozen
 from metabroyden.meta.config import MetaConfig
 from metabroyden.meta.incidents import Incidents
 from metabroyden.meta.orthogonal import make_optimizer
 from metabroyden.meta.pes import EvolutionEstimator
-from metabroyden.meta.schedule import Clock, cosine, reason_to_stop, share
+from metabroyden.meta.schedule import STOPS, Clock, cosine, reason_to_stop, share
 from metabroyden.meta.tasks import TaskSet
 from metabroyden.solve import solve
 from metabroyden.state import gather
@@ -30,6 +31,18 @@ Progress = Callable[[int, str], None]
 """Called with the step reached (of the time budget where that is nearer its end) and a few words."""
 Curves = Callable[[int, dict[str, float]], None]
 """Called with the number of outer steps made and numbers by name."""
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What the header of a checkpoint says of the run so far."""
+
+    step: int
+    seconds: tuple[float, float]
+    incidents: Incidents
+    stopped: str | None
+    best_score: str
+    history: list[dict[str, str]]
 
 
 class MetaTrainer:
@@ -210,8 +223,6 @@ class MetaTrainer:
         if self.path is None or not ready or distributed.rank() > 0:
             return
         self._unsaved = False
-        tensors = checkpoint.training_tensors(self.solver, self.optimizer)
-        tensors |= {f"best.{name}": value for name, value in self.best.items()}
         header = {
             "config": _jsonable(asdict(self.config)),
             "solver": _jsonable(self.solver.describe()["config"]),
@@ -223,7 +234,7 @@ class MetaTrainer:
             "best_score": repr(self.best_score),
             "history": [{key: repr(value) for key, value in entry.items()} for entry in self.history],
         }
-        checkpoint.write(self.path, "training/meta", tensors, header)
+        resume.save(self.path, "meta", self.solver, self.optimizer, header, best=self.best)
 
     def _resume(self, path: Path) -> None:
         tensors, header = checkpoint.read(path, "training")
@@ -238,13 +249,41 @@ class MetaTrainer:
                 f"{path} was written by a meta-training on other problems: other weights of f, or other contexts; move it "
                 "away to start anew"
             )
-        checkpoint.restore_training(tensors, self.solver, self.optimizer, path)
-        self.best = checkpoint.under(tensors, "best.")
+        history, best_score = self._recorded(header, path)
+        incidents = Incidents(**header["incidents"])
+        taken = 0 if incidents.returned else header["step"] - incidents.count
+        self.best = resume.restore(tensors, header, path, self.solver, self.optimizer, taken=taken, best=True)
         self.step, self.stopped = header["step"], header["stopped"]
-        self.clock = Clock(*header["seconds"])
-        self.incidents = Incidents(**header["incidents"])
-        self.best_score = float(header["best_score"])
-        self.history = [{key: _number(value) for key, value in entry.items()} for entry in header["history"]]
+        self.clock, self.incidents = Clock(*header["seconds"]), incidents
+        self.history, self.best_score = history, best_score
+
+    def _recorded(self, header: dict[str, Any], path: Path) -> tuple[list[dict[str, float]], float]:
+        """(history, best score) of a header; `CheckpointError` for one that no such training has written."""
+        check(header, _Record, path)
+        try:
+            history = [{key: _number(value) for key, value in entry.items()} for entry in header["history"]]
+            best_score = float(header["best_score"])
+        except ValueError as error:
+            raise damaged(path, error) from error
+        step, looks = header["step"], [entry.get("step", -1) for entry in history]
+        wanted = {"step", "loss", "score", "seconds", "cpu_seconds"}
+        scores = [entry.get("score", math.nan) for entry in history]
+        incidents = Incidents(**header["incidents"])
+        sound = {
+            f"step is {step}, wanted from 0 to {self.config.steps}": 0 <= step <= self.config.steps,
+            f"stopped is {header['stopped']!r}": header["stopped"] is None or header["stopped"] in STOPS,
+            "its seconds are negative": min(header["seconds"]) >= 0,
+            f"its incidents are not of {step} steps": incidents.before(step),
+            f"its history is not one of {step} steps": looks == sorted(looks)
+            and all(0 <= look <= step for look in looks),
+            f"its history is not of {sorted(wanted)}": all(set(entry) == wanted for entry in history),
+            "its history has scores that are not finite": all(map(math.isfinite, scores)),
+            f"best_score is {best_score}, its history has another": best_score == min(scores, default=math.inf),
+        }
+        for complaint, holds in sound.items():
+            if not holds:
+                raise damaged(path, complaint)
+        return history, best_score
 
 
 def mean_evaluations(

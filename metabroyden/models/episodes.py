@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from metabroyden import checkpoint
+from metabroyden.described import check
 from metabroyden.models.fit import build_model
 
 ENOUGH = 30_000_000
 """Bytes of a file above which some of more than `LEAST` episodes are left out."""
 LEAST = 6
+
+
+@dataclass(frozen=True)
+class _Described:
+    epochs: list[int]
 
 
 class Episodes:
@@ -58,7 +65,7 @@ class Episodes:
 
 def episodes_in(path: str | Path) -> list[int]:
     """The epochs of the models in a file; errors as `load_episodes`."""
-    return list(checkpoint.read(path, "episodes")[1]["epochs"])
+    return list(_read(path)[1]["epochs"])
 
 
 def load_episodes(path: str | Path, **deq_options: Any) -> dict[int, Any]:
@@ -66,13 +73,19 @@ def load_episodes(path: str | Path, **deq_options: Any) -> dict[int, Any]:
 
     Raises FileNotFoundError, `CheckpointError`: no such file, or none of episodes.
     """
-    tensors, header = checkpoint.read(path, "episodes")
+    tensors, header = _read(path)
     models = {}
     full = checkpoint.widened(tensors)
     for epoch in header["epochs"]:
         weights = checkpoint.under(full, f"{epoch}/")
         models[epoch] = build_model(header, weights, path, **deq_options)
     return models
+
+
+def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, header = checkpoint.read(path, "episodes")
+    check(header, _Described, path)
+    return tensors, header
 
 
 def _at(folder: Path, epoch: int) -> Path:

@@ -6,15 +6,16 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metabroyden import checkpoint
+from metabroyden import checkpoint, resume
 from metabroyden.deq import DEQ
+from metabroyden.described import check, damaged
 from metabroyden.models.base import EquilibriumModel
 from metabroyden.models.conv import ConvClassifier, ConvClassifierConfig
 from metabroyden.models.criteria import Criterion, device_of
@@ -37,6 +38,9 @@ MODELS: dict[str, tuple[type, type]] = {
     MultiscaleClassifier.kind: (MultiscaleClassifier, MultiscaleClassifierConfig),
 }
 """Models by kind, with their config types."""
+PRECISIONS = (torch.float32, torch.float64, torch.half, torch.bfloat16)
+"""Of a stored model's weights."""
+_LARGEST_SIZE = 2**20  # of what no weight depends on, such as an image's side under a stride
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,15 @@ class Training:
 
 
 @dataclass(frozen=True)
+class _Described:
+    """What the header of a stored model says."""
+
+    config: dict[str, Any]
+    twin: dict[str, Any] | None = None
+    slimmed: bool = False
+
+
+@dataclass(frozen=True)
 class EpochEnd:
     """Where a training stands after an epoch: mean loss, score on validation, seconds of training so far."""
 
@@ -94,6 +107,15 @@ class EpochEnd:
     loss: float
     score: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What the header of a training's checkpoint says."""
+
+    history: list[dict[str, Any]]
+    config: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
 
 
 def train(
@@ -128,6 +150,7 @@ def train(
     past: list[dict[str, Any]] = []
     if path is not None and path.exists():
         tensors, header = checkpoint.read(path, "training")
+        past = _past(header, path, config.epochs)
         other = _differences(header, described)
         if header.get("model", what) != what:
             raise checkpoint.CheckpointError(f"{path} holds {header['model']}, not {what}: remove it to start anew")
@@ -136,8 +159,7 @@ def train(
                 f"{path} was written by another training, with {other} instead of "
                 f"{ {key: described[key] for key in other} }: remove it to start anew"
             )
-        checkpoint.restore_training(tensors, model, optimizer, path, generator)
-        past = header["history"]
+        resume.restore(tensors, header, path, model, optimizer, taken=len(past), generator=generator)
     while len(past) < config.epochs:
         began = time.perf_counter()
         loss = _epoch(model, criterion, config, len(past), optimizer, generator)
@@ -147,9 +169,8 @@ def train(
         if report is not None:
             report(now, model)
         if path is not None:
-            tensors = checkpoint.training_tensors(model, optimizer, generator)
             header = {"config": described, "model": what, "history": past}
-            checkpoint.write(path, "training/model", tensors, header)
+            resume.save(path, "model", model, optimizer, header, generator=generator)
     return model.eval()
 
 
@@ -169,8 +190,23 @@ def _what(model: Any) -> dict[str, Any]:
 
 
 def history(path: Path) -> list[EpochEnd]:
-    """The epochs of the training whose checkpoint this is."""
-    return [EpochEnd(**past) for past in checkpoint.read(path, "training")[1]["history"]]
+    """The epochs of the training whose checkpoint this is; `CheckpointError` where it is none."""
+    return [EpochEnd(**past) for past in _past(checkpoint.read(path, "training")[1], path)]
+
+
+def _past(header: dict[str, Any], path: Path, most: int | None = None) -> list[dict[str, Any]]:
+    """The epochs that a checkpoint's header tells of, at most so many; `CheckpointError` for what no training wrote."""
+    check(header, _Record, path)
+    past = header["history"]
+    for number, entry in enumerate(past):
+        check(entry, EpochEnd, path, score=Any)  # a DEQ that is not trained as one yet may fail on validation
+        if not isinstance(entry["score"], float | int):
+            raise damaged(path, f"the score of epoch {number + 1} is {entry['score']!r:.80}")
+        if entry.keys() != EpochEnd.__dataclass_fields__.keys() or entry["epoch"] != number + 1:
+            raise damaged(path, f"its history has {entry!r:.200} for epoch {number + 1}")
+    if most is not None and len(past) > most:
+        raise damaged(path, f"its history is of {len(past)} epochs, wanted at most {most}")
+    return past
 
 
 def _epoch(
@@ -240,7 +276,7 @@ class Stage:
 
     def _depth(self, generator: torch.Generator) -> int:
         least, most = self.config.least, self.config.depth
-        return most if least is None else int(torch.randint(least, most + 1, (), generator=generator))
+        return most if least is None else int(torch.randint(least, most + 1, (), generator=generator, device="cpu"))
 
     def _note(self, f: Any, context: Any, z: Any) -> None:
         self._found = f, context, z
@@ -276,9 +312,10 @@ def save_model(model: Any, path: str | Path, summary: dict[str, Any] | None = No
 
 
 def load_model(path: str | Path, **deq_options: Any) -> Any:
-    """The model in a file, in evaluation mode; `deq_options` go to its `DEQ` (solver, rtol, max_nfe, …).
+    """The model in a file, in evaluation mode, on the CPU; `deq_options` go to its `DEQ` (solver, rtol, max_nfe, …).
 
-    TypeError for options where the file holds a twin, which has no DEQ.
+    Raises FileNotFoundError where there is no file, `CheckpointError` for one that cannot be used, TypeError for options
+    where the file holds a twin, which has no DEQ.
     """
     tensors, header = checkpoint.read(path, "model")
     if header.get("slimmed"):
@@ -292,17 +329,24 @@ def build_model(header: dict[str, Any], tensors: dict[str, Tensor], path: str | 
     if kind not in MODELS:
         raise checkpoint.CheckpointError(f"{path} holds a model of unknown kind {kind!r}; known: {sorted(MODELS)}")
     cls, config_type = MODELS[kind]
+    check(header, _Described, path)
+    check(header["config"], config_type, path)
     twin = header.get("twin")
     if twin is not None and deq_options:
         raise TypeError(f"{path} holds a twin ({twin}), which takes no options of a DEQ; got {sorted(deq_options)}")
-    try:
+    _check_sizes(header["config"], tensors, path)
+
+    def build(**options: Any) -> Any:
         config = config_type(**header["config"])
-        model = cls(config) if twin is None else build_twin(cls, config, twin)
-    except (KeyError, TypeError, ValueError) as error:
-        raise checkpoint.CheckpointError(f"{path}: its description is damaged: {error!r}") from error
-    if deq_options:
-        model = cls(config, **deq_options)  # wrong options are not the file's fault
-    floating = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
-    model.to(floating[0] if floating else torch.float32)
-    checkpoint.load_weights(model, tensors, path)
-    return model.eval()
+        return cls(config, **options) if twin is None else build_twin(cls, config, twin)
+
+    make = (lambda: build(**deq_options)) if deq_options else None  # wrong options are not the file's fault
+    return checkpoint.built(build, tensors, path, PRECISIONS, make=make).eval()
+
+
+def _check_sizes(config: dict[str, Any], tensors: dict[str, Tensor], path: str | Path) -> None:
+    """`CheckpointError` for a size that no model with so many weights can have."""
+    most = max(_LARGEST_SIZE, *(value.numel() for value in tensors.values()), 0)
+    for name, value in config.items():
+        if isinstance(value, int) and not 0 <= value <= most:
+            raise damaged(path, f"{name} is {value}, wanted from 0 to {most}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metabroyden.solution import State
+from metabroyden.state import like
 
 
 class EquilibriumCache:
@@ -69,7 +70,7 @@ class EquilibriumCache:
         for rows, part in zip(self._rows, parts, strict=True):
             mine = known.to(part.device).reshape(-1, *[1] * (part.dim() - 1))
             found.append(torch.where(mine, rows[index].to(part), part))
-        return found[0] if self._single else tuple(found)
+        return found[0] if self._single else like(found, type(default))
 
     @torch.no_grad()
     def store(self, indices: Tensor | Sequence[int], z: State) -> None:

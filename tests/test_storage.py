@@ -1,0 +1,290 @@
+"""What leaves a process, by file or by pickle, arrives whole."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import metabroyden as mb
+from metabroyden import storage
+from metabroyden.learned import ADJOINT, LEARNED, LEARNED_SPLITTING
+from metabroyden.learned.layout import Layout
+from metabroyden.meta.config import MetaConfig
+from metabroyden.meta.fit import make_learned
+from metabroyden.meta.incidents import Incidents
+from metabroyden.solution import State
+from metabroyden.state import Packing
+from metabroyden.storage import atomic_write
+
+
+class Cell(torch.nn.Module):
+    layout = "nd"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(6, 6)
+
+    def forward(self, z, x):
+        return torch.tanh(0.5 * self.linear(z) + x)
+
+
+class Named(NamedTuple):
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+def named(z: Named, x: torch.Tensor) -> Named:
+    return Named(torch.tanh(0.3 * z.b.sum(1, keepdim=True) + x), torch.cos(0.3 * z.a).expand_as(z.b))
+
+
+def away(z: torch.Tensor) -> torch.Tensor:
+    return 2 * z + 1
+
+
+def solved(**options) -> mb.Solution:
+    return mb.solve(Cell().requires_grad_(False), torch.zeros(3, 6), torch.ones(3, 6), solver=mb.Broyden(), **options)
+
+
+def failure(_: int = 0) -> mb.SolveError:
+    with pytest.raises(mb.SolveError) as caught:
+        mb.solve(away, torch.ones(3, 2), solver=mb.Picard(), max_nfe=5)
+    return caught.value
+
+
+def fail(_: int) -> State:
+    return mb.solve(away, torch.ones(3, 2), solver=mb.Picard(), max_nfe=5).z
+
+
+def used_deq() -> mb.DEQ:
+    deq = mb.DEQ(Cell(), solver=make_learned("grouped", Layout("nd", (6,))))
+    deq(torch.ones(3, 6)).sum().backward()
+    return deq
+
+
+CARRIED = {
+    "Solution": solved,
+    "Solution with snapshots": lambda: solved(snapshots=(2, 4)),
+    "Trace": lambda: solved().trace,
+    "SolveError": failure,
+    "CheckpointError": lambda: mb.CheckpointError("a file", "and why"),
+    "Status": lambda: mb.Status.STALLED,
+    "Safeguard": mb.Safeguard,
+    "Layout": lambda: Layout("nchw", (4, 3, 3)),
+    "Packing": lambda: Packing.of((torch.zeros(2, 3), torch.zeros(2, 4))),
+    "MetaConfig": lambda: MetaConfig(unroll=(2, 4)),
+    "KeepUpConfig": mb.KeepUpConfig,
+    "Incidents": lambda: Incidents({"loss not finite": [3]}, [1], [2], 1),
+    "DEQ": lambda: mb.DEQ(Cell(), solver=make_learned("grouped", Layout("nd", (6,)))),
+    "DEQ that was used": used_deq,
+    "EquilibriumCache": lambda: mb.EquilibriumCache(4),
+    "VariationalDropout": lambda: mb.VariationalDropout(0.2, (8,)),
+    "FixedBudget": lambda: mb.FixedBudget(Cell(), mb.Picard(), max_nfe=4, compiled=False),
+    **{mode.__name__: mode for mode in (mb.Implicit, mb.JacobianFree, mb.Phantom, mb.Unroll)},
+    **{name: lambda name=name: mb.make_solver(name) for name in sorted(mb.SOLVERS | mb.SPLITTING)},
+    **{
+        name: lambda name=name: make_learned(name, Layout("nd", (6,)))
+        for name in sorted(LEARNED | LEARNED_SPLITTING | ADJOINT)
+    },
+}
+
+
+def same(one, other) -> bool:
+    """Whether two values are of one type and equal, tensors and modules by what they hold."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one.nan_to_num(), other.nan_to_num())
+    if isinstance(one, torch.nn.Module):
+        return same(dict(one.state_dict()), dict(other.state_dict()))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, BaseException):
+        return str(one) == str(other) and same(one.args, other.args) and same(vars(one), vars(other))
+    if isinstance(one, Enum):
+        return one is other
+    if is_dataclass(one):
+        return all(same(getattr(one, item.name), getattr(other, item.name)) for item in fields(one))
+    return same(vars(one), vars(other)) if hasattr(one, "__dict__") else one == other
+
+
+@pytest.mark.parametrize("way", ["pickle", "copy", "deepcopy"])
+@pytest.mark.parametrize("name", CARRIED)
+def test_what_a_program_may_send_or_copy_arrives_equal(name, way):
+    value = CARRIED[name]()
+    ways = {"pickle": lambda v: pickle.loads(pickle.dumps(v)), "copy": copy.copy, "deepcopy": copy.deepcopy}
+    assert same(ways[way](value), value)
+
+
+def test_the_inverse_that_a_solve_leaves_can_be_sent():
+    found = solved(keep_inverse=True).inverse
+    again = pickle.loads(pickle.dumps(found))
+    w = torch.randn(3, 6)
+    assert again.known == found.known > 0
+    assert torch.equal(again.transpose(w), found.transpose(w))
+
+
+def test_a_solve_error_keeps_its_notes_and_its_class():
+    class Ours(mb.SolveError):
+        pass
+
+    error = failure()
+    error.add_note("on the third batch")
+    assert copy.copy(error).__notes__ == ["on the third batch"]
+    assert type(copy.copy(Ours("why", error.solution))) is Ours
+
+
+def test_a_pool_hands_a_solve_error_on():
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        result = pool.map_async(fail, [0, 1])
+        with pytest.raises(mb.SolveError, match="3 of 3 samples did not converge") as caught:
+            result.get(timeout=30)
+    assert caught.value.solution.nfe.tolist() == [5, 5, 5]
+
+
+@pytest.fixture
+def umask():
+    """Sets the umask; afterwards it is as before."""
+    before = os.umask(0o022)
+    yield os.umask
+    os.umask(before)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_a_new_file_has_the_mode_that_the_umask_leaves(tmp_path, umask, mask):
+    umask(mask)
+    (tmp_path / "usual").touch()
+    wanted = (tmp_path / "usual").stat().st_mode
+    assert atomic_write(tmp_path / "ours", "text").stat().st_mode == wanted
+    assert mb.save_solver(mb.Picard(), tmp_path / "solver").stat().st_mode == wanted
+
+
+def test_a_file_that_is_there_keeps_its_mode(tmp_path):
+    path = atomic_write(tmp_path / "a", "old")
+    path.chmod(0o640)
+    assert atomic_write(path, "new").stat().st_mode & 0o777 == 0o640
+    assert path.read_text() == "new"
+
+
+def test_saving_through_a_link_keeps_the_link(tmp_path):
+    (tmp_path / "runs" / "7").mkdir(parents=True)
+    atomic_write(tmp_path / "runs" / "7" / "a", "old")
+    (tmp_path / "latest").symlink_to("runs/7")  # of a folder, of a file in it, and of a file that is not there yet
+    (tmp_path / "a").symlink_to("latest/a")
+    (tmp_path / "b").symlink_to("runs/8/b")
+    for name, end in (("a", "runs/7/a"), ("b", "runs/8/b")):
+        assert atomic_write(tmp_path / name, "new") == tmp_path / name
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / end).read_text() == "new"
+        assert not (tmp_path / end).is_symlink()
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["a", "a", "b", "b"]
+
+
+_SAVES = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("storage", sys.argv[2])  # without PyTorch, whose import takes seconds
+storage = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(storage)
+for number in range(10**9):
+    storage.atomic_write(sys.argv[1], bytes([number % 251]) * 3_000_000)
+    if number == 2:
+        print("going", flush=True)
+"""
+
+
+def leftovers(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.suffix == ".tmp"]
+
+
+def test_what_killed_saves_leave_behind_goes_with_the_next_one(tmp_path):
+    path = tmp_path / "a"
+    others = [
+        tmp_path / name for name in (".a.tmp", ".a.notes.tmp", ".b.01234567.tmp", "a.01234567.tmp", ".a.original")
+    ]
+    for other in others:
+        other.write_text("somebody else's")
+    for _ in range(30):  # until one is hit between the temporary file and its new name
+        process = subprocess.Popen(
+            [sys.executable, "-c", _SAVES, str(path), storage.__file__], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+        process.stdout.close()
+        assert process.wait() == -signal.SIGKILL
+        data = path.read_bytes()
+        assert len(data) == 3_000_000, "the file is whole, whenever the writer was killed"
+        assert len(set(data)) == 1
+        if set(leftovers(tmp_path)) - set(others):
+            break
+    else:
+        pytest.fail("no save was hit in the middle")
+    atomic_write(path, "new")
+    assert set(tmp_path.iterdir()) == {path, *others}
+
+
+def test_savers_of_one_file_leave_each_other_alone(tmp_path):
+    path, faults = tmp_path / "a", []
+
+    def save(text: str) -> None:
+        try:
+            for _ in range(40):
+                atomic_write(path, text * 1000)
+        except OSError as error:
+            faults.append(error)
+
+    command = [sys.executable, "-c", _SAVES, str(path), storage.__file__]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        threads = [threading.Thread(target=save, args=(text,)) for text in "xyz"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert process.poll() is None, "the other process goes on saving"
+        process.kill()
+    assert not faults
+    assert len(set(path.read_bytes())) == 1
+    atomic_write(path, "last")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_where_files_cannot_be_locked_nothing_is_taken_for_a_leftover(tmp_path, monkeypatch):
+    (tmp_path / ".a.01234567.tmp").touch()
+    monkeypatch.setattr(storage, "fcntl", None)
+    assert atomic_write(tmp_path / "a", "new").read_text() == "new"
+    assert (tmp_path / ".a.01234567.tmp").exists()
+    monkeypatch.undo()
+    atomic_write(tmp_path / "a", "newer")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("solver", sorted(mb.SOLVERS))
+def test_a_named_tuple_comes_back_as_one(solver):
+    z0, x = Named(torch.zeros(4, 1), torch.zeros(4, 3)), torch.randn(4, 1)
+    options = {"rtol": 1e-5, "snapshots": (2,)}
+    solution = mb.solve(named, z0, x, solver=mb.make_solver(solver), **options)
+    plain = mb.solve(lambda z, x: tuple(named(Named(*z), x)), tuple(z0), x, solver=mb.make_solver(solver), **options)
+    assert type(solution.z) is type(solution.snapshots[0]) is Named
+    assert type(plain.z) is tuple
+    for one, other in zip(solution.z, plain.z, strict=True):
+        assert torch.equal(one, other)
+    cache = mb.EquilibriumCache()
+    cache.store(range(4), solution.z)
+    assert torch.equal(cache.start(range(4), z0).b, solution.z.b)
+    assert type(pickle.loads(pickle.dumps(solution)).z) is Named
