@@ -12,6 +12,7 @@ from experiments import (
     fit,
     generalise,
     gradients,
+    lost,
     memory,
     meta,
     models,
@@ -37,6 +38,7 @@ EXPERIMENTS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "pes": (pes.Pes, pes.run),
     "generalise": (generalise.Generalise, generalise.run),
     "race": (race.Race, race.run),
+    "lost": (lost.Lost, lost.run),
     "specialise": (specialise.Specialise, specialise.run),
     "throughput": (throughput.Throughput, throughput.run),
 }

@@ -16,10 +16,12 @@ from metabroyden.learned.layout import Layout
 from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet, schedule
 from metabroyden.meta.fit import make_learned
 from metabroyden.meta.incidents import Incidents, in_words
+from metabroyden.meta.objectives import HyperObjective, ResidualObjective
 from metabroyden.meta.progress import tensorboard
 from metabroyden.meta.schedule import cosine, reason_to_stop, share
 from metabroyden.meta.tasks import as_learn2learn
 from metabroyden.meta.trainer import mean_evaluations
+from metabroyden.meta.unroll import Rollout
 
 
 class Cell(torch.nn.Module):
@@ -387,3 +389,21 @@ def test_a_checkpoint_of_other_problems_is_refused(tmp_path, what):
     changed = TaskSet(f, other, contexts(16, 1), contexts(16, 2))
     with pytest.raises(mb.CheckpointError, match="on other problems: other weights of f, or other contexts"):
         MetaTrainer(grouped(), changed, SMALL, checkpoint=path)
+
+
+# --- objectives
+
+
+def test_a_worse_start_does_not_lower_the_gradient_of_the_normalised_objective():
+    """ρ₀ is what residuals are measured by: a constant, so that nothing is gained by making it larger."""
+    residuals = torch.tensor([[4.0, 2.0], [1.0, 1.0]], requires_grad=True)
+    (grad,) = torch.autograd.grad(ResidualObjective("normalised", "last")(residuals), residuals)
+    assert torch.equal(grad, torch.tensor([[0.0, 0.0], [0.125, 0.25]]))
+
+
+@pytest.mark.parametrize("done", [0.0, 0.25, 0.5, 1.0])
+def test_the_remainders_weight_falls_linearly_to_zero_over_a_training(done):
+    star, z = torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 4.0]])
+    rollout = Rollout(torch.zeros(2, 1), (z, z), (torch.tensor([10.0]), torch.tensor([20.0])), None)
+    objective = HyperObjective(remainder=0.5)
+    assert float(objective.loss(rollout, star, done)) == pytest.approx((1 - done) * 0.5 * 15 / 5)

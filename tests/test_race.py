@@ -423,3 +423,15 @@ def test_a_tiny_race_runs_goes_on_and_reports(tmp_path, capsys, monkeypatch):
         race.run(replace(config, families=("nets",)))
     with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
         race.run(replace(config, rounds=0))
+
+
+def test_solutions_that_differ_from_the_equilibrium_are_counted_among_those_solved():
+    rows = [
+        solve_row("meta-broyden", (4, 8, 5, 60), "CCCB", distance=[0.05, 0.2, None, 0.9], seed=0, kind="learned"),
+        solve_row("Broyden", (4, 8, 5, 60), "CCCB", distance=[0.05, 0.05, 0.3, 0.9]),
+    ]
+    field = Field(rows)
+    assert report._elsewhere(field, "one", "meta-broyden", 1e-2) == 1 / 2  # of two whose equilibrium is known
+    assert report._elsewhere(field, "one", "Broyden", 1e-2) == pytest.approx(1 / 3)
+    unknown = Field([solve_row("Broyden", distance=[None, None])])
+    assert np.isnan(report._elsewhere(unknown, "one", "Broyden", 1e-2))

@@ -16,6 +16,7 @@ from metabroyden.evaluation.race.figures_beside import transferred
 from metabroyden.evaluation.race.schema import PARTS, read
 from metabroyden.evaluation.race.statistics import HEADLINE, TORCHDEQ, Field, Interval, compared
 from metabroyden.evaluation.report import made_by, table
+from metabroyden.meta.contest import FAR
 from metabroyden.storage import atomic_write
 
 SHOWN = (1e-2, 1e-3)
@@ -236,7 +237,7 @@ def _equilibria(field: Field) -> Table:
     head = [
         "family",
         "known",
-        *(f"{words}, {tolerance:g}" for tolerance in SHOWN for words in ("distance", "farther", "score", "agree")),
+        *(f"{words}, {at:g}" for at in SHOWN for words in ("distance", "farther", "elsewhere", "score", "agree")),
     ]
     body = []
     for family in field.flagship:
@@ -251,13 +252,15 @@ def _equilibria(field: Field) -> Table:
             row += [
                 f"{np.nanmedian(ours):.1e} / {np.nanmedian(theirs):.1e}",
                 f"{farther:.1%}",
+                " / ".join(f"{_elsewhere(field, family, name, tolerance):.1%}" for name in (FLAGSHIP, rival)),
                 f"{scores[0]:.4f} / {scores[1]:.4f} / {np.mean(star['score']):.4f}",
                 " / ".join(f"{_mean(field, family, name, tolerance, 'agrees'):.1%}" for name in (FLAGSHIP, rival)),
             ]
         body.append(row)
     words = (
         "The same equilibrium: median distance to the float64 one, MetaBroyden / the best classical; share of samples that "
-        "both solve where it is more than three times farther; score of both and at the float64 equilibrium; predictions of "
+        "both solve where it is more than three times farther; share of what either solves that is more than "
+        f"{FAR:g} tolerances away; score of both and at the float64 equilibrium; predictions of "
         "both that are the float64 equilibrium's"
     )
     return words, head, body
@@ -273,6 +276,13 @@ def _distances(field: Field, family: str, solver: str, tolerance: float) -> np.n
     """(N,) means over seeds of the distances of samples that all of them solve; NaN for the others."""
     solved = field.must(family, solver, tolerance).solved.all(axis=0)
     return np.where(solved, _lists(field, family, solver, tolerance, "distance").mean(axis=0), np.nan)
+
+
+def _elsewhere(field: Field, family: str, solver: str, tolerance: float) -> float:
+    """Share of the samples solved whose solution is another one than the float64 equilibrium."""
+    apart = _lists(field, family, solver, tolerance, "distance")
+    known = field.must(family, solver, tolerance).solved & np.isfinite(apart)
+    return float((apart[known] > FAR * tolerance).mean()) if known.any() else float("nan")
 
 
 def _mean(field: Field, family: str, solver: str, tolerance: float, key: str) -> float:
