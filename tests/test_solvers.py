@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -132,7 +134,7 @@ def _apply(state, r):
     """B r from the updates of a Broyden state, in the order they were made."""
     count, memory = state.steps - 1, state.v.shape[1]
     good = state.mix.dim() == 3
-    out = -r
+    out = r * state.scale
     for age in range(max(0, count - memory), count):
         v, u = state.v[:, age % memory], state.u[:, age % memory]
         alive = state.alive[:, age % memory, None]  # zero for what a restart has forgotten
@@ -378,3 +380,102 @@ def test_anderson_survives_overflow_and_half_precision_cells():
     assert found.converged.all()
     constant = mb.solve(lambda z: torch.ones_like(z), torch.zeros(2, 3), solver=mb.Anderson(), rtol=0.0)
     assert constant.converged.all()  # steps 0 to 2 with differences that vanish
+
+
+def steep(c: float, wanted: int = 24, n: int = 40):
+    """f whose Jacobian is near c·I: f(z) = cz + tanh(Wz) + x with ‖W‖ = 1."""
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(n, n, generator=g, dtype=torch.float64)
+    w = w / torch.linalg.matrix_norm(w, 2)
+    x = torch.randn(wanted, n, generator=g, dtype=torch.float64)
+    spread = torch.linspace(0.7, 1.4, n, dtype=torch.float64)
+    return lambda z, x: c * spread * z + torch.tanh((z.unsqueeze(1) * w).sum(2)) + x, torch.zeros_like(x), x
+
+
+QUASI_NEWTON = [mb.Broyden(), mb.Broyden(kind="bad"), mb.Broyden(line_search=True), mb.Anderson()]
+
+
+@pytest.mark.parametrize("c", [10.0, -10.0, 100.0])
+@pytest.mark.parametrize("solver", QUASI_NEWTON, ids=str)
+def test_a_jacobian_near_a_multiple_of_the_identity_is_easy_whatever_the_multiple(solver, c):
+    f, z0, x = steep(c)
+    found = mb.solve(f, z0, x, solver=solver, rtol=1e-6, max_nfe=40)
+    torch.testing.assert_close(f(found.z, x), found.z, rtol=1e-4, atol=1e-6)
+    without = mb.solve(f, z0, x, solver=replace(solver, rescale=False), rtol=1e-6, max_nfe=200, throw=False)
+    assert without.nfe.double().mean() > 3 * found.nfe.double().mean()
+
+
+@pytest.mark.parametrize("solver", [mb.Broyden(), mb.Broyden(kind="bad"), mb.Anderson()], ids=str)
+def test_the_scale_is_found_without_a_look_at_the_host(solver):
+    f, z0, x = steep(10.0)
+    found = mb.FixedBudget(f, solver, max_nfe=25, rtol=1e-6, compiled=False)(z0, x)
+    assert found.converged.all()
+
+
+@pytest.mark.parametrize("solver", [*QUASI_NEWTON, mb.Anderson(damping=0.7), mb.Broyden(damping=0.7)], ids=str)
+def test_where_the_first_step_does_no_harm_the_scale_stays_to_the_last_bit(solver, nonlinear):
+    ours, plain = (
+        mb.solve(nonlinear.f, nonlinear.z0, nonlinear.x, solver=one, rtol=1e-8, max_nfe=80, throw=False)
+        for one in (solver, replace(solver, rescale=False))
+    )
+    assert torch.equal(ours.z, plain.z)
+    assert torch.equal(ours.trace.residual.nan_to_num(9), plain.trace.residual.nan_to_num(9))
+
+
+def test_a_given_initial_inverse_jacobian_is_not_rescaled():
+    class Zero:
+        def init(self, z, g, problem):
+            return ()
+
+        def apply(self, r, frozen):
+            return 0 * r
+
+    f, z0, x = steep(10.0)
+    ours, plain = (
+        mb.solve(f, z0, x, solver=one, rtol=1e-6, max_nfe=30, throw=False)
+        for one in (mb.Broyden(initial=Zero()), mb.Broyden(rescale=False))
+    )
+    assert torch.equal(ours.trace.nfe, plain.trace.nfe)
+    torch.testing.assert_close(ours.z, plain.z)
+
+
+@pytest.mark.parametrize("kind", ["good", "bad"])
+def test_the_transposed_inverse_has_the_scale_too(kind):
+    f, z0, x = steep(10.0, wanted=3, n=6)
+    solver = mb.Broyden(kind=kind)
+    _, _, state = _walked(solver, f, z0, x, 5)
+    v, w = torch.randn(2, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    bv = _apply(state, v)
+    back = solver.transposed(w, solver.inverse(state, torch.arange(3)))
+    torch.testing.assert_close((bv * w).sum(1), (v * back).sum(1))
+
+
+def _walked(solver, f, z, x, steps):
+    """(z, g, state) after so many steps."""
+    g = f(z, x) - z
+    state = solver.init(z, g, None)
+    for _ in range(steps):
+        z, state, _ = solver.step(z, g, state, None)
+        g = f(z, x) - z
+    return z, g, state
+
+
+def _held(state) -> int:
+    """Bytes of a solver's state that were written to, or may be."""
+    return sum(part.numel() * part.element_size() for part in state if isinstance(part, torch.Tensor))
+
+
+@pytest.mark.parametrize("solver", [mb.Broyden(), mb.Broyden(kind="bad"), mb.Anderson(memory=10)], ids=str)
+def test_many_small_samples_do_not_cost_the_square_of_the_memory(solver):
+    z = torch.zeros(1000, 1)
+    f = lambda z, x: torch.cos(z)  # noqa: E731
+    _, _, state = _walked(solver, f, z, None, 6)
+    assert _held(state) < 25 * z.nbytes
+
+
+def test_a_solve_that_ends_early_does_not_hold_the_whole_mixing_matrix():
+    problem = tanh(batch=3, n=60)
+    _, _, early = _walked(mb.Broyden(memory=50), problem.f, problem.z0, problem.x, 5)
+    _, _, late = _walked(mb.Broyden(memory=50), problem.f, problem.z0, problem.x, 40)
+    assert early.mix.shape[1] < 10
+    assert late.mix.shape[1] >= 39
