@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import metabroyden as mb
+from metabroyden.deq import initial_state
 from metabroyden.learned import LEARNED, GroupedConfig, LearnedConfig, Safeguard
 from metabroyden.learned.layout import Layout, Mixer, guess_layout
 from metabroyden.learned.secants import Secants
@@ -15,6 +16,7 @@ from metabroyden.meta.defaults import dilations, gated_steps
 from metabroyden.meta.fit import make_learned
 from metabroyden.meta.orthogonal import is_matrix
 from metabroyden.meta.unroll import UnrolledProblem, unroll
+from metabroyden.models.cells import make_cell
 from tests.conftest import tanh
 
 SHAPES = {"nd": (12,), "nct": (4, 6), "ntc": (6, 4), "nchw": (4, 5, 5)}
@@ -524,3 +526,65 @@ def test_the_last_row_of_a_table_goes_on():
     found = [unroll(solver, f, z0, x, steps=12, backend="native").residuals for solver in (short, long)]
     torch.testing.assert_close(*found)
     assert (short.trained_for, long.trained_for) == (3, 9)
+
+
+def astray(solver):
+    """The solver with a start that is far from any solution."""
+    for parameter in solver.initializer.parameters():
+        parameter.data += 0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4))
+    return solver.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("context", ["f0", "native"])
+@pytest.mark.parametrize("name", EVERY)
+def test_a_solve_that_begins_at_or_near_its_solution_stays_there(name, context):
+    layout, f, z0, x = problem_of("nd")
+    solver = astray(made(name, layout, context=context, initializer=8))
+    cold = mb.solve(f, z0, x, solver=solver, rtol=1e-4, max_nfe=90)
+    assert cold.nfe.double().mean() > 4
+    warm = mb.solve(f, cold.z, x, solver=solver, rtol=1e-4)
+    assert warm.nfe.tolist() == [1] * len(x)
+    assert torch.equal(warm.z, cold.z)
+    close = cold.z + 1e-3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    near = mb.solve(f, close, x, solver=solver, rtol=1e-4, max_nfe=90)
+    assert near.nfe.double().mean() < cold.nfe.double().mean() - 1
+    fixed = mb.FixedBudget(f, solver, max_nfe=3, rtol=1e-4, compiled=False)(cold.z, x)
+    assert fixed.converged.all()
+
+
+@pytest.mark.parametrize("context", ["f0", "native"])
+def test_warm_samples_change_nothing_for_cold_ones_beside_them(context):
+    layout, f, z0, x = problem_of("nd")
+    solver = astray(made("meta-broyden", layout, context=context, initializer=8))
+    cold = mb.solve(f, z0, x, solver=solver, rtol=1e-4, max_nfe=90)
+    mixed = mb.solve(f, torch.cat([cold.z[:2], z0[2:]]), x, solver=solver, rtol=1e-4, max_nfe=90)
+    assert mixed.nfe[:2].tolist() == [1, 1]
+    assert mixed.nfe[2:].tolist() == cold.nfe[2:].tolist()
+    torch.testing.assert_close(mixed.z[2:], cold.z[2:])
+
+
+def test_a_start_that_is_neither_zero_nor_close_is_the_learned_one():
+    layout, f, z0, x = problem_of("nd")
+    solver = astray(made("meta-broyden", layout, context="native", initializer=8))
+    far = z0 + 3
+    seen = []
+
+    def recorded(z, x):
+        seen.append(z.clone())
+        return f(z, x)
+
+    mb.solve(recorded, far, x, solver=solver, rtol=1e-4, max_nfe=90)
+    torch.testing.assert_close(seen[1], far + solver.initializer(x))
+
+
+@pytest.mark.parametrize("context", ["f0", "native"])
+def test_a_splitting_solve_that_begins_at_its_solution_stays_there(context):
+    cell, x = make_cell("monotone dense", batch=6)
+    solver = astray(make_learned("meta-splitting", Layout("nd", (12,)), context=context, initializer=8))
+    z0 = initial_state(cell, x)
+    with torch.no_grad():
+        cold = mb.solve(cell, z0, x, solver=solver, rtol=1e-5, max_nfe=150)
+        warm = mb.solve(cell, cold.z, x, solver=solver, rtol=1e-5)
+        near = mb.solve(cell, tuple(part + 1e-3 for part in cold.z), x, solver=solver, rtol=1e-5, max_nfe=150)
+    assert warm.nfe.max() <= 2
+    assert near.nfe.double().mean() < cold.nfe.double().mean() - 1
