@@ -479,3 +479,70 @@ def test_a_solve_that_ends_early_does_not_hold_the_whole_mixing_matrix():
     _, _, late = _walked(mb.Broyden(memory=50), problem.f, problem.z0, problem.x, 40)
     assert early.mix.shape[1] < 10
     assert late.mix.shape[1] >= 39
+
+
+def dense_anderson(problem, steps: int, memory: int, beta: float, ridge: float) -> list[torch.Tensor]:
+    """Anderson's method as its docstring has it, differences as lists."""
+    z = problem.z0[0]
+    residual = lambda z: problem.f(z[None], problem.x[:1])[0] - z  # noqa: E731
+    g, points, moves, turns = residual(z), [z], [], []
+    for _ in range(steps - 1):
+        after = z + beta * g
+        if turns:
+            dz, dg = torch.stack(moves[-memory:], 1), torch.stack(turns[-memory:], 1)
+            gram = dg.T @ dg
+            gamma = torch.linalg.solve(gram + ridge * torch.diag(gram.diagonal()), dg.T @ g)
+            after = after - (dz + beta * dg) @ gamma
+        g_after = residual(after)
+        moves.append(after - z)
+        turns.append(g_after - g)
+        z, g = after, g_after
+        points.append(z)
+    return points
+
+
+@pytest.mark.parametrize("damping", [1.0, 0.3])
+@pytest.mark.parametrize("ridge", [1e-12, 0.1])
+def test_anderson_is_its_textbook_definition_with_damping_from_the_first_step_on_and_a_ridge(damping, ridge):
+    problem = tanh(n=10, gain=1.2)
+    ours = iterates(mb.Anderson(memory=3, damping=damping, ridge=ridge), problem, 9)
+    dense = dense_anderson(problem, 9, 3, damping, ridge)
+    torch.testing.assert_close(torch.stack(ours), torch.stack(dense), rtol=1e-6, atol=1e-9)
+
+
+def test_where_andersons_least_squares_overflow_its_step_is_the_plain_one():
+    z, g, after = 1e25 * torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0))  # squares leave float32
+    solver = mb.Anderson()
+    step = solver.step(z, g, solver.init(z, g, None), None)
+    step = solver.step(step.z, after, step.state, None)
+    assert torch.equal(step.z, z + g + after)
+
+
+@pytest.mark.parametrize("kind", ["good", "bad"])
+def test_the_transposed_inverse_forgets_what_a_restart_has_forgotten(kind):
+    zs, gs, v, w = torch.randn(4, 8, 2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gs[4, 0] = gs[3, 0]  # a pair without change: the first sample restarts there
+    solver = mb.Broyden(kind=kind)
+    state = solver.init(zs[0], gs[0], None)
+    for z, g in zip(zs, gs, strict=True):
+        state = solver.step(z, g, state, None).state
+    assert (state.alive[0] == 0).any()
+    assert (state.alive[1] == 1).all()
+    back = solver.transposed(w[0], solver.inverse(state, torch.arange(2)))
+    torch.testing.assert_close((_apply(state, v[0]) * w[0]).sum(1), (v[0] * back).sum(1))
+
+
+@pytest.mark.parametrize("kind", ["good", "bad"])
+def test_the_pair_after_a_failed_line_search_keeps_its_secant_equation(kind, monkeypatch):
+    zs, gs = torch.randn(2, 6, 2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    solver, count = mb.Broyden(kind=kind, line_search=True), iter(range(6))
+
+    def search(z, g, step, problem, **_):
+        return z + step, g, torch.tensor([next(count) == 4, False])  # the first sample finds nothing at its fifth step
+
+    monkeypatch.setattr("metabroyden.solvers.broyden.backtrack", search)
+    state = solver.init(zs[0], gs[0], None)
+    for z, g in zip(zs, gs, strict=True):
+        state = solver.step(z, g, state, None).state
+    assert (state.alive[0, :4] == 0).all()
+    torch.testing.assert_close(_apply(state, gs[5] - gs[4]), zs[5] - zs[4])
