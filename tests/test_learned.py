@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import metabroyden as mb
+from metabroyden.deq import initial_state
 from metabroyden.learned import LEARNED, GroupedConfig, LearnedConfig, Safeguard
 from metabroyden.learned.layout import Layout, Mixer, guess_layout
 from metabroyden.learned.secants import Secants
@@ -15,6 +16,7 @@ from metabroyden.meta.defaults import dilations, gated_steps
 from metabroyden.meta.fit import make_learned
 from metabroyden.meta.orthogonal import is_matrix
 from metabroyden.meta.unroll import UnrolledProblem, unroll
+from metabroyden.models.cells import make_cell
 from tests.conftest import tanh
 
 SHAPES = {"nd": (12,), "nct": (4, 6), "ntc": (6, 4), "nchw": (4, 5, 5)}
@@ -524,3 +526,142 @@ def test_the_last_row_of_a_table_goes_on():
     found = [unroll(solver, f, z0, x, steps=12, backend="native").residuals for solver in (short, long)]
     torch.testing.assert_close(*found)
     assert (short.trained_for, long.trained_for) == (3, 9)
+
+
+def astray(solver):
+    """The solver with a start that is far from any solution."""
+    for parameter in solver.initializer.parameters():
+        parameter.data += 0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4))
+    return solver.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("context", ["f0", "native"])
+@pytest.mark.parametrize("name", EVERY)
+def test_a_solve_that_begins_at_or_near_its_solution_stays_there(name, context):
+    layout, f, z0, x = problem_of("nd")
+    solver = astray(made(name, layout, context=context, initializer=8))
+    cold = mb.solve(f, z0, x, solver=solver, rtol=1e-4, max_nfe=90)
+    assert cold.nfe.double().mean() > 4
+    warm = mb.solve(f, cold.z, x, solver=solver, rtol=1e-4)
+    assert warm.nfe.tolist() == [1] * len(x)
+    assert torch.equal(warm.z, cold.z)
+    close = cold.z + 1e-3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    near = mb.solve(f, close, x, solver=solver, rtol=1e-4, max_nfe=90)
+    assert near.nfe.double().mean() < cold.nfe.double().mean() - 1
+    fixed = mb.FixedBudget(f, solver, max_nfe=3, rtol=1e-4, compiled=False)(cold.z, x)
+    assert fixed.converged.all()
+
+
+@pytest.mark.parametrize("context", ["f0", "native"])
+def test_warm_samples_change_nothing_for_cold_ones_beside_them(context):
+    layout, f, z0, x = problem_of("nd")
+    solver = astray(made("meta-broyden", layout, context=context, initializer=8))
+    cold = mb.solve(f, z0, x, solver=solver, rtol=1e-4, max_nfe=90)
+    mixed = mb.solve(f, torch.cat([cold.z[:2], z0[2:]]), x, solver=solver, rtol=1e-4, max_nfe=90)
+    assert mixed.nfe[:2].tolist() == [1, 1]
+    assert mixed.nfe[2:].tolist() == cold.nfe[2:].tolist()
+    torch.testing.assert_close(mixed.z[2:], cold.z[2:])
+
+
+def test_a_start_that_is_neither_zero_nor_close_is_the_learned_one():
+    layout, f, z0, x = problem_of("nd")
+    solver = astray(made("meta-broyden", layout, context="native", initializer=8))
+    far = z0 + 3
+    seen = []
+
+    def recorded(z, x):
+        seen.append(z.clone())
+        return f(z, x)
+
+    mb.solve(recorded, far, x, solver=solver, rtol=1e-4, max_nfe=90)
+    torch.testing.assert_close(seen[1], far + solver.initializer(x))
+
+
+@pytest.mark.parametrize("context", ["f0", "native"])
+def test_a_splitting_solve_that_begins_at_its_solution_stays_there(context):
+    cell, x = make_cell("monotone dense", batch=6)
+    solver = astray(make_learned("meta-splitting", Layout("nd", (12,)), context=context, initializer=8))
+    z0 = initial_state(cell, x)
+    with torch.no_grad():
+        cold = mb.solve(cell, z0, x, solver=solver, rtol=1e-5, max_nfe=150)
+        warm = mb.solve(cell, cold.z, x, solver=solver, rtol=1e-5)
+        near = mb.solve(cell, cold.z + 1e-3, x, solver=solver, rtol=1e-5, max_nfe=150)
+    assert warm.nfe.max() <= 2
+    assert near.nfe.double().mean() < cold.nfe.double().mean() - 1
+
+
+def walked(solver, f, z, x, steps):
+    """(z, g, state, problem) after so many steps, without a driver."""
+    problem = UnrolledProblem(f, z, x)
+    with torch.no_grad():
+        g = f(z, x) - z
+        state = solver.init(z, g, problem)
+        for _ in range(steps):
+            z, state, _ = solver.step(z, g, state, problem)
+            g = f(z, x) - z
+    return z, g, state, problem
+
+
+@pytest.mark.parametrize("name", ["meta-broyden", BY_LSTM])
+def test_samples_that_leave_in_several_goes_take_their_own_pairs_along(name):
+    layout, f, z0, x = problem_of("nd", batch=6, dtype=torch.float64)
+    solver = made(name, layout, gated=4, context="native", initializer=0).double().requires_grad_(False)
+    stay = torch.tensor([5, 3, 1, 0])[[2, 0]]
+    z, g, state, _ = walked(solver, f, z0, x, 3)
+    state = solver.gather(solver.gather(state, torch.tensor([5, 3, 1, 0])), torch.tensor([2, 0]))
+    z, problem = z[stay], UnrolledProblem(f, z0[stay], x[stay])
+    for _ in range(4):
+        g = f(z, x[stay]) - z
+        z, state, _ = solver.step(z, g, state, problem)
+    alone, *_ = walked(solver, f, z0[stay], x[stay], 7)
+    torch.testing.assert_close(z, alone)
+
+
+def test_a_solve_that_ends_in_its_gated_steps_leaves_as_many_pairs_as_its_memory_holds():
+    layout, f, z0, x = problem_of("nd", dtype=torch.float64)
+    solver = made("meta-broyden", layout, gated=20, context="native", memory=3, ridge=1e-14, initializer=0).double()
+    points, images = [], []
+
+    def recorded(z, x):
+        points.append(z), images.append(f(z, x))
+        return images[-1]
+
+    _, _, state, _ = walked(solver.requires_grad_(False), recorded, z0, x, 6)
+    w = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(8))
+    back = solver.transposed(w, solver.inverse(state, torch.arange(len(x))))
+    z, g = torch.stack(points[:6]), torch.stack(images[:6]) - torch.stack(points[:6])  # up to where the last step began
+    for k in (3, 4, 5):  # Bᵀw·Δg = w·Δz, as BΔg = Δz
+        torch.testing.assert_close(
+            (back * (g[k] - g[k - 1])).sum(1), (w * (z[k] - z[k - 1])).sum(1), rtol=1e-5, atol=1e-8
+        )
+
+
+def test_an_lstms_correction_has_the_size_of_the_residual():
+    layout, _f, z0, x = problem_of("nd", dtype=torch.float64)
+    solver = made(BY_LSTM, layout, context="native", initializer=0).double().requires_grad_(False)
+    for weight in solver.preconditioner.parameters():
+        weight.normal_(generator=torch.Generator().manual_seed(1))
+    solver.lstm.offset[-solver.rank :] = 1.0  # the correction, whatever is seen
+    problem, moves = UnrolledProblem(lambda z, x: z, z0, x), []
+    for size in (1.0, 1e-3):
+        g = size * x
+        moves.append(solver.step(z0, g, solver.init(z0, g, problem), problem).z / size)
+    torch.testing.assert_close(*moves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_ridge_of_secants_is_no_smaller_than_rounding_makes_sensible(dtype):
+    secants = Secants(Layout("nd", (6,)), memory=3, ridge=1e-8)
+    z, g, z1, g1 = torch.randn(4, 2, 6, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        state = secants.note(z1, g1, secants.init(z, g, (6,)), (6,))
+    lifted = state.gram[:, 0, 0, 0] / (g1 - g).double().square().sum(1) - 1
+    floor = 100 * torch.finfo(dtype).eps
+    assert ((lifted - max(1e-8, floor)).abs() < max(2e-7 if dtype == torch.float32 else 0, 1e-12)).all()
+
+
+def test_secants_of_small_samples_do_not_cost_the_square_of_the_memory():
+    secants = Secants(Layout("nd", (1,)), memory=10, ridge=1e-8)
+    state = secants.init(torch.zeros(5, 1), torch.ones(5, 1), (1,))
+    assert state.gram.shape == (5, 1, 1, 1)
+    assert state.residuals.shape == (5, 1, 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -132,7 +134,7 @@ def _apply(state, r):
     """B r from the updates of a Broyden state, in the order they were made."""
     count, memory = state.steps - 1, state.v.shape[1]
     good = state.mix.dim() == 3
-    out = -r
+    out = r * state.scale
     for age in range(max(0, count - memory), count):
         v, u = state.v[:, age % memory], state.u[:, age % memory]
         alive = state.alive[:, age % memory, None]  # zero for what a restart has forgotten
@@ -378,3 +380,169 @@ def test_anderson_survives_overflow_and_half_precision_cells():
     assert found.converged.all()
     constant = mb.solve(lambda z: torch.ones_like(z), torch.zeros(2, 3), solver=mb.Anderson(), rtol=0.0)
     assert constant.converged.all()  # steps 0 to 2 with differences that vanish
+
+
+def steep(c: float, wanted: int = 24, n: int = 40):
+    """f whose Jacobian is near c·I: f(z) = cz + tanh(Wz) + x with ‖W‖ = 1."""
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(n, n, generator=g, dtype=torch.float64)
+    w = w / torch.linalg.matrix_norm(w, 2)
+    x = torch.randn(wanted, n, generator=g, dtype=torch.float64)
+    spread = torch.linspace(0.7, 1.4, n, dtype=torch.float64)
+    return lambda z, x: c * spread * z + torch.tanh((z.unsqueeze(1) * w).sum(2)) + x, torch.zeros_like(x), x
+
+
+QUASI_NEWTON = [mb.Broyden(), mb.Broyden(kind="bad"), mb.Broyden(line_search=True), mb.Anderson()]
+
+
+@pytest.mark.parametrize("c", [10.0, -10.0, 100.0])
+@pytest.mark.parametrize("solver", QUASI_NEWTON, ids=str)
+def test_a_jacobian_near_a_multiple_of_the_identity_is_easy_whatever_the_multiple(solver, c):
+    f, z0, x = steep(c)
+    found = mb.solve(f, z0, x, solver=solver, rtol=1e-6, max_nfe=40)
+    torch.testing.assert_close(f(found.z, x), found.z, rtol=1e-4, atol=1e-6)
+    without = mb.solve(f, z0, x, solver=replace(solver, rescale=False), rtol=1e-6, max_nfe=200, throw=False)
+    assert without.nfe.double().mean() > 3 * found.nfe.double().mean()
+
+
+@pytest.mark.parametrize("solver", [mb.Broyden(), mb.Broyden(kind="bad"), mb.Anderson()], ids=str)
+def test_the_scale_is_found_without_a_look_at_the_host(solver):
+    f, z0, x = steep(10.0)
+    found = mb.FixedBudget(f, solver, max_nfe=25, rtol=1e-6, compiled=False)(z0, x)
+    assert found.converged.all()
+
+
+@pytest.mark.parametrize("solver", [*QUASI_NEWTON, mb.Anderson(damping=0.7), mb.Broyden(damping=0.7)], ids=str)
+def test_where_the_first_step_does_no_harm_the_scale_stays_to_the_last_bit(solver, nonlinear):
+    ours, plain = (
+        mb.solve(nonlinear.f, nonlinear.z0, nonlinear.x, solver=one, rtol=1e-8, max_nfe=80, throw=False)
+        for one in (solver, replace(solver, rescale=False))
+    )
+    assert torch.equal(ours.z, plain.z)
+    assert torch.equal(ours.trace.residual.nan_to_num(9), plain.trace.residual.nan_to_num(9))
+
+
+def test_a_given_initial_inverse_jacobian_is_not_rescaled():
+    class Zero:
+        def init(self, z, g, problem):
+            return ()
+
+        def apply(self, r, frozen):
+            return 0 * r
+
+    f, z0, x = steep(10.0)
+    ours, plain = (
+        mb.solve(f, z0, x, solver=one, rtol=1e-6, max_nfe=30, throw=False)
+        for one in (mb.Broyden(initial=Zero()), mb.Broyden(rescale=False))
+    )
+    assert torch.equal(ours.trace.nfe, plain.trace.nfe)
+    torch.testing.assert_close(ours.z, plain.z)
+
+
+@pytest.mark.parametrize("kind", ["good", "bad"])
+def test_the_transposed_inverse_has_the_scale_too(kind):
+    f, z0, x = steep(10.0, wanted=3, n=6)
+    solver = mb.Broyden(kind=kind)
+    _, _, state = _walked(solver, f, z0, x, 5)
+    v, w = torch.randn(2, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    bv = _apply(state, v)
+    back = solver.transposed(w, solver.inverse(state, torch.arange(3)))
+    torch.testing.assert_close((bv * w).sum(1), (v * back).sum(1))
+
+
+def _walked(solver, f, z, x, steps):
+    """(z, g, state) after so many steps."""
+    g = f(z, x) - z
+    state = solver.init(z, g, None)
+    for _ in range(steps):
+        z, state, _ = solver.step(z, g, state, None)
+        g = f(z, x) - z
+    return z, g, state
+
+
+def _held(state) -> int:
+    """Bytes of a solver's state that were written to, or may be."""
+    return sum(part.numel() * part.element_size() for part in state if isinstance(part, torch.Tensor))
+
+
+@pytest.mark.parametrize("solver", [mb.Broyden(), mb.Broyden(kind="bad"), mb.Anderson(memory=10)], ids=str)
+def test_many_small_samples_do_not_cost_the_square_of_the_memory(solver):
+    z = torch.zeros(1000, 1)
+    f = lambda z, x: torch.cos(z)  # noqa: E731
+    _, _, state = _walked(solver, f, z, None, 6)
+    assert _held(state) < 25 * z.nbytes
+
+
+def test_a_solve_that_ends_early_does_not_hold_the_whole_mixing_matrix():
+    problem = tanh(batch=3, n=60)
+    _, _, early = _walked(mb.Broyden(memory=50), problem.f, problem.z0, problem.x, 5)
+    _, _, late = _walked(mb.Broyden(memory=50), problem.f, problem.z0, problem.x, 40)
+    assert early.mix.shape[1] < 10
+    assert late.mix.shape[1] >= 39
+
+
+def dense_anderson(problem, steps: int, memory: int, beta: float, ridge: float) -> list[torch.Tensor]:
+    """Anderson's method as its docstring has it, differences as lists."""
+    z = problem.z0[0]
+    residual = lambda z: problem.f(z[None], problem.x[:1])[0] - z  # noqa: E731
+    g, points, moves, turns = residual(z), [z], [], []
+    for _ in range(steps - 1):
+        after = z + beta * g
+        if turns:
+            dz, dg = torch.stack(moves[-memory:], 1), torch.stack(turns[-memory:], 1)
+            gram = dg.T @ dg
+            gamma = torch.linalg.solve(gram + ridge * torch.diag(gram.diagonal()), dg.T @ g)
+            after = after - (dz + beta * dg) @ gamma
+        g_after = residual(after)
+        moves.append(after - z)
+        turns.append(g_after - g)
+        z, g = after, g_after
+        points.append(z)
+    return points
+
+
+@pytest.mark.parametrize("damping", [1.0, 0.3])
+@pytest.mark.parametrize("ridge", [1e-12, 0.1])
+def test_anderson_is_its_textbook_definition_with_damping_from_the_first_step_on_and_a_ridge(damping, ridge):
+    problem = tanh(n=10, gain=1.2)
+    ours = iterates(mb.Anderson(memory=3, damping=damping, ridge=ridge), problem, 9)
+    dense = dense_anderson(problem, 9, 3, damping, ridge)
+    torch.testing.assert_close(torch.stack(ours), torch.stack(dense), rtol=1e-6, atol=1e-9)
+
+
+def test_where_andersons_least_squares_overflow_its_step_is_the_plain_one():
+    z, g, after = 1e25 * torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0))  # squares leave float32
+    solver = mb.Anderson()
+    step = solver.step(z, g, solver.init(z, g, None), None)
+    step = solver.step(step.z, after, step.state, None)
+    assert torch.equal(step.z, z + g + after)
+
+
+@pytest.mark.parametrize("kind", ["good", "bad"])
+def test_the_transposed_inverse_forgets_what_a_restart_has_forgotten(kind):
+    zs, gs, v, w = torch.randn(4, 8, 2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gs[4, 0] = gs[3, 0]  # a pair without change: the first sample restarts there
+    solver = mb.Broyden(kind=kind)
+    state = solver.init(zs[0], gs[0], None)
+    for z, g in zip(zs, gs, strict=True):
+        state = solver.step(z, g, state, None).state
+    assert (state.alive[0] == 0).any()
+    assert (state.alive[1] == 1).all()
+    back = solver.transposed(w[0], solver.inverse(state, torch.arange(2)))
+    torch.testing.assert_close((_apply(state, v[0]) * w[0]).sum(1), (v[0] * back).sum(1))
+
+
+@pytest.mark.parametrize("kind", ["good", "bad"])
+def test_the_pair_after_a_failed_line_search_keeps_its_secant_equation(kind, monkeypatch):
+    zs, gs = torch.randn(2, 6, 2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    solver, count = mb.Broyden(kind=kind, line_search=True), iter(range(6))
+
+    def search(z, g, step, problem, **_):
+        return z + step, g, torch.tensor([next(count) == 4, False])  # the first sample finds nothing at its fifth step
+
+    monkeypatch.setattr("metabroyden.solvers.broyden.backtrack", search)
+    state = solver.init(zs[0], gs[0], None)
+    for z, g in zip(zs, gs, strict=True):
+        state = solver.step(z, g, state, None).state
+    assert (state.alive[0, :4] == 0).all()
+    torch.testing.assert_close(_apply(state, gs[5] - gs[4]), zs[5] - zs[4])

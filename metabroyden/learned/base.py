@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from metabroyden.learned.initializer import Initializer
@@ -34,6 +35,16 @@ def register(name: str) -> Callable[[C], C]:
         return cls
 
     return add
+
+
+WARM = 0.3
+"""Relative residual ‖f(z0) − z0‖ / ‖f(z0)‖ up to which a solve goes on from z0 rather than from a learned start."""
+
+
+def is_warm(z0: Tensor, image: Tensor) -> Tensor:
+    """(R, 1) bool: whether z0 (R, n), with f(z0) = image, is close enough to a solution to begin there."""
+    norm = torch.linalg.vector_norm
+    return norm(image - z0, dim=1, keepdim=True) <= WARM * norm(image, dim=1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -132,12 +143,37 @@ class LearnedSolver(nn.Module):
         return feature
 
     def start(self, z0: Tensor, problem: Any) -> Tensor:
-        """The learned first iterate, (R, n)."""
+        """The first iterate, (R, n): the learned one, but for samples whose z0 is close to a solution already.
+
+        Those go on from f(z0), since the start is learned for cold starts. A cold start of zeros has a relative residual
+        of one and is none of them, at no evaluation. With a native context another z0 costs one evaluation, and is trusted
+        where there are no decisions on the host (`FixedBudget`); in an unroll that records gradients every start is learned.
+        """
         self.check_dtype(z0)
         shape = self.layout.resolve(problem.shape)
         context = self.context_feature(problem, shape)
         base = problem.origin() if self.config.context == "f0" else z0
-        return base if self.initializer is None else base + self.layout.flat(self.initializer(context))
+        if self.initializer is None:
+            return base
+        start = base + self.layout.flat(self.initializer(context))
+        warm = self.warm_start(z0, problem)
+        return start if warm is None else torch.where(warm[0], warm[1], start)
+
+    def warm_start(self, z0: Tensor, problem: Any) -> tuple[Tensor, Tensor] | None:
+        """((R, 1) whether to go on from z0, (R, n) where that begins); None where no sample is to."""
+        if self.config.context == "f0":
+            image = problem.origin()
+            return is_warm(z0, image), image
+        if torch.is_grad_enabled():
+            return None
+        given = (z0 != 0).any(dim=1, keepdim=True)
+        if not hasattr(problem, "budget"):
+            return given, z0
+        among = given.squeeze(1).cpu().numpy()
+        if not among.any():
+            return None
+        image = z0 + problem.residual(z0, among=among)
+        return given & is_warm(z0, image), image
 
     def check_dtype(self, z0: Tensor) -> None:
         """ValueError, with the remedy, where the state is of another dtype than the weights."""

@@ -30,7 +30,7 @@ class MetaBroydenConfig(LearnedConfig):
         weighing: of those steps, "table" or "lstm", see `MetaBroyden`. `hidden` is the width of the latter.
         rows: of the table, whose last one serves all later gated steps; 0: as many as those.
         dilations: of the preconditioner's two maps, see `Preconditioner`; both 1 for vectors and for several resolutions.
-        memory: secant pairs kept, those of the gated steps among them.
+        memory: secant pairs kept, those of the gated steps among them; no more than the state has coordinates.
         ridge: of the least squares over the pairs, relative to each; at least 100 units of rounding of the state's dtype.
     """
 
@@ -279,7 +279,7 @@ class MetaBroyden(LearnedSolver):
         secants = self._pairs(state, self.layout.shape_like(state.gates.shape[2:]))
         if secants is None:
             return state.gates, state.direct, None
-        used = min(secants.steps - 1, self.config.memory)
+        used = min(secants.steps - 1, secants.residuals.shape[1])
         pairs = (secants.residuals[:, :used], secants.moves[:, :used], secants.gram[:, :, :used, :used])
         return state.gates, state.direct, pairs if used else None
 

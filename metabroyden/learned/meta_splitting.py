@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from metabroyden.learned.base import register
+from metabroyden.learned.base import is_warm, register
 from metabroyden.learned.meta_broyden import MetaBroyden, MetaBroydenConfig, MetaBroydenState
 from metabroyden.solution import State
 from metabroyden.solve import Phase
@@ -75,6 +76,15 @@ class MetaSplitting(MetaBroyden):
         """The learned u, (R, n), and the first use of the resolvent; u alone where it took an evaluation, of f(z0)."""
         u = super().start(z0, problem)
         return u if self.config.context == "f0" else self.step(u, u, self.init(u, u, problem), problem)
+
+    def warm_start(self, z0: Tensor, problem: Any) -> tuple[Tensor, Tensor] | None:
+        """As every learned solver's, with the u that belongs to z0: one use of `linear` where a sample of z0 is not zero."""
+        if torch.is_grad_enabled() or not z0.any():
+            return None
+        linear = problem.use(problem.part("linear"), z0)
+        image = problem.elementwise("prox", linear)
+        problem.known(z0, image)
+        return is_warm(z0, image), torch.lerp(z0, linear, self.config.alpha)
 
     def init(self, z: Tensor, g: Tensor, problem: Any) -> MetaSplittingState:  # type: ignore[override]
         """u = z, and the resolvent."""

@@ -36,18 +36,20 @@ class Secants:
 
     def init(self, z: Tensor, g: Tensor, shape: tuple[int, ...]) -> SecantState:
         """The first iterate, no pairs."""
+        memory = min(self.memory, z.shape[1])  # more pairs than coordinates say nothing
         tokens = self.layout.extents(shape)[0] if self.layout.causal else 1
-        buffer = z.new_zeros(len(z), self.memory, z.shape[1])
-        gram = torch.zeros(len(z), tokens, self.memory, self.memory, dtype=torch.float64, device=z.device)
+        buffer = z.new_zeros(len(z), memory, z.shape[1])
+        gram = torch.zeros(len(z), tokens, memory, memory, dtype=torch.float64, device=z.device)
         return SecantState(buffer, buffer.clone(), gram, z, g, 1)
 
     def note(self, z: Tensor, g: Tensor, state: SecantState, shape: tuple[int, ...]) -> SecantState:
         """Take the pair between the last iterate and this one; in place, unless gradients are recorded."""
-        slot, used = (state.steps - 1) % self.memory, min(state.steps, self.memory)
+        memory = state.residuals.shape[1]
+        slot, used = (state.steps - 1) % memory, min(state.steps, memory)
         pairs = []
         for buffer, new in ((state.residuals, g - state.g), (state.moves, z - state.z)):
             if torch.is_grad_enabled():
-                here = torch.arange(self.memory, device=z.device) == slot
+                here = torch.arange(memory, device=z.device) == slot
                 buffer = torch.where(here.unsqueeze(1), new.unsqueeze(1), buffer)
             else:
                 buffer[:, slot] = new
@@ -65,7 +67,7 @@ class Secants:
 
     def explain(self, g: Tensor, state: SecantState, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """(ΔZγ, g − ΔGγ), both (R, n)."""
-        used = min(state.steps - 1, self.memory)
+        used = min(state.steps - 1, state.residuals.shape[1])
         if used == 0:
             return torch.zeros_like(g), g
         residuals, moves = state.residuals[:, :used], state.moves[:, :used]

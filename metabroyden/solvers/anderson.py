@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from metabroyden.problem import Problem
-from metabroyden.solvers.base import ClassicalSolver, Step, check_number, combine, gather_ring, into, ring_size
+from metabroyden.solvers.base import (
+    ClassicalSolver,
+    Step,
+    check_number,
+    combine,
+    first_scale,
+    gather_ring,
+    into,
+    ring_size,
+)
 from metabroyden.solvers.registry import register
 
 
@@ -20,6 +29,7 @@ class AndersonState(NamedTuple):
     mixed: Tensor  # (R, m, n) Δzᵢ + βΔgᵢ
     gram: Tensor  # (R, m, m) inner products of `residuals`, the diagonal times 1 + ridge, kept in float64
     plain: Tensor  # (R, n) previous iterate z + βg
+    mixing: Tensor  # (R, 1) β
     g: Tensor  # (R, n) its residual
     steps: int
 
@@ -33,32 +43,45 @@ class Anderson(ClassicalSolver):
     to the columns, so it does not grow in weight as the residual shrinks; the Gram matrix is solved in float64. Where it
     cannot be solved (overflow) the step is the plain one, z + βg.
 
+    What the differences do not explain of g a step multiplies by I + β(J − I), so that it grows where ‖β(J − I)‖ is large,
+    however good γ is. Where the first step makes ‖g‖ grow more than threefold and moves it along the step, the mixing
+    becomes −damping·sᵀy / yᵀy from then on, its sign included, s and y being the first differences (see `first_scale`).
+    Elsewhere it stays, to the last bit.
+
     Attributes:
-        memory: differences kept, m ≥ 1.
+        memory: differences kept, m ≥ 1; no more than the state has coordinates.
         damping: mixing β in (0, 2].
         ridge: relative Tikhonov term, at least 1e-14.
+        rescale: let the first difference change the scale of the mixing.
     """
 
     memory: int = 5
     damping: float = 1.0
     ridge: float = 1e-8
+    rescale: bool = True
 
     def __post_init__(self) -> None:
         check_number("Anderson", "memory", self.memory, 0, 10_000, whole=True)
         check_number("Anderson", "damping", self.damping, 0, 2)
         check_number("Anderson", "ridge", self.ridge, 0.99e-14, 1)
+        if not isinstance(self.rescale, bool):
+            raise ValueError(f"Anderson: rescale must be True or False, got {self.rescale!r}")
 
     def init(self, z: Tensor, g: Tensor, problem: Problem) -> AndersonState:
         """Empty buffers."""
-        memory = ring_size(self.memory, problem)
+        memory = ring_size(min(self.memory, z.shape[1]), problem)
         residuals, mixed = (z.new_empty(len(z), memory, z.shape[1]) for _ in range(2))
         gram = torch.zeros(len(z), memory, memory, dtype=torch.float64, device=z.device)
-        return AndersonState(residuals, mixed, gram, z, g, 0)
+        return AndersonState(residuals, mixed, gram, z, z.new_full((len(z), 1), self.damping), g, 0)
 
     def step(self, z: Tensor, g: Tensor, state: AndersonState, problem: Problem) -> Step:
         """Plain damped step first; from then on the mixed step over the differences seen so far."""
-        plain = torch.add(z, g, alpha=self.damping)
-        after = AndersonState(state.residuals, state.mixed, state.gram, plain, g, state.steps + 1)
+        mixing = state.mixing
+        if state.steps == 1 and self.rescale:
+            mixing = -self.damping * first_scale(self.damping * state.g, g - state.g, state.g, self.damping)
+            state = state._replace(plain=torch.addcmul(state.plain, mixing - self.damping, state.g))
+        plain = torch.addcmul(z, mixing, g)
+        after = AndersonState(state.residuals, state.mixed, state.gram, plain, mixing, g, state.steps + 1)
         if state.steps == 0:
             return Step(plain, after)
         memory = state.residuals.shape[1]
@@ -81,5 +104,5 @@ class Anderson(ClassicalSolver):
         """The rows `index`, without copying the part of the buffers that nothing was written to."""
         used = min(max(state.steps - 1, 0), state.residuals.shape[1])
         residuals, mixed = (gather_ring(buffer, index, used) for buffer in (state.residuals, state.mixed))
-        gram, plain, g = (part.index_select(0, index) for part in (state.gram, state.plain, state.g))
-        return AndersonState(residuals, mixed, gram, plain, g, state.steps)
+        gram, plain, mixing, g = (part.index_select(0, index) for part in state[2:6])
+        return AndersonState(residuals, mixed, gram, plain, mixing, g, state.steps)

@@ -13,6 +13,11 @@ from torch import Tensor
 
 from metabroyden.problem import Problem
 
+GROWTH = 3.0
+"""Factor by which the first full step must make ‖g‖ grow before a quasi-Newton method changes its scale."""
+ALIGNED = (0.5, 0.9)
+"""Cosines between −Δg, or Δg, and Δz from which the scale is trusted: to shorten a step takes less than to turn it round."""
+
 
 class Step(NamedTuple):
     """What a step returns: the next iterate (R, n), the solver's state, and g at z where the step evaluated it."""
@@ -61,6 +66,23 @@ class ClassicalSolver:
 def ring_size(memory: int, problem: Any) -> int:
     """Entries of a ring buffer: the memory asked for, but no more than there can be steps."""
     return memory if problem is None else max(1, min(memory, problem.steps_left))
+
+
+def first_scale(s: Tensor, y: Tensor, g: Tensor, damping: float) -> Tensor:
+    """σ of the initial inverse Jacobian σI of g, by the first pair s = Δz, y = Δg (R, n); (R, 1), −1 where that did no harm.
+
+    σ = sᵀy / yᵀy, its sign included (Shanno & Phua, Math. Program. 14, 1978; Barzilai & Borwein, IMA J. Numer. Anal. 8,
+    1988; Nocedal & Wright, Numerical Optimization, eq. 6.20). It is taken where ‖g‖ grew by more than `GROWTH`, or would
+    have without the damping or line search that shortened s from damping·g, and where y and s are `ALIGNED`: there the
+    Jacobian is near to a multiple of I, and −I far from its inverse.
+    """
+    length, change, size = (torch.linalg.vector_norm(vector, dim=1, keepdim=True) for vector in (s, y, g))
+    cosine = torch.linalg.vecdot(s / length, y / change).unsqueeze(1)
+    scale = cosine * (length / change)
+    full = torch.addcmul(g, y, damping * (size / length))
+    harm = torch.linalg.vector_norm(full, dim=1, keepdim=True) > GROWTH * size
+    aligned = (cosine < -ALIGNED[0]) | (cosine > ALIGNED[1])
+    return torch.where(harm & aligned & torch.isfinite(scale) & (scale != 0), scale, -1.0)
 
 
 def gather_ring(buffer: Tensor, index: Tensor, used: int) -> Tensor:

@@ -9,12 +9,23 @@ import torch
 from torch import Tensor
 
 from metabroyden.problem import Problem
-from metabroyden.solvers.base import ClassicalSolver, Step, check_number, combine, gather_ring, into, ring_size
+from metabroyden.solvers.base import (
+    ClassicalSolver,
+    Step,
+    check_number,
+    combine,
+    first_scale,
+    gather_ring,
+    into,
+    ring_size,
+)
 from metabroyden.solvers.line_search import backtrack
 from metabroyden.solvers.registry import register
 from metabroyden.state import gather
 
 _TRIALS = 6  # backtracking steps at most
+_USEFUL = 8  # updates worth keeping for each coordinate beyond the first; with one coordinate one is all there is
+_GROWN = 8  # rows of `mix` to begin with, doubled as updates come: most solves end before the memory is full
 _RECENT = 20  # a step is shortened where it takes the residual above the largest of so many before it
 
 
@@ -45,7 +56,7 @@ class BroydenState(NamedTuple):
 
     v: Tensor  # (R, m, n)
     u: Tensor  # (R, m, n)
-    mix: Tensor  # (R, m, m) good: inverse of I − S, Sᵢⱼ = vᵢᵀuⱼ for j older than i, else 0; bad: empty
+    mix: Tensor  # (R, k, k), k ≤ m, good: inverse of I − S, Sᵢⱼ = vᵢᵀuⱼ for j older than i, else 0; bad: empty
     alive: Tensor  # (R, m) one; zero for what a restart has forgotten
     z: Tensor  # (R, n) previous iterate
     g: Tensor  # (R, n) its residual
@@ -53,6 +64,7 @@ class BroydenState(NamedTuple):
     bg: Tensor  # (R, n) Bg there
     recent: Tensor  # (R, 20) the last ‖g‖, for the line search; (R, 0) without
     frozen: Any  # what the initial inverse Jacobian keeps
+    scale: Tensor | None  # (R, 1) B₀ = scale·I; None where that is −(I + P) for good
     steps: int
 
 
@@ -69,11 +81,14 @@ class Broyden(ClassicalSolver):
     - bad: B⁺ = B + (s − By)yᵀ / ‖y‖²: two such products.
 
     Once the memory is full the oldest update is dropped BEFORE the newest is made: B⁺y = s holds after every update.
+    B₀ = −I fits a Jacobian whose eigenvalues are small beside one. Where the first step makes ‖g‖ grow more than threefold
+    and moves it along the step, B₀ becomes σI from then on, with σ = sᵀy / yᵀy of the first pair (see `first_scale`); the
+    second step is then one from z₀ with that scale. Elsewhere nothing changes, to the last bit.
     A sample restarts from B₀ where its update breaks down: where |sᵀBy| is below `guard`·‖s‖² / step length (good), where
     y = 0 (bad), or where a line search fails.
 
     Attributes:
-        memory: updates kept, m ≥ 1.
+        memory: updates kept, m ≥ 1; of states of n coordinates no more than 8(n − 1) + 1 are.
         damping: step length in (0, 2].
         kind: "good" or "bad".
         line_search: backtrack, per sample, where a step takes the residual above the largest of the last twenty
@@ -81,6 +96,7 @@ class Broyden(ClassicalSolver):
             converge it costs success, since Broyden's path to a root is not downhill.
         guard: in (0, 1]; the longest step an update can cause is 1/guard times the last one.
         initial: P as an `InverseJacobian`; None for P = 0.
+        rescale: let the first pair change the scale of B₀; without `initial` only.
     """
 
     memory: int = 30
@@ -89,6 +105,7 @@ class Broyden(ClassicalSolver):
     line_search: bool = False
     guard: float = 1e-2
     initial: InverseJacobian | None = None
+    rescale: bool = True
 
     def __post_init__(self) -> None:
         check_number("Broyden", "memory", self.memory, 0, 10_000, whole=True)
@@ -98,6 +115,8 @@ class Broyden(ClassicalSolver):
             raise ValueError(f"Broyden: kind must be 'good' or 'bad', got {self.kind!r}")
         if not isinstance(self.line_search, bool):
             raise ValueError(f"Broyden: line_search must be True or False, got {self.line_search!r}")
+        if not isinstance(self.rescale, bool):
+            raise ValueError(f"Broyden: rescale must be True or False, got {self.rescale!r}")
 
     @property
     def fixed_cost(self) -> bool:
@@ -107,23 +126,21 @@ class Broyden(ClassicalSolver):
     def init(self, z: Tensor, g: Tensor, problem: Problem) -> BroydenState:
         """Empty buffers; the initial inverse Jacobian looks at z and g once."""
         frozen = None if self.initial is None else self.initial.init(z, g, problem)
-        rows, m = len(z), ring_size(self.memory, problem)
+        rows, m = len(z), ring_size(min(self.memory, _USEFUL * (z.shape[1] - 1) + 1), problem)
         v, u = (z.new_empty(rows, m, z.shape[1]) for _ in range(2))
-        mix = (
-            torch.eye(m, dtype=z.dtype, device=z.device).repeat(rows, 1, 1)
-            if self.kind == "good"
-            else z.new_empty(rows)
-        )
+        mix = _identities(z, min(m, _GROWN)) if self.kind == "good" else z.new_empty(rows)
+        scale = z.new_full((rows, 1), -1.0) if self.rescale and self.initial is None else None
         return BroydenState(
-            v, u, mix, z.new_ones(rows, m), z, g, z, z, z.new_zeros(rows, _RECENT * self.line_search), frozen, 0
+            v, u, mix, z.new_ones(rows, m), z, g, z, z, z.new_zeros(rows, _RECENT * self.line_search), frozen, scale, 0
         )
 
     def step(self, z: Tensor, g: Tensor, state: BroydenState, problem: Problem) -> Step:
         """One quasi-Newton step; the first is z − damping·B₀g."""
-        b = -g if self.initial is None else -(g + self.initial.apply(g, state.frozen))
+        state = self._prepared(z, g, state)
+        b = self._initial(g, state)
         update = self._good if self.kind == "good" else self._bad
         bg = update(z, g, b, state) if state.steps else b
-        after = BroydenState(*state[:4], z, g, b, bg, state.recent, state.frozen, state.steps + 1)
+        after = BroydenState(*state[:4], z, g, b, bg, *state[8:11], state.steps + 1)
         if not self.line_search:
             return Step(torch.add(z, bg, alpha=-self.damping), after)
         state.recent[:, state.steps % _RECENT] = torch.linalg.vector_norm(g, dim=1)
@@ -132,6 +149,26 @@ class Broyden(ClassicalSolver):
         written = min(state.steps, state.v.shape[1])
         after.alive[:, :written].masked_fill_(failed[:, None], 0.0)  # restart: B₀ is what the next pair is made with
         return Step(z_next, after._replace(bg=torch.where(failed[:, None], b, bg)), g_next)
+
+    def _prepared(self, z: Tensor, g: Tensor, state: BroydenState) -> BroydenState:
+        """The state with the scale that the first pair tells, and with room in `mix` for the pair to come."""
+        if state.steps == 1 and state.scale is not None:
+            scale = first_scale(z - state.z, g - state.g, state.g, self.damping)
+            start = state.g * scale
+            state = state._replace(b=start, bg=start, scale=scale)
+        memory = state.v.shape[1]
+        if self.kind == "good" and state.mix.shape[1] < min(state.steps, memory):
+            mix = _identities(z, min(2 * state.mix.shape[1], memory))
+            before = state.mix.shape[1]
+            mix[:, :before, :before] = state.mix
+            state = state._replace(mix=mix)
+        return state
+
+    def _initial(self, g: Tensor, state: BroydenState) -> Tensor:
+        """B₀g."""
+        if state.scale is not None:
+            return g * state.scale
+        return -g if self.initial is None else -(g + self.initial.apply(g, state.frozen))
 
     def _slot(self, state: BroydenState) -> tuple[int, int, bool]:
         """Where the newest update goes, how many older ones are in use, whether the oldest had to be dropped for it."""
@@ -199,18 +236,22 @@ class Broyden(ClassicalSolver):
         used = self._used(state)
         v, u, alive = (part[:, :used].index_select(0, index) for part in (state.v, state.u, state.alive))
         mix = state.mix[:, :used, :used].index_select(0, index) if self.kind == "good" else None
-        return v, u, mix, alive, None if state.frozen is None else gather(state.frozen, index)
+        scale = None if state.scale is None else state.scale.index_select(0, index)
+        return v, u, mix, alive, scale, None if state.frozen is None else gather(state.frozen, index)
 
     def transposed(self, w: Tensor, inverse: tuple[Any, ...]) -> Tensor:
         """Bᵀw for w (R, n), with what `inverse` gave; AttributeError where B₀ has no transpose."""
-        v, u, mix, alive, frozen = inverse
+        v, u, mix, alive, scale, frozen = inverse
         outer = torch.zeros_like(w)
         if v.shape[1]:
             weights = torch.bmm(w.unsqueeze(1), u.transpose(1, 2))
             weights = (weights if mix is None else torch.bmm(weights, mix)) * alive.unsqueeze(1)
             outer = torch.bmm(weights, v).squeeze(1)
         inner = w if mix is None else w + outer
-        initial = -inner if self.initial is None else -(inner + self.initial.transpose(inner, frozen))
+        if scale is not None:
+            initial = inner * scale
+        else:
+            initial = -inner if self.initial is None else -(inner + self.initial.transpose(inner, frozen))
         return initial + outer if mix is None else initial
 
     @staticmethod
@@ -224,4 +265,10 @@ class Broyden(ClassicalSolver):
         frozen = None if state.frozen is None else gather(state.frozen, index)
         v, u = gather_ring(state.v, index, used), gather_ring(state.u, index, used)
         mix, alive, z, g, b, bg, recent = (part.index_select(0, index) for part in state[2:9])
-        return BroydenState(v, u, mix, alive, z, g, b, bg, recent, frozen, state.steps)
+        scale = None if state.scale is None else state.scale.index_select(0, index)
+        return BroydenState(v, u, mix, alive, z, g, b, bg, recent, frozen, scale, state.steps)
+
+
+def _identities(like: Tensor, size: int) -> Tensor:
+    """(R, size, size) identities for like (R, n)."""
+    return torch.eye(size, dtype=like.dtype, device=like.device).repeat(len(like), 1, 1)
