@@ -14,6 +14,7 @@ from torch import Tensor
 
 from metabroyden.inverse import FinalInverse
 from metabroyden.ledger import InCallersMode, Ledger, Rows, method_of, to_host
+from metabroyden.opaque import opaque
 from metabroyden.problem import Problem
 from metabroyden.solution import Solution, SolveError, State, Status
 from metabroyden.state import Packing, check_context, gather
@@ -45,6 +46,7 @@ class Phase:
     progress: float = 1.0
 
 
+@opaque
 def solve(
     f: Callable[..., State],
     z0: State,
