@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from metabroyden.gradients import Implicit, JacobianFree
+from metabroyden.gradients.base import parts_of
+from metabroyden.gradients.transforms import refuse, transform_of
 from metabroyden.learned.fingerprint import FingerprintWatch
+from metabroyden.opaque import opaque
 from metabroyden.solution import Solution, State
 from metabroyden.solve import check_options, solve
 from metabroyden.solvers.broyden import Broyden
@@ -39,7 +43,17 @@ class DEQ(nn.Module):
     the adjoint cost. Samples that fail keep their best iterate, and a warning says so.
 
     Through one call the cell is one map: parametrized weights (`normalise`) are computed once, `VariationalDropout` draws
-    one mask a sample, and an ordinary dropout layer in training mode brings a warning, once.
+    one mask a sample, and ordinary dropout or batch norm in training mode brings a warning, once.
+
+    Threads may share a layer: each has its own map and its own gradients. The attributes `last_solution` and
+    `last_backward_solution` are those of whichever call ended last.
+
+    In half precision (`deq.bfloat16()`, a state of that dtype) the cell alone computes in it: the state is solved for in
+    float32, to no smaller rtol than four roundings, and returned in the dtype of z0. `deq.to(...)` takes learned solvers
+    along, in at least float32, though their weights are neither parameters nor state of the layer.
+
+    A solve cannot be taken through `torch.vmap`, `torch.func` or forward-mode AD: a RuntimeError names the way out.
+    `torch.compile` leaves it as it is, between two graphs.
 
     >>> import torch, metabroyden as mb
     >>> class Cell(torch.nn.Module):
@@ -116,61 +130,77 @@ class DEQ(nn.Module):
         """
         return self._equilibrium(x, z0, after)
 
+    @opaque
     def _equilibrium(self, x: Any, z0: State | None, after: Sequence[int]) -> list[State]:
         if z0 is None:
             z0 = initial_state(self.cell, x)
-        self._watch_dropout()
-        mode, graph = self.backward_mode, torch.is_grad_enabled()
-        f, context = pin(self.cell, x, z0)
+        self._watch_layers()
+        mode, graph = self.backward_mode, torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        transform = transform_of(x, z0, tensors=itertools.chain(self.cell.parameters(), self.cell.buffers()))
+        if transform is not None and not (graph and hasattr(mode, "run")):
+            refuse(transform)
+        dtype, z0 = _in_single(z0)
+        f, context = pin(self.cell, x, z0, dtype=dtype)
+        rtol = self.rtol if dtype is None else max(self.rtol, 4 * torch.finfo(dtype).eps)
         if graph and hasattr(mode, "run"):
             if after:
                 raise ValueError(f"{mode!r} has no solve whose iterates could be given")
-            z, self.last_solution = mode.run(f, z0, context, rtol=self.rtol, atol=self.atol)
-            return [z]
+            z, self.last_solution = mode.run(f, z0, context, rtol=rtol, atol=self.atol)
+            return _cast([z], dtype)
+        solution = self._solution(f, z0, context, after, rtol=rtol, f_dtype=dtype, graph=graph)
+        if not graph:
+            return _cast([*solution.snapshots, solution.z], dtype)
+        early = [JacobianFree().attach(f, replace(solution, z=z), context) for z in solution.snapshots]
+        z = mode.attach(f, solution, context, self._note_backward)
+        if self.observer is not None:
+            self.observer(f, context, z)
+        return _cast([*early, z], dtype)
+
+    def _solution(
+        self, f: Any, z0: State, context: Any, after: Sequence[int], *, graph: bool, **options: Any
+    ) -> Solution:
+        """Solve; note what it cost, and warn of what failed."""
         self._watch.check(self.solver, self.cell)
-        reuse = graph and getattr(mode, "wants_inverse", False)
+        reuse = graph and getattr(self.backward_mode, "wants_inverse", False)
         if reuse and getattr(self.solver, "inverse", None) is None:
             raise ValueError(
-                f"{mode!r} needs a forward solver with an inverse Jacobian, Broyden or GroupedLSTM; got {self.solver!r:.80}"
+                f"{self.backward_mode!r} needs a forward solver with an inverse Jacobian, Broyden or GroupedLSTM; got "
+                f"{self.solver!r:.80}"
             )
         solution = solve(
             f,
             z0,
             context,
             solver=self.solver,
-            rtol=self.rtol,
             atol=self.atol,
             max_nfe=self.max_nfe,
             throw=False,
             snapshots=after,
             keep_inverse=reuse,
+            **options,
         )
         self.last_solution = replace(solution, inverse=None)
         if self._said.news(solution):
-            warnings.warn(f"DEQ: {solution.failures()} (said again if it gets worse; see last_solution)", stacklevel=5)
-        if not graph:
-            return [*solution.snapshots, solution.z]
-        early = [JacobianFree().attach(f, replace(solution, z=z), context) for z in solution.snapshots]
-        z = mode.attach(f, solution, context, self._note_backward)
-        if self.observer is not None:
-            self.observer(f, context, z)
-        return [*early, z]
+            warnings.warn(f"DEQ: {solution.failures()} (said again if it gets worse; see last_solution)", stacklevel=7)
+        return solution
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As every module's: learned solvers, forward and backward, go along, in at least float32."""
+        for solver in (*_modules_in(self.solver), *_modules_in(self.backward_mode)):
+            _take_along(solver, fn)
+        return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what the last calls cost and who watches, for copies and `torch.save`."""
         return {**super().__getstate__(), "last_solution": None, "last_backward_solution": None, "observer": None}
 
-    def _watch_dropout(self) -> None:
+    def _watch_layers(self) -> None:
         if self._warned_restless:
             return
-        names = restless(self.cell)
-        if names:
+        reasons = restless(self.cell)
+        if reasons:
             self._warned_restless = True
-            warnings.warn(
-                f"DEQ: {', '.join(names)} drops or learns anew at every evaluation, so that the cell has no fixed point to "
-                "find; use VariationalDropout or normalise (said once)",
-                stacklevel=5,
-            )
+            warnings.warn(f"DEQ: {'; '.join(reasons)} (said once)", stacklevel=7)
 
     def _note_backward(self, solution: Solution) -> None:
         self.last_backward_solution = solution
@@ -200,6 +230,39 @@ class _Failures:
             if share >= 2 * self._shares.get(int(status), 0.0):
                 self._shares[int(status)], new = share, True
         return new
+
+
+def _in_single(z: State) -> tuple[torch.dtype | None, State]:
+    """(half-precision dtype that f is to be called in, the state in float32); (None, the state) where it is not half."""
+    dtype = parts_of(z)[0].dtype
+    if dtype not in (torch.float16, torch.bfloat16):
+        return None, z
+    return dtype, z.float() if isinstance(z, Tensor) else tuple(part.float() for part in z)
+
+
+def _cast(states: list[State], dtype: torch.dtype | None) -> list[State]:
+    """The states in this dtype; None: as they are."""
+    if dtype is None:
+        return states
+    return [z.to(dtype) if isinstance(z, Tensor) else tuple(part.to(dtype) for part in z) for z in states]
+
+
+def _modules_in(thing: Any) -> list[nn.Module]:
+    """The modules that a solver or a gradient mode is, or has as its settings."""
+    if isinstance(thing, nn.Module):
+        return [thing]
+    settings = vars(thing).values() if is_dataclass(thing) and not isinstance(thing, type) else ()
+    return [module for value in settings for module in _modules_in(value)]
+
+
+def _take_along(solver: nn.Module, move: Callable[[Tensor], Tensor]) -> None:
+    """Move a solver where `move` takes tensors of its kind."""
+    like = next(itertools.chain(solver.parameters(), solver.buffers()), None)
+    if like is None:
+        return
+    moved = move(like.new_empty(1))  # not of its own tensors: some moves forget the values
+    half = moved.dtype in (torch.float16, torch.bfloat16)
+    solver.to(moved.device, torch.float32 if half else moved.dtype)
 
 
 def initial_state(cell: nn.Module, x: Any) -> State:

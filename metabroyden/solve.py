@@ -15,6 +15,7 @@ from torch import Tensor
 from metabroyden.evaluator import in_callers_mode, method_of
 from metabroyden.inverse import FinalInverse
 from metabroyden.ledger import Ledger, Rows, to_host
+from metabroyden.opaque import opaque
 from metabroyden.problem import Problem
 from metabroyden.solution import Solution, SolveError, State, Status, Trace
 from metabroyden.state import Packing, check_context, gather
@@ -46,6 +47,7 @@ class Phase:
     progress: float = 1.0
 
 
+@opaque
 def solve(
     f: Callable[..., State],
     z0: State,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from torch import nn
 
 import metabroyden as mb
+from metabroyden.learned.layout import Layout
+from metabroyden.meta.fit import make_learned
 from metabroyden.models import ConvCell, ConvClassifier, ConvClassifierConfig
 
 
@@ -192,3 +195,133 @@ def test_a_classifier_learns_through_it():
             optimizer.step()
             losses.append(float(loss.detach()))
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_layers_tolerances_are_those_of_its_solve():
+    cell, x = TanhCell(), torch.randn(5, 4, dtype=torch.float64)
+    for options in ({"rtol": 0.0, "atol": 0.3}, {"rtol": 1e-2}, {"rtol": 1e-9}):
+        deq = mb.DEQ(cell, **options, warn=False)
+        with torch.no_grad():
+            deq(x)
+        wanted = mb.solve(cell, torch.zeros_like(x), x, solver=mb.Broyden(), throw=False, **options)
+        assert torch.equal(deq.last_solution.nfe, wanted.nfe)
+        assert wanted.converged.all()
+
+
+def test_a_new_solver_is_told_again_that_it_was_fitted_to_other_weights():
+    deq, x = mb.DEQ(TanhCell().float(), warn=False), torch.randn(2, 4)
+    for _ in range(2):
+        solver = mb.GroupedLSTM(mb.learned.GroupedConfig(layout="nd", shape=(4,)))
+        solver.fingerprint = "0123456789abcdef"
+        deq.solver = solver
+        with torch.no_grad():
+            with pytest.warns(UserWarning, match="fitted to other weights of f"):
+                deq(x)
+            deq(x)
+
+
+def test_what_is_found_without_gradients_has_none():
+    class Energy(nn.Module):
+        def forward(self, z, x):
+            with torch.enable_grad():
+                z = z.requires_grad_()
+                (g,) = torch.autograd.grad((z * z).sum() / 8 + (z * x).sum() / 2, z, create_graph=True)
+            return g
+
+    deq = mb.DEQ(Energy())
+    with torch.no_grad():
+        z = deq(torch.randn(3, 4))
+    assert not z.requires_grad
+    assert not deq.last_solution.z.requires_grad
+
+
+def test_gradients_enabled_within_inference_mode_are_not_looked_for():
+    deq, x = mb.DEQ(TanhCell()), torch.randn(2, 4, dtype=torch.float64)
+    wanted = deq(x).detach()
+    with torch.inference_mode(), torch.enable_grad():
+        z = deq(x)
+    assert not z.requires_grad
+    assert torch.equal(z, wanted)
+
+
+# Half precision, and moving.
+
+
+@pytest.mark.parametrize("backward", [mb.Implicit(), mb.Phantom(), mb.JacobianFree(), mb.Unroll()])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_layer_in_half_precision_solves_in_single(dtype, backward):
+    seen = set()
+
+    class Cell(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.map = nn.Linear(16, 16)
+            nn.init.orthogonal_(self.map.weight, gain=0.7)
+
+        def forward(self, z, x):
+            seen.add(z.dtype)
+            return torch.tanh(self.map(z) + x)
+
+    single = mb.DEQ(Cell(), rtol=1e-5, backward=mb.Implicit(rtol=1e-5) if backward == mb.Implicit() else backward)
+    half = mb.DEQ(copy.deepcopy(single.cell), backward=backward).to(dtype)  # a warning is an error here
+    x = torch.randn(8, 16)
+    wanted = torch.autograd.grad(single(x).square().sum(), single.cell.map.weight)[0]
+    seen.clear()
+    given = x.to(dtype).requires_grad_()
+    z = half(given)
+    assert z.dtype == dtype
+    assert half.last_solution.z.dtype == torch.float32
+    assert half.last_solution.converged.all() or isinstance(backward, mb.Unroll)
+    assert seen == {dtype}
+    weight, towards = torch.autograd.grad(z.float().square().sum(), (half.cell.map.weight, given))
+    assert (weight.dtype, towards.dtype) == (dtype, dtype)
+    assert torch.nn.functional.cosine_similarity(weight.float().flatten(), wanted.flatten(), dim=0) > 0.98
+    with torch.no_grad():
+        assert half(given).dtype == dtype
+
+
+def test_a_half_precision_state_of_several_tensors_and_its_snapshots():
+    deq = mb.DEQ(PairCell()).bfloat16()
+    x = torch.randn(3, 5, dtype=torch.bfloat16)
+    states = deq.states(x, after=(2,))
+    assert {part.dtype for state in states for part in state} == {torch.bfloat16}
+    states[-1][0].float().sum().backward()
+    assert deq.cell.inner.w.grad is not None
+
+
+def test_a_jacobian_product_of_a_half_precision_cell_is_not_taken_over_too_small_a_distance():
+    class Quantised(nn.Module):
+        """Without forward AD."""
+
+        def forward(self, z, x):
+            return torch.from_numpy((0.5 * torch.tanh(z) + x).float().numpy()).bfloat16()
+
+    deq = mb.DEQ(Quantised(), solver=mb.Newton(), max_nfe=100)
+    with torch.no_grad():
+        deq(torch.randn(4, 6).bfloat16())
+    assert deq.last_solution.converged.all()
+
+
+def dtypes(module) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in (*module.parameters(), *module.buffers())}
+
+
+def test_learned_solvers_go_where_the_model_goes():
+    forward, backward = (make_learned(kind, Layout("nd", (4,))) for kind in ("grouped", "adjoint"))
+    model = nn.Sequential(nn.Linear(4, 4), mb.DEQ(TanhCell(), solver=forward, backward=mb.Implicit(solver=backward)))
+    before = {name: value.clone() for name, value in forward.state_dict().items()}
+    names = list(model.state_dict())
+    model.double()
+    assert dtypes(forward) == dtypes(backward) == {torch.float64}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # untrained
+        model(torch.randn(2, 4, dtype=torch.float64)).sum().backward()
+    model.bfloat16()
+    assert dtypes(model) == {torch.bfloat16}
+    assert dtypes(forward) == dtypes(backward) == {torch.float32}
+    assert all(torch.equal(value, before[name]) for name, value in forward.state_dict().items())
+    model.to_empty(device="cpu")  # forgets the model's values, not the solvers'
+    assert all(torch.equal(value, before[name]) for name, value in forward.state_dict().items())
+    assert list(model.state_dict()) == names
+    model.to("meta")
+    assert {p.device.type for p in (*forward.parameters(), *backward.parameters())} == {"meta"}

@@ -14,6 +14,7 @@ import metabroyden as mb
 from metabroyden.learned import GroupedConfig
 from metabroyden.models import ConvCell
 from metabroyden.training import held_masks
+from metabroyden.training.dropout import restless
 from metabroyden.training.pin import pin
 
 DOUBLE = torch.float64
@@ -126,6 +127,49 @@ def test_a_map_that_does_not_look_at_z_has_no_jacobian():
     z, x = torch.zeros(2, 3), torch.ones(2, 3)
     assert mb.jacobian_penalty(lambda z, x: x, z, x) == 0
     assert torch.equal(mb.spectral_radius(lambda z, x: x, z, x), torch.zeros(2))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(4, 12)
+
+    def forward(self, z, x):
+        return x + 0.5 * nn.functional.scaled_dot_product_attention(*self.map(z).chunk(3, dim=-1))
+
+
+def test_the_penalty_and_second_derivatives_go_through_attention():
+    cell, x = Attention(), torch.randn(3, 5, 4)
+    deq = mb.DEQ(cell, rtol=1e-5, backward=mb.Implicit(rtol=1e-5))
+    deq(x)
+    penalty = mb.jacobian_penalty(cell, deq.last_solution.z, x, probes=2)
+    (gradient,) = torch.autograd.grad(penalty, cell.map.weight)
+    assert float(gradient.abs().sum()) > 0
+    found = []
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        unrolled = mb.DEQ(cell, backward=mb.Unroll(40))
+        (first,) = torch.autograd.grad(unrolled(x).square().sum(), cell.map.weight, create_graph=True)
+        (wanted,) = torch.autograd.grad(first.square().sum(), cell.map.weight)
+    (first,) = torch.autograd.grad(deq(x).square().sum(), cell.map.weight, create_graph=True)
+    (found,) = torch.autograd.grad(first.square().sum(), cell.map.weight)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("made_within", [False, True])
+def test_penalty_and_radius_are_right_in_inference_mode(made_within):
+    cell, x, z = Cell(), torch.randn(3, 6, dtype=DOUBLE), torch.randn(3, 6, dtype=DOUBLE)
+
+    def look() -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(3)
+        return mb.spectral_radius(cell, z, x), mb.jacobian_penalty(cell, z, x, generator=generator).detach()
+
+    wanted = look()
+    with torch.inference_mode():
+        if made_within:
+            z, x = z.clone(), x.clone()
+        for ours, true in zip(look(), wanted, strict=True):
+            torch.testing.assert_close(ours, true)
+            assert float(ours.min()) > 0
 
 
 def test_the_penalty_needs_a_probe():
@@ -560,6 +604,42 @@ def test_an_ordinary_dropout_layer_brings_a_warning_once():
     mb.DEQ(Restless(), warn=False)(x)
     deq.cell.drop.p = 0.0
     mb.DEQ(deq.cell)(x)
+
+
+COUPLED = {
+    "BatchNorm1d": (lambda: nn.BatchNorm1d(4), True),
+    "SyncBatchNorm": (lambda: nn.SyncBatchNorm(4), True),
+    "InstanceNorm1d": (lambda: nn.InstanceNorm1d(4, track_running_stats=True), True),
+    "RReLU": (nn.RReLU, True),
+    "frozen": (lambda: nn.BatchNorm1d(4).eval(), False),
+    "batch statistics": (lambda: nn.BatchNorm1d(4, track_running_stats=False).eval(), True),
+    "InstanceNorm": (lambda: nn.InstanceNorm1d(4), False),
+    "GroupNorm": (lambda: nn.GroupNorm(2, 4), False),
+}
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_a_layer_that_couples_samples_or_changes_at_each_call_is_warned_of(name):
+    build, warned = COUPLED[name]
+    reasons = restless(nn.Sequential(nn.Linear(4, 4), build()))
+    assert len(reasons) == warned
+    if warned:
+        assert type(build()).__name__ in reasons[0]
+
+
+def test_batch_norm_in_training_mode_brings_a_warning_with_what_to_do():
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, z, x):
+            return 0.5 * torch.tanh(self.norm(z) + x)
+
+    deq, x = mb.DEQ(Normed(), max_nfe=5, rtol=1e-1), torch.zeros(3, 4)
+    deq.eval()(x)
+    with pytest.warns(UserWarning, match=r"norm \(BatchNorm1d\) takes statistics over the batch.*evaluation mode"):
+        deq.train()(x)
 
 
 # --- Fixed-point correction

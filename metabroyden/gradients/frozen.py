@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metabroyden.gradients.base import evaluate, parts_of
+from metabroyden.gradients.base import evaluate, parts_of, twice_differentiable
 from metabroyden.gradients.view import seen_with
 from metabroyden.ledger import InCallersMode
 from metabroyden.solution import State
@@ -58,8 +58,9 @@ class Frozen:
 
     @property
     def rounding(self) -> float:
-        """Unit rounding of the dtype that autocast chose; 0 without autocast."""
-        return 0.0 if self._call.dtype is None else torch.finfo(self._call.dtype).eps
+        """Unit rounding of the half precision that the cell computes in, by autocast or its own; 0 where it does not."""
+        own = self.cell.dtype if isinstance(self.cell, Pinned) else None
+        return max((torch.finfo(dtype).eps for dtype in (self._call.dtype, own) if dtype is not None), default=0.0)
 
     @property
     def unchanged(self) -> bool:
@@ -75,8 +76,9 @@ class Frozen:
         return self._call.differentiable(self.cell, point, self.single, self._context_with(self.tensors))
 
     def __call__(self, point: Parts, tensors: Sequence[Tensor]) -> Any:
-        """The map at a point, with these in the place of the tensors that require gradients."""
-        return self._at(point, tensors, self._context_with(tensors))
+        """The map at a point, with these in the place of the tensors that require gradients; differentiable twice."""
+        with twice_differentiable():
+            return self._at(point, tensors, self._context_with(tensors))
 
     def for_rows(self, samples: Tensor) -> Callable[[Parts], Any] | None:
         """The map of these samples' points; None where something has changed, or where there is no context, since f

@@ -12,6 +12,7 @@ from torch import Tensor
 from metabroyden.gradients.adjoint import AdjointSolve
 from metabroyden.gradients.base import Replace, Report, parts_of
 from metabroyden.gradients.frozen import Frozen, Graph, Map, Parts, pull
+from metabroyden.gradients.transforms import refuse_batched
 from metabroyden.solution import Solution, State
 from metabroyden.solve import check_options, solve
 from metabroyden.solvers.broyden import Broyden
@@ -119,6 +120,7 @@ class _Adjoint(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         node, count = ctx.node, len(grads)
+        refuse_batched(grads)
         with torch.no_grad():
             detached = tuple(grad.detach() for grad in grads)
             u = node.adjoint(node.graph, detached)
@@ -167,5 +169,6 @@ def _refuse_hidden(function: Frozen, live: Parts, tensors: Sequence[Tensor]) -> 
     if any(value.requires_grad for value in image):
         raise RuntimeError(
             "this would differentiate twice through a DEQ whose cell holds tensors that require gradients and are neither "
-            "its parameters nor in its context: make the cell a module, or pass them in the context"
+            "its parameters nor in its context: make the cell a module, pass them in the context, or, in a module that "
+            "`higher` made functional, use mb.Unroll() or torch.func.functional_call instead"
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metabroyden.gradients.base import damped_steps, parts_of
+from metabroyden.gradients.transforms import transform_of
 from metabroyden.solution import Solution, State
 from metabroyden.solve import solve
 from metabroyden.solvers.base import check_number
@@ -39,11 +40,13 @@ class Unroll:
 
     def run(
         self, cell: Callable[..., State], z0: State, context: Any, *, rtol: float, atol: float
-    ) -> tuple[State, Solution]:
-        """(z with its graph, its `Solution`); z0 may require gradients."""
+    ) -> tuple[State, Solution | None]:
+        """(z with its graph, its `Solution`, None under a transform of torch.func); z0 may require gradients."""
         single = isinstance(z0, Tensor)
         parts = damped_steps(cell, parts_of(z0), single, context, self.steps, self.damping)
         z = parts[0] if single else parts
+        if transform_of(parts) is not None:
+            return z, None  # nothing can be looked at
         seen = parts[0].detach() if single else tuple(part.detach() for part in parts)
         finite = all(bool(torch.isfinite(part).all()) for part in parts_of(seen))
         if not finite:

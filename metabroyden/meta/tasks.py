@@ -39,7 +39,7 @@ def rows(tree: Any, part: slice | Tensor) -> Any:
     """The samples `part`, a slice or numbers, of a pytree of contexts; what is shared by all of them stays."""
     first = sampled(tree)[0]
     if isinstance(part, slice):
-        return tree[part] if tree is first else rows(tree, torch.arange(len(first))[part])
+        return tree[part] if tree is first else rows(tree, torch.arange(len(first), device="cpu")[part])
     return gather(tree, part.to(first.device))
 
 

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from metabroyden.training.hold import held, holding
@@ -105,20 +107,43 @@ def held_masks(module: nn.Module, batch: int, device: torch.device | str | None 
 
 
 def restless(module: nn.Module) -> list[str]:
-    """Names of ordinary layers in a module that change at every call: under a solve they make f a moving target.
+    """What is wrong with those layers of a module that make f a moving target under a solve, or couple samples.
 
-    They drop anew, or a spectral norm of the old kind (a hook, which cannot be held) makes another power iteration.
+    Ordinary dropout and RReLU draw anew at every call, a spectral norm of the old kind (a hook, which cannot be held)
+    makes another power iteration. Batch norm ties the samples of a batch together and learns from every call.
     """
+    moving, coupled = [], []
+    for name, layer in module.named_modules():
+        told = f"{name or 'cell'} ({type(layer).__name__})"
+        if layer.training and _draws(layer):
+            moving.append(told)
+        if _couples(layer):
+            coupled.append(told)
+    said = []
+    if moving:
+        said.append(
+            f"{', '.join(moving)} drops or learns anew at every evaluation, so that the cell has no fixed point to find; "
+            "use VariationalDropout or normalise"
+        )
+    if coupled:
+        said.append(
+            f"{', '.join(coupled)} takes statistics over the batch, or learns them, at every evaluation: samples that leave "
+            "the solve change f for the others; use GroupNorm or LayerNorm, or put it in evaluation mode"
+        )
+    return said
 
-    def rate(layer: nn.Module) -> float:
-        if isinstance(layer, _DropoutNd):
-            return layer.p
-        if any(isinstance(hook, SpectralNorm) for hook in layer._forward_pre_hooks.values()):
-            return 1.0
-        return layer.dropout if isinstance(layer, (nn.MultiheadAttention, nn.RNNBase)) else 0.0
 
-    return [
-        f"{name or 'cell'} ({type(layer).__name__})"
-        for name, layer in module.named_modules()
-        if layer.training and rate(layer) > 0
-    ]
+def _draws(layer: nn.Module) -> bool:
+    """Whether a layer in training mode is another map at each call."""
+    if isinstance(layer, _DropoutNd):
+        return layer.p > 0
+    if isinstance(layer, nn.RReLU) or any(isinstance(hook, SpectralNorm) for hook in layer._forward_pre_hooks.values()):
+        return True
+    return isinstance(layer, (nn.MultiheadAttention, nn.RNNBase)) and layer.dropout > 0
+
+
+def _couples(layer: nn.Module) -> bool:
+    """Whether a layer looks at the whole batch, or learns statistics at each call."""
+    if isinstance(layer, _BatchNorm):
+        return layer.training or layer.running_mean is None
+    return isinstance(layer, _InstanceNorm) and layer.training and layer.track_running_stats

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from metabroyden.gradients.base import parts_of, twice_differentiable
 from metabroyden.solution import State
 from metabroyden.state import Packing
 
@@ -54,10 +56,14 @@ def jacobian_penalty(
 
 
 def pullback(f: Callable[..., State], z: State, context: Any) -> tuple[Tensor, Callable[..., Tensor]]:
-    """z packed, (B, n), and v ↦ J_f(z)ᵀv, sample by sample, on such matrices: one evaluation of f, whose graph is kept."""
+    """z packed, (B, n), and v ↦ J_f(z)ᵀv, sample by sample, on such matrices: one evaluation of f, whose graph is kept.
+
+    In inference mode, too: f is then evaluated outside it, on copies of what was made within.
+    """
     packing = Packing.of(z, "z")
-    parts = tuple(part.detach().requires_grad_() for part in ((z,) if isinstance(z, Tensor) else z))
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), twice_differentiable():
+        z, context = pytree.tree_map_only(Tensor, _usable, (z, context))
+        parts = tuple(part.detach().requires_grad_() for part in parts_of(z))
         start = parts[0] if packing.single else parts
         point = packing.pack(start)
         image = packing.take(f(start) if context is None else f(start, context), point)
@@ -65,9 +71,15 @@ def pullback(f: Callable[..., State], z: State, context: Any) -> tuple[Tensor, C
     def pull(v: Tensor, create_graph: bool = False) -> Tensor:
         if not image.requires_grad:  # f does not look at z
             return torch.zeros_like(v)
-        pulled = torch.autograd.grad(
-            image, parts, v, retain_graph=True, create_graph=create_graph, materialize_grads=True
-        )
+        with torch.inference_mode(False):
+            pulled = torch.autograd.grad(
+                image, parts, _usable(v), retain_graph=True, create_graph=create_graph, materialize_grads=True
+            )
         return packing.pack(pulled[0] if packing.single else pulled)
 
     return point.detach(), pull
+
+
+def _usable(tensor: Tensor) -> Tensor:
+    """The tensor; a copy where it was made in inference mode, as such cannot be saved for a backward pass."""
+    return tensor.clone() if tensor.is_inference() else tensor

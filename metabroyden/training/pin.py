@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from metabroyden.ledger import Surroundings
@@ -14,17 +15,20 @@ from metabroyden.training.dropout import VariationalDropout, dropouts
 from metabroyden.training.hold import holding, parametrizations
 
 
-def pin(cell: nn.Module, context: Any, z0: State) -> tuple[Callable[..., State], Any]:
+def pin(
+    cell: nn.Module, context: Any, z0: State, *, dtype: torch.dtype | None = None
+) -> tuple[Callable[..., State], Any]:
     """(f, context) to solve with instead of (cell, context): the same ones where the cell has nothing to pin.
 
     Parametrized weights (`normalise`) are computed here, once, in the caller's grad mode: f uses these very tensors,
     under the no_grad of the solve and in the gradient, so that gradients reach the parameters behind them. Each
     `VariationalDropout` that is active draws a mask for every sample; masks travel beside the context, as the solve
-    hands f only the rows at work, or, where there is no context, in f, which then always sees the full batch.
+    hands f only the rows at work, or, where there is no context, in f, which then always sees the full batch. With a
+    dtype f hands the cell states in that dtype, whatever it gets.
     """
     computed = parametrizations(cell)
     layers = dropouts(cell)
-    if not computed and not layers:
+    if not computed and not layers and dtype is None:
         return cell, context
     weights = [getattr(layer, name) for layer, name, _ in computed]
     masks: tuple[Tensor, ...] = ()
@@ -32,7 +36,7 @@ def pin(cell: nn.Module, context: Any, z0: State) -> tuple[Callable[..., State],
         check_state(z0, "z0")
         first = z0 if isinstance(z0, Tensor) else z0[0]
         masks = tuple(layer.draw(len(first), first.device) for layer in layers)
-    pinned = Pinned(cell, [made for _, _, made in computed], weights, layers, masks)
+    pinned = Pinned(cell, [made for _, _, made in computed], weights, layers, masks, dtype)
     return pinned, Companion(context, masks) if masks and context is not None else context
 
 
@@ -40,7 +44,7 @@ class Pinned(Surroundings):
     """The cell, its computed weights and masks held for the time of each call, in the calling thread only.
 
     Attributes:
-        cell: the module. weights: the values of its parametrized weights.
+        cell: the module. weights: the values of its parametrized weights. dtype: that the cell gets states in; None: any.
     """
 
     def __init__(
@@ -50,8 +54,9 @@ class Pinned(Surroundings):
         weights: list[Tensor],
         layers: list[VariationalDropout],
         masks: tuple[Tensor, ...],
+        dtype: torch.dtype | None = None,
     ) -> None:
-        self.cell, self.weights = cell, weights
+        self.cell, self.weights, self.dtype = cell, weights, dtype
         self.inner = cell
         self._made, self._layers, self._masks = made, layers, masks
 
@@ -61,6 +66,8 @@ class Pinned(Surroundings):
 
     def call(self, cell: Callable[..., State], weights: Sequence[Tensor], z: State, context: Any) -> State:
         """f with these weights, and with `cell` doing what the module does."""
+        if self.dtype is not None:
+            z = z.to(self.dtype) if isinstance(z, Tensor) else tuple(part.to(self.dtype) for part in z)
         x, masks = context if isinstance(context, Companion) else (context, self._masks)
         with holding([*zip(self._made, weights, strict=True), *zip(self._layers, masks, strict=True)]):
             return cell(z) if x is None else cell(z, x)
@@ -75,4 +82,5 @@ class Pinned(Surroundings):
 
     def detached(self) -> Pinned:
         """The same map without gradients towards its weights."""
-        return Pinned(self.cell, self._made, [weight.detach() for weight in self.weights], self._layers, self._masks)
+        weights = [weight.detach() for weight in self.weights]
+        return Pinned(self.cell, self._made, weights, self._layers, self._masks, self.dtype)
