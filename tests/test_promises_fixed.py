@@ -108,6 +108,7 @@ class Dear(mb.Picard):
         return [problem.steps_left]
 
     def step(self, z, g, state, problem):
+        torch.testing.assert_close(problem.origin(), contraction(torch.zeros_like(z), problem.context))
         assert state[-1] == problem.steps_left
         state.append(problem.steps_left - 3)
         for _ in range(2):
@@ -118,7 +119,7 @@ class Dear(mb.Picard):
 def test_a_dear_step_is_made_only_where_the_budget_reaches_and_f_at_z0_is_known():
     z0, x = inputs()
     for budget, spent in ((3, 1), (4, 4), (5, 4), (6, 4), (7, 7), (9, 7)):
-        solution = fixed(contraction, Dear(), z0, x, max_nfe=budget)
+        solution = fixed(Reuses(contraction), Dear(), z0, x, max_nfe=budget)
         assert solution.nfe.tolist() == [spent] * 5
         assert solution.trace.residual.shape == (spent, 5)
 
