@@ -87,12 +87,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes at a time")
     parser.add_argument("--only", default="", help="files whose path contains this; the report goes to runs/mutants/")
+    parser.add_argument("--tests", default="", help="test files whose name contains this; as above")
     parser.add_argument(
         "--control", action="store_true", help="run unchanged files as if they were mutants: all survive"
     )
     options = parser.parse_args()
     mutants = chosen(options)
     files = sorted(path for path in (ROOT / "tests").glob("test_*.py") if path.stem[5:] not in ELSEWHERE)
+    files = [path for path in files if options.tests in path.name]
     surveys = remembered(files)
     tracer = coverage.Coverage(data_file=None, config_file=False, include=[str(PACKAGE / "*")])
     if len(surveys) < len(files):
@@ -132,8 +134,9 @@ def remembered(files: list[Path]) -> dict[str, Any]:
 
 
 def remember(surveys: dict[str, Any]) -> None:
-    """Keep what the unchanged tests have told so far."""
-    write(CACHE, json.dumps({file: [key_of(ROOT / file), survey] for file, survey in surveys.items()}))
+    """Keep what the unchanged tests have told so far, beside what was kept of other files."""
+    held = json.loads(CACHE.read_text()) if CACHE.exists() else {}
+    write(CACHE, json.dumps(held | {file: [key_of(ROOT / file), survey] for file, survey in surveys.items()}))
 
 
 def key_of(path: Path) -> str:
@@ -160,7 +163,7 @@ def publish(hunt: Hunt, options: argparse.Namespace) -> int:
     """Write report.md and survivors.json, print the former; the exit status."""
     from metabroyden.evaluation.provenance import provenance
 
-    folder = ROOT / ("runs" if options.only or options.control else "results") / "mutants"
+    folder = ROOT / ("runs" if options.only or options.tests or options.control else "results") / "mutants"
     by_file: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for outcome in hunt.outcomes:
         by_file[outcome["file"]].append(outcome)
