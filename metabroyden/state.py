@@ -62,8 +62,8 @@ class Packing:
 
         TypeError for what is no tensor or tuple of tensors, ValueError for what is not shaped like the state.
         """
-        if self.single and isinstance(value, Tensor) and self._is_like(value, z):  # the usual case, without ceremony
-            return value if self.is_flat else value.reshape(z.shape)
+        if self.single and isinstance(value, Tensor) and self._fits(value, z):  # the usual case, without ceremony
+            return value if value.shape == z.shape else value.reshape(z.shape)
         parts = (value,) if isinstance(value, Tensor) else value
         if not isinstance(parts, tuple) or not all(isinstance(part, Tensor) for part in parts):
             raise TypeError(f"f must return a tensor or a tuple of tensors like z, got {type(value).__name__}")
@@ -77,9 +77,9 @@ class Packing:
             raise ValueError(f"f must return what z is shaped like: wanted {wanted} floating, got {got} {kinds}")
         return self.pack(value).to(z.dtype)
 
-    def _is_like(self, value: Tensor, z: Tensor) -> bool:
-        """Whether a single tensor is shaped, typed and laid out as the state of z (R, n)."""
-        if value.dtype != z.dtype or value.layout != z.layout or value.is_nested:
+    def _fits(self, value: Tensor, z: Tensor) -> bool:
+        """Whether a tensor is that of a state of one tensor, of z (R, n), as it stands."""
+        if value.dtype != z.dtype or value.layout != torch.strided or value.is_nested:
             return False
         return value.shape[1:] == self.shapes[0] and value.shape[0] == z.shape[0]
 

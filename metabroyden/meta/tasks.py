@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.solution import State
-from metabroyden.state import gather
+from metabroyden.state import concatenate, gather
 
 SPLITS = ("train", "validation", "test")
 
@@ -71,7 +71,7 @@ class TaskSet:
         numbers = dict(zip(chosen, torch.arange(sum(sizes)).split(sizes), strict=True))
         twin = copy.copy(self)
         twin.raw = {name: numbers.get(name) for name in self.raw}
-        twin._made = pytree.tree_map(lambda *parts: torch.cat(parts), *made)
+        twin._made = concatenate(made)
         return twin
 
     def identity(self) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metabroyden.shared import bare
 from metabroyden.solution import State
 from metabroyden.state import Packing
 
@@ -60,7 +61,7 @@ def pullback(f: Callable[..., State], z: State, context: Any) -> tuple[Tensor, C
     with torch.enable_grad():
         start = parts[0] if packing.single else parts
         point = packing.pack(start)
-        image = packing.take(f(start) if context is None else f(start, context), point)
+        image = packing.take(f(start) if context is None else f(start, bare(context)), point)
 
     def pull(v: Tensor, create_graph: bool = False) -> Tensor:
         if not image.requires_grad:  # f does not look at z
