@@ -102,7 +102,8 @@ class Given:
         self.arguments = () if context is None else (bare(context),)
         self.tensors: list[Tensor] = []
         if context is not None and not torch.compiler.is_compiling():
-            self.tensors = [leaf for leaf in pytree.tree_leaves(context) if isinstance(leaf, Tensor)]
+            leaves = [context] if isinstance(context, Tensor) else pytree.tree_leaves(context)
+            self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         self.versions = [(tensor, tensor._version) for tensor in self.tensors if not tensor.is_inference()]
 
 

@@ -157,7 +157,7 @@ def check_context(context: Any, batch: int, f: Any = None) -> None:
     Warns of tensors that look shared (see `SharedWatch`), at the caller of the caller.
     """
     gathered = []
-    for leaf in pytree.tree_leaves(context, is_leaf=is_shared):
+    for leaf in [context] if isinstance(context, Tensor) else pytree.tree_leaves(context, is_leaf=is_shared):
         if isinstance(leaf, Shared):
             if leaf.tensor.is_nested or leaf.tensor.dim() == 0 or leaf.tensor.shape[0] != batch:
                 WATCH.note(f, leaf.tensor)
@@ -171,7 +171,7 @@ def check_context(context: Any, batch: int, f: Any = None) -> None:
             _check_rows(leaf, batch, f)
             gathered.append(leaf)
     if not torch.compiler.is_compiling():
-        WATCH.check(f, gathered, stacklevel=3)
+        WATCH.check(f, gathered, stacklevel=4)
 
 
 def _check_rows(leaf: Tensor, batch: int, f: Any) -> None:
