@@ -16,6 +16,7 @@ from metabroyden.gradients.base import parts_of
 from metabroyden.gradients.transforms import refuse, transform_of
 from metabroyden.learned.fingerprint import FingerprintWatch
 from metabroyden.opaque import opaque
+from metabroyden.shared import bare
 from metabroyden.solution import Solution, State
 from metabroyden.solve import check_options, solve
 from metabroyden.solvers.broyden import Broyden
@@ -269,7 +270,7 @@ def initial_state(cell: nn.Module, x: Any) -> State:
     """`cell.initial_state(x)` where the cell has one, else zeros like x; ValueError where neither is possible."""
     maker = getattr(cell, "initial_state", None)
     if maker is not None:
-        return maker(x)
+        return maker(bare(x))
     if isinstance(x, Tensor) and x.is_floating_point():
         return torch.zeros_like(x)
     raise ValueError(

@@ -58,12 +58,14 @@ class InCallersMode(Surroundings):
     def __init__(self, f: Callable[..., State], device: str) -> None:
         self.f = self.inner = f
         self.device = device
-        self.inference, self.autocast = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(device)
+        compiling = torch.compiler.is_compiling()  # a graph records no gradients anyway
+        self.inference = not compiling and torch.is_inference_mode_enabled()
+        self.autocast = torch.is_autocast_enabled(device)
         self.dtype = torch.get_autocast_dtype(device) if self.autocast else None
 
     def __call__(self, *arguments: Any) -> State:
         """f."""
-        if torch.compiler.is_compiling():  # a graph records no gradients anyway
+        if torch.compiler.is_compiling():
             return self.differentiable(*arguments)
         with torch.inference_mode(self.inference):
             return self.differentiable(*arguments)
@@ -92,6 +94,7 @@ class Given:
     Attributes:
         arguments: of f beside z: the context, its shared tensors as they are, or nothing where f takes none.
         tensors: all that are in the context; none known to a compiler, which keeps no versions.
+        versions: those that have a version (inference tensors have none), with the one that they have now.
     """
 
     def __init__(self, context: Any) -> None:
@@ -99,15 +102,9 @@ class Given:
         self.arguments = () if context is None else (bare(context),)
         self.tensors: list[Tensor] = []
         if context is not None and not torch.compiler.is_compiling():
-            self.tensors = [leaf for leaf in pytree.tree_leaves(context) if isinstance(leaf, Tensor)]
-        self._versions = [(tensor, tensor._version) for tensor in self.tensors if not tensor.is_inference()]
-
-    def written(self) -> Tensor | None:
-        """A tensor that was written to since, as torch has noted; inference tensors have no note of it."""
-        for tensor, version in self._versions:
-            if tensor._version != version:
-                return tensor
-        return None
+            leaves = [context] if isinstance(context, Tensor) else pytree.tree_leaves(context)
+            self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self.versions = [(tensor, tensor._version) for tensor in self.tensors if not tensor.is_inference()]
 
 
 NOTHING = Given(None)
@@ -119,17 +116,25 @@ class Evaluator:
     f may change neither z nor its context. torch notes what is written through its operations: that is looked at after
     every call. What is written past them, through `.data` or NumPy, and what is written to an inference tensor, which has
     no version, is found by comparing memory: of z at the first two calls of f, of the context at the first one (a copy of
-    small tensors in host memory, else a sum of all bits). Nothing is looked at while a compiler traces.
+    small tensors in host memory, else a sum of all bits).
 
     Args:
         f: in its surroundings. packing: of the state. f_dtype: dtype that f takes; what it returns comes back in z's.
         attached: what f returns keeps its graph; else it is detached, and z as well should f have asked for its gradient.
+        guarded: whether f is looked at, which a compiler cannot: by default, unless one is tracing now.
     """
 
     def __init__(
-        self, f: Callable[..., State], packing: Packing, *, f_dtype: torch.dtype | None = None, attached: bool = False
+        self,
+        f: Callable[..., State],
+        packing: Packing,
+        *,
+        f_dtype: torch.dtype | None = None,
+        attached: bool = False,
+        guarded: bool = True,
     ) -> None:
         self.f, self.packing, self.f_dtype, self.attached = f, packing, f_dtype, attached
+        self._guarded = guarded and not torch.compiler.is_compiling()
         self._plain = packing.is_flat and f_dtype is None  # f takes what solvers see
         self._calls = 0  # whose memory was compared
 
@@ -150,7 +155,7 @@ class Evaluator:
             f = f.differentiable
         point = z if self.f_dtype is None else z.to(self.f_dtype)
         state = point if self._plain else self.packing.unpack(point)
-        if torch.compiler.is_compiling():
+        if not self._guarded:
             return self.packing.take(f(state, *given.arguments), z)
         version = point._version
         compare = self._calls < _COMPARED and function is None and not differentiable
@@ -158,9 +163,9 @@ class Evaluator:
         value = self.packing.take(f(state, *given.arguments), z)
         if point._version != version:
             _refuse_point()
-        written = given.written()
-        if written is not None:
-            _refuse_context(written)
+        for tensor, number in given.versions:
+            if tensor._version != number:
+                _refuse_context(tensor)
         if before is not None:
             self._compare(before, point, given)
         if not self.attached:
@@ -194,24 +199,22 @@ def _refuse_context(tensor: Tensor) -> None:
     )
 
 
-@torch.no_grad()
 def contents(tensor: Tensor) -> Any:
     """What stands in a tensor's memory, to be compared: a copy where that is small and on the host, else a checksum.
 
-    None where memory cannot be read: of compressed sparse layouts, and inside torch.func's transforms.
+    None where memory cannot be read: of nested and compressed sparse tensors, and inside torch.func's transforms.
     """
-    tensor = tensor.detach()
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if tensor.is_nested or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return None
-    if tensor.layout is torch.sparse_coo:
-        tensor = tensor._values()
+    tensor = (tensor._values() if tensor.layout is torch.sparse_coo else tensor).detach()
     if tensor.layout is not torch.strided or not tensor.numel():
         return None
+    width = tensor.element_size()
+    if tensor.numel() * width <= _SMALL and tensor.is_cpu:
+        return (tensor if tensor.dtype is not torch.bfloat16 else tensor.view(torch.int16)).numpy().tobytes()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
-    width = tensor.element_size()
-    if tensor.numel() * width <= _SMALL and tensor.device.type == "cpu":
-        return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        width = tensor.element_size()
     for axis, stride in enumerate(tensor.stride()):
         if stride == 0:  # expanded
             tensor = tensor.narrow(axis, 0, 1)

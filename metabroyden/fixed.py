@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -84,7 +85,7 @@ class FixedBudget:
             check_context(context, flat.shape[0])
             if flat.shape[0] == 0:
                 return nothing(packing, flat)
-            began = time.perf_counter()
+            began = _now()
             found = self._run(evaluator, flat, Given(context), in_dtype_of(context, flat))
             z, best, done, last, residuals, absolute = (value.detach() for value in found)
             calls, batch = residuals.shape
@@ -94,7 +95,7 @@ class FixedBudget:
             nfe = torch.arange(1, calls + 1)[:, None].expand(calls, batch)
             seconds = torch.full((calls,), torch.nan, dtype=torch.float64)
             status = status.cpu()
-            seconds[-1] = time.perf_counter() - began
+            seconds[-1] = _now() - began
         return Solution(
             z=packing.unpack(z),
             residual=best,
@@ -115,7 +116,8 @@ class FixedBudget:
         if new:
             evaluator(z0, given)
         try:
-            found = self._compiled(evaluator, z0, given, context)
+            blind = Evaluator(evaluator.f, evaluator.packing, f_dtype=self.f_dtype, guarded=False)
+            found = self._compiled(blind, z0, given, context)
         except Exception as error:  # what f itself raises, it raises again when it is run as it stands
             found = self._iterate(evaluator, z0, given, context)
             self._compiled = None
@@ -142,6 +144,11 @@ class FixedBudget:
             z, state = step.z, step.state
         residuals, absolute = torch.stack(problem.residuals), torch.stack(problem.absolute)
         return problem.best_z, problem.best_residual, problem.done, problem.last, residuals, absolute
+
+
+def _now() -> float:
+    """Seconds of the clock; NaN inside a graph, which has none."""
+    return math.nan if torch.compiler.is_compiling() else time.perf_counter()
 
 
 class _FixedProblem:

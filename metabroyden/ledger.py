@@ -17,6 +17,8 @@ from metabroyden.evaluator import method_of as method_of
 from metabroyden.solution import State, Trace, scaled_norm
 from metabroyden.state import Packing, gather
 
+_HOST_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}  # of states
+
 
 class Rows:
     """Some samples of a batch, in order: their numbers on the host and, where it is not the whole batch, on the device.
@@ -159,7 +161,9 @@ class Ledger:
         if self._pending and not self._owned_images:  # f may write its next value where it wrote the last
             self._pending[-1] = self._pending[-1]._replace(fz=self._pending[-1].fz.clone())
             self._owned_images = True
-        if rows.index is None or self._given.context is not None:
+        if rows.index is None:
+            return self.evaluator(z, self._given, differentiable=differentiable)
+        if self._given.context is not None:
             return self.evaluator(z, self._given_to(rows), differentiable=differentiable)
         whole = self.best_z.index_copy(0, rows.index, z)
         return self.evaluator(whole, differentiable=differentiable).index_select(0, rows.index)
@@ -315,15 +319,15 @@ class Ledger:
         """All evaluations so far, unpadded; none where none were written down."""
         self.settle()
         calls, batch = len(self._events), len(self.nfe)
-        both = torch.full((2, calls, batch), torch.nan, dtype=self.z0.dtype)
-        nfe, phase = torch.zeros(calls, batch, dtype=torch.int64), torch.full((calls, batch), -1, dtype=torch.int8)
+        both = np.full((2, calls, batch), np.nan, dtype=_HOST_DTYPES[self.z0.dtype])
+        nfe, phase = np.zeros((calls, batch), dtype=np.int64), np.full((calls, batch), -1, dtype=np.int8)
         for k, (rows, value, size, spent, where) in enumerate(self._events):
-            residual, absolute = both[:, k].numpy()
-            residual[rows.pick], absolute[rows.pick] = value, np.where(np.isnan(value), np.nan, size)
-            nfe[k].numpy()[rows.pick], phase[k].numpy()[rows.pick] = spent, where
-        both = both.to(self.z0.device)
+            pick = rows.pick
+            both[0, k, pick], nfe[k, pick], phase[k, pick] = value, spent, where
+            both[1, k, pick] = np.where(np.isnan(value), np.nan, size)
+        residual, absolute = torch.from_numpy(both).to(self.z0.device)
         seconds = torch.tensor(self._seconds[:calls], dtype=torch.float64)
-        return Trace(both[0], nfe, seconds, phase, both[1])
+        return Trace(residual, torch.from_numpy(nfe), seconds, torch.from_numpy(phase), absolute)
 
 
 def to_host(tensors: list[Tensor]) -> list[np.ndarray]:

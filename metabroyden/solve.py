@@ -104,17 +104,16 @@ def solve(
     check_options(f, solver, rtol, atol, max_nfe, check_every, f_dtype)
     due = _rising(snapshots)
     device = (z0 if isinstance(z0, Tensor) else z0[0]).device.type
-    with torch.inference_mode(False), torch.no_grad():
+    as_called = in_callers_mode(f, device)
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
         flat = packing.pack(z0).detach().contiguous()
         if flat.is_inference():
             flat = flat.clone()
-    check_context(context, len(flat), f)
-    if len(flat) == 0:
-        return nothing(packing, flat, snapshots=len(due), keep_inverse=keep_inverse)
-    f = in_callers_mode(f, device)
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+        check_context(context, len(flat), f)
+        if len(flat) == 0:
+            return nothing(packing, flat, snapshots=len(due), keep_inverse=keep_inverse)
         options = {"rtol": rtol, "atol": atol, "max_nfe": max_nfe, "f_dtype": f_dtype, "trace": trace}
-        driver = _Driver(flat, packing, f, context, solver, check_every, **options)
+        driver = _Driver(flat, packing, as_called, context, solver, check_every, **options)
         driver.due, driver.inverse = due, FinalInverse(len(flat)) if keep_inverse else None
         with np.errstate(all="ignore"):
             solution = driver.solution()

@@ -64,8 +64,8 @@ class Packing:
 
         TypeError for what is no tensor or tuple of tensors, ValueError for what is not shaped like the state.
         """
-        if self.single and isinstance(value, Tensor) and self._is_like(value, z):  # the usual case, without ceremony
-            return value if self.is_flat else value.reshape(z.shape)
+        if self.single and isinstance(value, Tensor) and self._fits(value, z):  # the usual case, without ceremony
+            return value if value.shape == z.shape else value.reshape(z.shape)
         parts = (value,) if isinstance(value, Tensor) else value
         if not isinstance(parts, tuple) or not all(isinstance(part, Tensor) for part in parts):
             raise TypeError(f"f must return a tensor or a tuple of tensors like z, got {type(value).__name__}")
@@ -79,9 +79,9 @@ class Packing:
             raise ValueError(f"f must return what z is shaped like: wanted {wanted} floating, got {got} {kinds}")
         return self.pack(value).to(z.dtype)
 
-    def _is_like(self, value: Tensor, z: Tensor) -> bool:
-        """Whether a single tensor is shaped, typed and laid out as the state of z (R, n)."""
-        if value.dtype != z.dtype or value.layout != z.layout or value.is_nested:
+    def _fits(self, value: Tensor, z: Tensor) -> bool:
+        """Whether a tensor is that of a state of one tensor, of z (R, n), as it stands."""
+        if value.dtype != z.dtype or value.layout != torch.strided or value.is_nested:
             return False
         return value.shape[1:] == self.shapes[0] and value.shape[0] == z.shape[0]
 
@@ -166,7 +166,7 @@ def check_context(context: Any, batch: int, f: Any = None) -> None:
     Warns of tensors that look shared (see `SharedWatch`), at the caller of the caller.
     """
     gathered = []
-    for leaf in pytree.tree_leaves(context, is_leaf=is_shared):
+    for leaf in [context] if isinstance(context, Tensor) else pytree.tree_leaves(context, is_leaf=is_shared):
         if isinstance(leaf, Shared):
             if leaf.tensor.is_nested or leaf.tensor.dim() == 0 or leaf.tensor.shape[0] != batch:
                 WATCH.note(f, leaf.tensor)
@@ -180,7 +180,7 @@ def check_context(context: Any, batch: int, f: Any = None) -> None:
             _check_rows(leaf, batch, f)
             gathered.append(leaf)
     if not torch.compiler.is_compiling():
-        WATCH.check(f, gathered, stacklevel=3)
+        WATCH.check(f, gathered, stacklevel=4)
 
 
 def _check_rows(leaf: Tensor, batch: int, f: Any) -> None:

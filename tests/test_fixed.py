@@ -97,3 +97,63 @@ def test_bad_input_is_refused(solver, options, words):
         mb.FixedBudget(torch.cos, solver, **options)
     with pytest.raises(ValueError, match="finite"):
         mb.FixedBudget(torch.cos, mb.Picard(), max_nfe=3, compiled=False)(torch.full((2, 2), torch.nan))
+
+
+class Model(torch.nn.Module):
+    def __init__(self, solver) -> None:
+        super().__init__()
+        self.linear, self.solver = torch.nn.Linear(8, 8), solver
+
+    def forward(self, x):
+        f = lambda z, c: torch.tanh(0.5 * self.linear(z) + c)  # noqa: E731
+        return mb.FixedBudget(f, self.solver, max_nfe=4, compiled=False)(torch.zeros_like(x), x).z
+
+
+@pytest.mark.parametrize("solver", [mb.Picard(), mb.Anderson(memory=2), mb.Broyden(memory=2)], ids=str)
+def test_a_model_with_a_fixed_budget_can_be_exported(solver):
+    model, x = Model(solver).eval(), torch.randn(3, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter, about its own parts
+        exported = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(exported(2 * x), model(2 * x), rtol=1e-5, atol=1e-6)
+
+
+def test_of_a_compiled_run_f_is_looked_at_once_for_each_shape(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    calls = 0
+
+    def f(z, x):
+        nonlocal calls
+        calls += 1
+        return 0.5 * z + x
+
+    run = mb.FixedBudget(f, mb.Picard(), max_nfe=3)
+    for rows, spent in ((4, 4), (4, 7), (2, 11)):
+        assert run(torch.zeros(rows, 2), torch.ones(rows, 2)).nfe.tolist() == [3] * rows
+        assert calls == spent
+    careless = mb.FixedBudget(lambda z, x: z.mul_(0.5), mb.Picard(), max_nfe=3)
+    with pytest.raises(ValueError, match="in place"):
+        careless(torch.zeros(4, 2), torch.ones(4, 2))
+
+
+def test_solvers_may_ask_for_the_image_to_the_last_bit():
+    seen = []
+
+    class Asking(mb.Picard):
+        def step(self, z, g, state, problem):
+            seen.append((problem.image(z, g), problem.image(z.clone(), g), z + g, torch.cos(z)))
+            return super().step(z, g, state, problem)
+
+    mb.FixedBudget(torch.cos, Asking(), max_nfe=4, compiled=False)(torch.randn(3, 2))
+    assert len(seen) == 3
+    for image, other, total, true in seen:
+        assert torch.equal(image, true)
+        assert torch.equal(other, total)
+
+
+def test_a_converted_network_runs_under_a_fixed_budget():
+    network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    model, x = mb.to_deq(network), torch.randn(3, 4)
+    run = mb.FixedBudget(model.deq.cell, model.deq.solver, max_nfe=3, rtol=1e-6, compiled=False)
+    found = run(model.deq.cell.initial_state(x), x)
+    torch.testing.assert_close(found.z[-1], network(x))

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from metabroyden.shared import bare
 from metabroyden.solution import Solution, State
 
 Report = Callable[[Solution], None]
@@ -38,7 +39,7 @@ def parts_of(z: State) -> tuple[Tensor, ...]:
 def evaluate(cell: Callable[..., State], parts: tuple[Tensor, ...], single: bool, context: Any) -> tuple[Tensor, ...]:
     """The tensors of cell(z) or cell(z, context), in the dtype of the state."""
     z = parts[0] if single else tuple(parts)
-    image = cell(z) if context is None else cell(z, context)
+    image = cell(z) if context is None else cell(z, bare(context))
     return tuple(value.to(part.dtype) for value, part in zip(parts_of(image), parts, strict=True))
 
 

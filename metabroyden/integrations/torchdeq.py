@@ -263,7 +263,10 @@ def _statistics(solution: Solution, lost: Tensor) -> Any:
     assert trace.absolute is not None
     relative, absolute = (torch.where(lost, torch.nan, value) for value in (trace.residual, trace.absolute))
     rel_lowest = torch.where(lost, torch.nan, solution.residual)
-    measured = (relative == rel_lowest).int().argmax(dim=0, keepdim=True)  # the call that saw the returned iterate
+    # the call that saw the returned iterate: of those with its relative residual, the one of smallest ‖f(z) − z‖
+    measured = (
+        torch.where(relative == rel_lowest, absolute, torch.inf).nan_to_num(torch.inf).argmin(dim=0, keepdim=True)
+    )
     spent = trace.nfe.to(device).gather(0, measured)[0]
     status = solution.status.to(device)
     return SolverStat(

@@ -15,7 +15,7 @@ from metabroyden.deq import DEQ
 from metabroyden.learned.fingerprint import module_of, named_fingerprint
 from metabroyden.meta.target import target_of
 from metabroyden.solution import State
-from metabroyden.state import gather
+from metabroyden.state import concatenate, gather
 
 SPLITS = ("train", "validation", "test")
 
@@ -101,8 +101,7 @@ class TaskSet:
         numbers = dict(zip(chosen, torch.arange(sum(sizes)).split(sizes), strict=True))
         twin = copy.copy(self)
         twin.raw = {name: numbers.get(name) for name in self.raw}
-        own = {id(leaf) for leaf in sampled(made[0])}
-        twin._made = pytree.tree_map(lambda *parts: torch.cat(parts) if id(parts[0]) in own else parts[0], *made)
+        twin._made = concatenate(made)
         return twin
 
     def identity(self) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metabroyden.gradients.base import parts_of, twice_differentiable
+from metabroyden.shared import bare
 from metabroyden.solution import State
 from metabroyden.state import Packing
 
@@ -66,7 +67,7 @@ def pullback(f: Callable[..., State], z: State, context: Any) -> tuple[Tensor, C
         parts = tuple(part.detach().requires_grad_() for part in parts_of(z))
         start = parts[0] if packing.single else parts
         point = packing.pack(start)
-        image = packing.take(f(start) if context is None else f(start, context), point)
+        image = packing.take(f(start) if context is None else f(start, bare(context)), point)
 
     def pull(v: Tensor, create_graph: bool = False) -> Tensor:
         if not image.requires_grad:  # f does not look at z
