@@ -17,7 +17,7 @@ PACKAGE = Path(metabroyden.__file__).parent
 LAYERS = [
     ["solution", "state", "storage"],
     ["ledger", "inverse"],
-    ["problem"],
+    ["problem", "opaque"],
     ["solve"],
     ["fixed"],
     ["solvers"],
