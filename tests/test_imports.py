@@ -20,7 +20,7 @@ LAYERS = [
     ["solution", "state", "shared", "storage", "version"],
     ["evaluator"],
     ["ledger", "inverse"],
-    ["problem"],
+    ["problem", "opaque"],
     ["solve"],
     ["fixed"],
     ["solvers"],

@@ -266,6 +266,23 @@ def test_a_jacobian_that_is_not_finite_gives_nan_for_its_sample_only():
         mb.spectral_radius(torch.tanh, torch.zeros(2, 3), iterations=0)
 
 
+@pytest.mark.parametrize("kind", ["spectral", "weight"])
+def test_nothing_is_made_on_the_default_device(kind):
+    cell, x = mb.normalise(Cell(p=0.3), kind), torch.randn(3, 6, dtype=DOUBLE)
+    deq = mb.DEQ(cell, warn=False)
+    with torch.device("meta"):
+        deq(x).sum().backward()
+        z = deq.last_solution.z
+        cache = mb.EquilibriumCache()
+        assert cache.start([0, 1, 2], z) is z
+        cache.store([0, 1, 2], z)
+        with held_masks(cell, 3):
+            values = mb.spectral_radius(cell, z, x).sum(), mb.jacobian_penalty(cell, z, x)
+    assert torch.equal(cache.start([0, 1, 2], torch.zeros_like(z)), z)
+    assert all(value.device.type == "cpu" and bool(value.isfinite()) for value in values)
+    assert all(p.grad.device.type == "cpu" for p in deq.parameters())
+
+
 # --- Normalised weights
 
 

@@ -81,7 +81,7 @@ class _System:
     def __call__(self, u: Tensor, rows: dict[str, Tensor]) -> Tensor:
         image = self.product(u, rows["sample"]) + rows["v"]
         if self._at_v is None and rows["sample"] is self.sample:
-            self._at_v = image if u.data_ptr() == self.v.data_ptr() else torch.empty(0)
+            self._at_v = image if u.data_ptr() == self.v.data_ptr() else image[:0]
         return image
 
     def at_v(self, sample: Tensor) -> Tensor | None:

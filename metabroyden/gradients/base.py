@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metabroyden.shared import bare
 from metabroyden.solution import Solution, State
@@ -51,11 +49,6 @@ def damped_steps(
         image = evaluate(cell, parts, single, context)
         parts = tuple(torch.lerp(z, fz, damping) for z, fz in zip(parts, image, strict=True))
     return parts
-
-
-def twice_differentiable() -> AbstractContextManager[Any]:
-    """Within it attention is computed by the kernel that can be differentiated twice: the others of torch cannot."""
-    return sdpa_kernel(SDPBackend.MATH)
 
 
 class Replace(torch.autograd.Function):

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metabroyden.gradients.base import evaluate, parts_of, twice_differentiable
+from metabroyden.gradients.base import evaluate, parts_of
 from metabroyden.gradients.view import seen_with
 from metabroyden.ledger import InCallersMode
 from metabroyden.solution import State
 from metabroyden.state import gather
 from metabroyden.training.hold import parametrizations
+from metabroyden.training.jacobian import twice_differentiable
 from metabroyden.training.pin import Pinned
 
 Parts = tuple[Tensor, ...]

@@ -37,7 +37,7 @@ def _seen(module: nn.Module, values: Mapping[tuple[int, str], Tensor], views: di
         return module
     if "torch._dynamo" in sys.modules and isinstance(module, torch._dynamo.OptimizedModule):
         return _seen(module._orig_mod, values, views)
-    view = object.__new__(_view_class(type(module)))
+    view: Any = object.__new__(_view_class(type(module)))
     origin = _kept(module)[0] if isinstance(module, _View) else module  # a view of a view
     views[id(module)] = views[id(origin)] = view
     object.__setattr__(view, "__dict__", module.__dict__)

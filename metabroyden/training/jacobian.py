@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from metabroyden.gradients.base import parts_of, twice_differentiable
 from metabroyden.shared import bare
 from metabroyden.solution import State
 from metabroyden.state import Packing
@@ -64,7 +65,7 @@ def pullback(f: Callable[..., State], z: State, context: Any) -> tuple[Tensor, C
     packing = Packing.of(z, "z")
     with torch.inference_mode(False), torch.enable_grad(), twice_differentiable():
         z, context = pytree.tree_map_only(Tensor, _usable, (z, context))
-        parts = tuple(part.detach().requires_grad_() for part in parts_of(z))
+        parts = tuple(part.detach().requires_grad_() for part in ((z,) if isinstance(z, Tensor) else z))
         start = parts[0] if packing.single else parts
         point = packing.pack(start)
         image = packing.take(f(start) if context is None else f(start, bare(context)), point)
@@ -79,6 +80,11 @@ def pullback(f: Callable[..., State], z: State, context: Any) -> tuple[Tensor, C
         return packing.pack(pulled[0] if packing.single else pulled)
 
     return point.detach(), pull
+
+
+def twice_differentiable() -> AbstractContextManager[Any]:
+    """Within it attention is computed by the kernel that can be differentiated twice: the others of torch cannot."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def _usable(tensor: Tensor) -> Tensor:

@@ -47,7 +47,8 @@ def spectral_radius(f: Callable[..., State], z: State, context: Any = None, *, i
 def _hessenberg(product: Callable[[Tensor], Tensor], like: Tensor, size: int) -> Tensor:
     """(B, size, size): the map on the Krylov space of a fixed random vector; zero columns once that is invariant."""
     batch, n = like.shape
-    start = torch.randn(1, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like)
+    generator = torch.Generator("cpu").manual_seed(0)
+    start = torch.randn(1, n, generator=generator, dtype=torch.float64, device="cpu").to(like)
     v = (start / start.norm()).expand(batch, n)
     basis, h = like.new_zeros(batch, size, n), like.new_zeros(batch, size, size)
     largest = like.new_zeros(batch, 1)

@@ -46,7 +46,7 @@ class EquilibriumCache:
         self.size, self.dtype = size, dtype
         self.device = None if device is None else torch.device(device)
         self._rows: tuple[Tensor, ...] = ()
-        self._known = torch.zeros(0, dtype=torch.bool, device=self.device)
+        self._known = torch.zeros(0, dtype=torch.bool, device="cpu" if device is None else device)
         self._single = True
 
     def __len__(self) -> int:
