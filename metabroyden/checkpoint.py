@@ -101,7 +101,7 @@ def _checksum(tensors: dict[str, Tensor], described: str) -> str:
         value = tensors[name]
         found.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
         plain = torch.view_as_real(value) if value.is_complex() else value
-        found.update(plain.reshape(-1).view(torch.uint8).numpy())
+        found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

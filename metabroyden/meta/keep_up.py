@@ -226,7 +226,7 @@ class KeepUp:
             raise CheckpointError(f"the state is of solvers {sorted(state['solvers'])}, wanted {sorted(self.solvers)}")
         if min(state["counts"]) < 0:
             raise damaged(_STATE, f"counts are {state['counts']}, wanted none below 0")
-        parameters = {}
+        parameters: dict[str, Tensor] = {}
         for name, solver in self.solvers.items():
             compare(solver.state_dict(), state["solvers"][name], _STATE)
             resume.check_finite(state["solvers"][name], _STATE)
