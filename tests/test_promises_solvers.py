@@ -178,8 +178,11 @@ CASES = [
 ]
 
 
+UNSEARCHED = [case for case in CASES if case[1] is not searched]
+
+
 @pytest.mark.parametrize("name", PROBLEMS)
-@pytest.mark.parametrize(("solver", "reference", "options"), CASES, ids=lambda value: str(value))
+@pytest.mark.parametrize(("solver", "reference", "options"), CASES, ids=[str(case[0]) for case in CASES])
 def test_every_evaluation_is_where_the_formula_puts_it(name, solver, reference, options):
     f, (z0, x) = Recorded(PROBLEMS[name]), inputs()
     solution = mb.solve(f, z0, x, solver=solver, rtol=1e-9, max_nfe=24, throw=False)
@@ -198,11 +201,7 @@ def test_every_evaluation_is_where_the_formula_puts_it(name, solver, reference, 
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-@pytest.mark.parametrize(
-    ("solver", "reference", "options"),
-    [case for case in CASES if case[1] is not searched],
-    ids=lambda value: str(value),
-)
+@pytest.mark.parametrize(("solver", "reference", "options"), UNSEARCHED, ids=[str(case[0]) for case in UNSEARCHED])
 def test_a_fixed_budget_evaluates_at_the_same_points(name, solver, reference, options):
     f, (z0, x) = Recorded(PROBLEMS[name]), inputs()
     run = mb.FixedBudget(f, solver, max_nfe=12, rtol=1e-9, compiled=False)
