@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import metabroyden as mb
+from metabroyden.solvers.tuning import tune
 
 Vector = np.ndarray
 Map = Callable[[Vector], Vector]  # z ↦ f(z) − z
@@ -178,8 +179,11 @@ CASES = [
 ]
 
 
+UNSEARCHED = [case for case in CASES if case[1] is not searched]
+
+
 @pytest.mark.parametrize("name", PROBLEMS)
-@pytest.mark.parametrize(("solver", "reference", "options"), CASES, ids=lambda value: str(value))
+@pytest.mark.parametrize(("solver", "reference", "options"), CASES, ids=[str(case[0]) for case in CASES])
 def test_every_evaluation_is_where_the_formula_puts_it(name, solver, reference, options):
     f, (z0, x) = Recorded(PROBLEMS[name]), inputs()
     solution = mb.solve(f, z0, x, solver=solver, rtol=1e-9, max_nfe=24, throw=False)
@@ -198,11 +202,7 @@ def test_every_evaluation_is_where_the_formula_puts_it(name, solver, reference, 
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-@pytest.mark.parametrize(
-    ("solver", "reference", "options"),
-    [case for case in CASES if case[1] is not searched],
-    ids=lambda value: str(value),
-)
+@pytest.mark.parametrize(("solver", "reference", "options"), UNSEARCHED, ids=[str(case[0]) for case in UNSEARCHED])
 def test_a_fixed_budget_evaluates_at_the_same_points(name, solver, reference, options):
     f, (z0, x) = Recorded(PROBLEMS[name]), inputs()
     run = mb.FixedBudget(f, solver, max_nfe=12, rtol=1e-9, compiled=False)
@@ -294,3 +294,124 @@ def test_newton_does_without_forward_ad_for_one_product_more():
         lambda z, x: 0.9 * torch.sin(z) + x[:, :-1], z0, x, solver=mb.Newton(), rtol=1e-5, max_nfe=60, throw=False
     )
     torch.testing.assert_close(found.trace.absolute[:4, 2:], known.trace.absolute[:4, 2:], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["good", "bad"])
+@pytest.mark.parametrize("memory", [3, 30])
+def test_the_inverse_jacobian_that_is_left_is_the_one_of_the_last_step(kind, memory):
+    f, (z0, x) = PROBLEMS["rotation"], inputs()
+    solver = mb.Broyden(memory, kind=kind)
+    solution = mb.solve(numbered(f), z0, x, solver=solver, rtol=1e-6, max_nfe=15, throw=False, keep_inverse=True)
+    assert solution.inverse.known == 4  # sample 0 made no step
+    w = torch.randn(5, SIZE, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    found = solution.inverse.transpose(w)
+    some = solution.inverse.transpose(w[[4, 2]], torch.tensor([4, 2]))
+    torch.testing.assert_close(some, found[[4, 2]])
+    torch.testing.assert_close(found[0], -w[0])
+    for sample in range(1, 5):
+        inverse = (Good if kind == "good" else Bad)(memory, 1e-2)
+        g = residual_of(f, x[sample])
+        z = before = z0[sample].numpy()
+        for step in range(int(solution.steps[sample])):
+            if step:
+                inverse.learn(z - before, g(z) - g(before), g(before))
+                before = z
+            z = before - inverse.times(g(before))
+        matrix = np.stack([inverse.times(column) for column in np.eye(SIZE)], axis=1)
+        np.testing.assert_allclose(found[sample], matrix.T @ w[sample].numpy(), rtol=1e-7, atol=1e-7)
+
+
+class Monotone:
+    """f(z, x) = relu(Wz + x), with its parts; I − W is strongly monotone, W not symmetric."""
+
+    def __init__(self, n: int = 6) -> None:
+        a = torch.randn(n, n, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+        self.w = 0.6 * torch.eye(n, dtype=torch.float64) - 0.1 * a @ a.T + 0.4 * (a - a.T)
+        self.used: list[str] = []
+
+    def linear(self, z: Tensor, x: Tensor) -> Tensor:
+        self.used.append("linear")
+        return z @ self.w.T + x
+
+    def prox(self, v: Tensor) -> Tensor:
+        return v.relu()
+
+    def resolvent(self, alpha: float) -> Callable[[Tensor, Tensor], Tensor]:
+        inverse = torch.linalg.inv((1 + alpha) * torch.eye(len(self.w), dtype=torch.float64) - alpha * self.w)
+
+        def apply(v: Tensor, x: Tensor) -> Tensor:
+            self.used.append("resolvent")
+            return (v + alpha * x) @ inverse.T
+
+        return apply
+
+    def __call__(self, z: Tensor, x: Tensor) -> Tensor:
+        self.used.append("f")
+        return (z @ self.w.T + x).relu()
+
+
+def forward_backward(cell: Monotone, z: Tensor, x: Tensor, alpha: float) -> Iterator[Tensor]:
+    yield z
+    z = z + alpha * ((cell.w @ z + x).relu() - z)
+    while True:
+        yield z
+        z = ((1 - alpha) * z + alpha * (cell.w @ z + x)).relu()
+
+
+def peaceman_rachford(cell: Monotone, z: Tensor, x: Tensor, alpha: float) -> Iterator[Tensor]:
+    u = z + alpha * (cell.w @ z + x - z)
+    if z.any():
+        yield z
+    else:
+        u = z
+    while True:
+        reflected = 2 * u.relu() - u
+        z = torch.linalg.solve(
+            (1 + alpha) * torch.eye(len(z), dtype=torch.float64) - alpha * cell.w, reflected + alpha * x
+        )
+        yield z
+        u = 2 * z - reflected
+
+
+@pytest.mark.parametrize("start", [0.0, 0.4])
+@pytest.mark.parametrize(
+    ("solver", "reference", "part"),
+    [
+        *((mb.ForwardBackward(alpha), forward_backward, "linear") for alpha in (0.1, 0.25)),
+        *((mb.PeacemanRachford(alpha), peaceman_rachford, "resolvent") for alpha in (0.5, 3.0)),
+    ],
+    ids=str,
+)
+def test_splitting_takes_its_steps_for_one_use_of_a_part_each(solver, reference, part, start):
+    cell = Monotone()
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    x[1] *= 1e-4
+    z0 = torch.full_like(x, start)
+    solution = mb.solve(cell, z0, x, solver=solver, rtol=1e-4, max_nfe=25, throw=False)
+    for sample in range(4):
+        spent = int(solution.nfe[sample])
+        points = [z for z, _ in zip(reference(cell, z0[sample], x[sample], solver.alpha), range(spent), strict=False)]
+        sizes = torch.stack([((cell.w @ z + x[sample]).relu() - z).norm() for z in points])
+        trace = solution.trace.absolute[:, sample]
+        torch.testing.assert_close(trace[~trace.isnan()], sizes, rtol=1e-8, atol=1e-12)
+    first = {forward_backward: "f", peaceman_rachford: "linear" if start else part}[reference]
+    assert cell.used == [first] + [part] * (int(solution.nfe.max()) - 1)
+
+
+def test_options_are_chosen_by_the_mean_logarithm_of_evaluations_a_failure_being_twice_the_budget():
+    x = torch.tensor([[1.0], [-2.0], [0.5]], dtype=torch.float64)
+    f = lambda z, x: -0.5 * z + x  # noqa: E731
+    found = tune(
+        [mb.Picard(d) for d in (1.0, 0.1, 0.6, 1.9)], f, torch.zeros_like(x), x, tolerances=(1e-2, 1e-4), max_nfe=12
+    )
+    for solver, score in found:
+        factor, counts = 1 - 1.5 * solver.damping, []  # by which the distance to z* changes in a step
+        for tolerance in (1e-2, 1e-4):
+            relative = [abs(1.5 * factor**k) / abs(1 + 0.5 * factor**k) for k in range(12)]
+            reached = [k + 1 for k, value in enumerate(relative) if value <= tolerance]
+            counts.append(reached[0] if reached else 24)
+        np.testing.assert_allclose(score, np.mean(np.log(counts)), rtol=1e-12)
+    assert [score for _, score in found] == sorted(score for _, score in found)
+    assert found[0][0] == mb.Picard(0.6)
+    tuned = mb.Picard.tuned(f, torch.zeros_like(x), x, tolerances=(1e-6,), max_nfe=40)
+    assert abs(tuned.damping - 2 / 3) < 0.02

@@ -110,7 +110,8 @@ def thinned(node: ast.AST) -> Iterator[ast.AST]:
 
 def removed(node: ast.AST, field: str) -> Iterator[ast.AST]:
     """Nothing in the place of a statement, None in that of a result, a condition negated."""
-    stored = isinstance(node, ast.Assign) and not any(isinstance(target, ast.Name) for target in node.targets)
+    names = [part for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)]
+    stored = isinstance(node, ast.Assign) and not names  # a name left out would be missed at once
     if stored or isinstance(node, ast.Expr | ast.AugAssign | ast.Raise | ast.Delete | ast.Continue | ast.Break):
         yield ast.Pass()
     if isinstance(node, ast.Return) and not isinstance(node.value, ast.Constant | None):

@@ -13,6 +13,7 @@ import select
 import signal
 import sys
 import time
+import traceback
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -87,6 +88,11 @@ class Hunt:
         self.items = {item.nodeid: item for item in session.items}
         gc.freeze()
         self.tracer.stop()
+        missing = {test for survey in self.surveys.values() for test in survey["tests"]} - set(self.items)
+        if missing:
+            raise RuntimeError(
+                f"ids of tests must not change from one run to the next, as these do: {sorted(missing)[:3]}"
+            )
         self.survey()
         for survey in self.surveys.values():
             self.known.add(survey)
@@ -194,7 +200,7 @@ def exchanged(mutant: Mutant) -> bool:
 
     new = [code for code in inner(code_of(mutant)) if is_meant(code)]
     gc.unfreeze()
-    functions = [item for item in gc.get_objects() if isinstance(item, types.FunctionType) and is_meant(item.__code__)]
+    functions = [item for item in gc.get_objects() if type(item) is types.FunctionType and is_meant(item.__code__)]
     functions = [item for item in functions if item.__code__.co_filename == str(ROOT / mutant.file)]
     if len(new) != 1 or not functions or any(item.__code__.co_freevars != new[0].co_freevars for item in functions):
         return False
@@ -269,7 +275,10 @@ def pooled(tasks: Iterator[tuple[Any, Work, float]], workers: int) -> Iterator[t
                 data = file.read()
             end_group(process)
             os.waitpid(process, 0)
-            yield key, json.loads(data) if data else None
+            result = json.loads(data or '{"found": null}')
+            if "error" in result:  # ours: a test's error is its failure
+                raise RuntimeError(f"{key}: {result['error']}")
+            yield key, result["found"]
 
 
 def forked(work: Work, seconds: float) -> tuple[int, int]:
@@ -286,9 +295,12 @@ def forked(work: Work, seconds: float) -> tuple[int, int]:
         for number in (0, 1, 2):
             os.dup2(silence, number)
         resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds) + 5))
-        result = json.dumps(work()).encode()
-        with os.fdopen(writing, "wb") as pipe:
-            pipe.write(result)
+        try:
+            result = {"found": work()}
+        except BaseException:
+            result = {"error": traceback.format_exc()}
+        with os.fdopen(writing, "w") as pipe:
+            json.dump(result, pipe)
     finally:
         os._exit(0)
 
