@@ -373,15 +373,14 @@ def peaceman_rachford(cell: Monotone, z: Tensor, x: Tensor, alpha: float) -> Ite
         u = 2 * z - reflected
 
 
+SPLITTING = [
+    *((mb.ForwardBackward(alpha), forward_backward, "linear") for alpha in (0.1, 0.25)),
+    *((mb.PeacemanRachford(alpha), peaceman_rachford, "resolvent") for alpha in (0.5, 3.0)),
+]
+
+
 @pytest.mark.parametrize("start", [0.0, 0.4])
-@pytest.mark.parametrize(
-    ("solver", "reference", "part"),
-    [
-        *((mb.ForwardBackward(alpha), forward_backward, "linear") for alpha in (0.1, 0.25)),
-        *((mb.PeacemanRachford(alpha), peaceman_rachford, "resolvent") for alpha in (0.5, 3.0)),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("solver", "reference", "part"), SPLITTING, ids=[str(case[0]) for case in SPLITTING])
 def test_splitting_takes_its_steps_for_one_use_of_a_part_each(solver, reference, part, start):
     cell = Monotone()
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(4), dtype=torch.float64)

@@ -95,11 +95,12 @@ def main() -> int:
     mutants = chosen(options)
     files = sorted(path for path in (ROOT / "tests").glob("test_*.py") if path.stem[5:] not in ELSEWHERE)
     files = [path for path in files if options.tests in path.name]
-    surveys = remembered(files)
+    keys = {str(path.relative_to(ROOT)): key_of(path) for path in files}  # as the files are when they are read
+    surveys = remembered(keys)
     tracer = coverage.Coverage(data_file=None, config_file=False, include=[str(PACKAGE / "*")])
     if len(surveys) < len(files):
         tracer.start()  # before the package is imported, to see what an import runs
-    hunt = Hunt(tracer, surveys, mutants, options.workers, remember)
+    hunt = Hunt(tracer, surveys, mutants, options.workers, lambda surveys: remember(keys, surveys))
     quiet = ["--capture=no", "-p", "no:cacheprovider", "--timeout=60"]
     pytest.main([*quiet, *map(str, files)], plugins=[hunt])
     if not hunt.outcomes:
@@ -126,17 +127,16 @@ def equivalents() -> list[dict[str, str]]:
     return tomllib.loads(Path(__file__).with_name("equivalent.toml").read_text()).get("equivalent", [])
 
 
-def remembered(files: list[Path]) -> dict[str, Any]:
+def remembered(keys: dict[str, str]) -> dict[str, Any]:
     """What earlier runs of the unchanged tests have told, by test file, where nothing has changed since."""
     held = json.loads(CACHE.read_text()) if CACHE.exists() else {}
-    names = {str(path.relative_to(ROOT)): path for path in files}
-    return {name: held[name][1] for name, path in names.items() if name in held and held[name][0] == key_of(path)}
+    return {file: held[file][1] for file, key in keys.items() if file in held and held[file][0] == key}
 
 
-def remember(surveys: dict[str, Any]) -> None:
+def remember(keys: dict[str, str], surveys: dict[str, Any]) -> None:
     """Keep what the unchanged tests have told so far, beside what was kept of other files."""
     held = json.loads(CACHE.read_text()) if CACHE.exists() else {}
-    write(CACHE, json.dumps(held | {file: [key_of(ROOT / file), survey] for file, survey in surveys.items()}))
+    write(CACHE, json.dumps(held | {file: [keys[file], survey] for file, survey in surveys.items()}))
 
 
 def key_of(path: Path) -> str:
