@@ -20,6 +20,7 @@ from metabroyden.shared import bare
 from metabroyden.solution import Solution, State
 from metabroyden.solve import check_options, solve
 from metabroyden.solvers.broyden import Broyden
+from metabroyden.state import like
 from metabroyden.training.dropout import restless
 from metabroyden.training.pin import pin
 
@@ -238,14 +239,14 @@ def _in_single(z: State) -> tuple[torch.dtype | None, State]:
     dtype = parts_of(z)[0].dtype
     if dtype not in (torch.float16, torch.bfloat16):
         return None, z
-    return dtype, z.float() if isinstance(z, Tensor) else tuple(part.float() for part in z)
+    return dtype, like((part.float() for part in parts_of(z)), type(z))
 
 
 def _cast(states: list[State], dtype: torch.dtype | None) -> list[State]:
     """The states in this dtype; None: as they are."""
     if dtype is None:
         return states
-    return [z.to(dtype) if isinstance(z, Tensor) else tuple(part.to(dtype) for part in z) for z in states]
+    return [like((part.to(dtype) for part in parts_of(z)), type(z)) for z in states]
 
 
 def _modules_in(thing: Any) -> list[nn.Module]:

@@ -100,8 +100,10 @@ def _flat(z: Tensor) -> Tensor:
     return z.reshape(z.shape[0], math.prod(z.shape[1:]))
 
 
-def like(parts: Iterable[Tensor], kind: type) -> tuple[Tensor, ...]:
-    """The parts of a state as a tuple of a kind: a named one where the user's is."""
+def like(parts: Iterable[Tensor], kind: type) -> Any:
+    """The state that has these parts, as a state of this type has them: a tensor, a tuple or a named tuple."""
+    if issubclass(kind, Tensor):
+        return next(iter(parts))
     return kind._make(parts) if hasattr(kind, "_make") else tuple(parts)
 
 

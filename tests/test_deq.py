@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -325,3 +326,39 @@ def test_learned_solvers_go_where_the_model_goes():
     assert list(model.state_dict()) == names
     model.to("meta")
     assert {p.device.type for p in (*forward.parameters(), *backward.parameters())} == {"meta"}
+
+
+class Pair(NamedTuple):
+    slow: torch.Tensor
+    fast: torch.Tensor
+
+
+class Coupled(torch.nn.Module):
+    """A cell whose state has names."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+
+    def initial_state(self, x):
+        return Pair(torch.zeros_like(x), torch.zeros_like(x))
+
+    def forward(self, z, x):
+        return Pair(torch.tanh(0.4 * self.linear(z.fast) + x), torch.tanh(0.3 * z.slow))
+
+
+MODES = [mb.Implicit(), mb.Implicit(precondition=True), mb.Phantom(), mb.JacobianFree(), mb.Unroll(20)]
+
+
+@pytest.mark.parametrize("backward", MODES, ids=str)
+def test_a_state_with_names_keeps_them_through_a_layer(backward):
+    deq, x = mb.DEQ(Coupled(), backward=backward, rtol=1e-5), torch.randn(5, 4, requires_grad=True)
+    z = deq(x)
+    assert type(z) is Pair
+    z.slow.square().sum().backward()
+    assert x.grad.abs().sum() > 0
+    found = deq.last_solution.z
+    assert mb.spectral_radius(deq.cell, found, x.detach()).max() < 1
+    assert mb.jacobian_penalty(deq.cell, found, x.detach()) > 0
+    with torch.no_grad():
+        assert type(deq.bfloat16()(x.bfloat16())) is Pair

@@ -11,6 +11,7 @@ from torch.autograd.function import FunctionCtx
 
 from metabroyden.shared import bare
 from metabroyden.solution import Solution, State
+from metabroyden.state import like
 
 Report = Callable[[Solution], None]
 
@@ -34,19 +35,19 @@ def parts_of(z: State) -> tuple[Tensor, ...]:
     return (z,) if isinstance(z, Tensor) else tuple(z)
 
 
-def evaluate(cell: Callable[..., State], parts: tuple[Tensor, ...], single: bool, context: Any) -> tuple[Tensor, ...]:
-    """The tensors of cell(z) or cell(z, context), in the dtype of the state."""
-    z = parts[0] if single else tuple(parts)
+def evaluate(cell: Callable[..., State], parts: tuple[Tensor, ...], kind: type, context: Any) -> tuple[Tensor, ...]:
+    """The tensors of cell(z) or cell(z, context), in the dtype of the state; `kind` is the type of the state."""
+    z = like(parts, kind)
     image = cell(z) if context is None else cell(z, bare(context))
     return tuple(value.to(part.dtype) for value, part in zip(parts_of(image), parts, strict=True))
 
 
 def damped_steps(
-    cell: Callable[..., State], parts: tuple[Tensor, ...], single: bool, context: Any, steps: int, damping: float
+    cell: Callable[..., State], parts: tuple[Tensor, ...], kind: type, context: Any, steps: int, damping: float
 ) -> tuple[Tensor, ...]:
     """z ← z + damping·(f(z) − z), so many times."""
     for _ in range(steps):
-        image = evaluate(cell, parts, single, context)
+        image = evaluate(cell, parts, kind, context)
         parts = tuple(torch.lerp(z, fz, damping) for z, fz in zip(parts, image, strict=True))
     return parts
 

@@ -37,7 +37,7 @@ class Frozen:
 
     def __init__(self, cell: Callable[..., State], context: Any, z: State) -> None:
         self.cell: Any = cell
-        self.single = isinstance(z, Tensor)
+        self.kind = type(z)
         module = cell.cell if isinstance(cell, Pinned) else cell
         self._modules = list(_readers(module)) if isinstance(module, nn.Module) else []
         # where a module keeps its tensors; a tied one stands in several places
@@ -74,7 +74,7 @@ class Frozen:
 
     def first(self, point: Parts) -> Any:
         """The map at a point while the weights are still in their place."""
-        return self._call.differentiable(self.cell, point, self.single, self._context_with(self.tensors))
+        return self._call.differentiable(self.cell, point, self.kind, self._context_with(self.tensors))
 
     def __call__(self, point: Parts, tensors: Sequence[Tensor]) -> Any:
         """The map at a point, with these in the place of the tensors that require gradients; differentiable twice."""
@@ -100,9 +100,9 @@ class Frozen:
         if other:
             module = seen_with(module, other)
         if not isinstance(self.cell, Pinned):
-            return self._call.differentiable(module, point, self.single, context)
+            return self._call.differentiable(module, point, self.kind, context)
         pinned = partial(self.cell.call, module, values[len(self._order) :])
-        return self._call.differentiable(lambda z, x=None: pinned(z, x), point, self.single, context)
+        return self._call.differentiable(lambda z, x=None: pinned(z, x), point, self.kind, context)
 
     def _filled(self, tensors: Sequence[Tensor]) -> list[Any]:
         given = iter(tensors)

@@ -16,7 +16,7 @@ from metabroyden.gradients.transforms import refuse_batched
 from metabroyden.solution import Solution, State
 from metabroyden.solve import check_options, solve
 from metabroyden.solvers.broyden import Broyden
-from metabroyden.state import Packing
+from metabroyden.state import Packing, like
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Implicit:
         frozen = Frozen(cell, context, solution.z)
         adjoint = AdjointSolve(self, Packing.of(solution.z, "z"), final, report, 4 * frozen.rounding)
         attached = _fixed_point(frozen, frozen.tensors, parts_of(solution.z), adjoint)
-        return attached[0] if isinstance(solution.z, Tensor) else attached
+        return like(attached, type(solution.z))
 
 
 def _fixed_point(function: Any, tensors: Sequence[Tensor], star: Parts, adjoint: AdjointSolve) -> Parts:

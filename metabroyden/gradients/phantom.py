@@ -11,6 +11,7 @@ import torch
 from metabroyden.gradients.base import FirstOrder, Replace, Report, damped_steps, parts_of
 from metabroyden.solution import Solution, State
 from metabroyden.solvers.base import check_number
+from metabroyden.state import like
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,14 @@ class Phantom:
     ) -> State:
         """z* with phantom gradients; `report` is not called."""
         star = parts_of(solution.z)
-        single = not isinstance(solution.z, tuple)
+        kind = type(solution.z)
         with torch.enable_grad():
             parts = tuple(part.detach() for part in star)
-            parts = damped_steps(cell, parts, single, context, self.steps, self.damping)
+            parts = damped_steps(cell, parts, kind, context, self.steps, self.damping)
             values = [Replace.apply(value, part) for value, part in zip(parts, star, strict=True)]
             reason = f"{type(self).__name__} gradients are of first order: this would differentiate twice through a DEQ"
             attached = FirstOrder.apply(reason, *values)
-        return attached[0] if single else tuple(attached)
+        return like(attached, kind)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from metabroyden.gradients.base import damped_steps, parts_of
 from metabroyden.gradients.transforms import transform_of
@@ -15,6 +14,7 @@ from metabroyden.solution import Solution, State
 from metabroyden.solve import solve
 from metabroyden.solvers.base import check_number
 from metabroyden.solvers.picard import Picard
+from metabroyden.state import like
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Unroll:
         self, cell: Callable[..., State], z0: State, context: Any, *, rtol: float, atol: float
     ) -> tuple[State, Solution | None]:
         """(z with its graph, its `Solution`, None under a transform of torch.func); z0 may require gradients."""
-        single = isinstance(z0, Tensor)
-        parts = damped_steps(cell, parts_of(z0), single, context, self.steps, self.damping)
-        z = parts[0] if single else parts
+        kind = type(z0)
+        parts = damped_steps(cell, parts_of(z0), kind, context, self.steps, self.damping)
+        z = like(parts, kind)
         if transform_of(parts) is not None:
             return z, None  # nothing can be looked at
-        seen = parts[0].detach() if single else tuple(part.detach() for part in parts)
+        seen = like((part.detach() for part in parts), kind)
         finite = all(bool(torch.isfinite(part).all()) for part in parts_of(seen))
         if not finite:
             raise RuntimeError(f"the unrolled iteration is not finite after {self.steps} steps: it diverges")

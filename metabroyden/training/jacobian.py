@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from metabroyden.shared import bare
 from metabroyden.solution import State
-from metabroyden.state import Packing
+from metabroyden.state import Packing, like
 
 
 def jacobian_penalty(
@@ -66,7 +66,7 @@ def pullback(f: Callable[..., State], z: State, context: Any) -> tuple[Tensor, C
     with torch.inference_mode(False), torch.enable_grad(), twice_differentiable():
         z, context = pytree.tree_map_only(Tensor, _usable, (z, context))
         parts = tuple(part.detach().requires_grad_() for part in ((z,) if isinstance(z, Tensor) else z))
-        start = parts[0] if packing.single else parts
+        start = like(parts, type(z))
         point = packing.pack(start)
         image = packing.take(f(start) if context is None else f(start, bare(context)), point)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from metabroyden.ledger import Surroundings
 from metabroyden.solution import State
-from metabroyden.state import Companion, check_state
+from metabroyden.state import Companion, check_state, like
 from metabroyden.training.dropout import VariationalDropout, dropouts
 from metabroyden.training.hold import holding, parametrizations
 
@@ -67,7 +67,7 @@ class Pinned(Surroundings):
     def call(self, cell: Callable[..., State], weights: Sequence[Tensor], z: State, context: Any) -> State:
         """f with these weights, and with `cell` doing what the module does."""
         if self.dtype is not None:
-            z = z.to(self.dtype) if isinstance(z, Tensor) else tuple(part.to(self.dtype) for part in z)
+            z = z.to(self.dtype) if isinstance(z, Tensor) else like((part.to(self.dtype) for part in z), type(z))
         x, masks = context if isinstance(context, Companion) else (context, self._masks)
         with holding([*zip(self._made, weights, strict=True), *zip(self._layers, masks, strict=True)]):
             return cell(z) if x is None else cell(z, x)

@@ -9,7 +9,7 @@ those that run the changed line. What no change of behaviour can show is listed 
 
 It is a script of our own because the tools do not suit. mutmut 3 replaces every function by a trampoline: it leaves out
 decorated functions, class attributes and default values, and knows which tests run a function, not a line. cosmic-ray
-begins Python, torch and the tests anew for each mutant: 10 s each, before the first test. Here the tests are collected
+begins Python, torch and the tests anew for each mutant. Here the tests are collected
 once, and the process is forked for each mutant; the child exchanges the code of one function, then runs the tests that
 run its line, those that have killed most so far first, then the quickest. Only what is run on import (constants,
 defaults) takes a new import of the package. Coverage tells which lines a test runs; that is kept in runs/mutants.json.
