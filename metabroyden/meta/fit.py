@@ -64,7 +64,7 @@ def make_learned(
     unknown = set(options) - {item.name for item in fields(cls.config_type)}
     if unknown:
         raise TypeError(f"unknown options for {kind!r}: {', '.join(sorted(unknown))}")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
         return cls(
             cls.config_type(
