@@ -71,6 +71,7 @@ class Ledger:
         nfe: evaluations spent; no entry above `most`. phase: the phase of the driver a sample is in.
         best: ‖f(z) − z‖ of the best iterate, infinite before the first finite evaluation; best_residual: its relative
             residual, NaN before. converged.
+        lowest: smallest relative residual, infinite before; kept only where samples may be handed over.
         broken: not finite at the end of a round (what a line search tries and drops does not count).
         residual, residual_before: of the sample's last evaluation and of the one before.
     On the device: best_z (B, n); best_g: its g, None where nothing will be handed over; g0: f(z0) − z0, once known.
@@ -108,6 +109,7 @@ class Ledger:
         self.best_z, self._owned = z0, False  # owned: no iterate shares best_z's memory, it may be written to
         self.best_g = z0.new_zeros(z0.shape) if keep_g else None
         self.best, self.best_residual = np.full(batch, np.inf), np.full(batch, np.nan)
+        self.lowest = np.full(batch, np.inf)
         self.converged = np.zeros(batch, dtype=bool)
         self.broken = np.zeros(batch, dtype=bool)
         self._finite = np.ones(batch, dtype=bool)  # the last evaluation
@@ -269,6 +271,8 @@ class Ledger:
         else:
             self.residual = self.residual.copy()
             self.residual[pick] = residual
+        if self.best_g is not None:
+            self.lowest[pick] = np.fmin(self.lowest[pick], residual)
         if self._traced:
             self._events.append((rows, residual, g_norm, nfe, phase))
         gained = np.count_nonzero(better)

@@ -37,7 +37,8 @@ class Phase:
         origin: where the phase begins: "start" (z0) or "best" (the best iterate so far, at no evaluation).
         horizon: steps after which what has not converged is handed to the next phase; None: no limit.
         patience: evaluations without progress after which a sample is handed on; None: no limit.
-        progress: the factor by which the smallest ‖f(z) − z‖ must fall to count as progress.
+        progress: the factor by which the smallest relative residual must fall to count as progress. (Not ‖f(z) − z‖, by
+            which the best iterate is chosen: where z vanishes, that falls for ever without getting nearer to a solution.)
     """
 
     solver: Any
@@ -202,7 +203,7 @@ class _Cohort:
         self.g: Tensor | None = None
         self.state: Any = None
         self.steps = 0
-        self.mark = np.full(len(host), np.nan)  # smallest ‖g‖ when progress was last seen
+        self.mark = np.full(len(host), np.nan)  # smallest relative residual when progress was last seen
         self.since = np.zeros(len(host), dtype=np.int64)  # evaluations since then
         if number:
             ledger.enter(host, number)
@@ -269,15 +270,15 @@ class _Cohort:
         size = torch.linalg.vector_norm(self.z_before, dim=1)
         return to_host([self.take_live(moved <= eps * size)])[0] > 0
 
-    def stuck(self, best: np.ndarray, evaluations: int) -> np.ndarray:
+    def stuck(self, lowest: np.ndarray, evaluations: int) -> np.ndarray:
         """Which live rows have used up the phase's patience or its horizon; `evaluations` since the last look."""
-        fresh = ~(best >= self.phase.progress * self.mark)  # NaN marks: nothing seen yet
-        self.mark = np.where(fresh, best, self.mark)
+        fresh = ~(lowest >= self.phase.progress * self.mark)  # NaN marks: nothing seen yet
+        self.mark = np.where(fresh, lowest, self.mark)
         self.since = np.where(fresh, 0, self.since + evaluations)
         if self.phase.horizon is not None and self.steps >= self.phase.horizon:
-            return np.ones(len(best), dtype=bool)
+            return np.ones(len(lowest), dtype=bool)
         if self.phase.patience is None:
-            return np.zeros(len(best), dtype=bool)
+            return np.zeros(len(lowest), dtype=bool)
         return self.since >= self.phase.patience
 
 
@@ -405,7 +406,7 @@ class _Driver:
         converged, finite, best = ledger.converged[pick], ~ledger.broken[pick], ledger.best[pick]
         broken = ~finite | still
         if not last:
-            broken |= cohort.stuck(best, self.unseen)
+            broken |= cohort.stuck(ledger.lowest[pick], self.unseen)
         leaving = broken & ~converged
         gone = leaving | converged | spent
         if not np.count_nonzero(gone):

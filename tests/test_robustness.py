@@ -12,6 +12,7 @@ import torch
 
 import metabroyden as mb
 from metabroyden.learned import GroupedConfig
+from metabroyden.learned.safeguard import BY_PROGRESS
 from metabroyden.meta.unroll import unroll
 from metabroyden.testbed import make_problem
 from metabroyden.testbed.cells import dense
@@ -456,3 +457,16 @@ def test_complex_states_are_refused_with_the_way_out():
         mb.solve(torch.cos, torch.zeros(2, 3, dtype=torch.complex64), solver=mb.Picard())
     with pytest.raises(ValueError, match=r"what f returns must be real, got torch.complex64: .*torch.view_as_real"):
         mb.solve(lambda z: z.to(torch.complex64), torch.zeros(2, 3), solver=mb.Picard())
+
+
+@pytest.mark.parametrize("factor", [0.5, 3.0], ids=["vanishes", "blows up"])
+def test_a_solver_under_which_z_vanishes_or_blows_up_hands_over_with_its_best_iterate(factor):
+    class Guarded(mb.Picard):
+        safeguard = type("Plan", (), {"plan": lambda self, s: BY_PROGRESS.phases(s)})()
+
+    f = lambda z, x: factor * z + x  # noqa: E731
+    z0, x = torch.ones(2, 3, dtype=D), torch.zeros(2, 3, dtype=D)
+    solution = mb.solve(f, z0, x, solver=Guarded(), max_nfe=40)
+    assert solution.converged.all()
+    assert (solution.trace.phase == 1).any()
+    assert (solution.nfe <= 25).all()
