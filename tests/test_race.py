@@ -433,5 +433,7 @@ def test_solutions_that_differ_from_the_equilibrium_are_counted_among_those_solv
     field = Field(rows)
     assert report._elsewhere(field, "one", "meta-broyden", 1e-2) == 1 / 2  # of two whose equilibrium is known
     assert report._elsewhere(field, "one", "Broyden", 1e-2) == pytest.approx(1 / 3)
+    nearer = [{**row, "tolerance": 1e-3, "distance": [0.001, 0.02, None, None]} for row in rows]
+    assert report._elsewhere(Field([*rows, *nearer]), "one", "meta-broyden", 1e-2) == 0, "ill-conditioned, no more"
     unknown = Field([solve_row("Broyden", distance=[None, None])])
     assert np.isnan(report._elsewhere(unknown, "one", "Broyden", 1e-2))

@@ -86,12 +86,13 @@ def fit_adjoint(
     """
     target = target_of(cell)
     check_contexts(x_train)
-    whole = target.whole or module_of(target.f)
+    f: Any = target.f
+    whole = target.whole or module_of(f)
     with nullcontext() if whole is None else resting(whole):
         if target.encode is not None:
             x_train = target.encode(x_train)
-        z0 = initial_state(target.f, x_train) if target.z0 is None else target.z0(x_train)
-        return _fit(target.f, z0, x_train, cotangents, layout, rtol, steps, unroll, seed, progress, options)
+        z0 = initial_state(f, x_train) if target.z0 is None else target.z0(x_train)
+        return _fit(f, z0, x_train, cotangents, layout, rtol, steps, unroll, seed, progress, options)
 
 
 def _fit(

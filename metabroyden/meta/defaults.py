@@ -56,7 +56,8 @@ def context_options(f: Callable[..., State], layout: Layout, z: State, x: Any, c
         raise ValueError(f"context must be one of {', '.join(CONTEXTS)}, got {context!r}")
     if context == "f0":
         return {"context": "f0"}
-    first, seen = (value[0] if isinstance(value, tuple) and value else value for value in (z, x))
+    first = z if isinstance(z, Tensor) else z[0]
+    seen = x[0] if isinstance(x, tuple) and x else x
     alike = isinstance(seen, Tensor) and (seen.dtype, seen.device) == (first.dtype, first.device)
     channels = layout.context_channels(x, layout.shape) if alike and not isinstance(f, FixedPointMap) else 0
     if channels:
