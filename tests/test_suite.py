@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import metabroyden as mb
+from tests import conftest
 
 pytest_plugins = ["pytester"]
 ROOT = Path(__file__).parents[1]
@@ -68,3 +69,10 @@ def test_a_warning_of_another_package_is_no_error_when_it_runs_or_is_compiled():
     assert len(said) == 2
     with pytest.raises(SyntaxError, match="invalid escape sequence"):
         compile(r"'\d'", str(ROOT / "metabroyden" / "solve.py"), "exec")
+
+
+@pytest.mark.parametrize("compiler", ["/usr/bin/cc", None])
+def test_learn2learn_may_be_missing_only_where_there_is_no_compiler(monkeypatch, pytestconfig, compiler):
+    monkeypatch.setattr(conftest, "find_spec", lambda name: None)
+    monkeypatch.setattr(conftest.shutil, "which", lambda name: compiler)
+    assert ("learn2learn" in conftest.left_out(pytestconfig)) == (compiler is None)
