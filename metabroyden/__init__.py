@@ -50,7 +50,7 @@ from metabroyden.training import (
     normalise,
     spectral_radius,
 )
-from metabroyden.version import __version__
+from metabroyden.version import __version__ as __version__
 
 __all__ = [
     "DEQ",
@@ -94,7 +94,6 @@ __all__ = [
     "Universal",
     "Unroll",
     "VariationalDropout",
-    "__version__",
     "compose",
     "fit_adjoint",
     "fit_solver",
