@@ -364,6 +364,12 @@ def test_a_learned_solver_knows_the_layout_of_a_flattened_state(flat):
     torch.testing.assert_close(z.reshape(5, 3, 4, 4), with_context.z, rtol=0, atol=1e-4)
 
 
+def test_an_empty_batch_comes_back_empty():
+    z, states, info = drop_in()(torch.cos, torch.zeros(0, 3), indexing=[1, 4])
+    assert [part.shape for part in (z, *states)] == [(0, 3)] * 3
+    assert info["abs_lowest"].shape == info["nstep"].shape == (0,)
+
+
 def test_bad_arguments_are_refused():
     z0 = torch.zeros(2, 3)
     solve = drop_in()
@@ -378,8 +384,8 @@ def test_bad_arguments_are_refused():
         solve(torch.cos, z0, max_iter=0)
     with pytest.raises(ValueError, match=r"floating dtype, got torch\.int64"):
         solve(torch.cos, torch.zeros(2, 3, dtype=torch.int64))
-    with pytest.raises(ValueError, match="at least one sample"):
-        solve(torch.cos, torch.zeros(0, 3))
+    with pytest.raises(ValueError, match="at least one coordinate a sample"):
+        solve(torch.cos, torch.zeros(3, 0))
     for wrong in (mb.Broyden, "broyden", None, torch.cos):
         with pytest.raises(TypeError, match="solver must be an instance"):
             register("test", wrong)

@@ -264,9 +264,8 @@ def _statistics(solution: Solution, lost: Tensor) -> Any:
     relative, absolute = (torch.where(lost, torch.nan, value) for value in (trace.residual, trace.absolute))
     rel_lowest = torch.where(lost, torch.nan, solution.residual)
     # the call that saw the returned iterate: of those with its relative residual, the one of smallest ‖f(z) − z‖
-    measured = (
-        torch.where(relative == rel_lowest, absolute, torch.inf).nan_to_num(torch.inf).argmin(dim=0, keepdim=True)
-    )
+    seen = torch.where(relative == rel_lowest, absolute, torch.inf)
+    measured = seen.argmin(dim=0, keepdim=True) if len(lost) else lost.new_zeros(1, 0, dtype=torch.int64)
     spent = trace.nfe.to(device).gather(0, measured)[0]
     status = solution.status.to(device)
     return SolverStat(
