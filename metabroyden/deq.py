@@ -70,6 +70,8 @@ class DEQ(nn.Module):
     True
     """
 
+    solves_its_cell = True  # see `check_map`
+
     def __init__(
         self,
         cell: nn.Module,

@@ -52,6 +52,17 @@ def part_of(f: Any, name: str) -> Callable[..., Any]:
     return method
 
 
+def check_map(f: Any) -> None:
+    """TypeError for what is no map f(z) or f(z, context): no callable, or a layer that solves for its fixed point itself."""
+    if not callable(f):
+        raise TypeError(f"f must be callable, got {type(f).__name__}")
+    if getattr(getattr(f, "__self__", f), "solves_its_cell", False):
+        raise TypeError(
+            f"f must be a map f(z, context), got a {type(f).__name__} that stands for its own fixed point, z = deq(x): "
+            "pass its cell, deq.cell"
+        )
+
+
 class InCallersMode(Surroundings):
     """f run as the caller would run it, under autocast or inference mode, whatever the solver's own arithmetic runs in."""
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metabroyden.evaluator import in_callers_mode, method_of
+from metabroyden.evaluator import check_map, in_callers_mode, method_of
 from metabroyden.inverse import FinalInverse
 from metabroyden.ledger import Ledger, Rows, to_host
 from metabroyden.opaque import opaque
@@ -156,8 +156,7 @@ def check_options(
     f: Any, solver: Any, rtol: float, atol: float, max_nfe: int, check_every: int, f_dtype: torch.dtype | None
 ) -> None:
     """Refuse bad arguments of a solve: TypeError or ValueError, naming what was given and what is wanted."""
-    if not callable(f):
-        raise TypeError(f"f must be callable, got {type(f).__name__}")
+    check_map(f)
     for name in ("start", "init", "step"):
         if isinstance(solver, type) or not callable(getattr(solver, name, None)):
             raise TypeError(f"solver must be an instance with start, init and step, such as Broyden(); got {solver!r}")

@@ -362,3 +362,18 @@ def test_a_state_with_names_keeps_them_through_a_layer(backward):
     assert mb.jacobian_penalty(deq.cell, found, x.detach()) > 0
     with torch.no_grad():
         assert type(deq.bfloat16()(x.bfloat16())) is Pair
+
+
+TAKES_A_MAP = {
+    "solve": lambda f, x: mb.solve(f, 0 * x, x, solver=mb.Picard()),
+    "fixed": lambda f, x: mb.FixedBudget(f, mb.Picard(), max_nfe=3, compiled=False)(0 * x, x),
+    "layer": lambda f, x: mb.DEQ(f)(x),
+    "radius": lambda f, x: mb.spectral_radius(f, 0 * x, x),
+    "penalty": lambda f, x: mb.jacobian_penalty(f, 0 * x, x),
+}
+
+
+@pytest.mark.parametrize("name", TAKES_A_MAP)
+def test_a_layer_is_not_taken_for_the_map_that_it_solves(name):
+    with pytest.raises(TypeError, match=r"got a DEQ that stands for its own fixed point, .*: pass its cell"):
+        TAKES_A_MAP[name](mb.DEQ(TanhCell()), torch.randn(3, 4))

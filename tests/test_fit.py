@@ -756,3 +756,18 @@ def test_a_fit_reports_the_score_on_what_was_held_out_with_labels_that_travel_al
         mb.fit_solver(gated, c, z0=starts, steps=1, progress=False, score=lambda z, c: z)
     with pytest.raises(TypeError, match="score must be a map"):
         mb.fit_solver(gated, c, z0=starts, score=3)
+
+
+def test_a_solver_is_fitted_to_contexts_that_share_a_tensor():
+    w, x = 0.5 * torch.eye(6), torch.randn(60, 6)
+    f = lambda z, c: torch.tanh(z @ c["w"] + c["x"])  # noqa: E731
+    solver = mb.fit_solver(
+        f,
+        {"x": x, "w": mb.Shared(w)},
+        z0=lambda c: torch.zeros_like(c["x"] @ c["w"]),
+        steps=3,
+        refuse=False,
+        progress=False,
+    )
+    held = {"x": torch.randn(9, 6), "w": mb.Shared(w)}
+    assert mb.solve(f, torch.zeros(9, 6), held, solver=solver).converged.all()

@@ -401,7 +401,9 @@ def test_a_trace_can_be_switched_off(nonlinear):
     assert without.trace.seconds.shape == (0,)
 
 
-@pytest.mark.parametrize("numbers", [(k for k in (1, 3)), range(1, 4, 2), np.array([1, 3])], ids=str)
+@pytest.mark.parametrize(
+    "numbers", [(k for k in (1, 3)), range(1, 4, 2), np.array([1, 3])], ids=["generator", "range", "array"]
+)
 def test_snapshots_may_be_any_iterable(numbers, nonlinear):
     solution = mb.solve(nonlinear.f, nonlinear.z0, nonlinear.x, solver=mb.Picard(), snapshots=numbers, rtol=1e-6)
     assert len(solution.snapshots) == 2

@@ -21,6 +21,7 @@ from metabroyden.meta.progress import progress_bar
 from metabroyden.meta.target import resting, target_of
 from metabroyden.meta.tasks import TaskSet
 from metabroyden.meta.trainer import MetaTrainer, mean_evaluations
+from metabroyden.shared import bare
 from metabroyden.solve import solve
 from metabroyden.solvers.broyden import Broyden
 from metabroyden.state import gather
@@ -91,7 +92,7 @@ def fit_adjoint(
     with nullcontext() if whole is None else resting(whole):
         if target.encode is not None:
             x_train = target.encode(x_train)
-        z0 = initial_state(f, x_train) if target.z0 is None else target.z0(x_train)
+        z0 = initial_state(f, x_train) if target.z0 is None else target.z0(bare(x_train))
         return _fit(f, z0, x_train, cotangents, layout, rtol, steps, unroll, seed, progress, options)
 
 

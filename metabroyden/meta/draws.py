@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from metabroyden.meta.tasks import TaskSet
+from metabroyden.shared import bare
 from metabroyden.solution import State
 from metabroyden.state import Packing
 
@@ -50,6 +51,6 @@ def shaken(f: Any, z0: State, x: Any, noise: Tensor) -> State:
     """z0 + rms(f(z0))·noise, the root mean square by sample; noise (B, n)."""
     packing = Packing.of(z0)
     flat = packing.pack(z0)
-    image = packing.take(f(z0, x), flat)
+    image = packing.take(f(z0, bare(x)), flat)
     scale = image.square().mean(dim=1, keepdim=True).sqrt()
     return packing.unpack(flat + scale * noise.to(flat))

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from metabroyden.deq import DEQ, initial_state
 from metabroyden.integrations.torchdeq import FixedPointMap, holds_deq
@@ -103,7 +104,9 @@ class Inside:
     def start(self, context: Any) -> State:
         """The start that the DEQ is called with, for a context that `context` has just made."""
         made, z0 = self._last
-        return z0 if made is context and z0 is not None else initial_state(self.deq.cell, context)
+        leaves = pytree.tree_leaves(made), pytree.tree_leaves(context)
+        same = len(leaves[0]) == len(leaves[1]) and all(one is other for one, other in zip(*leaves, strict=True))
+        return z0 if same and z0 is not None else initial_state(self.deq.cell, context)
 
     def _call(self, inputs: Any) -> tuple[Any, State | None]:
         attributes = self.deq.__dict__  # where an entry hides a method of that name

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from metabroyden.deq import DEQ
 from metabroyden.learned.fingerprint import module_of, named_fingerprint
 from metabroyden.meta.target import target_of
+from metabroyden.shared import bare
 from metabroyden.solution import State
 from metabroyden.state import concatenate, gather
 
@@ -140,7 +141,7 @@ class TaskSet:
             return gather(self._made, raw.to(pytree.tree_leaves(self._made)[0].device))
         with torch.no_grad():
             x = raw if self._encode is None else self._encode(raw)
-            return (torch.zeros_like(x) if self._z0 is None else self._z0(x)), x
+            return (torch.zeros_like(x) if self._z0 is None else self._z0(bare(x))), x
 
 
 def _refuse_overlap(parts: dict[str, Any]) -> None:

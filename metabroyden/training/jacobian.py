@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from metabroyden.evaluator import check_map
 from metabroyden.shared import bare
 from metabroyden.solution import State
 from metabroyden.state import Packing, like
@@ -62,6 +63,7 @@ def pullback(f: Callable[..., State], z: State, context: Any) -> tuple[Tensor, C
 
     In inference mode, too: f is then evaluated outside it, on copies of what was made within.
     """
+    check_map(f)
     packing = Packing.of(z, "z")
     with torch.inference_mode(False), torch.enable_grad(), twice_differentiable():
         z, context = pytree.tree_map_only(Tensor, _usable, (z, context))
