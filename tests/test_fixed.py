@@ -109,13 +109,16 @@ class Model(torch.nn.Module):
         return mb.FixedBudget(f, self.solver, max_nfe=4, compiled=False)(torch.zeros_like(x), x).z
 
 
+@pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("solver", [mb.Picard(), mb.Anderson(memory=2), mb.Broyden(memory=2)], ids=str)
-def test_a_model_with_a_fixed_budget_can_be_exported(solver):
+def test_a_model_with_a_fixed_budget_can_be_exported_for_any_batch(solver, strict):
     model, x = Model(solver).eval(), torch.randn(3, 8)
+    sizes = ({0: torch.export.Dim("batch", min=2)},)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about its own parts
-        exported = torch.export.export(model, (x,)).module()
-    torch.testing.assert_close(exported(2 * x), model(2 * x), rtol=1e-5, atol=1e-6)
+        exported = torch.export.export(model, (x,), dynamic_shapes=sizes, strict=strict).module()
+    for given in (2 * x, torch.randn(7, 8)):
+        torch.testing.assert_close(exported(given), model(given), rtol=1e-5, atol=1e-6)
 
 
 def test_of_a_compiled_run_f_is_looked_at_once_for_each_shape(monkeypatch):

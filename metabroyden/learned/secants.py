@@ -38,8 +38,8 @@ class Secants:
         """The first iterate, no pairs."""
         memory = min(self.memory, z.shape[1])  # more pairs than coordinates say nothing
         tokens = self.layout.extents(shape)[0] if self.layout.causal else 1
-        buffer = z.new_zeros(len(z), memory, z.shape[1])
-        gram = torch.zeros(len(z), tokens, memory, memory, dtype=torch.float64, device=z.device)
+        buffer = z.new_zeros(z.shape[0], memory, z.shape[1])
+        gram = torch.zeros(z.shape[0], tokens, memory, memory, dtype=torch.float64, device=z.device)
         return SecantState(buffer, buffer.clone(), gram, z, g, 1)
 
     def note(self, z: Tensor, g: Tensor, state: SecantState, shape: tuple[int, ...]) -> SecantState:

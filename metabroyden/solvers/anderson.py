@@ -70,9 +70,9 @@ class Anderson(ClassicalSolver):
     def init(self, z: Tensor, g: Tensor, problem: Problem) -> AndersonState:
         """Empty buffers."""
         memory = ring_size(min(self.memory, z.shape[1]), problem)
-        residuals, mixed = (z.new_empty(len(z), memory, z.shape[1]) for _ in range(2))
-        gram = torch.zeros(len(z), memory, memory, dtype=torch.float64, device=z.device)
-        return AndersonState(residuals, mixed, gram, z, z.new_full((len(z), 1), self.damping), g, 0)
+        residuals, mixed = (z.new_empty(z.shape[0], memory, z.shape[1]) for _ in range(2))
+        gram = torch.zeros(z.shape[0], memory, memory, dtype=torch.float64, device=z.device)
+        return AndersonState(residuals, mixed, gram, z, z.new_full((z.shape[0], 1), self.damping), g, 0)
 
     def step(self, z: Tensor, g: Tensor, state: AndersonState, problem: Problem) -> Step:
         """Plain damped step first; from then on the mixed step over the differences seen so far."""

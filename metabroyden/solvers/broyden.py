@@ -126,7 +126,7 @@ class Broyden(ClassicalSolver):
     def init(self, z: Tensor, g: Tensor, problem: Problem) -> BroydenState:
         """Empty buffers; the initial inverse Jacobian looks at z and g once."""
         frozen = None if self.initial is None else self.initial.init(z, g, problem)
-        rows, m = len(z), ring_size(min(self.memory, _USEFUL * (z.shape[1] - 1) + 1), problem)
+        rows, m = z.shape[0], ring_size(min(self.memory, _USEFUL * (z.shape[1] - 1) + 1), problem)
         v, u = (z.new_empty(rows, m, z.shape[1]) for _ in range(2))
         mix = _identities(z, min(m, _GROWN)) if self.kind == "good" else z.new_empty(rows)
         scale = z.new_full((rows, 1), -1.0) if self.rescale and self.initial is None else None
@@ -271,4 +271,4 @@ class Broyden(ClassicalSolver):
 
 def _identities(like: Tensor, size: int) -> Tensor:
     """(R, size, size) identities for like (R, n)."""
-    return torch.eye(size, dtype=like.dtype, device=like.device).repeat(len(like), 1, 1)
+    return torch.eye(size, dtype=like.dtype, device=like.device).repeat(like.shape[0], 1, 1)
