@@ -182,7 +182,7 @@ def check_context(context: Any, batch: int, f: Any = None) -> None:
             _check_rows(leaf, batch, f)
             gathered.append(leaf)
     if not torch.compiler.is_compiling():
-        WATCH.check(f, gathered, stacklevel=4)
+        WATCH.check(f, gathered, stacklevel=5)
 
 
 def _check_rows(leaf: Tensor, batch: int, f: Any) -> None:

@@ -26,7 +26,7 @@ LAYERS = [
     ["solvers"],
     ["training"],
     ["learned"],
-    ["checkpoint"],
+    ["checkpoint", "described", "resume"],
     ["gradients"],
     ["deq"],
     ["integrations"],

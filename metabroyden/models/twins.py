@@ -18,6 +18,7 @@ from metabroyden.gradients.base import evaluate, parts_of
 from metabroyden.models.base import EquilibriumModel
 from metabroyden.solution import State
 from metabroyden.solvers.base import check_number
+from metabroyden.state import like
 from metabroyden.training.pin import pin
 
 _WIDEST = 2**13  # width at which the search for as many parameters ends
@@ -123,16 +124,14 @@ class Flow(Twin):
         """The state at time T for a context."""
         z0 = initial_state(self.cell, x)
         f, context = pin(self.cell, x, z0)
-        single = isinstance(z0, Tensor)
 
         def velocity(t: Tensor, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return tuple(fz - z for fz, z in zip(evaluate(f, parts, single, context), parts, strict=True))
+            return tuple(fz - z for fz, z in zip(evaluate(f, parts, type(z0), context), parts, strict=True))
 
         parts = parts_of(z0)
         times = torch.linspace(0, self.time, self.steps + 1, dtype=parts[0].dtype, device=parts[0].device)
         path = _odeint()(velocity, parts, times, method="rk4")
-        ends = tuple(part[-1] for part in path)
-        return ends[0] if single else ends
+        return like((part[-1] for part in path), type(z0))
 
     def describe(self) -> dict[str, Any]:
         """Time and steps."""
