@@ -106,3 +106,40 @@ def test_the_fingerprints_in_the_repository_are_known_still():
 def test_what_is_no_module_has_no_fingerprint_and_is_never_warned_of():
     assert fingerprint(torch.cos) is None
     assert same_weights(fingerprint(Cell()), torch.cos)
+
+
+class Graph(torch.nn.Module):
+    """A cell with a sparse adjacency among its buffers, and a state of its own that is no tensor."""
+
+    def __init__(self, edge: float = 0.1):
+        super().__init__()
+        self.register_buffer("adjacency", torch.diag(torch.full((5,), edge), 1).to_sparse())
+        self.register_buffer("rows", torch.diag(torch.full((5,), edge), 1).to_sparse_csr())
+
+    def get_extra_state(self):
+        return {"version": 1, "scale": torch.ones(2)}
+
+    def set_extra_state(self, state):
+        pass
+
+    def forward(self, z, x):
+        return torch.tanh((self.adjacency @ z.T).T + x)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_a_module_with_sparse_buffers_and_a_state_of_its_own_has_a_fingerprint():
+    wanted = fingerprint(Graph())
+    assert same_weights(wanted, Graph())
+    assert not same_weights(wanted, Graph(edge=0.2))
+    assert named_fingerprint(Graph()) == named_fingerprint(Graph()) != named_fingerprint(Graph(edge=0.2))
+    solver = mb.fit_solver(Graph(), torch.randn(30, 6), steps=2, progress=False, refuse=False)
+    assert solver.fingerprint == wanted
+
+
+def test_a_layer_made_in_inference_mode_takes_a_fitted_solver():
+    solver = mb.load_solver("universal")
+    solver.fingerprint = fingerprint(Cell())
+    with torch.inference_mode():
+        layer = mb.DEQ(Cell(), solver=solver).eval()
+        with pytest.warns(UserWarning, match="fitted to other weights"):
+            assert layer(torch.randn(3, 6)).isfinite().all()

@@ -749,13 +749,113 @@ def test_a_fit_reports_the_score_on_what_was_held_out_with_labels_that_travel_al
     solver = mb.fit_solver(gated, c, z0=starts, steps=1, progress=False, refuse=False, score=score)
     held = solver.summary["held_out"]
     assert all(-0.1 < row["score"] <= 0 for row in held["solvers"].values())
-    assert len(seen) == len(held["solvers"])
-    assert len(seen[0]) == held["samples"] == 8
+    assert len(seen) == 1 + len(held["solvers"])  # once before the training
+    assert len(seen[1]) == held["samples"] == 8
     json.dumps(held)
     with pytest.raises(ValueError, match=r"score\(z, x\) must give \(8,\) numbers, or their mean, got shape \(8, 4\)"):
         mb.fit_solver(gated, c, z0=starts, steps=1, progress=False, score=lambda z, c: z)
     with pytest.raises(TypeError, match="score must be a map"):
         mb.fit_solver(gated, c, z0=starts, score=3)
+
+
+@pytest.mark.parametrize(
+    ("score", "error", "words"),
+    [
+        (lambda z, c: z, ValueError, r"must give \(8,\) numbers, or their mean, got shape \(8, 4\)"),
+        (lambda z, c: None, TypeError, r"score\(z, x\) must give numbers, or their mean, got NoneType"),
+        (lambda z, c: 1 / 0, ZeroDivisionError, "division by zero"),
+    ],
+)
+def test_a_score_that_cannot_be_used_is_refused_before_the_training(score, error, words, monkeypatch):
+    monkeypatch.setattr("metabroyden.meta.fit.MetaTrainer", lambda *_, **__: pytest.fail("it was trained"))
+    with pytest.raises(error, match=words):
+        mb.fit_solver(gated, parts(), z0=starts, steps=1, progress=False, score=score)
+
+
+class Plain(torch.nn.Module):
+    def forward(self, z, x):
+        return torch.tanh(0.5 * z + x)
+
+
+class Shift(mb.DEQ):
+    """A layer that does something to its inputs."""
+
+    def forward(self, x, z0=None):
+        return super().forward((x + 3, x[:, :1].exp()), z0)
+
+
+class Inputs(torch.nn.Module):
+    """A model whose inputs come with a tensor that all samples share."""
+
+    def __init__(self):
+        super().__init__()
+        self.deq = mb.DEQ(Small())
+
+    def forward(self, inputs):
+        return self.deq((inputs["x"] @ inputs["w"], inputs["x"][:, :1]))
+
+
+def test_what_a_subclass_of_the_layer_makes_of_its_inputs_is_what_its_solver_is_fitted_to():
+    x = torch.randn(40, 4)
+    alone = mb.fit_solver(Shift(Small()), x, steps=1, progress=False, refuse=False)
+    assert alone.config.context_channels == 4  # the first tensor of the tuple that forward makes
+    for layer in (Shift(Small()), torch.nn.Sequential(Shift(Small()))):
+        got = Inside(layer).context(x)
+        assert torch.equal(got[0], x + 3)
+        assert torch.equal(got[1], x[:, :1].exp())
+
+
+def test_a_models_own_forward_is_the_model():
+    model, x = Network(), torch.randn(40, 3)
+    solvers = [mb.fit_solver(f, x, steps=2, progress=False, refuse=False) for f in (model, model.forward)]
+    assert all(torch.equal(a, b) for a, b in zip(*(solver.parameters() for solver in solvers), strict=True))
+
+
+def test_a_models_inputs_and_a_score_see_what_samples_share_without_its_mark():
+    inputs = {"x": torch.randn(40, 4), "w": mb.Shared(0.5 * torch.eye(4))}
+    score = lambda z, c: (z @ c["w"]).sum(1)  # noqa: E731
+    solver = mb.fit_solver(Inputs(), inputs, steps=1, progress=False, refuse=False, score=score)
+    assert solver.config.context == "native"
+    assert all("score" in row for row in solver.summary["held_out"]["solvers"].values())
+
+
+@pytest.mark.parametrize("gain", [torch.tensor(0.3), 0.3 * torch.eye(4).to_sparse()], ids=["scalar", "sparse"])
+def test_what_samples_share_may_be_of_any_shape_and_layout_and_stand_first(gain):
+    def f(z, c):
+        return torch.tanh((c[0] * z if c[0].dim() == 0 else (c[0] @ z.T).T) + c[1])
+
+    zeros = lambda c: torch.zeros_like(c[1])  # noqa: E731
+    x = (mb.Shared(gain), torch.randn(40, 4))
+    assert mb.fit_solver(f, x, z0=zeros, steps=1, progress=False, refuse=False).config.context == "f0"
+
+
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        (torch.randn(20, 4).to_sparse(), "x_train must be dense, got torch.sparse_coo"),
+        (mb.Shared(torch.randn(20, 4)), "at least 10 samples first, got Shared"),
+        ((torch.randn(20, 4), torch.tensor(0.3)), r"got shape \(\); if all samples share it, pass mb.Shared"),
+    ],
+)
+def test_contexts_without_rows_are_refused_by_name(x, words):
+    with pytest.raises(ValueError, match=words):
+        mb.fit_solver(lambda z, c: 0.5 * z, x, z0=lambda c: torch.zeros(20, 4), steps=1, progress=False)
+
+
+@pytest.mark.parametrize("fitted", [mb.fit_solver, mb.fit_adjoint])
+def test_a_layer_in_half_precision_is_told_to_be_fitted_before(fitted):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), mb.DEQ(Plain()))
+    with pytest.raises(ValueError, match=r"in torch.bfloat16.*fit it before the layer or model is taken to half"):
+        fitted(model.bfloat16(), torch.randn(20, 3).bfloat16(), progress=False)
+
+
+def test_a_model_that_makes_several_samples_of_one_is_told_what_to_hand_over():
+    class Folded(Network):
+        def context(self, x):
+            return super().context(x.reshape(-1, 3))
+
+    with pytest.raises(ValueError, match=r"row for each of 4 contexts, got 8.*hand over the DEQ inside"):
+        mb.fit_solver(Folded(), torch.randn(20, 2, 3), steps=1, progress=False)
 
 
 def test_a_solver_is_fitted_to_contexts_that_share_a_tensor():

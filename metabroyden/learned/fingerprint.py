@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 _TAG = "v2"
 _ROUNDED = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -22,14 +23,14 @@ def module_of(f: Any) -> nn.Module | None:
 def fingerprint(f: Any) -> str | None:
     """A short hash of the values of the parameters and buffers of the module behind f; None where there is no module.
 
-    It depends neither on the tensors' names and order, nor on how often a tensor is held, nor on whether they are float32
-    or float64: values are rounded to float32. Hashes of values rounded to half precision stand beside it. Compare with
-    `same_weights`.
+    Buffers are those that its `state_dict` holds, the persistent ones. It depends neither on the tensors' names and order, nor
+    on how often a tensor is held, nor on whether they are float32 or float64: values are rounded to float32. Hashes of values
+    rounded to half precision stand beside it. Compare with `same_weights`.
     """
     module = module_of(f)
     if module is None:
         return None
-    held = module.state_dict().values()
+    held = [part for _, tensor in _held(module) for part in _dense(tensor)]
     tensors = list({(tensor.data_ptr(), tensor.shape, tensor.dtype): tensor for tensor in held}.values())
     kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors} & set(_ROUNDED)
     hashes = [_of_values(tensors, dtype) for dtype in (torch.float32, *_ROUNDED.values())]
@@ -64,11 +65,27 @@ def named_fingerprint(f: Any, dtype: torch.dtype | None = None) -> str | None:
     if module is None:
         return None
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        value = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(_bytes(value))
+    for name, tensor in sorted(_held(module), key=lambda item: item[0]):
+        for part in _dense(tensor):
+            value = part.to(dtype) if dtype is not None and part.is_floating_point() else part
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(_bytes(value))
     return digest.hexdigest()[:16]
+
+
+def _held(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """The tensors of a module's state by name: an entry may be something else, or hold several (`get_extra_state`)."""
+    found = [(name, leaf) for name, entry in module.state_dict().items() for leaf in pytree.tree_leaves(entry)]
+    return [(name, leaf) for name, leaf in found if isinstance(leaf, Tensor)]
+
+
+def _dense(tensor: Tensor) -> list[Tensor]:
+    """What a tensor is made of: itself, or of a sparse one where its values stand and the values."""
+    if tensor.layout != torch.strided:
+        sparse = tensor.detach().to_sparse_coo().coalesce()
+        return [sparse.indices(), sparse.values()]
+    plain = tensor.dequantize() if tensor.is_quantized else tensor
+    return [plain.resolve_conj().resolve_neg()]
 
 
 def _of_values(tensors: list[Tensor], dtype: torch.dtype) -> str:
@@ -79,6 +96,11 @@ def _of_values(tensors: list[Tensor], dtype: torch.dtype) -> str:
         value = value.to(dtype).float() if value.is_floating_point() else value.long()
         found.append(hashlib.sha256(f"{tuple(value.shape)} {value.dtype}".encode() + _bytes(value)).digest())
     return hashlib.sha256(b"".join(sorted(found))).hexdigest()[:16]
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; inference mode counts nothing."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _bytes(tensor: Tensor) -> bytes:
@@ -98,7 +120,7 @@ class FingerprintWatch:
         wanted, module = getattr(solver, "fingerprint", None), module_of(f)
         if wanted is None or module is None or self._warned:
             return
-        seen = tuple((id(p), p._version) for p in (*module.parameters(), *module.buffers()))
+        seen = tuple((id(p), _version(p)) for p in (*module.parameters(), *module.buffers()))
         if seen == self._seen:
             return
         self._seen = seen

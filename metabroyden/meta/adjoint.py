@@ -18,7 +18,7 @@ from metabroyden.learned.layout import Layout, guess_layout
 from metabroyden.meta.config import MetaConfig
 from metabroyden.meta.fit import check_contexts, make_learned
 from metabroyden.meta.progress import progress_bar
-from metabroyden.meta.target import resting, target_of
+from metabroyden.meta.target import check_start, resting, target_of
 from metabroyden.meta.tasks import TaskSet
 from metabroyden.meta.trainer import MetaTrainer, mean_evaluations
 from metabroyden.shared import bare
@@ -109,6 +109,7 @@ def _fit(
     progress: bool,
     options: dict[str, Any],
 ) -> AdjointLSTM:
+    check_start(z0)
     if not isinstance(z0, Tensor):
         raise ValueError("fit_adjoint takes states of one tensor")
     star = solve(cell, z0, x_train, solver=Broyden(memory=60), rtol=1e-4, max_nfe=100, throw=False).z

@@ -13,6 +13,7 @@ from torch import Tensor
 from metabroyden.gradients.base import parts_of
 from metabroyden.meta.progress import print_table
 from metabroyden.meta.tasks import rows
+from metabroyden.shared import bare
 from metabroyden.solution import Solution, State
 from metabroyden.solve import solve
 from metabroyden.solvers.broyden import Broyden
@@ -267,14 +268,21 @@ def contest(
 def by_sample(score: Callable[[State, Any], Any], x: Any) -> Score:
     """A score (z, x) → (B,) or a mean, as numbers by sample; one that gives a mean is asked for each sample alone.
 
-    The score raises ValueError where it gives anything else.
+    What samples share it sees as f does. It raises ValueError or TypeError where it gives anything else.
     """
+
+    def scored(z: State, x: Any) -> Tensor:
+        value = score(z, bare(x))
+        try:
+            return torch.as_tensor(value)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise TypeError(f"score(z, x) must give numbers, or their mean, got {type(value).__name__}") from error
 
     def scores(z: State) -> np.ndarray:
         size = len(parts_of(z)[0])
-        value = torch.as_tensor(score(z, x))
+        value = scored(z, x)
         if value.dim() == 0:
-            value = torch.stack([torch.as_tensor(score(*_one(z, x, number))) for number in range(size)])
+            value = torch.stack([scored(*_one(z, x, number)) for number in range(size)])
         if value.shape != (size,):
             raise ValueError(f"score(z, x) must give ({size},) numbers, or their mean, got shape {tuple(value.shape)}")
         return value.detach().double().cpu().numpy()

@@ -33,9 +33,10 @@ from metabroyden.meta.defaults import (
     state_layout,
 )
 from metabroyden.meta.progress import progress_bar
-from metabroyden.meta.target import Target, target_of
+from metabroyden.meta.target import Target, check_start, target_of
 from metabroyden.meta.tasks import TaskSet, count, rows, sampled
 from metabroyden.meta.trainer import MetaTrainer
+from metabroyden.shared import bare
 from metabroyden.solution import State
 from metabroyden.solve import check_parts
 from metabroyden.solvers.broyden import Broyden
@@ -205,6 +206,8 @@ def _fit(
         check_parts(f, PeacemanRachford())
     known = _as_solved(f, *tasks.prepare(rows(tasks.split("validation"), slice(_room(where, TUNED_ON)))))
     budget = config.validation_nfe
+    if score is not None:  # a score that cannot be used is refused before the training, not after it
+        by_sample(score, tasks.split("validation"))(start)
     classical: dict[str, Any] = {UNTUNED: Broyden()}
     classical |= tuned_solvers(*known, budget=budget, tolerances=(rtol,))
     classical |= splitting_solvers(*known, budget=budget, tolerances=(rtol,))
@@ -272,10 +275,14 @@ def _as_solved(f: Callable[..., State], z0: State, x: Any) -> tuple[Callable[...
 
 def _checked_layout(f: Callable[..., State], start: Any, size: int, layout: str | None) -> Layout:
     """The layout of a start that has a row for each of `size` contexts; ValueError or TypeError for what is none."""
+    check_start(start)
     packing = Packing.of(start, "z0(x)")
     there = len(start if isinstance(start, Tensor) else start[0])
     if there != size:
-        raise ValueError(f"z0(x) must have a row for each of {size} contexts, got {there}")
+        raise ValueError(
+            f"z0(x) must have a row for each of {size} contexts, got {there}. Of a model that makes several samples of one "
+            "hand over the DEQ inside, with the contexts that it is called with"
+        )
     if any(not shape for shape in packing.shapes):
         raise ValueError("a state needs an axis besides the samples': give x_train (or z0) as (N, 1)")
     return state_layout(f, start, layout)
@@ -294,13 +301,20 @@ def _check_arguments(target: Target, seconds: Any, score: Any) -> None:
 
 def check_contexts(x_train: Any, *, zeros: bool = False) -> None:
     """TypeError or ValueError for what are no contexts to fit a solver to. zeros: whether the start is zeros like them."""
-    leaves = [leaf for leaf in pytree.tree_leaves(x_train) if isinstance(leaf, Tensor)]
-    if not leaves or leaves[0].dim() < 1 or count(x_train) < 10:
+    leaves = sampled(x_train)
+    for leaf in leaves:
+        if leaf.is_nested or leaf.layout != torch.strided:
+            raise ValueError(
+                f"x_train must be dense, got {'a nested tensor' if leaf.is_nested else leaf.layout}: give it padded, or as "
+                "mb.Shared(tensor) if all samples share it"
+            )
+    if not leaves or leaves[0].dim() < 1 or len(leaves[0]) < 10:
         shape = tuple(x_train.shape) if isinstance(x_train, Tensor) else type(x_train).__name__
         raise ValueError(f"x_train must be a tensor, or a pytree of them, with at least 10 samples first, got {shape}")
-    check_context(x_train, count(x_train))
-    for leaf in leaves:
-        if leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+    check_context(x_train, len(leaves[0]))
+    for leaf in pytree.tree_leaves(bare(x_train)):
+        dense = isinstance(leaf, Tensor) and leaf.layout == torch.strided
+        if dense and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
             raise ValueError("x_train must be finite, got NaN or infinity in it")
     if not zeros:
         return

@@ -7,12 +7,14 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metabroyden.deq import DEQ, initial_state
 from metabroyden.integrations.torchdeq import FixedPointMap, holds_deq
 from metabroyden.learned.fingerprint import module_of
+from metabroyden.opaque import opaque
+from metabroyden.shared import bare
 from metabroyden.solution import State
 
 
@@ -48,7 +50,9 @@ def target_of(f: Any) -> Target:
         raise TypeError(f"f must be callable, got {type(f).__name__}")
     f = getattr(f, "_orig_mod", f)  # what torch.compile wraps
     owner = module_of(f)
-    if isinstance(owner, DEQ):  # the layer, or its method forward
+    if owner is not None and getattr(f, "__name__", "") == "forward":
+        f = owner
+    if isinstance(owner, DEQ) and type(owner).forward is DEQ.forward:
         return Target(owner.cell, None, lambda x: initial_state(owner.cell, x), owner)
     layers = deqs_in(f)
     if layers and holds_deq(f):
@@ -70,6 +74,16 @@ def deqs_in(model: Any) -> dict[str, DEQ]:
     found = {name: module for name, module in model.named_modules() if isinstance(module, DEQ)}
     inner = {id(module) for deq in found.values() for module in deq.modules() if module is not deq}
     return {name: deq for name, deq in found.items() if id(deq) not in inner}
+
+
+def check_start(start: Any) -> None:
+    """ValueError for a start in half precision."""
+    for leaf in pytree.tree_leaves(start):
+        if isinstance(leaf, Tensor) and leaf.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"the solve starts from z0(x) in {leaf.dtype}, and a solver is fitted in float32 or float64: fit it before "
+                "the layer or model is taken to half precision (`.float()` takes it back). It then serves in both"
+            )
 
 
 class Inside:
@@ -110,20 +124,20 @@ class Inside:
 
     def _call(self, inputs: Any) -> tuple[Any, State | None]:
         attributes = self.deq.__dict__  # where an entry hides a method of that name
-        attributes["forward"] = lambda x, z0=None: _leave(x, z0)
-        attributes["states"] = lambda x, after=(), z0=None: _leave(x, z0)
+        attributes["_equilibrium"] = opaque(_leave)  # what forward and states, and those of subclasses, come to
         try:
             with torch.inference_mode(False), torch.no_grad(), resting(self.model):
-                self.model(inputs)
+                self.model(bare(inputs))
         except _Called as called:
             return called.x, called.z0
         except TypeError as error:
             raise TypeError(
                 f"{type(self.model).__name__} holds a DEQ ({self.name}), so that it is taken for a model and called with x "
-                f"alone: {error}. For a map f(z, x) with a DEQ inside give `lambda z, x: f(z, x)`"
+                f"alone: {error}. For a map f(z, x) with a DEQ inside give `lambda z, x: f(z, x)`, for a model of several "
+                "inputs a module that takes them as one"
             ) from error
         finally:
-            del attributes["forward"], attributes["states"]
+            del attributes["_equilibrium"]
         raise ValueError(
             f"{type(self.model).__name__} did not call its DEQ ({self.name}) when run on x in evaluation mode"
         )
@@ -137,7 +151,7 @@ class _Called(BaseException):
         self.x, self.z0 = x, z0
 
 
-def _leave(x: Any, z0: State | None) -> Any:
+def _leave(x: Any, z0: State | None, _: Any) -> Any:
     raise _Called(x, z0)
 
 

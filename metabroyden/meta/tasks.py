@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from metabroyden.deq import DEQ
 from metabroyden.learned.fingerprint import module_of, named_fingerprint
 from metabroyden.meta.target import target_of
-from metabroyden.shared import bare
+from metabroyden.shared import bare, is_shared
 from metabroyden.solution import State
 from metabroyden.state import concatenate, gather
 
@@ -25,10 +25,7 @@ def sampled(tree: Any) -> list[Tensor]:
     """The tensors of a pytree of contexts that have a row for each sample: those of which `gather` takes rows."""
     if isinstance(tree, Tensor):
         return [tree]
-    leaves = pytree.tree_leaves(tree)
-    device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), None)
-    taken = pytree.tree_leaves(gather(tree, torch.empty(0, dtype=torch.long, device=device)))
-    return [leaf for leaf, none in zip(leaves, taken, strict=True) if isinstance(leaf, Tensor) and leaf is not none]
+    return [leaf for leaf in pytree.tree_leaves(tree, is_leaf=is_shared) if isinstance(leaf, Tensor)]
 
 
 def count(tree: Any) -> int:
