@@ -17,7 +17,7 @@ PACKAGE = Path(metabroyden.__file__).parent
 
 # Lower layers first. A module may import from its own layer and from those below, never from above.
 LAYERS = [
-    ["solution", "state", "shared", "storage", "version"],
+    ["solution", "state", "shared", "storage", "described", "version"],
     ["evaluator"],
     ["ledger", "inverse"],
     ["problem", "opaque"],
@@ -27,6 +27,7 @@ LAYERS = [
     ["training"],
     ["learned"],
     ["checkpoint"],
+    ["resume"],
     ["gradients"],
     ["deq"],
     ["integrations"],
