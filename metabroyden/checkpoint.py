@@ -54,7 +54,7 @@ def write(path: str | Path, kind: str, tensors: dict[str, Tensor], header: dict[
     described = json.dumps({"schema": SCHEMA, "kind": kind, **header}, sort_keys=True)
     flat = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     metadata = {_KEY: described, _CHECKSUM: _checksum(flat, described)}
-    return atomic_write(path, safetensors.torch.save(flat, metadata=metadata))
+    return atomic_write(path, _in_order(safetensors.torch.save(flat, metadata=metadata)))
 
 
 def read(path: str | Path, kind: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -92,6 +92,16 @@ def _parsed(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]
         return tensors, json.loads(data[8 : 8 + length]).get("__metadata__", {})
     except (SafetensorError, *MISFITS) as error:
         raise CheckpointError(f"{path} is no readable safetensors file (truncated or foreign): {error}") from error
+
+
+def _in_order(data: bytes) -> bytes:
+    """A safetensors file whose metadata stands in the order of its keys: equal content makes equal files."""
+    length = int.from_bytes(data[:8], "little")
+    described = json.loads(data[8 : 8 + length])
+    described["__metadata__"] = dict(sorted(described["__metadata__"].items()))
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def _checksum(tensors: dict[str, Tensor], described: str) -> str:
@@ -224,6 +234,9 @@ def load_solver(path_or_name: str | Path) -> Any:
     check(header, _LearnedHeader, path)
     check(header["config"], known[name].config_type, path, shape=_SHAPE, safeguard=Safeguard | None)
     _check_sizes(header["config"].get("shape", []), path)
+    for key, value in tensors.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise damaged(path, f"{key} is not finite")
     solver = built(lambda: known[name].from_config(header["config"]), tensors, path)
     solver.fingerprint, solver.summary = header["fingerprint"], header["summary"]
     return solver.eval().requires_grad_(False)

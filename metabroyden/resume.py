@@ -89,8 +89,9 @@ def restore(
         checkpoint.compare(module.state_dict(), parts[name], path)
         check_finite(parts[name], path)
     state = _moments(parts["adam"], header, path, module, optimizer)
-    if taken > 0 and not state:
-        raise damaged(path, f"{taken} updates were made, but the optimizer's moments are missing")
+    made = max((int(mine["step"]) for mine in state.values()), default=0)
+    if made < taken:
+        raise damaged(path, f"{taken} updates were made, but the optimizer's moments are of {made}")
     if generator is not None:
         restore_generator(generator, tensors.get("generator"), path)
     checkpoint.load_weights(module, parts["module"], path)

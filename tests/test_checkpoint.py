@@ -456,3 +456,20 @@ def test_a_model_comes_to_the_cpu_whatever_the_default_device(tmp_path, meta_dev
     for options in ({}, {"solver": mb.Picard()}):
         found = load_model(tmp_path / "m", **options)
         assert {value.device.type for value in found.state_dict().values()} == {"cpu"}
+
+
+def test_what_is_saved_twice_is_the_same_file(tmp_path):
+    solver = mb.load_solver("universal")
+    files = {mb.save_solver(solver, tmp_path / f"{number}.safetensors").read_bytes() for number in range(12)}
+    assert len(files) == 1
+    assert len(next(iter(files))) % 4 == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_solver_whose_weights_are_not_finite_is_refused(tmp_path, value):
+    solver = mb.load_solver("universal")
+    with torch.no_grad():
+        next(solver.parameters()).view(-1)[0] = value
+    path = mb.save_solver(solver, tmp_path / "solver.safetensors")
+    with pytest.raises(checkpoint.CheckpointError, match="is not finite"):
+        mb.load_solver(path)

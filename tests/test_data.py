@@ -113,7 +113,7 @@ def test_fashion_mnist_is_looked_for_in_the_data_folder_alone_where_one_is_named
     installed, named = folder_of(tmp_path / "debian", train=30), tmp_path / "fashion-mnist"
     monkeypatch.setattr(fashion_mnist, "DEBIAN", installed)
     monkeypatch.setenv("METABROYDEN_DATA", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=str(named)):
+    with pytest.raises(FileNotFoundError, match=f"{named}.*METABROYDEN_DATA is set, so that only this folder counts"):
         load_fashion_mnist(validation=5)
     folder_of(named)
     assert len(load_fashion_mnist(validation=5).train.images) == 15

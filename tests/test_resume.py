@@ -188,6 +188,9 @@ TENSORS = {
     "a moment that is NaN": poison("adam.exp_avg.", math.nan),
     "a negative second moment": poison("adam.exp_avg_sq.", -1.0),
     "a negative count of updates": poison("adam.step.", -1.0),
+    "moments of fewer updates": lambda tensors, _: [
+        value.fill_(1.0) for name, value in tensors.items() if name.startswith("adam.step.")
+    ],
     "moments of no parameter": lambda tensors, _: tensors.update({"adam.step.nobody": torch.tensor(1.0)}),
     "a tensor that nobody knows": lambda tensors, _: tensors.update({"else": torch.ones(2)}),
     "moments listed by number": put("moments", [1, 2]),

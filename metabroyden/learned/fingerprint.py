@@ -23,9 +23,9 @@ def module_of(f: Any) -> nn.Module | None:
 def fingerprint(f: Any) -> str | None:
     """A short hash of the values of the parameters and buffers of the module behind f; None where there is no module.
 
-    Buffers are those that its `state_dict` holds, the persistent ones. It depends neither on the tensors' names and order, nor
-    on how often a tensor is held, nor on whether they are float32 or float64: values are rounded to float32. Hashes of values
-    rounded to half precision stand beside it. Compare with `same_weights`.
+    Buffers are those that its `state_dict` holds, the persistent ones. The hash depends neither on the tensors' names and
+    order, nor on how often a tensor is held, nor on whether they are float32 or float64: values are rounded to float32.
+    Hashes of values rounded to half precision stand beside it. Compare with `same_weights`.
     """
     module = module_of(f)
     if module is None:
