@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from collections.abc import Mapping
 from types import MethodType
 from typing import Any
@@ -72,7 +73,7 @@ class _View:
         for table in _kept(self)[2]:
             if name in table:
                 return table[name]
-        return super().__getattr__(name)  # type: ignore[misc]
+        return _moved(super().__getattr__(name), _kept(self)[1])  # type: ignore[misc]
 
     def __setattr__(self, name: str, value: Any) -> None:
         for table in _kept(self)[2]:
@@ -108,11 +109,18 @@ def _view_class(cls: type) -> type:
 
 
 def _moved(value: Any, views: dict[int, nn.Module]) -> Any:
-    """A plain attribute as a view shows it: modules of the tree, lists of them and their methods are the views'."""
+    """A plain attribute as a view shows it: modules of the tree, their methods, lists and dicts of these are the views'."""
     if isinstance(value, nn.Module):
         return views.get(id(value), value)
     if isinstance(value, MethodType) and id(value.__self__) in views:
         return MethodType(value.__func__, views[id(value.__self__)])
-    if type(value) in (list, tuple) and any(id(item) in views for item in value):
-        return type(value)(views.get(id(item), item) for item in value)
+    if type(value) in (list, tuple) and any(_owner(item) in views for item in value):
+        return type(value)(_moved(item, views) for item in value)
+    if type(value) in (dict, OrderedDict) and any(_owner(item) in views for item in value.values()):
+        return type(value)((key, _moved(item, views)) for key, item in value.items())
     return value
+
+
+def _owner(item: Any) -> int:
+    """The id of what an item is, or is a method of."""
+    return id(item.__self__ if isinstance(item, MethodType) else item)
