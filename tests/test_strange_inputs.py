@@ -184,3 +184,36 @@ def test_newton_solves_an_adjoint_of_which_few_samples_are_left(seed):
     solved = reports[0].converged
     assert solved.sum() >= 6
     torch.testing.assert_close(u[solved], exact[solved], rtol=1e-3, atol=1e-3)
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, z, x):
+        return 0.5 * torch.tanh(self.layer(z)) + x
+
+
+@pytest.mark.parametrize("whole", ["cell", "part", "in place"])
+def test_a_compiled_cell_has_gradients_of_first_and_second_order_and_a_penalty(whole):
+    cell, x = Plain(), torch.randn(6, 4)
+    wanted = twice(cell, x)
+    weight = cell.layer.weight
+    if whole == "part":
+        cell.layer = torch.compile(cell.layer, backend="aot_eager")
+    elif whole == "in place":
+        cell.compile(backend="aot_eager")
+    else:
+        cell = torch.compile(cell, backend="aot_eager")
+    torch.testing.assert_close(twice(cell, x, weight), wanted, rtol=1e-3, atol=1e-4)
+    if whole == "cell":
+        jacobian_penalty(cell, torch.zeros(6, 4), x).backward()
+
+
+def twice(cell, x, weight=None):
+    weight = cell.layer.weight if weight is None else weight
+    z = mb.DEQ(cell, rtol=1e-6, backward=mb.Implicit(rtol=1e-6))(x)
+    (first,) = torch.autograd.grad(z.square().sum(), weight, retain_graph=True)
+    (again,) = torch.autograd.grad(z.square().sum(), weight, create_graph=True)
+    return first, torch.autograd.grad(again.square().sum(), weight)[0]

@@ -13,7 +13,7 @@ from torch._C import _functorch
 from torch.utils import _pytree as pytree
 
 from metabroyden.gradients.base import evaluate, parts_of
-from metabroyden.gradients.view import seen_with
+from metabroyden.gradients.view import is_compiled, seen_with
 from metabroyden.ledger import InCallersMode
 from metabroyden.solution import State
 from metabroyden.state import gather
@@ -42,6 +42,7 @@ class Frozen:
         self.kind = type(z)
         module = cell.cell if isinstance(cell, Pinned) else cell
         self._modules = list(_readers(module)) if isinstance(module, nn.Module) else []
+        self._compiled = any(map(is_compiled, self._modules))
         # where a module has its tensors; a tied one stands in several places
         self._slots = [
             (owner, name, tensor)
@@ -85,6 +86,8 @@ class Frozen:
 
     def first(self, point: Parts) -> Any:
         """The map at a point while the weights are still in their place."""
+        if self._compiled:  # a compiled graph gives one product only, and is of first order
+            return self._at(point, self.tensors, self._context_with(self.tensors))
         return self._call.differentiable(self.cell, point, self.kind, self._context_with(self.tensors))
 
     def __call__(self, point: Parts, tensors: Sequence[Tensor]) -> Any:
@@ -108,7 +111,7 @@ class Frozen:
             if getattr(owner, name, None) is not values[self._order[id(tensor)]]
         }
         module = self.cell.cell if isinstance(self.cell, Pinned) else self.cell
-        if other:
+        if other or self._compiled:
             module = seen_with(module, other)
         if not isinstance(self.cell, Pinned):
             return self._call.differentiable(module, point, self.kind, context)

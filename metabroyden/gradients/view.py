@@ -22,7 +22,7 @@ def seen_with(module: nn.Module, values: Mapping[tuple[int, str], Tensor]) -> nn
     """A view of a module: what it is, with these tensors in the place of its parameters and buffers.
 
     Plain attributes are the module's own, written to as well as read. Modules that stand in several places have one
-    view. TorchScript modules are left as they are.
+    view. TorchScript modules are left as they are, and those that `torch.compile` made are seen as they were before.
 
     Args:
         module: the root of the tree.
@@ -31,12 +31,22 @@ def seen_with(module: nn.Module, values: Mapping[tuple[int, str], Tensor]) -> nn
     return _seen(module, values, {})
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile` runs a module."""
+    return _is_optimized(module) or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _is_optimized(module: nn.Module) -> bool:
+    # whoever has compiled has imported the compiler, which takes seconds
+    return "torch._dynamo" in sys.modules and isinstance(module, torch._dynamo.OptimizedModule)
+
+
 def _seen(module: nn.Module, values: Mapping[tuple[int, str], Tensor], views: dict[int, nn.Module]) -> nn.Module:
     if id(module) in views:
         return views[id(module)]
     if isinstance(module, torch.jit.ScriptModule):
         return module
-    if "torch._dynamo" in sys.modules and isinstance(module, torch._dynamo.OptimizedModule):
+    if _is_optimized(module):
         return _seen(module._orig_mod, values, views)
     view: Any = object.__new__(_view_class(type(module)))
     origin = _kept(module)[0] if isinstance(module, _View) else module  # a view of a view

@@ -67,6 +67,7 @@ def pullback(f: Callable[..., State], z: State, context: Any) -> tuple[Tensor, C
     In inference mode, too: f is then evaluated outside it, on copies of what was made within.
     """
     check_map(f)
+    f = getattr(f, "_orig_mod", f)  # what torch.compile makes gives one product only, and is of first order
     packing = Packing.of(z, "z")
     with torch.inference_mode(False), torch.enable_grad(), twice_differentiable():
         z, context = pytree.tree_map_only(Tensor, _usable, (z, context))
