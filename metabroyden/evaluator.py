@@ -213,19 +213,19 @@ def _refuse_context(tensor: Tensor) -> None:
 def contents(tensor: Tensor) -> Any:
     """What stands in a tensor's memory, to be compared: a copy where that is small and on the host, else a checksum.
 
-    None where memory cannot be read: of nested and compressed sparse tensors, and inside torch.func's transforms.
+    None where memory cannot be read: of nested, compressed sparse and quantized tensors, and inside torch.func's transforms.
     """
-    if tensor.is_nested or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if tensor.is_nested or tensor.is_quantized or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return None
     tensor = (tensor._values() if tensor.layout is torch.sparse_coo else tensor).detach()
     if tensor.layout is not torch.strided or not tensor.numel():
         return None
+    if tensor.is_complex():  # conj() twice undoes a lazy conjugation, whose memory is that of the tensor before
+        tensor = torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
+    tensor = torch._neg_view(tensor) if tensor.is_neg() else tensor
     width = tensor.element_size()
     if tensor.numel() * width <= _SMALL and tensor.is_cpu:
-        return (tensor if tensor.dtype is not torch.bfloat16 else tensor.view(torch.int16)).numpy().tobytes()
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-        width = tensor.element_size()
+        return tensor.view(_WORDS[width]).numpy().tobytes()
     for axis, stride in enumerate(tensor.stride()):
         if stride == 0:  # expanded
             tensor = tensor.narrow(axis, 0, 1)

@@ -21,12 +21,16 @@ if TYPE_CHECKING:
     from metabroyden.gradients.implicit import Implicit
 
 
+_ROUNDINGS = 8  # of u and Jᵀu, by which their difference may be wrong
+
+
 @dataclass(frozen=True)
 class AdjointSolve:
     """Solves u = Jᵀu + v, given the graph of the cell at the equilibrium.
 
     A sample that fails gets α·u or α·v, u the best iterate, whichever leaves the smaller residual, with α from least
-    squares. So ‖Jᵀu + v − u‖ is never larger than with u = 0 (‖v‖) or with u = v (‖Jᵀv‖).
+    squares; α = 0 where nothing but rounding speaks for another. So ‖Jᵀu + v − u‖ is never larger than with u = 0 (‖v‖)
+    or with u = v (‖Jᵀv‖).
     """
 
     mode: Implicit
@@ -111,7 +115,8 @@ def _mended(found: Solution, system: _System, rtol: float) -> Solution:
     u, v = found.z, system.v
     assert isinstance(u, Tensor)
     # ‖g‖ = ρ‖f(u)‖ ≤ ρ(‖u‖ + ‖g‖): small where it is below ‖v‖ for certain
-    small = found.residual * scaled_norm(u) <= (1 - found.residual) * scaled_norm(v)
+    rounding = _ROUNDINGS * torch.finfo(v.dtype).eps
+    small = (found.residual + rounding) * scaled_norm(u) <= (1 - found.residual) * scaled_norm(v)
     sample = (~(found.converged & small)).nonzero().squeeze(1)
     if not len(sample):
         return found
@@ -147,7 +152,7 @@ def _put(values: Tensor, sample: Tensor, new: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Multiple:
-    """α·u with its residual g (R, n) and ‖g‖ (R,), infinite where it is not finite; `given`: ‖g‖ at u itself."""
+    """α·u with its residual g (R, n) and ‖g‖ (R,) at most, infinite where it is not finite; `given`: that at u itself."""
 
     u: Tensor
     g: Tensor
@@ -156,13 +161,17 @@ class _Multiple:
 
 
 def _best_multiple(u: Tensor, product: Tensor, v: Tensor) -> _Multiple:
-    """The α·u whose residual v − α(u − Jᵀu) is the smallest."""
+    """The α·u whose residual v − α(u − Jᵀu) is the smallest, for certain: with what rounding may add to it."""
     a = u - product
     length = scaled_norm(a).to(v.dtype).unsqueeze(1)
     length = torch.where(length > 0, length, 1.0)
     direction = a / length
     along = (direction * v).sum(dim=1, keepdim=True)
     g = v - along * direction
-    size = scaled_norm(g)
+    blur = _ROUNDINGS * torch.finfo(v.dtype).eps * (scaled_norm(u) + scaled_norm(product))
+    size = scaled_norm(g) + blur * (along / length).abs().squeeze(1)
     size = torch.where(torch.isfinite(size), size, torch.inf)
-    return _Multiple(u / length * along, g, size, scaled_norm(v - a))
+    none = torch.isfinite(size) & (size > scaled_norm(v))
+    multiple = torch.where(none.unsqueeze(1), 0.0, u / length * along)
+    g = torch.where(none.unsqueeze(1), v, g)
+    return _Multiple(multiple, g, torch.where(none, scaled_norm(v), size), scaled_norm(v - a) + blur)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch
 from torch.utils import _pytree as pytree
 
 from metabroyden.gradients.base import evaluate, parts_of
-from metabroyden.gradients.view import seen_with
+from metabroyden.gradients.view import is_compiled, seen_with
 from metabroyden.ledger import InCallersMode
 from metabroyden.solution import State
 from metabroyden.state import gather
@@ -21,6 +22,7 @@ from metabroyden.training.jacobian import twice_differentiable
 from metabroyden.training.pin import Pinned
 
 Parts = tuple[Tensor, ...]
+_SAME = 1e-3  # relative difference that an evaluation of fewer samples may make
 _RESTRICT_AT = 0.5  # the graph is made anew for the samples that are left once so small a share of its rows is
 
 Map = Callable[[Parts, Sequence[Tensor]], Parts]
@@ -40,9 +42,10 @@ class Frozen:
         self.kind = type(z)
         module = cell.cell if isinstance(cell, Pinned) else cell
         self._modules = list(_readers(module)) if isinstance(module, nn.Module) else []
-        # where a module keeps its tensors; a tied one stands in several places
+        self._compiled = any(map(is_compiled, self._modules))
+        # where a module has its tensors; a tied one stands in several places
         self._slots = [
-            (owner, places, name, tensor)
+            (owner, name, tensor)
             for owner in self._modules
             for places in (owner._parameters, owner._buffers)
             for name, tensor in places.items()
@@ -55,6 +58,7 @@ class Frozen:
         self._live = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in self._everything]
         self.tensors = [leaf for leaf, live in zip(self._everything, self._live, strict=True) if live]
         self._versions, self._modes = self._state()
+        self._moved = False  # whether an evaluation has found something else than the forward pass
         self._call = InCallersMode(evaluate, parts_of(z)[0].device.type)
 
     @property
@@ -66,14 +70,24 @@ class Frozen:
     @property
     def unchanged(self) -> bool:
         """Whether nothing that the cell reads was written to since, and no module has changed its mode."""
-        return self._state() == (self._versions, self._modes)
+        return not self._moved and self._state() == (self._versions, self._modes)
 
     def _state(self) -> tuple[list[int], list[bool]]:
         tensors = (leaf for leaf in self._everything if isinstance(leaf, Tensor) and not leaf.is_inference())
         return [tensor._version for tensor in tensors], [module.training for module in self._modules]
 
+    def same(self, image: Parts, before: Iterable[Tensor]) -> bool:
+        """Whether this evaluation finds what the forward pass did. What was written past torch's notice, through `.data`, or
+        a module that the cell keeps where we do not see it, shows here alone."""
+        tolerance = max(_SAME, 8 * self.rounding)
+        if not all(_alike(new, old, tolerance) for new, old in zip(image, before, strict=True)):
+            self._moved = True
+        return not self._moved
+
     def first(self, point: Parts) -> Any:
         """The map at a point while the weights are still in their place."""
+        if self._compiled:  # a compiled graph gives one product only, and is of first order
+            return self._at(point, self.tensors, self._context_with(self.tensors))
         return self._call.differentiable(self.cell, point, self.kind, self._context_with(self.tensors))
 
     def __call__(self, point: Parts, tensors: Sequence[Tensor]) -> Any:
@@ -93,11 +107,11 @@ class Frozen:
         values = self._filled(tensors)[self._spec.num_leaves :]
         other = {
             (id(owner), name): values[self._order[id(tensor)]]
-            for owner, places, name, tensor in self._slots
-            if places.get(name) is not values[self._order[id(tensor)]]
+            for owner, name, tensor in self._slots
+            if getattr(owner, name, None) is not values[self._order[id(tensor)]]
         }
         module = self.cell.cell if isinstance(self.cell, Pinned) else self.cell
-        if other:
+        if other or self._compiled:
             module = seen_with(module, other)
         if not isinstance(self.cell, Pinned):
             return self._call.differentiable(module, point, self.kind, context)
@@ -127,6 +141,12 @@ def pull(values: Parts, towards: Sequence[Tensor], cotangents: Parts, **options:
     return torch.autograd.grad(images, towards, given, materialize_grads=True, **options)
 
 
+def _alike(new: Tensor, old: Tensor, tolerance: float) -> bool:
+    """Whether two tensors agree, all samples together, up to this relative difference; what is not finite agrees."""
+    change = (new - old).detach().norm()
+    return not bool(change > tolerance * old.detach().norm())
+
+
 @dataclass(frozen=True)
 class Graph:
     """The graph of a map at the equilibria of some samples.
@@ -146,9 +166,11 @@ class Graph:
     def for_rows(self, samples: Tensor) -> Graph:
         """The graph to go on with where only these samples are left: a new one once they are few.
 
-        Making it costs them one evaluation; each product then saves the work on all others.
+        Making it costs them one evaluation; each product then saves the work on all others. Where that finds another value
+        than the forward pass did, the cell reads something that we neither know nor put back: then this graph stays.
         """
-        if len(samples) > _RESTRICT_AT * len(self.point[0]) or not isinstance(self.function, Frozen):
+        few = len(samples) <= _RESTRICT_AT * len(self.point[0])
+        if not few or not isinstance(self.function, Frozen) or _functorch.peek_interpreter_stack() is not None:
             return self
         cell = self.function.for_rows(samples)
         if cell is None:
@@ -158,7 +180,10 @@ class Graph:
         size = len(self.point[0]) if self.place is None else len(self.place)
         place = samples.new_full((size,), -1).index_copy(0, samples, torch.arange(len(samples), device=samples.device))
         with torch.enable_grad():
-            return Graph(self.function, point, cell(point), place)
+            image = cell(point)
+        if not self.function.same(image, [part.index_select(0, here) for part in self.image]):
+            return self
+        return Graph(self.function, point, image, place)
 
     def pull(self, u: Parts) -> Parts:
         """Jᵀu at the equilibrium."""

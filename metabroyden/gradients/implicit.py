@@ -129,7 +129,7 @@ class _Adjoint(torch.autograd.Function):
         live, tensors = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         function = node.graph.function
         if isinstance(function, Frozen):
-            _refuse_hidden(function, live, tensors)
+            _refuse_hidden(function, node.graph.image, live, tensors)
         transposed = _Transposed(function, count, len(tensors))
         found = _fixed_point(transposed, (*live, *tensors, *grads), u, node.adjoint.plain())
         wanted = [number for number, tensor in enumerate(tensors) if tensor.requires_grad]
@@ -158,15 +158,17 @@ class _Transposed:
         return tuple(a + b for a, b in zip(pulled, v, strict=True))
 
 
-def _refuse_hidden(function: Frozen, live: Parts, tensors: Sequence[Tensor]) -> None:
+def _refuse_hidden(function: Frozen, before: Parts, live: Parts, tensors: Sequence[Tensor]) -> None:
     """RuntimeError where the cell depends on something that requires gradients and that we do not know, or has changed."""
-    if not function.unchanged:
+    image = function(tuple(part.detach() for part in live), [tensor.detach() for tensor in tensors])
+    hidden = any(value.requires_grad for value in image)
+    if not hidden and not (function.unchanged and function.same(image, before)):
         raise RuntimeError(
             "this would differentiate twice through a DEQ whose weights, buffers or context were modified by an inplace "
-            "operation, or whose cell changed between training and evaluation mode, since its forward pass"
+            "operation, or whose cell changed between training and evaluation mode, since its forward pass, or whose cell "
+            "draws or learns anew at every call"
         )
-    image = function(tuple(part.detach() for part in live), [tensor.detach() for tensor in tensors])
-    if any(value.requires_grad for value in image):
+    if hidden:
         raise RuntimeError(
             "this would differentiate twice through a DEQ whose cell holds tensors that require gradients and are neither "
             "its parameters nor in its context: make the cell a module, pass them in the context, or, in a module that "

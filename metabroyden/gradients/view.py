@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from collections.abc import Mapping
 from types import MethodType
 from typing import Any
@@ -21,7 +22,7 @@ def seen_with(module: nn.Module, values: Mapping[tuple[int, str], Tensor]) -> nn
     """A view of a module: what it is, with these tensors in the place of its parameters and buffers.
 
     Plain attributes are the module's own, written to as well as read. Modules that stand in several places have one
-    view. TorchScript modules are left as they are.
+    view. TorchScript modules are left as they are, and those that `torch.compile` made are seen as they were before.
 
     Args:
         module: the root of the tree.
@@ -30,12 +31,22 @@ def seen_with(module: nn.Module, values: Mapping[tuple[int, str], Tensor]) -> nn
     return _seen(module, values, {})
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile` runs a module."""
+    return _is_optimized(module) or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _is_optimized(module: nn.Module) -> bool:
+    # whoever has compiled has imported the compiler, which takes seconds
+    return "torch._dynamo" in sys.modules and isinstance(module, torch._dynamo.OptimizedModule)
+
+
 def _seen(module: nn.Module, values: Mapping[tuple[int, str], Tensor], views: dict[int, nn.Module]) -> nn.Module:
     if id(module) in views:
         return views[id(module)]
     if isinstance(module, torch.jit.ScriptModule):
         return module
-    if "torch._dynamo" in sys.modules and isinstance(module, torch._dynamo.OptimizedModule):
+    if _is_optimized(module):
         return _seen(module._orig_mod, values, views)
     view: Any = object.__new__(_view_class(type(module)))
     origin = _kept(module)[0] if isinstance(module, _View) else module  # a view of a view
@@ -72,7 +83,7 @@ class _View:
         for table in _kept(self)[2]:
             if name in table:
                 return table[name]
-        return super().__getattr__(name)  # type: ignore[misc]
+        return _moved(super().__getattr__(name), _kept(self)[1])  # type: ignore[misc]
 
     def __setattr__(self, name: str, value: Any) -> None:
         for table in _kept(self)[2]:
@@ -108,11 +119,18 @@ def _view_class(cls: type) -> type:
 
 
 def _moved(value: Any, views: dict[int, nn.Module]) -> Any:
-    """A plain attribute as a view shows it: modules of the tree, lists of them and their methods are the views'."""
+    """A plain attribute as a view shows it: modules of the tree, their methods, lists and dicts of these are the views'."""
     if isinstance(value, nn.Module):
         return views.get(id(value), value)
     if isinstance(value, MethodType) and id(value.__self__) in views:
         return MethodType(value.__func__, views[id(value.__self__)])
-    if type(value) in (list, tuple) and any(id(item) in views for item in value):
-        return type(value)(views.get(id(item), item) for item in value)
+    if type(value) in (list, tuple) and any(_owner(item) in views for item in value):
+        return type(value)(_moved(item, views) for item in value)
+    if type(value) in (dict, OrderedDict) and any(_owner(item) in views for item in value.values()):
+        return type(value)((key, _moved(item, views)) for key, item in value.items())
     return value
+
+
+def _owner(item: Any) -> int:
+    """The id of what an item is, or is a method of."""
+    return id(item.__self__ if isinstance(item, MethodType) else item)

@@ -57,7 +57,7 @@ def parametrizations(cell: nn.Module) -> list[tuple[nn.Module, str, Any]]:
     """(layer, name, parametrization) of every parametrized tensor of a cell; from now on their values can be held."""
     found = []
     for layer in cell.modules():
-        made = layer._modules.get("parametrizations")
+        made = dict(layer._modules.items()).get("parametrizations")  # TorchScript has tables of its own kind
         if isinstance(made, nn.ModuleDict):
             found += [(layer, name, item) for name, item in made.items() if isinstance(item, ParametrizationList)]
     for _, _, item in found:

@@ -25,7 +25,8 @@ def jacobian_penalty(
     probes: int = 1,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Hutchinson's estimate of ‖J_f(z)‖_F² / n, averaged over the batch; a scalar to be added to the loss.
+    """Hutchinson's estimate of ‖J_f(z)‖_F² / n, averaged over the batch; a scalar to be added to the loss, 0 for
+    an empty batch.
 
     Bai, Koltun & Kolter 2021, Stabilizing equilibrium models by Jacobian regularization. With n the coordinates of one
     sample, a penalty weight means the same for any batch size. Unbiased, since E‖Jᵀv‖² = ‖J‖_F² for random signs v;
@@ -51,6 +52,8 @@ def jacobian_penalty(
         raise ValueError(f"probes must be at least 1, got {probes}")
     point, pull = pullback(f, z, context)
     total = point.new_zeros(())
+    if len(point) == 0:
+        return total  # there is no average over no sample
     for _ in range(probes):
         device = point.device if generator is None else generator.device
         signs = torch.randint(0, 2, point.shape, generator=generator, device=device).to(point) * 2 - 1
@@ -64,6 +67,7 @@ def pullback(f: Callable[..., State], z: State, context: Any) -> tuple[Tensor, C
     In inference mode, too: f is then evaluated outside it, on copies of what was made within.
     """
     check_map(f)
+    f = getattr(f, "_orig_mod", f)  # what torch.compile makes gives one product only, and is of first order
     packing = Packing.of(z, "z")
     with torch.inference_mode(False), torch.enable_grad(), twice_differentiable():
         z, context = pytree.tree_map_only(Tensor, _usable, (z, context))
