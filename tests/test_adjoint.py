@@ -189,3 +189,22 @@ def test_an_adjoint_is_fitted_for_a_deqs_cell_and_for_the_deq_in_a_model(given):
 def test_keep_up_wants_the_layer_and_not_its_cell():
     with pytest.raises(TypeError, match="deq must be the DEQ that is trained, got Mixing"):
         mb.KeepUp(Mixing("nd"), backward=solver_of("nd"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda v: v.double(), "finite and torch.float32 like the states, got torch.float64"),
+        (lambda v: v / 0, "cotangents must be finite"),
+    ],
+)
+def test_cotangents_unlike_the_states_are_refused_by_name(change, words):
+    f = lambda z, x: torch.tanh(0.3 * z + x)  # noqa: E731
+    with pytest.raises(ValueError, match=words):
+        mb.fit_adjoint(f, torch.randn(20, 4), cotangents=change(torch.ones(20, 4)), steps=1, progress=False)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.autocast("cpu")])
+def test_an_adjoint_is_not_fitted_where_nothing_can_be_trained(mode):
+    with mode(), pytest.raises(RuntimeError, match=r"fit_adjoint trains: call it outside of torch.inference_mode"):
+        mb.fit_adjoint(lambda z, x: 0.5 * z + x, torch.randn(20, 4), steps=1, progress=False)

@@ -16,7 +16,7 @@ from metabroyden.learned import AdjointLSTM
 from metabroyden.learned.fingerprint import fingerprint, module_of
 from metabroyden.learned.layout import Layout, guess_layout
 from metabroyden.meta.config import MetaConfig
-from metabroyden.meta.fit import check_contexts, make_learned
+from metabroyden.meta.fit import check_contexts, make_learned, refuse_inference
 from metabroyden.meta.progress import progress_bar
 from metabroyden.meta.target import check_start, resting, target_of
 from metabroyden.meta.tasks import TaskSet
@@ -83,8 +83,10 @@ def fit_adjoint(
         progress: show a bar (needs rich). options: of `AdjointConfig`.
 
     Raises:
-        ValueError: too few contexts, a state of several tensors, or cotangents that are not shaped like the states.
+        ValueError: too few contexts, a state of several tensors, or cotangents that are not like the states.
+        RuntimeError: inference mode or autocast is on.
     """
+    refuse_inference("fit_adjoint")
     target = target_of(cell)
     check_contexts(x_train)
     f: Any = target.f
@@ -125,6 +127,8 @@ def _fit(
         raise ValueError(
             f"cotangents must be shaped like the states, {tuple(star.shape)}, got {tuple(cotangents.shape)}"
         )
+    if cotangents.dtype != star.dtype or not bool(cotangents.isfinite().all()):
+        raise ValueError(f"cotangents must be finite and {star.dtype} like the states, got {cotangents.dtype}")
     shape = tuple(star.shape[1:])
     where = guess_layout(shape) if layout is None else Layout(layout, shape)
     learned = make_learned("adjoint", where, seed=seed, **options).to(star)

@@ -148,8 +148,7 @@ def fit_solver(
         ValueError, TypeError: bad input, saying what was given and what is wanted.
         RuntimeError: inference mode or autocast is on.
     """
-    if torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        raise RuntimeError("fit_solver trains: call it outside of torch.inference_mode and autocast")
+    refuse_inference("fit_solver")
     target = target_of(f)
     if z0 is not None:
         target = target._replace(z0=z0)
@@ -297,6 +296,12 @@ def _check_arguments(target: Target, seconds: Any, score: Any) -> None:
         raise ValueError(f"seconds must be a positive number, or None for no limit, got {seconds!r}")
     if score is not None and not callable(score):
         raise TypeError(f"score must be a map (z, x) → numbers, higher being better, got {type(score).__name__}")
+
+
+def refuse_inference(name: str) -> None:
+    """RuntimeError where nothing can be trained."""
+    if torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        raise RuntimeError(f"{name} trains: call it outside of torch.inference_mode and autocast")
 
 
 def check_contexts(x_train: Any, *, zeros: bool = False) -> None:
