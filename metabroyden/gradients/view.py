@@ -36,7 +36,7 @@ def is_compiled(module: nn.Module) -> bool:
     return _is_optimized(module) or getattr(module, "_compiled_call_impl", None) is not None
 
 
-def _is_optimized(module: nn.Module) -> bool:
+def _is_optimized(module: Any) -> bool:
     # whoever has compiled has imported the compiler, which takes seconds
     return "torch._dynamo" in sys.modules and isinstance(module, torch._dynamo.OptimizedModule)
 
@@ -47,7 +47,8 @@ def _seen(module: nn.Module, values: Mapping[tuple[int, str], Tensor], views: di
     if isinstance(module, torch.jit.ScriptModule):
         return module
     if _is_optimized(module):
-        return _seen(module._orig_mod, values, views)
+        inner: Any = module._orig_mod
+        return _seen(inner, values, views)
     view: Any = object.__new__(_view_class(type(module)))
     origin = _kept(module)[0] if isinstance(module, _View) else module  # a view of a view
     views[id(module)] = views[id(origin)] = view
