@@ -208,7 +208,7 @@ def test_ties_are_broken_in_a_sample_without_a_look_at_the_others():
 
 @pytest.mark.parametrize("solver", [mb.Broyden(memory=10_000), mb.Anderson(memory=10_000)], ids=str)
 def test_no_more_memory_is_taken_than_there_can_be_steps(solver):
-    problem = dense(4, 6, 0.95, dtype=D)
+    problem = dense(4, 60, 0.95, dtype=D)
     shapes = []
     original = type(solver).init
 
@@ -219,7 +219,7 @@ def test_no_more_memory_is_taken_than_there_can_be_steps(solver):
             return state
 
     watched = mb.solve(problem.f, problem.z0, problem.context, solver=Watching(memory=10_000), rtol=1e-8)
-    assert shapes == [(4, 49, 6)]
+    assert shapes == [(4, 49, 60)]
     torch.testing.assert_close(watched.z, problem.star, rtol=1e-6, atol=1e-8)
 
 
