@@ -22,6 +22,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from metabroyden.solvers.tuning import tune
+
 
 @dataclass(frozen=True)
 class Known:
@@ -65,6 +67,20 @@ def nonlinear() -> Known:
 def _seeded() -> None:
     torch.manual_seed(0)
     random.seed(0)  # learn2learn draws its tasks with it
+
+
+@pytest.fixture
+def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grids of classical solvers thinned out, for commands that are to show what they write and not who wins."""
+    from experiments import drop_in, gradients
+    from metabroyden.evaluation import benchmark
+    from metabroyden.solvers import classical
+
+    def thinned(candidates: Any, *arguments: Any, **options: Any) -> Any:
+        return tune(list(candidates)[::8], *arguments, **options)
+
+    for module in (benchmark, classical, drop_in, gradients):
+        monkeypatch.setattr(module, "tune", thinned)
 
 
 def idx(array: np.ndarray) -> bytes:

@@ -21,7 +21,7 @@ from tests.test_surroundings import _learned
 SAFEGUARDED = ("grouped", "coordinatewise", "hyper-anderson", "meta-broyden", "neural-fixed-point", "universal")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     name=st.sampled_from(SAFEGUARDED),
     family=st.sampled_from(FAMILIES),

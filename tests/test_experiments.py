@@ -14,6 +14,7 @@ from experiments import alternate, digits, gradients, meta, solvers
 from experiments.registry import EXPERIMENTS
 from metabroyden.meta.trainer import MetaTrainer
 
+pytestmark = pytest.mark.usefixtures("few_candidates")
 PROMISED = ("rows.jsonl", "report.md", "config.json", "grouped.safetensors", "coordinatewise.safetensors",
             "model.safetensors", "residual_by_evaluations.png", "residual_by_time.png", "evaluations_to_tolerance.png",
             "accuracy_by_evaluations.png", "reduction_by_image.png")  # fmt: skip

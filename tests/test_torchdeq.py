@@ -697,6 +697,7 @@ def tiny(tmp_path) -> experiment.DropIn:
     )
 
 
+@pytest.mark.usefixtures("few_candidates")
 def test_drop_in_resumes_after_an_interruption_and_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     config, original, begun = tiny(tmp_path), MetaTrainer.run, []
 
