@@ -195,3 +195,20 @@ def test_under_autocast_the_adjoint_asks_for_no_more_than_four_roundings():
     assert spent.residual.max() > 1e-6
     expected = (adjoint(cell, s, v) @ cell.u.detach().double()).float()
     torch.testing.assert_close(to_x, expected, rtol=0.2, atol=0.2)
+
+
+def test_each_samples_cotangent_has_a_size_of_its_own():
+    _, _, v = inputs(torch.float32)
+    sizes = torch.logspace(-30, 12, 8)[:, None]
+    mode = mb.Implicit(solver=mb.Broyden(memory=60), rtol=1e-5, max_nfe=90)
+    options = {"dtype": torch.float32, "rtol": 1e-5}
+    plain = backward(mode, v, **options)[2][0]
+    scaled = backward(mode, sizes * v, **options)[2][0]
+    torch.testing.assert_close(scaled / sizes, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [0, 2.5, True, None])
+def test_a_depth_is_a_positive_whole_number(steps):
+    for mode in (mb.Phantom, mb.Unroll):
+        with pytest.raises(ValueError, match="steps must be an integer"):
+            mode(steps=steps)

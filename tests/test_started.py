@@ -146,3 +146,9 @@ def test_a_file_from_before_there_were_kernels_to_choose_loads(tmp_path):
     del described["config"]["initializer_kernels"]
     path = checkpoint.write(tmp_path / "old.safetensors", "solver/started", solver.state_dict(), described)
     assert mb.load_solver(path).config == solver.config
+
+
+def test_the_narrowest_start_has_one_channel():
+    assert started(mb.Broyden(), initializer=1).config.initializer == 1
+    with pytest.raises(ValueError, match="initializer must be at least 1"):
+        started(mb.Broyden(), initializer=0)
