@@ -172,11 +172,7 @@ class Evaluator:
         compare = self._calls < _COMPARED and function is None and not differentiable
         before = self._memory(point, given) if compare else None
         value = self.packing.take(f(state, *given.arguments), z)
-        if point._version != version:
-            _refuse_point()
-        for tensor, number in given.versions:
-            if tensor._version != number:
-                _refuse_context(tensor)
+        self._look(point, version, given)
         if before is not None:
             self._compare(before, point, given)
         if not self.attached:
@@ -184,6 +180,14 @@ class Evaluator:
             if z.requires_grad:
                 z.requires_grad_(False)
         return value.clone() if value.is_inference() else value
+
+    def _look(self, point: Tensor, version: int, given: Given) -> None:
+        """Whether torch has noted a write to z or to the context during this call."""
+        if point._version != version:
+            _refuse_point()
+        for tensor, number in given.versions:
+            if tensor._version != number:
+                _refuse_context(tensor)
 
     def _memory(self, point: Tensor, given: Given) -> list[Any]:
         return [contents(tensor) for tensor in (point, *(() if self._calls else given.tensors))]

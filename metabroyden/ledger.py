@@ -11,9 +11,6 @@ import torch
 from torch import Tensor
 
 from metabroyden.evaluator import Evaluator, Given, alike, part_of
-from metabroyden.evaluator import InCallersMode as InCallersMode  # lived here
-from metabroyden.evaluator import Surroundings as Surroundings
-from metabroyden.evaluator import method_of as method_of
 from metabroyden.solution import State, Trace, scaled_norm
 from metabroyden.state import Packing, gather
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from metabroyden.ledger import Surroundings, alike
+from metabroyden.evaluator import Surroundings, alike
 from metabroyden.solution import State
 from metabroyden.solve import Phase
 

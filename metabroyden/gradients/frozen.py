@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch._C import _functorch
 from torch.utils import _pytree as pytree
 
+from metabroyden.evaluator import InCallersMode
 from metabroyden.gradients.base import evaluate, parts_of
 from metabroyden.gradients.view import is_compiled, seen_with
-from metabroyden.ledger import InCallersMode
 from metabroyden.solution import State
 from metabroyden.state import gather
 from metabroyden.training.hold import parametrizations

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from metabroyden.learned.initializer import Initializer
 from metabroyden.learned.layout import Layout
 from metabroyden.learned.safeguard import Safeguard
+from metabroyden.ledger import to_host
 from metabroyden.solve import Phase
 
 LEARNED: dict[str, type[LearnedSolver]] = {}
@@ -169,7 +170,7 @@ class LearnedSolver(nn.Module):
         given = (z0 != 0).any(dim=1, keepdim=True)
         if not hasattr(problem, "budget"):
             return given, z0
-        among = given.squeeze(1).cpu().numpy()
+        among = to_host([given.squeeze(1)])[0] > 0
         if not among.any():
             return None
         image = z0 + problem.residual(z0, among=among)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from metabroyden import checkpoint, resume
-from metabroyden.described import check, damaged
+from metabroyden.described import check, require
 from metabroyden.meta.backprop import differentiate, frozen
 from metabroyden.meta.config import MetaConfig
 from metabroyden.meta.orthogonal import make_optimizer
@@ -225,6 +225,4 @@ class AcrossTrainer:
             f"best_score is {header['best_score']}, its history has another": header["best_score"]
             == min((entry["score"] for entry in history), default=math.inf),
         }
-        for complaint, holds in sound.items():
-            if not holds:
-                raise damaged(path, complaint)
+        require(sound, path)

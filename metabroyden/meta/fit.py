@@ -321,8 +321,12 @@ def check_contexts(x_train: Any, *, zeros: bool = False) -> None:
         dense = isinstance(leaf, Tensor) and leaf.layout == torch.strided
         if dense and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
             raise ValueError("x_train must be finite, got NaN or infinity in it")
-    if not zeros:
-        return
+    if zeros:
+        _check_zeros_like(x_train)
+
+
+def _check_zeros_like(x_train: Any) -> None:
+    """ValueError unless a state can be zeros like these contexts."""
     dtype = x_train.dtype if isinstance(x_train, Tensor) else None
     if dtype in (torch.float16, torch.bfloat16) or (dtype is not None and dtype.is_complex):
         raise ValueError(

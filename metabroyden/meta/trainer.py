@@ -15,7 +15,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from metabroyden import checkpoint, resume
-from metabroyden.described import check, damaged
+from metabroyden.described import check, damaged, require
 from metabroyden.meta import distributed
 from metabroyden.meta.backprop import BackpropEstimator, frozen
 from metabroyden.meta.config import MetaConfig
@@ -280,9 +280,7 @@ class MetaTrainer:
             "its history has scores that are not finite": all(map(math.isfinite, scores)),
             f"best_score is {best_score}, its history has another": best_score == min(scores, default=math.inf),
         }
-        for complaint, holds in sound.items():
-            if not holds:
-                raise damaged(path, complaint)
+        require(sound, path)
         return history, best_score
 
 

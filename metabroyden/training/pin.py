@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metabroyden.ledger import Surroundings
+from metabroyden.evaluator import Surroundings
 from metabroyden.solution import State
 from metabroyden.state import Companion, check_state, like
 from metabroyden.training.dropout import VariationalDropout, dropouts
