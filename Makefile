@@ -39,11 +39,11 @@ race-small: setup
 
 # wants a browser: apt-get install chromium
 check-page: setup
-	$(BIN)/python -m metabroyden.evaluation.race.check_page results/race/report.html
+	$(BIN)/python -m experiments.legacy.race.check_page results/race/report.html
 
 # the tests of the data and of the frozen models on Fashion-MNIST itself: apt-get install dataset-fashion-mnist
 check-data: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --real-data tests/test_data.py tests/test_frozen.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --real-data tests/zoo/test_data.py tests/zoo/test_frozen.py
 
 # into site/, from docs/ and the docstrings; in a virtual environment of its own, warnings being errors
 docs: .venv-docs/ready

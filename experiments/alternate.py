@@ -14,17 +14,17 @@ from rich.console import Console
 from rich.markdown import Markdown
 from torch import Tensor, nn
 
+from experiments.legacy import alternate_report
+from experiments.legacy.provenance import config_hash, plain, provenance, write_results
 from metabroyden import Anderson, Broyden, EquilibriumCache, Implicit
-from metabroyden.data.digits import load_digits
-from metabroyden.data.images import ImageSplit, shift
-from metabroyden.evaluation import alternate_report
-from metabroyden.evaluation.provenance import config_hash, plain, provenance, write_results
 from metabroyden.learned.layout import Layout
-from metabroyden.meta import KeepUp, KeepUpConfig
+from metabroyden.meta import OnlineConfig, OnlineMetaTrainer
 from metabroyden.meta.fit import make_learned
 from metabroyden.meta.progress import progress_bar
-from metabroyden.models import ConvClassifier, ConvClassifierConfig
 from metabroyden.storage import atomic_write
+from metabroyden.zoo.data.digits import load_digits
+from metabroyden.zoo.data.images import ImageSplit, shift
+from metabroyden.zoo.models import ConvClassifier, ConvClassifierConfig
 
 LEARNED = "learned, in alternation"
 WAYS = ("Broyden", "Anderson", LEARNED)
@@ -53,7 +53,7 @@ class Alternate:
     """Evaluations a sample may cost, in either direction."""
     memory: int = 30
     """Memory of Broyden's method; Anderson's is 6."""
-    burst: int = 40
+    warmup_steps: int = 40
     """Training steps at the beginning with a meta-step each; the learned solvers take over after them."""
     every: int = 8
     """Training steps from one meta-step to the next after that."""
@@ -219,15 +219,15 @@ def _difference(before: float, after: float) -> float:
     return after - before
 
 
-def _keep_up(config: Alternate, model: ConvClassifier, seed: int) -> KeepUp:
+def _keep_up(config: Alternate, model: ConvClassifier, seed: int) -> OnlineMetaTrainer:
     layout = Layout("nchw", (config.channels, config.side, config.side))
     sizes: dict[str, Any] = {"hidden": config.width, "rank": config.width}
-    return KeepUp(
+    return OnlineMetaTrainer(
         model.deq,
         make_learned("grouped", layout, seed=seed, initializer=config.width, **sizes),
         make_learned("adjoint", layout, seed=seed, **sizes),
-        config=KeepUpConfig(
-            burst=config.burst,
+        config=OnlineConfig(
+            warmup_steps=config.warmup_steps,
             every=config.every,
             unroll=config.unroll,
             batch=config.meta_batch,

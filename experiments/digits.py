@@ -13,20 +13,21 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
+from experiments.legacy import benchmark, report
+from experiments.legacy.family_report import FamilyReport, read_rows
+from experiments.legacy.peers import TorchDEQSolver, available
+from experiments.legacy.provenance import config_hash, plain, provenance
 from metabroyden import Anderson, Broyden, Implicit, load_solver, save_solver
-from metabroyden.data.digits import load_digits
-from metabroyden.data.images import ImageSplit, shift
-from metabroyden.evaluation import benchmark, report
-from metabroyden.evaluation.family_report import FamilyReport, read_rows
-from metabroyden.evaluation.peers import TorchDEQSolver, available
-from metabroyden.evaluation.provenance import config_hash, plain, provenance
-from metabroyden.learned import Started
+from metabroyden.learned import LearnedStart
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.layout import Layout
 from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet
 from metabroyden.meta.fit import make_learned
-from metabroyden.meta.progress import by_epoch, progress_bar
-from metabroyden.models import (
+from metabroyden.meta.progress import progress_bar
+from metabroyden.storage import atomic_write
+from metabroyden.zoo.data.digits import load_digits
+from metabroyden.zoo.data.images import ImageSplit, shift
+from metabroyden.zoo.models import (
     ConvClassifier,
     ConvClassifierConfig,
     Images,
@@ -36,7 +37,7 @@ from metabroyden.models import (
     save_model,
     train,
 )
-from metabroyden.storage import atomic_write
+from metabroyden.zoo.models.fit import by_epoch
 
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4)
 BUDGETS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 40, 60)
@@ -188,8 +189,8 @@ def _evaluate(
         "Anderson": tuned["anderson"][0],
         "Broyden": Broyden(memory=config.budget),
         "tuned Broyden": tuned["broyden"][0],
-        "Anderson + learned start": Started.of(start, tuned["anderson"][0]),
-        "Broyden + learned start": Started.of(start, tuned["broyden"][0]),
+        "Anderson + learned start": LearnedStart.of(start, tuned["anderson"][0]),
+        "Broyden + learned start": LearnedStart.of(start, tuned["broyden"][0]),
     }
     if available("torchdeq"):
         solvers["torchdeq Anderson"] = TorchDEQSolver("anderson")

@@ -16,18 +16,19 @@ from rich.markdown import Markdown
 from torch import Tensor, nn
 
 import metabroyden as mb
+from experiments.legacy import drop_in, drop_in_report
+from experiments.legacy.benchmark import reference_equilibrium
+from experiments.legacy.peers import available
+from experiments.legacy.provenance import config_hash, plain, provenance, write_results
 from metabroyden import checkpoint
-from metabroyden.data.digits import load_digits
-from metabroyden.evaluation import drop_in, drop_in_report
-from metabroyden.evaluation.benchmark import reference_equilibrium
-from metabroyden.evaluation.peers import available
-from metabroyden.evaluation.provenance import config_hash, plain, provenance, write_results
 from metabroyden.integrations.torchdeq import FixedPointMap, register
-from metabroyden.meta.progress import by_epoch, progress_bar
-from metabroyden.models import Images, Training, accuracy, train
-from metabroyden.models.conv import ConvCell
+from metabroyden.meta.progress import progress_bar
 from metabroyden.solvers.tuning import tune
 from metabroyden.storage import atomic_write
+from metabroyden.zoo.data.digits import load_digits
+from metabroyden.zoo.models import Images, Training, accuracy, train
+from metabroyden.zoo.models.conv import ConvCell
+from metabroyden.zoo.models.fit import by_epoch
 
 TOLERANCES = (1e-2, 1e-3)
 OWN = {"torchdeq Broyden": "broyden", "torchdeq Anderson": "anderson", "torchdeq fixed point": "fixed_point_iter"}
@@ -166,7 +167,7 @@ def _fitted(config: DropIn, model: Classifier, work: Path) -> Any:
         layout="nchw",
         steps=config.steps,
         seed=config.seed,
-        refuse=False,  # measured below, whatever it is worth
+        fallback=False,  # measured below, whatever it is worth
         progress=config.progress,
         checkpoint=work / "learned.training.safetensors",
     )

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 import metabroyden as mb
-from metabroyden.evaluation import fit_report
-from metabroyden.evaluation.provenance import command_line, plain, provenance, results_folder, write_results
-from metabroyden.models import load_model
-from metabroyden.models.criteria import Images
-from metabroyden.models.families import get_family, trained_model
+from experiments.legacy import fit_report
+from experiments.legacy.provenance import command_line, plain, provenance, results_folder, write_results
+from metabroyden.zoo.models import load_model
+from metabroyden.zoo.models.criteria import Images
+from metabroyden.zoo.models.families import get_family, trained_model
 
 _PLACES = ("family", "rtol", "seed", "models", "results", "progress")
 
@@ -25,7 +25,7 @@ class Fit:
     """Fit a root finder to a family of images by one call of fit_solver; the comparison it makes goes to the report."""
 
     family: str = "conv-fashion"
-    """A family of images in metabroyden.models.FAMILIES."""
+    """A family of images in metabroyden.zoo.models.FAMILIES."""
     rtol: float = 1e-3
     """Tolerance at which solvers are judged."""
     contexts: int = 2000
@@ -56,7 +56,7 @@ def run(config: Fit) -> None:
     if not isinstance(x, torch.Tensor):
         raise ValueError(f"wanted a family whose contexts are single tensors; those of {config.family} are {len(x)}")
     solver = mb.fit_solver(
-        model.cell, x, rtol=config.rtol, steps=config.steps, seed=config.seed, refuse=False, progress=config.progress
+        model.cell, x, rtol=config.rtol, steps=config.steps, seed=config.seed, fallback=False, progress=config.progress
     )
     row = {
         "family": config.family,

@@ -14,10 +14,9 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
-from metabroyden import Broyden, load_solver, save_solver
-from metabroyden.evaluation import equilibria, transfer_report
-from metabroyden.evaluation.equilibria import HeldOut
-from metabroyden.evaluation.provenance import (
+from experiments.legacy import equilibria, transfer_report
+from experiments.legacy.equilibria import HeldOut
+from experiments.legacy.provenance import (
     command_line,
     config_hash,
     plain,
@@ -25,21 +24,22 @@ from metabroyden.evaluation.provenance import (
     results_folder,
     write_results,
 )
-from metabroyden.evaluation.transfer import BROYDEN, transfer_row
+from experiments.legacy.transfer import BROYDEN, transfer_row
+from metabroyden import Broyden, load_solver, save_solver
 from metabroyden.learned.layout import Layout
 from metabroyden.learned.safeguard import BY_PROGRESS
 from metabroyden.meta import MetaConfig, TaskSet
-from metabroyden.meta.across import AcrossTrainer, Known, RandomCells, Source
-from metabroyden.meta.defaults import RATES
-from metabroyden.meta.families import family_layout, family_tasks
+from metabroyden.meta.defaults import RATES, tasks_layout
 from metabroyden.meta.fit import make_learned
+from metabroyden.meta.multitask import Known, MultiTaskTrainer, Source
 from metabroyden.meta.progress import progress_bar
-from metabroyden.meta.random_cells import KINDS, random_problem
-from metabroyden.models import load_model
-from metabroyden.models.episodes import load_episodes
-from metabroyden.models.families import get_family, trained_model
 from metabroyden.storage import atomic_write
-from metabroyden.testbed import cells
+from metabroyden.zoo.models import load_model
+from metabroyden.zoo.models.episodes import load_episodes
+from metabroyden.zoo.models.families import get_family, trained_model
+from metabroyden.zoo.random_cells import KINDS, RandomCells, random_problem
+from metabroyden.zoo.tasks import family_tasks
+from metabroyden.zoo.testbed import cells
 
 TRAINED = ("dense-digits", "dense-fashion", "mlp-digits", "mlp-fashion", "conv-digits")
 """Families whose weights along training the universal solver learns from, beside random cells."""
@@ -298,7 +298,7 @@ class _Job:
         path = self.work / f"{name}.safetensors"
         if path.exists():
             return load_solver(path)
-        layout, channels = family_layout(validation[0])
+        layout, channels = tasks_layout(validation[0])
         seeing = {"initializer": 32, "gated": options["unroll"], "weighing": "lstm"}
         more = seeing if kind == "meta-broyden" else {}
         solver = make_learned(
@@ -327,7 +327,7 @@ class _Job:
             validation_nfe=config.budget,
             **options,
         )
-        trainer = AcrossTrainer(
+        trainer = MultiTaskTrainer(
             solver, sources, validation, meta, checkpoint=self.work / f"training-{name}.safetensors"
         )
         with progress_bar(name, steps, show=config.progress) as bar:

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.markdown import Markdown
 from torch import Tensor, nn
 
+from experiments.legacy import gradients_report
+from experiments.legacy.provenance import plain, provenance, write_results
 from metabroyden import (
     DEQ,
     Anderson,
@@ -26,13 +28,11 @@ from metabroyden import (
     fit_adjoint,
     load_solver,
 )
-from metabroyden.data.digits import load_digits
-from metabroyden.data.images import ImageSplit
-from metabroyden.evaluation import gradients_report
-from metabroyden.evaluation.provenance import plain, provenance, write_results
 from metabroyden.meta import AdjointMap
-from metabroyden.models import load_model
 from metabroyden.solvers.tuning import tune
+from metabroyden.zoo.data.digits import load_digits
+from metabroyden.zoo.data.images import ImageSplit
+from metabroyden.zoo.models import load_model
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 import metabroyden as mb
-from metabroyden.evaluation import lost_report
-from metabroyden.evaluation.provenance import command_line, plain, provenance, results_folder, write_results
+from experiments.legacy import lost_report
+from experiments.legacy.provenance import command_line, plain, provenance, results_folder, write_results
 from metabroyden.meta.progress import progress_bar
-from metabroyden.testbed.base import KnownProblem
-from metabroyden.testbed.cells import blas, conv
+from metabroyden.zoo.testbed.base import KnownProblem
+from metabroyden.zoo.testbed.cells import blas, conv
 
 _PLACES = ("results", "progress")
 _WIDTH, _CHANNELS, _SIDE = 64, 8, 8
@@ -85,7 +85,7 @@ def _cell(kind: str, count: int, norm: float, seed: int, *, symmetric: bool = Fa
 def _fitted(kind: str, seed: int, config: Lost) -> Any:
     problem = _cell(kind, config.contexts, _FITTED_NORM, seed)
     options: dict[str, Any] = {"steps": config.steps, "seed": seed, "rtol": config.rtol}
-    return mb.fit_solver(problem.f, problem.context, **options, refuse=False, progress=False)
+    return mb.fit_solver(problem.f, problem.context, **options, fallback=False, progress=False)
 
 
 def _others(kind: str, config: Lost) -> Iterator[tuple[float, int, KnownProblem]]:

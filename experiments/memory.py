@@ -12,9 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 
-from metabroyden.evaluation import memory as measure
-from metabroyden.evaluation import memory_report
-from metabroyden.evaluation.provenance import plain, provenance, write_results
+from experiments.legacy import memory as measure
+from experiments.legacy import memory_report
+from experiments.legacy.provenance import plain, provenance, write_results
 from metabroyden.meta.progress import progress_bar
 
 

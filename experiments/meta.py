@@ -15,9 +15,8 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
-from metabroyden import Anderson, Broyden, load_solver, save_solver
-from metabroyden.evaluation import equilibria, meta_report, meta_rows, texts
-from metabroyden.evaluation.provenance import (
+from experiments.legacy import equilibria, meta_report, meta_rows, texts
+from experiments.legacy.provenance import (
     command_line,
     config_hash,
     plain,
@@ -25,19 +24,20 @@ from metabroyden.evaluation.provenance import (
     results_folder,
     write_results,
 )
+from metabroyden import Anderson, Broyden, load_solver, save_solver
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.safeguard import BY_PROGRESS
 from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet, distributed
-from metabroyden.meta.defaults import RATES, best_damping, dilations, gated_steps
-from metabroyden.meta.families import family_layout, family_tasks
+from metabroyden.meta.defaults import RATES, best_damping, dilations, gated_steps, tasks_layout
 from metabroyden.meta.fit import make_learned
 from metabroyden.meta.objectives import OBJECTIVES
 from metabroyden.meta.progress import progress_bar, tensorboard
-from metabroyden.models import load_model
-from metabroyden.models.criteria import NextToken
-from metabroyden.models.families import get_family, trained_model
 from metabroyden.solvers.classical import grids
 from metabroyden.storage import atomic_write
+from metabroyden.zoo.models import load_model
+from metabroyden.zoo.models.criteria import NextToken
+from metabroyden.zoo.models.families import get_family, trained_model
+from metabroyden.zoo.tasks import family_tasks
 
 CLASSICAL = "classical"
 CLOCKED = (1e-2, 1e-3)
@@ -128,7 +128,7 @@ class Meta:
     """Meta-train a solver on a family, compare it with the tuned classical ones on held-out problems, write the report."""
 
     family: str = "conv-fashion"
-    """A family of metabroyden.models.FAMILIES."""
+    """A family of metabroyden.zoo.models.FAMILIES."""
     solver: str = "meta-broyden"
     """A learned solver, or "classical" for the rows of the classical ones."""
     seed: int = 0
@@ -271,7 +271,7 @@ class Job:
             return load_solver(path).to(self.device)
         config, recipe = self.config, self.recipe
         tasks = self._tasks()
-        layout, channels = family_layout(tasks)
+        layout, channels = tasks_layout(tasks)
         context = config.context if channels else "f0"
 
         def make(**options: Any) -> Any:

@@ -15,17 +15,18 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
-from metabroyden.evaluation import equilibria, model_scores, models_report, texts
-from metabroyden.evaluation.provenance import config_hash, plain, provenance, write_results
+from experiments.legacy import equilibria, model_scores, models_report, texts
+from experiments.legacy.provenance import config_hash, plain, provenance, write_results
 from metabroyden.learned.fingerprint import fingerprint
-from metabroyden.meta.progress import by_epoch, progress_bar
-from metabroyden.models import Episodes, EpochEnd, Training, history, load_model, save_model, train
-from metabroyden.models.criteria import Criterion, NextToken
-from metabroyden.models.episodes import episodes_in
-from metabroyden.models.families import FAMILIES, Family, get_family
-from metabroyden.models.twins import explicit_twin, flow_twin, unrolled_twin
+from metabroyden.meta.progress import progress_bar
 from metabroyden.solvers import Anderson, Broyden, Picard
 from metabroyden.storage import atomic_write
+from metabroyden.zoo.models import Episodes, EpochEnd, Training, history, load_model, save_model, train
+from metabroyden.zoo.models.criteria import Criterion, NextToken
+from metabroyden.zoo.models.episodes import episodes_in
+from metabroyden.zoo.models.families import FAMILIES, Family, get_family
+from metabroyden.zoo.models.fit import by_epoch
+from metabroyden.zoo.models.twins import explicit_twin, flow_twin, unrolled_twin
 
 DEQ, REGULARISED = "DEQ", "DEQ, Jacobian penalty"
 
@@ -35,7 +36,7 @@ class Models:
     """Train a family's DEQ and its twins, measure them, and write results/models/FAMILY/ and the report over all."""
 
     family: str = "all"
-    """A family of metabroyden.models.FAMILIES, or "all", one after another."""
+    """A family of metabroyden.zoo.models.FAMILIES, or "all", one after another."""
     preset: str = "cpu"
     """"cpu", at most half an hour a model on two cores, or "gpu", larger."""
     seed: int = 0

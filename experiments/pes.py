@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from metabroyden.evaluation import pes_report
-from metabroyden.evaluation.provenance import command_line, plain, provenance, results_folder, write_results
+from experiments.legacy import pes_report
+from experiments.legacy.provenance import command_line, plain, provenance, results_folder, write_results
 from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet, unroll
 from metabroyden.meta.backprop import differentiate, frozen
+from metabroyden.meta.defaults import tasks_layout
 from metabroyden.meta.draws import training_batch
-from metabroyden.meta.families import family_layout, family_tasks
 from metabroyden.meta.fit import make_learned
 from metabroyden.meta.progress import progress_bar
-from metabroyden.models import load_model
-from metabroyden.models.families import get_family
 from metabroyden.state import gather
+from metabroyden.zoo.models import load_model
+from metabroyden.zoo.models.families import get_family
+from metabroyden.zoo.tasks import family_tasks
 
 WAYS = ("backpropagation", "truncated", "PES")
 
@@ -34,7 +35,7 @@ class Pes:
     """From one solver trained on short unrolls, go on over long ones in three ways and write results/meta/pes/."""
 
     family: str = "conv-digits"
-    """A family of metabroyden.models.FAMILIES, of images."""
+    """A family of metabroyden.zoo.models.FAMILIES, of images."""
     solver: str = "grouped"
     """A learned solver; small and without a safeguard, so that what it does late is its own."""
     unroll: int = 10
@@ -70,7 +71,7 @@ def run(config: Pes) -> None:
     family = get_family(config.family)
     model = load_model(config.models / config.family / "model.safetensors", warn=False).requires_grad_(False)
     tasks = family_tasks(model, family.criterion())
-    layout, _ = family_layout(tasks)
+    layout, _ = tasks_layout(tasks)
     solver = make_learned(config.solver, layout, seed=config.seed, hidden=8, initializer=0, safeguard=None)
     common = MetaConfig(
         steps=1_000_000,

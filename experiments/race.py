@@ -15,17 +15,17 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from experiments import meta
-from metabroyden.evaluation.provenance import command_line, config_hash, plain, provenance, results_folder
-from metabroyden.evaluation.race import ablation, hyper_deq, report, schema
-from metabroyden.evaluation.race.ablation import AblationUnit
-from metabroyden.evaluation.race.beyond import BeyondUnit
-from metabroyden.evaluation.race.hyper_deq import HyperDEQUnit
-from metabroyden.evaluation.race.statistics import Field
-from metabroyden.evaluation.race.units import CellsUnit, FamilyUnit, Settings, Unit
+from experiments.legacy.provenance import command_line, config_hash, plain, provenance, results_folder
+from experiments.legacy.race import ablation, hyper_deq, report, schema
+from experiments.legacy.race.ablation import AblationUnit
+from experiments.legacy.race.beyond import BeyondUnit
+from experiments.legacy.race.hyper_deq import HyperDEQUnit
+from experiments.legacy.race.statistics import Field
+from experiments.legacy.race.units import CellsUnit, FamilyUnit, Settings, Unit
 from metabroyden.meta import distributed
-from metabroyden.models import FAMILIES
-from metabroyden.models.families import get_family
 from metabroyden.storage import atomic_write
+from metabroyden.zoo.models import FAMILIES
+from metabroyden.zoo.models.families import get_family
 
 FREE = ("models", "meta", "device", "results", "runs", "compare", "fresh", "progress")
 
@@ -35,7 +35,7 @@ class Race:
     """Race all solvers on all families and write results/race/. Interrupted, it goes on with the next family."""
 
     families: tuple[str, ...] = tuple(FAMILIES)
-    """Families of metabroyden.models.FAMILIES."""
+    """Families of metabroyden.zoo.models.FAMILIES."""
     cells: bool = True
     """Beside the race itself: cells that nothing was trained on, solvers of other families and far past their horizon,
     MetaBroyden without its pieces (which trains it anew), and silva-networks' HyperDEQ."""

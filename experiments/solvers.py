@@ -12,13 +12,13 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 
+from experiments.legacy import solver_rows, solvers_report
+from experiments.legacy.peers import ScipySolver, TorchDEQSolver, XitorchSolver, available
+from experiments.legacy.provenance import plain, provenance, write_results
 from metabroyden import Anderson, Broyden, Newton, Picard
-from metabroyden.evaluation import solver_rows, solvers_report
-from metabroyden.evaluation.peers import ScipySolver, TorchDEQSolver, XitorchSolver, available
-from metabroyden.evaluation.provenance import plain, provenance, write_results
 from metabroyden.meta.progress import progress_bar
-from metabroyden.testbed import PROBLEMS, KnownProblem
-from metabroyden.testbed.cells import blas, conv
+from metabroyden.zoo.testbed import PROBLEMS, KnownProblem
+from metabroyden.zoo.testbed.cells import blas, conv
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,19 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
+from experiments.legacy import equilibria, specialise_report
+from experiments.legacy.equilibria import HeldOut
+from experiments.legacy.provenance import command_line, plain, provenance, results_folder, write_results
+from experiments.legacy.transfer import BROYDEN, transfer_row
 from metabroyden import Broyden, load_solver, save_solver
-from metabroyden.evaluation import equilibria, specialise_report
-from metabroyden.evaluation.equilibria import HeldOut
-from metabroyden.evaluation.provenance import command_line, plain, provenance, results_folder, write_results
-from metabroyden.evaluation.transfer import BROYDEN, transfer_row
-from metabroyden.meta.families import family_tasks
 from metabroyden.meta.progress import progress_bar
 from metabroyden.meta.specialise import SpecialiseConfig, specialise
-from metabroyden.models import load_model
-from metabroyden.models.criteria import NextToken
-from metabroyden.models.families import get_family, trained_model
-from metabroyden.models.packed import Packed
 from metabroyden.state import Packing
+from metabroyden.zoo.models import load_model
+from metabroyden.zoo.models.criteria import NextToken
+from metabroyden.zoo.models.families import get_family, trained_model
+from metabroyden.zoo.models.packed import Packed
+from metabroyden.zoo.tasks import family_tasks
 
 _PLACES = ("family", "models", "results", "progress")
 _HELD = 64  # validation contexts made beforehand with a text's training ones
@@ -34,7 +34,7 @@ class Specialise:
     """Adapt a solver to a family's DEQ in a few outer steps; evaluations to 1e-2 on its test contexts before and after."""
 
     family: str = "conv-fashion"
-    """A family of metabroyden.models.FAMILIES."""
+    """A family of metabroyden.zoo.models.FAMILIES."""
     start: str = "universal"
     """What is adapted: a shipped solver's name or the path of a learned solver that fits the family."""
     steps: int = 20

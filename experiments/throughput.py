@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 import metabroyden as mb
-from metabroyden.evaluation import equilibria, throughput_report
-from metabroyden.evaluation.provenance import command_line, plain, provenance, results_folder, write_results
-from metabroyden.evaluation.throughput_rows import Throughput as Measurement
-from metabroyden.evaluation.throughput_rows import raw_inputs
+from experiments.legacy import equilibria, throughput_report
+from experiments.legacy.provenance import command_line, plain, provenance, results_folder, write_results
+from experiments.legacy.throughput_rows import Throughput as Measurement
+from experiments.legacy.throughput_rows import raw_inputs
 from metabroyden.meta.progress import progress_bar
-from metabroyden.models import load_model
-from metabroyden.models.families import get_family, trained_model
+from metabroyden.zoo.models import load_model
+from metabroyden.zoo.models.families import get_family, trained_model
 
 _PLACES = ("family", "models", "meta", "results", "runs", "progress")
 _TUNED_ON = 64  # validation problems
@@ -30,7 +30,7 @@ class Throughput:
     """Run a trained DEQ with its trained solver and with tuned classical ones: samples per second and score."""
 
     family: str = "conv-fashion"
-    """A family of metabroyden.models.FAMILIES."""
+    """A family of metabroyden.zoo.models.FAMILIES."""
     solver: str = "meta-broyden-seed0"
     """A folder of a trained solver in results/meta/FAMILY, or a shipped solver's name, such as universal."""
     rtol: float = 1e-2

@@ -12,9 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 
+from experiments.legacy import equilibria, tuning_report
+from experiments.legacy.provenance import command_line, plain, provenance, results_folder
 from experiments.meta import RECIPES, Job, Meta, Recipe
-from metabroyden.evaluation import equilibria, tuning_report
-from metabroyden.evaluation.provenance import command_line, plain, provenance, results_folder
 from metabroyden.storage import atomic_write
 
 USUAL = RECIPES["hyper-anderson"]
@@ -62,7 +62,7 @@ class TuneHyper:
     """Try HyperAnderson's configurations on the validation problems of a family; the test split is not read."""
 
     family: str = "conv-fashion"
-    """A family of metabroyden.models.FAMILIES."""
+    """A family of metabroyden.zoo.models.FAMILIES."""
     steps: int = 600
     """Outer steps of 10 solver iterations each; longer unrolls get as many iterations in fewer steps."""
     only: tuple[str, ...] = ()

@@ -7,6 +7,7 @@
 
 from metabroyden import integrations
 from metabroyden.checkpoint import CheckpointError, load_solver, pretrained, save_solver
+from metabroyden.convert import compose, to_deq
 from metabroyden.deq import DEQ
 from metabroyden.fixed import FixedBudget
 from metabroyden.gradients import Implicit, JacobianFree, Phantom, Unroll
@@ -17,17 +18,24 @@ from metabroyden.learned import (
     CoordinatewiseLSTM,
     GroupedLSTM,
     HyperAnderson,
+    LearnedStart,
     MetaBroyden,
     MetaLearnerLSTM,
     MetaSplitting,
     NeuralFixedPoint,
     Safeguard,
-    Started,
     Universal,
 )
 from metabroyden.learned.layout import Layout
-from metabroyden.meta import KeepUp, KeepUpConfig, MetaConfig, MetaTrainer, TaskSet, fit_adjoint, fit_solver
-from metabroyden.models import compose, to_deq
+from metabroyden.meta import MetaConfig, MetaTrainer, OnlineConfig, OnlineMetaTrainer, TaskSet, fit_adjoint, fit_solver
+from metabroyden.nn import (
+    EquilibriumCache,
+    VariationalDropout,
+    fixed_point_correction,
+    jacobian_penalty,
+    normalise,
+    spectral_radius,
+)
 from metabroyden.shared import Shared
 from metabroyden.solution import Solution, SolveError, Status, Trace, relative_residual
 from metabroyden.solve import solve
@@ -41,14 +49,6 @@ from metabroyden.solvers import (
     PeacemanRachford,
     Picard,
     make_solver,
-)
-from metabroyden.training import (
-    EquilibriumCache,
-    VariationalDropout,
-    fixed_point_correction,
-    jacobian_penalty,
-    normalise,
-    spectral_radius,
 )
 from metabroyden.version import __version__ as __version__
 
@@ -70,9 +70,8 @@ __all__ = [
     "HyperAnderson",
     "Implicit",
     "JacobianFree",
-    "KeepUp",
-    "KeepUpConfig",
     "Layout",
+    "LearnedStart",
     "MetaBroyden",
     "MetaConfig",
     "MetaLearnerLSTM",
@@ -80,6 +79,8 @@ __all__ = [
     "MetaTrainer",
     "NeuralFixedPoint",
     "Newton",
+    "OnlineConfig",
+    "OnlineMetaTrainer",
     "PeacemanRachford",
     "Phantom",
     "Picard",
@@ -87,7 +88,6 @@ __all__ = [
     "Shared",
     "Solution",
     "SolveError",
-    "Started",
     "Status",
     "TaskSet",
     "Trace",

@@ -115,7 +115,7 @@ def _checksum(tensors: dict[str, Tensor], described: str) -> str:
     return found.hexdigest()
 
 
-def slimmed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights as they are or, above `LARGEST` bytes of them, those of float32 in half precision where they fit."""
     if sum(value.nbytes for value in tensors.values()) <= LARGEST:
         return tensors
@@ -123,7 +123,7 @@ def slimmed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def widened(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What was `slimmed`, in float32 again."""
+    """What was `to_half`, in float32 again."""
     return {name: value.float() if value.dtype == torch.half else value for name, value in tensors.items()}
 
 

@@ -15,14 +15,14 @@ from metabroyden.gradients import Implicit, JacobianFree
 from metabroyden.gradients.base import parts_of
 from metabroyden.gradients.transforms import refuse, transform_of
 from metabroyden.learned.fingerprint import FingerprintWatch
+from metabroyden.nn.dropout import stochastic_layers
+from metabroyden.nn.pin import pin
 from metabroyden.opaque import opaque
 from metabroyden.shared import bare
 from metabroyden.solution import Solution, State
 from metabroyden.solve import check_options, solve
 from metabroyden.solvers.broyden import Broyden
 from metabroyden.state import like
-from metabroyden.training.dropout import restless
-from metabroyden.training.pin import pin
 
 _ROUNDINGS = 8  # a residual of so many is as good as none
 
@@ -201,7 +201,7 @@ class DEQ(nn.Module):
     def _watch_layers(self) -> None:
         if self._warned_restless:
             return
-        reasons = restless(self.cell)
+        reasons = stochastic_layers(self.cell)
         if reasons:
             self._warned_restless = True
             warnings.warn(f"DEQ: {'; '.join(reasons)} (said once)", stacklevel=7)

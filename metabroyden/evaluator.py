@@ -1,238 +1,340 @@
-"""How f is called, by whoever solves: in the caller's mode, its arguments guarded, its value packed and checked."""
+"""The books of one solve: calls of f counted per sample on the host, the best iterate, the trace."""
 
 from __future__ import annotations
 
-import copy
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from metabroyden.shared import bare
-from metabroyden.solution import State
-from metabroyden.state import Packing
+from metabroyden.function import Given, GuardedFunction, part_of, rewrap
+from metabroyden.solution import State, Trace, scaled_norm
+from metabroyden.state import Packing, gather
 
-_COMPARED = (
-    2  # calls of a solve after which z's memory itself is compared: a first z is often zero, which hides factors
-)
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
-_SMALL = 1 << 16  # bytes up to which a tensor in host memory is compared by a copy
+_HOST_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}  # of states
 
 
-class Surroundings:
-    """A map that runs another one, `inner`, in some surroundings; `alike` runs a function in the same ones."""
+class Rows:
+    """Some samples of a batch, in order: their numbers on the host and, where it is not the whole batch, on the device.
 
-    inner: Callable[..., Any]
-
-    def alike(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """This function in the surroundings that `inner` is run in."""
-        raise NotImplementedError
-
-
-def alike(f: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function, run as f is run."""
-    return f.alike(function) if isinstance(f, Surroundings) else function
-
-
-def method_of(f: Any, name: str) -> Callable[..., Any] | None:
-    """A method of the cell behind f, without f's surroundings; None where the cell has none of this name."""
-    while isinstance(f, Surroundings):
-        f = f.inner
-    method = getattr(f, name, None)
-    return method if callable(method) else None
-
-
-def part_of(f: Any, name: str) -> Callable[..., Any]:
-    """The method of this name that a solver wants; TypeError where the cell has none."""
-    method = method_of(f, name)
-    if method is None:
-        raise TypeError(f"this solver uses parts of f, and {type(f).__name__} has no method {name!r}")
-    return method
-
-
-def check_map(f: Any) -> None:
-    """TypeError for what is no map f(z) or f(z, context): no callable, or a layer that solves for its fixed point itself."""
-    if not callable(f):
-        raise TypeError(f"f must be callable, got {type(f).__name__}")
-    if getattr(getattr(f, "__self__", f), "solves_its_cell", False):
-        raise TypeError(
-            f"f must be a map f(z, context), got a {type(f).__name__} that stands for its own fixed point, z = deq(x): "
-            "pass its cell, deq.cell"
-        )
-
-
-class InCallersMode(Surroundings):
-    """f run as the caller would run it, under autocast or inference mode, whatever the solver's own arithmetic runs in."""
-
-    def __init__(self, f: Callable[..., State], device: str) -> None:
-        self.f = self.inner = f
-        self.device = device
-        compiling = torch.compiler.is_compiling()  # a graph records no gradients anyway
-        self.inference = not compiling and torch.is_inference_mode_enabled()
-        self.autocast = torch.is_autocast_enabled(device)
-        self.dtype = torch.get_autocast_dtype(device) if self.autocast else None
-
-    def __call__(self, *arguments: Any) -> State:
-        """f."""
-        if torch.compiler.is_compiling():
-            return self.differentiable(*arguments)
-        with torch.inference_mode(self.inference):
-            return self.differentiable(*arguments)
-
-    def differentiable(self, *arguments: Any) -> State:
-        """f outside inference mode, in which forward AD does not work."""
-        with torch.autocast(self.device, dtype=self.dtype, enabled=self.autocast):
-            return self.f(*arguments)
-
-    def alike(self, function: Callable[..., Any]) -> InCallersMode:
-        """The function in these modes, and in the surroundings of f."""
-        twin = copy.copy(self)
-        twin.f = twin.inner = alike(self.f, function)
-        return twin
-
-
-def in_callers_mode(f: Callable[..., State], device: str) -> Callable[..., State]:
-    """f as the caller would run it; f itself where the caller is in neither mode."""
-    wrapped = InCallersMode(f, device)
-    return wrapped if wrapped.inference or wrapped.autocast else f
-
-
-class Given:
-    """A context as f is handed it, and what stood in it before.
-
-    Attributes:
-        arguments: of f beside z: the context, its shared tensors as they are, or nothing where f takes none.
-        tensors: all that are in the context; none known to a compiler, which keeps no versions.
-        versions: those that have a version (inference tensors have none), with the one that they have now.
+    `pick` selects them from a (B,) host array: a slice where they are the whole batch, in order.
     """
 
-    def __init__(self, context: Any) -> None:
-        self.context = context
-        self.arguments = () if context is None else (bare(context),)
-        self.tensors: list[Tensor] = []
-        if context is not None and not torch.compiler.is_compiling():
-            leaves = [context] if isinstance(context, Tensor) else pytree.tree_leaves(context)
-            self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        self.versions = [(tensor, tensor._version) for tensor in self.tensors if not tensor.is_inference()]
+    def __init__(self, host: np.ndarray, device: torch.device, batch: int) -> None:
+        self.host = host
+        whole = len(host) == batch and bool((host == np.arange(batch)).all())
+        self.index = None if whole else torch.as_tensor(host, device=device)
+        self.pick: Any = slice(None) if whole else host
+        self._norms: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.host)
+
+    def norms(self, like: Tensor, *, fresh: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """(2, R) for two norms a row, and its two rows; the same memory every time unless a fresh one is asked for."""
+        if self._norms is None or fresh:
+            both = like.new_empty(2, len(self.host))
+            self._norms = both, both[0], both[1]
+        return self._norms
 
 
-NOTHING = Given(None)
+class _Evaluation(NamedTuple):
+    """An evaluation whose outcome the host has not seen yet."""
+
+    rows: Rows
+    z: Tensor  # (R, n)
+    fz: Tensor
+    g: Tensor
+    norms: Tensor  # (2, R) ‖g‖, ‖f(z)‖ on the device
+    nfe: np.ndarray | None  # (R,) spent so far; for the trace, as is the phase
+    phase: np.ndarray | int
+    round: int
 
 
 class Evaluator:
-    """Calls f at packed states, for a ledger, a fixed budget or an unroll.
+    """Calls f for a whole solve and writes down what it cost and what it found.
 
-    f may change neither z nor its context. torch notes what is written through its operations: that is looked at after
-    every call. What is written past them, through `.data` or NumPy, and what is written to an inference tensor, which has
-    no version, is found by comparing memory: of z at the first two calls of f, of the context at the first one (a copy of
-    small tensors in host memory, else a sum of all bits).
+    The best iterate of a sample is the first that reached the tolerance, else that of smallest ‖f(z) − z‖: a size of the
+    residual against one fixed scale. ‖f(z) − z‖/‖f(z)‖, by which convergence is judged, falls where z merely grows.
 
-    Args:
-        f: in its surroundings. packing: of the state. f_dtype: dtype that f takes; what it returns comes back in z's.
-        attached: what f returns keeps its graph; else it is detached, and z as well should f have asked for its gradient.
-        guarded: whether f is looked at, which a compiler cannot: by default, unless one is tracing now.
+    Evaluations are judged on the host, when `synchronize` is called: what they converged to, which are the best. That is the
+    one host synchronisation; until then they wait, with their iterates. The usual case, every row finite and better than
+    before, takes a dozen operations on (R,) arrays.
+
+    Attributes (host arrays over the B samples):
+        nfe: evaluations spent; no entry above `most`. phase: the phase of the driver a sample is in.
+        best: ‖f(z) − z‖ of the best iterate, infinite before the first finite evaluation; best_residual: its relative
+            residual, NaN before. converged.
+        lowest: smallest relative residual, infinite before; kept only where samples may be handed over.
+        broken: not finite at the end of a round (what a line search tries and drops does not count).
+        residual, residual_before: of the sample's last evaluation and of the one before.
+    On the device: best_z (B, n); best_g: its g, None where nothing will be handed over; g0: f(z0) − z0, once known.
+    Of the last `synchronize`: `news`, something converged or is not finite; `idle`, something did not improve.
     """
 
     def __init__(
         self,
         f: Callable[..., State],
         packing: Packing,
+        z0: Tensor,
+        context: Any,
         *,
+        rtol: float,
+        atol: float,
+        max_nfe: int,
+        keep_g: bool = True,
         f_dtype: torch.dtype | None = None,
-        attached: bool = False,
-        guarded: bool = True,
+        trace: bool = True,
     ) -> None:
-        self.f, self.packing, self.f_dtype, self.attached = f, packing, f_dtype, attached
-        self._guarded = guarded and not torch.compiler.is_compiling()
-        self._plain = packing.is_flat and f_dtype is None  # f takes what solvers see
-        self._calls = 0  # whose memory was compared
+        self.f, self.packing, self.max_nfe = f, packing, max_nfe
+        self.rtol, self.atol, self.f_dtype = rtol, atol, f_dtype
+        self.function = GuardedFunction(f, packing, f_dtype=f_dtype)
+        self._given = Given(context)
+        self._gathered: tuple[Rows | None, Given] = None, self._given  # the rows gathered last: contexts may be large
+        batch = len(z0)
+        self.nfe = np.zeros(batch, dtype=np.int64)
+        self.most = 0
+        self.phase, self.phased = np.zeros(batch, dtype=np.int8), False
+        self.z0 = z0
+        self.forward_ad: bool | None = None  # whether f has forward AD; None: not tried yet
+        self.g0: Tensor | None = None
+        self._origin: Tensor | None = None
+        self.last: tuple[Tensor, Tensor] | None = None  # the last point and its image, in f's own memory
+        self.best_z, self._owned = z0, False  # owned: no iterate shares best_z's memory, it may be written to
+        self.best_g = z0.new_zeros(z0.shape) if keep_g else None
+        self.best, self.best_residual = np.full(batch, np.inf), np.full(batch, np.nan)
+        self.lowest = np.full(batch, np.inf)
+        self.converged = np.zeros(batch, dtype=bool)
+        self.broken = np.zeros(batch, dtype=bool)
+        self._finite = np.ones(batch, dtype=bool)  # the last evaluation
+        self._all_finite, self._any_converged = True, False
+        self.round = self._judged_round = 0  # the driver's, to which evaluations belong
+        self.news = self.idle = False
+        self.residual, self.residual_before = np.full((2, batch), np.nan)
+        # squares of norms outside this range may have over- or underflowed
+        self._trusted = (1e-15, 1e15) if z0.dtype == torch.float32 else (1e-140, 1e140)
+        self._pending: list[_Evaluation] = []
+        self._owned_images = False  # whether the images that wait are all in memory of ours
+        self._taken: list[tuple[int, Rows, Tensor]] = []
+        # by round: rows, and whether what they took is finite
+        self._verdicts: dict[int, list[tuple[Rows, np.ndarray]]] = {}
+        self._traced = trace
+        self._events: list[tuple[Rows, np.ndarray, np.ndarray, Any, np.ndarray | int]] = []  # see `trace`
+        self._seconds: list[float] = []
+        self._began = time.perf_counter()
 
-    def __call__(
-        self,
-        z: Tensor,
-        given: Given = NOTHING,
-        function: Callable[..., State] | None = None,
-        *,
-        differentiable: bool = False,
-    ) -> Tensor:
-        """f (or a function in its place) at z (R, n) and the context given, packed; `differentiable`: for forward AD.
+    def rows(self, host: np.ndarray) -> Rows:
+        """The samples with these numbers."""
+        return Rows(host, self.z0.device, len(self.nfe))
 
-        ValueError where f changes z or its context, or returns what is not shaped like z; TypeError where that is no state.
+    def spend(self, rows: Rows) -> None:
+        """Count one evaluation on each row; RuntimeError when a solver would overdraw the budget."""
+        if self.most >= self.max_nfe:
+            if self.nfe[rows.pick].max() >= self.max_nfe:
+                raise RuntimeError(
+                    f"a solver asked for more than max_nfe={self.max_nfe} evaluations on a sample; "
+                    "its min_nfe must say how many one step needs"
+                )
+            self.most = int(self.nfe.max())
+        self.nfe[rows.pick] += 1
+        self.most += 1
+
+    def context_of(self, rows: Rows) -> Any:
+        """The context of some samples, in the caller's form."""
+        return self._given_to(rows).context
+
+    def _given_to(self, rows: Rows) -> Given:
+        """What f is given beside the state of these rows: their context, gathered; the one gathered before is let go."""
+        if rows.index is None or self._given.context is None:
+            return self._given
+        if self._gathered[0] is not rows:
+            self._gathered = None, self._given
+            self._gathered = rows, Given(gather(self._given.context, rows.index))
+        return self._gathered[1]
+
+    def call(self, z: Tensor, rows: Rows, *, differentiable: bool = False) -> Tensor:
+        """f at z (R, n) for the given rows, flat (R, n). With no context f sees the full batch, the rest at its best."""
+        if self._pending and not self._owned_images:  # f may write its next value where it wrote the last
+            self._pending[-1] = self._pending[-1]._replace(fz=self._pending[-1].fz.clone())
+            self._owned_images = True
+        if rows.index is None:
+            return self.function(z, self._given, differentiable=differentiable)
+        if self._given.context is not None:
+            return self.function(z, self._given_to(rows), differentiable=differentiable)
+        whole = self.best_z.index_copy(0, rows.index, z)
+        return self.function(whole, differentiable=differentiable).index_select(0, rows.index)
+
+    def evaluate(self, z: Tensor, rows: Rows) -> Tensor:
+        """g = f(z) − z at z (R, n): counted at once, judged when `synchronize` is called."""
+        self.spend(rows)
+        return self.record(z, self.call(z, rows), rows)
+
+    def record(self, z: Tensor, fz: Tensor, rows: Rows) -> Tensor:
+        """g = f(z) − z where f(z) (R, n) is known and was counted: written down, judged when `synchronize` is called."""
+        g = fz - z
+        self.last = z, fz
+        norms, g_norm, f_norm = rows.norms(z, fresh=bool(self._pending))
+        torch.linalg.vector_norm(g, dim=1, out=g_norm)
+        torch.linalg.vector_norm(fz, dim=1, out=f_norm)
+        if self.g0 is None and z is self.z0:
+            self.g0 = g
+        nfe, phase = None, 0
+        if self._traced:
+            nfe, phase = self.nfe[rows.pick].copy(), self.phase[rows.pick].copy() if self.phased else 0
+        self._pending.append(_Evaluation(rows, z, fz, g, norms, nfe, phase, self.round))
+        self._owned_images = False
+        return g
+
+    def part(self, name: str) -> Callable[..., Any]:
+        """A method of the cell behind f, run as f is run. TypeError where the cell has none of this name.
+
+        ValueError where f is to run in another precision than the solver, as what a solver concludes from a part of f
+        would not be true of f, or where there is no context.
         """
-        f = self.f if function is None else function
-        if differentiable and isinstance(f, InCallersMode):
-            f = f.differentiable
-        point = z if self.f_dtype is None else z.to(self.f_dtype)
-        state = point if self._plain else self.packing.unpack(point)
-        if not self._guarded:
-            return self.packing.take(f(state, *given.arguments), z)
-        version = point._version
-        compare = self._calls < _COMPARED and function is None and not differentiable
-        before = self._memory(point, given) if compare else None
-        value = self.packing.take(f(state, *given.arguments), z)
-        self._look(point, version, given)
-        if before is not None:
-            self._compare(before, point, given)
-        if not self.attached:
-            value = value.detach() if value.requires_grad else value
-            if z.requires_grad:
-                z.requires_grad_(False)
-        return value.clone() if value.is_inference() else value
+        method = part_of(self.f, name)
+        if getattr(self.f, "autocast", False):
+            raise ValueError("a solver that uses parts of f needs f in its own precision: no autocast")
+        if self._given.context is None:
+            raise ValueError("a solver that uses parts of f needs a context: f(z, context), not f(z)")
+        return rewrap(self.f, method)
 
-    def _look(self, point: Tensor, version: int, given: Given) -> None:
-        """Whether torch has noted a write to z or to the context during this call."""
-        if point._version != version:
-            _refuse_point()
-        for tensor, number in given.versions:
-            if tensor._version != number:
-                _refuse_context(tensor)
+    def use(self, part: Callable[..., State], z: Tensor, rows: Rows) -> Tensor:
+        """part(z, context) at z (R, n) for the given rows, flat (R, n): counts as one evaluation of f."""
+        self.spend(rows)
+        return self.function(z, self._given_to(rows), part)
 
-    def _memory(self, point: Tensor, given: Given) -> list[Any]:
-        return [contents(tensor) for tensor in (point, *(() if self._calls else given.tensors))]
+    def origin(self) -> Tensor | None:
+        """f(z0), (B, n), where it has been evaluated; in memory of ours, for f may use its own again."""
+        if self._origin is None and self.g0 is not None:
+            self._origin = self.z0 + self.g0
+        return self._origin
 
-    def _compare(self, before: list[Any], point: Tensor, given: Given) -> None:
-        """Whether memory is as it was before this call."""
-        changed = [bool(was != now) for was, now in zip(before, self._memory(point, given), strict=True)]
-        self._calls += 1
-        if changed[0]:
-            _refuse_point()
-        for tensor, other in zip(given.tensors, changed[1:], strict=False):
-            if other:
-                _refuse_context(tensor)
+    def take(self, g: Tensor, rows: Rows) -> None:
+        """A step has evaluated several points and goes on from one with this g (R, n): whether that is finite counts."""
+        self._taken.append((self.round, rows, g.abs().amax(dim=1)))
+
+    def synchronize(self) -> None:
+        """Judge the evaluations made since the last call, in their order. One host synchronisation for all of them."""
+        self.news = self.idle = False
+        if not self._pending:
+            return
+        pending, self._pending = self._pending, []
+        taken, self._taken = self._taken, []
+        seen = to_host([evaluation.norms for evaluation in pending] + [largest for _, _, largest in taken])
+        for (number, rows, _), largest in zip(taken, seen[len(pending) :], strict=True):
+            self._verdicts.setdefault(number, []).append((rows, np.isfinite(largest)))
+        for evaluation, norms in zip(pending, seen, strict=False):
+            if evaluation.round != self._judged_round:
+                self._close_round()
+                self._judged_round = evaluation.round
+            self._update_best(evaluation, norms)
+        self._close_round()
+        now = time.perf_counter() - self._began
+        self._seconds.extend([now] * len(pending))
+
+    def _update_best(self, evaluation: _Evaluation, norms: np.ndarray) -> None:
+        """Is it finite, has it converged, is it the best so far? A norm far from one is measured again, scaled."""
+        rows, z, fz, g, _, nfe, phase, _ = evaluation
+        pick, count = rows.pick, len(rows)
+        best, (g_norm, f_norm) = self.best[pick], norms
+        low, high = self._trusted
+        trusted = norms.min() > low and norms.max() < high  # never where there is a NaN
+        if trusted:
+            bound = self.rtol * f_norm if self.atol == 0 else self.atol + self.rtol * f_norm
+            residual = g_norm / f_norm
+            reached, better = g_norm <= bound, g_norm < best
+        else:
+            far = ~((norms > low) & (norms < high)).all(axis=0)
+            g_norm, f_norm = np.where(far, to_host([scaled_norm(g), scaled_norm(fz)]), norms)
+            finite = np.isfinite(g_norm) & np.isfinite(f_norm)
+            residual = np.where(finite, np.where(g_norm == 0, 0.0, g_norm / f_norm), np.nan)
+            reached = finite & (g_norm <= self.atol + self.rtol * f_norm)
+            better = finite & (g_norm < best)
+        if not (trusted and self._all_finite):
+            self._finite[pick] = trusted or finite
+            self._all_finite = bool(self._finite.all())
+            self.news = True
+        if np.count_nonzero(reached) or self._any_converged:
+            done = self.converged[pick]
+            better = ~done & (reached | better)
+            self.converged[pick] = done | reached
+            self._any_converged = self.news = True
+        self.residual_before = self.residual
+        if rows.index is None:
+            self.residual = residual
+        else:
+            self.residual = self.residual.copy()
+            self.residual[pick] = residual
+        if self.best_g is not None:
+            self.lowest[pick] = np.fmin(self.lowest[pick], residual)
+        if self._traced:
+            self._events.append((rows, residual, g_norm, nfe, phase))
+        gained = np.count_nonzero(better)
+        if gained == count:
+            self.best[pick], self.best_residual[pick] = g_norm, residual
+            self._keep_best(rows, None, z, g)
+            return
+        self.idle = True
+        if gained:
+            self.best[pick] = np.where(better, g_norm, best)
+            self.best_residual[pick] = np.where(better, residual, self.best_residual[pick])
+            self._keep_best(rows, better, z, g)
+
+    def _close_round(self) -> None:
+        """At the end of a round: what stands at a point that is not finite is broken."""
+        for rows, finite in self._verdicts.pop(self._judged_round, ()):
+            self._finite[rows.pick] = finite
+            self._all_finite = bool(self._finite.all())
+        if not self._all_finite:
+            self.broken |= ~self._finite
+
+    def _keep_best(self, rows: Rows, better: np.ndarray | None, z: Tensor, g: Tensor) -> None:
+        """Take over the iterates that are `better` (None: all): for all of a full batch, without a copy."""
+        if better is None and rows.index is None:
+            self.best_z, self._owned = z, False
+            self.best_g = None if self.best_g is None else g
+            return
+        if not self._owned:
+            self.best_z, self._owned = self.best_z.clone(), True
+            self.best_g = None if self.best_g is None else self.best_g.clone()
+        chosen = None if better is None else torch.from_numpy(np.flatnonzero(better)).to(z.device)
+        target = rows.index
+        if chosen is not None:
+            z = z.index_select(0, chosen)
+            g = g if self.best_g is None else g.index_select(0, chosen)
+            target = chosen if target is None else target.index_select(0, chosen)
+        assert target is not None
+        self.best_z.index_copy_(0, target, z)
+        if self.best_g is not None:
+            self.best_g.index_copy_(0, target, g)
+
+    def enter(self, host: np.ndarray, phase: int) -> None:
+        """These samples begin a phase, from a finite iterate."""
+        self.phase[host], self.phased = phase, True
+        self.broken[host], self._finite[host] = False, True
+
+    def trace(self) -> Trace:
+        """All evaluations so far, unpadded; none where none were written down."""
+        self.synchronize()
+        calls, batch = len(self._events), len(self.nfe)
+        both = np.full((2, calls, batch), np.nan, dtype=_HOST_DTYPES[self.z0.dtype])
+        nfe, phase = np.zeros((calls, batch), dtype=np.int64), np.full((calls, batch), -1, dtype=np.int8)
+        for k, (rows, value, size, spent, where) in enumerate(self._events):
+            pick = rows.pick
+            both[0, k, pick], nfe[k, pick], phase[k, pick] = value, spent, where
+            both[1, k, pick] = np.where(np.isnan(value), np.nan, size)
+        residual, absolute = torch.from_numpy(both).to(self.z0.device)
+        seconds = torch.tensor(self._seconds[:calls], dtype=torch.float64)
+        return Trace(residual, torch.from_numpy(nfe), seconds, torch.from_numpy(phase), absolute)
 
 
-def _refuse_point() -> None:
-    raise ValueError("f changed its argument z in place: a fixed-point map must leave z as it was")
-
-
-def _refuse_context(tensor: Tensor) -> None:
-    raise ValueError(
-        f"f changed its context in place, a tensor of shape {tuple(tensor.shape)} in it: a fixed-point map must leave its "
-        "context as it was"
-    )
-
-
-def contents(tensor: Tensor) -> Any:
-    """What stands in a tensor's memory, to be compared: a copy where that is small and on the host, else a checksum.
-
-    None where memory cannot be read: of nested, compressed sparse and quantized tensors, and inside torch.func's transforms.
-    """
-    if tensor.is_nested or tensor.is_quantized or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return None
-    tensor = (tensor._values() if tensor.layout is torch.sparse_coo else tensor).detach()
-    if tensor.layout is not torch.strided or not tensor.numel():
-        return None
-    if tensor.is_complex():  # conj() twice undoes a lazy conjugation, whose memory is that of the tensor before
-        tensor = torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
-    tensor = torch._neg_view(tensor) if tensor.is_neg() else tensor
-    width = tensor.element_size()
-    if tensor.numel() * width <= _SMALL and tensor.is_cpu:
-        return tensor.view(_WORDS[width]).numpy().tobytes()
-    for axis, stride in enumerate(tensor.stride()):
-        if stride == 0:  # expanded
-            tensor = tensor.narrow(axis, 0, 1)
-    if tensor.is_contiguous() and tensor.numel() * width % 8 == tensor.storage_offset() * width % 8 == 0:
-        return tensor.view(-1).view(torch.int64).sum()  # five times as fast as narrower words
-    return tensor.view(_WORDS[width]).sum()
+def to_host(tensors: list[Tensor]) -> list[np.ndarray]:
+    """The values of some tensors in float64, for one wait for the device: the only place where a solve waits."""
+    if tensors[0].device.type == "cpu":
+        return [tensor.numpy().astype(np.float64) for tensor in tensors]
+    whole = torch.cat([tensor.flatten().double() for tensor in tensors]).cpu().numpy()
+    ends = np.cumsum([tensor.numel() for tensor in tensors])[:-1]
+    return [part.reshape(tensor.shape) for part, tensor in zip(np.split(whole, ends), tensors, strict=True)]

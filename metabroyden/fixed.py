@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metabroyden.evaluator import Evaluator, Given, in_callers_mode
+from metabroyden.function import Given, GuardedFunction, in_caller_mode
 from metabroyden.solution import Solution, State, Status, Trace, relative, scaled_norm
 from metabroyden.solve import check_options, nothing
 from metabroyden.state import Packing, check_context, in_dtype_of
@@ -79,7 +79,7 @@ class FixedBudget:
         """The solution for a batch; nothing raises where samples fail, see `Solution.status`."""
         packing = Packing.of(z0)
         device = (z0 if isinstance(z0, Tensor) else z0[0]).device.type
-        evaluator = Evaluator(in_callers_mode(self.f, device), packing, f_dtype=self.f_dtype)
+        evaluator = GuardedFunction(in_caller_mode(self.f, device), packing, f_dtype=self.f_dtype)
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
             flat = packing.pack(z0).detach().clone()
             check_context(context, flat.shape[0])
@@ -106,7 +106,7 @@ class FixedBudget:
             trace=Trace(residuals, nfe.clone(), seconds, torch.zeros(calls, batch, dtype=torch.int8), absolute),
         )
 
-    def _run(self, evaluator: Evaluator, z0: Tensor, given: Given, context: Any) -> tuple[Tensor, ...]:
+    def _run(self, evaluator: GuardedFunction, z0: Tensor, given: Given, context: Any) -> tuple[Tensor, ...]:
         """`_iterate`, compiled where that was asked for and works."""
         if self._compiled is None:
             return self._iterate(evaluator, z0, given, context)
@@ -116,7 +116,7 @@ class FixedBudget:
         if new:
             evaluator(z0, given)
         try:
-            blind = Evaluator(evaluator.f, evaluator.packing, f_dtype=self.f_dtype, guarded=False)
+            blind = GuardedFunction(evaluator.f, evaluator.packing, f_dtype=self.f_dtype, guarded=False)
             found = self._compiled(blind, z0, given, context)
         except Exception as error:  # what f itself raises, it raises again when it is run as it stands
             found = self._iterate(evaluator, z0, given, context)
@@ -127,7 +127,7 @@ class FixedBudget:
             self.compile_seconds += time.perf_counter() - began
         return found
 
-    def _iterate(self, evaluator: Evaluator, z0: Tensor, given: Given, context: Any) -> tuple[Tensor, ...]:
+    def _iterate(self, evaluator: GuardedFunction, z0: Tensor, given: Given, context: Any) -> tuple[Tensor, ...]:
         """(best z, its residual, converged, last evaluation finite; of all calls the residuals, relative and absolute).
 
         `context` is the one that the solver sees.
@@ -154,7 +154,7 @@ def _now() -> float:
 class _FixedProblem:
     """What a solver sees of a solve with a fixed budget: `Problem`, as far as it makes sense without a host."""
 
-    def __init__(self, owner: FixedBudget, evaluator: Evaluator, z0: Tensor, given: Given, context: Any) -> None:
+    def __init__(self, owner: FixedBudget, evaluator: GuardedFunction, z0: Tensor, given: Given, context: Any) -> None:
         self._owner, self._call, self._z0, self._given, self.context = owner, evaluator, z0, given, context
         self.shape = evaluator.packing.shape
         self._last: tuple[Tensor, Tensor] | None = None
@@ -184,7 +184,7 @@ class _FixedProblem:
         return self._last[1].clone() if self._last is not None and self._last[0] is z else z + g
 
     def residual(self, z: Tensor) -> Tensor:
-        """g = f(z) − z at z (R, n); the best iterate is kept, as in `Ledger`."""
+        """g = f(z) − z at z (R, n); the best iterate is kept, as in `Evaluator`."""
         owner = self._owner
         fz = self._call(z, self._given)
         g = fz - z

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metabroyden.evaluator import alike, part_of
-from metabroyden.ledger import Ledger, Rows
+from metabroyden.evaluator import Evaluator, Rows
+from metabroyden.function import part_of, rewrap
 from metabroyden.solution import State
-from metabroyden.state import Companion, in_dtype_of
+from metabroyden.state import AugmentedContext, in_dtype_of
 
 
 class Problem:
@@ -24,21 +24,21 @@ class Problem:
     rows, `among` (R,) bool on the host: only the live ones of these are evaluated and counted.
     """
 
-    def __init__(self, ledger: Ledger, rows: Rows, live: np.ndarray | None = None) -> None:
-        self._ledger, self._rows, self._live = ledger, rows, live
-        self.live_index = None if live is None else torch.as_tensor(live, device=ledger.z0.device)
-        self.live_rows = rows if live is None else ledger.rows(rows.host[live])
+    def __init__(self, evaluator: Evaluator, rows: Rows, live: np.ndarray | None = None) -> None:
+        self._evaluator, self._rows, self._live = evaluator, rows, live
+        self.live_index = None if live is None else torch.as_tensor(live, device=evaluator.z0.device)
+        self.live_rows = rows if live is None else evaluator.rows(rows.host[live])
 
     @property
     def shape(self) -> torch.Size | tuple[torch.Size, ...]:
         """Per-sample shape of the state, or a tuple of shapes for a state of several tensors."""
-        return self._ledger.packing.shape
+        return self._evaluator.packing.shape
 
     @property
     def context(self) -> Any:
         """The context of these rows, in the dtype of the iterates (None where f takes none)."""
-        context = self._ledger.context_of(self._rows)
-        return in_dtype_of(context.context if isinstance(context, Companion) else context, self._ledger.z0)
+        context = self._evaluator.context_of(self._rows)
+        return in_dtype_of(context.context if isinstance(context, AugmentedContext) else context, self._evaluator.z0)
 
     @property
     def alive(self) -> np.ndarray:
@@ -50,7 +50,7 @@ class Problem:
     @property
     def budget(self) -> np.ndarray:
         """(R,) on the host: evaluations each row can still afford; 0 for rows that have stopped."""
-        return np.where(self.alive, self._ledger.max_nfe - self._ledger.nfe[self._rows.pick], 0)
+        return np.where(self.alive, self._evaluator.max_nfe - self._evaluator.nfe[self._rows.pick], 0)
 
     @property
     def steps_left(self) -> int:
@@ -60,32 +60,32 @@ class Problem:
     @property
     def affordable_jvps(self) -> np.ndarray:
         """(R,) on the host: Jacobian products each row can still afford; the first may cost two evaluations (see `jvp`)."""
-        return self.budget - (self._ledger.forward_ad is None)
+        return self.budget - (self._evaluator.forward_ad is None)
 
     def origin(self) -> Tensor:
         """f(z0), (R, n): the context every solver has, known from the solve's first evaluation.
 
         Where the solve did not begin at z0, it is evaluated, and counted for the whole batch, when first asked for.
         """
-        ledger = self._ledger
-        origin = ledger.origin()
+        evaluator = self._evaluator
+        origin = evaluator.origin()
         if origin is None:
-            ledger.evaluate(ledger.z0, ledger.rows(np.arange(len(ledger.nfe))))
-            origin = ledger.origin()
+            evaluator.evaluate(evaluator.z0, evaluator.rows(np.arange(len(evaluator.nfe))))
+            origin = evaluator.origin()
         assert origin is not None
         return origin if self._rows.index is None else origin.index_select(0, self._rows.index)
 
     def image(self, z: Tensor, g: Tensor) -> Tensor:
         """f(z), (R, n), where g = f(z) − z is known: to the last bit where z is the point evaluated last, else z + g."""
-        last = self._ledger.last
+        last = self._evaluator.last
         return last[1].clone() if last is not None and last[0] is z else z + g
 
     def residual(self, z: Tensor, among: np.ndarray | None = None) -> Tensor:
         """g = f(z) − z at z (R, n): one counted evaluation on each live row (of those `among`; zero elsewhere)."""
         rows, index = self._chosen(among)
         if index is None:
-            return self._ledger.evaluate(z, rows)
-        g = self._ledger.evaluate(z.index_select(0, index), rows)
+            return self._evaluator.evaluate(z, rows)
+        g = self._evaluator.evaluate(z.index_select(0, index), rows)
         return torch.zeros_like(z).index_copy(0, index, g)
 
     def jvp(self, z: Tensor, v: Tensor, fz: Tensor, among: np.ndarray | None = None) -> Tensor:
@@ -97,23 +97,23 @@ class Problem:
         rows, index = self._chosen(among)
         if index is not None:
             z, v, fz = (tensor.index_select(0, index) for tensor in (z, v, fz))
-        ledger = self._ledger
+        evaluator = self._evaluator
         product = None
-        if ledger.forward_ad is not False:
-            ledger.spend(rows)
+        if evaluator.forward_ad is not False:
+            evaluator.spend(rows)
             points = z.contiguous(), v.contiguous()  # forward AD refuses expanded memory
-            f = partial(ledger.call, rows=rows, differentiable=True)
+            f = partial(evaluator.call, rows=rows, differentiable=True)
             try:
                 product = torch.func.jvp(f, points[:1], points[1:])[1]
             except (NotImplementedError, RuntimeError):  # no forward AD; or f's own error, which will recur
-                if ledger.forward_ad:
+                if evaluator.forward_ad:
                     raise
-            ledger.forward_ad = product is not None
+            evaluator.forward_ad = product is not None
         if product is None:
-            ledger.spend(rows)
-            eps = torch.finfo(z.dtype if ledger.f_dtype is None else ledger.f_dtype).eps ** 0.5
+            evaluator.spend(rows)
+            eps = torch.finfo(z.dtype if evaluator.f_dtype is None else evaluator.f_dtype).eps ** 0.5
             size = eps * (1 + z.norm(dim=1, keepdim=True)) / v.norm(dim=1, keepdim=True).clamp_min(1e-30)
-            product = (ledger.call(z + size * v, rows) - fz) / size
+            product = (evaluator.call(z + size * v, rows) - fz) / size
         if index is None:
             return product
         return product.new_zeros(len(self._rows), product.shape[1]).index_copy(0, index, product)
@@ -122,28 +122,28 @@ class Problem:
         """A part of f to `use`: the cell's method of this name, or, with settings, the map that the method makes of them.
 
         The weights are f's own, pinned ones where there are any. Making a map of settings is not counted. TypeError where
-        the cell has no such method, ValueError where a part would not be f's (see `Ledger.part`).
+        the cell has no such method, ValueError where a part would not be f's (see `Evaluator.part`).
         """
-        part = self._ledger.part(name)
-        return alike(self._ledger.f, part(*settings)) if settings else part
+        part = self._evaluator.part(name)
+        return rewrap(self._evaluator.f, part(*settings)) if settings else part
 
     def use(self, part: Callable[..., State], z: Tensor) -> Tensor:
         """part(z, context) at z (R, n), packed: one counted evaluation on each live row, zero elsewhere."""
         if self.live_index is None:
-            return self._ledger.use(part, z, self.live_rows)
-        value = self._ledger.use(part, z.index_select(0, self.live_index), self.live_rows)
+            return self._evaluator.use(part, z, self.live_rows)
+        value = self._evaluator.use(part, z.index_select(0, self.live_index), self.live_rows)
         return torch.zeros_like(z).index_copy(0, self.live_index, value)
 
     def elementwise(self, name: str, v: Tensor) -> Tensor:
         """The cell's elementwise method of this name at v (R, n): not counted, as it costs next to nothing."""
-        return self._ledger.evaluator(v, function=part_of(self._ledger.f, name))
+        return self._evaluator.function(v, function=part_of(self._evaluator.f, name))
 
     def known(self, z: Tensor, fz: Tensor) -> Tensor:
         """g = f(z) − z at z (R, n) where f(z) follows from parts already counted: written down, at no evaluation."""
         if self.live_index is None:
-            return self._ledger.record(z, fz, self.live_rows)
+            return self._evaluator.record(z, fz, self.live_rows)
         point, image = z.index_select(0, self.live_index), fz.index_select(0, self.live_index)
-        return torch.zeros_like(z).index_copy(0, self.live_index, self._ledger.record(point, image, self.live_rows))
+        return torch.zeros_like(z).index_copy(0, self.live_index, self._evaluator.record(point, image, self.live_rows))
 
     def _chosen(self, among: np.ndarray | None) -> tuple[Rows, Tensor | None]:
         """The rows to evaluate and their positions on the device; None: all of them."""
@@ -152,4 +152,4 @@ class Problem:
         places = np.flatnonzero(among) if self._live is None else self._live[among[self._live]]
         if len(places) == len(self._rows):
             return self._rows, None
-        return self._ledger.rows(self._rows.host[places]), torch.as_tensor(places, device=self._ledger.z0.device)
+        return self._evaluator.rows(self._rows.host[places]), torch.as_tensor(places, device=self._evaluator.z0.device)

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metabroyden.evaluator import check_map, in_callers_mode, method_of
+from metabroyden.evaluator import Evaluator, Rows, to_host
+from metabroyden.function import check_map, in_caller_mode, method_of
 from metabroyden.inverse import FinalInverse
-from metabroyden.ledger import Ledger, Rows, to_host
 from metabroyden.opaque import opaque
 from metabroyden.problem import Problem
 from metabroyden.solution import Solution, SolveError, State, Status, Trace
@@ -70,7 +70,7 @@ def solve(
     Args:
         f: batch-first map; returns a tensor (or a tuple of tensors) shaped like z. Samples must not influence one
             another (no batch norm in training mode). With a context, f sees only the rows still active. It must change
-            neither z nor its context, see `Evaluator` for how far that is checked.
+            neither z nor its context, see `GuardedFunction` for how far that is checked.
         z0: start, (B, ...) floating and finite, or a tuple of such tensors. An empty batch has an empty solution.
         context: any pytree of batch-first tensors, dense or sparse COO, and plain values; a tensor that has no batch axis is
             marked, `Shared(tensor)`. None where f takes z alone (then f sees the full batch always).
@@ -105,7 +105,7 @@ def solve(
     check_options(f, solver, rtol, atol, max_nfe, check_every, f_dtype)
     due = _rising(snapshots)
     device = (z0 if isinstance(z0, Tensor) else z0[0]).device.type
-    as_called = in_callers_mode(f, device)
+    as_called = in_caller_mode(f, device)
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
         flat = packing.pack(z0).detach().contiguous()
         if flat.is_inference():
@@ -191,12 +191,12 @@ class _Cohort:
     `rows` are the samples the state covers, `live` (positions among them) those still at work; None: all of them.
     """
 
-    def __init__(self, ledger: Ledger, plan: list[Phase], number: int, host: np.ndarray) -> None:
-        self.ledger, self.plan, self.number = ledger, plan, number
+    def __init__(self, evaluator: Evaluator, plan: list[Phase], number: int, host: np.ndarray) -> None:
+        self.evaluator, self.plan, self.number = evaluator, plan, number
         self.phase = plan[number]
         self.needs = getattr(self.phase.solver, "min_nfe", 1)
-        self.rows, self.live = ledger.rows(host), None
-        self.problem = Problem(ledger, self.rows)
+        self.rows, self.live = evaluator.rows(host), None
+        self.problem = Problem(evaluator, self.rows)
         self.z: Tensor
         self.z_before: Tensor | None = None
         self.g: Tensor | None = None
@@ -205,7 +205,7 @@ class _Cohort:
         self.mark = np.full(len(host), np.nan)  # smallest relative residual when progress was last seen
         self.since = np.zeros(len(host), dtype=np.int64)  # evaluations since then
         if number:
-            ledger.enter(host, number)
+            evaluator.enter(host, number)
 
     @property
     def live_rows(self) -> Rows:
@@ -236,18 +236,18 @@ class _Cohort:
         live = (np.arange(len(self.rows)) if self.live is None else self.live)[mask]
         if self.state != () and len(live) > _COMPACT_AT * len(self.rows):
             self.live = live
-            self.problem = Problem(self.ledger, self.rows, live)
+            self.problem = Problem(self.evaluator, self.rows, live)
             return
-        self.rows, self.live = self.ledger.rows(self.rows.host[live]), None
+        self.rows, self.live = self.evaluator.rows(self.rows.host[live]), None
         index = torch.as_tensor(live, device=self.z.device)
         self.z = self.z.index_select(0, index)
         self.g = None if self.g is None else self.g.index_select(0, index)
         self.z_before = None
         if self.state is not None:
             self.state = getattr(self.phase.solver, "gather", gather)(self.state, index)
-        self.problem = Problem(self.ledger, self.rows)
+        self.problem = Problem(self.evaluator, self.rows)
 
-    def bequeath(self, mask: np.ndarray, heir: FinalInverse) -> None:
+    def export_inverse(self, mask: np.ndarray, heir: FinalInverse) -> None:
         """Leave what the solver knows of the inverse Jacobian of these of the live rows."""
         known = getattr(self.phase.solver, "inverse", None)
         if known is None or self.state is None or not mask.any():
@@ -258,12 +258,12 @@ class _Cohort:
 
     def still(self) -> np.ndarray:
         """Which live rows have stopped moving: a step below rounding, ‖Δz‖ ≤ eps‖z‖. Looked at only where it may be so."""
-        ledger = self.ledger
-        if not ledger.idle or self.z_before is None:
+        evaluator = self.evaluator
+        if not evaluator.idle or self.z_before is None:
             return _NONE
         pick, eps = self.live_rows.pick, torch.finfo(self.z.dtype).eps
         # where z stays, the residual stays, but for rounding
-        if not np.count_nonzero(np.abs(ledger.residual[pick] - ledger.residual_before[pick]) <= _SAME * eps):
+        if not np.count_nonzero(np.abs(evaluator.residual[pick] - evaluator.residual_before[pick]) <= _SAME * eps):
             return _NONE
         moved = torch.linalg.vector_norm(self.z - self.z_before, dim=1)
         size = torch.linalg.vector_norm(self.z_before, dim=1)
@@ -288,7 +288,7 @@ class _Driver:
         self, z0: Tensor, packing: Packing, f: Any, context: Any, solver: Solver, check_every: int, **options: Any
     ) -> None:
         safeguard = getattr(solver, "safeguard", None)
-        self.ledger = Ledger(f, packing, z0, context, keep_g=safeguard is not None, **options)
+        self.evaluator = Evaluator(f, packing, z0, context, keep_g=safeguard is not None, **options)
         self.plan: list[Phase] = [Phase(solver)] if safeguard is None else safeguard.plan(solver)
         self.check_every, self.unseen = check_every, 0
         self.status = np.full(len(z0), int(Status.MAX_NFE), dtype=np.int64)
@@ -301,38 +301,38 @@ class _Driver:
 
     def _run(self) -> None:
         """Drive every sample to a status."""
-        z0 = self.ledger.z0
-        first = _Cohort(self.ledger, self.plan, 0, np.arange(len(z0)))
+        z0 = self.evaluator.z0
+        first = _Cohort(self.evaluator, self.plan, 0, np.arange(len(z0)))
         first.z, first.state, first.g = begin(first.phase.solver, z0, first.problem)
         self.cohorts = [first]
-        if self.ledger.nfe.any():  # start has looked at f: some samples may be done
+        if self.evaluator.nfe.any():  # start has looked at f: some samples may be done
             self._look()
         if first.g is not None:
             self._keep_due()
         while self.cohorts:
             self._round()
-        self.kept += [self.ledger.best_z.clone() for _ in self.due]
+        self.kept += [self.evaluator.best_z.clone() for _ in self.due]
 
     def solution(self) -> Solution:
         """What came of every sample, once all have been driven to a status."""
         self._run()
-        ledger, unpack = self.ledger, self.ledger.packing.unpack
-        z = ledger.best_z
+        evaluator, unpack = self.evaluator, self.evaluator.packing.unpack
+        z = evaluator.best_z
         return Solution(
-            z=unpack(z.clone() if z is ledger.z0 else z),
-            residual=torch.from_numpy(ledger.best_residual).to(z),
-            nfe=torch.from_numpy(ledger.nfe),
+            z=unpack(z.clone() if z is evaluator.z0 else z),
+            residual=torch.from_numpy(evaluator.best_residual).to(z),
+            nfe=torch.from_numpy(evaluator.nfe),
             steps=torch.from_numpy(self.steps),
-            converged=torch.from_numpy(ledger.converged).to(z.device),
+            converged=torch.from_numpy(evaluator.converged).to(z.device),
             status=torch.from_numpy(self.status),
-            trace=ledger.trace(),
+            trace=evaluator.trace(),
             snapshots=tuple(unpack(kept) for kept in self.kept),
             inverse=self.inverse,
         )
 
     def _round(self) -> None:
         """One step of every cohort, one call of f for all the new iterates; a look at the outcome when it is due."""
-        self.ledger.round += 1
+        self.evaluator.round += 1
         for cohort in self.cohorts:
             if cohort.g is None and cohort.number:  # handed over, to begin at z0
                 cohort.z, cohort.state, cohort.g = begin(cohort.phase.solver, cohort.z, cohort.problem)
@@ -340,18 +340,18 @@ class _Driver:
                 cohort.advance()
                 self.steps[cohort.live_rows.pick] += 1
                 if cohort.g is not None:
-                    self.ledger.take(cohort.take_live(cohort.g), cohort.live_rows)
+                    self.evaluator.take(cohort.take_live(cohort.g), cohort.live_rows)
         self._evaluate([cohort for cohort in self.cohorts if cohort.g is None])
         self.unseen += 1
-        due = bool(self.due) and self.ledger.nfe.max() >= self.due[0]
+        due = bool(self.due) and self.evaluator.nfe.max() >= self.due[0]
         if due or self.unseen == self.check_every or any(map(self._must_look, self.cohorts)):
             self._look()
         self._keep_due()
 
     def _keep_due(self) -> None:
         """Copy the best iterates where a snapshot is due."""
-        while self.due and self.ledger.nfe.max() >= self.due[0]:
-            self.kept.append(self.ledger.best_z.clone())
+        while self.due and self.evaluator.nfe.max() >= self.due[0]:
+            self.kept.append(self.evaluator.best_z.clone())
             del self.due[0]
 
     def _must_look(self, cohort: _Cohort) -> bool:
@@ -360,10 +360,10 @@ class _Driver:
 
     def _spent(self, cohort: _Cohort) -> np.ndarray:
         """Which live rows cannot afford another step."""
-        ledger, left = self.ledger, self.ledger.max_nfe - cohort.needs
-        if ledger.most <= left:
+        evaluator, left = self.evaluator, self.evaluator.max_nfe - cohort.needs
+        if evaluator.most <= left:
             return _NONE
-        return ledger.nfe[cohort.live_rows.pick] > left
+        return evaluator.nfe[cohort.live_rows.pick] > left
 
     def _evaluate(self, cohorts: list[_Cohort]) -> None:
         """Call f once for the iterates of all these cohorts and hand each its residuals."""
@@ -373,9 +373,9 @@ class _Driver:
             cohorts[0].g = cohorts[0].problem.residual(cohorts[0].z)
             return
         points = [cohort.take_live(cohort.z) for cohort in cohorts]
-        parts = self.ledger.evaluate(torch.cat(points), self._together([cohort.live_rows for cohort in cohorts])).split(
-            [len(point) for point in points]
-        )
+        parts = self.evaluator.evaluate(
+            torch.cat(points), self._together([cohort.live_rows for cohort in cohorts])
+        ).split([len(point) for point in points])
         for cohort, g in zip(cohorts, parts, strict=True):
             index = cohort.problem.live_index
             cohort.g = g if index is None else torch.zeros_like(cohort.z).index_copy(0, index, g)
@@ -383,29 +383,29 @@ class _Driver:
     def _together(self, parts: list[Rows]) -> Rows:
         """The rows of several cohorts: the same object while these are, so that a context is gathered once."""
         if self._joint is None or self._joint[0] != parts:
-            self._joint = parts, self.ledger.rows(np.concatenate([rows.host for rows in parts]))
+            self._joint = parts, self.evaluator.rows(np.concatenate([rows.host for rows in parts]))
         return self._joint[1]
 
     def _look(self) -> None:
         """See what has happened since the last look, and decide. The one host synchronisation."""
-        self.ledger.settle()
+        self.evaluator.synchronize()
         for cohort in list(self.cohorts):
             self._decide(cohort)
         self.unseen = 0
 
     def _decide(self, cohort: _Cohort) -> None:
         """Freeze what is done, hand over what is stuck, keep the rest."""
-        ledger = self.ledger
+        evaluator = self.evaluator
         still, spent = cohort.still(), self._spent(cohort)
         last = cohort.number + 1 == len(self.plan)
-        if last and not (ledger.news or spent.any() or still.any()):
+        if last and not (evaluator.news or spent.any() or still.any()):
             return
         rows = cohort.live_rows
         pick, host = rows.pick, rows.host
-        converged, finite, best = ledger.converged[pick], ~ledger.broken[pick], ledger.best[pick]
+        converged, finite, best = evaluator.converged[pick], ~evaluator.broken[pick], evaluator.best[pick]
         broken = ~finite | still
         if not last:
-            broken |= cohort.stuck(ledger.lowest[pick], self.unseen)
+            broken |= cohort.stuck(evaluator.lowest[pick], self.unseen)
         leaving = broken & ~converged
         gone = leaving | converged | spent
         if not np.count_nonzero(gone):
@@ -413,9 +413,9 @@ class _Driver:
         status = np.where(still, Status.STALLED, Status.MAX_NFE)
         status = np.where(finite, status, Status.NON_FINITE)
         self.status[pick] = np.where(converged, Status.CONVERGED, status)
-        going = leaving & (ledger.nfe[pick] < ledger.max_nfe) if not last else np.zeros(len(host), dtype=bool)
+        going = leaving & (evaluator.nfe[pick] < evaluator.max_nfe) if not last else np.zeros(len(host), dtype=bool)
         if self.inverse is not None:
-            cohort.bequeath(gone & ~going, self.inverse)
+            cohort.export_inverse(gone & ~going, self.inverse)
         if going.any():
             self._hand_over(host[going], best[going], cohort.number + 1)
         cohort.keep(~gone)
@@ -428,16 +428,16 @@ class _Driver:
         for chosen in (from_best, ~from_best):
             if not chosen.any():
                 continue
-            cohort = _Cohort(self.ledger, self.plan, number, host[chosen])
+            cohort = _Cohort(self.evaluator, self.plan, number, host[chosen])
             index = cohort.rows.index
             if chosen is from_best:
-                best_z, best_g = self.ledger.best_z, self.ledger.best_g
+                best_z, best_g = self.evaluator.best_z, self.evaluator.best_g
                 assert best_g is not None
                 # the whole batch: copies, since the best iterates may later be written in place
                 pair = (best_z.clone(), best_g.clone()) if index is None else (best_z[index], best_g[index])
                 cohort.z, cohort.g = pair
             else:
-                cohort.z = self.ledger.z0 if index is None else self.ledger.z0[index]
-                g = self.ledger.g0
+                cohort.z = self.evaluator.z0 if index is None else self.evaluator.z0[index]
+                g = self.evaluator.g0
                 cohort.g = g if g is None or index is None else g[index]
             self.cohorts.append(cohort)

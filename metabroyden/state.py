@@ -17,7 +17,7 @@ from metabroyden.solution import State
 T = TypeVar("T")
 
 
-class Companion(NamedTuple):
+class AugmentedContext(NamedTuple):
     """A caller's context and what else f needs of every sample, batch first: solvers see the former only."""
 
     context: Any

@@ -73,7 +73,7 @@ def _seeded() -> None:
 def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Grids of classical solvers thinned out, for commands that are to show what they write and not who wins."""
     from experiments import drop_in, gradients
-    from metabroyden.evaluation import benchmark
+    from experiments.legacy import benchmark
     from metabroyden.solvers import classical
 
     def thinned(candidates: Any, *arguments: Any, **options: Any) -> Any:

@@ -21,7 +21,8 @@ from metabroyden import checkpoint
 from metabroyden.learned import ADJOINT, LEARNED, LEARNED_SPLITTING
 from metabroyden.learned.layout import Layout
 from metabroyden.meta.fit import make_learned
-from metabroyden.models import (
+from metabroyden.storage import atomic_write
+from metabroyden.zoo.models import (
     ConvClassifier,
     DenseClassifier,
     DenseClassifierConfig,
@@ -31,7 +32,6 @@ from metabroyden.models import (
     save_model,
     unrolled_twin,
 )
-from metabroyden.storage import atomic_write
 
 
 def some_solver(name: str = "grouped"):
@@ -337,7 +337,7 @@ MODELS = [
     ({"twin": {"kind": "unrolled", "depth": "3"}}, "depth must be an integer"),
     ({"twin": {"kind": ["unrolled"]}}, "damaged"),
     ({"twin": "unrolled"}, "twin is 'unrolled'"),
-    ({"slimmed": "yes"}, "slimmed is 'yes'"),
+    ({"to_half": "yes"}, "to_half is 'yes'"),
 ]
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import metabroyden as mb
-from metabroyden.models import ConvClassifier, ConvClassifierConfig
-from metabroyden.models.layers import MIXING, kind_of
+from metabroyden.convert.layers import MIXING, kind_of
+from metabroyden.zoo.models import ConvClassifier, ConvClassifierConfig
 
 
 def mlp():
@@ -241,7 +241,7 @@ def test_every_supported_layer_keeps_its_output_and_samples_stay_apart(layer, sh
 
 
 def test_every_supported_class_of_layer_is_tried_above():
-    from metabroyden.models.layers import _SUPPORTED
+    from metabroyden.convert.layers import _SUPPORTED
 
     left = _SUPPORTED - {type(layer) for layer, _ in SINGLE}
     assert left == {nn.Dropout1d, nn.Dropout3d, nn.FeatureAlphaDropout}
@@ -263,7 +263,7 @@ def test_the_initial_state_calls_no_layer():
 
 
 def test_shapes_are_found_once_for_each_shape_of_input(monkeypatch):
-    from metabroyden.models import convert
+    from metabroyden.zoo.models import convert
 
     traced = []
     original = convert.output_shape

@@ -13,7 +13,7 @@ from torch import nn
 import metabroyden as mb
 from metabroyden.learned.layout import Layout
 from metabroyden.meta.fit import make_learned
-from metabroyden.models import ConvCell, ConvClassifier, ConvClassifierConfig
+from metabroyden.zoo.models import ConvCell, ConvClassifier, ConvClassifierConfig
 
 
 class TanhCell(nn.Module):
@@ -154,7 +154,7 @@ def test_it_warns_once_when_samples_fail():
 def test_it_says_so_when_the_weights_have_moved_since_the_fit():
     cell = ConvCell(4, 4, 2)
     x = torch.randn(30, 4, 3, 3)
-    solver = mb.fit_solver(cell, x, steps=1, progress=False, refuse=False)
+    solver = mb.fit_solver(cell, x, steps=1, progress=False, fallback=False)
     deq = mb.DEQ(cell, solver=solver, warn=False)
     with torch.no_grad():
         deq(x[:2])  # silent: a warning is an error here

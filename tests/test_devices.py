@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import metabroyden as mb
-from metabroyden.evaluation import equilibria, meta_rows
+from experiments.legacy import equilibria, meta_rows
 from metabroyden.learned.layout import Layout
 from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet
 from metabroyden.meta.fit import make_learned
 from metabroyden.meta.objectives import DistanceObjective
 from metabroyden.meta.trainer import mean_evaluations
-from tests.test_meta import Cell, contexts
+from tests.meta.test_meta import Cell, contexts
 
 GPU = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]

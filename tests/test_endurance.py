@@ -15,8 +15,8 @@ import metabroyden as mb
 from metabroyden.meta.config import MetaConfig
 from metabroyden.meta.tasks import TaskSet
 from metabroyden.meta.trainer import MetaTrainer
-from tests.test_contract import FAMILIES, _random_map
-from tests.test_surroundings import _learned
+from tests.solvers.test_contract import FAMILIES, _random_map
+from tests.test_function import _learned
 
 SAFEGUARDED = ("grouped", "coordinatewise", "hyper-anderson", "meta-broyden", "neural-fixed-point", "universal")
 

@@ -9,7 +9,7 @@ import torch
 
 import metabroyden as mb
 from metabroyden.learned import GroupedConfig
-from metabroyden.testbed import make_problem
+from metabroyden.zoo.testbed import make_problem
 
 SOLVERS = [mb.Picard(0.9), mb.Anderson(memory=3), mb.Broyden(memory=4), mb.Broyden(memory=4, kind="bad")]
 

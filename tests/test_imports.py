@@ -18,22 +18,21 @@ PACKAGE = Path(metabroyden.__file__).parent
 # Lower layers first. A module may import from its own layer and from those below, never from above.
 LAYERS = [
     ["solution", "state", "shared", "storage", "version"],
-    ["evaluator"],
-    ["ledger", "inverse"],
+    ["function"],
+    ["evaluator", "inverse"],
     ["problem", "opaque"],
     ["solve"],
     ["fixed"],
     ["solvers"],
-    ["training"],
+    ["nn"],
     ["learned"],
     ["checkpoint", "described", "resume"],
     ["gradients"],
     ["deq"],
+    ["convert"],
     ["integrations"],
-    ["data", "testbed"],
-    ["models"],
     ["meta"],
-    ["evaluation"],
+    ["zoo"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
@@ -94,6 +93,11 @@ for solver in (mb.Broyden(), mb.GroupedLSTM(GroupedConfig(layout="nd", shape=(6,
     assert mb.solve(f, torch.zeros(4, 6), x, solver=solver).converged.all()
 """
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
+
+
+def test_importing_the_library_loads_nothing_of_the_zoo():
+    code = "import sys, metabroyden; assert not [name for name in sys.modules if name.startswith('metabroyden.zoo')]"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_the_flagship_is_exported_and_the_version_is_that_of_the_project():

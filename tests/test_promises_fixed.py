@@ -8,7 +8,7 @@ import torch
 
 import metabroyden as mb
 from metabroyden.solvers import Step
-from tests.test_promises_ledger import Reuses, contraction, inputs
+from tests.test_promises_evaluator import Reuses, contraction, inputs
 from tests.test_promises_solve import Steps, shifted
 
 SOLVERS = [mb.Picard(0.9), mb.Anderson(memory=2), mb.Broyden(memory=3), mb.Broyden(memory=3, kind="bad")]

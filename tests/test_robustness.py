@@ -14,10 +14,10 @@ import metabroyden as mb
 from metabroyden.learned import GroupedConfig
 from metabroyden.learned.safeguard import BY_PROGRESS
 from metabroyden.meta.unroll import unroll
-from metabroyden.testbed import make_problem
-from metabroyden.testbed.cells import dense
+from metabroyden.zoo.testbed import make_problem
+from metabroyden.zoo.testbed.cells import dense
 from tests.conftest import tanh
-from tests.test_solvers import _apply, _copy
+from tests.solvers.test_solvers import _apply, _copy
 
 D = torch.float64
 SOLVERS = [mb.Picard(), mb.Anderson(), mb.Broyden(), mb.Broyden(kind="bad"), mb.Broyden(line_search=True), mb.Newton()]

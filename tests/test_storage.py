@@ -24,7 +24,7 @@ from metabroyden.learned import ADJOINT, LEARNED, LEARNED_SPLITTING
 from metabroyden.learned.layout import Layout
 from metabroyden.meta.config import MetaConfig
 from metabroyden.meta.fit import make_learned
-from metabroyden.meta.incidents import Incidents
+from metabroyden.meta.step_guard import StepGuard
 from metabroyden.solution import State
 from metabroyden.state import Packing
 from metabroyden.storage import atomic_write
@@ -85,8 +85,8 @@ CARRIED = {
     "Layout": lambda: Layout("nchw", (4, 3, 3)),
     "Packing": lambda: Packing.of((torch.zeros(2, 3), torch.zeros(2, 4))),
     "MetaConfig": lambda: MetaConfig(unroll=(2, 4)),
-    "KeepUpConfig": mb.KeepUpConfig,
-    "Incidents": lambda: Incidents({"loss not finite": [3]}, [1], [2], 1),
+    "OnlineConfig": mb.OnlineConfig,
+    "StepGuard": lambda: StepGuard({"loss not finite": [3]}, [1], [2], 1),
     "DEQ": lambda: mb.DEQ(Cell(), solver=make_learned("grouped", Layout("nd", (6,)))),
     "DEQ that was used": used_deq,
     "EquilibriumCache": lambda: mb.EquilibriumCache(4),

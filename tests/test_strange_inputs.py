@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import metabroyden as mb
-from metabroyden.training.jacobian import jacobian_penalty
+from metabroyden.nn.jacobian import jacobian_penalty
 
 EXACT = mb.Implicit(rtol=1e-10, max_nfe=200)
 CONTEXTS = {

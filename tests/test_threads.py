@@ -13,7 +13,7 @@ from torch import nn
 
 import metabroyden as mb
 from metabroyden.gradients.view import seen_with
-from metabroyden.training import held_masks
+from metabroyden.nn import held_masks
 
 
 class Cell(nn.Module):

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch._C import _functorch
 from torch.utils import _pytree as pytree
 
-from metabroyden.evaluator import InCallersMode
+from metabroyden.function import CallerMode
 from metabroyden.gradients.base import evaluate, parts_of
 from metabroyden.gradients.view import is_compiled, seen_with
+from metabroyden.nn.hold import parametrizations
+from metabroyden.nn.jacobian import twice_differentiable
+from metabroyden.nn.pin import Pinned
 from metabroyden.solution import State
 from metabroyden.state import gather
-from metabroyden.training.hold import parametrizations
-from metabroyden.training.jacobian import twice_differentiable
-from metabroyden.training.pin import Pinned
 
 Parts = tuple[Tensor, ...]
 _SAME = 1e-3  # relative difference that an evaluation of fewer samples may make
@@ -59,7 +59,7 @@ class Frozen:
         self.tensors = [leaf for leaf, live in zip(self._everything, self._live, strict=True) if live]
         self._versions, self._modes = self._state()
         self._moved = False  # whether an evaluation has found something else than the forward pass
-        self._call = InCallersMode(evaluate, parts_of(z)[0].device.type)
+        self._call = CallerMode(evaluate, parts_of(z)[0].device.type)
 
     @property
     def rounding(self) -> float:

@@ -5,12 +5,12 @@ from metabroyden.learned.base import ADJOINT, LEARNED, LEARNED_SPLITTING, Learne
 from metabroyden.learned.coordinatewise import CoordinatewiseConfig, CoordinatewiseLSTM
 from metabroyden.learned.grouped import GroupedConfig, GroupedLSTM
 from metabroyden.learned.hyper_anderson import HyperAnderson, HyperAndersonConfig
+from metabroyden.learned.learned_start import LearnedStart, LearnedStartConfig
 from metabroyden.learned.meta_broyden import MetaBroyden, MetaBroydenConfig
 from metabroyden.learned.meta_learner import MetaLearnerLSTM
 from metabroyden.learned.meta_splitting import MetaSplitting, MetaSplittingConfig
 from metabroyden.learned.neural_fixed_point import NeuralFixedPoint, NeuralFixedPointConfig
 from metabroyden.learned.safeguard import Safeguard
-from metabroyden.learned.started import Started, StartedConfig
 from metabroyden.learned.universal import Universal, UniversalConfig
 
 __all__ = [
@@ -27,6 +27,8 @@ __all__ = [
     "HyperAndersonConfig",
     "LearnedConfig",
     "LearnedSolver",
+    "LearnedStart",
+    "LearnedStartConfig",
     "MetaBroyden",
     "MetaBroydenConfig",
     "MetaLearnerLSTM",
@@ -35,8 +37,6 @@ __all__ = [
     "NeuralFixedPoint",
     "NeuralFixedPointConfig",
     "Safeguard",
-    "Started",
-    "StartedConfig",
     "Universal",
     "UniversalConfig",
 ]

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from metabroyden.evaluator import to_host
 from metabroyden.learned.initializer import Initializer
 from metabroyden.learned.layout import Layout
 from metabroyden.learned.safeguard import Safeguard
-from metabroyden.ledger import to_host
 from metabroyden.solve import Phase
 
 LEARNED: dict[str, type[LearnedSolver]] = {}

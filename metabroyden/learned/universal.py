@@ -85,7 +85,7 @@ class Universal(LearnedSolver):
     P is added to 1 + σh.
 
     >>> import metabroyden as mb
-    >>> from metabroyden.testbed import make_problem
+    >>> from metabroyden.zoo.testbed import make_problem
     >>> problem = make_problem("tanh_symmetric_1.5", dtype=torch.float32)
     >>> solver = mb.load_solver("universal")
     >>> bool(mb.solve(problem.f, problem.z0, problem.context, solver=solver, rtol=1e-3).converged.all())

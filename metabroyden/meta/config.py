@@ -75,9 +75,9 @@ class MetaConfig(Unrolling):
         budget_seconds: time after which it stops, looks at validation and earlier sittings included; None: no limit. The
             schedule goes by whichever share is the larger, of the steps or of the time, so that it ends at zero either way.
         budget_clock: what that budget is of, "wall" or "cpu" (of this process, all its threads).
-        return_after: steps in a row without a finite gradient after which training returns to the best weights with half the
-            learning rate. return_above: so it does after a score this many times the best. returns: how often at most; past
-            that, steps without a gradient end the training.
+        rollback_after: steps in a row without a finite gradient after which training returns to the best weights with half
+            the learning rate. rollback_above: so it does after a score this many times the best. max_rollbacks: how often
+            at most; past that, steps without a gradient end the training.
     """
 
     steps: int = 600
@@ -98,17 +98,17 @@ class MetaConfig(Unrolling):
     patience: int | None = None
     budget_seconds: float | None = None
     budget_clock: str = "wall"
-    return_after: int = 10
-    return_above: float = 2.0
-    returns: int = 3
+    rollback_after: int = 10
+    rollback_above: float = 2.0
+    max_rollbacks: int = 3
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_counts(
-            "steps", "batch", "validate_every", "validation_size", "validation_nfe", "particles", "return_after"
+            "steps", "batch", "validate_every", "validation_size", "validation_nfe", "particles", "rollback_after"
         )
-        self._check_counts("returns", least=0)
-        self._check_positive("learning_rate", "validation_rtol", "sigma", "return_above")
+        self._check_counts("max_rollbacks", least=0)
+        self._check_positive("learning_rate", "validation_rtol", "sigma", "rollback_above")
         pair = self.unroll if isinstance(self.unroll, tuple) else (self.unroll, self.unroll)
         if len(pair) != 2 or not all(map(_is_count, pair)) or pair[0] > pair[1]:
             raise ValueError(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metabroyden.integrations.torchdeq import FixedPointMap
 from metabroyden.learned.layout import KINDS, Layout, guess_layout, packed_layout
+from metabroyden.meta.tasks import TaskSet
 from metabroyden.solution import State
 from metabroyden.solvers.tuning import tune
 
@@ -44,6 +45,17 @@ def state_layout(f: Callable[..., State], z: State, kind: str | None) -> Layout:
     if kind in KINDS and kind not in ("scales", "nd"):
         raise ValueError(f"the layout of a state of several tensors is 'scales', or 'nd' for one vector; got {kind!r}")
     return packed_layout(shape) if kind == "nd" else Layout(kind, shape)
+
+
+def tasks_layout(tasks: TaskSet) -> tuple[Layout, int]:
+    """The layout of a task set's states, and how many channels its context has in canonical form (0: none to be had).
+
+    The layout is the cell's own `layout` where it has one; else guessed: the states of a converted network, a
+    tuple of vectors, are one vector. The context is the injection: the first tensor where there are several.
+    """
+    z0, x = tasks.prepare(tasks.split("validation")[:1])
+    layout = state_layout(tasks.f, z0, None)
+    return layout, layout.context_channels(x, layout.shape)
 
 
 def context_options(f: Callable[..., State], layout: Layout, z: State, x: Any, context: str) -> dict[str, Any]:

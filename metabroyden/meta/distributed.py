@@ -1,6 +1,6 @@
 """One meta-training in several processes: each takes an equal share of every batch, their gradients are averaged.
 
-Started by torchrun, which says through the environment how many there are and where they meet. Whatever is random is
+LearnedStart by torchrun, which says through the environment how many there are and where they meet. Whatever is random is
 drawn for the whole batch in every process (`metabroyden.meta.draws`), so their number changes nothing but rounding.
 """
 

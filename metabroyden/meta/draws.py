@@ -43,11 +43,11 @@ def training_batch(tasks: TaskSet, config: Any, step: int, part: slice = slice(N
     noise = torch.randn(
         config.batch, size, generator=generator(config.seed, step, "start"), dtype=torch.float64, device="cpu"
     )
-    return shaken(tasks.f, z0, x, config.start_noise * noise[part]), x
+    return perturb(tasks.f, z0, x, config.start_noise * noise[part]), x
 
 
 @torch.no_grad()
-def shaken(f: Any, z0: State, x: Any, noise: Tensor) -> State:
+def perturb(f: Any, z0: State, x: Any, noise: Tensor) -> State:
     """z0 + rms(f(z0))·noise, the root mean square by sample; noise (B, n)."""
     packing = Packing.of(z0)
     flat = packing.pack(z0)

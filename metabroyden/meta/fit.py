@@ -18,8 +18,8 @@ from metabroyden.integrations.torchdeq import FixedPointMap
 from metabroyden.learned import ADJOINT, LEARNED, LEARNED_SPLITTING
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.layout import Layout
+from metabroyden.meta.comparison import UNTUNED, Comparison, by_sample, compare_solvers
 from metabroyden.meta.config import MetaConfig
-from metabroyden.meta.contest import UNTUNED, Contest, by_sample, contest
 from metabroyden.meta.defaults import (
     LOOK,
     RATES,
@@ -90,7 +90,7 @@ def fit_solver(
     steps: int | None = None,
     seconds: float | None = None,
     patience: int | None = 4,
-    refuse: bool = True,
+    fallback: bool = True,
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: bool = True,
@@ -133,7 +133,7 @@ def fit_solver(
             solver has evaluations on validation problems, see `schedule`.
         seconds: of training at most, tuning and comparison not included. patience: looks at validation (one every eighth of
             the steps, or 1,400 solver steps) without gain after which it stops early; None: never.
-        refuse: False to get the fitted solver whatever it is worth.
+        fallback: False to get the fitted solver whatever it is worth.
         seed: of weights, batches and the split. device: where to train; default that of x_train.
         progress: show a bar (needs rich), and print the comparison.
         checkpoint: file for the training's state, from which the same call goes on after an interruption.
@@ -172,7 +172,7 @@ def fit_solver(
     with target.at_rest():
         return _fit(
             target, _split(target, x_train, seed), config, solver, kind, steps=steps, layout=layout, context=context,
-            refuse=refuse, progress=progress, checkpoint=checkpoint, score=score,
+            fallback=fallback, progress=progress, checkpoint=checkpoint, score=score,
         )  # fmt: skip
 
 
@@ -186,7 +186,7 @@ def _fit(
     steps: int | None,
     layout: str | None,
     context: str,
-    refuse: bool,
+    fallback: bool,
     progress: bool,
     checkpoint: str | Path | None,
     score: Callable[[State, Any], Any] | None,
@@ -235,11 +235,11 @@ def _fit(
     raw = rows(tasks.split("test"), slice(_room(where)))
     held = _as_solved(f, *tasks.prepare(raw))
     scored = None if score is None else by_sample(score, raw)
-    result = contest(*held, solver, {**classical, solver: learned}, rtol=rtol, max_nfe=budget, score=scored)
+    result = compare_solvers(*held, solver, {**classical, solver: learned}, rtol=rtol, max_nfe=budget, score=scored)
     learned.summary["held_out"] = result.summary()
     if progress:
         result.show()
-    return learned if not refuse or not result.shortfalls else _refused(result)
+    return learned if not fallback or not result.failed_criteria else _refused(result)
 
 
 def _warn_of_skipped(trainer: MetaTrainer) -> None:
@@ -251,12 +251,13 @@ def _warn_of_skipped(trainer: MetaTrainer) -> None:
         )
 
 
-def _refused(result: Contest) -> Any:
+def _refused(result: Comparison) -> Any:
     """The best classical solver, with a warning that says why."""
-    best = result.standings[result.best].solver
+    best = result.results[result.best].solver
     warnings.warn(
         f"fit_solver: the fitted solver does not beat the best classical ones on {len(result.fitted.nfe)} held-out problems "
-        f"to {result.rtol:g}: {'; '.join(result.shortfalls)}. Returned is {best!r}; with refuse=False the fitted one is",
+        f"to {result.rtol:g}: {'; '.join(result.failed_criteria)}. "
+        f"Returned is {best!r}; with fallback=False the fitted one is",
         stacklevel=4,
     )
     return best

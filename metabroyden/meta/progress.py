@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from metabroyden.meta.trainer import Curves, Progress
-from metabroyden.models.fit import EpochEnd
 
 
 @contextmanager
@@ -72,13 +70,3 @@ def tensorboard(folder: Path, begin: int = 0) -> Iterator[Curves | None]:
                 writer.add_scalar(name, value, step)
 
         yield note
-
-
-def by_epoch(bar: Progress | None, metric: str) -> Callable[[EpochEnd, Any], None]:
-    """What `metabroyden.models.train` may report to, moving a bar; nothing happens where there is none."""
-
-    def report(now: EpochEnd, model: Any) -> None:
-        if bar is not None:
-            bar(now.epoch, f"loss {now.loss:.3f}, validation {metric} {now.score:.3f}")
-
-    return report

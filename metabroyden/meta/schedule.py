@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from metabroyden.meta.incidents import Incidents
+from metabroyden.meta.step_guard import StepGuard
 
 STOPS = {
     "steps": "all outer steps were taken",
@@ -53,14 +53,14 @@ def cosine(done: float) -> float:
 
 
 def reason_to_stop(
-    config: Any, step: int, spent: Sequence[float], history: list[dict[str, Any]], incidents: Incidents
+    config: Any, step: int, spent: Sequence[float], history: list[dict[str, Any]], incidents: StepGuard
 ) -> str | None:
     """A key of `STOPS`, or None to go on. spent: what a `Clock` reads; history: the looks at validation."""
     if step >= config.steps:
         return "steps"
     if config.budget_seconds is not None and _of_budget(config, spent) >= 1:
         return "budget"
-    if incidents.streak >= config.return_after and len(incidents.returned) >= config.returns:
+    if incidents.consecutive_skips >= config.rollback_after and len(incidents.returned) >= config.max_rollbacks:
         return "non-finite"
     if config.patience is not None and idle_looks(history) >= config.patience:
         return "patience"

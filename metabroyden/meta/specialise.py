@@ -13,7 +13,7 @@ from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.universal import Universal, specialised
 from metabroyden.meta.backprop import differentiate, frozen
 from metabroyden.meta.config import Unrolling
-from metabroyden.meta.families import family_layout
+from metabroyden.meta.defaults import tasks_layout
 from metabroyden.meta.orthogonal import OrthogonalAdam, is_matrix
 from metabroyden.meta.tasks import TaskSet
 from metabroyden.meta.trainer import Progress, mean_evaluations
@@ -99,7 +99,7 @@ def _score(solver: Any, tasks: TaskSet, config: SpecialiseConfig) -> float:
 def _with_parts(solver: Any, tasks: TaskSet, config: SpecialiseConfig) -> nn.Module:
     if not (isinstance(solver, Universal) and solver.dimension_free):
         return copy.deepcopy(solver)
-    layout, channels = family_layout(tasks)
+    layout, channels = tasks_layout(tasks)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return specialised(

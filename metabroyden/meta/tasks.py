@@ -75,7 +75,7 @@ class TaskSet:
         self.raw = {"train": train, "validation": validation, "test": test}
         _refuse_overlap({name: part for name, part in self.raw.items() if part is not None})
 
-    def around(self, cell: Any) -> TaskSet:
+    def with_map(self, cell: Any) -> TaskSet:
         """The same contexts for another map with an `initial_state` of its own."""
         twin = copy.copy(self)
         twin.f, twin._z0 = cell, cell.initial_state

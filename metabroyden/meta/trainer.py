@@ -19,10 +19,10 @@ from metabroyden.described import check, damaged, require
 from metabroyden.meta import distributed
 from metabroyden.meta.backprop import BackpropEstimator, frozen
 from metabroyden.meta.config import MetaConfig
-from metabroyden.meta.incidents import Incidents
 from metabroyden.meta.orthogonal import make_optimizer
 from metabroyden.meta.pes import EvolutionEstimator
 from metabroyden.meta.schedule import STOPS, Clock, cosine, reason_to_stop, share
+from metabroyden.meta.step_guard import StepGuard
 from metabroyden.meta.tasks import TaskSet
 from metabroyden.solve import solve
 from metabroyden.state import gather
@@ -39,7 +39,7 @@ class _Record:
 
     step: int
     seconds: tuple[float, float]
-    incidents: Incidents
+    incidents: StepGuard
     stopped: str | None
     best_score: str
     history: list[dict[str, str]]
@@ -79,7 +79,7 @@ class MetaTrainer:
         self.save_every, self._unsaved = save_every, False
         self.step = 0
         self.clock = Clock()
-        self.incidents = Incidents()
+        self.incidents = StepGuard()
         self.stopped: str | None = None
         self.history: list[dict[str, float]] = []
         self.best_score = math.inf
@@ -139,10 +139,10 @@ class MetaTrainer:
         rate = cosine(done) * 0.5 ** len(self.incidents.returned)
         # an evolution strategy's gradients are long by nature: they grow with the number of weights
         clip = config.clip if config.estimator == "backprop" else math.inf
-        if self.incidents.admit(self.step, loss, norm, clip):
+        if self.incidents.accept(self.step, loss, norm, clip):
             self.optimizer.set_rates(rate)
             self.optimizer.step()
-        elif self.incidents.streak >= config.return_after:
+        elif self.incidents.consecutive_skips >= config.rollback_after:
             self._return()
         if self.curves is not None:
             self.curves(
@@ -152,7 +152,7 @@ class MetaTrainer:
 
     def _return(self) -> None:
         """Back to the best weights, unless that was done often enough."""
-        if len(self.incidents.returned) < self.config.returns:
+        if len(self.incidents.returned) < self.config.max_rollbacks:
             self.solver.load_state_dict(self.best)
             self.optimizer.state.clear()
             self._estimator = None  # an unroll under way was of other weights
@@ -169,7 +169,7 @@ class MetaTrainer:
         if score < self.best_score:
             self.best_score = score
             self.best = copy.deepcopy(self.solver.state_dict())
-        elif score > self.config.return_above * self.best_score:
+        elif score > self.config.rollback_above * self.best_score:
             self._return()
 
     def _score(self) -> float:
@@ -250,7 +250,7 @@ class MetaTrainer:
                 "away to start anew"
             )
         history, best_score = self._recorded(header, path)
-        incidents = Incidents(**header["incidents"])
+        incidents = StepGuard(**header["incidents"])
         taken = 0 if incidents.returned else header["step"] - incidents.count
         self.best = resume.restore(tensors, header, path, self.solver, self.optimizer, taken=taken, best=True)
         self.step, self.stopped = header["step"], header["stopped"]
@@ -268,7 +268,7 @@ class MetaTrainer:
         step, looks = header["step"], [entry.get("step", -1) for entry in history]
         wanted = {"step", "loss", "score", "seconds", "cpu_seconds"}
         scores = [entry.get("score", math.nan) for entry in history]
-        incidents = Incidents(**header["incidents"])
+        incidents = StepGuard(**header["incidents"])
         sound = {
             f"step is {step}, wanted from 0 to {self.config.steps}": 0 <= step <= self.config.steps,
             f"stopped is {header['stopped']!r}": header["stopped"] is None or header["stopped"] in STOPS,

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from metabroyden.evaluator import Evaluator, Given, part_of
+from metabroyden.function import Given, GuardedFunction, part_of
 from metabroyden.meta.modes import Checkpointed, FeatureDetached
 from metabroyden.solution import State, relative, residual_norms
 from metabroyden.solve import begin as begin_solve
-from metabroyden.state import Companion, Packing, in_dtype_of
+from metabroyden.state import AugmentedContext, Packing, in_dtype_of
 
 BACKENDS = ("higher", "native")
 
@@ -57,9 +57,9 @@ class UnrolledProblem:
     ) -> None:
         self.f, self._given, self._half, self._twice = f, Given(context), half, twice
         self.packing = Packing.of(z0)
-        self._call = Evaluator(f, self.packing, attached=True)
+        self._call = GuardedFunction(f, self.packing, attached=True)
         self.z0 = self.packing.pack(z0)
-        self.context = in_dtype_of(context.context if isinstance(context, Companion) else context, self.z0)
+        self.context = in_dtype_of(context.context if isinstance(context, AugmentedContext) else context, self.z0)
         self._origin: Tensor | None = None
         if half and self.z0.dtype != torch.float32:
             raise ValueError(f"f in bfloat16 is for states of float32, got {self.z0.dtype}")

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from metabroyden.evaluator import method_of
+from metabroyden.function import method_of
 from metabroyden.solution import State
 from metabroyden.solvers.anderson import Anderson
 from metabroyden.solvers.broyden import Broyden

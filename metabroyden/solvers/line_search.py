@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metabroyden.ledger import to_host
+from metabroyden.evaluator import to_host
 from metabroyden.problem import Problem
 
 _DECREASE = 1e-4  # share of the full decrease that a step must bring

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metabroyden.ledger import to_host
+from metabroyden.evaluator import to_host
 from metabroyden.problem import Problem
 from metabroyden.solvers.base import ClassicalSolver, Step, check_number
 from metabroyden.solvers.registry import register

@@ -37,7 +37,7 @@ from tests.mutants.hunt import Hunt
 PACKAGE = ROOT / "metabroyden"
 TARGETS = (
     "solve.py",
-    "ledger.py",
+    "evaluator.py",
     "evaluator.py",
     "problem.py",
     "fixed.py",
@@ -161,7 +161,7 @@ def share(outcomes: list[dict[str, Any]], total: int) -> tuple[float, float]:
 
 def publish(hunt: Hunt, options: argparse.Namespace) -> int:
     """Write report.md and survivors.json, print the former; the exit status."""
-    from metabroyden.evaluation.provenance import provenance
+    from experiments.legacy.provenance import provenance
 
     folder = ROOT / ("runs" if options.only or options.tests or options.control else "results") / "mutants"
     by_file: dict[str, list[dict[str, Any]]] = defaultdict(list)

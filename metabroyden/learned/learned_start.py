@@ -1,0 +1,105 @@
+"""A learned start for any classical solver."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metabroyden.learned.base import LearnedConfig, LearnedSolver, register
+from metabroyden.learned.safeguard import Safeguard
+from metabroyden.solvers.base import Step
+from metabroyden.solvers.picard import Picard
+from metabroyden.solvers.registry import make_solver, name_of
+
+_CLASSICAL = ("min_nfe", "gather", "fixed_cost", "inverse", "transposed")
+
+
+@dataclass(frozen=True)
+class LearnedStartConfig(LearnedConfig):
+    """Adds to `LearnedConfig`, of whose fields `hidden` plays no part.
+
+    Attributes:
+        classical: what steps from the learned start: `Picard`, `Anderson`, `Broyden`, `Newton` or a splitting.
+    """
+
+    classical: Any = field(default_factory=Picard)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if name_of(self.classical) is None or getattr(self.classical, "initial", None) is not None:
+            raise ValueError(f"classical must be a plain classical solver such as Broyden(), got {self.classical!r}")
+        if self.initializer < 1:
+            raise ValueError(
+                f"initializer must be at least 1 where the start is all that is learned: {self.initializer}"
+            )
+
+
+@register("started")
+class LearnedStart(LearnedSolver):
+    """A classical solver from h(c), see `Initializer`: nothing but the start is learned.
+
+    Where gradients are recorded it takes Picard's steps instead (its own, where it is one), so that an unroll of K steps
+    trains the start for small residuals in K Picard steps from it, by exact gradients: rank-one updates and mixing
+    coefficients, backpropagated through, explode. Unroll ten steps or more: a start whose residual is small at once may have
+    its error where residuals do not show it. Validation, and so the choice of the weights kept, runs the solver itself.
+    A meta-training is cut between segments: only the first trains the start.
+
+    Untrained it is the classical solver, from z0 with a native context and from f(z0) else.
+    """
+
+    config_type = LearnedStartConfig
+    config: LearnedStartConfig
+
+    def __init__(self, config: LearnedStartConfig) -> None:
+        super().__init__(config)
+        self.unrolled = config.classical if isinstance(config.classical, Picard) else Picard()
+        self.parts = getattr(config.classical, "parts", ())
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _CLASSICAL:
+            return getattr(self.config.classical, name)
+        return super().__getattr__(name)
+
+    @classmethod
+    def of(cls, learned: LearnedSolver, classical: Any, safeguard: Safeguard | None = None) -> LearnedStart:
+        """A classical solver from the start of a trained one (a copy of its initializer); without a safeguard by default."""
+        shared = {item.name: getattr(learned.config, item.name) for item in fields(LearnedConfig)}
+        started = cls(LearnedStartConfig(**{**shared, "safeguard": safeguard, "classical": classical}))
+        started.initializer = copy.deepcopy(learned.initializer)
+        started.fingerprint = learned.fingerprint
+        return started.eval().requires_grad_(False)
+
+    def start(self, z0: Tensor, problem: Any) -> Tensor | Step:  # type: ignore[override]
+        """The learned first iterate, (R, n), or the first step from there of a classical solver that begins with one."""
+        z = super().start(z0, problem)
+        return z if torch.is_grad_enabled() or self.config.context == "f0" else self.config.classical.start(z, problem)
+
+    def init(self, z: Tensor, g: Tensor, problem: Any) -> Any:
+        """The classical solver's state; none where gradients are recorded."""
+        return () if torch.is_grad_enabled() else self.config.classical.init(z, g, problem)
+
+    def step(self, z: Tensor, g: Tensor, state: Any, problem: Any) -> Step:
+        """The classical solver's step, or Picard's where gradients are recorded, (R, n)."""
+        if not torch.is_grad_enabled():
+            return self.config.classical.step(z, g, state, problem)
+        if not z.requires_grad:  # cut off from the start: a rollout needs some graph all the same
+            z = z.detach().requires_grad_()
+        return self.unrolled.step(z, g, (), problem)
+
+    def describe(self) -> dict[str, Any]:
+        """As every learned solver's, with the classical one's name and options."""
+        described = super().describe()
+        classical = {"name": name_of(self.config.classical), "options": asdict(self.config.classical)}
+        return {**described, "config": {**described["config"], "classical": classical}}
+
+    @classmethod
+    def from_config(cls, values: dict[str, Any]) -> LearnedSolver:
+        """The untrained solver of a described config; ValueError for unknown fields."""
+        classical = values.get("classical")
+        if not isinstance(classical, dict) or set(classical) != {"name", "options"}:
+            raise ValueError(f"classical must be described by name and options, got {classical!r}")
+        return super().from_config({**values, "classical": make_solver(classical["name"], **classical["options"])})

@@ -1,0 +1,253 @@
+"""A DEQ in training, its solvers kept up to date in alternation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metabroyden import resume
+from metabroyden.checkpoint import compare
+from metabroyden.deq import DEQ, initial_state
+from metabroyden.described import CheckpointError, check, damaged
+from metabroyden.gradients import Implicit
+from metabroyden.learned import AdjointLSTM, LearnedSolver
+from metabroyden.meta.adjoint import AdjointMap
+from metabroyden.meta.backprop import differentiate, frozen
+from metabroyden.meta.config import Unrolling
+from metabroyden.nn.pin import Pinned
+from metabroyden.state import AugmentedContext, gather
+
+_STATE = "the state of a OnlineMetaTrainer"
+
+
+@dataclass(frozen=True)
+class OnlineConfig(Unrolling):
+    """How the solvers follow the weights. Adds to `Unrolling`.
+
+    Attributes:
+        warmup_steps: training steps at the beginning with a meta-step each. every: training steps from one meta-step to the
+            next after that. unroll: solver steps of a meta-step. batch: its problems, drawn from the training batch.
+        learning_rate: of the meta-steps (Adam).
+    """
+
+    warmup_steps: int = 40
+    every: int = 8
+    unroll: int = 8
+    batch: int = 16
+    learning_rate: float = 2e-3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_counts("every", "unroll", "batch")
+        self._check_counts("warmup_steps", least=0)
+        self._check_positive("learning_rate")
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What `OnlineMetaTrainer.state_dict` gives."""
+
+    solvers: dict[str, dict[str, Tensor]]
+    optimizer: dict[str, Any]
+    generator: Tensor
+    counts: tuple[int, int, int]
+    waiting: bool
+    moments: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Optimizer:
+    state: dict[int, dict[str, Tensor]]
+    param_groups: list[dict[str, Any]]
+
+
+class OnlineMetaTrainer:
+    """Meta-steps for a DEQ's learned solvers between its own training steps, on the problems that training meets.
+
+    It watches the layer: the contexts, equilibria and cotangents of a training step are the problems of the next
+    meta-step, so none is solved twice. For the first warmup_steps the layer keeps the classical solvers it
+    has; then the learned ones take their place, with the hand-over of their safeguards.
+
+        keep_up = OnlineMetaTrainer(deq, make_learned("grouped", layout), make_learned("adjoint", layout))
+        for x, y in batches:
+            loss(head(deq(x)), y).backward()
+            optimizer.step()
+            keep_up.step()
+
+    Args:
+        deq: the layer, with a cell of one tensor. forward, backward: learned solvers of its two directions, trained in
+            place; None leaves a direction as it is. config: see `OnlineConfig`. seed: of the problems that are drawn.
+
+    Attributes:
+        steps: meta-steps made. skipped: those whose gradient was not finite. losses: the last loss of either solver.
+    """
+
+    def __init__(
+        self,
+        deq: DEQ,
+        forward: LearnedSolver | None = None,
+        backward: AdjointLSTM | None = None,
+        *,
+        config: OnlineConfig | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(deq, DEQ):
+            raise TypeError(f"deq must be the DEQ that is trained, got {type(deq).__name__}")
+        if forward is None and backward is None:
+            raise ValueError("OnlineMetaTrainer needs a learned solver, forward or backward")
+        if forward is not None and (not isinstance(forward, LearnedSolver) or forward.homogeneous):
+            raise TypeError(f"forward must be a learned solver such as GroupedLSTM, got {type(forward).__name__}")
+        if backward is not None and not isinstance(backward, AdjointLSTM):
+            raise TypeError(f"backward must be an AdjointLSTM, got {type(backward).__name__}")
+        if backward is not None and not isinstance(deq.backward_mode, Implicit):
+            raise TypeError(f"a backward solver needs a DEQ with Implicit gradients, got {deq.backward_mode!r}")
+        self.deq, self.config = deq, OnlineConfig() if config is None else config
+        self.steps = self.skipped = self._seen = 0
+        self.losses: dict[str, float] = {}
+        self._problem: dict[str, Any] = {}
+        both: dict[str, LearnedSolver | None] = {"forward": forward, "backward": backward}
+        self.solvers = {name: solver for name, solver in both.items() if solver is not None}
+        parameters = [p for solver in self.solvers.values() for p in solver.requires_grad_(True).parameters()]
+        self.optimizer = torch.optim.Adam(parameters, lr=self.config.learning_rate)
+        self.generator = torch.Generator().manual_seed(seed)
+        self._waiting = set(self.solvers)  # which have not taken over yet
+        deq.observer = self._watch
+        if self.config.warmup_steps == 0:
+            self.take_over()
+
+    def take_over(self) -> None:
+        """Give the layer its learned solvers."""
+        if "forward" in self._waiting:
+            self.deq.solver = self.solvers["forward"]
+        if "backward" in self._waiting:
+            self.deq.backward_mode = replace(
+                self.deq.backward_mode, solver=self.solvers["backward"], precondition=False
+            )
+        self._waiting = set()
+
+    def _watch(self, f: Any, context: Any, z: Any) -> None:
+        """Keep the problem of a training step, once its cotangent is known where one is wanted."""
+        if not isinstance(z, Tensor):
+            raise TypeError("OnlineMetaTrainer takes states of one tensor")
+        x = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, context)
+        problem = {"f": f.detached() if isinstance(f, Pinned) else f, "x": x, "z": z.detach()}
+        if "backward" not in self.solvers:
+            self._problem = problem
+        elif z.requires_grad:
+            z.register_hook(lambda grad: self._complete(problem, grad.detach()))
+
+    def _complete(self, problem: dict[str, Any], v: Tensor) -> None:
+        self._problem = {**problem, "v": v}
+
+    def step(self) -> bool:
+        """Count a training step; make a meta-step where one is due. Whether one was made.
+
+        None is made where no equilibrium of this step was seen with its gradient.
+        """
+        self._seen += 1
+        due = self._seen <= self.config.warmup_steps or self._seen % self.config.every == 0 or bool(self._waiting)
+        made = due and bool(self._problem)
+        if made:
+            self.meta_step()
+        self._problem = {}
+        if self._seen >= self.config.warmup_steps and self._waiting and self.steps:
+            self.take_over()
+        return made
+
+    def meta_step(self) -> None:
+        """One meta-step for each learned solver, on a random part of the last problem."""
+        if not self._problem:
+            raise RuntimeError("OnlineMetaTrainer has seen no training step of its DEQ yet")
+        f, x, z = (self._problem[key] for key in ("f", "x", "z"))
+        rows = torch.randperm(len(z), generator=self.generator, device="cpu")[: self.config.batch].to(z.device)
+        if x is None:  # f sees the whole batch always
+            rows = torch.arange(len(z), device=z.device)
+        x, z = gather((x, z), rows)
+        plain = x.context if isinstance(x, AugmentedContext) else x
+        self.optimizer.zero_grad()
+        with frozen(self.deq.cell), torch.enable_grad():
+            if "forward" in self.solvers:
+                start = torch.zeros_like(z) if plain is None else initial_state(self.deq.cell, plain)
+                self._descend("forward", f, start, x)
+            if "backward" in self.solvers:
+                v = self._problem["v"].index_select(0, rows).flatten(1)
+                # a mean loss has tiny cotangents; the solver is homogeneous, the guards of an unroll are not
+                v = v / v.norm(dim=1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny) * v.shape[1] ** 0.5
+                context = {"z": z.flatten(1), "x": x, "v": v}
+                self._descend("backward", AdjointMap(f, tuple(z.shape[1:])), v, context)
+        self.optimizer.step()
+        self.steps += 1
+
+    def _descend(self, name: str, f: Any, z0: Any, context: Any) -> None:
+        solver = self.solvers[name]
+        loss, norm = differentiate(solver, f, z0, context, self.config, "native", steps=self.config.unroll)
+        self.losses[name] = float(loss)
+        if not bool(torch.isfinite(norm)):
+            self.skipped += 1
+            solver.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on bit for bit after an interruption, the solvers' weights included; not a copy."""
+        optimizer = self.optimizer.state_dict()
+        return {
+            "solvers": {name: solver.state_dict() for name, solver in self.solvers.items()},
+            "optimizer": optimizer,
+            "moments": sorted(optimizer["state"]),
+            "generator": self.generator.get_state(),
+            "counts": [self._seen, self.steps, self.skipped],
+            "waiting": bool(self._waiting),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave; the layer gets its learned solvers where they had taken over.
+
+        `CheckpointError`, a ValueError, for what is no such state, or one of other directions; nothing is changed then.
+        """
+        self._check(state)
+        resume.restore_generator(self.generator, state["generator"], _STATE)
+        for name, solver in self.solvers.items():
+            solver.load_state_dict(state["solvers"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._seen, self.steps, self.skipped = state["counts"]
+        if not state["waiting"]:
+            self.take_over()
+
+    def _check(self, state: Any) -> None:
+        """`CheckpointError` unless `state_dict` of a OnlineMetaTrainer like this one may have given this."""
+        wanted = {"solvers", "optimizer", "moments", "generator", "counts", "waiting"}
+        if not isinstance(state, dict) or set(state) | {"moments"} != wanted:
+            held = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
+            raise CheckpointError(f"not the state of a OnlineMetaTrainer: it holds {held}")
+        check(state, _Record, _STATE)
+        if set(state["solvers"]) != set(self.solvers):
+            raise CheckpointError(f"the state is of solvers {sorted(state['solvers'])}, wanted {sorted(self.solvers)}")
+        if min(state["counts"]) < 0:
+            raise damaged(_STATE, f"counts are {state['counts']}, wanted none below 0")
+        parameters: dict[str, Tensor] = {}
+        for name, solver in self.solvers.items():
+            compare(solver.state_dict(), state["solvers"][name], _STATE)
+            resume.check_finite(state["solvers"][name], _STATE)
+            parameters |= {f"{name}.{key}": value for key, value in solver.named_parameters()}
+        self._check_optimizer(state, parameters)
+
+    def _check_optimizer(self, state: dict[str, Any], parameters: dict[str, Tensor]) -> None:
+        optimizer, own = state["optimizer"], self.optimizer.state_dict()
+        check(optimizer, _Optimizer, _STATE)
+        moments, groups = optimizer["state"], optimizer["param_groups"]
+        if [group.get("params") for group in groups] != [group["params"] for group in own["param_groups"]]:
+            raise damaged(_STATE, "its optimizer is of other parameters")
+        updates = state["counts"][1] * len(self.solvers) - state["counts"][2]
+        kept = state.get("moments", sorted(moments))
+        if sorted(moments) != kept or not set(moments) <= set(range(len(parameters))) or (updates > 0 and not moments):
+            raise damaged(_STATE, "moments of its optimizer are missing, or are of other parameters")
+        resume.check_moments(moments, parameters, self.optimizer, _STATE)
+
+    def close(self) -> None:
+        """Stop watching; the solvers no longer require gradients."""
+        self.deq.observer = None
+        self._problem = {}
+        for solver in self.solvers.values():
+            solver.requires_grad_(False).eval()

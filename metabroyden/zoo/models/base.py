@@ -1,0 +1,131 @@
+"""What every model round a cell has in common: inputs → context → equilibrium → logits."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metabroyden.deq import DEQ
+from metabroyden.solution import State
+from metabroyden.zoo.models.stem import TokenStem
+
+
+class EquilibriumModel(nn.Module):
+    """inputs → inject → DEQ → classify → logits.
+
+    Subclasses give `kind`, `inject` and `classify`. `deq` may be replaced by another map from a context to a state with a
+    `cell`, such as the unrolled twins of `metabroyden.zoo.models.twins`: all else stays as it is.
+
+    Args:
+        config: a frozen dataclass of plain values, the model's only argument beside `deq_options`. It has a method
+            `narrowed(width)`: the same model with a state of another width, any positive one, rounded to what fits.
+        cell: the cell f(z, x).
+        deq_options: of `DEQ`.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, config: Any, cell: nn.Module, **deq_options: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.deq: Any = DEQ(cell, **deq_options)
+
+    @property
+    def cell(self) -> nn.Module:
+        """The cell f(z, x)."""
+        return self.deq.cell
+
+    def inject(self, inputs: Tensor) -> Any:
+        """The context x of the fixed-point problem: a pytree of batch-first tensors."""
+        raise NotImplementedError
+
+    def classify(self, z: State) -> Tensor:
+        """Logits of a state, classes last."""
+        raise NotImplementedError
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits of inputs (batch first), through a solve."""
+        return self.classify(self.deq(self.inject(inputs)))
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint needs to build the model again."""
+        return asdict(self.config)
+
+
+class Memory(NamedTuple):
+    """What a segment leaves to the next.
+
+    Attributes:
+        states: the last ones of its equilibrium, (B, channels, M) or (B, M, channels) as the cell's layout has it; zeros
+            where the text had not begun.
+        tokens: the last ones (B, R) that the stem looks back at; −1 where the text had not begun.
+    """
+
+    states: Tensor
+    tokens: Tensor
+
+
+class LanguageModel(EquilibriumModel):
+    """Tokens (B, T) → logits (B, T, vocabulary) of the tokens that follow; nothing looks ahead.
+
+    Long texts go through in segments: what `remember` keeps of one is the memory of the next, with no gradient through it
+    (Dai et al., Transformer-XL, ACL 2019; TrellisNet's history repackaging, Bai et al., ICLR 2019). The context is
+    (injection, states of the memory).
+
+    Subclasses give `stem`, `channels` and `remembered`, and `classify`.
+    """
+
+    stem: TokenStem
+    channels: int
+    """Of the state."""
+    remembered: int
+    """Tokens whose states are remembered, M."""
+
+    def inject(self, inputs: Tensor, memory: Memory | None = None) -> tuple[Tensor, Tensor]:
+        """The context of tokens (B, T); no memory is that of a text's beginning.
+
+        ValueError for what are no tokens, or a memory of other shapes.
+        """
+        states, tokens = self._before(inputs, memory)
+        injection = self.stem(inputs, tokens)
+        return (injection if self._time == 1 else injection.transpose(1, 2)), states
+
+    def beginning(self, batch: int) -> Memory:
+        """The memory of a text's beginning."""
+        like = self.stem.linear.weight
+        shape = (batch, self.remembered, self.channels) if self._time == 1 else (batch, self.channels, self.remembered)
+        return Memory(like.new_zeros(shape), like.new_full((batch, self.stem.back), -1, dtype=torch.long))
+
+    def remember(self, z: Tensor, inputs: Tensor, memory: Memory | None = None) -> Memory:
+        """The memory for the next segment, detached, given this segment's equilibrium, its tokens and the memory it had.
+
+        ValueError where these do not belong together.
+        """
+        before, length = self._before(inputs, memory), inputs.shape[1]
+        if (len(z), z.shape[self._time]) != inputs.shape:
+            raise ValueError(f"an equilibrium of {tuple(z.shape)} is not that of tokens {tuple(inputs.shape)}")
+        states = torch.cat([before.states, z.detach()], dim=self._time)
+        tokens = torch.cat([before.tokens, inputs], dim=1)
+        # from the front, since a memory may be of no tokens
+        return Memory(states.narrow(self._time, length, self.remembered), tokens[:, length:])
+
+    def _before(self, inputs: Tensor, memory: Memory | None) -> Memory:
+        """The memory, or that of a text's beginning; ValueError where it is not for these inputs."""
+        blank = self.beginning(len(inputs) if inputs.ndim else 0)
+        if memory is None:
+            return blank
+        wanted, given = ([(tuple(part.shape), part.dtype) for part in parts] for parts in (blank, memory))
+        if given != wanted:
+            raise ValueError(f"memory must be states and tokens of {wanted} for these inputs, got {given}")
+        return Memory(*memory)
+
+    @property
+    def _time(self) -> int:
+        return 2 if self.cell.layout == "nct" else 1
+
+    def forward(self, inputs: Tensor, memory: Memory | None = None) -> Tensor:
+        """Logits (B, T, vocabulary) of tokens (B, T), through a solve."""
+        return self.classify(self.deq(self.inject(inputs, memory)))

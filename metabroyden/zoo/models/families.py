@@ -1,0 +1,296 @@
+"""The families of fixed-point problems: a model, real data, and how it is trained. One line of `FAMILIES` each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from metabroyden.convert.network import Substitution
+from metabroyden.gradients import Implicit, Phantom
+from metabroyden.solvers import Anderson, PeacemanRachford, Picard
+from metabroyden.zoo.data.digits import load_digits
+from metabroyden.zoo.data.fashion_mnist import load_fashion_mnist
+from metabroyden.zoo.data.shakespeare import load_shakespeare
+from metabroyden.zoo.models.conv import ConvClassifier, ConvClassifierConfig
+from metabroyden.zoo.models.criteria import Criterion, Images, NextToken, unaltered
+from metabroyden.zoo.models.dense import DenseClassifier, DenseClassifierConfig
+from metabroyden.zoo.models.fit import Training
+from metabroyden.zoo.models.mlp import MLPClassifier, MLPClassifierConfig
+from metabroyden.zoo.models.monotone_classifier import MonotoneClassifier, MonotoneClassifierConfig
+from metabroyden.zoo.models.multiscale import MultiscaleClassifier, MultiscaleClassifierConfig
+from metabroyden.zoo.models.transformer import DEQTransformer, DEQTransformerConfig
+from metabroyden.zoo.models.trellisnet import TrellisNet, TrellisNetConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model on one data set.
+
+    Attributes:
+        model: the class, an `EquilibriumModel`. config: its config.
+        criterion: makes the data and what is trained for; data that is missing raises, saying how to get it.
+        training: of the DEQ, and of the networks beside it.
+        jacobian: weight of the Jacobian penalty in the regularised variant.
+        depth: layers of the unrolled and of the explicit network.
+        solver, backward, rtol, max_nfe: the DEQ's in training, and what is called converged afterwards.
+        large: (config, training) for a GPU.
+        twins: which networks are trained beside the DEQ.
+        splitting: whether the cell offers what operator splitting needs.
+        pictures: whether activations by depth are drawn.
+    """
+
+    model: type
+    config: Any
+    criterion: Callable[[], Criterion]
+    training: Training
+    large: tuple[Any, Training]
+    jacobian: float = 1.0
+    depth: int = 10
+    solver: Any = field(default_factory=lambda: Anderson(memory=5))
+    backward: Any = field(default_factory=lambda: Implicit(solver=Anderson(memory=5), rtol=1e-2, max_nfe=20))
+    rtol: float = 1e-3
+    max_nfe: int = 40
+    twins: tuple[str, ...] = ("unrolled", "explicit")
+    splitting: bool = False
+    pictures: bool = False
+
+    def build(self, config: Any = None) -> Any:
+        """The untrained model with the solver of training; most early solves end at the budget, which is enough there."""
+        options = {"solver": self.solver, "backward": self.backward, "rtol": self.rtol, "max_nfe": self.max_nfe}
+        return self.model(self.config if config is None else config, **options, warn=False)
+
+    def enlarged(self) -> Family:
+        """The preset for a GPU."""
+        return replace(self, config=self.large[0], training=self.large[1])
+
+
+_SYMBOLS = 81  # of the plays
+_IMAGE_TWINS = ("unrolled", "explicit", "flow")
+# keeps image cells whose solves are hard a DEQ without a penalty (results/RESEARCH.md, 32)
+_AT_EQUILIBRIUM: dict[str, Any] = {"backward": Phantom(steps=5, damping=1.0), "rtol": 1e-2, "max_nfe": 30}
+
+
+def _digits() -> Criterion:
+    return Images(load_digits())
+
+
+def _fashion() -> Criterion:
+    return Images(load_fashion_mnist(), augment=unaltered)
+
+
+def _fashion_in_parts() -> Criterion:
+    return Images(load_fashion_mnist(), augment=unaltered, batches=200, limit=2000)
+
+
+def _fashion_halved() -> Criterion:
+    return Images(load_fashion_mnist(side=14), augment=unaltered, batches=160, limit=2000)
+
+
+def _characters() -> Criterion:
+    return NextToken(load_shakespeare(), segments=20, limit=65_536)
+
+
+def _words() -> Criterion:
+    return NextToken(load_shakespeare("word"), limit=32_768)
+
+
+_CHARACTER_STEM: dict[str, Any] = {"stem": "hashed", "reach": 8, "rows": 2**17, "recent": 512}
+_WORD_STEM: dict[str, Any] = {"stem": "hashed", "reach": 3, "rows": 2**16, "recent": 512}
+
+
+def _language(
+    model: type,
+    config: Any,
+    large: Any,
+    criterion: Callable[[], Criterion],
+    epochs: int,
+    rate: float,
+    deepest: int,
+    **options: Any,
+) -> Family:
+    """Most steps shallow, small and in bfloat16, the rest at the equilibrium by phantom gradients (results/RESEARCH.md)."""
+    training = Training(
+        epochs=epochs,
+        batch=16,
+        learning_rate=rate,
+        weight_decay=0.02,
+        warmup=0.01,
+        beta2=0.98,
+        pretrain=round(0.88 * epochs),
+        depth=deepest,
+        least=1,
+        half=True,
+    )
+    return Family(
+        model,
+        config,
+        criterion,
+        training,
+        (large, replace(training, epochs=200, batch=64, learning_rate=1e-3, pretrain=140, depth=8)),
+        depth=5,
+        rtol=1e-2,
+        pictures=True,
+        **options,
+    )
+
+
+def _monotone(
+    structure: str,
+    width: int,
+    large: int,
+    epochs: int,
+    criterion: Callable[[], Criterion] = _digits,
+    side: int = 8,
+    depth: int = 10,
+) -> Family:
+    config = MonotoneClassifierConfig(structure=structure, width=width, side=side)
+    return Family(
+        MonotoneClassifier,
+        config,
+        criterion,
+        Training(epochs=epochs, learning_rate=5e-3),
+        (replace(config, width=large), Training(epochs=60, batch=256)),
+        depth=depth,
+        solver=PeacemanRachford(alpha=0.5),
+        backward=Implicit(solver=Anderson(memory=10, damping=0.3), rtol=1e-2, max_nfe=60),
+        twins=_IMAGE_TWINS,
+        splitting=True,
+    )
+
+
+FAMILIES: dict[str, Family] = {
+    "dense-digits": Family(
+        DenseClassifier,
+        DenseClassifierConfig(n=64),
+        _digits,
+        Training(epochs=120, learning_rate=3e-3, pretrain=40),
+        (DenseClassifierConfig(n=256), Training(epochs=60, batch=256)),
+        twins=_IMAGE_TWINS,
+    ),
+    "dense-fashion": Family(
+        DenseClassifier,
+        DenseClassifierConfig(n=128, side=28),
+        _fashion,
+        Training(epochs=12, pretrain=8),
+        (DenseClassifierConfig(n=512, side=28), Training(epochs=60, batch=256)),
+        twins=_IMAGE_TWINS,
+    ),
+    "mlp-digits": Family(
+        MLPClassifier,
+        MLPClassifierConfig(),
+        _digits,
+        Training(epochs=160, learning_rate=3e-3),
+        (MLPClassifierConfig(hidden=256), Training(epochs=60, batch=256)),
+        jacobian=0.0,
+        solver=Substitution(),
+        rtol=0.0,
+        twins=(),
+    ),
+    "mlp-fashion": Family(
+        MLPClassifier,
+        MLPClassifierConfig(hidden=128, side=28),
+        _fashion,
+        Training(epochs=12),
+        (MLPClassifierConfig(hidden=512, side=28), Training(epochs=60, batch=256)),
+        jacobian=0.0,
+        solver=Substitution(),
+        rtol=0.0,
+        twins=(),
+    ),
+    "conv-digits": Family(
+        ConvClassifier,
+        ConvClassifierConfig(),
+        _digits,
+        Training(epochs=24, pretrain=12),
+        (ConvClassifierConfig(channels=64, inner=128), Training(epochs=60, batch=256)),
+        depth=8,
+        twins=_IMAGE_TWINS,
+    ),
+    "conv-fashion": Family(
+        ConvClassifier,
+        ConvClassifierConfig(side=28, stride=2),
+        _fashion_in_parts,
+        Training(epochs=16, pretrain=2, depth=6, least=2),
+        (ConvClassifierConfig(channels=64, inner=128, side=28), Training(epochs=60, batch=256)),
+        depth=5,
+        **_AT_EQUILIBRIUM,
+        twins=_IMAGE_TWINS,
+    ),
+    "trellisnet-shakespeare": _language(
+        TrellisNet,
+        TrellisNetConfig(vocabulary=_SYMBOLS, dilation=4, **_CHARACTER_STEM),
+        TrellisNetConfig(vocabulary=_SYMBOLS, channels=512, dilation=4, **_CHARACTER_STEM),
+        _characters,
+        epochs=16,
+        rate=8e-3,
+        deepest=4,
+        backward=Phantom(steps=4, damping=1.0),
+        solver=Picard(),  # the equilibrium is a chain of length / dilation links, which no other solver shortens
+    ),
+    "transformer-shakespeare": _language(
+        DEQTransformer,
+        DEQTransformerConfig(vocabulary=_SYMBOLS, **_CHARACTER_STEM),
+        DEQTransformerConfig(vocabulary=_SYMBOLS, width=512, heads=8, inner=2048, memory=64, **_CHARACTER_STEM),
+        _characters,
+        epochs=24,
+        rate=4e-3,
+        deepest=3,
+        backward=Phantom(steps=4),
+    ),
+    "trellisnet-words": _language(
+        TrellisNet,
+        TrellisNetConfig(vocabulary=5001, embedding=48, dilation=2, **_WORD_STEM),
+        TrellisNetConfig(vocabulary=5001, channels=512, dilation=2, **_WORD_STEM),
+        _words,
+        epochs=10,
+        rate=5e-3,
+        deepest=4,
+        backward=Phantom(steps=4, damping=1.0),
+        solver=Picard(),
+    ),
+    "multiscale-digits": Family(
+        MultiscaleClassifier,
+        MultiscaleClassifierConfig(),
+        _digits,
+        Training(epochs=60, pretrain=10, depth=6, least=2),
+        (MultiscaleClassifierConfig(width=64), Training(epochs=60, batch=256)),
+        depth=6,
+        **_AT_EQUILIBRIUM,
+        twins=_IMAGE_TWINS,
+    ),
+    "multiscale-fashion": Family(
+        MultiscaleClassifier,
+        MultiscaleClassifierConfig(side=28, stride=2),
+        _fashion_in_parts,
+        Training(epochs=24, pretrain=3, depth=6, least=2),
+        (MultiscaleClassifierConfig(width=64, side=28, stride=1), Training(epochs=60, batch=256)),
+        depth=6,
+        **_AT_EQUILIBRIUM,
+        twins=_IMAGE_TWINS,
+    ),
+    "monotone-dense-digits": _monotone("dense", 87, 256, 40),
+    "monotone-conv-digits": _monotone("conv", 16, 64, 16),
+    "monotone-multitier-digits": _monotone("multi-tier", 8, 32, 20),
+    "monotone-dense-fashion": _monotone("dense", 87, 256, 6, _fashion, 28),
+    "monotone-conv-fashion": _monotone("conv", 16, 64, 8, _fashion_halved, 14, depth=5),
+    "monotone-multitier-fashion": _monotone("multi-tier", 8, 32, 8, _fashion_halved, 14, depth=5),
+}
+"""The families by name."""
+
+
+def get_family(name: str) -> Family:
+    """The family of this name; ValueError for an unknown one."""
+    if name not in FAMILIES:
+        raise ValueError(f"unknown family {name!r}: known are {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def trained_model(models: Path, name: str) -> Path:
+    """The file of a trained family; ValueError for an unknown one, FileNotFoundError for one that is not trained yet."""
+    get_family(name)
+    path = models / name / "model.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: train it with `python -m experiments models --family {name}`")
+    return path

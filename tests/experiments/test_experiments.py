@@ -1,0 +1,263 @@
+"""Every experiment runs on a tiny budget, resumes after an interruption, and writes what it promises."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import metabroyden as mb
+from experiments import __main__ as cli
+from experiments import alternate, digits, gradients, meta, solvers
+from experiments.registry import EXPERIMENTS
+from metabroyden.meta.trainer import MetaTrainer
+
+pytestmark = pytest.mark.usefixtures("few_candidates")
+PROMISED = ("rows.jsonl", "report.md", "config.json", "grouped.safetensors", "coordinatewise.safetensors",
+            "model.safetensors", "residual_by_evaluations.png", "residual_by_time.png", "evaluations_to_tolerance.png",
+            "accuracy_by_evaluations.png", "reduction_by_image.png")  # fmt: skip
+
+
+def tiny(tmp_path) -> digits.Digits:
+    return digits.Digits(
+        epochs=1,
+        grouped_steps=4,
+        coordinatewise_steps=2,
+        unroll=3,
+        budget=20,
+        repeats=1,
+        test_samples=24,
+        results=tmp_path / "results",
+        runs=tmp_path / "runs",
+        progress=False,
+    )
+
+
+def test_digits_resumes_after_an_interruption_and_writes_what_it_promises(tmp_path, monkeypatch, capsys):
+    config = tiny(tmp_path)
+    original = MetaTrainer.run
+
+    def interrupted(self, progress=None, until=None):
+        if self.solver.kind == "coordinatewise":
+            raise KeyboardInterrupt
+        return original(self, progress, until)
+
+    monkeypatch.setattr(MetaTrainer, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        digits.run(config)
+    assert not config.results.exists()
+    kept = {path.name: path.stat().st_mtime_ns for path in config.runs.rglob("*.safetensors")}
+    assert {"model.safetensors", "grouped.safetensors"} <= set(kept)
+    monkeypatch.setattr(MetaTrainer, "run", original)
+    digits.run(config)
+    for path in config.runs.rglob("*.safetensors"):
+        assert kept.get(path.name, path.stat().st_mtime_ns) == path.stat().st_mtime_ns, "finished work was done again"
+    folder = config.results / "seed0"
+    assert {path.name for path in folder.iterdir()} == set(PROMISED)
+    assert (config.results / "report.md").exists()
+    described = json.loads((folder / "config.json").read_text())
+    assert described["config"]["grouped_steps"] == 4
+    assert described["provenance"]["versions"]["torch"]
+    assert described["equilibria_known"] <= 1
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    assert {row["row"] for row in rows} == {"sample", "curve", "accuracy", "clock", "path", "part"}
+    assert {row["sample"] for row in rows if row["row"] == "sample"} == set(range(24))
+    loaded = mb.load_solver(folder / "grouped.safetensors")
+    assert loaded.fingerprint is not None
+    shown = capsys.readouterr().out
+    assert "The saved solver, reloaded into the reloaded DEQ" in shown
+    assert "report.md" in shown.replace("\n", "")
+    before = (folder / "rows.jsonl").read_bytes()
+    digits.run(config)  # a third run has nothing left to do
+    assert (folder / "rows.jsonl").read_bytes() == before
+    digits.run(replace(config, fresh=True, epochs=1))
+    assert len((folder / "rows.jsonl").read_bytes().splitlines()) == len(before.splitlines())
+
+
+def test_solvers_races_and_writes_what_it_promises(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(solvers, "PROBLEMS", dict.fromkeys(("cosine", "logistic", "tanh_symmetric_1.5")))
+    config = solvers.Solvers(
+        repeats=1, budget=9, batch=2, seeds=1, problems=2, compiled=False, results=tmp_path, progress=False
+    )
+    solvers.run(config)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "rows.jsonl",
+        "config.json",
+        "report.md",
+        "overhead_by_history.png",
+        "overhead_by_size.png",
+        "anatomy.png",
+        "performance_profiles.png",
+        "work_precision.png",
+    }
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert {row["row"] for row in rows} == {"race", "anatomy", "gap", "limited", "sample"}
+    described = json.loads((tmp_path / "config.json").read_text())
+    assert described["config"]["budget"] == 9
+    assert described["provenance"]["versions"]["torchdeq"] == "0.1.0"
+    assert "geometric mean" in capsys.readouterr().out
+    report = (tmp_path / "report.md").read_text()
+    assert "nan" not in report.lower().replace("not finite", "")
+
+
+def test_help_shows_every_experiment_with_its_options(capsys):
+    cli.main(["--help"])
+    shown = capsys.readouterr().out
+    for name, (config_type, _) in EXPERIMENTS.items():
+        assert f"python -m experiments {name}" in shown
+        for option in config_type.__dataclass_fields__:
+            assert f"--{option.replace('_', '-')}" in shown
+
+
+def test_unknown_experiments_and_options_are_refused(capsys):
+    with pytest.raises(SystemExit, match="unknown experiment 'digit': known are digits, solvers"):
+        cli.main(["digit"])
+    with pytest.raises(SystemExit):
+        cli.main(["digits", "--epoch", "3"])
+    assert "--epoch" in capsys.readouterr().err
+
+
+def test_alternate_resumes_and_writes_what_it_promises(tmp_path, capsys, monkeypatch):
+    config = alternate.Alternate(
+        seeds=2,
+        epochs=2,
+        batch=32,
+        channels=4,
+        side=8,
+        warmup_steps=2,
+        every=2,
+        unroll=2,
+        meta_batch=4,
+        width=4,
+        images=96,
+        results=tmp_path / "results",
+        runs=tmp_path / "runs",
+        progress=False,
+    )
+    original = alternate._seed
+
+    def interrupted(config, seed, bar):
+        if seed == 1:
+            raise KeyboardInterrupt
+        return original(config, seed, bar)
+
+    monkeypatch.setattr(alternate, "_seed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        alternate.run(config)
+    seeds: list[int] = []
+    monkeypatch.setattr(alternate, "_seed", lambda config, seed, bar: seeds.append(seed) or original(config, seed, bar))
+    alternate.run(config)
+    assert seeds == [1], "the finished seed was not trained again"
+    names = {"rows.jsonl", "config.json", "report.md", "accuracy_by_time.png", "evaluations_by_epoch.png"}
+    assert {path.name for path in config.results.iterdir()} == names
+    rows = [json.loads(line) for line in (config.results / "rows.jsonl").read_text().splitlines()]
+    assert {row["way"] for row in rows} == {*alternate.WAYS, *alternate.FIXED_IMAGES}
+    learned = [row for row in rows if row["way"] == alternate.LEARNED]
+    assert all(row["spent"]["meta"] > 0 for row in learned)
+    assert "nan" not in (config.results / "report.md").read_text()
+    assert "Against Anderson" in capsys.readouterr().out
+
+
+def test_gradients_writes_what_it_promises(tmp_path, capsys):
+    config = gradients.Gradients(
+        seeds=(0,), steps=1, rtols=(1e-1,), budget=12, samples=12, repeats=1, results=tmp_path, progress=False
+    )
+    gradients.run(config)
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "config.json", "report.md", "bias_by_time.png"}
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    error = {row["mode"]: row["error"] for row in rows if row["row"] == "mode"}
+    assert error["implicit, 0.001"] < error["phantom, 5 steps"] < error["Jacobian-free"]
+    assert "adjoint LSTM" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", ["multiscale-digits", "monotone-dense-digits", "trellisnet-words"])
+def test_meta_trains_measures_and_goes_on(tmp_path, family, monkeypatch):
+    """A short run on a frozen model, cut off in the middle of training, ends as one that was not."""
+    text = family == "trellisnet-words"
+    monkeypatch.setitem(
+        meta.RECIPES, "grouped", meta.Recipe(unroll=2, segments=2, batch=4, pool=8, options={"rank": 4})
+    )
+    monkeypatch.setattr(meta, "TEXT", {"": {"batch": 2}})
+    monkeypatch.setattr(meta, "HELD", 4)
+    monkeypatch.setattr(MetaTrainer.__init__, "__kwdefaults__", {"checkpoint": None, "save_every": 1})
+    config = meta.Meta(
+        family=family, solver="grouped", steps=3, samples=4, budget=12, repeats=1, backend="native", progress=False,
+        results=tmp_path / "results", runs=tmp_path / "runs",
+    )  # fmt: skip
+    whole = replace(config, results=tmp_path / "whole", runs=tmp_path / "whole-runs")
+    meta.run(whole)
+    update, calls = MetaTrainer._update, []
+
+    def cut(self):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return update(self)
+
+    monkeypatch.setattr(MetaTrainer, "_update", cut)
+    with pytest.raises(KeyboardInterrupt):
+        meta.run(config)
+    monkeypatch.setattr(MetaTrainer, "_update", update)
+    meta.run(config)
+    (trial,) = config.results.iterdir()  # these are not the usual settings: they must not end up among the results
+    assert trial.name.startswith("trial-")
+    folder = trial / family / "grouped-seed0"
+    (path,) = whole.results.glob("*/*/grouped-seed0/solver.safetensors")
+    one, other = mb.load_solver(path), mb.load_solver(folder / "solver.safetensors")
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    kinds = {row["row"] for row in rows}
+    assert kinds == {"star", "solve", "curve", "score", "clock", "horizon"} | ({"leak"} if text else set())
+    for row in rows:
+        if row["row"] == "solve":
+            assert len(row["nfe"]) == 4
+            assert all(n <= 12 if hit else n == 12 for n, hit in zip(row["nfe"], row["reached"], strict=True))
+    if not text:
+        meta.run(replace(config, solver="classical"))
+        report = (trial / "report.md").read_text()
+        beside = report.split(f"## {family}")[1].split("| grouped |")[1].split("\n")[0]
+        assert ("×" in beside) == (family == "multiscale-digits"), "nothing is said of solvers that do not get there"
+        assert (trial / family / "residual.png").exists()
+        assert list(config.results.iterdir()) == [trial]
+        described = json.loads((folder / "config.json").read_text())
+        assert described["command"].endswith("--steps 3 --budget 12 --samples 4 --repeats 1 --backend native")
+        if family == "monotone-dense-digits":
+            clocks = {row["solver"]: row for row in rows if row["row"] == "clock"}
+            assert clocks["Peaceman-Rachford"]["in_f"] is None, "it uses parts of f, on which no stopwatch stands"
+            assert clocks["grouped"]["calls"]
+
+
+def test_meta_names_what_it_does_not_know(tmp_path):
+    for options, words in (
+        ({"solver": "adam"}, "unknown solver 'adam': known are meta-broyden"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"objective": "square"}, "unknown objective 'square': known are residual"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            meta.run(meta.Meta(runs=tmp_path, results=tmp_path, **options))
+    with pytest.raises(FileNotFoundError, match="python -m experiments models --family conv-digits"):
+        meta.run(meta.Meta(family="conv-digits", models=tmp_path, runs=tmp_path, results=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("family", "weighing", "rows", "gated", "dilations"),
+    [
+        ("conv-digits", "table", 28, 42, (1, 1)),
+        ("dense-digits", "table", 8, 8, (1, 1)),
+        ("trellisnet-words", "table", 12, 20, (2, 6)),
+        ("trellisnet-shakespeare", "table", 14, 22, (4, 12)),
+        ("transformer-shakespeare", "lstm", None, 12, (1, 1)),
+        ("mlp-fashion", "lstm", 6, 6, (1, 1)),
+    ],
+)
+def test_secants_take_over_some_time_after_an_unroll_or_where_the_family_says(
+    tmp_path, family, weighing, rows, gated, dilations
+):
+    options = meta.Job(meta.Meta(family=family, runs=tmp_path)).recipe.options
+    assert options.get("weighing", "table") == weighing
+    assert options.get("rows") == rows
+    assert options["gated"] == gated
+    assert options["dilations"] == dilations

@@ -1,0 +1,139 @@
+"""What training holds in memory: the counters count known cases, and an equilibrium costs the same at any depth."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from experiments import memory
+from experiments.legacy import memory_report
+from experiments.legacy.memory import LiveBytes, Training, byte_row, resident_bytes, saved_bytes
+
+SMALL = {"batch": 4, "channels": 8, "extent": 16, "backward_nfe": 10}
+
+
+def test_saved_bytes_counts_each_storage_once_and_no_parameter():
+    x = torch.ones(100, dtype=torch.float64, requires_grad=True)
+    w = torch.ones(100, dtype=torch.float64, requires_grad=True)
+    assert saved_bytes(lambda: (x * x).sum()) == 800
+    assert saved_bytes(lambda: (x * w).sum()) == 1600
+    assert saved_bytes(lambda: (x * w).sum(), [w]) == 800
+    assert saved_bytes(lambda: (x.view(10, 10) * x.view(10, 10)[0]).sum()) == 800
+    assert saved_bytes(lambda: x.sum()) == 0
+    assert saved_bytes(lambda: x.exp().exp().sum()) == 1600  # both results
+
+
+def test_live_bytes_follows_storages_from_birth_to_death():
+    given = torch.ones(1000)
+    with LiveBytes([given]) as live:
+        a = given * 2
+        view = a[:10]
+        del a
+        assert live.now == 4000  # the view keeps all of it
+        b = given.add_(1).view(10, 100)
+        assert live.now == 4000  # what was there before is not counted
+        del view
+        assert (live.now, live.peak) == (0, 4000)
+        c = torch.exp(b) + torch.exp(b)
+        assert (live.now, live.peak) == (4000, 12000)
+        live.mark()
+        assert live.peak == 4000
+        del c
+    assert live.now == 0
+
+
+def test_live_bytes_sees_the_backward_pass():
+    x = torch.ones(1000, requires_grad=True)
+    with LiveBytes([x]) as live:
+        loss = x.exp().sum()
+        assert live.now == 4004  # the saved result and the loss
+        loss.backward()
+        del loss
+    assert live.now == 4000  # the gradient
+    assert live.peak >= 8004
+
+
+def test_nothing_of_a_step_is_left_behind():
+    for way in ("implicit", "unrolled", "unrolled, checkpoints"):
+        step = Training("causal", way, 5, 2, 4, 6, memory=2, backward_nfe=4).build()
+        step.take()
+        with LiveBytes(step.given) as live:
+            step.take()
+        assert live.now == 0, way
+
+
+@pytest.mark.parametrize("cell", ["conv", "causal"])
+def test_implicit_training_needs_the_same_memory_at_any_depth_and_unrolled_training_does_not(cell):
+    def at(way, **options):
+        rows = [byte_row(Training(cell, way, n, **SMALL, **options)) for n in (10, 30)]
+        assert [row["spent"] for row in rows] == [10, 30]
+        return rows
+
+    few, many = at("implicit")
+    totals = [row["saved"] + row["solver"] for row in (few, many)]
+    assert max(totals) <= 1.05 * min(totals)
+    assert many["peak"] <= 1.05 * few["peak"]
+    injection = 4 * 4 * 8 * (16 * 16 if cell == "conv" else 16)  # saved for a second derivative; not counted as held
+    assert few["saved"] == many["saved"] <= few["held"] + injection
+    few, many = at("unrolled")
+    assert many["saved"] >= 0.8 * 3 * few["saved"]
+    assert many["peak"] >= 0.8 * 3 * few["peak"]
+    assert few["held"] <= few["saved"] + 4
+    few, many = at("implicit, full memory")
+    assert many["solver"] >= 2 * few["solver"]
+
+
+def test_every_way_of_training_gives_the_gradients_of_the_same_equilibrium():
+    gradients = {}
+    for way in ("implicit", "implicit, full memory", "unrolled", "unrolled, checkpoints"):
+        step = Training("causal", way, 60, 2, 4, 6, backward_nfe=40, gain=1.0).build()
+        step.forward().backward()
+        gradients[way] = torch.cat([tensor.grad.flatten() for tensor in step.given[:-1]])
+    for way, gradient in gradients.items():
+        torch.testing.assert_close(gradient, gradients["unrolled"], rtol=1e-3, atol=1e-5, msg=way)
+
+
+def test_a_fresh_process_grows_by_more_for_a_deeper_network():
+    few, many = (resident_bytes(Training("conv", "unrolled", n, 16, 16, 16, gain=1.0), returning=True) for n in (2, 20))
+    assert many - few >= 0.8 * 18 * 16 * 16 * 16 * 16 * 4  # a state a layer, at the very least
+
+
+def test_unknown_cells_and_ways_are_refused():
+    with pytest.raises(ValueError, match="cell must be one of conv, causal"):
+        Training("dense", "implicit", 10)
+    with pytest.raises(ValueError, match="way one of"):
+        Training("conv", "rolled", 10)
+
+
+def test_the_experiment_writes_what_it_promises(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("experiments.legacy.memory.resident_bytes", lambda training, returning=False: 2**20)
+    config = memory.Memory(
+        evaluations=(10, 20), batch=2, channels=4, side=6, width=4, tokens=8, memory=4, backward=6, repeats=1,
+        results=tmp_path, progress=False,
+    )  # fmt: skip
+    memory.run(config)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "rows.jsonl",
+        "config.json",
+        "report.md",
+        "memory_by_evaluations.png",
+        "time_by_evaluations.png",
+    }
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    for kind in ("bytes", "resident", "time"):
+        assert len([row for row in rows if row["row"] == kind]) == 2 * 4 * 2
+    for row in rows:
+        if row["row"] == "time" and row["way"] == "unrolled":
+            assert row["ratio_total"] == 1
+    described = json.loads((tmp_path / "config.json").read_text())
+    assert described["config"]["memory"] == 4
+    assert described["provenance"]["versions"]["torch"]
+    assert "within 5%" in capsys.readouterr().out
+    assert "nan" not in (tmp_path / "report.md").read_text()
+    before = (tmp_path / "report.md").read_text()
+    memory_report.write(tmp_path, [row for row in rows if row["row"] != "resident"], described)
+    after = (tmp_path / "report.md").read_text()
+    assert "1 (1)" in before
+    assert "1 (1)" not in after

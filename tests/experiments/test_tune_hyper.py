@@ -1,0 +1,86 @@
+"""The search over HyperAnderson's configurations."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from experiments import tune_hyper
+from experiments.legacy import equilibria, tuning_report
+from metabroyden.meta.trainer import MetaTrainer
+
+
+def test_at_least_twelve_configurations_spend_the_same_and_differ():
+    recipes = [variant.recipe(1000) for variant in tune_hyper.VARIANTS.values()]
+    assert len(recipes) >= 12
+    assert len({repr(recipe) for recipe in recipes}) == len(recipes)
+    for recipe in recipes:
+        assert abs(recipe.steps * recipe.unroll * recipe.batch - 32_000) <= recipe.unroll * recipe.batch / 2
+    tried = {
+        (r.objective, r.options["memory"], r.options["gram"])
+        for r in recipes
+        if r.learning_rate == 1e-3 and r.unroll == 10
+    }
+    assert tried >= {(loss, m, gram) for loss in ("hyper", "residual") for m in (3, 5, 8) for gram in (False, True)}
+
+
+def test_an_interrupted_search_goes_on_and_its_report_is_sorted(tmp_path, monkeypatch, capsys):
+    names = ("published loss, m = 3", "log residual, published initialisation")
+    config = tune_hyper.TuneHyper(
+        family="dense-digits", steps=2, only=names, samples=16, budget=12, backend="native", progress=False,
+        results=tmp_path / "results", runs=tmp_path / "runs",
+    )  # fmt: skip
+    validate = MetaTrainer._validate
+    monkeypatch.setattr(MetaTrainer, "_validate", lambda self, loss: self.history or validate(self, loss))
+    rows_of = equilibria.difficulty_rows
+
+    def cut(way, held, solvers, *, budget):
+        if names[1] in solvers:
+            raise KeyboardInterrupt
+        return rows_of(way, held, solvers, budget=budget)
+
+    monkeypatch.setattr(equilibria, "difficulty_rows", cut)
+    with pytest.raises(KeyboardInterrupt):
+        tune_hyper.run(config)
+    (trial,) = config.results.iterdir()
+    assert trial.name.startswith("trial-"), "other settings than the usual ones"
+    path = trial / "hyper-anderson-tuning" / "dense-digits.jsonl"
+    assert [json.loads(line)["solver"] for line in path.read_text().splitlines()] == [names[0]]
+    monkeypatch.setattr(equilibria, "difficulty_rows", rows_of)
+    trained = []
+    run = MetaTrainer.run
+    monkeypatch.setattr(MetaTrainer, "run", lambda self, *a: trained.append(self.solver.config) or run(self, *a))
+    tune_hyper.run(config)
+    assert not trained, "both were trained in the first sitting"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["solver"] for row in rows] == list(names)
+    assert rows[0]["recipe"]["objective"] == "hyper"
+    assert rows[0]["config"]["memory"] == 3
+    assert rows[1]["config"]["zero_output"] is False
+    assert all(len(row["nfe"]["0.01"]) == len(row["reached"]["0.001"]) == 16 for row in rows)
+    report = (trial / "hyper-anderson-tuning.md").read_text()
+    places = [report.index(row["solver"] + " |") for row in sorted(rows, key=tuning_report.score)]
+    assert places == sorted(places)
+    assert "python -m experiments tune-hyper --family dense-digits --steps 2" in report
+    assert "2 of 2 configurations" in capsys.readouterr().out
+
+
+def test_it_names_what_it_does_not_know(tmp_path):
+    config = tune_hyper.TuneHyper(results=tmp_path, runs=tmp_path)
+    with pytest.raises(ValueError, match=r"unknown configurations \['m = 4'\]: known are published loss, m = 3;"):
+        tune_hyper.run(replace(config, only=("m = 4",)))
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        tune_hyper.run(replace(config, steps=0))
+
+
+def test_a_failure_counts_twice_the_budget_in_the_score():
+    row = {
+        "budget": 10,
+        "nfe": {"0.01": [4, 10], "0.001": [8, 10]},
+        "reached": {"0.01": [True, False], "0.001": [True, False]},
+    }
+    better = {**row, "reached": {"0.01": [True, True], "0.001": [True, True]}}
+    assert tuning_report.score(better) < tuning_report.score(row)
+    assert tuning_report.score(row) == pytest.approx(0.25 * (1.3862944 + 2.0794415 + 2 * 2.9957323))

@@ -1,0 +1,408 @@
+"""Monotone cells and the splitting solvers for them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import metabroyden as mb
+from metabroyden.deq import initial_state
+from metabroyden.gradients.base import parts_of
+from metabroyden.solvers.registry import SPLITTING, register
+from metabroyden.state import Packing
+from metabroyden.zoo.models import (
+    DenseCell,
+    MonotoneClassifier,
+    MonotoneClassifierConfig,
+    MonotoneConv,
+    MonotoneDense,
+    MonotoneMultiTier,
+    load_model,
+    save_model,
+)
+from metabroyden.zoo.models.circular import convolve, convolve_transposed, resolvent
+from metabroyden.zoo.models.fit import MODELS
+
+M = 0.3
+STRUCTURES = {
+    "dense": (lambda m: MonotoneDense(12, m), (12,)),
+    "conv": (lambda m: MonotoneConv(3, 4, m), (3, 4, 4)),
+    "conv, odd side": (lambda m: MonotoneConv(2, 5, m), (2, 5, 5)),
+    "two tiers": (lambda m: MonotoneMultiTier((2, 3), 4, m), ((2, 4, 4), (3, 2, 2))),
+    "three tiers": (lambda m: MonotoneMultiTier((1, 2, 3), 8, m), ((1, 8, 8), (2, 4, 4), (3, 2, 2))),
+}
+every_structure = pytest.mark.parametrize("name", STRUCTURES)
+SPLIT = [mb.ForwardBackward(0.2), mb.PeacemanRachford(0.7)]
+every_split = pytest.mark.parametrize("solver", SPLIT, ids=lambda solver: type(solver).__name__)
+
+
+def problem(name: str, *, gain: float = 1.0, m: float = M, batch: int = 7, seed: int = 0):
+    """(cell, x) with random weights of so many times the initial size, in float64."""
+    build, shapes = STRUCTURES[name]
+    torch.manual_seed(seed)
+    cell = build(m).double()
+    for parameter in cell.parameters():
+        parameter.data *= gain
+    if isinstance(shapes[0], int):
+        return cell, torch.randn(batch, *shapes).double()
+    return cell, tuple(torch.randn(batch, *shape).double() for shape in shapes)
+
+
+def zeros(x):
+    return torch.zeros_like(x) if isinstance(x, Tensor) else tuple(map(torch.zeros_like, x))
+
+
+def matrix(cell, x) -> Tensor:
+    """W, by what it makes of unit vectors."""
+    packing = Packing.of(x)
+    unit = torch.eye(packing.pack(x).shape[1]).double()
+    with torch.no_grad():
+        return packing.pack(cell.linear(packing.unpack(unit), packing.unpack(torch.zeros_like(unit)))).T
+
+
+def flat(z) -> Tensor:
+    return Packing.of(z, "z").pack(z).detach()
+
+
+def recomputed(cell, solution, x) -> Tensor:
+    return mb.relative_residual(flat(solution.z), flat(cell(solution.z, x)))
+
+
+class Counted(nn.Module):
+    """A cell whose uses are counted a sample. x carries the samples' numbers in front."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+        self.seen: list[Tensor] = []
+        self.resolvents = 0
+
+    def forward(self, z, x):
+        self.seen.append(x[0])
+        return self.cell(z, x[1])
+
+    def linear(self, z, x):
+        self.seen.append(x[0])
+        return self.cell.linear(z, x[1])
+
+    def prox(self, v):
+        return self.cell.prox(v)
+
+    def resolvent(self, alpha):
+        self.resolvents += 1
+        solve = self.cell.resolvent(alpha)
+
+        def counted(v, x):
+            self.seen.append(x[0])
+            return solve(v, x[1])
+
+        return counted
+
+
+@every_structure
+@pytest.mark.parametrize("m", [0.05, 1.0, 2.5])
+@pytest.mark.parametrize("gain", [1.0, 6.0])
+def test_whatever_the_weights_the_map_is_strongly_monotone_with_constant_m(name, m, gain):
+    for seed in range(3):
+        cell, x = problem(name, gain=gain, m=m, seed=seed)
+        w = matrix(cell, x)
+        monotone = torch.eye(len(w)) - (w + w.T) / 2
+        assert float(torch.linalg.eigvalsh(monotone).min()) >= m - 1e-10
+        assert float((w - w.T).abs().max()) > 0.01
+
+
+def test_weights_are_what_their_docstrings_say():
+    cell, x = problem("dense")
+    a, b = cell.parametrizations.weight.original
+    z = torch.randn_like(x)
+    wanted = (1 - M) * z - z @ a.T @ a + z @ b.T - z @ b + x
+    torch.testing.assert_close(cell.linear(z, x), wanted)
+    torch.testing.assert_close(cell(z, x), torch.relu(wanted))
+    for name in ("conv", "conv, odd side"):
+        cell, x = problem(name)
+        a, b = cell.parametrizations.weight.original
+        z = torch.randn_like(x)
+        ata = convolve_transposed(convolve(z, a), a)
+        wanted = (1 - M) * z - ata + convolve(z, b) - convolve_transposed(z, b) + x
+        torch.testing.assert_close(cell.linear(z, x), wanted)
+    # A is block lower bidiagonal: the energy of Az and the skew part of W say so of the tiers
+    cell, x = problem("three tiers")
+    z = tuple(map(torch.randn_like, x))
+    az = [convolve(z[0], cell.a[0])]
+    az += [convolve(z[i], cell.a[i]) + convolve(z[i - 1], cell.d[i - 1], 2) for i in (1, 2)]
+    with torch.no_grad():
+        wz = cell.linear(z, zeros(x))
+    inner = sum(float((part * image).sum()) for part, image in zip(z, wz, strict=True))
+    energy = sum(float(part.detach().square().sum()) for part in az)
+    assert inner == pytest.approx((1 - M) * sum(float(part.square().sum()) for part in z) - energy)
+    w = matrix(cell, x)
+    skew = ((w - w.T) / 2).split([64, 32, 12])
+    assert float(skew[0][:, 64:].abs().max()) < 1e-12 < float(skew[0][:, :64].abs().max())
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_transposed_convolution_is_the_adjoint(stride):
+    kernel, z = torch.randn(3, 2, 3, 3).double(), torch.randn(4, 2, 6, 6).double()
+    a = torch.randn(4, 3, 6 // stride, 6 // stride).double()
+    there, back = convolve(z, kernel, stride), convolve_transposed(a, kernel, stride)
+    torch.testing.assert_close((there * a).sum(), (z * back).sum())
+
+
+@every_structure
+@pytest.mark.parametrize("alpha", [0.05, 1.0, 20.0])
+def test_the_resolvent_solves_its_equation(name, alpha):
+    cell, x = problem(name, gain=4.0)
+    v = Packing.of(x).unpack(torch.randn_like(flat(x)))
+    z = flat(cell.resolvent(alpha)(v, x))
+    w = matrix(cell, x)
+    left = (1 + alpha) * z - alpha * z @ w.T
+    torch.testing.assert_close(left, flat(v) + alpha * flat(x), rtol=0, atol=1e-10)
+
+
+@every_structure
+def test_splitting_converges_where_it_must_and_finds_what_broyden_finds_while_picard_diverges(name):
+    options = {"rtol": 1e-8, "throw": False}
+    m = 0.5
+    for seed in range(2):
+        cell, x = problem(name, gain=2.6, m=m, seed=seed, batch=3)
+        w = matrix(cell, x)
+        bound = 2 * m / float(torch.linalg.matrix_norm(torch.eye(len(w)) - w, 2)) ** 2
+        plain = mb.solve(cell, zeros(x), x, solver=mb.Picard(), max_nfe=300, **options)
+        assert not plain.converged.all()
+        assert float(plain.trace.absolute[-1].nan_to_num(0).max()) > 1
+        wanted = mb.solve(cell, zeros(x), x, solver=mb.Broyden(memory=100), max_nfe=1000, **options)
+        assert wanted.converged.all()
+        splitting = [mb.ForwardBackward(0.95 * bound), *(mb.PeacemanRachford(alpha) for alpha in (0.3, 3.0))]
+        for solver in splitting:
+            found = mb.solve(cell, zeros(x), x, solver=solver, max_nfe=4000, **options)
+            assert found.converged.all(), (solver, found.failures())
+            torch.testing.assert_close(flat(found.z), flat(wanted.z), rtol=0, atol=3e-6)
+            torch.testing.assert_close(recomputed(cell, found, x), found.residual, rtol=1e-6, atol=1e-14)
+
+
+@every_split
+@every_structure
+def test_evaluations_are_the_uses_of_a_sample_and_the_residual_is_true(name, solver):
+    cell, x = problem(name, gain=1.6)
+    sizes = torch.tensor([1e-3, 1.0, 10.0, 0.1, 1.0, 100.0, 0.01]).double()
+    x = Packing.of(x).unpack(flat(x) * sizes[:, None] + (sizes > 0.5)[:, None] * 3)
+    counted = Counted(cell)
+    context = (torch.arange(7), x)
+    start = Packing.of(x).unpack(torch.randn_like(flat(x)))
+    solution = mb.solve(counted, start, context, solver=solver, rtol=1e-6, max_nfe=400, throw=False)
+    assert solution.converged.all(), solution.failures()
+    np.testing.assert_array_equal(solution.nfe.numpy(), np.bincount(torch.cat(counted.seen).numpy(), minlength=7))
+    assert len(solution.nfe.unique()) > 1
+    torch.testing.assert_close(solution.nfe, solution.steps + 1)  # f(z0) or a first step, then one use a step
+    assert counted.resolvents == isinstance(solver, mb.PeacemanRachford)
+    torch.testing.assert_close(recomputed(cell, solution, x), solution.residual, rtol=1e-6, atol=1e-14)
+    seen = solution.trace.residual
+    assert (seen.isfinite().sum(dim=0) == solution.nfe).all()
+
+
+@every_split
+def test_a_sample_alone_and_among_others_takes_the_same_way(solver):
+    cell, x = problem("dense", gain=2.0)
+    x = x * torch.logspace(-2, 2, 7)[:, None]
+    together = mb.solve(cell, zeros(x), x, solver=solver, rtol=1e-8, max_nfe=400)
+    for i in (0, 3, 6):
+        alone = mb.solve(cell, zeros(x[i : i + 1]), x[i : i + 1], solver=solver, rtol=1e-8, max_nfe=400)
+        assert abs(int(alone.nfe[0]) - int(together.nfe[i])) <= 1
+        torch.testing.assert_close(alone.z[0], together.z[i], rtol=1e-6, atol=1e-8)
+
+
+@every_split
+@pytest.mark.parametrize("budget", [1, 2, 3, 9])
+def test_the_budget_is_kept_to_and_looking_less_often_changes_nothing(solver, budget):
+    cell, x = problem("dense", gain=2.0)
+    solution = mb.solve(cell, zeros(x), x, solver=solver, rtol=0.0, max_nfe=budget, throw=False)
+    assert (solution.nfe == budget).all()
+    seldom = mb.solve(cell, zeros(x), x, solver=solver, rtol=0.0, max_nfe=budget, throw=False, check_every=3)
+    torch.testing.assert_close(seldom.z, solution.z, rtol=0, atol=0)
+
+
+def test_steps_are_those_of_the_paper():
+    cell, x = problem("dense", gain=2.0)
+    w = matrix(cell, x)
+    z0, alpha = zeros(x), 0.4
+    options = {"rtol": 0.0, "throw": False}
+    z = z0
+    for steps in range(1, 5):
+        z = torch.relu(z - alpha * (z - z @ w.T - x))
+        found = mb.solve(
+            cell, z0, x, solver=mb.ForwardBackward(alpha), max_nfe=1 + steps, snapshots=[1 + steps], **options
+        )
+        torch.testing.assert_close(found.trace.residual[steps], mb.relative_residual(z, cell(z, x).detach()))
+    v = torch.linalg.inv((1 + alpha) * torch.eye(12).double() - alpha * w)
+    start = torch.randn_like(x)
+    u = start + alpha * (start @ w.T + x - start)
+    for steps in range(1, 5):
+        reflected = 2 * torch.relu(u) - u
+        half = (reflected + alpha * x) @ v.T
+        u = 2 * half - reflected
+        found = mb.solve(cell, start, x, solver=mb.PeacemanRachford(alpha), max_nfe=1 + steps, **options)
+        torch.testing.assert_close(found.trace.residual[steps], mb.relative_residual(half, cell(half, x).detach()))
+
+
+@pytest.mark.parametrize("name", ["dense", "conv"])
+def test_tuning_finds_a_length_that_is_no_worse(name):
+    cell, x = problem(name, gain=2.0)
+    for cls in (mb.ForwardBackward, mb.PeacemanRachford):
+        tuned = cls.tuned(cell, zeros(x), x, tolerances=(1e-4,), max_nfe=100)
+        nfe = [
+            mb.solve(cell, zeros(x), x, solver=solver, rtol=1e-4, max_nfe=100, throw=False).nfe.double().log().mean()
+            for solver in (tuned, cls(), cls(0.125))
+        ]
+        assert nfe[0] <= min(nfe[1:]) + 1e-9
+
+
+@every_split
+@pytest.mark.parametrize("name", ["dense", "conv", "two tiers"])
+def test_a_deq_trains_with_a_splitting_solver_and_has_the_gradients_of_broyden(name, solver):
+    gradients = []
+    for forward in (solver, mb.Broyden(memory=100)):
+        cell, x = problem(name, gain=2.0)
+        backward = mb.Implicit(solver=mb.Broyden(memory=100), rtol=1e-12, max_nfe=300)
+        deq = mb.DEQ(cell, solver=forward, backward=backward, rtol=1e-12, max_nfe=3000)
+        given = [part.requires_grad_() for part in parts_of(x)]
+        z = deq(x)
+        assert deq.last_solution.converged.all()
+        loss = sum(part.pow(3).sum() for part in parts_of(z))
+        gradients.append(torch.autograd.grad(loss, [*given, *cell.parameters()]))
+    for ours, wanted in zip(*gradients, strict=True):
+        assert float(wanted.abs().max()) > 1e-3
+        torch.testing.assert_close(ours, wanted, rtol=1e-7, atol=1e-8)
+
+
+@every_split
+def test_weights_are_computed_once_a_call_and_pinned_masks_reach_every_part(solver):
+    computed = 0
+
+    class Dropping(MonotoneDense):
+        def __init__(self) -> None:
+            super().__init__(6, 0.5)
+            self.drop = mb.VariationalDropout(0.5, (6,))
+
+        def linear(self, z, x):
+            assert type(x) is Tensor
+            return super().linear(z, self.drop(x))
+
+        def resolvent(self, alpha):
+            solve = super().resolvent(alpha)
+            return lambda v, x: solve(v, self.drop(x))
+
+    def count(module, arguments, output):
+        nonlocal computed
+        computed += 1
+
+    cell = Dropping().double()
+    cell.parametrizations.weight[0].register_forward_hook(count)
+    x = torch.rand(5, 6).double() + 0.5
+    deq = mb.DEQ(cell, solver=solver, rtol=1e-10, max_nfe=300)
+    seen = []
+    deq.observer = lambda f, context, z: seen.append(mb.relative_residual(z, f(z, context)))
+    z = deq(x)
+    assert computed == 1
+    assert deq.last_solution.converged.all()
+    torch.testing.assert_close(seen[0].detach(), deq.last_solution.residual, rtol=1e-3, atol=1e-12)
+    assert not torch.allclose(z, deq(x))  # other masks
+
+
+def test_inference_mode_does_not_matter():
+    cell, x = problem("two tiers")
+    for solver in SPLIT:
+        plain = mb.solve(cell, zeros(x), x, solver=solver, rtol=1e-8, max_nfe=300)
+        with torch.inference_mode():
+            other = mb.solve(cell, zeros(x), x, solver=solver, rtol=1e-8, max_nfe=300)
+        torch.testing.assert_close(flat(other.z), flat(plain.z), rtol=0, atol=0)
+
+
+@every_split
+def test_what_does_not_fit_is_refused_with_clear_words(solver):
+    name = type(solver).__name__
+    words = f"{name} needs a cell with the methods linear, prox.*such as MonotoneDense; "
+    x = torch.randn(2, 12)
+    with pytest.raises(TypeError, match=words + "DenseCell has no prox"):
+        mb.solve(DenseCell(12), x, x, solver=solver)
+    with pytest.raises(TypeError, match=words):
+        mb.DEQ(DenseCell(12), solver=solver)
+    with pytest.raises(TypeError, match=words + "function has no"):
+        mb.Implicit(solver=solver)
+    cell = MonotoneDense(12)
+    with pytest.raises(ValueError, match=f"{name} uses parts of f, in its own precision: no f_dtype"):
+        mb.solve(cell, x, x, solver=solver, f_dtype=torch.bfloat16)
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(ValueError, match="needs f in its own precision: no autocast"),
+    ):
+        mb.solve(cell, x, x, solver=solver)
+    with pytest.raises(ValueError, match="FixedBudget evaluates f as a whole"):
+        mb.FixedBudget(cell, solver, max_nfe=10)
+    for wrong in (0, -1.0, float("nan"), True):
+        with pytest.raises(ValueError, match=f"{name}: alpha must be a number in"):
+            type(solver)(wrong)
+
+
+def test_cells_and_solvers_refuse_bad_settings():
+    with pytest.raises(ValueError, match="m must be positive, got 0"):
+        MonotoneDense(4, 0)
+    with pytest.raises(ValueError, match="side must be at least 2, got 1"):
+        MonotoneConv(4, 1)
+    for channels, side in (((), 8), ((2, 2), 5), ((2, 2, 2), 4)):
+        with pytest.raises(ValueError, match=rf"side must be .*, got side {side} and {len(channels)} tiers"):
+            MonotoneMultiTier(channels, side)
+    with pytest.raises(ValueError, match=r"multiples of the last, got \[5, 2\]"):
+        resolvent(lambda z: z, [(1, 5, 5), (1, 2, 2)], 1.0, torch.zeros(1))
+    with pytest.raises(ValueError, match=r"structure must be one of .*, got 'convolution'"):
+        MonotoneClassifierConfig(structure="convolution")
+    with pytest.raises(ValueError, match=r"got -1, 2 and 87"):
+        MonotoneClassifierConfig(margin=-1)
+
+
+def test_splitting_solvers_are_known_by_name_apart_from_those_of_any_f(tmp_path):
+    assert {"forward-backward": mb.ForwardBackward, "peaceman-rachford": mb.PeacemanRachford} == SPLITTING
+    assert not set(SPLITTING) & set(mb.SOLVERS)
+    for name in SPLITTING:
+        solver = mb.make_solver(name, alpha=0.3)
+        assert mb.load_solver(mb.save_solver(solver, tmp_path / "solver.safetensors")) == solver
+        with pytest.raises(ValueError, match="is registered already"):
+            register(name)(mb.Picard)
+    with pytest.raises(ValueError, match="for cells that offer their parts: forward-backward, peaceman-rachford"):
+        mb.make_solver("douglas-rachford")
+
+
+@pytest.mark.parametrize("structure", ["dense", "conv", "multi-tier"])
+def test_a_classifier_comes_back_as_it_was_stored_and_learns(structure, tmp_path):
+    torch.manual_seed(0)
+    config = MonotoneClassifierConfig(structure, 6, m=0.5)
+    options = {"solver": mb.PeacemanRachford(), "rtol": 1e-5, "max_nfe": 100}
+    model = MonotoneClassifier(config, **options)
+    images, labels = torch.rand(20, 1, 8, 8), torch.arange(20) % 10
+    assert model(images).shape == (20, 10)
+    assert MODELS[model.kind] == (MonotoneClassifier, MonotoneClassifierConfig)
+    before = torch.nn.functional.cross_entropy(model(images), labels)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(12):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        assert all(parameter.grad.abs().max() > 0 for parameter in model.parameters())
+        optimizer.step()
+    assert torch.nn.functional.cross_entropy(model(images), labels) < 0.95 * before
+    assert model.deq.last_solution.converged.all()
+    assert model.deq.last_backward_solution.converged.all()
+    loaded = load_model(save_model(model, tmp_path / "model.safetensors"), **options)
+    assert loaded.config == config
+    torch.testing.assert_close(loaded(images), model(images), rtol=0, atol=0)
+    z0 = initial_state(model.cell, model.inject(images))
+    assert [part.shape for part in parts_of(z0)] == [part.shape for part in parts_of(model.inject(images))]
+
+
+def test_a_classifier_has_the_sizes_that_its_config_says():
+    assert MonotoneClassifier().cell.n == 87
+    config = MonotoneClassifierConfig("multi-tier", 4, side=10, tiers=3)
+    assert MonotoneClassifier(config).cell.shapes == [(4, 12, 12), (8, 6, 6), (16, 3, 3)]
+    assert config.narrowed(2) == MonotoneClassifierConfig("multi-tier", 2, side=10, tiers=3)
+    conv = MonotoneClassifier(MonotoneClassifierConfig("conv", 5, image_channels=3, margin=2))
+    assert conv.inject(torch.rand(2, 3, 8, 8)).shape == (2, 5, 12, 12)

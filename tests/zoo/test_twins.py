@@ -1,0 +1,286 @@
+"""Weight-tied, explicit and continuous networks in the place of a model's DEQ; dense and converted classifiers."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torchdiffeq import odeint
+
+import metabroyden as mb
+from metabroyden.deq import initial_state
+from metabroyden.nn import VariationalDropout
+from metabroyden.zoo.models import (
+    ConvClassifier,
+    ConvClassifierConfig,
+    DenseCell,
+    DenseClassifier,
+    DenseClassifierConfig,
+    Flow,
+    MLPClassifier,
+    MLPClassifierConfig,
+    Stack,
+    Unrolled,
+    explicit_twin,
+    flow_twin,
+    load_model,
+    make_cell,
+    save_model,
+    unrolled_twin,
+)
+
+IMAGES = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Pair(nn.Module):
+    """A contraction of a state of two tensors of different shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.there, self.back = nn.Linear(3, 5), nn.Linear(5, 3)
+
+    def initial_state(self, x):
+        return torch.zeros_like(x), x.new_zeros(len(x), 5)
+
+    def forward(self, z, x):
+        return torch.tanh(0.5 * self.back(z[1]) + x), torch.tanh(0.5 * self.there(z[0]))
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_the_weight_tied_network_of_great_depth_is_the_deq():
+    cell, x = make_cell("dense", dtype=torch.float64)
+    z = mb.DEQ(cell, rtol=1e-12, max_nfe=200)(x)
+    torch.testing.assert_close(Unrolled(cell, 300)(x), z, rtol=0, atol=1e-10)
+    assert not torch.allclose(Unrolled(cell, 2)(x), z, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("depth", [1, 4])
+def test_the_stack_of_one_cell_is_the_weight_tied_network_and_that_is_repeated_application(depth):
+    cell, x = make_cell("conv", dtype=torch.float64)
+    wanted = torch.zeros_like(x)
+    for _ in range(depth):
+        wanted = cell(wanted, x)
+    assert torch.equal(Unrolled(cell, depth)(x), wanted)
+    stack = Stack([cell] * depth)
+    assert torch.equal(stack(x), wanted)
+    assert stack.cell is cell
+
+
+def test_the_stack_applies_its_cells_in_order():
+    first, second = DenseCell(4), DenseCell(4)
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(Stack([first, second])(x), second(first(torch.zeros(2, 4), x), x))
+
+
+@pytest.mark.parametrize("depth", [2, 5])
+@pytest.mark.parametrize(
+    ("model_class", "config"),
+    [
+        (ConvClassifier, ConvClassifierConfig()),
+        (ConvClassifier, ConvClassifierConfig(channels=24, inner=24, side=28, stride=2)),
+        (DenseClassifier, DenseClassifierConfig(n=87)),
+    ],
+)
+def test_the_explicit_network_has_as_many_parameters_and_no_width_comes_nearer(model_class, config, depth):
+    wanted = count(model_class(config))
+    twin = explicit_twin(model_class, config, depth)
+    assert abs(count(twin) / wanted - 1) < 0.1
+    assert len(twin.deq.cells) == depth
+    weights = [next(cell.parameters()) for cell in twin.deq.cells]
+    assert not torch.equal(weights[0], weights[1])
+    assert twin(torch.rand(2, 1, config.side, config.side)).shape == (2, 10)
+    width = twin.config.n if model_class is DenseClassifier else twin.config.channels
+    for other in (width - 1, width + 1):
+        model = model_class(config.narrowed(other))
+        assert abs(count(model) + (depth - 1) * count(model.cell) - wanted) >= abs(count(twin) - wanted)
+
+
+def test_no_width_for_so_many_layers_is_said():
+    with pytest.raises(
+        ValueError, match=r"no width gives 100 layers the 236 parameters of the DEQ within 10%: the nearest"
+    ):
+        explicit_twin(DenseClassifier, DenseClassifierConfig(n=3, classes=5), 100)
+    for wrong in (0, 2.5):
+        with pytest.raises(ValueError, match="depth must be an integer"):
+            explicit_twin(DenseClassifier, DenseClassifierConfig(), wrong)
+        with pytest.raises(ValueError, match="depth must be an integer"):
+            Unrolled(DenseCell(4), wrong)
+    with pytest.raises(ValueError, match="at least one cell"):
+        Stack([])
+
+
+@pytest.mark.parametrize("name", ["dense", "causal", "pair"])
+def test_the_flow_and_its_gradients_are_those_of_the_differential_equation(name):
+    torch.manual_seed(0)
+    cell, x = make_cell(name, dtype=torch.float64) if name != "pair" else (Pair().double(), torch.randn(2, 3).double())
+    inject = nn.Linear(x.shape[-1], x.shape[-1]).double()
+    flow = Flow(cell, time=1.5, steps=60)
+    towards = [*inject.parameters(), *cell.parameters()]
+
+    def gradients(z):
+        parts = z if isinstance(z, tuple) else (z,)
+        loss = sum((part**2 * torch.arange(part[0].numel()).view_as(part[0])).sum() for part in parts)
+        return torch.autograd.grad(loss, towards)
+
+    z = flow(inject(x))
+    found = gradients(z)
+    context = inject(x)
+
+    def velocity(t, state):
+        image = cell(state, context)
+        return tuple(a - b for a, b in zip(image, state, strict=True)) if isinstance(state, tuple) else image - state
+
+    path = odeint(velocity, initial_state(cell, context), torch.tensor([0.0, 1.5]).double(), rtol=1e-9, atol=1e-9)
+    wanted = tuple(part[-1] for part in path) if isinstance(path, tuple) else path[-1]
+    torch.testing.assert_close(z, wanted, rtol=0, atol=1e-7)
+    for a, b in zip(found, gradients(wanted), strict=True):
+        assert float(b.abs().max()) > 1e-3
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_the_flow_of_a_contraction_leads_to_the_equilibrium():
+    cell, x = make_cell("dense", dtype=torch.float64)
+    z = mb.DEQ(cell, rtol=1e-12, max_nfe=200)(x)
+    torch.testing.assert_close(Flow(cell, time=60.0, steps=120)(x), z, rtol=0, atol=1e-6)
+
+
+def test_a_step_of_the_flow_costs_four_evaluations_and_its_error_is_of_order_four():
+    cell, x = make_cell("dense", dtype=torch.float64)
+    calls = []
+    cell.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        exact = Flow(cell, steps=200)(x)
+        calls.clear()
+        errors = [float((Flow(cell, steps=steps)(x) - exact).norm()) for steps in (4, 8)]
+    assert len(calls) == 4 * (4 + 8)
+    assert 10 < errors[0] / errors[1] < 26
+
+
+def test_pinned_weights_get_gradients_and_a_mask_is_one_through_a_call():
+    class Dropped(DenseCell):
+        def __init__(self) -> None:
+            super().__init__(6)
+            self.drop = VariationalDropout(0.5, (6,))
+
+        def forward(self, z, x):
+            return self.drop(super().forward(z, x))
+
+    torch.manual_seed(0)
+    cell, x = Dropped(), torch.randn(4, 6)
+    for twin in (Unrolled(cell, 200), Flow(cell, time=2.0)):
+        zeros = (twin(x) == 0).float().mean()
+        assert 0.2 < float(zeros) < 0.8
+    cell = DenseCell(6)
+    nn.utils.parametrizations.weight_norm(cell.linear)
+    flow = Flow(cell, steps=10)
+    path = odeint(lambda t, z: cell(z, x) - z, torch.zeros_like(x), torch.tensor([0.0, 1.0]), rtol=1e-5, atol=1e-6)
+    grads = [torch.autograd.grad(z.sum(), list(cell.linear.parameters())) for z in (flow(x), path[-1])]
+    for a, b in zip(*grads, strict=True):
+        assert float(a.abs().max()) > 1e-3
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+
+
+def test_a_weight_that_is_also_behind_the_context_gets_its_gradient_once():
+    cell, inputs = make_cell("dense", dtype=torch.float64)
+    flow = Flow(cell, steps=40)
+    found = torch.autograd.grad(flow(inputs @ cell.linear.weight).sum(), cell.linear.weight)[0]
+    x = inputs @ cell.linear.weight
+    path = odeint(lambda t, z: cell(z, x) - z, torch.zeros_like(x), torch.tensor([0.0, 1.0]).double())
+    torch.testing.assert_close(found, torch.autograd.grad(path[-1].sum(), cell.linear.weight)[0], rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(flow(x), path[-1])
+
+
+def test_without_torchdiffeq_the_flow_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchdiffeq", None)
+    with pytest.raises(ImportError, match="pip install torchdiffeq"):
+        Flow(DenseCell(4))
+
+
+@pytest.mark.parametrize("kind", ["unrolled", "explicit", "flow"])
+def test_a_twin_comes_back_from_its_file(kind, tmp_path):
+    config = ConvClassifierConfig(channels=8, inner=8)
+    make = {
+        "unrolled": lambda: unrolled_twin(ConvClassifier(config), 3),
+        "explicit": lambda: explicit_twin(ConvClassifier, config, 3),
+        "flow": lambda: flow_twin(ConvClassifier(config), time=0.5, steps=2),
+    }
+    twin = make[kind]()
+    path = save_model(twin, tmp_path / "twin.safetensors", {"epochs": 1})
+    again = load_model(path)
+    assert type(again.deq) is type(twin.deq)
+    assert again.config == twin.config
+    assert again.deq.describe() == twin.deq.describe()
+    torch.testing.assert_close(again(IMAGES), twin(IMAGES), rtol=0, atol=0)
+    with pytest.raises(TypeError, match=r"holds a twin .*'max_nfe'"):
+        load_model(path, max_nfe=5)
+
+
+def test_a_damaged_twin_is_refused(tmp_path):
+    twin = unrolled_twin(DenseClassifier(), 3)
+    for wrong in ({"kind": "unfolded"}, {"kind": "unrolled"}, {"kind": "unrolled", "depth": 0}, {"depth": 3}):
+        twin.deq.describe = lambda wrong=wrong: wrong
+        with pytest.raises(mb.CheckpointError, match="its description is damaged"):
+            load_model(save_model(twin, tmp_path / "twin.safetensors"))
+
+
+def test_twins_share_nothing_with_the_model_but_its_weights_values():
+    model = DenseClassifier(DenseClassifierConfig(n=12), rtol=1e-6, max_nfe=200)
+    before = model(IMAGES)
+    twin = unrolled_twin(model, 200)
+    torch.testing.assert_close(twin(IMAGES), before, rtol=0, atol=1e-4)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(model(IMAGES), before)
+    assert isinstance(model.deq, mb.DEQ)
+
+
+def test_the_dense_classifier_is_injection_equilibrium_and_head():
+    model = DenseClassifier(DenseClassifierConfig(n=12, image_channels=3, side=5, classes=4), rtol=1e-5)
+    images = torch.rand(2, 3, 5, 5)
+    x = torch.nn.functional.layer_norm(images.flatten(1) @ model.stem[0].weight.T + model.stem[0].bias, (12,))
+    z = mb.solve(model.cell, torch.zeros(2, 12), x, solver=mb.Broyden(), rtol=1e-5).z
+    torch.testing.assert_close(model(images), z @ model.head.weight.T + model.head.bias)
+
+
+def test_the_converted_mlp_computes_and_differentiates_what_the_network_does():
+    model = MLPClassifier(MLPClassifierConfig(hidden=20, depth=3)).double()
+    images = IMAGES.double()
+    a = images.flatten(1)
+    for number, stage in enumerate(model.cell.stages):
+        a = a @ stage[0].weight.T + stage[0].bias
+        a = torch.tanh(a) if number < 3 else a
+    training = model.train()(images)
+    towards = list(model.parameters())
+    wanted = torch.autograd.grad(training.square().sum(), towards)
+    solved = model.eval()(images)
+    torch.testing.assert_close(training, a)
+    torch.testing.assert_close(solved, a)
+    assert [part.shape[1] for part in model.deq(model.inject(images))] == [20, 20, 20, 10]
+    assert int(model.deq.last_solution.nfe.max()) == 5
+    for found, one in zip(torch.autograd.grad(solved.square().sum(), towards), wanted, strict=True):
+        torch.testing.assert_close(found, one)
+
+
+@pytest.mark.parametrize(
+    "model", [DenseClassifier(), MLPClassifier(), ConvClassifier(ConvClassifierConfig(side=7, stride=2))]
+)
+def test_models_come_back_from_their_files(model, tmp_path):
+    path = save_model(model, tmp_path / "m.safetensors")
+    again = load_model(path, solver=mb.Broyden(), rtol=1e-4, max_nfe=40)
+    assert again.config == model.config
+    assert (again.deq.rtol, again.deq.max_nfe) == (1e-4, 40)
+    images = torch.rand(2, 1, model.config.side, model.config.side)
+    torch.testing.assert_close(again(images), model.eval()(images), rtol=1e-2, atol=1e-2)
+
+
+def test_a_strided_stem_halves_the_side_of_the_state():
+    model = ConvClassifier(ConvClassifierConfig(channels=4, inner=4, side=7, stride=2))
+    assert model.inject(torch.rand(2, 1, 7, 7)).shape == (2, 4, 4, 4)
+    assert ConvClassifierConfig(channels=16, inner=32).narrowed(10) == ConvClassifierConfig(10, 20, 2)
