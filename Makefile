@@ -39,7 +39,7 @@ race-small: setup
 
 # wants a browser: apt-get install chromium
 check-page: setup
-	$(BIN)/python -m experiments.legacy.race.check_page results/race/report.html
+	$(BIN)/python -m experiments.bench.check_page results/race/report.html
 
 # the tests of the data and of the frozen models on Fashion-MNIST itself: apt-get install dataset-fashion-mnist
 check-data: setup

@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
+from experiments.bench.peers import TorchDEQSolver, available
 from experiments.legacy import benchmark, report
 from experiments.legacy.family_report import FamilyReport, read_rows
-from experiments.legacy.peers import TorchDEQSolver, available
 from experiments.legacy.provenance import config_hash, plain, provenance
 from metabroyden import Anderson, Broyden, Implicit, load_solver, save_solver
 from metabroyden.learned import LearnedStart

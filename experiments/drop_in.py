@@ -16,9 +16,9 @@ from rich.markdown import Markdown
 from torch import Tensor, nn
 
 import metabroyden as mb
+from experiments.bench.peers import available
 from experiments.legacy import drop_in, drop_in_report
 from experiments.legacy.benchmark import reference_equilibrium
-from experiments.legacy.peers import available
 from experiments.legacy.provenance import config_hash, plain, provenance, write_results
 from metabroyden import checkpoint
 from metabroyden.integrations.torchdeq import FixedPointMap, register

@@ -12,8 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 
+from experiments.bench.peers import ScipySolver, TorchDEQSolver, XitorchSolver, available
 from experiments.legacy import solver_rows, solvers_report
-from experiments.legacy.peers import ScipySolver, TorchDEQSolver, XitorchSolver, available
 from experiments.legacy.provenance import plain, provenance, write_results
 from metabroyden import Anderson, Broyden, Newton, Picard
 from metabroyden.meta.progress import progress_bar

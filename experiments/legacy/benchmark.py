@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from experiments.bench.peers import TorchDEQSolver
 from experiments.legacy.metrics import residual_after, residual_by_time, seconds_to, short
-from experiments.legacy.peers import TorchDEQSolver
 from experiments.legacy.stopwatch import Stopwatch
 from metabroyden.evaluator import Evaluator
 from metabroyden.problem import Problem

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from experiments.bench.peers import ScipySolver, TorchDEQSolver, XitorchSolver, solve_state
 from experiments.legacy.metrics import short
-from experiments.legacy.peers import ScipySolver, TorchDEQSolver, XitorchSolver, solve_state
 from experiments.legacy.stopwatch import Stopwatch
 from metabroyden.fixed import FixedBudget
 from metabroyden.solution import Trace

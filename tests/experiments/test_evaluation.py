@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import metabroyden as mb
+from experiments.bench.peers import ScipySolver, TorchDEQSolver, XitorchSolver
 from experiments.legacy import benchmark, meta_report, meta_rows, metrics, report, solver_rows
 from experiments.legacy.equilibria import HeldOut
-from experiments.legacy.peers import ScipySolver, TorchDEQSolver, XitorchSolver
 from experiments.legacy.provenance import write_results
 from metabroyden.learned.layout import Layout
 from metabroyden.learned.safeguard import Safeguard

@@ -14,12 +14,12 @@ import torch
 
 import metabroyden as mb
 from experiments import meta, race
+from experiments.bench import check_page
+from experiments.bench.peers import TorchDEQSolver
 from experiments.legacy.equilibria import HeldOut
-from experiments.legacy.peers import TorchDEQSolver
 from experiments.legacy.plots import plt
 from experiments.legacy.race import (
     ablation,
-    check_page,
     contestants,
     hyper_deq,
     measure,

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.bench.peers import TorchDEQSolver, solve_state
 from experiments.legacy import equilibria
 from experiments.legacy.equilibria import HeldOut
-from experiments.legacy.peers import TorchDEQSolver, solve_state
 from metabroyden.checkpoint import load_solver
 from metabroyden.learned.learned_start import LearnedStart
 from metabroyden.solvers import Broyden, Newton, Picard

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from experiments.bench.peers import Enough, Recorder, available
 from experiments.legacy import equilibria, meta_rows
 from experiments.legacy.equilibria import HeldOut
-from experiments.legacy.peers import Enough, Recorder, available
 from experiments.legacy.race import contestants, measure
 from experiments.legacy.race.contestants import Contestant
 from experiments.legacy.race.schema import Row

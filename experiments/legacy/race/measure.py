@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from experiments.bench.peers import solve_state
 from experiments.legacy.equilibria import HeldOut
 from experiments.legacy.memory import LiveBytes
 from experiments.legacy.meta_rows import packed, states_at
 from experiments.legacy.metrics import residual_after, residual_by_time, short
-from experiments.legacy.peers import solve_state
 from experiments.legacy.race.contestants import Contestant
 from experiments.legacy.race.schema import LETTERS, Row
 from experiments.legacy.stopwatch import Stopwatch, now

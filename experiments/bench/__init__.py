@@ -1,0 +1,1 @@
+"""One way to measure: problems, solvers, rows, statistics, tables, figures and reports that all experiments share."""

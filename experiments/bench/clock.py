@@ -1,0 +1,148 @@
+"""What a solve takes: seconds in f, in the solver and in all else, and bytes of tensors that are alive at once."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from metabroyden.function import FunctionWrapper, rewrap
+from metabroyden.solution import State
+from metabroyden.solve import Phase
+
+_WORK = ("start", "init", "step", "gather")
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when a device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class Stopwatch:
+    """Seconds spent in f and in a solver while these run through it. What f takes inside of a solver's step is f's.
+
+    Attributes:
+        f, solver: seconds. calls: of f.
+
+    >>> import torch, metabroyden as mb
+    >>> watch = Stopwatch(torch.device("cpu"))
+    >>> found = mb.solve(watch.of_f(torch.cos), torch.zeros(1, 1), solver=watch.of_solver(mb.Picard()), rtol=0.1)
+    >>> watch.calls == int(found.nfe), watch.f > 0, watch.solver > 0
+    (True, True, True)
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.f = self.solver = 0.0
+        self.calls = 0
+
+    def of_f(self, f: Callable[..., State]) -> Callable[..., State]:
+        """f, timed; parts of the cell behind it are not."""
+        return _TimedMap(f, self)
+
+    def of_solver(self, solver: Any) -> Any:
+        """A solver, timed, with those that its safeguard hands over to."""
+        return _TimedSolver(solver, self)
+
+
+class _TimedMap(FunctionWrapper):
+    def __init__(self, f: Callable[..., State], watch: Stopwatch) -> None:
+        self.inner, self.watch = f, watch
+
+    def rewrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """This function as the map inside is run."""
+        return rewrap(self.inner, function)
+
+    def __call__(self, *arguments: Any) -> State:
+        watch = self.watch
+        began = now(watch.device)
+        value = self.inner(*arguments)
+        watch.f += now(watch.device) - began
+        watch.calls += 1
+        return value
+
+
+class _TimedSolver:
+    def __init__(self, solver: Any, watch: Stopwatch) -> None:
+        self.solver, self.watch = solver, watch
+
+    def __getattr__(self, name: str) -> Any:
+        value, watch = getattr(self.solver, name), self.watch
+        if name not in _WORK:
+            return value
+
+        def timed(*arguments: Any) -> Any:
+            began, in_f = now(watch.device), watch.f
+            found = value(*arguments)
+            watch.solver += now(watch.device) - began - (watch.f - in_f)
+            return found
+
+        return timed
+
+    def __repr__(self) -> str:
+        return repr(self.solver)
+
+    @property
+    def safeguard(self) -> Any:
+        """Itself, where the solver has one."""
+        return self if getattr(self.solver, "safeguard", None) is not None else None
+
+    def plan(self, solver: Any) -> list[Phase]:
+        """The solver's phases, timed."""
+        phases = self.solver.safeguard.plan(self.solver)
+        return [replace(phase, solver=_TimedSolver(phase.solver, self.watch)) for phase in phases]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that operations under it make, for as long as they live.
+
+    A storage counts once, however many views of it there are, from the operation that first sees it until the last
+    tensor on it is gone. What a kernel allocates inside itself, and numpy's arrays, are not seen.
+
+    Attributes:
+        now: bytes alive. peak: the most there were at once since the start or the last `mark`.
+
+    >>> with LiveBytes() as live:
+    ...     a = torch.ones(10)
+    ...     b = a.view(2, 5) + 1
+    ...     del a
+    >>> live.now, live.peak
+    (40, 80)
+    """
+
+    def __init__(self, outside: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = {tensor.untyped_storage()._cdata: 0 for tensor in outside}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation, and count what it made."""
+        made = func(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves((args, kwargs, made)):
+            if isinstance(leaf, Tensor):
+                self._see(leaf.untyped_storage())
+        return made
+
+    def mark(self) -> None:
+        """Begin a new peak."""
+        self.peak = self.now
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._known:
+            size = self._known[key] = storage.nbytes()
+            weakref.finalize(storage, self._forget, key).atexit = False
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    def _forget(self, key: int) -> None:
+        self.now -= self._known.pop(key)

@@ -1,0 +1,414 @@
+"""Solves → rows. One function measures; everything else here is a different question asked of the same problems.
+
+Rows say what they are under the key "row":
+  solve    one solver on one block of samples to one tolerance: by sample evaluations (the budget where it failed), smallest
+           residual, status, distance to the float64 equilibrium, score, agreement of predictions; seconds of whole solves
+  curve    quartiles over samples of the smallest residual so far, by evaluations; its median by time
+  path     where one solve goes, in a plane shared by all paths
+  depth    the task's mean score after so many evaluations
+  pace     seconds of solves that stop after so many evaluations
+  horizon  a learned solver against its own fallback, far beyond the steps that it was trained on
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experiments.bench.clock import LiveBytes, Stopwatch, now
+from experiments.bench.peers import solve_state
+from experiments.bench.problems import HeldOut, packed
+from experiments.bench.runner import Row, ticks
+from experiments.bench.solvers import Contestant
+from experiments.bench.tables import short
+from metabroyden.gradients.base import parts_of
+from metabroyden.solution import State, Status, Trace, relative_residual
+from metabroyden.solve import solve
+from metabroyden.solvers.clock import turns
+
+LETTERS = {Status.CONVERGED: "C", Status.MAX_NFE: "B", Status.NON_FINITE: "N", Status.STALLED: "S"}
+"""Of a sample's status, in a row: converged, budget, not finite, stalled."""
+Stamp = Callable[[Contestant], Row]
+"""What every row of a contestant begins with."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is the same for all contestants.
+
+    Attributes:
+        tolerances: each with a solve of its own. budget: evaluations a sample. block: samples solved as one batch.
+        rounds: timed ones of a block to the `clocked` tolerances; to the others there is one, or none where this is zero.
+        clocked: None means all. weighed: whether memory is measured, in the first block to the last clocked tolerance.
+    """
+
+    tolerances: tuple[float, ...]
+    budget: int = 60
+    block: int = 64
+    rounds: int = 0
+    clocked: tuple[float, ...] | None = None
+    weighed: bool = False
+
+    def rounds_to(self, tolerance: float) -> int:
+        """Timed rounds to a tolerance."""
+        return self.rounds if self.clocked is None or tolerance in self.clocked else min(self.rounds, 1)
+
+
+def stamp_of(held: HeldOut, **more: Any) -> Stamp:
+    """The usual stamp: problem set, solver, kind, seed, and what is the same for all."""
+    return lambda one: {**more, "family": held.name, "solver": one.name, "kind": one.kind, "seed": one.seed}
+
+
+def measure(
+    held: HeldOut, contestants: Sequence[Contestant], rules: Rules, stamp: Stamp | None = None, *, progress: bool = False,
+) -> list[Row]:  # fmt: skip
+    """Every contestant on every block of problems to every tolerance, in turns; a residual curve of each at the end.
+
+    Args:
+        held: the problems; distances and agreement are measured where their equilibria are known.
+        contestants: who runs.
+        rules: tolerances, budget, rounds.
+        stamp: what every row of a contestant begins with; default `stamp_of(held)`.
+        progress: show a bar.
+
+    Returns:
+        Rows "solve", and a row "curve" of each contestant to the last tolerance.
+    """
+    stamp, rows = stamp or stamp_of(held), []
+    traces: dict[str, list[Trace]] = {one.key: [] for one in contestants}
+    reference = _Reference.of(held)
+    blocks = list(torch.arange(len(held), device=held.device).split(rules.block))
+    with ticks(held.name, len(blocks) * len(rules.tolerances), show=progress) as done:
+        for number, index in enumerate(blocks):
+            for tolerance in rules.tolerances:
+                block = _Block(held, index, number, tolerance, rules)
+                # what is found warms up what is timed
+                found = {one.key: block.solve(one) for one in contestants}
+                seconds = block.timed(contestants)
+                for one in contestants:
+                    result = found[one.key]
+                    if tolerance == rules.tolerances[-1] and result.trace is not None:
+                        traces[one.key].append(result.trace)
+                    rows.append({"row": "solve", **stamp(one), **block.row(one, result, reference, seconds[one.key])})
+                done()
+    return rows + [{"row": "curve", **stamp(one), **_curve(traces[one.key], rules.budget)} for one in contestants]
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """Float64 equilibria (N, n), where they are known (N,), and what is predicted there."""
+
+    star: Tensor
+    known: Tensor
+    predicted: Tensor | None
+
+    @classmethod
+    def of(cls, held: HeldOut) -> _Reference:
+        if held.star is None or held.known is None:
+            none = torch.zeros(len(held), dtype=torch.bool, device=held.device)
+            return cls(torch.zeros_like(packed(held.z0), dtype=torch.float64), none, None)
+        return cls(held.star, held.known, None if held.predict is None else held.predict(held.states(held.star)))
+
+
+@dataclass(frozen=True)
+class _Found:
+    z: State
+    evaluations: np.ndarray
+    residual: list[float]
+    status: str
+    handed_over: int
+    trace: Trace | None
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Samples that are solved as one batch to one tolerance."""
+
+    held: HeldOut
+    index: Tensor
+    number: int
+    tolerance: float
+    rules: Rules
+
+    def solve(self, one: Contestant, *, keep: bool = True) -> _Found:
+        return self.run(one, keep=keep)[0]
+
+    def run(self, one: Contestant, *, keep: bool) -> tuple[_Found, Row]:
+        return timed_solve(one, self.held.f, *self.held.take(self.index), self.tolerance, self.rules.budget, keep=keep)
+
+    def timed(self, contestants: Sequence[Contestant]) -> dict[str, list[Row]]:
+        """Seconds of the rounds of each; in every block another one goes first."""
+        by_key, rules = {one.key: one for one in contestants}, self.rules
+        seconds: dict[str, list[Row]] = {key: [] for key in by_key}
+        keys = list(by_key)
+        first = self.number * rules.rounds % len(keys)
+        for key in turns([*keys[first:], *keys[:first]], rules.rounds_to(self.tolerance)):
+            seconds[key].append(self.run(by_key[key], keep=False)[1])
+        return seconds
+
+    def row(self, one: Contestant, found: _Found, reference: _Reference, seconds: list[Row]) -> Row:
+        whole, index = _flat(found.z).isfinite().all(dim=1), self.index
+        known = reference.known[index] & whole
+        clocked = self.rules.clocked or self.rules.tolerances
+        weighed = self.rules.weighed and self.number == 0 and self.tolerance == clocked[-1]
+        return {
+            "options": one.options,
+            "tolerance": self.tolerance,
+            "budget": self.rules.budget,
+            "block": self.number,
+            "evaluations": found.evaluations.tolist(),
+            "residual": _numbers(found.residual),
+            "status": found.status,
+            "distance": _distance(found.z, reference.star[index], known),
+            "score": _numbers(self.held.judge(found.z, index).where(whole, torch.nan).tolist()),
+            "agrees": self._agreement(found.z, reference, known),
+            "handed_over": found.handed_over,
+            "seconds": short(seconds),
+            "peak_bytes": self._peak(one) if weighed else None,
+        }
+
+    def _agreement(self, z: State, reference: _Reference, known: Tensor) -> list[float | None]:
+        """By sample, the share of predictions that are the reference's; None where the equilibrium is not known."""
+        if self.held.predict is None or reference.predicted is None:
+            return [None for _ in known]
+        same = (self.held.predict(z) == reference.predicted[self.index]).float().reshape(len(known), -1).mean(dim=1)
+        return [float(f"{v:.4g}") if there else None for v, there in zip(same.tolist(), known.tolist(), strict=True)]
+
+    def _peak(self, one: Contestant) -> int:
+        """Bytes of tensors alive at once in a solve beyond those that were there before it (on a GPU: the allocator's)."""
+        device = self.held.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            self.solve(one, keep=False)
+            return torch.cuda.max_memory_allocated(device) - before
+        with LiveBytes() as live:
+            self.solve(one, keep=False)  # weights and contexts are seen, and stay
+            before = live.now
+            live.mark()
+            self.solve(one, keep=False)
+            return live.peak - before
+
+
+def timed_solve(
+    one: Contestant, f: Any, z0: State, x: Any, tolerance: float, budget: int, *, keep: bool = True
+) -> tuple[_Found, Row]:
+    """A solve, and where its time went. keep: False where only the time is wanted (a peer is not recorded then)."""
+    if one.peer:
+        return _solved_by_peer(one.solver, f, z0, x, tolerance, budget, keep=keep)
+    watch = Stopwatch(parts_of(z0)[0].device)
+    watched = watch.device.type == "cpu"  # on a GPU a look at the clock waits for the device
+    f, solver = (watch.of_f(f), watch.of_solver(one.solver)) if watched else (f, one.solver)
+    began = now(watch.device)
+    solution = solve(f, z0, x, solver=solver, rtol=tolerance, max_nfe=budget, throw=False)
+    total = now(watch.device) - began
+    taken = {
+        "total": total,
+        "f": watch.f if watched and not one.parts else None,
+        "solver": watch.solver if watched else total,
+        "bookkeeping": total - watch.f - watch.solver if watched else 0.0,
+    }
+    status = "".join(LETTERS[Status(value)] for value in solution.status.tolist())
+    evaluations = np.where(solution.converged.cpu().numpy(), solution.nfe.numpy(), budget)
+    handed = int((solution.trace.phase > 0).any(dim=0).sum())
+    return _Found(solution.z, evaluations, solution.residual.tolist(), status, handed, solution.trace), taken
+
+
+def _solved_by_peer(
+    solver: Any, f: Any, z0: State, x: Any, tolerance: float, budget: int, *, keep: bool
+) -> tuple[_Found, Row]:
+    device = parts_of(z0)[0].device
+    began = now(device)
+    z, recorder = solve_state(solver, f, z0, x, tolerance, budget, keep=keep)
+    total = now(device) - began - recorder.excused
+    in_f = recorder.f_seconds if device.type == "cpu" else None
+    taken = {"total": total, "f": in_f, "solver": total - (in_f or 0.0), "bookkeeping": 0.0}
+    if not keep:
+        return _Found(z0, np.empty(0), [], "", 0, None), taken
+    trace = recorder.trace()
+    evaluations, reached = trace.evaluations_to(tolerance, budget)
+    smallest = trace.residual.nan_to_num(torch.inf).min(dim=0).values.tolist()
+    finite = torch.isfinite(trace.residual[-1]).tolist()
+    letters = ["C" if hit else "B" if whole else "N" for hit, whole in zip(reached, finite, strict=True)]
+    return _Found(z, evaluations, smallest, "".join(letters), 0, trace), taken
+
+
+def _flat(z: State) -> Tensor:
+    """(B, n) of a state that a peer may have broken: `packed` wants finite ones."""
+    return torch.cat([part.flatten(1) for part in parts_of(z)], dim=1)
+
+
+def _numbers(values: list[float]) -> list[float | None]:
+    """To four digits; None for what is no number."""
+    return [float(f"{value:.4g}") if np.isfinite(value) else None for value in values]
+
+
+def _distance(z: State, star: Tensor, known: Tensor) -> list[float | None]:
+    apart = (_flat(z).double() - star).norm(dim=1) / star.norm(dim=1)
+    return [float(f"{v:.3g}") if there else None for v, there in zip(apart.tolist(), known.tolist(), strict=True)]
+
+
+def residual_after(trace: Trace, budget: int) -> np.ndarray:
+    """(budget, B): the smallest residual each sample had seen after 1, 2, … evaluations; infinite before its first."""
+    residual, nfe = np.nan_to_num(trace.residual.cpu().numpy(), nan=np.inf), trace.nfe.numpy()
+    best = np.full((budget + 1, residual.shape[1]), np.inf)
+    columns = np.arange(residual.shape[1])
+    for value, spent in zip(residual, np.minimum(nfe, budget), strict=True):
+        best[spent, columns] = np.minimum(best[spent, columns], value)
+    best[0] = np.inf  # rows of the trace in which the sample took no part carry nfe 0
+    return np.minimum.accumulate(best[1:], axis=0)
+
+
+def residual_by_time(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
+    """(seconds (K,), median over samples of the smallest residual seen by then (K,))."""
+    residual = np.nan_to_num(trace.residual.cpu().numpy(), nan=np.inf)
+    return trace.seconds.numpy(), np.median(np.minimum.accumulate(residual, axis=0), axis=1)
+
+
+def _curve(traces: Sequence[Trace], budget: int) -> Row:
+    """Quartiles of the residual by evaluations over all blocks; by time, of the first block."""
+    best = np.concatenate([residual_after(trace, budget) for trace in traces], axis=1)
+    low, median, high = np.quantile(best, [0.25, 0.5, 0.75], axis=1, method="nearest")
+    seen = np.flatnonzero(np.isfinite(high))
+    seconds, by_time = residual_by_time(traces[0])
+    there = np.isfinite(by_time)
+    bands = {"low": low[seen].tolist(), "median": median[seen].tolist(), "high": high[seen].tolist()}
+    times = {"seconds": seconds[there].tolist(), "by_time": by_time[there].tolist()}
+    return {"evaluations": (seen + 1).tolist(), **short({**bands, **times})}
+
+
+def curve_rows(
+    held: HeldOut, contestants: Sequence[Contestant], count: int, tolerance: float, budget: int, stamp: Stamp
+) -> list[Row]:
+    """Residual curves to a budget of their own, on the first `count` problems."""
+    index = torch.arange(min(count, len(held)), device=held.device)
+    block = _Block(held, index, 0, tolerance, Rules((tolerance,), budget))
+    traces = {one.key: block.solve(one).trace for one in contestants}
+    return [
+        {"row": "curve", **stamp(one), **_curve([trace], budget)}
+        for one in contestants
+        if (trace := traces[one.key]) is not None
+    ]
+
+
+@torch.no_grad()
+def path_rows(held: HeldOut, contestants: Sequence[Contestant], budget: int, stamp: Stamp) -> list[Row]:
+    """Iterates of solvers that call f, on the first sample to 1e-4, in the plane of their two principal components.
+
+    The first sample's float64 equilibrium is the origin.
+    """
+    assert held.star is not None, "paths are drawn round an equilibrium"
+    z0, x = held.take(torch.zeros(1, dtype=torch.long, device=held.device))
+    paths, residuals = [], []
+    for one in contestants:
+        visited: list[Tensor] = []
+
+        def f(z: State, context: Any, seen: list[Tensor] = visited) -> State:
+            seen.append(packed(z)[0].double())
+            return held.f(z, context)
+
+        found = solve(f, z0, x, solver=one.solver, rtol=1e-4, max_nfe=budget, throw=False)
+        paths.append(torch.stack(visited) - held.star[0])
+        residuals.append(_numbers(found.trace.residual[: len(visited), 0].tolist()))
+    plane = torch.linalg.svd(torch.cat(paths), full_matrices=False)[2][:2]
+    rows = []
+    for one, path, residual in zip(contestants, paths, residuals, strict=True):
+        along, across = (path @ plane.T).T.tolist()
+        rows.append({"row": "path", **stamp(one), "along": short(along), "across": short(across), "residual": residual})
+    return rows
+
+
+@torch.no_grad()
+def depth_rows(held: HeldOut, solver: Any, depths: Sequence[int]) -> list[Row]:
+    """Mean score, its error against the last, and quartiles of the residual after k evaluations; no stamp.
+
+    A solver's state after k evaluations is the best that it has seen; without a solver it is the k-th of z ← f(z).
+    """
+    scores: dict[int, list[Tensor]] = {k: [] for k in depths}
+    residuals: dict[int, list[Tensor]] = {k: [] for k in depths}
+    for z0, x, index in held.chunks():
+        for k, z in zip(depths, _states(held.f, z0, x, solver, depths), strict=True):
+            scores[k].append(held.judge(z, index).cpu())
+            residuals[k].append(_residual(held.f, z, x).cpu())
+    last = torch.cat(scores[depths[-1]])
+    rows = []
+    for k in depths:
+        score, residual = torch.cat(scores[k]), torch.cat(residuals[k])
+        over = score - last
+        quartiles = torch.quantile(residual, torch.tensor([0.25, 0.5, 0.75]), interpolation="nearest")
+        figures = {"score": float(score.mean()), "over_last": float(over.mean())}
+        error = float(over.std() / len(over) ** 0.5)
+        rows.append(
+            {"row": "depth", "evaluations": k, **figures, "over_last_error": error, "residual": quartiles.tolist()}
+        )
+    return short(rows)
+
+
+def _states(f: Callable[..., State], z0: State, x: Any, solver: Any, depths: Sequence[int]) -> list[State]:
+    if solver is not None:
+        found = solve(f, z0, x, solver=solver, rtol=0.0, max_nfe=depths[-1] + 1, throw=False, snapshots=depths)
+        return list(found.snapshots)
+    states, z = [], z0
+    for k in range(1, depths[-1] + 1):
+        z = f(z, x)
+        if k in depths:
+            states.append(z)
+    return states
+
+
+def _residual(f: Callable[..., State], z: State, x: Any) -> Tensor:
+    """(B,) ‖f(z) − z‖ / ‖f(z)‖."""
+    return relative_residual(_flat(z), _flat(f(z, x))).nan_to_num(torch.inf, torch.inf)
+
+
+def pace_rows(held: HeldOut, solves: Sequence[tuple[Contestant, int, bool]], rules: Rules, stamp: Stamp) -> list[Row]:
+    """Time of solves of the first block that stop after so many evaluations, whatever the residual; in turns.
+
+    solves: contestant, evaluations, and whether they are enough for the task.
+    """
+    z0, x = held.take(torch.arange(min(rules.block, len(held)), device=held.device))
+    by_key = {f"{one.key} {count}": (one, count) for one, count, _ in solves}
+    seconds: dict[str, list[float]] = {key: [] for key in by_key}
+    for key in turns(list(by_key), rules.rounds + 1):
+        one, count = by_key[key]
+        seconds[key].append(timed_solve(one, held.f, z0, x, 0.0, count, keep=False)[1]["total"])
+    return [
+        {"row": "pace", **stamp(one), "evaluations": count, "enough": enough,
+         "seconds": short(seconds[f"{one.key} {count}"][1:])}
+        for one, count, enough in solves
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def horizon_rows(
+    held: HeldOut, one: Contestant, stamp: Stamp, *, steps: int, tolerances: Iterable[float] = (1e-3, 1e-4)
+) -> list[Row]:
+    """A learned solver against its own fallback, `steps` evaluations each: the safeguard's promise, counted.
+
+    The promise is that with max_nfe plus what was spent before the fallback began, it does not fail where that converges.
+    """
+    rows, (fallback, phase) = [], one.solver.fallback()
+    for tolerance in tolerances:
+        counts = dict.fromkeys(("fallback", "learned", "lost", "broken", "triggered"), 0)
+        for z0, x, _ in held.chunks():
+            ours = solve(held.f, z0, x, solver=one.solver, rtol=tolerance, max_nfe=4 * steps, throw=False)
+            theirs = solve(held.f, z0, x, solver=fallback, rtol=tolerance, max_nfe=steps, throw=False)
+            nfe, hit = ours.trace.evaluations_to(tolerance, 4 * steps)
+            # all of them where it never entered the phase
+            before = np.where((ours.trace.phase < phase).numpy(), ours.trace.nfe.numpy(), 0).max(axis=0)
+            converged = theirs.converged.cpu().numpy()
+            counts["fallback"] += int(converged.sum())
+            counts["learned"] += int((hit & (nfe <= steps)).sum())
+            counts["lost"] += int((converged & ~(hit & (nfe <= steps))).sum())
+            counts["broken"] += int((converged & ~(hit & (nfe <= steps + before))).sum())
+            counts["triggered"] += int((ours.trace.phase > 0).any(dim=0).sum())
+        rows.append(
+            {"row": "horizon", **stamp(one), "tolerance": tolerance, "steps": steps, "samples": len(held), **counts}
+        )
+    return rows

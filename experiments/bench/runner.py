@@ -1,0 +1,256 @@
+"""What every experiment shares: options, folders, rows that are kept as they are made, and what is written beside them.
+
+A *row* is a JSON object of one measurement. A *unit* is a piece of an experiment whose rows are made in one go and kept in
+the folder of unfinished work, so that an interrupted experiment goes on with the next unit.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metabroyden.meta.progress import progress_bar
+from metabroyden.storage import atomic_write
+
+Row = dict[str, Any]
+_PACKAGES = ("metabroyden", "torch", "higher", "numpy", "scikit-learn", "torchdeq", "silva-networks", "xitorch", "scipy",
+             "pypower")  # fmt: skip
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of every experiment."""
+
+    results: Path = Path("results")
+    """Where results go; those of a run with other settings than the usual ones to a trial- folder in it."""
+    runs: Path = Path("runs")
+    """Where unfinished work is kept, to go on from."""
+    overwrite: bool = False
+    """Throw away unfinished and finished work of this configuration and start anew."""
+    progress: bool = True
+    """Show progress bars."""
+
+
+class Run:
+    """One run of an experiment.
+
+    Args:
+        name: of the experiment. config: its options.
+        free: options that change no figure beside those of `Options`; any other one that is not the usual one makes the
+            run a trial, which replaces no published figure.
+        shared: options that finished units do not depend on; default: the free ones.
+        inputs: files and words that all units depend on, beside the options.
+        always: options that the command line shows in any case, in words.
+
+    Attributes:
+        folder: of the results. work: of unfinished work.
+
+    Raises:
+        ValueError: If a count among the options is below one.
+    """
+
+    def __init__(
+        self, name: str, config: Any, *, free: Sequence[str] = (), shared: Sequence[str] | None = None,
+        inputs: Iterable[Any] = (), always: str = "",
+    ) -> None:  # fmt: skip
+        places = tuple(item.name for item in fields(Options))
+        self.name, self.config, self.always = name, config, always
+        self.free = (*free, *places)
+        usual = {item.name: item.default for item in fields(config)}
+        kept = {key: usual[key] for key in (*(free if shared is None else shared), *places) if key in usual}
+        self.folder = results_folder(config.results, config, self.free)
+        self.work = Path(config.runs) / f"{config_hash(replace(config, **kept))}-{digest(*inputs)}"
+        if config.overwrite:
+            shutil.rmtree(self.work, ignore_errors=True)
+        if not (self.work / "began.json").exists():
+            atomic_write(self.work / "began.json", json.dumps(provenance(), indent=2) + "\n")
+
+    def unit(self, key: str, make: Callable[[], Iterable[Row]], **options: Any) -> list[Row]:
+        """The rows of a unit: made by `make`, or read where they are there. options: see `write_rows`."""
+        path = self.work / f"{key}.jsonl"
+        if not path.exists():
+            write_rows(path, make(), **options)
+        return read_rows(path)
+
+    def described(self, **more: Any) -> Row:
+        """How the rows were made: command, options, versions, machine, commit."""
+        command = command_line(" ".join([self.name, self.always]).strip(), self.config, self.free)
+        began = json.loads((self.work / "began.json").read_text())
+        return {"command": command, "config": plain(self.config), "began": began, "provenance": provenance(), **more}
+
+    def publish(self, rows: Iterable[Row], **more: Any) -> Path:
+        """Write rows.jsonl.gz and config.json into the folder of the results."""
+        return publish(self.folder, rows, self.described(**more))
+
+
+def publish(folder: Path, rows: Iterable[Row], described: Row) -> Path:
+    """Write config.json and rows.jsonl.gz into a folder: where there are rows, how they were made is there."""
+    atomic_write(folder / "config.json", json.dumps(described, indent=2) + "\n")
+    write_rows(folder / "rows.jsonl.gz", rows)
+    (folder / "rows.jsonl").unlink(missing_ok=True)
+    return folder
+
+
+def write_rows(path: Path, rows: Iterable[Row], *, strict: bool = False) -> Path:
+    """Write rows, one a line, compressed where the name ends in .gz; strict: ValueError for numbers that JSON has not."""
+    text = "".join(json.dumps(row, separators=(",", ":"), allow_nan=not strict) + "\n" for row in rows).encode()
+    return atomic_write(path, gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file, or of its compressed twin; ValueError names file and line of what is no JSON."""
+    if not path.exists():
+        path = path.with_suffix("") if path.suffix == ".gz" else path.with_name(f"{path.name}.gz")
+    data = path.read_bytes()
+    rows = []
+    for number, line in enumerate((gzip.decompress(data) if path.suffix == ".gz" else data).splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
+    return rows
+
+
+def row_files(folder: Path, pattern: str = "*.jsonl") -> list[Path]:
+    """Files of rows below a folder, compressed or not, without those of trials."""
+    found = sorted((*folder.glob(pattern), *folder.glob(f"{pattern}.gz")))
+    return [path for path in found if not any(part.startswith("trial-") for part in path.relative_to(folder).parts)]
+
+
+def results_folder(folder: Path, config: Any, free: Iterable[str]) -> Path:
+    """`folder` where the options but the `free` ones are the usual ones, else a trial- folder in it, named by them."""
+    chosen = {item.name: getattr(config, item.name) for item in fields(config) if item.name not in free}
+    if all(item.default == chosen.get(item.name, item.default) for item in fields(config)):
+        return folder
+    return folder / f"trial-{_hash(chosen)}"
+
+
+def config_hash(config: Any) -> str:
+    """Eight hex digits that change when a value of the config dataclass does."""
+    return _hash(asdict(config))
+
+
+def _hash(values: Row) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def digest(*inputs: Any) -> str:
+    """Eight hex digits of files, by their bytes, and of other values, by their repr."""
+    found = hashlib.sha256()
+    for one in inputs:
+        found.update(one.read_bytes() if isinstance(one, Path) else repr(one).encode())
+    return found.hexdigest()[:8]
+
+
+def sha256(path: Path) -> str:
+    """Of a file, whole."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def plain(config: Any) -> Row:
+    """A config dataclass as JSON holds it, paths as strings."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
+
+
+def command_line(name: str, config: Any, places: Iterable[str]) -> str:
+    """The command that runs an experiment with this config: its options but for those that say where things are.
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass
+    ... class Config:
+    ...     some_steps: int = 3
+    ...     names: tuple[str, ...] = ("a",)
+    ...     widths: bool = True
+    >>> command_line("race", Config(4, ("a", "b"), False), ())
+    'python -m experiments race --some-steps 4 --names a b --no-widths'
+    """
+    words = [f"python -m experiments {name}"]
+    for item in fields(config):
+        value, option = getattr(config, item.name), item.name.replace("_", "-")
+        if item.name in places or value == item.default:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            values = value if isinstance(value, tuple) else (value,)
+            words.append(f"--{option} {shlex.join(map(str, values))}")
+    return " ".join(words)
+
+
+def at_least_one(config: Any, *names: str) -> None:
+    """ValueError where an option of these names is below one; None is no count."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def known(what: str, names: Iterable[str], among: Iterable[str]) -> None:
+    """ValueError where a name is not among those that are known."""
+    among = list(among)
+    for name in names:
+        if name not in among:
+            raise ValueError(f"unknown {what} {name!r}: known are {', '.join(among)}")
+
+
+def provenance() -> Row:
+    """Versions, processor, threads and commit (with a mark where the tree had changes)."""
+    return {**_machine(), "threads": torch.get_num_threads()}
+
+
+@cache
+def _machine() -> Row:
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    machine = {"python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count()}
+    return {"versions": versions, **machine, "commit": _commit()}
+
+
+def _commit() -> str:
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=_ROOT, capture_output=True, text=True, check=True)
+        # what an experiment itself writes below results/ is no change of the code
+        changed = ["git", "status", "--porcelain", "--", ".", ":!results"]
+        dirty = subprocess.run(changed, cwd=_ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + (" with changes" if dirty else "")
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run with so many threads of the CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def ticks(title: str, total: int, *, show: bool) -> Iterator[Callable[..., None]]:
+    """A function to be called, with a word or none, after each of `total` pieces of work; a bar where it is shown."""
+    with progress_bar(title, total, show=show) as bar:
+        count = iter(range(1, total + 1))
+        yield lambda words="": None if bar is None else bar(next(count), words)

@@ -1,0 +1,166 @@
+"""Who is measured: classical solvers, as they are and tuned, also from a learned start; learned ones; other libraries'."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from experiments.bench.figures import FLAGSHIP
+from experiments.bench.peers import TorchDEQSolver, solve_state
+from experiments.bench.problems import HeldOut
+from metabroyden.checkpoint import load_solver
+from metabroyden.learned.learned_start import LearnedStart
+from metabroyden.solvers import Anderson, Broyden, Newton, Picard
+from metabroyden.solvers import classical as grids
+from metabroyden.solvers.tuning import score, tune
+
+LEARNED = (FLAGSHIP, "grouped", "hyper-anderson")
+"""Solvers taken from results/meta, with all seeds that are there."""
+JUDGED = (1e-2, 1e-3)
+"""Tolerances on which solvers are tuned."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One solver in a comparison.
+
+    Attributes:
+        name: in tables and figures. kind: "classical" (ours), "started" (the same from a learned start), "learned", or
+            "peer" (another library's). solver: one for `solve`, or a peer's for `solve_state`. options: in words.
+        seed: of a learned solver; None for others.
+    """
+
+    name: str
+    kind: str
+    solver: Any
+    options: str = ""
+    seed: int | None = None
+
+    @property
+    def peer(self) -> bool:
+        """Whether it runs in another library's loop."""
+        return self.kind == "peer"
+
+    @property
+    def parts(self) -> bool:
+        """Whether it uses parts of a cell instead of f."""
+        return bool(getattr(self.solver, "parts", ()))
+
+    @property
+    def key(self) -> str:
+        """Its name with its seed."""
+        return self.name if self.seed is None else f"{self.name}, seed {self.seed}"
+
+
+def contestant(name: str, solver: Any, seed: int | None = None) -> Contestant:
+    """A solver under a name; its kind follows from what it is."""
+    if not hasattr(solver, "solve"):
+        kind = "learned" if isinstance(solver, nn.Module) else "classical"
+        return Contestant(name, kind, solver, type(solver).__name__ if kind == "learned" else repr(solver), seed)
+    return Contestant(name, "peer", solver, repr(solver), seed)
+
+
+def contestants(**solvers: Any) -> list[Contestant]:
+    """Several, by name."""
+    return [contestant(name, solver) for name, solver in solvers.items()]
+
+
+def untuned(budget: int) -> list[Contestant]:
+    """The classical solvers as they are, Broyden's with full memory."""
+    return contestants(Picard=Picard(), Anderson=Anderson(), Broyden=Broyden(budget), **{"Newton-Krylov": Newton()})
+
+
+def tuned(validation: HeldOut, budget: int, *, splitting: bool = False) -> dict[str, Any]:
+    """The best Picard, Anderson and Broyden of a grid on validation problems; splitting: and the two splitting methods."""
+    z0, x = validation.first()
+    found = grids.tuned_solvers(validation.f, z0, x, budget=budget)
+    return found | (grids.splitting_solvers(validation.f, z0, x, budget=budget) if splitting else {})
+
+
+def classical(validation: HeldOut, budget: int, *, splitting: bool) -> list[Contestant]:
+    """Ours, each the best of its grid on validation problems, and two as they are."""
+    z0, x = validation.first()
+    newton = [Newton(krylov=directions, forcing=forcing) for directions in (5, 20) for forcing in (1e-2, 1e-1)]
+    found = {"Picard": Picard(), "Broyden": Broyden(budget), **tuned(validation, budget)}
+    found["Newton-Krylov"] = tune(newton, validation.f, z0, x, tolerances=JUDGED, max_nfe=budget)[0][0]
+    if splitting:
+        found |= grids.splitting_solvers(validation.f, z0, x, budget=budget)
+    return contestants(**found)
+
+
+def started(learned: Contestant, known: Iterable[Contestant]) -> list[Contestant]:
+    """The tuned Picard, Anderson and Broyden from the start of a learned solver, where it has one that makes states."""
+    solver = learned.solver
+    if getattr(solver, "initializer", None) is None or learned.parts:
+        return []
+    return [
+        Contestant(
+            f"{one.name} + start", "started", LearnedStart.of(solver, one.solver), f"{one.options} + {learned.options}"
+        )
+        for one in known
+        if one.name in ("tuned Picard", "tuned Anderson", "tuned Broyden")
+    ]
+
+
+def solver_files(folder: Path, family: str, name: str = "*") -> list[Path]:
+    """Files of the solvers trained on a family, from results/meta."""
+    return sorted((folder / family).glob(f"{name}-seed*/solver.safetensors"))
+
+
+def learned(folder: Path, family: str, names: Iterable[str] = LEARNED, device: Any = "cpu") -> list[Contestant]:
+    """Trained solvers of a family with all seeds that are there, from results/meta."""
+    found = []
+    for path in (path for name in names for path in solver_files(folder, family, name)):
+        name, _, seed = path.parent.name.rpartition("-seed")
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+        found.append(Contestant(name, "learned", load_solver(path).to(device), digest, int(seed)))
+    return found
+
+
+def universal(device: Any = "cpu") -> Contestant:
+    """The universal solver that is shipped."""
+    solver = load_solver("universal")
+    weights = b"".join(value.cpu().numpy().tobytes() for value in solver.state_dict().values())
+    digest = hashlib.sha256(weights).hexdigest()[:8]
+    return Contestant("universal", "learned", solver.to(device), f"shipped, {digest}", 0)
+
+
+def torchdeq(*names: str) -> list[Contestant]:
+    """torchdeq's Broyden and Anderson, as they are."""
+    return [contestant(f"torchdeq {name}", TorchDEQSolver(name.lower())) for name in names or ("Broyden", "Anderson")]
+
+
+def peers(validation: HeldOut, budget: int) -> list[Contestant]:
+    """torchdeq's Broyden and Anderson, as they are and tuned like ours."""
+    options = itertools.product((5, 10), (1e-4, 1e-6), (0.25, 0.7, 1.0, 1.5))
+    grids = {
+        # its line search spends calls beyond the budget
+        "Broyden": [
+            TorchDEQSolver("broyden", (("LBFGS_thres", memory),)) for memory in (5, 10, 15, 20, 30, 40, budget)
+        ],
+        "Anderson": [
+            TorchDEQSolver("anderson"),
+            *(
+                TorchDEQSolver("anderson", (("m", m), ("lam", ridge), ("tau", damping)))
+                for m, ridge, damping in options
+            ),
+        ],
+    }
+    found = []
+    for name, grid in grids.items():
+        (usual,) = torchdeq(name)
+        best = min(grid, key=lambda solver: peer_score(solver, validation, budget))
+        found += [usual, replace(usual, name=f"tuned {usual.name}", solver=best, options=repr(best))]
+    return found
+
+
+def peer_score(solver: Any, validation: HeldOut, budget: int) -> float:
+    """What tuning minimises, of another library's solver."""
+    _, recorder = solve_state(solver, validation.f, *validation.first(), min(JUDGED), budget)
+    return score(recorder.trace(), JUDGED, budget)

@@ -1,0 +1,322 @@
+"""What rows of solves say, by one rule each: medians, success, ratios with intervals, means over problems, profiles.
+
+A failure counts as the budget in every median, quantile and mean, and the share solved stands beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.bench.runner import Row
+from metabroyden.meta.comparison import standard_error
+
+RESAMPLES = 4000
+HEADLINE = 12
+"""Evaluations that the best classical solver needs, on validation, where a family counts towards the means."""
+
+
+class Interval(NamedTuple):
+    """A figure and its 95% bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __format__(self, spec: str) -> str:
+        """0.51 (0.49–0.53); nothing for NaN."""
+        spec = spec or ".2f"
+        return "" if np.isnan(self.value) else f"{self.value:{spec}} ({self.low:{spec}}–{self.high:{spec}})"
+
+
+NOTHING = Interval(*3 * (float("nan"),))
+
+
+class Outcome(NamedTuple):
+    """One solver on one problem set to one tolerance; S seeds, N samples."""
+
+    evaluations: np.ndarray  # (S, N), the budget where it failed
+    solved: np.ndarray  # (S, N) bool
+    seconds: np.ndarray  # (S, blocks, rounds) of whole solves; empty where nothing was timed
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> Outcome:
+        """From rows of solves, of any seeds and blocks."""
+        seeds: dict[Any, list[Row]] = {}
+        for row in sorted(rows, key=lambda row: row.get("block", 0)):
+            seeds.setdefault(row.get("seed"), []).append(row)
+        spent = np.array([np.concatenate([_spent(row) for row in found]) for found in seeds.values()])
+        solved = np.array([np.concatenate([_solved(row) for row in found]) for found in seeds.values()])
+        seconds = [[[lap["total"] for lap in row.get("seconds", ())] for row in found] for found in seeds.values()]
+        return cls(spent, solved, np.array(seconds))
+
+    @property
+    def median(self) -> float:
+        """Of evaluations, over samples and seeds."""
+        return float(np.median(self.evaluations))
+
+    @property
+    def mean(self) -> float:
+        """Of evaluations."""
+        return float(self.evaluations.mean())
+
+    @property
+    def p90(self) -> float:
+        """90th percentile of evaluations."""
+        return float(np.percentile(self.evaluations, 90))
+
+    @property
+    def success(self) -> float:
+        """Share of samples solved, over seeds."""
+        return float(self.solved.mean())
+
+    @property
+    def error(self) -> float:
+        """Standard error of that share, over samples."""
+        return standard_error(self.success, self.solved.shape[1])
+
+    @property
+    def mostly(self) -> np.ndarray:
+        """(N,) samples that most seeds solve."""
+        return self.solved.mean(axis=0) > 0.5
+
+    def within(self, budget: int) -> float:
+        """Share of samples solved in so many evaluations."""
+        return float((self.solved & (self.evaluations <= budget)).mean())
+
+    def __str__(self) -> str:
+        """Median evaluations (share solved)."""
+        return f"{self.median:g} ({self.success:.0%})"
+
+
+def _spent(row: Row) -> np.ndarray:
+    """(N,) evaluations, the budget where it failed; older rows call them "nfe"."""
+    return np.asarray(row["evaluations"] if "evaluations" in row else row["nfe"])
+
+
+def _solved(row: Row) -> np.ndarray:
+    """(N,) bool, from a letter a sample, or from the list of older rows."""
+    return np.asarray(row["reached"]) if "reached" in row else np.array([letter == "C" for letter in row["status"]])
+
+
+def able(outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
+    """Those whose success is at most a standard error below the highest."""
+    top = max(outcomes.values(), key=lambda one: one.success)
+    return {name: one for name, one in outcomes.items() if one.success >= top.success - top.error}
+
+
+def best(outcomes: Mapping[str, Outcome]) -> str:
+    """Among those that solve most, the one with the smallest median of evaluations; the mean decides ties."""
+    found = able(outcomes)
+    return min(found, key=lambda name: (found[name].median, found[name].mean))
+
+
+def fastest(outcomes: Mapping[str, Outcome]) -> str:
+    """Among those that solve most, the one with the smallest median of seconds."""
+    found = able(outcomes)
+    return min(found, key=lambda name: float(np.median(found[name].seconds)))
+
+
+class Field:
+    """Rows of solves on several problems.
+
+    Args:
+        rows: of all kinds; those whose "row" is "solve" (or the older "transfer") make outcomes.
+        part: only rows with this "part"; None: all.
+
+    Attributes:
+        rows: of the part. families: names of problem sets, in the order of the rows. tolerances: the loosest first.
+        budget: evaluations a sample.
+
+    Raises:
+        ValueError: If there are no solves.
+    """
+
+    def __init__(self, rows: Iterable[Row], part: str | None = None) -> None:
+        self.rows = [_named(row) for row in rows if part is None or row.get("part") == part]
+        self._solves = [row for row in self.rows if row["row"] == "solve"]
+        if not self._solves:
+            raise ValueError("no solves among the rows" + (f" of part {part!r}" if part else ""))
+        self.families = list(dict.fromkeys(row["family"] for row in self.rows))
+        self.tolerances = sorted({row["tolerance"] for row in self._solves}, reverse=True)
+        self.budget = max(row["budget"] for row in self._solves)
+        self._outcomes: dict[tuple[str, str, float], Outcome | None] = {}
+
+    @cached_property
+    def _by_place(self) -> dict[tuple[str, str], list[Row]]:
+        found: dict[tuple[str, str], list[Row]] = {}
+        for row in self.rows:
+            found.setdefault((row["family"], row.get("solver", "")), []).append(row)
+        return found
+
+    def of(self, kind: str, family: str, solver: str, **wanted: Any) -> list[Row]:
+        """Rows of one kind of a solver on a family."""
+        found = self._by_place.get((family, solver), ())
+        return [row for row in found if row["row"] == kind and all(row[key] == wanted[key] for key in wanted)]
+
+    def solvers(self, family: str | None = None, *kinds: str) -> list[str]:
+        """Those that ran on a family (None: on any), of these kinds (all where none is given)."""
+        rows = (row for row in self._solves if family in (None, row["family"]))
+        return list(dict.fromkeys(row["solver"] for row in rows if not kinds or row.get("kind") in kinds))
+
+    def outcome(self, family: str, solver: str, tolerance: float) -> Outcome | None:
+        """How a solver did; None where it did not run."""
+        key = family, solver, tolerance
+        if key not in self._outcomes:
+            rows = self.of("solve", family, solver, tolerance=tolerance)
+            self._outcomes[key] = Outcome.of(rows) if rows else None
+        return self._outcomes[key]
+
+    def must(self, family: str, solver: str, tolerance: float) -> Outcome:
+        """The same; KeyError where it did not run."""
+        found = self.outcome(family, solver, tolerance)
+        if found is None:
+            raise KeyError(f"{solver} did not run on {family} to {tolerance:g}")
+        return found
+
+    def outcomes(self, family: str, tolerance: float, *kinds: str) -> dict[str, Outcome]:
+        """Of all solvers of these kinds that ran on a family."""
+        return {name: self.must(family, name, tolerance) for name in self.solvers(family, *kinds)}
+
+    def best(self, family: str, tolerance: float) -> str:
+        """The best classical solver."""
+        return best(self.outcomes(family, tolerance, "classical"))
+
+    def fastest(self, family: str, tolerance: float) -> str:
+        """The fastest classical solver."""
+        return fastest(self.outcomes(family, tolerance, "classical"))
+
+    def headline(self, tolerance: float) -> list[str]:
+        """Families that count towards the means, by the validation problems that classical solvers were tuned on."""
+        tuned = [row for row in self.rows if row["row"] == "tuned" and row["tolerance"] == tolerance]
+        least = {
+            family: min((r["median"] for r in tuned if r["family"] == family), default=0) for family in self.families
+        }
+        return [family for family, median in least.items() if median >= HEADLINE]
+
+    def ratio(self, family: str, solver: str, rival: str, tolerance: float) -> Interval:
+        """Median evaluations of one over those of another, samples and seeds drawn again."""
+        return ratio(self.must(family, solver, tolerance), self.must(family, rival, tolerance))
+
+    def time_ratio(self, family: str, solver: str, rival: str, tolerance: float) -> Interval:
+        """Median over blocks, rounds and seeds of the ratio of times of one round; these drawn again."""
+        return interval(time_draws(self.must(family, solver, tolerance), self.must(family, rival, tolerance)))
+
+    def mean_ratio(
+        self,
+        families: Sequence[str],
+        solver: str,
+        rival: str | Callable[[str], str],
+        tolerance: float,
+        *,
+        time: bool = False,
+    ) -> Interval:
+        """Geometric mean of the families' ratios in each resample; families are not drawn.
+
+        Args:
+            families: those on which either did not run are left out.
+            solver: its name.
+            rival: a name, or a map from a family to one.
+            tolerance: of the solves.
+            time: ratios of times instead of evaluations.
+        """
+        draws, found = time_draws if time else ratio_draws, []
+        for family in families:
+            name = rival(family) if callable(rival) else rival
+            ours, theirs = self.outcome(family, solver, tolerance), self.outcome(family, name, tolerance)
+            if ours is not None and theirs is not None:
+                found.append(np.log(draws(ours, theirs)))
+        return interval(np.exp(np.mean(found, axis=0))) if found else NOTHING
+
+
+def _named(row: Row) -> Row:
+    """A row with the names of today: older ones say "transfer" and "tested"."""
+    if row["row"] != "transfer":
+        return row
+    return {**row, "row": "solve", "family": row["tested"], "kind": "classical" if row["trained"] == "—" else "learned"}
+
+
+def geometric(values: Iterable[float]) -> float:
+    """Geometric mean of those that are finite; NaN where there are none."""
+    found = [value for value in values if np.isfinite(value)]
+    return float(np.exp(np.mean(np.log(found)))) if found else float("nan")
+
+
+def ratio(ours: Outcome, theirs: Outcome) -> Interval:
+    """Ratio of median evaluations of two solvers on the same samples, which are drawn again for both, and seeds."""
+    return interval(ratio_draws(ours, theirs))
+
+
+def ratio_draws(ours: Outcome, theirs: Outcome) -> np.ndarray:
+    """(1 + RESAMPLES,) ratios of medians, the first of them the figure itself."""
+    generator = np.random.default_rng(0)
+    samples = _drawn_samples(ours, generator)
+    return _over(ours, samples, generator, np.median) / _over(theirs, samples, generator, np.median)
+
+
+def time_draws(ours: Outcome, theirs: Outcome) -> np.ndarray:
+    """(1 + RESAMPLES,) medians over seeds, blocks and rounds of ratios of times, the first of them the figure itself."""
+    ratios = ours.seconds / np.median(theirs.seconds, axis=0, keepdims=True)
+    generator, (seeds, blocks, rounds) = np.random.default_rng(0), ratios.shape
+    # seeds, blocks of each, rounds of each
+    seed = generator.integers(seeds, size=(RESAMPLES, seeds, 1, 1))
+    block = generator.integers(blocks, size=(RESAMPLES, seeds, blocks, 1))
+    lap = generator.integers(rounds, size=(RESAMPLES, seeds, blocks, rounds))
+    return np.concatenate([[np.median(ratios)], np.median(ratios[seed, block, lap], axis=(1, 2, 3))])
+
+
+def paired(ours: Outcome, theirs: Outcome) -> tuple[Interval, int, int]:
+    """(mean difference of evaluations, samples that only the first solves, samples that only the second solves).
+
+    A learned solver solves a sample where most of its seeds do.
+    """
+    generator = np.random.default_rng(0)
+    samples = _drawn_samples(ours, generator)
+    draws = _over(ours, samples, generator, np.mean) - _over(theirs, samples, generator, np.mean)
+    return interval(draws), *alone(ours, theirs)
+
+
+def alone(ours: Outcome, theirs: Outcome) -> tuple[int, int]:
+    """Samples that only the first, that only the second solves."""
+    return int((ours.mostly & ~theirs.mostly).sum()), int((theirs.mostly & ~ours.mostly).sum())
+
+
+def _drawn_samples(outcome: Outcome, generator: np.random.Generator) -> np.ndarray:
+    """(1 + RESAMPLES, N) indices, the first row all samples once."""
+    count = outcome.evaluations.shape[1]
+    return np.concatenate([np.arange(count)[None], generator.integers(count, size=(RESAMPLES, count))])
+
+
+def _over(outcome: Outcome, samples: np.ndarray, generator: np.random.Generator, of: Any) -> np.ndarray:
+    """(draws,) means or medians over drawn samples, and drawn seeds where there are several; first of all seeds."""
+    seeds = len(outcome.evaluations)
+    if seeds == 1:
+        return of(outcome.evaluations[0][samples], axis=1)
+    chosen = generator.integers(seeds, size=(len(samples), seeds))
+    chosen[0] = np.arange(seeds)
+    return of(outcome.evaluations[chosen[:, :, None], samples[:, None, :]], axis=(1, 2))
+
+
+def interval(draws: np.ndarray) -> Interval:
+    """Of draws of which the first is the figure itself."""
+    low, high = np.quantile(draws[1:], [0.025, 0.975])
+    return Interval(float(draws[0]), float(low), float(high))
+
+
+def profile(outcomes: Mapping[str, Outcome], factors: np.ndarray) -> dict[str, np.ndarray]:
+    """(len(factors),) by solver: the share of samples solved within so many times the fewest evaluations of any of them.
+
+    A performance profile (Dolan & Moré 2002); of a sample's seeds the middle one. Samples that none solves count.
+    """
+    middle = {name: len(one.solved) // 2 for name, one in outcomes.items()}
+    spent = {
+        name: np.sort(np.where(one.solved, one.evaluations, np.inf), axis=0)[middle[name]]
+        for name, one in outcomes.items()
+    }
+    fewest = np.min(list(spent.values()), axis=0)
+    with np.errstate(invalid="ignore"):
+        ratios = {name: np.where(np.isfinite(values), values / fewest, np.inf) for name, values in spent.items()}
+    return {name: (found[None] <= factors[:, None] + 1e-9).mean(axis=1) for name, found in ratios.items()}

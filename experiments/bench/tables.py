@@ -1,0 +1,82 @@
+"""Tables as pivots of rows, in Markdown and HTML. Nothing here solves or judges."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Table(NamedTuple):
+    """A table: what it tells, its header, its rows of cells."""
+
+    words: str
+    head: list[str]
+    body: list[list[str]]
+
+    def __str__(self) -> str:
+        """As Markdown, without its words."""
+        return markdown(self.head, self.body)
+
+    def html(self) -> str:
+        """As HTML with its words as a heading; `code` and **bold** are the only markup of a cell."""
+        header = "".join(f"<th><button>{inline(cell)}</button></th>" for cell in self.head)
+        rows = "".join(f"<tr>{''.join(f'<td>{inline(cell)}</td>' for cell in row)}</tr>" for row in self.body)
+        table = f"<table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table>"
+        return f'<h2>{inline(self.words)}</h2><div class="table">{table}</div>'
+
+
+def pivot(
+    words: str, rows: Sequence[Any], index: Callable[[Any], str], columns: Callable[[Any], str],
+    cell: Callable[[list[Any]], str], *, corner: str = "",
+) -> Table:  # fmt: skip
+    """Rows by an index and a column key, both in the order in which they come; a cell from the rows at its place.
+
+    >>> rows = [{"family": "a", "solver": "x", "nfe": 3}, {"family": "b", "solver": "y", "nfe": 5}]
+    >>> print(pivot("", rows, lambda r: r["family"], lambda r: r["solver"], lambda found: str(found[0]["nfe"])))
+    |  | x | y |
+    | --- | --- | --- |
+    | a | 3 |  |
+    | b |  | 5 |
+    """
+    places: dict[tuple[str, str], list[Any]] = {}
+    for row in rows:
+        places.setdefault((index(row), columns(row)), []).append(row)
+    names, heads = (list(dict.fromkeys(place[side] for place in places)) for side in (0, 1))
+    body = [[name, *(cell(places[name, head]) if (name, head) in places else "" for head in heads)] for name in names]
+    return Table(words, [corner, *heads], body)
+
+
+def markdown(head: Sequence[object], body: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def inline(text: str) -> str:
+    """Text as HTML; `code` and **bold** are the only markup."""
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
+    return re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", text)
+
+
+def number(value: float | None, spec: str = ".2f") -> str:
+    """A number by a format; nothing for None and NaN."""
+    return "" if value is None or np.isnan(value) else f"{value:{spec}}"
+
+
+def middle(values: Iterable[float | None]) -> float:
+    """The median of those that are numbers; NaN where there are none."""
+    found = [value for value in values if value is not None]
+    return float(np.median(found)) if found else float("nan")
+
+
+def short(value: Any) -> Any:
+    """Numbers to five significant digits, in lists, tuples (made lists) and values of dicts too."""
+    if isinstance(value, list | tuple):
+        return [short(item) for item in value]
+    if isinstance(value, dict):
+        return {key: short(item) for key, item in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value
