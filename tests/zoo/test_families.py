@@ -40,7 +40,7 @@ from metabroyden.zoo.models import (
 from metabroyden.zoo.models.episodes import episodes_in
 from metabroyden.zoo.models.families import Family
 from metabroyden.zoo.tasks import family_tasks, second_half, text_windows
-from tests.test_models import small_digits
+from tests.zoo.test_models import small_digits
 
 WORDS = [
     "to",

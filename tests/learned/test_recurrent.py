@@ -14,7 +14,7 @@ from metabroyden.meta.fit import make_learned
 from metabroyden.meta.objectives import ResidualObjective
 from metabroyden.meta.unroll import unroll
 from tests.conftest import tanh
-from tests.test_learned import SCALES, SHAPES, problem_of, several_scales
+from tests.learned.test_learned import SCALES, SHAPES, problem_of, several_scales
 
 WAYS = {
     "delta": ("neural-fixed-point", {}),
