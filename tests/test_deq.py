@@ -170,8 +170,42 @@ def test_a_learned_solver_is_no_part_of_the_model():
     assigned.solver = solver
     for deq in (mb.DEQ(cell, solver=solver), assigned):
         assert deq.solver is solver
+        assert list(deq.children()) == [cell]
+        assert copy.deepcopy(deq).solver is not solver
         assert {id(p) for p in deq.parameters()} == {id(p) for p in cell.parameters()}
         assert all(key.startswith("cell.") for key in deq.state_dict())
+
+
+def test_any_callable_makes_a_layer():
+    """A function's tensors are its own: gradients reach them, the layer has no parameters."""
+    cell, x = TanhCell(), torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    deq = tight(lambda z, x: torch.tanh(z @ cell.w + x))
+    assert not list(deq.parameters()) + list(deq.children())
+    assert list(mb.DEQ(cell).children()) == [cell]
+    wanted = torch.autograd.grad(tight(cell)(x).square().sum(), (x, cell.w))
+    for f in (deq, tight(cell.forward)):
+        for ours, true in zip(torch.autograd.grad(f(x).square().sum(), (x, cell.w)), wanted, strict=True):
+            torch.testing.assert_close(ours, true)
+    (first,) = torch.autograd.grad(tight(lambda z, x: torch.tanh(0.5 * z + x))(x).sum(), x, create_graph=True)
+    torch.autograd.grad(first.square().sum(), x)
+    single = mb.DEQ(lambda z: torch.cos(0.5 * z), backward=mb.JacobianFree())
+    assert single.bfloat16()(None, torch.zeros(2, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    unrolled = mb.DEQ(torch.tanh, backward=mb.Unroll(3))
+    torch.testing.assert_close(unrolled(None, x), x.tanh().tanh().tanh())
+
+
+def test_hooks_see_each_equilibrium_that_gets_gradients():
+    deq, x, seen = mb.DEQ(TanhCell()), torch.randn(2, 4, dtype=torch.float64), []
+    deq.hooks.append(lambda f, context, z: seen.append((f, context, z)))
+    z = deq(x)
+    with torch.no_grad():
+        deq(x)
+    ((f, context, known),) = seen
+    assert (f is deq.cell, context is x, known is z) == (True, True, True)
+    assert copy.deepcopy(deq).hooks == []
+    deq.hooks.clear()
+    deq(x)
+    assert len(seen) == 1
 
 
 def test_a_state_that_cannot_be_guessed_is_asked_for():

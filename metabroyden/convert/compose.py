@@ -65,11 +65,11 @@ class PairCell(nn.Module):
     def output(self, z: tuple[Tensor, ...]) -> State:
         """The second's output in a state."""
         z2 = self.states(z)[1]
-        return self.second.output(z2) if self._reads[1] else z2  # type: ignore[operator]
+        return self.second.output(z2) if self._reads[1] else z2
 
     def _context(self, z1: State) -> Any:
         """What the second takes as its context where the first is at z₁."""
-        y1 = self.first.output(z1) if self._reads[0] else z1  # type: ignore[operator]
+        y1 = self.first.output(z1) if self._reads[0] else z1
         return y1 if self.between is None else self.between(y1)
 
 

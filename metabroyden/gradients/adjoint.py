@@ -1,4 +1,4 @@
-"""The adjoint system u = Jᵀu + v of one backward pass: its products, its solve, and what is used where that fails."""
+"""The adjoint system u = Jᵀu + v of one backward pass: its products, its solve, and the fallback where that fails."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ class AdjointSolve:
     """Solves u = Jᵀu + v, given the graph of the cell at the equilibrium.
 
     A sample that fails gets α·u or α·v, u the best iterate, whichever leaves the smaller residual, with α from least
-    squares; α = 0 where nothing but rounding speaks for another. So ‖Jᵀu + v − u‖ is never larger than with u = 0 (‖v‖)
-    or with u = v (‖Jᵀv‖).
+    squares; α = 0 unless another α is better by more than rounding. So ‖Jᵀu + v − u‖ is never larger than with u = 0 (‖v‖)
+    or with u = v (‖Jᵀv‖). `floor`: the smallest tolerance asked for.
     """
 
     mode: Implicit
     packing: Packing
     final: FinalInverse | None
     report: Report | None
-    floor: float  # no tolerance below it
+    floor: float
 
     def __call__(self, graph: Graph, cotangent: Parts) -> Parts:
-        """u for the cotangent v. Coordinates of v that are not finite pass by the solve, to the weights."""
-        mode, packing, star = self.mode, self.packing, tuple(part.detach() for part in graph.point)
-        given = packing.pack(cotangent[0] if packing.single else cotangent)
+        """u for the cotangent v. Coordinates of v that are not finite bypass the solve."""
+        mode, packing = self.mode, self.packing
+        given, star = (_pack(packing, parts) for parts in (cotangent, graph.point))
         finite = torch.isfinite(given)
         v = torch.where(finite, given, 0.0)
         # by a power of two, so that nothing under- or overflows and not a bit changes otherwise
@@ -54,10 +54,10 @@ class AdjointSolve:
         if self.final is not None:
             solver, start = replace(solver, initial=TransposedInverse(self.final)), -self.final.transpose(v)
             start = torch.where(torch.isfinite(start).all(dim=1, keepdim=True), start, v)
-        context = {"sample": system.sample, "z": packing.pack(star[0] if packing.single else star), "v": v}
+        context = {"sample": system.sample, "z": star.detach(), "v": v}
         rtol = max(mode.rtol, self.floor)
         found = solve(system, start, context, solver=solver, rtol=rtol, max_nfe=mode.max_nfe, throw=False)
-        found = _mended(found, system, rtol)
+        found = _with_fallback(found, system, rtol)
         if self.report is not None:
             self.report(found)
         assert isinstance(found.z, Tensor)
@@ -70,11 +70,7 @@ class AdjointSolve:
 
 
 class _System:
-    """u ↦ Jᵀu + v, on matrices (R, n); the graph is made anew for the samples that are left once they are few.
-
-    Attributes:
-        sample: numbers of all samples. v: cotangents (B, n). evaluations: products made beside those of the solve.
-    """
+    """u ↦ Jᵀu + v, on matrices (R, n); v (B, n). The graph is made anew for the samples that are left once they are few."""
 
     def __init__(self, graph: Graph, packing: Packing, v: Tensor) -> None:
         self._whole = self._graph = graph
@@ -83,31 +79,35 @@ class _System:
         self._at_v: Tensor | None = None  # Jᵀv + v, where the solve began at v
 
     def __call__(self, u: Tensor, rows: dict[str, Tensor]) -> Tensor:
-        image = self.product(u, rows["sample"]) + rows["v"]
+        image = self.rmatvec(u, rows["sample"]) + rows["v"]
         if self._at_v is None and rows["sample"] is self.sample:
             self._at_v = image if u.data_ptr() == self.v.data_ptr() else image[:0]
         return image
 
     def at_v(self, sample: Tensor) -> Tensor | None:
         """Jᵀv of these samples, where it is known."""
-        known = self._at_v is not None and len(self._at_v) == len(self.v)
-        return (self._at_v - self.v)[sample] if known and self._at_v is not None else None
+        if self._at_v is None or len(self._at_v) != len(self.v):
+            return None
+        return (self._at_v - self.v)[sample]
 
-    def product(self, u: Tensor, sample: Tensor) -> Tensor:
+    def rmatvec(self, u: Tensor, sample: Tensor) -> Tensor:
         """Jᵀu for u (R, n) of these samples (R,)."""
         if sample is self.sample and self._graph is self._whole:
-            return self._pull(u)
+            return self._whole_rmatvec(u)
         self._graph = (self._graph if self._graph.holds(sample) else self._whole).for_rows(sample)
         place = sample if self._graph.place is None else self._graph.place[sample]
         spread = u.new_zeros(len(self._graph.point[0]), u.shape[1]).index_copy(0, place, u)
-        return self._pull(spread).index_select(0, place)
+        return self._whole_rmatvec(spread).index_select(0, place)
 
-    def _pull(self, u: Tensor) -> Tensor:
-        pulled = self._graph.pull(parts_of(self._packing.unpack(u)))
-        return self._packing.pack(pulled[0] if self._packing.single else pulled)
+    def _whole_rmatvec(self, u: Tensor) -> Tensor:
+        return _pack(self._packing, self._graph.rmatvec(parts_of(self._packing.unpack(u))))
 
 
-def _mended(found: Solution, system: _System, rtol: float) -> Solution:
+def _pack(packing: Packing, parts: Parts) -> Tensor:
+    return packing.pack(parts[0] if packing.single else parts)
+
+
+def _with_fallback(found: Solution, system: _System, rtol: float) -> Solution:
     """The solution with the best multiple of u or v wherever the solve failed, or met its tolerance by growing alone.
 
     Costs a failed sample one product, two where the solve did not begin at v.
@@ -120,34 +120,32 @@ def _mended(found: Solution, system: _System, rtol: float) -> Solution:
     sample = (~(found.converged & small)).nonzero().squeeze(1)
     if not len(sample):
         return found
-    v, at_v = v[sample], system.at_v(sample)
-    first = _best_multiple(u[sample], system.product(u[sample], sample), v)
-    second = _best_multiple(v, system.product(v, sample) if at_v is None else at_v, v)
+    v, at_v, iterate = v[sample], system.at_v(sample), u[sample]
+    first = _best_multiple(iterate, system.rmatvec(iterate, sample), v)
+    second = _best_multiple(v, system.rmatvec(v, sample) if at_v is None else at_v, v)
     better = (second.size < first.size).unsqueeze(1)
     chosen, g = torch.where(better, second.u, first.u), torch.where(better, second.g, first.g)
     size, image = scaled_norm(g), scaled_norm(chosen + g)
-    # as it is: what nothing is known of, and what has converged by a residual below ‖v‖
+    # as it is: a sample without a finite residual, or one that has converged by a residual below ‖v‖
     kept = ~torch.isfinite(size + image) | (found.converged[sample] & (first.given <= scaled_norm(v)))
     residual = torch.where(size == 0, 0.0, size / image).to(v.dtype)
     converged = ~kept & (size <= rtol * image)
     status = found.status.to(v.device)[sample]
     failed = torch.where(status == Status.CONVERGED, int(Status.ILL_CONDITIONED), status)
-    extra = 1 if at_v is not None else 2
-    hold = kept.unsqueeze(1)
+    status = torch.where(kept, status, torch.where(converged, int(Status.CONVERGED), failed))
+    nfe = found.nfe.to(v.device)[sample] + (1 if at_v is not None else 2)
+
+    def put(values: Tensor, new: Tensor) -> Tensor:
+        return values.index_copy(0, sample.to(values.device), new.to(values))
+
     return replace(
         found,
-        z=u.index_copy(0, sample, torch.where(hold, u[sample], chosen)),
-        residual=found.residual.index_copy(0, sample, torch.where(kept, found.residual[sample], residual)),
-        converged=found.converged.index_copy(0, sample, torch.where(kept, found.converged[sample], converged)),
-        status=_put(
-            found.status, sample, torch.where(kept, status, torch.where(converged, int(Status.CONVERGED), failed))
-        ),
-        nfe=_put(found.nfe, sample, found.nfe.to(v.device)[sample] + extra),
+        z=put(u, torch.where(kept.unsqueeze(1), iterate, chosen)),
+        residual=put(found.residual, torch.where(kept, found.residual[sample], residual)),
+        converged=put(found.converged, torch.where(kept, found.converged[sample], converged)),
+        status=put(found.status, status),
+        nfe=put(found.nfe, nfe),
     )
-
-
-def _put(values: Tensor, sample: Tensor, new: Tensor) -> Tensor:
-    return values.index_copy(0, sample.to(values.device), new.to(values))
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""What gradient modes share. A mode has `attach`, or `run` where it replaces the solve (see `Unroll`)."""
+"""What gradient modes share: their base class, evaluations with a graph, and nodes of autograd."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,18 +16,35 @@ from metabroyden.state import like
 Report = Callable[[Solution], None]
 
 
-class GradientMode(Protocol):
-    """How the equilibrium of a cell gets its gradient. Optional attribute `wants_inverse`: the forward solve is to keep
-    what its solver knows of the inverse Jacobian, in `Solution.inverse`."""
+class GradientMode:
+    """How the equilibrium of a cell gets its gradient: by `attach` after the solve, or by `run` in its place."""
+
+    replaces_solve: ClassVar[bool] = False
+    """Whether `run` is called in place of the solve."""
+
+    @property
+    def wants_inverse(self) -> bool:
+        """Whether the forward solve is to keep its inverse Jacobian, in `Solution.inverse`."""
+        return False
 
     def attach(
         self, cell: Callable[..., State], solution: Solution, context: Any, report: Report | None = None
     ) -> State:
         """The equilibrium `solution.z`, to the last bit, with gradients towards the cell's parameters and the context.
 
-        `report` receives the `Solution` of an adjoint solve, where there is one.
+        Args:
+            cell: the map that was solved.
+            solution: where its solve ended.
+            context: as the cell takes it.
+            report: receives the `Solution` of an adjoint solve, where there is one.
         """
-        ...
+        raise NotImplementedError
+
+    def run(
+        self, cell: Callable[..., State], z0: State, context: Any, *, rtol: float, atol: float
+    ) -> tuple[State, Solution | None]:
+        """(z with its graph, its `Solution`), from z0, in place of the solve."""
+        raise NotImplementedError
 
 
 def parts_of(z: State) -> tuple[Tensor, ...]:
@@ -67,7 +84,7 @@ class Replace(torch.autograd.Function):
 
 
 class FirstOrder(torch.autograd.Function):
-    """The identity on tensors whose gradient is no function to be differentiated: whoever tries meets an error."""
+    """The identity on tensors whose gradient raises a RuntimeError, for `reason`, if it is differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, reason: str, *parts: Tensor) -> tuple[Tensor, ...]:
@@ -78,14 +95,14 @@ class FirstOrder(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """The cotangents; where somebody builds a graph of this backward, tied to an error."""
+        """The cotangents; where a graph of this backward is built, tied to an error."""
         if torch.is_grad_enabled():
             grads = tuple(_Refuse.apply(ctx.reason, u, *ctx.saved_tensors, *grads) for u in grads)
         return (None, *grads)
 
 
 class _Refuse(torch.autograd.Function):
-    """The identity on u, tied to all that it depends on: whoever differentiates it is told that this cannot be had."""
+    """The identity on u, a function of `ties` that raises if differentiated."""
 
     @staticmethod
     def forward(ctx: Any, reason: str, u: Tensor, *ties: Tensor) -> Tensor:

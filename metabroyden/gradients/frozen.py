@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,57 +32,66 @@ Map = Callable[[Parts, Sequence[Tensor]], Parts]
 class Frozen:
     """A cell with the weights and the context of this moment, as a map of the state and of what requires gradients.
 
-    What the cell reads when backward runs may be something else (`torch.func.functional_call`): an evaluation sees the
-    tensors of the forward pass, pinned weights and masks (`pin`) among them, and writes them nowhere (`seen_with`). Not
-    what was overwritten in place: `unchanged` says whether something was.
+    What the cell reads when backward runs may be something else (`torch.func.functional_call`). An evaluation therefore sees
+    the tensors of the forward pass, pinned weights and masks (`pin`) among them, and writes them nowhere (`seen_with`).
+    Tensors overwritten in place cannot be seen as they were: `unchanged` says whether there are any.
+
+    Attributes:
+        tensors: those that require gradients.
     """
 
-    def __init__(self, cell: Callable[..., State], context: Any, z: State) -> None:
-        self.cell: Any = cell
+    def __init__(self, cell: Any, context: Any, z: State) -> None:
+        self.cell = cell
         self.kind = type(z)
-        module = cell.cell if isinstance(cell, Pinned) else cell
-        self._modules = list(_readers(module)) if isinstance(module, nn.Module) else []
+        self._pinned = isinstance(cell, Pinned)
+        self._module = cell.cell if self._pinned else cell
+        self._modules = _readers(self._module) if isinstance(self._module, nn.Module) else []
         self._compiled = any(map(is_compiled, self._modules))
         # where a module has its tensors; a tied one stands in several places
         self._slots = [
             (owner, name, tensor)
             for owner in self._modules
-            for places in (owner._parameters, owner._buffers)
-            for name, tensor in places.items()
+            for table in (owner._parameters, owner._buffers)
+            for name, tensor in table.items()
             if tensor is not None
         ]
         own = {id(tensor): tensor for *_, tensor in self._slots}
         self._order = {key: number for number, key in enumerate(own)}
         leaves, self._spec = pytree.tree_flatten(context)
-        self._everything = [*leaves, *own.values(), *(cell.weights if isinstance(cell, Pinned) else ())]
+        self._everything = [*leaves, *own.values(), *(cell.weights if self._pinned else ())]
         self._live = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in self._everything]
         self.tensors = [leaf for leaf, live in zip(self._everything, self._live, strict=True) if live]
-        self._versions, self._modes = self._state()
+        self._before = self._versions()
         self._moved = False  # whether an evaluation has found something else than the forward pass
         self._call = CallerMode(evaluate, parts_of(z)[0].device.type)
 
     @property
     def rounding(self) -> float:
         """Unit rounding of the half precision that the cell computes in, by autocast or its own; 0 where it does not."""
-        own = self.cell.dtype if isinstance(self.cell, Pinned) else None
-        return max((torch.finfo(dtype).eps for dtype in (self._call.dtype, own) if dtype is not None), default=0.0)
+        dtypes = (self._call.dtype, self.cell.dtype if self._pinned else None)
+        return max((torch.finfo(dtype).eps for dtype in dtypes if dtype is not None), default=0.0)
 
     @property
     def unchanged(self) -> bool:
         """Whether nothing that the cell reads was written to since, and no module has changed its mode."""
-        return not self._moved and self._state() == (self._versions, self._modes)
+        return not self._moved and self._versions() == self._before
 
-    def _state(self) -> tuple[list[int], list[bool]]:
+    def _versions(self) -> tuple[list[int], list[bool]]:
         tensors = (leaf for leaf in self._everything if isinstance(leaf, Tensor) and not leaf.is_inference())
         return [tensor._version for tensor in tensors], [module.training for module in self._modules]
 
     def same(self, image: Parts, before: Iterable[Tensor]) -> bool:
-        """Whether this evaluation finds what the forward pass did. What was written past torch's notice, through `.data`, or
-        a module that the cell keeps where we do not see it, shows here alone."""
+        """Whether this evaluation finds what the forward pass did: else a write through `.data`, or to a module that the
+        cell hides from us, has gone unnoticed."""
         tolerance = max(_SAME, 8 * self.rounding)
-        if not all(_alike(new, old, tolerance) for new, old in zip(image, before, strict=True)):
+        if not all(_close(new, old, tolerance) for new, old in zip(image, before, strict=True)):
             self._moved = True
         return not self._moved
+
+    def has_graph(self, point: Parts) -> bool:
+        """Whether the map depends on something that requires gradients, known to us or not."""
+        with torch.enable_grad():
+            return any(value.requires_grad for value in self.first(tuple(part.detach() for part in point)))
 
     def first(self, point: Parts) -> Any:
         """The map at a point while the weights are still in their place."""
@@ -110,10 +119,8 @@ class Frozen:
             for owner, name, tensor in self._slots
             if getattr(owner, name, None) is not values[self._order[id(tensor)]]
         }
-        module = self.cell.cell if isinstance(self.cell, Pinned) else self.cell
-        if other or self._compiled:
-            module = seen_with(module, other)
-        if not isinstance(self.cell, Pinned):
+        module = seen_with(self._module, other) if other or self._compiled else self._module
+        if not self._pinned:
             return self._call.differentiable(module, point, self.kind, context)
         pinned = partial(self.cell.call, module, values[len(self._order) :])
         return self._call.differentiable(lambda z, x=None: pinned(z, x), point, self.kind, context)
@@ -126,10 +133,10 @@ class Frozen:
         return pytree.tree_unflatten(self._filled(tensors)[: self._spec.num_leaves], self._spec)
 
 
-def _readers(cell: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a cell that read tensors while it is evaluated: parametrizations are not, their values are held."""
+def _readers(cell: nn.Module) -> list[nn.Module]:
+    """The modules of a cell that read tensors while it is evaluated: not parametrizations, whose values are held."""
     inside = {id(part) for _, _, made in parametrizations(cell) for part in made.modules()}
-    return (module for module in cell.modules() if id(module) not in inside)
+    return [module for module in cell.modules() if id(module) not in inside]
 
 
 def pull(values: Parts, towards: Sequence[Tensor], cotangents: Parts, **options: Any) -> Parts:
@@ -141,7 +148,7 @@ def pull(values: Parts, towards: Sequence[Tensor], cotangents: Parts, **options:
     return torch.autograd.grad(images, towards, given, materialize_grads=True, **options)
 
 
-def _alike(new: Tensor, old: Tensor, tolerance: float) -> bool:
+def _close(new: Tensor, old: Tensor, tolerance: float) -> bool:
     """Whether two tensors agree, all samples together, up to this relative difference; what is not finite agrees."""
     change = (new - old).detach().norm()
     return not bool(change > tolerance * old.detach().norm())
@@ -166,8 +173,8 @@ class Graph:
     def for_rows(self, samples: Tensor) -> Graph:
         """The graph to go on with where only these samples are left: a new one once they are few.
 
-        Making it costs them one evaluation; each product then saves the work on all others. Where that finds another value
-        than the forward pass did, the cell reads something that we neither know nor put back: then this graph stays.
+        Making it costs them one evaluation; each product then saves the work on all others. If that evaluation finds another
+        value than the forward pass did, the cell reads something that we cannot put back: then this graph stays.
         """
         few = len(samples) <= _RESTRICT_AT * len(self.point[0])
         if not few or not isinstance(self.function, Frozen) or _functorch.peek_interpreter_stack() is not None:
@@ -185,6 +192,6 @@ class Graph:
             return self
         return Graph(self.function, point, image, place)
 
-    def pull(self, u: Parts) -> Parts:
+    def rmatvec(self, u: Parts) -> Parts:
         """Jᵀu at the equilibrium."""
         return pull(self.image, self.point, u, retain_graph=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metabroyden.gradients.adjoint import AdjointSolve
-from metabroyden.gradients.base import Replace, Report, parts_of
+from metabroyden.gradients.base import GradientMode, Replace, Report, parts_of
 from metabroyden.gradients.frozen import Frozen, Graph, Map, Parts, pull
 from metabroyden.gradients.transforms import refuse_batched
 from metabroyden.solution import Solution, State
@@ -20,26 +20,28 @@ from metabroyden.state import Packing, like
 
 
 @dataclass(frozen=True)
-class Implicit:
+class Implicit(GradientMode):
     """Implicit differentiation (Bai et al. 2019, theorem 1): the cotangent v at z* becomes u = (I − Jᵀ)⁻¹v.
 
-    u is found as the fixed point of u ↦ Jᵀu + v by any of our solvers. One evaluation of the cell at z* gives the graph
-    for both Jᵀ and the way from u to the parameters and the context, which are those of the forward pass.
+    u is the fixed point of u ↦ Jᵀu + v, found by any of our solvers. One evaluation of the cell at z* gives the graph for
+    Jᵀ and for the way from u to the parameters and the context, which are those of the forward pass.
 
-    Bias: none but the two tolerances. Cost: one evaluation with its graph, and a vector–Jacobian product for each
-    evaluation of the adjoint, which `DEQ.last_backward_solution` reports (a product is one of the whole batch, until half
-    of the samples are done: then the graph is made anew for the rest); memory independent of the evaluations. A sample
-    that fails gets the best multiple of its best iterate or of v, for one or two more products: ‖Jᵀu + v − u‖ is then no
-    larger than with no adjoint (u = 0) or with `JacobianFree` (u = v). Of any
-    order: a backward that is itself to be differentiated evaluates the cell three more times, and u becomes a fixed point
-    with implicit gradients of its own. Then the cell must be a module, or depend on nothing that requires gradients but z
-    and the context: else a RuntimeError.
+    Bias: none but the two tolerances. Cost: one evaluation with its graph, and one vector–Jacobian product for each
+    evaluation of the adjoint, which `DEQ.last_backward_solution` reports. A product covers the whole batch until half of
+    the samples are done; then the graph is made anew for the rest. Memory does not depend on the number of evaluations.
+
+    A sample that fails gets the best multiple of its best iterate or of v, for one or two more products: ‖Jᵀu + v − u‖ is
+    then no larger than with no adjoint (u = 0) or with `JacobianFree` (u = v).
+
+    Gradients of any order: a backward pass that is itself differentiated evaluates the cell three more times, and u becomes
+    a fixed point with implicit gradients of its own. The cell must then be a module, or depend on nothing that requires
+    gradients but z and the context; otherwise a RuntimeError.
 
     Attributes:
         solver: solves the adjoint system. A learned one must be homogeneous in v (`AdjointLSTM`); it gets a context with
             the equilibrium (R, n) under "z".
-        rtol, max_nfe: its tolerance and its budget of products. Where the cell computed in half precision (autocast), no
-            tolerance below four roundings of it is asked for.
+        rtol, max_nfe: its tolerance and its budget of products. Where the cell computed in half precision, the tolerance
+            is at least four roundings of that type.
         precondition: reuse the forward solve's inverse Jacobian, transposed, as start and as initial inverse Jacobian of
             the adjoint's Broyden (SHINE, Ramzi et al. 2022, in its refined form). Needs a forward solver that has one,
             `Broyden` or `GroupedLSTM`, and a Broyden here.
@@ -74,32 +76,20 @@ class Implicit:
         final = solution.inverse if self.precondition else None
         if self.precondition and final is None:
             raise ValueError("Implicit(precondition=True) needs a solution found with keep_inverse=True")
-        frozen = Frozen(cell, context, solution.z)
+        frozen, star = Frozen(cell, context, solution.z), parts_of(solution.z)
         adjoint = AdjointSolve(self, Packing.of(solution.z, "z"), final, report, 4 * frozen.rounding)
-        attached = _fixed_point(frozen, frozen.tensors, parts_of(solution.z), adjoint)
-        return like(attached, type(solution.z))
+        if not frozen.tensors and not frozen.has_graph(star):
+            return like((part.clone() for part in star), type(solution.z))
+        return like(_fixed_point(frozen, frozen.tensors, star, adjoint), type(solution.z))
 
 
 def _fixed_point(function: Any, tensors: Sequence[Tensor], star: Parts, adjoint: AdjointSolve) -> Parts:
     """star = function(star, tensors), with gradients towards the tensors (and whatever else the function's graph holds)."""
-    first = getattr(function, "first", None)
     with torch.enable_grad():
-        if first is not None and not tensors:  # whether there is anything to differentiate, known to us or not
-            values = first(tuple(part.detach() for part in star))
-            if not any(value.requires_grad for value in values):
-                return tuple(part.clone() for part in star)
         point = tuple(part.detach().requires_grad_() for part in star)
-        image = function(point, tensors) if first is None else first(point)
+        image = function.first(point) if isinstance(function, Frozen) else function(point, tensors)
         values = [Replace.apply(value, part) for value, part in zip(image, star, strict=True)]
-        return _Adjoint.apply(_Node(Graph(function, point, image), adjoint), *values, *tensors)
-
-
-@dataclass(frozen=True)
-class _Node:
-    """What the backward of one fixed point needs: the graph of its map and the solver of its adjoint."""
-
-    graph: Graph
-    adjoint: AdjointSolve
+        return _Adjoint.apply(Graph(function, point, image), adjoint, *values, *tensors)
 
 
 class _Adjoint(torch.autograd.Function):
@@ -110,28 +100,26 @@ class _Adjoint(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, node: _Node, *inputs: Tensor) -> Parts:
-        count = len(node.graph.point)
+    def forward(ctx: Any, graph: Graph, adjoint: AdjointSolve, *inputs: Tensor) -> Parts:
+        count = len(graph.point)
         outputs = tuple(value.view_as(value) for value in inputs[:count])
-        ctx.node, ctx.others = node, len(inputs) - count
+        ctx.graph, ctx.adjoint, ctx.others = graph, adjoint, len(inputs) - count
         ctx.save_for_backward(*outputs, *inputs[count:])
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        node, count = ctx.node, len(grads)
+        count, function = len(grads), ctx.graph.function
         refuse_batched(grads)
         with torch.no_grad():
-            detached = tuple(grad.detach() for grad in grads)
-            u = node.adjoint(node.graph, detached)
+            u = ctx.adjoint(ctx.graph, tuple(grad.detach() for grad in grads))
         if not torch.is_grad_enabled():
-            return (None, *u, *[None] * ctx.others)
+            return (None, None, *u, *[None] * ctx.others)
         live, tensors = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        function = node.graph.function
         if isinstance(function, Frozen):
-            _refuse_hidden(function, node.graph.image, live, tensors)
-        transposed = _Transposed(function, count, len(tensors))
-        found = _fixed_point(transposed, (*live, *tensors, *grads), u, node.adjoint.plain())
+            _refuse_hidden(function, ctx.graph.image, live, tensors)
+        adjoint_map = _AdjointMap(function, count, len(tensors))
+        found = _fixed_point(adjoint_map, (*live, *tensors, *grads), u, ctx.adjoint.plain())
         wanted = [number for number, tensor in enumerate(tensors) if tensor.requires_grad]
         partial = [tensor.view_as(tensor) for tensor in tensors]  # z* depends on the tensors too: not that way
         towards: list[Tensor | None] = [None] * len(tensors)
@@ -139,11 +127,11 @@ class _Adjoint(torch.autograd.Function):
             pulled = pull(function(live, partial), [partial[number] for number in wanted], found, create_graph=True)
             for number, gradient in zip(wanted, pulled, strict=True):
                 towards[number] = gradient
-        return (None, *[None] * count, *towards)
+        return (None, None, *[None] * count, *towards)
 
 
 @dataclass(frozen=True)
-class _Transposed:
+class _AdjointMap:
     """u ↦ Jᵀu + v as a map of u that depends on z*, on what the cell depends on, and on v."""
 
     function: Map
@@ -153,24 +141,22 @@ class _Transposed:
     def __call__(self, u: Parts, tensors: Sequence[Tensor]) -> Parts:
         live, rest = tuple(tensors[: self.count]), tensors[self.count : self.count + self.others]
         v = tensors[self.count + self.others :]
-        image = self.function(live, rest)
-        pulled = pull(image, live, u, create_graph=True)
+        pulled = pull(self.function(live, rest), live, u, create_graph=True)
         return tuple(a + b for a, b in zip(pulled, v, strict=True))
 
 
 def _refuse_hidden(function: Frozen, before: Parts, live: Parts, tensors: Sequence[Tensor]) -> None:
     """RuntimeError where the cell depends on something that requires gradients and that we do not know, or has changed."""
     image = function(tuple(part.detach() for part in live), [tensor.detach() for tensor in tensors])
-    hidden = any(value.requires_grad for value in image)
-    if not hidden and not (function.unchanged and function.same(image, before)):
-        raise RuntimeError(
-            "this would differentiate twice through a DEQ whose weights, buffers or context were modified by an inplace "
-            "operation, or whose cell changed between training and evaluation mode, since its forward pass, or whose cell "
-            "draws or learns anew at every call"
-        )
-    if hidden:
+    if any(value.requires_grad for value in image):
         raise RuntimeError(
             "this would differentiate twice through a DEQ whose cell holds tensors that require gradients and are neither "
             "its parameters nor in its context: make the cell a module, pass them in the context, or, in a module that "
             "`higher` made functional, use mb.Unroll() or torch.func.functional_call instead"
+        )
+    if not (function.unchanged and function.same(image, before)):
+        raise RuntimeError(
+            "this would differentiate twice through a DEQ whose weights, buffers or context were modified by an inplace "
+            "operation, or whose cell changed between training and evaluation mode, since its forward pass, or whose cell "
+            "draws or learns anew at every call"
         )

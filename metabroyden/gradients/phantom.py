@@ -8,22 +8,22 @@ from typing import Any
 
 import torch
 
-from metabroyden.gradients.base import FirstOrder, Replace, Report, damped_steps, parts_of
+from metabroyden.gradients.base import FirstOrder, GradientMode, Replace, Report, damped_steps, parts_of
 from metabroyden.solution import Solution, State
 from metabroyden.solvers.base import check_number
 from metabroyden.state import like
 
 
 @dataclass(frozen=True)
-class Phantom:
+class Phantom(GradientMode):
     """The phantom gradient: backpropagation through k damped steps from z* (Geng et al. 2021, unrolling form).
 
     z ← (1 − τ)z + τ f(z, x), k times. At an exact equilibrium the cotangent v at z* becomes
     τ Σᵢ₌₀ᵏ⁻¹ ((1 − τ)I + τJᵀ)ⁱ v instead of (I − Jᵀ)⁻¹v.
 
-    Bias: the terms of the series from the k-th on, of the order ρ((1 − τ)I + τJ)ᵏ. Cost: k evaluations with their graphs,
-    and one backward through them; memory grows with k. First order only: differentiating twice raises a RuntimeError,
-    since the steps know nothing of how z* moves.
+    Bias: the terms of the series from the k-th on, of the order ρ((1 − τ)I + τJ)ᵏ. Cost: k evaluations with their graphs
+    and one backward pass through them; memory grows with k. First order only: differentiating twice raises a
+    RuntimeError, since the steps do not know how z* moves.
 
     Attributes:
         steps: k ≥ 1.
@@ -41,23 +41,21 @@ class Phantom:
         self, cell: Callable[..., State], solution: Solution, context: Any, report: Report | None = None
     ) -> State:
         """z* with phantom gradients; `report` is not called."""
-        star = parts_of(solution.z)
-        kind = type(solution.z)
+        star, kind = parts_of(solution.z), type(solution.z)
         with torch.enable_grad():
-            parts = tuple(part.detach() for part in star)
-            parts = damped_steps(cell, parts, kind, context, self.steps, self.damping)
+            start = tuple(part.detach() for part in star)
+            parts = damped_steps(cell, start, kind, context, self.steps, self.damping)
             values = [Replace.apply(value, part) for value, part in zip(parts, star, strict=True)]
             reason = f"{type(self).__name__} gradients are of first order: this would differentiate twice through a DEQ"
-            attached = FirstOrder.apply(reason, *values)
-        return like(attached, kind)
+            return like(FirstOrder.apply(reason, *values), kind)
 
 
 @dataclass(frozen=True)
 class JacobianFree(Phantom):
-    """Jacobian-free backpropagation (Fung et al. 2022): one step from z*, the cotangent passes as it is.
+    """Jacobian-free backpropagation (Fung et al. 2022): one step from z*, the cotangent v is used as u.
 
     Bias: J is taken for zero; a descent direction where f is a contraction and ∂f/∂θ well conditioned. Cost: one
-    evaluation and its backward. First order only.
+    evaluation and its backward pass. First order only.
     """
 
     steps: int = 1

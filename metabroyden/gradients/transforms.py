@@ -1,4 +1,4 @@
-"""Whether somebody differentiates or maps a call by a transform that a solve cannot be taken through."""
+"""Refusal of the transforms of torch that a solve does not support."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch._C import _functorch
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-_WAYS_OUT = {
+_ALTERNATIVES = {
     "torch.vmap": "call the layer on a batch, which it solves sample by sample, or loop",
     "torch.func.grad, vjp or jacrev": "take torch.autograd.grad (with torch.func.functional_call for other weights)",
     "forward-mode AD or torch.func.jvp": "take torch.autograd.functional.jvp, which differentiates twice backwards",
@@ -24,7 +24,7 @@ def transform_of(*trees: Any, tensors: Iterable[Tensor] = ()) -> str | None:
         return None
     leaves = [leaf for leaf in pytree.tree_leaves(trees) if isinstance(leaf, Tensor)]
     leaves += tensors
-    vmap, grad, forward_mode = _WAYS_OUT
+    vmap, grad, forward_mode = _ALTERNATIVES
     if any(map(_functorch.is_batchedtensor, leaves)):
         return vmap
     if forward and any(forward_ad.unpack_dual(leaf).tangent is not None for leaf in leaves):
@@ -35,9 +35,9 @@ def transform_of(*trees: Any, tensors: Iterable[Tensor] = ()) -> str | None:
 
 
 def refuse(transform: str) -> None:
-    """RuntimeError: a solve cannot be taken through this."""
+    """RuntimeError that names the alternative to a transform."""
     raise RuntimeError(
-        f"DEQ: a solve cannot be taken through {transform}: {_WAYS_OUT[transform]}, or set backward=mb.Unroll(), "
+        f"DEQ: a solve cannot be taken through {transform}: {_ALTERNATIVES[transform]}, or set backward=mb.Unroll(), "
         "which consists of ordinary operations where gradients are enabled"
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from metabroyden.gradients.base import damped_steps, parts_of
+from metabroyden.gradients.base import GradientMode, damped_steps, parts_of
 from metabroyden.gradients.transforms import transform_of
 from metabroyden.solution import Solution, State
 from metabroyden.solve import solve
@@ -18,19 +18,20 @@ from metabroyden.state import like
 
 
 @dataclass(frozen=True)
-class Unroll:
+class Unroll(GradientMode):
     """Full unroll: `steps` damped Picard steps from z0, with their graph: the weight-tied network of that depth.
 
-    In place of the solve, wherever gradients are enabled; the DEQ's own solver serves where they are not. The gradient is
+    It replaces the solve wherever gradients are enabled; the DEQ's own solver serves where they are not. The gradient is
     exactly that of the network of this depth, to any order, and tends to the equilibrium's where the iteration converges.
-    Bias: that of the depth. Cost: `steps` evaluations and a backward through all of them, memory in proportion, and one
-    evaluation that measures the residual.
+    Bias: that of the depth. Cost: `steps` evaluations and a backward pass through all of them, memory in proportion, and
+    one evaluation that measures the residual.
 
     Attributes:
         steps: depth, at least 1.
         damping: in (0, 1].
     """
 
+    replaces_solve = True
     steps: int = 30
     damping: float = 1.0
 
@@ -46,11 +47,9 @@ class Unroll:
         parts = damped_steps(cell, parts_of(z0), kind, context, self.steps, self.damping)
         z = like(parts, kind)
         if transform_of(parts) is not None:
-            return z, None  # nothing can be looked at
-        seen = like((part.detach() for part in parts), kind)
-        finite = all(bool(torch.isfinite(part).all()) for part in parts_of(seen))
-        if not finite:
+            return z, None  # values cannot be read
+        if not all(bool(torch.isfinite(part).all()) for part in parts):
             raise RuntimeError(f"the unrolled iteration is not finite after {self.steps} steps: it diverges")
-        found = solve(cell, seen, context, solver=Picard(), rtol=rtol, atol=atol, max_nfe=1, throw=False)
-        spent = replace(found, nfe=found.nfe + self.steps, steps=found.steps + self.steps)
-        return z, spent
+        end = like((part.detach() for part in parts), kind)
+        found = solve(cell, end, context, solver=Picard(), rtol=rtol, atol=atol, max_nfe=1, throw=False)
+        return z, replace(found, nfe=found.nfe + self.steps, steps=found.steps + self.steps)

@@ -114,7 +114,7 @@ class OnlineMetaTrainer:
         self.optimizer = torch.optim.Adam(parameters, lr=self.config.learning_rate)
         self.generator = torch.Generator().manual_seed(seed)
         self._waiting = set(self.solvers)  # which have not taken over yet
-        deq.observer = self._watch
+        deq.hooks.append(self._watch)
         if self.config.warmup_steps == 0:
             self.take_over()
 
@@ -247,7 +247,8 @@ class OnlineMetaTrainer:
 
     def close(self) -> None:
         """Stop watching; the solvers no longer require gradients."""
-        self.deq.observer = None
+        if self._watch in self.deq.hooks:
+            self.deq.hooks.remove(self._watch)
         self._problem = {}
         for solver in self.solvers.values():
             solver.requires_grad_(False).eval()

@@ -16,7 +16,7 @@ from metabroyden.state import AugmentedContext, check_state, like
 
 
 def pin(
-    cell: nn.Module, context: Any, z0: State, *, dtype: torch.dtype | None = None
+    cell: Callable[..., State], context: Any, z0: State, *, dtype: torch.dtype | None = None
 ) -> tuple[Callable[..., State], Any]:
     """(f, context) to solve with instead of (cell, context): the same ones where the cell has nothing to pin.
 
@@ -26,8 +26,8 @@ def pin(
     hands f only the rows at work, or, where there is no context, in f, which then always sees the full batch. With a
     dtype f hands the cell states in that dtype, whatever it gets.
     """
-    computed = parametrizations(cell)
-    layers = dropouts(cell)
+    computed = parametrizations(cell) if isinstance(cell, nn.Module) else []
+    layers = dropouts(cell) if isinstance(cell, nn.Module) else []
     if not computed and not layers and dtype is None:
         return cell, context
     weights = [getattr(layer, name) for layer, name, _ in computed]
@@ -49,7 +49,7 @@ class Pinned(FunctionWrapper):
 
     def __init__(
         self,
-        cell: nn.Module,
+        cell: Callable[..., State],
         made: list[nn.Module],
         weights: list[Tensor],
         layers: list[VariationalDropout],

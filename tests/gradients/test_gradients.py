@@ -768,7 +768,7 @@ def test_calls_leave_no_reference_cycles():
         ),
         (lambda: mb.DEQ(TanhCell(), rtol=-1.0), "rtol must be"),
         (lambda: mb.DEQ(TanhCell(), backward=mb.Implicit), "backward must be a gradient mode such as Implicit"),
-        (lambda: mb.DEQ(lambda z, x: z), r"cell must be a module f\(z, x\), got function"),
+        (lambda: mb.DEQ(3), "f must be callable, got int"),
         (lambda: mb.Unroll(steps=0), "steps must be an integer"),
         (lambda: mb.JacobianFree(steps=2), "one undamped step: for others there is Phantom"),
     ],

@@ -302,7 +302,7 @@ def test_weights_are_computed_once_a_call_and_pinned_masks_reach_every_part(solv
     x = torch.rand(5, 6).double() + 0.5
     deq = mb.DEQ(cell, solver=solver, rtol=1e-10, max_nfe=300)
     seen = []
-    deq.observer = lambda f, context, z: seen.append(mb.relative_residual(z, f(z, context)))
+    deq.hooks.append(lambda f, context, z: seen.append(mb.relative_residual(z, f(z, context))))
     z = deq(x)
     assert computed == 1
     assert deq.last_solution.converged.all()

@@ -251,15 +251,15 @@ class Stage:
         self._found: tuple[Any, Any, Any] | None = None
 
     def __enter__(self) -> Stage:
-        if self.deq is not None:
-            self._before = self.deq.observer
-            if self.weight:
-                self.deq.observer = self._note
+        if self.deq is not None and self.weight:
+            self.deq.hooks.append(self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.deq is not None:
-            self.deq.observer, self.model.deq = self._before, self.deq
+            self.model.deq = self.deq
+            if self.weight:
+                self.deq.hooks.remove(self._note)
 
     def losses(self, criterion: Criterion, generator: torch.Generator) -> Iterator[Tensor]:
         """Those of the criterion, each computed as this epoch wants it."""
