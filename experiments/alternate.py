@@ -220,11 +220,11 @@ def _difference(before: float, after: float) -> float:
 
 
 def _keep_up(config: Alternate, model: ConvClassifier, seed: int) -> OnlineMetaTrainer:
-    layout = Layout("nchw", (config.channels, config.side, config.side))
+    layout = Layout("image", (config.channels, config.side, config.side))
     sizes: dict[str, Any] = {"hidden": config.width, "rank": config.width}
     return OnlineMetaTrainer(
         model.deq,
-        make_learned("grouped", layout, seed=seed, initializer=config.width, **sizes),
+        make_learned("grouped", layout, seed=seed, initializer_width=config.width, **sizes),
         make_learned("adjoint", layout, seed=seed, **sizes),
         config=OnlineConfig(
             warmup_steps=config.warmup_steps,

@@ -156,8 +156,8 @@ def _meta_trained(config: Digits, kind: str, steps: int, model: Any, tasks: Task
     if path.exists():
         return load_solver(path)
     c = model.config
-    layout = Layout("nchw", (c.channels, c.side, c.side))
-    solver = make_learned(kind, layout, seed=config.seed, context="native", **options)
+    layout = Layout("image", (c.channels, c.side, c.side))
+    solver = make_learned(kind, layout, seed=config.seed, conditioning="input", **options)
     meta = MetaConfig(steps=steps, unroll=config.unroll, backend=config.backend, seed=config.seed)
     trainer = MetaTrainer(solver, tasks, meta, checkpoint=work / f"{kind}.training.safetensors")
     with progress_bar(f"meta-training, {kind}", steps, show=config.progress) as bar:

@@ -164,7 +164,7 @@ def _fitted(config: DropIn, model: Classifier, work: Path) -> Any:
     solver = mb.fit_solver(
         model,
         load_digits().train.images,
-        layout="nchw",
+        layout="image",
         steps=config.steps,
         seed=config.seed,
         fallback=False,  # measured below, whatever it is worth

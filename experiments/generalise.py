@@ -253,7 +253,7 @@ class _Job:
         config = self.config
         universal = self._trained(
             "universal",
-            lambda: make_learned("universal", Layout("nd", (1,)), seed=config.seed),
+            lambda: make_learned("universal", Layout("vector", (1,)), seed=config.seed),
             config.steps,
             {"unroll": 28},
         )
@@ -262,7 +262,7 @@ class _Job:
         coordinatewise = self._trained(
             "coordinatewise",
             lambda: make_learned(
-                "coordinatewise", Layout("nd", (1,)), seed=config.seed, initializer=0, safeguard=BY_PROGRESS
+                "coordinatewise", Layout("vector", (1,)), seed=config.seed, initializer_width=0, safeguard=BY_PROGRESS
             ),
             config.coordinatewise_steps,
             {"unroll": 16},
@@ -299,13 +299,13 @@ class _Job:
         if path.exists():
             return load_solver(path)
         layout, channels = tasks_layout(validation[0])
-        seeing = {"initializer": 32, "gated": options["unroll"], "weighing": "lstm"}
+        seeing = {"initializer_width": 32, "learned_steps": options["unroll"], "coefficients": "lstm"}
         more = seeing if kind == "meta-broyden" else {}
         solver = make_learned(
             kind,
             layout,
             seed=self.config.seed,
-            context="native" if channels else "f0",
+            conditioning="input" if channels else "initial_value",
             context_channels=channels,
             safeguard=BY_PROGRESS,
             **more,

@@ -68,7 +68,7 @@ class Recipe:
         return self.unroll if isinstance(self.unroll, int) else self.unroll[1]
 
 
-_SAME: dict[str, Any] = {"initializer": 32, "safeguard": BY_PROGRESS}
+_SAME: dict[str, Any] = {"initializer_width": 32, "safeguard": BY_PROGRESS}
 RECIPES: dict[str, Recipe] = {
     "meta-broyden": Recipe(**RATES, options=_SAME),
     "grouped": Recipe(steps=300, learning_rate=4e-3, options={**_SAME, "rank": 32}),
@@ -91,17 +91,21 @@ TEXT: dict[str, dict[str, Any]] = {
 }
 """What is different where f is a language model's, ten times as costly: by solver, and of all others."""
 _DATA = ("digits", "fashion")
-_WIDE: dict[str, Any] = {**_SAME, "initializer": 128}
+_WIDE: dict[str, Any] = {**_SAME, "initializer_width": 128}
 _QUICK: dict[str, Any] = {"steps": 1500, "unroll": 7, "segments": 1, "options": _WIDE}
 _LAYERS: dict[str, Any] = {"steps": 3000, "unroll": 6, "segments": 1, "options": {**_WIDE, "rank": 48}}
 _SPLIT: dict[str, Any] = {"kind": "meta-splitting", "segments": 1}
 _SHORT: dict[str, Any] = {"steps": 150, "unroll": 4, "segments": 6, "learning_rate": 2e-3}
-_SEEING: dict[str, Any] = {**_SAME, "gated": 12, "weighing": "lstm", "dilations": (1, 1)}
+_SEEING: dict[str, Any] = {**_SAME, "learned_steps": 12, "coefficients": "lstm", "dilations": (1, 1)}
 OWN: dict[tuple[str, str], dict[str, Any]] = {
     **{(f"dense-{data}", "meta-broyden"): {**_QUICK, "unroll": 8} for data in _DATA},
     **{(f"monotone-dense-{data}", "meta-broyden"): {**_SPLIT, **_QUICK} for data in _DATA},
     ("mlp-digits", "meta-broyden"): _LAYERS,
-    ("mlp-fashion", "meta-broyden"): {**_LAYERS, "steps": 6000, "options": {**_LAYERS["options"], "weighing": "lstm"}},
+    ("mlp-fashion", "meta-broyden"): {
+        **_LAYERS,
+        "steps": 6000,
+        "options": {**_LAYERS["options"], "coefficients": "lstm"},
+    },
     ("monotone-conv-digits", "meta-broyden"): {**_SPLIT, "steps": 450},
     ("monotone-conv-fashion", "meta-broyden"): {**_SPLIT, "steps": 450, "options": {**_SAME, "alpha": 0.4}},
     ("monotone-multitier-digits", "meta-broyden"): {**_SPLIT, "options": {**_SAME, "rank": 48}},
@@ -143,8 +147,8 @@ class Meta:
     """Of the gradient: "backprop" or "pes", see metabroyden.meta.MetaConfig."""
     objective: str | None = None
     """What is minimised, instead of the recipe's: a name of metabroyden.meta.objectives.OBJECTIVES."""
-    context: str = "native"
-    """What the solver knows of x: its injection ("native") or the first evaluation ("f0")."""
+    conditioning: str = "input"
+    """What the solver knows of x: its injection ("input") or the first evaluation ("initial_value")."""
     budget: int = 60
     """Evaluations each sample may cost in the comparison."""
     samples: int = 256
@@ -238,11 +242,11 @@ class Job:
         recipe = replace(recipe, **OWN.get((config.family, config.solver), {}))
         if config.solver == "meta-broyden":
             cell, given = self.model.cell, {**recipe.options, **self.altered_options()}
-            layout = getattr(cell, "layout", "nd")  # of a converted network, whose states go as one vector
+            layout = getattr(cell, "layout", "vector")  # of a converted network, whose states go as one vector
             usual: dict[str, Any] = {"dilations": dilations(cell, layout)}
-            if "gated" not in given:
-                trained, weighing = recipe.segments * recipe.longest, given.get("weighing", "table")
-                usual |= gated_steps(trained, layout, weighing)
+            if "learned_steps" not in given:
+                trained, coefficients = recipe.segments * recipe.longest, given.get("coefficients", "schedule")
+                usual |= gated_steps(trained, layout, coefficients)
             recipe = replace(recipe, options={**usual, **given})
         return replace(recipe, steps=config.steps or recipe.steps, objective=config.objective or recipe.objective)
 
@@ -272,15 +276,15 @@ class Job:
         config, recipe = self.config, self.recipe
         tasks = self._tasks()
         layout, channels = tasks_layout(tasks)
-        context = config.context if channels else "f0"
+        conditioning = config.conditioning if channels else "initial_value"
 
         def make(**options: Any) -> Any:
             return make_learned(
                 recipe.kind or config.solver,
                 layout,
                 seed=config.seed,
-                context=context,
-                context_channels=channels if context == "native" else 0,
+                conditioning=conditioning,
+                context_channels=channels if conditioning == "input" else 0,
                 **{**recipe.options, **options},
             ).to(self.device)
 

@@ -72,7 +72,7 @@ def run(config: Pes) -> None:
     model = load_model(config.models / config.family / "model.safetensors", warn=False).requires_grad_(False)
     tasks = family_tasks(model, family.criterion())
     layout, _ = tasks_layout(tasks)
-    solver = make_learned(config.solver, layout, seed=config.seed, hidden=8, initializer=0, safeguard=None)
+    solver = make_learned(config.solver, layout, seed=config.seed, hidden=8, initializer_width=0, safeguard=None)
     common = MetaConfig(
         steps=1_000_000,
         unroll=config.unroll,

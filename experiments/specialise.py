@@ -49,7 +49,7 @@ class Specialise:
     """Of the matrices of initializer and preconditioner, linear to zero."""
     rank: int = 64
     """Inner channels of the preconditioner that a universal solver is given."""
-    initializer: int = 64
+    initializer_width: int = 64
     """Width of the initializer that it is given."""
     budget: int = 60
     """Evaluations each sample may cost in the comparison."""
@@ -78,7 +78,7 @@ def run(config: Specialise) -> None:
         learning_rate=config.learning_rate,
         orthogonal_rate=config.orthogonal_rate,
         rank=config.rank,
-        initializer=config.initializer,
+        initializer_width=config.initializer_width,
         seed=config.seed,
     )
     tasks = family_tasks(model, criterion, packed=_as_vector(model))
@@ -104,7 +104,7 @@ def run(config: Specialise) -> None:
 
 def _as_vector(model: Any) -> bool:
     """Whether a state of several tensors has no layout that a solver knows of."""
-    return getattr(model.cell, "layout", "nd") != "scales"
+    return getattr(model.cell, "layout", "vector") != "pyramid"
 
 
 def _held(config: Specialise, model: Any, criterion: Any, split: str, limit: int) -> HeldOut:

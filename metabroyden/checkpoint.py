@@ -21,13 +21,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from metabroyden.deprecated import from_schema_1
 from metabroyden.described import MISFITS, CheckpointError, Limits, check, damaged
 from metabroyden.learned.base import ADJOINT, LEARNED, LEARNED_SPLITTING
 from metabroyden.learned.safeguard import Safeguard
 from metabroyden.solvers.registry import SOLVERS, SPLITTING, make_solver, name_of
 from metabroyden.storage import atomic_write
 
-SCHEMA = 1
+SCHEMA = 2
 LARGEST = 5_000_000
 """Bytes of weights above which a file that a repository is to keep holds them in half precision."""
 PRECISIONS = (torch.float32, torch.float64)
@@ -80,7 +81,7 @@ def read(path: str | Path, kind: str | None = None) -> tuple[dict[str, Tensor], 
         raise damaged(path, f"schema {schema!r}, kind {found!r}")
     if kind is not None and found.split("/")[0] != kind:
         raise CheckpointError(f"{path} holds a {found!r}, wanted a {kind!r}")
-    return tensors, header
+    return from_schema_1(tensors, header) if schema == 1 else (tensors, header)
 
 
 def _parsed(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

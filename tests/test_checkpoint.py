@@ -9,6 +9,7 @@ import resource
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import safetensors.torch
 import torch
 
 import metabroyden as mb
-from metabroyden import checkpoint
+from metabroyden import checkpoint, deprecated
 from metabroyden.learned import ADJOINT, LEARNED, LEARNED_SPLITTING
 from metabroyden.learned.layout import Layout
 from metabroyden.meta.fit import make_learned
@@ -35,7 +36,7 @@ from metabroyden.zoo.models import (
 
 
 def some_solver(name: str = "grouped"):
-    solver = make_learned(name, Layout("nchw", (4, 3, 3)))
+    solver = make_learned(name, Layout("image", (4, 3, 3)))
     for parameter in solver.parameters():
         parameter.data.normal_()
     solver.fingerprint, solver.summary = "abc", {"seconds": 1.5}
@@ -94,7 +95,7 @@ def test_the_file_describes_itself_without_pickle(tmp_path):
     ours = json.loads(header_of(data)[0]["__metadata__"]["metabroyden"])
     assert ours["kind"] == "solver/grouped"
     assert ours["schema"] == checkpoint.SCHEMA
-    assert ours["config"]["layout"] == "nchw"
+    assert ours["config"]["layout"] == "image"
     assert ours["config"]["shape"] == [4, 3, 3]
     assert ours["summary"] == {"seconds": 1.5}
 
@@ -105,7 +106,7 @@ DAMAGE = [
     (lambda data: b"", "truncated or foreign"),
     (lambda data: b"PK\x03\x04" + data, "truncated or foreign"),
     (lambda data: safetensors.torch.save({"a": torch.ones(2)}), "not one that metabroyden wrote"),
-    (lambda data: with_header(data, lambda h: h.update(schema=99)), "schema 99, newer than 1: update metabroyden"),
+    (lambda data: with_header(data, lambda h: h.update(schema=99)), "schema 99, newer than 2: update metabroyden"),
     (lambda data: with_header(data, lambda h: h.update(schema=checkpoint.SCHEMA + 1)), "newer than"),
     (lambda data: with_header(data, lambda h: h.update(schema=0)), "damaged: schema 0"),
     (lambda data: with_header(data, lambda h: h.update(schema=True)), "damaged: schema True"),
@@ -113,7 +114,7 @@ DAMAGE = [
     (lambda data: with_header(data, lambda h: h.update(kind="model/conv")), "holds a 'model/conv', wanted a 'solver'"),
     (lambda data: with_header(data, lambda h: h.pop("fingerprint")), "description is damaged"),
     (lambda data: with_header(data, lambda h: h["config"].update(hidden=7)), "weights do not fit"),
-    (lambda data: with_header(data, lambda h: h.update(kind=5)), "damaged: schema 1, kind 5"),
+    (lambda data: with_header(data, lambda h: h.update(kind=5)), "damaged: schema 2, kind 5"),
     (lambda data: with_header(data, lambda h: h.update(schema="1")), "damaged: schema '1'"),
     (lambda data: with_header(data, lambda h: h["config"].update(shape=[-3, 3, 3])), "damaged: "),
     (lambda data: with_header(data, lambda h: h["config"]["safeguard"].update(memory=0)), "memory must be an integer"),
@@ -191,8 +192,22 @@ def test_every_solver_among_the_results_loads():
         assert mb.load_solver(path).config, path
 
 
+@pytest.mark.parametrize(("name", "weights"), [("meta-broyden", "lstm"), ("coordinatewise", "scaled")])
+def test_what_a_file_of_schema_1_leaves_out_means_what_it_meant_then(tmp_path, name, weights):
+    option = "coefficients" if name == "meta-broyden" else "preprocessing"
+    solver = make_learned(name, Layout("image", (4, 3, 3)), conditioning="input", **{option: weights})
+    described = {"config": dict(asdict(solver.config), layout="nchw", schema=1), "fingerprint": None, "summary": {}}
+    for now, then in {option: None, "schema": None, **{new: old for old, new in deprecated.OPTIONS.items()}}.items():
+        value = described["config"].pop(now, None)
+        if then and now != option and value is not None:
+            described["config"][then] = "native" if value == "input" else value
+    path = mb.save_solver(solver, tmp_path / "s.safetensors")
+    path.write_bytes(with_header(path.read_bytes(), lambda header: header.update(schema=1, **described)))
+    assert mb.load_solver(path).config == solver.config
+
+
 def small_solver() -> Any:
-    return make_learned("universal", Layout("nd", (1,)), hidden=4)
+    return make_learned("universal", Layout("vector", (1,)), hidden=4)
 
 
 def small_model() -> Any:
@@ -303,8 +318,8 @@ HUGE = [
     ("universal", {"hidden": 60_000}),
     ("grouped", {"hidden": 10**9}),
     ("grouped", {"shape": [10**6, 10**6, 10**6]}),
-    ("meta-broyden", {"gated": 10**12}),
-    ("meta-broyden", {"rank": 10**5, "initializer": 10**5}),
+    ("meta-broyden", {"learned_steps": 10**12}),
+    ("meta-broyden", {"rank": 10**5, "initializer_width": 10**5}),
     ("meta-broyden", {"dilations": []}),
     ("meta-broyden", {"dilations": [1, -1]}),
     ("meta-broyden", {"dilations": "11"}),

@@ -246,7 +246,7 @@ def test_the_layers_tolerances_are_those_of_its_solve():
 def test_a_new_solver_is_told_again_that_it_was_fitted_to_other_weights():
     deq, x = mb.DEQ(TanhCell().float(), warn=False), torch.randn(2, 4)
     for _ in range(2):
-        solver = mb.GroupedLSTM(mb.learned.GroupedConfig(layout="nd", shape=(4,)))
+        solver = mb.GroupedLSTM(mb.learned.GroupedConfig(layout="vector", shape=(4,)))
         solver.fingerprint = "0123456789abcdef"
         deq.solver = solver
         with torch.no_grad():
@@ -342,7 +342,7 @@ def dtypes(module) -> set[torch.dtype]:
 
 
 def test_learned_solvers_go_where_the_model_goes():
-    forward, backward = (make_learned(kind, Layout("nd", (4,))) for kind in ("grouped", "adjoint"))
+    forward, backward = (make_learned(kind, Layout("vector", (4,))) for kind in ("grouped", "adjoint"))
     model = nn.Sequential(nn.Linear(4, 4), mb.DEQ(TanhCell(), solver=forward, backward=mb.Implicit(solver=backward)))
     before = {name: value.clone() for name, value in forward.state_dict().items()}
     names = list(model.state_dict())

@@ -26,7 +26,9 @@ def setting(device: str):
     cell = Cell().to(device)
     encode, z0 = (lambda raw: 2 * raw.to(device)), torch.zeros_like
     tasks = TaskSet(cell, contexts(30), contexts(8, 1), contexts(8, 2), encode=encode, z0=z0)
-    solver = make_learned("meta-broyden", Layout("nchw", (3, 4, 4)), hidden=4, rank=4, initializer=4, gated=2)
+    solver = make_learned(
+        "meta-broyden", Layout("image", (3, 4, 4)), hidden=4, rank=4, initializer_width=4, learned_steps=2
+    )
     return tasks, solver.to(device)
 
 

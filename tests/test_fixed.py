@@ -68,7 +68,7 @@ def test_what_cannot_be_compiled_runs_all_the_same(monkeypatch):
 
 def test_a_learned_solver_runs_its_learned_steps():
     problem = make_problem("tanh_gaussian_0.95")
-    learned = mb.GroupedLSTM(GroupedConfig(layout="nd", shape=(32,), safeguard=None)).double().requires_grad_(False)
+    learned = mb.GroupedLSTM(GroupedConfig(layout="vector", shape=(32,), safeguard=None)).double().requires_grad_(False)
     fixed = mb.FixedBudget(problem.f, learned, max_nfe=8, compiled=False)(problem.z0, problem.context)
     usual = mb.solve(problem.f, problem.z0, problem.context, solver=learned, rtol=1e-3, max_nfe=8, throw=False)
     torch.testing.assert_close(fixed.z, usual.z, rtol=1e-6, atol=1e-8)

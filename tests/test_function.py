@@ -37,7 +37,7 @@ SURROUNDINGS = ("plain", "inference", "autocast", "threads", "buffer", "gradient
 def _learned(name: str, n: int, dtype: torch.dtype):
     """A learned solver of vectors that is not at its neutral start."""
     options = {"classical": mb.Anderson(memory=3)} if name == "started" else {}
-    solver = make_learned(name, Layout("nd", (n,)), seed=n, **options).to(dtype)
+    solver = make_learned(name, Layout("vector", (n,)), seed=n, **options).to(dtype)
     g = torch.Generator().manual_seed(n)
     for parameter in solver.parameters():
         parameter.data += 0.03 * torch.randn(parameter.shape, generator=g, dtype=torch.float64).to(dtype)

@@ -17,7 +17,7 @@ PACKAGE = Path(metabroyden.__file__).parent
 
 # Lower layers first. A module may import from its own layer and from those below, never from above.
 LAYERS = [
-    ["solution", "state", "shared", "storage", "version"],
+    ["deprecated", "solution", "state", "shared", "storage", "version"],
     ["function"],
     ["evaluator", "inverse"],
     ["problem", "opaque"],
@@ -89,7 +89,7 @@ import torch, metabroyden as mb
 from metabroyden.learned import GroupedConfig
 f = lambda z, x: torch.tanh(0.5 * z + x)
 x = torch.randn(4, 6)
-for solver in (mb.Broyden(), mb.GroupedLSTM(GroupedConfig(layout="nd", shape=(6,)))):
+for solver in (mb.Broyden(), mb.GroupedLSTM(GroupedConfig(layout="vector", shape=(6,)))):
     assert mb.solve(f, torch.zeros(4, 6), x, solver=solver).converged.all()
 """
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)

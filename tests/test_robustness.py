@@ -25,7 +25,7 @@ SOLVERS = [mb.Picard(), mb.Anderson(), mb.Broyden(), mb.Broyden(kind="bad"), mb.
 
 def perturbed(n: int, initializer: int) -> mb.GroupedLSTM:
     torch.manual_seed(0)
-    solver = mb.GroupedLSTM(GroupedConfig(layout="nd", shape=(n,), initializer=initializer))
+    solver = mb.GroupedLSTM(GroupedConfig(layout="vector", shape=(n,), initializer_width=initializer))
     for parameter in solver.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     return solver.requires_grad_(False)

@@ -16,7 +16,7 @@ from tests.conftest import linear, tanh
 def learned(kind: str, n: int, dtype: torch.dtype = torch.float64, **options):
     config = mb.LEARNED[kind].config_type
     torch.manual_seed(1)
-    solver = mb.LEARNED[kind](config(layout="nd", shape=(n,), **options)).to(dtype)
+    solver = mb.LEARNED[kind](config(layout="vector", shape=(n,), **options)).to(dtype)
     for parameter in solver.parameters():  # not at the zero read-outs it starts with
         parameter.data += 0.02 * torch.randn_like(parameter)
     return solver.eval().requires_grad_(False)
@@ -83,7 +83,7 @@ def test_the_order_of_samples_does_not_matter(solver):
     torch.testing.assert_close(plain.z[order], mixed.z, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("solver", [*CLASSICAL, learned("grouped", 12, context="f0")], ids=str)
+@pytest.mark.parametrize("solver", [*CLASSICAL, learned("grouped", 12, conditioning="initial_value")], ids=str)
 def test_with_and_without_a_context_the_same_is_found(solver, nonlinear):
     given_context = mb.solve(nonlinear.f, nonlinear.z0, nonlinear.x, solver=solver, rtol=1e-8, max_nfe=80)
     closure = mb.solve(lambda z: nonlinear.f(z, nonlinear.x), nonlinear.z0, solver=solver, rtol=1e-8, max_nfe=80)

@@ -31,7 +31,7 @@ from metabroyden.storage import atomic_write
 
 
 class Cell(torch.nn.Module):
-    layout = "nd"
+    layout = "vector"
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def fail(_: int) -> State:
 
 
 def used_deq() -> mb.DEQ:
-    deq = mb.DEQ(Cell(), solver=make_learned("grouped", Layout("nd", (6,))))
+    deq = mb.DEQ(Cell(), solver=make_learned("grouped", Layout("vector", (6,))))
     deq(torch.ones(3, 6)).sum().backward()
     return deq
 
@@ -82,12 +82,12 @@ CARRIED = {
     "CheckpointError": lambda: mb.CheckpointError("a file", "and why"),
     "Status": lambda: mb.Status.STALLED,
     "Safeguard": mb.Safeguard,
-    "Layout": lambda: Layout("nchw", (4, 3, 3)),
+    "Layout": lambda: Layout("image", (4, 3, 3)),
     "Packing": lambda: Packing.of((torch.zeros(2, 3), torch.zeros(2, 4))),
     "MetaConfig": lambda: MetaConfig(unroll=(2, 4)),
     "OnlineConfig": mb.OnlineConfig,
     "StepGuard": lambda: StepGuard({"loss not finite": [3]}, [1], [2], 1),
-    "DEQ": lambda: mb.DEQ(Cell(), solver=make_learned("grouped", Layout("nd", (6,)))),
+    "DEQ": lambda: mb.DEQ(Cell(), solver=make_learned("grouped", Layout("vector", (6,)))),
     "DEQ that was used": used_deq,
     "EquilibriumCache": lambda: mb.EquilibriumCache(4),
     "VariationalDropout": lambda: mb.VariationalDropout(0.2, (8,)),
@@ -95,7 +95,7 @@ CARRIED = {
     **{mode.__name__: mode for mode in (mb.Implicit, mb.JacobianFree, mb.Phantom, mb.Unroll)},
     **{name: lambda name=name: mb.make_solver(name) for name in sorted(mb.SOLVERS | mb.SPLITTING)},
     **{
-        name: lambda name=name: make_learned(name, Layout("nd", (6,)))
+        name: lambda name=name: make_learned(name, Layout("vector", (6,)))
         for name in sorted(LEARNED | LEARNED_SPLITTING | ADJOINT)
     },
 }

@@ -36,7 +36,7 @@ def write(folder: Path, rows: Sequence[Row], described: dict[str, Any]) -> Path:
         made_by(described["command"], first["provenance"], "torchdeq"),
         f"A torchdeq classifier (convolutional DEQ, {config['channels']} channels on 8×8 digits, "
         f"{sizes['model']:,} parameters) is trained with torchdeq's Anderson and implicit differentiation. "
-        '`fit_solver(model, train_images, layout="nchw", fallback=False)` fits a root finder of '
+        '`fit_solver(model, train_images, layout="image", fallback=False)` fits a root finder of '
         f"{sizes['learned solver']:,} parameters to it, `register` makes it known to torchdeq. Then the same weights run "
         "with one solver's name or another in "
         f"`get_deq`, on {rows[0]['batch']} test images in one batch, max_iter {config['budget']}, stop_mode rel. "

@@ -17,7 +17,7 @@ from metabroyden.learned.preconditioner import Preconditioner
 class AdjointConfig(GroupedConfig):
     """As `GroupedConfig`, without an initializer but the preconditioner."""
 
-    initializer: int = 0
+    initializer_width: int = 0
 
 
 @register("adjoint")

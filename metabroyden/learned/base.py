@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from metabroyden.deprecated import current
 from metabroyden.evaluator import to_host
 from metabroyden.learned.initializer import Initializer
 from metabroyden.learned.layout import Layout
@@ -55,11 +56,11 @@ class LearnedConfig:
     Attributes:
         layout: layout kind, see `Layout`.
         shape: per-sample shape of the states it is fitted to.
-        context: "f0", the first evaluation f(z0, x), which every solve has; or "native", the context tensor itself (of a
-            tuple the first one, the injection).
+        conditioning: what the solver sees of a problem. "initial_value": the first evaluation f(z0, x), which every solve
+            has. "input": the context tensor itself (of a tuple the first one, the injection).
         context_channels: channels of the context feature in canonical form (see `Layout.context`); 0: as the state's.
         hidden: LSTM width.
-        initializer: width of the initializer; 0 for none.
+        initializer_width: inner channels of the initializer; 0 for none.
         initializer_kernels: widths of its maps' convolutions, odd, two maps or more (vectors have dense maps): (5, 1) is a
             good choice for texts.
         safeguard: hand-over to Broyden.
@@ -67,19 +68,23 @@ class LearnedConfig:
 
     layout: str
     shape: tuple[int, ...]
-    context: str = "f0"
+    conditioning: str = "initial_value"
     context_channels: int = 0
     hidden: int = 8
-    initializer: int = 32
+    initializer_width: int = 32
     initializer_kernels: tuple[int, ...] = (3, 3)
     safeguard: Safeguard = field(default_factory=Safeguard)
 
     def __post_init__(self) -> None:
+        for name in ("layout", "conditioning"):
+            object.__setattr__(self, name, current(getattr(self, name), stacklevel=5))
         Layout(self.layout, self.shape)
-        if self.context not in ("f0", "native"):
-            raise ValueError(f"context must be 'f0' or 'native', got {self.context!r}")
-        if self.hidden < 1 or self.initializer < 0:
-            raise ValueError(f"hidden must be at least 1 and initializer at least 0: {self.hidden}, {self.initializer}")
+        if self.conditioning not in ("initial_value", "input"):
+            raise ValueError(f"conditioning must be 'initial_value' or 'input', got {self.conditioning!r}")
+        if self.hidden < 1 or self.initializer_width < 0:
+            raise ValueError(
+                f"hidden must be at least 1 and initializer_width at least 0: {self.hidden}, {self.initializer_width}"
+            )
         kernels = self.initializer_kernels
         if not isinstance(kernels, tuple) or len(kernels) < 2 or any(k < 1 or k % 2 == 0 for k in kernels):
             raise ValueError(f"initializer_kernels must be at least two odd numbers, as (3, 3), got {kernels!r}")
@@ -104,8 +109,8 @@ class LearnedSolver(nn.Module):
         self.context_channels = config.context_channels or self.layout.channels
         self.fingerprint: str | None = None
         self.summary: dict[str, Any] = {}
-        sizes = config.initializer, config.initializer_kernels
-        self.initializer = Initializer(self.layout, self.context_channels, *sizes) if config.initializer else None
+        sizes = config.initializer_width, config.initializer_kernels
+        self.initializer = Initializer(self.layout, self.context_channels, *sizes) if config.initializer_width else None
 
     @property
     def dimension_free(self) -> bool:
@@ -127,14 +132,14 @@ class LearnedSolver(nn.Module):
 
     def context_feature(self, problem: Any, shape: tuple[int, ...]) -> Tensor:
         """The context feature (R, C', *S): f(z0) (evaluated and counted at the start), or the native context."""
-        if self.config.context == "f0":
+        if self.config.conditioning == "initial_value":
             return self.layout.canonical(problem.origin(), shape)
         context = problem.context[0] if isinstance(problem.context, tuple) and problem.context else problem.context
         wanted = f"a context tensor with {self.context_channels} channels and the state's layout {self.layout.kind!r}"
         if not isinstance(context, Tensor):
             raise ValueError(
                 f"this solver was fitted with its native context: it needs {wanted}, got {type(context).__name__}; one "
-                "fitted with context='f0' needs none"
+                "fitted with conditioning='initial_value' needs none"
             )
         extents = self.layout.extents(shape)
         feature = self.layout.context(context, extents)
@@ -153,7 +158,7 @@ class LearnedSolver(nn.Module):
         self.check_dtype(z0)
         shape = self.layout.resolve(problem.shape)
         context = self.context_feature(problem, shape)
-        base = problem.origin() if self.config.context == "f0" else z0
+        base = problem.origin() if self.config.conditioning == "initial_value" else z0
         if self.initializer is None:
             return base
         start = base + self.layout.flat(self.initializer(context))
@@ -162,7 +167,7 @@ class LearnedSolver(nn.Module):
 
     def warm_start(self, z0: Tensor, problem: Any) -> tuple[Tensor, Tensor] | None:
         """((R, 1) whether to go on from z0, (R, n) where that begins); None where no sample is to."""
-        if self.config.context == "f0":
+        if self.config.conditioning == "initial_value":
             image = problem.origin()
             return is_warm(z0, image), image
         if torch.is_grad_enabled():

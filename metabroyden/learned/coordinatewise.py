@@ -77,16 +77,11 @@ class CoordinatewiseLSTM(LearnedSolver):
         if self.context_channels != self.layout.channels:
             raise ValueError(
                 f"the coordinatewise solver needs a context feature with the state's {self.layout.channels} channels, "
-                f"got {self.context_channels}; use context='f0'"
+                f"got {self.context_channels}; use conditioning='initial_value'"
             )
         inputs, hidden = _INPUTS[config.preprocessing], config.hidden
         self.below = SharedLSTM(inputs, hidden, 0) if config.layers == 2 else None
         self.lstm = SharedLSTM(inputs if config.layers == 1 else hidden, hidden, 2)
-
-    @classmethod
-    def from_config(cls, values: dict[str, Any]) -> LearnedSolver:
-        """The untrained solver of a described config; without a word on preprocessing, as there was none once."""
-        return super().from_config({"preprocessing": "scaled", **values})
 
     @property
     def dimension_free(self) -> bool:
@@ -98,7 +93,7 @@ class CoordinatewiseLSTM(LearnedSolver):
         if not self.dimension_free:
             return super().start(z0, problem)
         self.check_dtype(z0)
-        return problem.origin() if self.config.context == "f0" else z0
+        return problem.origin() if self.config.conditioning == "initial_value" else z0
 
     def init(self, z: Tensor, g: Tensor, problem: Any) -> CoordinatewiseState:
         """Zero memory; the context feature is taken once."""
@@ -157,7 +152,7 @@ class CoordinatewiseLSTM(LearnedSolver):
 
     def _context(self, layout: Layout, shape: Any, problem: Any) -> Tensor:
         """The context feature, (R, n)."""
-        if self.config.context == "f0":
+        if self.config.conditioning == "initial_value":
             return problem.origin()
         if layout is self.layout:
             return layout.flat(self.context_feature(problem, shape))
@@ -166,7 +161,7 @@ class CoordinatewiseLSTM(LearnedSolver):
             return context.flatten(1)
         raise ValueError(
             "this solver was fitted with its native context: it needs a tensor shaped like the state, "
-            f"{tuple(shape)} a sample; use context='f0'"
+            f"{tuple(shape)} a sample; use conditioning='initial_value'"
         )
 
 

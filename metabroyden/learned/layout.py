@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-KINDS = {"nd": 1, "nct": 2, "ntc": 2, "nchw": 3, "scales": 3}
-"""Per-sample axes of each layout: nd vector; nct/ntc sequence with channels first/last; nchw image; scales: a tuple of
+from metabroyden.deprecated import current
+
+KINDS = {"vector": 1, "nct": 2, "ntc": 2, "image": 3, "pyramid": 3}
+"""Per-sample axes of each layout: vector; nct/ntc: sequence with channels first/last; image; pyramid: a tuple of
 images, finest first, each side a multiple of the last one's."""
 LARGEST_PACKED = 8192
 """Coordinates above which a state of several tensors is not taken for one vector unasked: maps of it are dense."""
@@ -29,7 +31,7 @@ class Layout:
     """A layout with the per-sample shape it was fitted to.
 
     Attributes:
-        kind: "nd", "nct", "ntc", "nchw" or "scales".
+        kind: "vector", "nct", "ntc", "image" or "pyramid".
         shape: per-sample shape (for scales a tuple of them); a solver runs on other spatial or time extents too, not on
             other channel counts.
     """
@@ -38,9 +40,10 @@ class Layout:
     shape: Any
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", current(self.kind, stacklevel=5))
         if self.kind not in KINDS:
             raise ValueError(f"layout must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if self.kind == "scales":
+        if self.kind == "pyramid":
             _check_scales(self.shape)
         elif len(self.shape) != KINDS[self.kind]:
             raise ValueError(
@@ -50,7 +53,7 @@ class Layout:
     @property
     def channels(self) -> int:
         """Channels C."""
-        if self.kind == "scales":
+        if self.kind == "pyramid":
             return sum(part[0] * n**2 for part, n in zip(self.shape, self.factors, strict=True))
         return self.shape[-1] if self.kind == "ntc" else self.shape[0]
 
@@ -70,14 +73,14 @@ class Layout:
         ValueError when the channels differ from the fitted ones.
         """
         several = bool(shape) and not isinstance(shape[0], int)
-        if self.kind == "scales":
+        if self.kind == "pyramid":
             scales = tuple(tuple(int(size) for size in part) for part in shape) if several else ()
             if not several and tuple(shape) == (sum(map(math.prod, self.shape)),):
                 return self.shape
             if several and len(scales[-1]) == 3 and self.shape_like(scales[-1][1:]) == scales:
                 return scales
             raise ValueError(f"this solver was fitted to a state of several scales {self.shape}, got {tuple(shape)}")
-        if several and self.kind == "nd" and packed_layout(shape).shape == tuple(self.shape):
+        if several and self.kind == "vector" and packed_layout(shape).shape == tuple(self.shape):
             return self.shape
         if several:
             raise ValueError(
@@ -85,7 +88,7 @@ class Layout:
                 f"{[tuple(part) for part in shape]}"
             )
         found = tuple(int(size) for size in shape)
-        if len(found) == 1 and self.kind != "nd" and found[0] == math.prod(self.shape):
+        if len(found) == 1 and self.kind != "vector" and found[0] == math.prod(self.shape):
             return self.shape
         if len(found) == len(self.shape) and Layout(self.kind, found).channels == self.channels:
             return found
@@ -105,15 +108,15 @@ class Layout:
             pass
         if shape and not isinstance(shape[0], int):
             flat = (sum(math.prod(part) for part in shape),)
-            return Layout("nd", flat), flat
+            return Layout("vector", flat), flat
         found = tuple(int(size) for size in shape)
-        if self.kind != "scales" and len(found) == KINDS[self.kind]:
+        if self.kind != "pyramid" and len(found) == KINDS[self.kind]:
             return Layout(self.kind, found), found
-        return Layout("nd", (math.prod(found),)), (math.prod(found),)
+        return Layout("vector", (math.prod(found),)), (math.prod(found),)
 
     def shape_like(self, extents: torch.Size | tuple[int, ...]) -> tuple[Any, ...]:
         """The per-sample shape of a state with these spatial or time extents."""
-        if self.kind == "scales":
+        if self.kind == "pyramid":
             return tuple(
                 (part[0], *(extent * n for extent in extents)) for part, n in zip(self.shape, self.factors, strict=True)
             )
@@ -121,7 +124,7 @@ class Layout:
 
     def canonical(self, flat: Tensor, shape: tuple[Any, ...]) -> Tensor:
         """(R, n) → (R, C, *S)."""
-        if self.kind == "scales":
+        if self.kind == "pyramid":
             parts = flat.split([math.prod(part) for part in shape], dim=1)
             images = [part.reshape(len(flat), *size) for part, size in zip(parts, shape, strict=True)]
             coarse = [functional.pixel_unshuffle(image, n) for image, n in zip(images, self.factors, strict=True)]
@@ -131,7 +134,7 @@ class Layout:
 
     def flat(self, canonical: Tensor) -> Tensor:
         """(R, C, *S) → (R, n)."""
-        if self.kind == "scales":
+        if self.kind == "pyramid":
             counts = [part[0] * n**2 for part, n in zip(self.shape, self.factors, strict=True)]
             coarse = canonical.split(counts, dim=1)
             images = [functional.pixel_shuffle(part, n) for part, n in zip(coarse, self.factors, strict=True)]
@@ -141,32 +144,32 @@ class Layout:
 
     def parts(self, flat: Tensor, shape: tuple[Any, ...]) -> list[Tensor]:
         """(R, n) → the images (R, C, H, W) of several resolutions, as views; of other layouts the canonical form alone."""
-        if self.kind != "scales":
+        if self.kind != "pyramid":
             return [self.canonical(flat, shape)]
         values = flat.split([math.prod(part) for part in shape], dim=1)
         return [value.unflatten(1, size) for value, size in zip(values, shape, strict=True)]
 
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
         """The inverse of `parts`."""
-        return torch.cat([part.flatten(1) for part in parts], dim=1) if self.kind == "scales" else self.flat(parts[0])
+        return torch.cat([part.flatten(1) for part in parts], dim=1) if self.kind == "pyramid" else self.flat(parts[0])
 
     def spread(self, weight: Tensor) -> list[Tensor]:
         """Weights of places (R, 1, *S) as weights of the pixels in each of the `parts`."""
-        if self.kind != "scales":
+        if self.kind != "pyramid":
             return [weight]
         return [weight.repeat_interleave(n, 2).repeat_interleave(n, 3) if n > 1 else weight for n in self.factors]
 
     @property
     def part_channels(self) -> list[int]:
         """Channels of each of the `parts`."""
-        return [part[0] for part in self.shape] if self.kind == "scales" else [self.channels]
+        return [part[0] for part in self.shape] if self.kind == "pyramid" else [self.channels]
 
     def context(self, feature: Tensor, extents: tuple[int, ...]) -> Tensor:
         """A context tensor (R, …) in canonical form: an image finer than these extents becomes channels of the coarse."""
         if self.kind == "ntc" and feature.dim() == 3:
             return feature.transpose(1, 2)
         finer = feature.dim() == 4 and feature.shape[2] % extents[0] == 0
-        if self.kind == "scales" and finer and feature.shape[3] * extents[0] == feature.shape[2] * extents[1]:
+        if self.kind == "pyramid" and finer and feature.shape[3] * extents[0] == feature.shape[2] * extents[1]:
             return functional.pixel_unshuffle(feature, feature.shape[2] // extents[0])
         return feature
 
@@ -180,7 +183,7 @@ class Layout:
 
     def extents(self, shape: tuple[Any, ...]) -> tuple[int, ...]:
         """The spatial or time extents S of a per-sample shape."""
-        if self.kind == "scales":
+        if self.kind == "pyramid":
             return shape[-1][1:]
         return shape[:1] if self.kind == "ntc" else shape[1:]
 
@@ -203,7 +206,7 @@ class Layout:
     @property
     def spatial(self) -> bool:
         """Whether the state is made of images."""
-        return self.kind in ("nchw", "scales")
+        return self.kind in ("image", "pyramid")
 
     @property
     def identities(self) -> int:
@@ -230,7 +233,7 @@ class Layout:
 
     def scale_of(self, flat: Tensor, shape: tuple[Any, ...]) -> Tensor:
         """The `scale` of a residual (R, n)."""
-        return self.scale(flat[:, :, None, None] if self.kind == "scales" else self.canonical(flat, shape))
+        return self.scale(flat[:, :, None, None] if self.kind == "pyramid" else self.canonical(flat, shape))
 
 
 class BackwardLayout(Layout):
@@ -251,7 +254,7 @@ def _check_scales(shape: Any) -> None:
     images = len(shape) > 1 and all(isinstance(part, tuple) and len(part) == 3 for part in shape)
     if not images or any(h % shape[-1][1] or w * shape[-1][1] != h * shape[-1][2] for _, h, w in shape):
         raise ValueError(
-            f"layout 'scales' wants at least two shapes (C, H, W), finest first, with sides that are multiples of the "
+            f"layout 'pyramid' wants at least two shapes (C, H, W), finest first, with sides that are multiples of the "
             f"last's, got {shape}"
         )
 
@@ -259,25 +262,25 @@ def _check_scales(shape: Any) -> None:
 def guess_layout(shape: Any) -> Layout:
     """The layout of a per-sample shape, or of a tuple of them, where it is unambiguous; ValueError otherwise.
 
-    One axis: nd; three: nchw. Several tensors: scales, where they are images that fit together; else one vector of all of
-    them, if that has at most `LARGEST_PACKED` coordinates.
+    One axis: a vector; three: an image. Several tensors: a pyramid, where they are images that fit together; else one vector
+    of all of them, if that has at most `LARGEST_PACKED` coordinates.
 
     >>> guess_layout((16, 8, 8)).kind, guess_layout(((8, 8, 8), (16, 4, 4))).kind, guess_layout(((3,), (4, 5)))
-    ('nchw', 'scales', Layout(kind='nd', shape=(23,)))
+    ('image', 'pyramid', Layout(kind='vector', shape=(23,)))
     """
     if len(shape) and not isinstance(shape[0], int):
         shapes = tuple(tuple(part) for part in shape)
         try:
-            return Layout("scales", shapes)
+            return Layout("pyramid", shapes)
         except ValueError as error:
             packed = packed_layout(shapes)
             if packed.channels > LARGEST_PACKED:
                 raise ValueError(
-                    f"no layout fits a state of several tensors {shapes}: {error}; and as one vector (layout='nd') it has "
-                    f"{packed.channels} coordinates, more than {LARGEST_PACKED}"
+                    f"no layout fits a state of several tensors {shapes}: {error}; and as one vector (layout='vector') it "
+                    f"has {packed.channels} coordinates, more than {LARGEST_PACKED}"
                 ) from None
             return packed
-    kind = {1: "nd", 3: "nchw"}.get(len(shape))
+    kind = {1: "vector", 3: "image"}.get(len(shape))
     if kind is None:
         raise ValueError(f"layout= is needed for a state of per-sample shape {tuple(shape)}: one of {', '.join(KINDS)}")
     return Layout(kind, tuple(shape))
@@ -285,7 +288,7 @@ def guess_layout(shape: Any) -> Layout:
 
 def packed_layout(shapes: Sequence[Sequence[int]]) -> Layout:
     """The layout of a state of several tensors, of these per-sample shapes, as one vector."""
-    return Layout("nd", (sum(map(math.prod, shapes)),))
+    return Layout("vector", (sum(map(math.prod, shapes)),))
 
 
 class Mixer(nn.Module):
@@ -307,8 +310,10 @@ class Mixer(nn.Module):
         dilation: int = 1,
     ) -> None:
         super().__init__()
-        if dilation < 1 or (dilation > 1 and layout.kind in ("nd", "scales")):
-            raise ValueError(f"dilations must be at least 1, and are 1 for layouts 'nd' and 'scales'; got {dilation}")
+        if dilation < 1 or (dilation > 1 and layout.kind in ("vector", "pyramid")):
+            raise ValueError(
+                f"dilations must be at least 1, and are 1 for layouts 'vector' and 'pyramid'; got {dilation}"
+            )
         self.past = (kernel - 1) * dilation if layout.causal else 0
         self.dilation = dilation
         self.map: nn.Module
@@ -366,7 +371,7 @@ class Mixer(nn.Module):
 
     def to_parts(self, value: Tensor) -> list[Tensor]:
         """The map (without bias) of a value, as `Layout.parts` of the canonical one."""
-        if self.layout.kind != "scales":
+        if self.layout.kind != "pyramid":
             return [self.apply_to(value)]
         maps = zip(self._by_part(dim=0), self.layout.factors, strict=True)
         found = [(functional.conv2d(value, weight, padding=weight.shape[-1] // 2), n) for weight, n in maps]

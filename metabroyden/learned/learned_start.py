@@ -32,9 +32,9 @@ class LearnedStartConfig(LearnedConfig):
         super().__post_init__()
         if name_of(self.classical) is None or getattr(self.classical, "initial", None) is not None:
             raise ValueError(f"classical must be a plain classical solver such as Broyden(), got {self.classical!r}")
-        if self.initializer < 1:
+        if self.initializer_width < 1:
             raise ValueError(
-                f"initializer must be at least 1 where the start is all that is learned: {self.initializer}"
+                f"initializer_width must be at least 1 where the start is all that is learned: {self.initializer_width}"
             )
 
 
@@ -76,7 +76,11 @@ class LearnedStart(LearnedSolver):
     def start(self, z0: Tensor, problem: Any) -> Tensor | Step:  # type: ignore[override]
         """The learned first iterate, (R, n), or the first step from there of a classical solver that begins with one."""
         z = super().start(z0, problem)
-        return z if torch.is_grad_enabled() or self.config.context == "f0" else self.config.classical.start(z, problem)
+        return (
+            z
+            if torch.is_grad_enabled() or self.config.conditioning == "initial_value"
+            else self.config.classical.start(z, problem)
+        )
 
     def init(self, z: Tensor, g: Tensor, problem: Any) -> Any:
         """The classical solver's state; none where gradients are recorded."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metabroyden.deprecated import current
 from metabroyden.learned.base import LearnedConfig, LearnedSolver, register
 from metabroyden.learned.lstm import SharedLSTM
 from metabroyden.learned.preconditioner import LearnedInverse, Preconditioner
@@ -26,9 +27,9 @@ class MetaBroydenConfig(LearnedConfig):
     Attributes:
         rank: inner channels k of the preconditioner; 0: half of the state's (of all resolutions together), from 16 to 48.
         damping: of the iteration that it is before training.
-        gated: steps with learned weights, which see no secants; quasi-Newton steps from then on.
-        weighing: of those steps, "table" or "lstm", see `MetaBroyden`. `hidden` is the width of the latter.
-        rows: of the table, whose last one serves all later gated steps; 0: as many as those.
+        learned_steps: steps with learned weights, which see no secants; quasi-Newton steps from then on.
+        coefficients: of those steps, "schedule" or "lstm", see `MetaBroyden`. `hidden` is the width of the latter.
+        schedule_length: of the table, whose last one serves all later gated steps; 0: as many as those.
         dilations: of the preconditioner's two maps, see `Preconditioner`; both 1 for vectors and for several resolutions.
         memory: secant pairs kept, those of the gated steps among them; no more than the state has coordinates.
         ridge: of the least squares over the pairs, relative to each; at least 100 units of rounding of the state's dtype.
@@ -37,9 +38,9 @@ class MetaBroydenConfig(LearnedConfig):
     hidden: int = 8
     rank: int = 0
     damping: float = 1.0
-    gated: int = 28
-    weighing: str = "table"
-    rows: int = 0
+    learned_steps: int = 28
+    coefficients: str = "schedule"
+    schedule_length: int = 0
     dilations: tuple[int, int] = (1, 1)
     memory: int = 10
     ridge: float = 1e-8
@@ -47,13 +48,16 @@ class MetaBroydenConfig(LearnedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.weighing not in ("table", "lstm"):
-            raise ValueError(f"weighing must be 'table' or 'lstm', got {self.weighing!r}")
-        for name, least in (("rank", 0), ("gated", 1), ("memory", 1), ("rows", 0)):
+        object.__setattr__(self, "coefficients", current(self.coefficients, stacklevel=5))
+        if self.coefficients not in ("schedule", "lstm"):
+            raise ValueError(f"coefficients must be 'schedule' or 'lstm', got {self.coefficients!r}")
+        for name, least in (("rank", 0), ("learned_steps", 1), ("memory", 1), ("schedule_length", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.rows > self.gated:
-            raise ValueError(f"rows must be at most gated, {self.gated}, got {self.rows}")
+        if self.schedule_length > self.learned_steps:
+            raise ValueError(
+                f"schedule_length must be at most learned_steps, {self.learned_steps}, got {self.schedule_length}"
+            )
         for name in ("damping", "ridge"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
@@ -103,8 +107,9 @@ class MetaBroyden(LearnedSolver):
 
     The pairs (Δz, Δg) of these steps are kept, the last `memory` of them. From then on the last γ and w are frozen, which
     makes B₀ linear, and every step is a multisecant one on top of it (see `Secants`; for sequences causal, token by token).
-    With no more than `gated` steps in an unroll, B₀ is learned from what the residuals of the gated steps want. A table's
-    last row may go on for some steps after the unroll's length: they cost a third of a multisecant step on small maps.
+    With no more than `learned_steps` steps in an unroll, B₀ is learned from what the residuals of those steps want. A
+    table's last row may go on for some steps after the unroll's length: they cost a third of a multisecant step on small
+    maps.
 
     Untrained, P = 0, c = m = d = 0 and w is the damping: Picard's iteration, then Anderson's on its pairs.
     """
@@ -115,14 +120,14 @@ class MetaBroyden(LearnedSolver):
     def __init__(self, config: MetaBroydenConfig) -> None:
         super().__init__(config)
         rank = self.rank = config.rank or min(48, max(16, sum(self.layout.part_channels) // 2))
-        kernel = 1 if config.layout == "scales" else 3  # there finer pixels already go with their coarse one
+        kernel = 1 if config.layout == "pyramid" else 3  # there finer pixels already go with their coarse one
         self.preconditioner = Preconditioner(
             self.layout, self.context_channels, rank, kernel=kernel, dilations=config.dilations
         )
         channels = sum(self.layout.part_channels)
         self.table: Table | None = None
         self.lstm: SharedLSTM | None = None
-        if config.weighing == "table":
+        if config.coefficients == "schedule":
             self.table = Table(self.trained_for, channels, rank, config.damping)
         else:
             self.channel = nn.Parameter(torch.zeros(channels))
@@ -132,12 +137,11 @@ class MetaBroyden(LearnedSolver):
     @property
     def trained_for(self) -> int:
         """Steps of the unrolls that it is made for."""
-        return self.config.rows or self.config.gated
+        return self.config.schedule_length or self.config.learned_steps
 
     @classmethod
     def from_config(cls, values: dict[str, Any]) -> LearnedSolver:
-        """The untrained solver of a described config; without a word on weighing, as there was none once, by an LSTM."""
-        values = {"weighing": "lstm", **values}
+        """The untrained solver of a described config."""
         if "dilations" in values:
             values["dilations"] = tuple(values["dilations"])
         return super().from_config(values)
@@ -176,7 +180,7 @@ class MetaBroyden(LearnedSolver):
     def step(self, z: Tensor, g: Tensor, state: MetaBroydenState, problem: Any) -> Step:
         """One learned step, (R, n)."""
         shape = self.layout.resolve(problem.shape)
-        if state.steps < self.config.gated:
+        if state.steps < self.config.learned_steps:
             return self._gated(z, g, state, shape)
         earlier = self._pairs(state, shape)
         secants = self.secants.init(z, g, shape) if earlier is None else self.secants.note(z, g, earlier, shape)

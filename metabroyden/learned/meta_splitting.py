@@ -75,7 +75,7 @@ class MetaSplitting(MetaBroyden):
     def start(self, z0: Tensor, problem: Any) -> Tensor | Step:  # type: ignore[override]
         """The learned u, (R, n), and the first use of the resolvent; u alone where it took an evaluation, of f(z0)."""
         u = super().start(z0, problem)
-        return u if self.config.context == "f0" else self.step(u, u, self.init(u, u, problem), problem)
+        return u if self.config.conditioning == "initial_value" else self.step(u, u, self.init(u, u, problem), problem)
 
     def warm_start(self, z0: Tensor, problem: Any) -> tuple[Tensor, Tensor] | None:
         """As every learned solver's, with the u that belongs to z0: one use of `linear` where a sample of z0 is not zero."""

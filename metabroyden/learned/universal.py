@@ -30,10 +30,10 @@ class UniversalConfig(LearnedConfig):
         rank: inner channels of a preconditioner; 0 for none.
     """
 
-    layout: str = "nd"
+    layout: str = "vector"
     shape: tuple[int, ...] = (1,)
     hidden: int = 16
-    initializer: int = 0
+    initializer_width: int = 0
     memory: int = 10
     ridge: float = 1e-2
     rank: int = 0
@@ -205,20 +205,20 @@ def specialised(
     solver: Universal,
     layout: Layout,
     *,
-    context: str = "f0",
+    conditioning: str = "initial_value",
     context_channels: int = 0,
     rank: int = 64,
-    initializer: int = 64,
+    initializer_width: int = 64,
 ) -> Universal:
     """A copy of the solver with an initializer and a preconditioner for states of this layout, both zero-initialised."""
     config = replace(
         solver.config,
         layout=layout.kind,
         shape=tuple(layout.shape),
-        context=context,
+        conditioning=conditioning,
         context_channels=context_channels,
         rank=rank,
-        initializer=initializer,
+        initializer_width=initializer_width,
     )
     copy = Universal(config).to(next(solver.parameters()))
     copy.lstm.load_state_dict(solver.lstm.state_dict())

@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
+from metabroyden.deprecated import WORDS, current
 from metabroyden.integrations.torchdeq import FixedPointMap
 from metabroyden.learned.layout import KINDS, Layout, guess_layout, packed_layout
 from metabroyden.meta.tasks import TaskSet
 from metabroyden.solution import State
 from metabroyden.solvers.tuning import tune
 
-CONTEXTS = ("auto", "f0", "native")
+CONDITIONINGS = ("auto", "initial_value", "input")
 SHORT = 120.0
 """Seconds of training below which unrolls have one segment, so that there are more outer steps."""
 SEGMENTS = range(6, 15)
@@ -35,16 +36,19 @@ def state_layout(f: Callable[..., State], z: State, kind: str | None) -> Layout:
     ValueError where the kind does not fit, or nothing can be guessed.
     """
     own = getattr(f, "layout", None)
-    if kind is None and isinstance(own, str) and own in KINDS:
+    if kind is None and isinstance(own, str) and WORDS.get(own, own) in KINDS:
         kind = own
+    kind = None if kind is None else current(kind)
     shape: Any = tuple(z.shape[1:]) if isinstance(z, Tensor) else tuple(tuple(part.shape[1:]) for part in z)
     if kind is None:
         return guess_layout(shape)
     if isinstance(z, Tensor):
         return Layout(kind, shape)
-    if kind in KINDS and kind not in ("scales", "nd"):
-        raise ValueError(f"the layout of a state of several tensors is 'scales', or 'nd' for one vector; got {kind!r}")
-    return packed_layout(shape) if kind == "nd" else Layout(kind, shape)
+    if kind in KINDS and kind not in ("pyramid", "vector"):
+        raise ValueError(
+            f"the layout of a state of several tensors is 'pyramid', or 'vector' for one vector; got {kind!r}"
+        )
+    return packed_layout(shape) if kind == "vector" else Layout(kind, shape)
 
 
 def tasks_layout(tasks: TaskSet) -> tuple[Layout, int]:
@@ -58,31 +62,32 @@ def tasks_layout(tasks: TaskSet) -> tuple[Layout, int]:
     return layout, layout.context_channels(x, layout.shape)
 
 
-def context_options(f: Callable[..., State], layout: Layout, z: State, x: Any, context: str) -> dict[str, Any]:
+def context_options(f: Callable[..., State], layout: Layout, z: State, x: Any, conditioning: str) -> dict[str, Any]:
     """Options of a learned solver that say what it sees of x; ValueError where it cannot see what is asked for.
 
     A native context needs a tensor (of a tuple the first) of the state's dtype and device with its spatial or time extents,
     and an f that takes it: inside a torchdeq model f is a closure.
     """
-    if context not in CONTEXTS:
-        raise ValueError(f"context must be one of {', '.join(CONTEXTS)}, got {context!r}")
-    if context == "f0":
-        return {"context": "f0"}
+    conditioning = current(conditioning)
+    if conditioning not in CONDITIONINGS:
+        raise ValueError(f"conditioning must be one of {', '.join(CONDITIONINGS)}, got {conditioning!r}")
+    if conditioning == "initial_value":
+        return {"conditioning": "initial_value"}
     first = z if isinstance(z, Tensor) else z[0]
     seen = x[0] if isinstance(x, tuple) and x else x
     alike = isinstance(seen, Tensor) and (seen.dtype, seen.device) == (first.dtype, first.device)
     channels = layout.context_channels(x, layout.shape) if alike and not isinstance(f, FixedPointMap) else 0
     if channels:
-        return {"context": "native", "context_channels": channels}
-    if context == "auto":
-        return {"context": "f0"}
+        return {"conditioning": "input", "context_channels": channels}
+    if conditioning == "auto":
+        return {"conditioning": "initial_value"}
     why = (
         "a torchdeq model solves a closure, with no context to see"
         if isinstance(f, FixedPointMap)
         else f"x must be a tensor like the state, {first.dtype} of layout {layout.kind!r} and shape {layout.shape} but for "
         f"its channels, or a tuple that begins with one; got {_described(seen)}"
     )
-    raise ValueError(f"context='native' cannot be had: {why}; say context='f0'")
+    raise ValueError(f"conditioning='input' cannot be had: {why}; say conditioning='initial_value'")
 
 
 def _described(seen: Any) -> str:
@@ -112,13 +117,13 @@ def dilations(f: Callable[..., State], layout: str) -> tuple[int, int]:
     return (step, 3 * step) if layout in ("nct", "ntc") else (1, 1)
 
 
-def gated_steps(trained: int, layout: str, weighing: str = "table") -> dict[str, int]:
+def gated_steps(trained: int, layout: str, coefficients: str = "schedule") -> dict[str, int]:
     """Options of a `MetaBroyden` unrolled for so many steps: a table's last row goes on for half as many, eight at least.
 
     Not for vectors: there secants from then on save evaluations, and bring back a sample that the table leads astray.
     """
-    more = max(8, trained // 2) if weighing == "table" and layout != "nd" else 0
-    return {"rows": trained, "gated": trained + more}
+    more = max(8, trained // 2) if coefficients == "schedule" and layout != "vector" else 0
+    return {"schedule_length": trained, "learned_steps": trained + more}
 
 
 def schedule(fewest: float, segments: int = 1) -> tuple[int, int]:

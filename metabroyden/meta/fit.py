@@ -54,7 +54,13 @@ ROOM = 2**20
 
 
 def make_learned(
-    kind: str, layout: Layout, *, seed: int = 0, context: str = "f0", context_channels: int = 0, **options: Any
+    kind: str,
+    layout: Layout,
+    *,
+    seed: int = 0,
+    conditioning: str = "initial_value",
+    context_channels: int = 0,
+    **options: Any,
 ) -> Any:
     """An untrained solver of this kind: a name in `LEARNED`, `LEARNED_SPLITTING`, `ADJOINT` or `ALIASES`, or ValueError."""
     name = ALIASES.get(kind, kind)
@@ -71,7 +77,7 @@ def make_learned(
             cls.config_type(
                 layout=layout.kind,
                 shape=tuple(layout.shape),
-                context=context,
+                conditioning=conditioning,
                 context_channels=context_channels,
                 **options,
             )
@@ -84,7 +90,7 @@ def fit_solver(
     *,
     z0: Callable[[Any], State] | None = None,
     layout: str | None = None,
-    context: str = "auto",
+    conditioning: str = "auto",
     solver: str = "metabroyden",
     rtol: float = 1e-3,
     steps: int | None = None,
@@ -120,12 +126,13 @@ def fit_solver(
             tensors, as `solve` takes them.
         z0: x → start, a tensor or a tuple of several; default `f.initial_state` where f has one, else zeros like x. Of a
             model with a `DEQ` of ours, x is here what its DEQ is called with, and the default is where that starts.
-        layout: which axes of the state are channels, space, time: "nd", "nct", "ntc", "nchw", or of several tensors "scales"
-            (see `Layout`) or "nd", one vector of all. Default f's own attribute `layout`, else a guess where that is
-            unambiguous.
-        context: what the solver sees of x: "f0", f(z0, x), or "native", x itself (of a tuple its first tensor), which saves
-            an evaluation but must then be given to every solve; "auto": native where that has the state's extents and f is
-            no torchdeq model. For solves without a context, f(z), and those of torchdeq, say "f0".
+        layout: which axes of the state are channels, space, time: "vector", "nct", "ntc", "image", or of several tensors
+            "pyramid" (see `Layout`) or "vector", one vector of all. Default f's own attribute `layout`, else a guess where
+            that is unambiguous.
+        conditioning: what the solver sees of x. "initial_value": f(z0, x). "input": x itself (of a tuple its first tensor),
+            which saves an evaluation but must then be given to every solve. "auto": "input" where that has the state's
+            extents and f is no torchdeq model. For solves without a context, f(z), and those of torchdeq, say
+            "initial_value".
         solver: "metabroyden", or another name in `LEARNED` or `LEARNED_SPLITTING`. On a cell that offers its parts, seen
             with its native context, a MetaBroyden steps on Peaceman–Rachford's map instead of f: see `MetaSplitting`.
         rtol: tolerance at which solvers are judged.
@@ -171,8 +178,8 @@ def fit_solver(
         x_train = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device), x_train)
     with target.at_rest():
         return _fit(
-            target, _split(target, x_train, seed), config, solver, kind, steps=steps, layout=layout, context=context,
-            fallback=fallback, progress=progress, checkpoint=checkpoint, score=score,
+            target, _split(target, x_train, seed), config, solver, kind, steps=steps, layout=layout,
+            conditioning=conditioning, fallback=fallback, progress=progress, checkpoint=checkpoint, score=score,
         )  # fmt: skip
 
 
@@ -185,7 +192,7 @@ def _fit(
     *,
     steps: int | None,
     layout: str | None,
-    context: str,
+    conditioning: str,
     fallback: bool,
     progress: bool,
     checkpoint: str | Path | None,
@@ -196,10 +203,10 @@ def _fit(
     start, x = tasks.problems("validation")
     where = _checked_layout(f, start, count(tasks.split("validation")), layout)
     first = start if isinstance(start, Tensor) else start[0]
-    options = context_options(f, where, start, x, context)
+    options = context_options(f, where, start, x, conditioning)
     if solver == "coordinatewise" and options.get("context_channels", where.channels) != where.channels:
-        options = context_options(f, where, start, x, "f0" if context == "auto" else context)
-    if kind == "meta-broyden" and options["context"] == "native" and offers(f, PeacemanRachford):
+        options = context_options(f, where, start, x, "initial_value" if conditioning == "auto" else conditioning)
+    if kind == "meta-broyden" and options["conditioning"] == "input" and offers(f, PeacemanRachford):
         kind = "meta-splitting"
     if kind == "meta-splitting":
         check_parts(f, PeacemanRachford())

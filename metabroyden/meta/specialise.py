@@ -40,7 +40,7 @@ class SpecialiseConfig(Unrolling):
     learning_rate: float = 1e-2
     orthogonal_rate: float = 0.08
     rank: int = 64
-    initializer: int = 64
+    initializer_width: int = 64
     seed: int = 0
     validate_every: int = 5
     validation_size: int = 64
@@ -49,7 +49,7 @@ class SpecialiseConfig(Unrolling):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_counts("steps", "unroll", "batch", "validate_every", "validation_size")
-        self._check_counts("rank", "initializer")
+        self._check_counts("rank", "initializer_width")
         self._check_positive("learning_rate", "orthogonal_rate", "rtol")
 
 
@@ -105,8 +105,8 @@ def _with_parts(solver: Any, tasks: TaskSet, config: SpecialiseConfig) -> nn.Mod
         return specialised(
             solver,
             layout,
-            context="native" if channels else "f0",
+            conditioning="input" if channels else "initial_value",
             context_channels=channels,
             rank=config.rank,
-            initializer=config.initializer,
+            initializer_width=config.initializer_width,
         )

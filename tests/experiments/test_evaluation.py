@@ -95,7 +95,7 @@ def test_tuning_picks_the_best_of_the_grid():
 
 def some_rows() -> list[dict]:
     p = problems()
-    learned = make_learned("grouped", Layout("nd", (10,))).double()
+    learned = make_learned("grouped", Layout("vector", (10,))).double()
     solvers = {"grouped LSTM": learned, "Broyden": mb.Broyden(), "start": mb.LearnedStart.of(learned, mb.Broyden())}
     star, known = benchmark.reference_equilibrium(p.f, p.z0, p.x)
     rows: list[dict] = []
@@ -285,8 +285,12 @@ class Broken(Safeguard):
 def test_horizon_rows_count_what_the_fallback_would_have_solved():
     """Steps that lead nowhere are handed over after `patience`: samples are lost, but none given what those steps cost."""
     held, _, _ = held_linear()
-    options = {"safeguard": Safeguard(horizon=None, patience=8, progress=0.5), "initializer": 0, "gated": 10_000}
-    solver = make_learned("meta-broyden", Layout("nd", (6,)), context="f0", **options)
+    options = {
+        "safeguard": Safeguard(horizon=None, patience=8, progress=0.5),
+        "initializer_width": 0,
+        "learned_steps": 10_000,
+    }
+    solver = make_learned("meta-broyden", Layout("vector", (6,)), conditioning="initial_value", **options)
     fallback = solver.config.safeguard.fallback()
     needed = int(mb.solve(held.f, held.z0, held.x, solver=fallback, rtol=1e-3).nfe.max())
     with torch.no_grad():

@@ -243,7 +243,7 @@ def test_meta_names_what_it_does_not_know(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "weighing", "rows", "gated", "dilations"),
+    ("family", "coefficients", "rows", "gated", "dilations"),
     [
         ("conv-digits", "table", 28, 42, (1, 1)),
         ("dense-digits", "table", 8, 8, (1, 1)),
@@ -254,10 +254,10 @@ def test_meta_names_what_it_does_not_know(tmp_path):
     ],
 )
 def test_secants_take_over_some_time_after_an_unroll_or_where_the_family_says(
-    tmp_path, family, weighing, rows, gated, dilations
+    tmp_path, family, coefficients, rows, gated, dilations
 ):
     options = meta.Job(meta.Meta(family=family, runs=tmp_path)).recipe.options
-    assert options.get("weighing", "table") == weighing
-    assert options.get("rows") == rows
-    assert options["gated"] == gated
+    assert options.get("coefficients", "schedule") == coefficients
+    assert options.get("schedule_length") == rows
+    assert options["learned_steps"] == gated
     assert options["dilations"] == dilations

@@ -33,7 +33,7 @@ def ring(gain, n=6):
 
 def across(path=None, steps=6):
     config = MetaConfig(steps=steps, unroll=4, batch=4, backend="native", validate_every=2, validation_size=8)
-    solver = make_learned("universal", Layout("nd", (1,)), hidden=4)
+    solver = make_learned("universal", Layout("vector", (1,)), hidden=4)
     sources = [(1.0, Known(ring(0.8))), (1.0, Known(ring(0.9, 9))), (2.0, RandomCells())]
     return MultiTaskTrainer(solver, sources, [ring(0.8), ring(0.9, 9)], config, checkpoint=path)
 
@@ -81,7 +81,7 @@ def test_twenty_steps_make_a_solver_for_one_deq():
     w = 0.95 * torch.linalg.qr(torch.randn(24, 24, generator=torch.Generator().manual_seed(0))).Q
     x = 0.3 * torch.randn(400, 24, generator=torch.Generator().manual_seed(1))
     tasks = TaskSet(lambda z, x: torch.tanh(z @ w + x), x[:300], x[300:350], x[350:])
-    untrained = make_learned("universal", Layout("nd", (1,)))
+    untrained = make_learned("universal", Layout("vector", (1,)))
     kept = [parameter.clone() for parameter in untrained.parameters()]
     adapted = adapt(untrained, tasks, SpecialiseConfig(unroll=6))
     z0, x = tasks.problems("test")
@@ -149,7 +149,7 @@ def test_generalise_writes_what_it_promises_and_goes_on(tmp_path, monkeypatch, c
 @pytest.mark.parametrize("family", ["conv-digits", "mlp-digits"])
 def test_specialise_measures_before_and_after(tmp_path, family, capsys):
     config = specialise.Specialise(
-        family=family, steps=2, batch=4, unroll=3, rank=4, initializer=8, samples=6, budget=20, progress=False,
+        family=family, steps=2, batch=4, unroll=3, rank=4, initializer_width=8, samples=6, budget=20, progress=False,
         results=tmp_path,
     )  # fmt: skip
     specialise.run(config)

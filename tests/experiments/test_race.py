@@ -338,7 +338,7 @@ def test_a_peer_that_breaks_a_state_fails_on_that_sample_alone():
 
 def test_a_stopwatch_sees_the_solvers_a_safeguard_hands_over_to():
     problem = cells.blas(4, 8, 3.0)
-    solver = make_learned("grouped", Layout("nd", (8,)), seed=0)
+    solver = make_learned("grouped", Layout("vector", (8,)), seed=0)
     watch = Stopwatch(torch.device("cpu"))
     found = mb.solve(
         watch.of_f(problem.f), problem.z0, problem.context, solver=watch.of_solver(solver), rtol=1e-4, max_nfe=200,

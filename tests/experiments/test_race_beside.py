@@ -20,7 +20,7 @@ from metabroyden.zoo.testbed import cells
 
 def trained(variant, steps=3):
     """A MetaBroyden after a few steps of Muon that pull at all of its weights."""
-    solver = variant.prepared(make_learned("meta-broyden", Layout("nd", (16,)), **variant.options))
+    solver = variant.prepared(make_learned("meta-broyden", Layout("vector", (16,)), **variant.options))
     optimizer = make_optimizer(solver, 1e-2, 5e-2)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -43,7 +43,9 @@ def test_what_is_left_out_stays_out_while_the_rest_is_trained(name):
 
 def test_pieces_are_left_out_of_the_whole_without_training():
     problem = cells.blas(4, 16, 3.0)
-    solver = make_learned("meta-broyden", Layout("nd", (16,)), gated=40, initializer=0, safeguard=BY_PROGRESS).eval()
+    solver = make_learned(
+        "meta-broyden", Layout("vector", (16,)), learned_steps=40, initializer_width=0, safeguard=BY_PROGRESS
+    ).eval()
 
     def solved(solver):
         options = {"rtol": 1e-5, "max_nfe": 60, "throw": False}
@@ -114,5 +116,5 @@ def test_transfer_holds_solvers_against_the_best_classical_one_of_the_family():
 def test_an_lstm_for_the_table_has_no_last_row_that_goes_on(tmp_path):
     usual = meta.Meta(family="conv-digits", runs=tmp_path)
     table, lstm = (race._Ablated(usual, ablation.TRAINED[name]).recipe.options for name in ("no P", "LSTM for table"))
-    assert (table["rows"], table["gated"]) == (28, 42)
-    assert (lstm["rows"], lstm["gated"], lstm["weighing"]) == (28, 28, "lstm")
+    assert (table["schedule_length"], table["learned_steps"]) == (28, 42)
+    assert (lstm["schedule_length"], lstm["learned_steps"], lstm["coefficients"]) == (28, 28, "lstm")

@@ -338,9 +338,9 @@ def test_the_inverse_of_a_learned_solve_serves_too():
     torch.testing.assert_close(*grads, rtol=2e-2, atol=2e-3 * float(grads[1].abs().max()))
 
 
-@pytest.mark.parametrize("kind", ["nd", "nct", "ntc", "nchw", "scales"])
+@pytest.mark.parametrize("kind", ["vector", "nct", "ntc", "image", "pyramid"])
 def test_a_mixer_and_a_preconditioner_have_their_transposes(kind):
-    shape = {"nd": (5,), "nct": (3, 6), "ntc": (6, 3), "nchw": (3, 4, 5), "scales": ((2, 4, 6), (3, 2, 3))}[kind]
+    shape = {"vector": (5,), "nct": (3, 6), "ntc": (6, 3), "image": (3, 4, 5), "pyramid": ((2, 4, 6), (3, 2, 3))}[kind]
     layout = Layout(kind, shape)
     part = Preconditioner(layout, layout.channels, 7).double()
     for mixer in (part.inward, part.outward):
@@ -370,7 +370,7 @@ FAILING = {
     "broyden": {"max_nfe": 6},
     "anderson": {"solver": mb.Anderson(), "max_nfe": 8},
     "newton": {"solver": mb.Newton(), "max_nfe": 8},
-    "learned": {"solver": make_learned("adjoint", Layout("nd", (40,))).double(), "max_nfe": 7},
+    "learned": {"solver": make_learned("adjoint", Layout("vector", (40,))).double(), "max_nfe": 7},
 }
 
 

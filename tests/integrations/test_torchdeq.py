@@ -30,8 +30,8 @@ SOLVERS = {
     "anderson": mb.Anderson(),
     "broyden": mb.Broyden(),
     "newton": mb.Newton(),
-    "grouped": make_learned("grouped", Layout("nd", (6,))),
-    "coordinatewise": make_learned("coordinatewise", Layout("nd", (6,))),
+    "grouped": make_learned("grouped", Layout("vector", (6,))),
+    "coordinatewise": make_learned("coordinatewise", Layout("vector", (6,))),
 }
 
 
@@ -236,7 +236,7 @@ def pair(z1, z2):
 @pytest.mark.parametrize("container", [tuple, list])
 @pytest.mark.parametrize("learned", [False, True])
 def test_states_of_several_tensors(core, no_stat, container, learned):
-    drop_in(make_learned("grouped", Layout("nd", (10,))) if learned else mb.Broyden())
+    drop_in(make_learned("grouped", Layout("vector", (10,))) if learned else mb.Broyden())
     deq = torchdeq.get_deq(core=core, f_solver="test", no_stat=no_stat, f_tol=1e-6, f_max_iter=60, grad=2)
     z0 = container([torch.zeros(3, 2, 3), torch.zeros(3, 4)])
     out, info = deq(pair, z0)
@@ -350,7 +350,7 @@ def test_it_works_under_autocast_and_inference_mode():
 @pytest.mark.parametrize("flat", [False, True])
 def test_a_learned_solver_knows_the_layout_of_a_flattened_state(flat):
     cell = Cell()
-    learned = make_learned("grouped", Layout("nchw", (3, 4, 4)))
+    learned = make_learned("grouped", Layout("image", (3, 4, 4)))
     with torch.no_grad():  # far from its untrained beginning
         for parameter in learned.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -628,7 +628,7 @@ def test_a_state_of_several_tensors_is_one_flat_tensor(no_stat):
     f = FixedPointMap(model)
     assert f.initial_state(x).shape == (30, 10)
     solver = mb.fit_solver(model, x, steps=2, progress=False, fallback=False)
-    assert solver.config.layout == "nd"
+    assert solver.config.layout == "vector"
     assert solver.config.shape == (10,)
     model.deq.f_solver = register("test", solver)
     assert model.eval()(x).shape == (30, 4)
@@ -642,7 +642,7 @@ def test_fit_solver_takes_an_unmodified_model_and_makes_it_faster():
     assert holds_deq(model)
     assert not holds_deq(FixedPointMap(model))
     assert not holds_deq(Cell())
-    solver = mb.fit_solver(model, images(100), layout="nchw", steps=60, seconds=100, progress=False, fallback=False)
+    solver = mb.fit_solver(model, images(100), layout="image", steps=60, seconds=100, progress=False, fallback=False)
     held_out = solver.summary["held_out"]
     assert held_out["mean_evaluations"] < 0.9 * held_out["mean_evaluations_broyden"]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

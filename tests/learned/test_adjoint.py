@@ -13,7 +13,7 @@ from metabroyden.meta import AdjointMap, unroll
 from metabroyden.meta.fit import make_learned
 from metabroyden.zoo.models import ConvCell
 
-SHAPES = {"nd": (6,), "nct": (3, 6), "ntc": (6, 3), "nchw": (3, 4, 4)}
+SHAPES = {"vector": (6,), "nct": (3, 6), "ntc": (6, 3), "image": (3, 4, 4)}
 
 
 class Mixing(nn.Module):
@@ -25,8 +25,8 @@ class Mixing(nn.Module):
         self.w = nn.Parameter(gain * torch.linalg.qr(torch.randn(layout.channels, layout.channels)).Q)
 
     def forward(self, z, x):
-        if self.kind in ("nd", "ntc"):
-            return torch.tanh((z if self.kind == "nd" else _late(z, 1)) @ self.w + x)
+        if self.kind in ("vector", "ntc"):
+            return torch.tanh((z if self.kind == "vector" else _late(z, 1)) @ self.w + x)
         return torch.tanh(torch.einsum("bc...,cd->bd...", _late(z, 2) if self.kind == "nct" else z, self.w) + x)
 
 
@@ -68,7 +68,7 @@ def test_its_iterates_are_homogeneous_in_the_cotangent(kind, alpha):
 
 def test_a_gradient_through_it_is_linear_in_the_loss():
     cell = ConvCell(3, 3, 1)
-    solver = solver_of("nchw", noise=0.05).float()
+    solver = solver_of("image", noise=0.05).float()
     deq = mb.DEQ(cell, rtol=1e-5, max_nfe=80, backward=mb.Implicit(solver=solver, rtol=1e-2))
     x, v = torch.randn(4, 3, 4, 4), torch.randn(4, 3, 4, 4)
     grads = [torch.autograd.grad((factor * v * deq(x)).sum(), cell.conv1.weight)[0] / factor for factor in (1.0, -1e4)]
@@ -111,16 +111,16 @@ def test_in_a_sequence_nothing_of_the_past_enters_the_future(kind):
 
 def test_it_is_for_adjoints_only():
     x = torch.randn(20, 6)
-    solver = make_learned("adjoint", Layout("nd", (6,)))
+    solver = make_learned("adjoint", Layout("vector", (6,)))
     with pytest.raises(ValueError, match="solves the adjoint systems of Implicit, whose context holds"):
         mb.solve(lambda z, x: torch.tanh(z + x), torch.zeros_like(x), x, solver=solver)
     with pytest.raises(ValueError, match=r"fit_adjoint\(cell, x_train\) fits it"):
         mb.fit_solver(lambda z, x: torch.tanh(z + x), x, solver="adjoint")
-    assert AdjointConfig(layout="nd", shape=(6,)).initializer == 0
+    assert AdjointConfig(layout="vector", shape=(6,)).initializer_width == 0
 
 
 def test_the_system_is_that_of_the_cell():
-    system, context = problem_of("nd")
+    system, context = problem_of("vector")
     u = torch.randn(5, 6, dtype=torch.float64)
     for row in range(5):
         jacobian = torch.func.jacrev(lambda z, row=row: system.cell(z[None], context["x"][row : row + 1])[0])(
@@ -131,7 +131,7 @@ def test_the_system_is_that_of_the_cell():
     assert towards[0].abs().sum() > 0
 
 
-@pytest.mark.parametrize("kind", ["nd", "ntc"])
+@pytest.mark.parametrize("kind", ["vector", "ntc"])
 def test_fit_adjoint_beats_broyden_on_cotangents_it_has_not_seen(kind, tmp_path):
     torch.manual_seed(0)
     cell = Mixing(kind, gain=0.95)
@@ -170,7 +170,7 @@ def test_an_adjoint_is_fitted_for_a_deqs_cell_and_for_the_deq_in_a_model(given):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.stem, self.deq = nn.Linear(3, 6), mb.DEQ(Mixing("nd"))
+            self.stem, self.deq = nn.Linear(3, 6), mb.DEQ(Mixing("vector"))
 
         def forward(self, x):
             return self.deq(self.stem(x))
@@ -188,7 +188,7 @@ def test_an_adjoint_is_fitted_for_a_deqs_cell_and_for_the_deq_in_a_model(given):
 
 def test_keep_up_wants_the_layer_and_not_its_cell():
     with pytest.raises(TypeError, match="deq must be the DEQ that is trained, got Mixing"):
-        mb.OnlineMetaTrainer(Mixing("nd"), backward=solver_of("nd"))
+        mb.OnlineMetaTrainer(Mixing("vector"), backward=solver_of("vector"))
 
 
 @pytest.mark.parametrize(

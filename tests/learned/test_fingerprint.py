@@ -13,7 +13,7 @@ from metabroyden.learned.fingerprint import fingerprint, named_fingerprint, same
 
 
 class Cell(torch.nn.Module):
-    layout = "nd"
+    layout = "vector"
 
     def __init__(self, width: int = 6):
         super().__init__()

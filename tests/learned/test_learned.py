@@ -19,7 +19,7 @@ from metabroyden.meta.unroll import UnrolledProblem, unroll
 from metabroyden.zoo.models.cells import make_cell
 from tests.conftest import tanh
 
-SHAPES = {"nd": (12,), "nct": (4, 6), "ntc": (6, 4), "nchw": (4, 5, 5)}
+SHAPES = {"vector": (12,), "nct": (4, 6), "ntc": (6, 4), "image": (4, 5, 5)}
 
 
 def problem_of(kind: str, batch: int = 5, gain: float = 0.7, dtype: torch.dtype = torch.float32):
@@ -29,7 +29,11 @@ def problem_of(kind: str, batch: int = 5, gain: float = 0.7, dtype: torch.dtype 
     w = gain * torch.linalg.qr(torch.randn(c, c, generator=torch.Generator().manual_seed(0))).Q.to(dtype)
 
     def f(z, x):
-        return torch.tanh(z @ w + x) if kind in ("nd", "ntc") else torch.tanh(torch.einsum("bc...,cd->bd...", z, w) + x)
+        return (
+            torch.tanh(z @ w + x)
+            if kind in ("vector", "ntc")
+            else torch.tanh(torch.einsum("bc...,cd->bd...", z, w) + x)
+        )
 
     x = torch.randn(batch, *layout.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     return layout, f, torch.zeros_like(x), x
@@ -40,20 +44,21 @@ EVERY = [*LEARNED, BY_LSTM]
 CASES = [(name, kind) for name in EVERY for kind in SHAPES]
 
 
-def made(name, layout, *, gated=None, **options):
-    """An untrained solver; with `gated` for those that have such steps, and dilated maps where states have extents."""
+def made(name, layout, *, learned_steps=None, **options):
+    """An untrained solver, with dilated maps where states have extents."""
     if name in ("meta-broyden", BY_LSTM):
-        weighing = "lstm" if name == BY_LSTM else "table"
-        reach = (1, 1) if layout.kind in ("nd", "scales") else (1, 2)
-        options = {"weighing": weighing, "dilations": reach, **({"gated": gated} if gated else {}), **options}
+        given = {"learned_steps": learned_steps} if learned_steps else {}
+        coefficients = "lstm" if name == BY_LSTM else "schedule"
+        reach = (1, 1) if layout.kind in ("vector", "pyramid") else (1, 2)
+        options = {"coefficients": coefficients, "dilations": reach, **given, **options}
     return make_learned("meta-broyden" if name == BY_LSTM else name, layout, **options)
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
-@pytest.mark.parametrize("context", ["f0", "native"])
-def test_untrained_it_is_a_classical_solver(name, kind, context):
+@pytest.mark.parametrize("conditioning", ["initial_value", "input"])
+def test_untrained_it_is_a_classical_solver(name, kind, conditioning):
     layout, f, z0, x = problem_of(kind)
-    solver = made(name, layout, context=context, gated=60)  # then come its secants
+    solver = made(name, layout, conditioning=conditioning, learned_steps=60)  # then come its secants
     twin = mb.Anderson(memory=10, ridge=1e-2) if name == "universal" else mb.Picard()
     ours = mb.solve(f, z0, x, solver=solver, rtol=1e-4)
     classical = mb.solve(f, z0, x, solver=twin, rtol=1e-4)
@@ -126,7 +131,9 @@ def test_a_resumed_phase_that_stalls_starts_again_from_z0_and_repeats_broydens_o
 def test_hand_over_costs_no_evaluation(nonlinear):
     safeguard = Safeguard(horizon=3, patience=None)
     torch.manual_seed(0)
-    solver = mb.GroupedLSTM(GroupedConfig(layout="nd", shape=(12,), context="native", safeguard=safeguard)).double()
+    solver = mb.GroupedLSTM(
+        GroupedConfig(layout="vector", shape=(12,), conditioning="input", safeguard=safeguard)
+    ).double()
     solution = mb.solve(nonlinear.f, nonlinear.z0, nonlinear.x, solver=solver, rtol=1e-9, max_nfe=60)
     phase = solution.trace.phase[:, 0]
     assert phase.tolist()[:5] == [0, 0, 0, 0, 1]
@@ -140,7 +147,7 @@ def test_a_sequence_solver_does_not_look_ahead():
         for name in EVERY:
             if name in ("hyper-anderson", "universal"):  # weights of the whole sample: they do, as Anderson's do
                 continue
-            solver = made(name, layout, gated=3, safeguard=Safeguard(horizon=50, patience=None))
+            solver = made(name, layout, learned_steps=3, safeguard=Safeguard(horizon=50, patience=None))
             for parameter in solver.parameters():
                 parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
             changed = x.clone()
@@ -156,7 +163,7 @@ def test_a_sequence_solver_does_not_look_ahead():
 
 
 def test_it_runs_on_other_extents_but_not_on_other_channels():
-    solver = make_learned("grouped", Layout("nchw", (4, 5, 5)))
+    solver = make_learned("grouped", Layout("image", (4, 5, 5)))
     x = torch.randn(2, 4, 7, 3)
     assert mb.solve(lambda z, x: 0.5 * z + x, torch.zeros_like(x), x, solver=solver).converged.all()
     with pytest.raises(ValueError, match=r"4 channels\); got per-sample shape \(3, 5, 5\)"):
@@ -167,7 +174,7 @@ def test_it_runs_on_other_extents_but_not_on_other_channels():
 
 
 def test_a_flattened_state_is_recognised():
-    layout, f, z0, x = problem_of("nchw")
+    layout, f, z0, x = problem_of("image")
     solver = make_learned("grouped", layout)
     flat = mb.solve(lambda z, x: f(z.reshape(x.shape), x).flatten(1), z0.flatten(1), x, solver=solver, rtol=1e-5)
     full = mb.solve(f, z0, x, solver=solver, rtol=1e-5)
@@ -175,7 +182,7 @@ def test_a_flattened_state_is_recognised():
 
 
 def test_a_native_context_that_is_missing_or_misshapen_is_refused():
-    solver = make_learned("grouped", Layout("nchw", (4, 5, 5)), context="native")
+    solver = make_learned("grouped", Layout("image", (4, 5, 5)), conditioning="input")
     z0 = torch.zeros(2, 4, 5, 5)
     with pytest.raises(ValueError, match="native context"):
         mb.solve(lambda z: 0.5 * z, z0 + 1, solver=solver)
@@ -184,7 +191,7 @@ def test_a_native_context_that_is_missing_or_misshapen_is_refused():
 
 
 def test_a_state_of_another_dtype_is_refused_with_the_remedy():
-    solver = make_learned("grouped", Layout("nd", (3,)))
+    solver = make_learned("grouped", Layout("vector", (3,)))
     z0 = torch.zeros(2, 3, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"weights are torch.float32, the state is torch.float64: solver.to\("):
         mb.solve(lambda z: 0.5 * z + 1, z0, solver=solver)
@@ -192,34 +199,36 @@ def test_a_state_of_another_dtype_is_refused_with_the_remedy():
 
 
 def test_layouts_are_guessed_only_where_unambiguous():
-    assert guess_layout((7,)).kind == "nd"
-    assert guess_layout((3, 8, 8)).kind == "nchw"
+    assert guess_layout((7,)).kind == "vector"
+    assert guess_layout((3, 8, 8)).kind == "image"
     with pytest.raises(ValueError, match="layout= is needed"):
         guess_layout((5, 6))
     with pytest.raises(ValueError, match="layout must be one of"):
         Layout("nhwc", (8, 8, 3))
     with pytest.raises(ValueError, match="wants 3 axes"):
-        Layout("nchw", (8, 8))
+        Layout("image", (8, 8))
 
 
-@pytest.mark.parametrize("options", [{"context": "x"}, {"hidden": 0}, {"initializer": -1}])
+@pytest.mark.parametrize("options", [{"conditioning": "x"}, {"hidden": 0}, {"initializer_width": -1}])
 def test_bad_sizes_are_refused(options):
     with pytest.raises(ValueError, match="must be"):
-        LearnedConfig(layout="nd", shape=(3,), **options)
+        LearnedConfig(layout="vector", shape=(3,), **options)
     with pytest.raises(ValueError, match="rank"):
-        GroupedConfig(layout="nd", shape=(3,), rank=0)
+        GroupedConfig(layout="vector", shape=(3,), rank=0)
 
 
 @pytest.mark.parametrize("name", ["meta-broyden", BY_LSTM])
-@pytest.mark.parametrize("kind", [*SHAPES, "scales"])
+@pytest.mark.parametrize("kind", [*SHAPES, "pyramid"])
 def test_what_metabroyden_hands_over_is_the_inverse_that_it_stepped_with(kind, name):
     """B₀ of Broyden: the step of a table of one row, or the first one of an LSTM that says nothing; and its transpose."""
-    layout = SCALES if kind == "scales" else Layout(kind, SHAPES[kind])
-    solver = made(name, layout, gated=1, damping=0.25, context_channels=layout.channels, context="native").double()
+    layout = SCALES if kind == "pyramid" else Layout(kind, SHAPES[kind])
+    solver = made(
+        name, layout, learned_steps=1, damping=0.25, context_channels=layout.channels, conditioning="input"
+    ).double()
     weights = [solver.channel] if solver.table is None else solver.table.parameters()
     for parameter in (*weights, *solver.preconditioner.parameters()):
         parameter.data.normal_(generator=torch.Generator().manual_seed(1))
-    n = sum(math.prod(s) for s in layout.shape) if kind == "scales" else math.prod(layout.shape)
+    n = sum(math.prod(s) for s in layout.shape) if kind == "pyramid" else math.prod(layout.shape)
     z, g, w = torch.randn(3, 2, n, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
     class Problem:
@@ -236,7 +245,7 @@ def test_what_metabroyden_hands_over_is_the_inverse_that_it_stepped_with(kind, n
 
 
 def test_the_learned_inverse_jacobian_is_linear_in_the_residual():
-    layout, _f, z0, x = problem_of("nchw")
+    layout, _f, z0, x = problem_of("image")
     solver = make_learned("grouped", layout)
     for parameter in solver.parameters():
         parameter.data.normal_()
@@ -248,7 +257,7 @@ def test_the_learned_inverse_jacobian_is_linear_in_the_residual():
     )
 
 
-SCALES = Layout("scales", ((2, 4, 4), (3, 2, 2)))
+SCALES = Layout("pyramid", ((2, 4, 4), (3, 2, 2)))
 
 
 def several_scales(z, x):
@@ -261,7 +270,7 @@ def several_scales(z, x):
 
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_maps_of_several_scales_part_by_part_are_those_of_the_canonical_form(kernel):
-    layout = Layout("scales", ((2, 8, 8), (3, 4, 4), (5, 2, 2)))
+    layout = Layout("pyramid", ((2, 8, 8), (3, 4, 4), (5, 2, 2)))
     flat = torch.randn(3, 2 * 64 + 3 * 16 + 5 * 4, dtype=torch.float64)
     parts = layout.parts(flat, layout.shape)
     assert [tuple(part.shape[1:]) for part in parts] == list(layout.shape)
@@ -292,14 +301,14 @@ def test_scales_are_brought_to_the_coarsest_and_back_without_loss():
         with pytest.raises(ValueError, match="several scales"):
             SCALES.resolve(wrong)
     with pytest.raises(ValueError, match="multiples of the last"):
-        Layout("scales", ((2, 5, 5), (3, 2, 2)))
+        Layout("pyramid", ((2, 5, 5), (3, 2, 2)))
 
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_states_of_several_scales_are_solved(name):
     x = torch.randn(5, 2, 4, 4, generator=torch.Generator().manual_seed(1))
     z0 = torch.zeros(5, 2, 4, 4), torch.zeros(5, 3, 2, 2)
-    native = {} if name == "coordinatewise" else {"context": "native", "context_channels": 8}
+    native = {} if name == "coordinatewise" else {"conditioning": "input", "context_channels": 8}
     for options in ({}, native):
         solver = make_learned(name, SCALES, **options)
         for parameter in solver.parameters():
@@ -310,17 +319,17 @@ def test_states_of_several_scales_are_solved(name):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("gated", [3, 6])
+@pytest.mark.parametrize("learned", [3, 6])
 @pytest.mark.parametrize("kind", SHAPES)
-def test_the_secant_phase_is_andersons_on_the_pairs_of_the_gated_steps(kind, gated):
+def test_the_secant_phase_is_andersons_on_the_pairs_of_the_learned_steps(kind, learned):
     """Untrained, B₀ = −I: each late step must be the multisecant one, of all pairs up to each token for sequences."""
     layout, f, z0, x = problem_of(kind, gain=0.9, dtype=torch.float64)
-    solver = make_learned("meta-broyden", layout, gated=gated, memory=4, initializer=0).double()
+    solver = make_learned("meta-broyden", layout, learned_steps=learned, memory=4, initializer_width=0).double()
     with torch.no_grad():
         iterates = torch.stack(unroll(solver, f, z0, x, steps=8, backend="native").iterates)
         residuals = torch.stack([f(z.view_as(z0), x).flatten(1) - z for z in iterates])
     assert len(iterates) == 9
-    for k in range(gated + 1, 9):  # the step from k − 1
+    for k in range(learned + 1, 9):  # the step from k − 1
         first = max(0, k - 1 - 4)
         dz = iterates[first + 1 : k] - iterates[first : k - 1]
         dg = residuals[first + 1 : k] - residuals[first : k - 1]
@@ -339,7 +348,7 @@ def test_the_secant_phase_is_andersons_on_the_pairs_of_the_gated_steps(kind, gat
                 )
                 wanted = (z[b] + g[b] - gamma @ (dz[:, b] + dg[:, b]))[here]
                 close = {3: (1e-4, 1e-6), 6: (1e-3, 3e-4)}[
-                    gated
+                    learned
                 ]  # as many pairs as a token has coordinates: ill-conditioned
                 torch.testing.assert_close(iterates[k][b][here], wanted, rtol=close[0], atol=close[1])
 
@@ -350,7 +359,7 @@ def test_the_secant_phase_is_andersons_on_the_pairs_of_the_gated_steps(kind, gat
 def test_the_transposed_inverse_is_that_of_the_step(kind, steps, name):
     """⟨Bg, w⟩ = ⟨g, Bᵀw⟩ with B read off the quasi-Newton step itself, and early on B = B₀."""
     layout, f, z0, x = problem_of(kind, batch=3, gain=0.9, dtype=torch.float64)
-    solver = made(name, layout, gated=3, memory=4).double()
+    solver = made(name, layout, learned_steps=3, memory=4).double()
     for parameter in solver.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
 
@@ -391,7 +400,7 @@ def test_the_transposed_inverse_is_that_of_the_step(kind, steps, name):
 @pytest.mark.parametrize("memory", [1, 3])
 def test_a_sample_goes_its_way_whoever_else_is_in_the_batch(memory, name):
     """Samples that leave at different times take their rows of the trail, and of the secants, along."""
-    solver = made(name, Layout("nd", (8,)), context="native", gated=5, memory=memory).double()
+    solver = made(name, Layout("vector", (8,)), conditioning="input", learned_steps=5, memory=memory).double()
     for parameter in solver.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
     x = torch.randn(9, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -417,7 +426,7 @@ def test_a_sample_goes_its_way_whoever_else_is_in_the_batch(memory, name):
 
 @pytest.mark.parametrize("name", ["meta-broyden", BY_LSTM])
 def test_gates_are_set_anew_at_every_step(name):
-    solver = made(name, Layout("nd", (8,)), initializer=0)
+    solver = made(name, Layout("vector", (8,)), initializer_width=0)
     with torch.no_grad():
         if solver.table is None:
             solver.lstm.offset[2 : 2 + solver.rank] = 0.5
@@ -432,7 +441,7 @@ def test_gates_are_set_anew_at_every_step(name):
 
 
 def test_a_pair_of_nothing_takes_no_other_with_it():
-    secants = Secants(Layout("nd", (6,)), memory=4, ridge=1e-8)
+    secants = Secants(Layout("vector", (6,)), memory=4, ridge=1e-8)
     generator = torch.Generator().manual_seed(0)
     points = [torch.randn(2, 6, generator=generator, dtype=torch.float64) for _ in range(4)]
     with torch.no_grad():
@@ -448,7 +457,7 @@ def test_a_pair_of_nothing_takes_no_other_with_it():
 
 def test_a_sample_that_creeps_is_handed_over():
     """Each learned step takes a hundredth of Picard's: better every time, and never there."""
-    solver = make_learned("meta-broyden", Layout("nd", (4,)), gated=10_000, initializer=0)
+    solver = make_learned("meta-broyden", Layout("vector", (4,)), learned_steps=10_000, initializer_width=0)
     with torch.no_grad():
         solver.table.direct.fill_(0.01)
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
@@ -462,22 +471,12 @@ def test_a_saved_solver_of_several_scales_loads(tmp_path):
     assert again.config == solver.config
 
 
-def test_a_solver_saved_before_there_were_tables_has_an_lstm():
-    solver = make_learned("meta-broyden", Layout("nd", (6,)), weighing="lstm")
-    described = solver.describe()["config"]
-    for name in ("weighing", "dilations"):
-        del described[name]
-    again = type(solver).from_config(described)
-    assert again.config == solver.config
-    again.load_state_dict(solver.state_dict())
-
-
 def test_what_weighs_and_how_far_is_checked():
-    with pytest.raises(ValueError, match="weighing must be 'table' or 'lstm', got 'gru'"):
-        make_learned("meta-broyden", Layout("nd", (6,)), weighing="gru")
-    for layout in (Layout("nd", (6,)), SCALES):
+    with pytest.raises(ValueError, match="coefficients must be 'schedule' or 'lstm', got 'gru'"):
+        make_learned("meta-broyden", Layout("vector", (6,)), coefficients="gru")
+    for layout in (Layout("vector", (6,)), SCALES):
         with pytest.raises(
-            ValueError, match="dilations must be at least 1, and are 1 for layouts 'nd' and 'scales'; got 2"
+            ValueError, match="dilations must be at least 1, and are 1 for layouts 'vector' and 'pyramid'; got 2"
         ):
             make_learned("meta-broyden", layout, dilations=(2, 1))
 
@@ -491,7 +490,7 @@ def test_a_dilated_preconditioner_reaches_eight_evaluations_of_f_back_without_a_
     reach = dilations(Cell(), kind)
     assert reach == (2, 6)
     assert dilations(torch.nn.Conv1d(3, 3, 3), kind) == (1, 3), "a tuple says nothing"
-    assert dilations(Cell(), "nd") == (1, 1)
+    assert dilations(Cell(), "vector") == (1, 1)
     p = make_learned("meta-broyden", layout, dilations=reach).preconditioner
     for weight in p.parameters():
         weight.data.fill_(1.0)
@@ -502,27 +501,30 @@ def test_a_dilated_preconditioner_reaches_eight_evaluations_of_f_back_without_a_
 
 
 def test_secants_begin_where_training_ended_on_vectors_and_with_an_lstm():
-    assert gated_steps(28, "nchw") == {"rows": 28, "gated": 42}
-    assert gated_steps(6, "nct") == {"rows": 6, "gated": 14}
-    assert gated_steps(28, "nd") == gated_steps(28, "nchw", "lstm") == {"rows": 28, "gated": 28}
+    assert gated_steps(28, "image") == {"schedule_length": 28, "learned_steps": 42}
+    assert gated_steps(6, "nct") == {"schedule_length": 6, "learned_steps": 14}
+    assert gated_steps(28, "vector") == gated_steps(28, "image", "lstm") == {"schedule_length": 28, "learned_steps": 28}
 
 
 def test_a_table_is_no_matrix_to_the_optimizer():
-    solver = make_learned("meta-broyden", Layout("nd", (32,)), gated=12)
+    solver = make_learned("meta-broyden", Layout("vector", (32,)), learned_steps=12)
     assert not any(is_matrix(weight) for weight in solver.table.parameters())
 
 
 def test_the_last_row_of_a_table_goes_on():
-    with pytest.raises(ValueError, match="rows must be at most gated, 4, got 5"):
-        make_learned("meta-broyden", Layout("nd", (12,)), gated=4, rows=5)
+    with pytest.raises(ValueError, match="schedule_length must be at most learned_steps, 4, got 5"):
+        make_learned("meta-broyden", Layout("vector", (12,)), learned_steps=4, schedule_length=5)
     short, long = (
-        make_learned("meta-broyden", Layout("nd", (12,)), gated=9, rows=rows, initializer=0).double() for rows in (3, 9)
+        make_learned(
+            "meta-broyden", Layout("vector", (12,)), learned_steps=9, schedule_length=rows, initializer_width=0
+        ).double()
+        for rows in (3, 9)
     )
     for name, weight in short.table.named_parameters():
         weight.data += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1), dtype=weight.dtype)
         later = weight.data[:, -1:].expand(-1, 6, -1)
         dict(long.table.named_parameters())[name].data.copy_(torch.cat([weight.data, later], dim=1))
-    _, f, z0, x = problem_of("nd", dtype=torch.float64)
+    _, f, z0, x = problem_of("vector", dtype=torch.float64)
     found = [unroll(solver, f, z0, x, steps=12, backend="native").residuals for solver in (short, long)]
     torch.testing.assert_close(*found)
     assert (short.trained_for, long.trained_for) == (3, 9)
@@ -535,11 +537,11 @@ def astray(solver):
     return solver.eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("context", ["f0", "native"])
+@pytest.mark.parametrize("conditioning", ["initial_value", "input"])
 @pytest.mark.parametrize("name", EVERY)
-def test_a_solve_that_begins_at_or_near_its_solution_stays_there(name, context):
-    layout, f, z0, x = problem_of("nd")
-    solver = astray(made(name, layout, context=context, initializer=8))
+def test_a_solve_that_begins_at_or_near_its_solution_stays_there(name, conditioning):
+    layout, f, z0, x = problem_of("vector")
+    solver = astray(made(name, layout, conditioning=conditioning, initializer_width=8))
     cold = mb.solve(f, z0, x, solver=solver, rtol=1e-4, max_nfe=90)
     assert cold.nfe.double().mean() > 4
     warm = mb.solve(f, cold.z, x, solver=solver, rtol=1e-4)
@@ -552,10 +554,10 @@ def test_a_solve_that_begins_at_or_near_its_solution_stays_there(name, context):
     assert fixed.converged.all()
 
 
-@pytest.mark.parametrize("context", ["f0", "native"])
-def test_warm_samples_change_nothing_for_cold_ones_beside_them(context):
-    layout, f, z0, x = problem_of("nd")
-    solver = astray(made("meta-broyden", layout, context=context, initializer=8))
+@pytest.mark.parametrize("conditioning", ["initial_value", "input"])
+def test_warm_samples_change_nothing_for_cold_ones_beside_them(conditioning):
+    layout, f, z0, x = problem_of("vector")
+    solver = astray(made("meta-broyden", layout, conditioning=conditioning, initializer_width=8))
     cold = mb.solve(f, z0, x, solver=solver, rtol=1e-4, max_nfe=90)
     mixed = mb.solve(f, torch.cat([cold.z[:2], z0[2:]]), x, solver=solver, rtol=1e-4, max_nfe=90)
     assert mixed.nfe[:2].tolist() == [1, 1]
@@ -564,8 +566,8 @@ def test_warm_samples_change_nothing_for_cold_ones_beside_them(context):
 
 
 def test_a_start_that_is_neither_zero_nor_close_is_the_learned_one():
-    layout, f, z0, x = problem_of("nd")
-    solver = astray(made("meta-broyden", layout, context="native", initializer=8))
+    layout, f, z0, x = problem_of("vector")
+    solver = astray(made("meta-broyden", layout, conditioning="input", initializer_width=8))
     far = z0 + 3
     seen = []
 
@@ -577,10 +579,12 @@ def test_a_start_that_is_neither_zero_nor_close_is_the_learned_one():
     torch.testing.assert_close(seen[1], far + solver.initializer(x))
 
 
-@pytest.mark.parametrize("context", ["f0", "native"])
-def test_a_splitting_solve_that_begins_at_its_solution_stays_there(context):
+@pytest.mark.parametrize("conditioning", ["initial_value", "input"])
+def test_a_splitting_solve_that_begins_at_its_solution_stays_there(conditioning):
     cell, x = make_cell("monotone dense", batch=6)
-    solver = astray(make_learned("meta-splitting", Layout("nd", (12,)), context=context, initializer=8))
+    solver = astray(
+        make_learned("meta-splitting", Layout("vector", (12,)), conditioning=conditioning, initializer_width=8)
+    )
     z0 = initial_state(cell, x)
     with torch.no_grad():
         cold = mb.solve(cell, z0, x, solver=solver, rtol=1e-5, max_nfe=150)
@@ -604,8 +608,10 @@ def walked(solver, f, z, x, steps):
 
 @pytest.mark.parametrize("name", ["meta-broyden", BY_LSTM])
 def test_samples_that_leave_in_several_goes_take_their_own_pairs_along(name):
-    layout, f, z0, x = problem_of("nd", batch=6, dtype=torch.float64)
-    solver = made(name, layout, gated=4, context="native", initializer=0).double().requires_grad_(False)
+    layout, f, z0, x = problem_of("vector", batch=6, dtype=torch.float64)
+    solver = (
+        made(name, layout, learned_steps=4, conditioning="input", initializer_width=0).double().requires_grad_(False)
+    )
     stay = torch.tensor([5, 3, 1, 0])[[2, 0]]
     z, g, state, _ = walked(solver, f, z0, x, 3)
     state = solver.gather(solver.gather(state, torch.tensor([5, 3, 1, 0])), torch.tensor([2, 0]))
@@ -618,8 +624,10 @@ def test_samples_that_leave_in_several_goes_take_their_own_pairs_along(name):
 
 
 def test_a_solve_that_ends_in_its_gated_steps_leaves_as_many_pairs_as_its_memory_holds():
-    layout, f, z0, x = problem_of("nd", dtype=torch.float64)
-    solver = made("meta-broyden", layout, gated=20, context="native", memory=3, ridge=1e-14, initializer=0).double()
+    layout, f, z0, x = problem_of("vector", dtype=torch.float64)
+    solver = made(
+        "meta-broyden", layout, learned_steps=20, conditioning="input", memory=3, ridge=1e-14, initializer_width=0
+    ).double()
     points, images = [], []
 
     def recorded(z, x):
@@ -637,8 +645,8 @@ def test_a_solve_that_ends_in_its_gated_steps_leaves_as_many_pairs_as_its_memory
 
 
 def test_an_lstms_correction_has_the_size_of_the_residual():
-    layout, _f, z0, x = problem_of("nd", dtype=torch.float64)
-    solver = made(BY_LSTM, layout, context="native", initializer=0).double().requires_grad_(False)
+    layout, _f, z0, x = problem_of("vector", dtype=torch.float64)
+    solver = made(BY_LSTM, layout, conditioning="input", initializer_width=0).double().requires_grad_(False)
     for weight in solver.preconditioner.parameters():
         weight.normal_(generator=torch.Generator().manual_seed(1))
     solver.lstm.offset[-solver.rank :] = 1.0  # the correction, whatever is seen
@@ -651,7 +659,7 @@ def test_an_lstms_correction_has_the_size_of_the_residual():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_ridge_of_secants_is_no_smaller_than_rounding_makes_sensible(dtype):
-    secants = Secants(Layout("nd", (6,)), memory=3, ridge=1e-8)
+    secants = Secants(Layout("vector", (6,)), memory=3, ridge=1e-8)
     z, g, z1, g1 = torch.randn(4, 2, 6, dtype=dtype, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         state = secants.note(z1, g1, secants.init(z, g, (6,)), (6,))
@@ -661,7 +669,7 @@ def test_the_ridge_of_secants_is_no_smaller_than_rounding_makes_sensible(dtype):
 
 
 def test_secants_of_small_samples_do_not_cost_the_square_of_the_memory():
-    secants = Secants(Layout("nd", (1,)), memory=10, ridge=1e-8)
+    secants = Secants(Layout("vector", (1,)), memory=10, ridge=1e-8)
     state = secants.init(torch.zeros(5, 1), torch.ones(5, 1), (1,))
     assert state.gram.shape == (5, 1, 1, 1)
     assert state.residuals.shape == (5, 1, 1)

@@ -20,8 +20,8 @@ every_classical = pytest.mark.parametrize("classical", CLASSICAL, ids=str)
 
 
 def started(classical, n: int = 12, **options):
-    options = {"context": "native", "initializer": 8, "safeguard": None, **options}
-    return make_learned("started", Layout("nd", (n,)), classical=classical, **options).double()
+    options = {"conditioning": "input", "initializer_width": 8, "safeguard": None, **options}
+    return make_learned("started", Layout("vector", (n,)), classical=classical, **options).double()
 
 
 def moved(solver):
@@ -67,7 +67,7 @@ def test_it_comes_back_from_a_file_as_it_was(classical, nonlinear, tmp_path):
 def test_the_start_is_learned_and_saves_evaluations():
     problem = tanh(batch=120, n=12, gain=1.0)
     tasks = TaskSet(problem.f, problem.x[:80], problem.x[80:100], problem.x[100:])
-    solver = started(mb.Broyden(), initializer=32)
+    solver = started(mb.Broyden(), initializer_width=32)
     config = MetaConfig(steps=120, unroll=3, batch=32, learning_rate=1e-2, validate_every=40, backend="native")
     before = mean_evaluations(mb.Broyden(), tasks, split="test")
     assert mean_evaluations(solver, tasks, split="test") == before
@@ -85,7 +85,7 @@ def test_where_gradients_are_recorded_its_steps_are_picards(nonlinear):
 
 
 def test_the_start_of_another_solver_can_be_borrowed(nonlinear):
-    other = moved(make_learned("grouped", Layout("nd", (12,)), context="native", initializer=8).double())
+    other = moved(make_learned("grouped", Layout("vector", (12,)), conditioning="input", initializer_width=8).double())
     solver = mb.LearnedStart.of(other, mb.Anderson())
     assert solver.safeguard is None
     ours = mb.solve(nonlinear.f, nonlinear.z0, nonlinear.x, solver=solver, rtol=1e-8, max_nfe=80)
@@ -96,18 +96,18 @@ def test_the_start_of_another_solver_can_be_borrowed(nonlinear):
 
 
 def test_what_cannot_be_started_is_refused():
-    layout = Layout("nd", (3,))
+    layout = Layout("vector", (3,))
     for classical in (3, "broyden", make_learned("grouped", layout), mb.Broyden(initial=object())):
         with pytest.raises(ValueError, match="classical must be a plain classical solver"):
             make_learned("started", layout, classical=classical)
-    with pytest.raises(ValueError, match="initializer must be at least 1"):
-        make_learned("started", layout, initializer=0)
+    with pytest.raises(ValueError, match="initializer_width must be at least 1"):
+        make_learned("started", layout, initializer_width=0)
     for kernels in ((3,), (3, 4), (0, 1), 3):
         with pytest.raises(ValueError, match=r"initializer_kernels must be at least two odd numbers, as \(3, 3\), got"):
             make_learned("started", layout, initializer_kernels=kernels)
 
 
-LAYOUTS = {"nd": (5,), "nct": (5, 9), "ntc": (9, 5), "nchw": (5, 7, 7)}
+LAYOUTS = {"vector": (5,), "nct": (5, 9), "ntc": (9, 5), "image": (5, 7, 7)}
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
@@ -118,7 +118,7 @@ def test_an_initializer_sees_as_far_as_its_kernels_say(kind, kernels):
     canonical = torch.zeros(1, 5, *layout.extents(layout.shape))
     assert torch.equal(initializer(canonical), torch.zeros_like(canonical)), "untrained, the base is the start"
     torch.nn.init.normal_(initializer.outward.map.weight)
-    if kind == "nd":
+    if kind == "vector":
         return
     middle = (0, slice(None), *[size // 2 for size in canonical.shape[2:]])
     changed = canonical.clone()
@@ -149,6 +149,6 @@ def test_a_file_from_before_there_were_kernels_to_choose_loads(tmp_path):
 
 
 def test_the_narrowest_start_has_one_channel():
-    assert started(mb.Broyden(), initializer=1).config.initializer == 1
-    with pytest.raises(ValueError, match="initializer must be at least 1"):
-        started(mb.Broyden(), initializer=0)
+    assert started(mb.Broyden(), initializer_width=1).config.initializer_width == 1
+    with pytest.raises(ValueError, match="initializer_width must be at least 1"):
+        started(mb.Broyden(), initializer_width=0)

@@ -17,27 +17,34 @@ from tests.zoo.test_monotone import Counted, flat, problem, recomputed, zeros
 every_structure = pytest.mark.parametrize("name", ["dense", "conv", "two tiers"])
 
 
-def learned(cell, x, *, noise=0.0, context="native", **options):
+def learned(cell, x, *, noise=0.0, conditioning="input", **options):
     """A solver for a cell in float64, its weights moved by so much noise."""
     layout = state_layout(cell, x, None)
-    channels = layout.context_channels(x, layout.shape) if context == "native" else 0
-    solver = make_learned("meta-splitting", layout, context=context, context_channels=channels, **options).double()
+    channels = layout.context_channels(x, layout.shape) if conditioning == "input" else 0
+    solver = make_learned(
+        "meta-splitting", layout, conditioning=conditioning, context_channels=channels, **options
+    ).double()
     for number, parameter in enumerate(solver.parameters()):
         parameter.data += noise * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)).double()
     return solver.eval()
 
 
 @every_structure
-@pytest.mark.parametrize("context", ["native", "f0"])
-def test_untrained_it_is_peaceman_rachford(name, context):
+@pytest.mark.parametrize("conditioning", ["input", "initial_value"])
+def test_untrained_it_is_peaceman_rachford(name, conditioning):
     cell, x = problem(name, gain=2.0)
     ours = mb.solve(
-        cell, zeros(x), x, solver=learned(cell, x, alpha=0.4, gated=200, context=context), rtol=1e-8, max_nfe=200
+        cell,
+        zeros(x),
+        x,
+        solver=learned(cell, x, alpha=0.4, learned_steps=200, conditioning=conditioning),
+        rtol=1e-8,
+        max_nfe=200,
     )
     theirs = mb.solve(cell, zeros(x), x, solver=mb.PeacemanRachford(0.4), rtol=1e-8, max_nfe=200)
-    if context == "native":  # else it begins at f(z0)
+    if conditioning == "input":  # else it begins at f(z0)
         torch.testing.assert_close(ours.nfe, theirs.nfe)
-    atol = 1e-14 if context == "native" else 3e-6
+    atol = 1e-14 if conditioning == "input" else 3e-6
     torch.testing.assert_close(flat(ours.z), flat(theirs.z), rtol=0, atol=atol)
 
 
@@ -45,7 +52,7 @@ def test_untrained_it_is_peaceman_rachford(name, context):
 def test_evaluations_are_uses_of_a_part_and_the_residual_is_true(name):
     cell, x = problem(name, gain=1.6)
     counted = Counted(cell)
-    solver = learned(cell, x, noise=0.03, alpha=0.5, gated=6)
+    solver = learned(cell, x, noise=0.03, alpha=0.5, learned_steps=6)
     solution = mb.solve(counted, zeros(x), (torch.arange(7), x), solver=_first(solver), rtol=1e-7, max_nfe=200)
     np.testing.assert_array_equal(solution.nfe.numpy(), np.bincount(torch.cat(counted.seen).numpy(), minlength=7))
     assert len(solution.nfe.unique()) > 1
@@ -116,7 +123,7 @@ def test_training_makes_it_faster_than_what_it_begins_as():
     tasks = TaskSet(cell, x[:300], x[300:350], x[350:], z0=lambda x: initial_state(cell, x))
     classical = mb.PeacemanRachford.tuned(cell, zeros(x[:50]), x[:50], max_nfe=60)
     solver = make_learned(
-        "meta-splitting", state_layout(cell, x, None), context="native", context_channels=12, alpha=classical.alpha
+        "meta-splitting", state_layout(cell, x, None), conditioning="input", context_channels=12, alpha=classical.alpha
     )
     config = MetaConfig(steps=60, unroll=8, learning_rate=5e-3, orthogonal_rate=0.05, validate_every=20)
     solver = MetaTrainer(solver, tasks, config).run()
@@ -142,20 +149,22 @@ def test_it_says_what_it_needs():
         mb.FixedBudget(cell, solver, max_nfe=4)
 
 
-@pytest.mark.parametrize("kind", ["classical", "native", "f0"])
+@pytest.mark.parametrize("kind", ["classical", "input", "initial_value"])
 def test_a_solve_may_begin_with_a_step(kind):
     cell, x = problem("dense", gain=2.0)
-    solver = mb.PeacemanRachford(0.5) if kind == "classical" else learned(cell, x, noise=0.03, alpha=0.5, context=kind)
+    solver = (
+        mb.PeacemanRachford(0.5) if kind == "classical" else learned(cell, x, noise=0.03, alpha=0.5, conditioning=kind)
+    )
     options = {"solver": solver, "rtol": 0.0, "throw": False}
-    first = 2 if kind == "f0" else 1
+    first = 2 if kind == "initial_value" else 1
     whole = mb.solve(cell, zeros(x), x, max_nfe=5, snapshots=[first, 3], **options)
     assert (whole.nfe == 5).all()
-    assert (whole.steps == 4 - (kind == "f0")).all()  # there f(z0) and f(u) come first
+    assert (whole.steps == 4 - (kind == "initial_value")).all()  # there f(z0) and f(u) come first
     for nfe, kept in zip((first, 3), whole.snapshots, strict=True):
         part = mb.solve(cell, zeros(x), x, max_nfe=nfe, **options)
         assert (part.nfe == nfe).all()
         torch.testing.assert_close(kept, part.z, rtol=0, atol=0)
-    if kind == "f0":
+    if kind == "initial_value":
         assert (mb.solve(cell, zeros(x), x, max_nfe=1, **options).nfe == 1).all()
     at_once = mb.solve(cell, zeros(x), x, solver=solver, rtol=10.0)
     assert (at_once.nfe == 1).all()
@@ -192,7 +201,7 @@ def test_a_learned_start_for_peaceman_rachford_costs_it_nothing():
     cell, x = problem("dense", gain=2.0)
     layout = state_layout(cell, x, None)
     classical = mb.PeacemanRachford(0.5)
-    options = {"context": "native", "context_channels": 12, "safeguard": None}
+    options = {"conditioning": "input", "context_channels": 12, "safeguard": None}
     started = make_learned("started", layout, classical=classical, **options).double().eval()
     assert started.parts == classical.parts
     ours, theirs = (mb.solve(cell, zeros(x), x, solver=one, rtol=1e-6, max_nfe=200) for one in (started, classical))

@@ -40,7 +40,7 @@ def perturb(solver, size: float = 0.1):
 def test_untrained_it_is_picard_to_the_last_bit(way, kind):
     layout, f, z0, x = problem_of(kind)
     with torch.no_grad():
-        iterates = unroll(make(way, layout, context="native"), f, z0, x, steps=7, backend="native").iterates
+        iterates = unroll(make(way, layout, conditioning="input"), f, z0, x, steps=7, backend="native").iterates
         z = z0
         for found in iterates:
             assert torch.equal(found, z.flatten(1))
@@ -51,7 +51,7 @@ def test_untrained_it_is_picard_to_the_last_bit(way, kind):
 def test_it_learns_with_every_one_of_its_parameters(way):
     problem = tanh(batch=90, n=6, gain=1.05)
     tasks = TaskSet(problem.f, problem.x[:60], problem.x[60:75], problem.x[75:])
-    solver = make(way, Layout("nd", (6,)), context="native", hidden=6, initializer=8).double()
+    solver = make(way, Layout("vector", (6,)), conditioning="input", hidden=6, initializer_width=8).double()
     config = MetaConfig(steps=30, unroll=5, batch=16, learning_rate=2e-2, validate_every=30, backend="native")
     losses = []
     for trained in (False, True):
@@ -83,7 +83,7 @@ def test_later_tokens_change_nothing_at_earlier_ones(way, kind):
 
 @every_way
 def test_it_comes_back_from_a_file_as_it_was(way, tmp_path):
-    layout, f, z0, x = problem_of("nchw")
+    layout, f, z0, x = problem_of("image")
     solver = perturb(make(way, layout, hidden=5, safeguard=None)).eval()
     loaded = mb.load_solver(mb.save_solver(solver, tmp_path / "solver.safetensors"))
     assert loaded.config == solver.config
@@ -99,7 +99,7 @@ def test_the_gated_form_runs_on_several_scales_and_lies_between_picard_and_the_s
     assert found.converged.all()
     ends = []
     for offset in (-50.0, 0.0, 50.0):  # w = −1, 0, 1
-        solver = make("secant", Layout("nd", (12,)), initializer=0, safeguard=Safeguard(None, None)).double()
+        solver = make("secant", Layout("vector", (12,)), initializer_width=0, safeguard=Safeguard(None, None)).double()
         solver.lstm.offset.data.fill_(offset)
         problem = tanh(gain=0.9)
         with torch.no_grad():
@@ -119,7 +119,7 @@ def test_the_gated_form_runs_on_several_scales_and_lies_between_picard_and_the_s
 
 def test_forgetting_puts_no_floor_under_the_residual():
     """With the gates stuck half a unit off, the error still goes to nothing with the residual."""
-    solver = make_learned("meta-learner", Layout("nd", (12,)), initializer=0, safeguard=None).double()
+    solver = make_learned("meta-learner", Layout("vector", (12,)), initializer_width=0, safeguard=None).double()
     solver.lstm.offset.data.copy_(torch.tensor([[0.5], [-0.2]]))
     problem = tanh(gain=0.4)
     found = mb.solve(problem.f, problem.z0, problem.x, solver=solver, rtol=1e-10, max_nfe=200, throw=False)
@@ -136,4 +136,4 @@ def test_forgetting_puts_no_floor_under_the_residual():
 )
 def test_bad_options_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
-        make_learned("neural-fixed-point", Layout("nd", (3,)), **options)
+        make_learned("neural-fixed-point", Layout("vector", (3,)), **options)

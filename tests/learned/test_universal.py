@@ -28,8 +28,8 @@ def rattled(solver, size=0.1):
 
 
 def free(name):
-    options = {"initializer": 0} if name == "coordinatewise" else {}
-    return make_learned(name, Layout("nchw", (4, 5, 5)), **options)
+    options = {"initializer_width": 0} if name == "coordinatewise" else {}
+    return make_learned(name, Layout("image", (4, 5, 5)), **options)
 
 
 @pytest.mark.parametrize("name", ["coordinatewise", "universal"])
@@ -47,7 +47,7 @@ def test_one_solver_runs_on_every_cell_of_any_width_and_layout(name, cell):
 
 
 def test_with_an_initializer_it_belongs_to_its_channels():
-    solver = make_learned("coordinatewise", Layout("nd", (6,)))
+    solver = make_learned("coordinatewise", Layout("vector", (6,)))
     assert not solver.dimension_free
     with pytest.raises(ValueError, match=r"6 channels\); got per-sample shape \(7,\)"):
         mb.solve(lambda z, x: 0.5 * z + x, torch.zeros(2, 7), torch.ones(2, 7), solver=solver)
@@ -59,7 +59,9 @@ def test_a_coordinatewise_step_does_not_know_which_coordinate_is_which():
     w = torch.randn(12, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64) / 5
     order = torch.randperm(12, generator=torch.Generator().manual_seed(2))
     for layers in (1, 2):
-        solver = rattled(make_learned("coordinatewise", Layout("nd", (12,)), initializer=0, layers=layers).double())
+        solver = rattled(
+            make_learned("coordinatewise", Layout("vector", (12,)), initializer_width=0, layers=layers).double()
+        )
         with torch.no_grad():
             here = unroll(solver, lambda z, x: torch.tanh(z @ w + x), x * 0, x, steps=5, backend="native").z
             there = unroll(
@@ -101,7 +103,7 @@ def test_coordinatewise_solvers_of_before_still_load_and_solve(seed):
 )
 def test_bad_settings_are_refused(config, options, words):
     with pytest.raises(ValueError, match=words):
-        config(**{"layout": "nd", "shape": (3,), **options})
+        config(**{"layout": "vector", "shape": (3,), **options})
 
 
 def test_the_universal_solver_does_not_see_units():
@@ -146,7 +148,9 @@ def test_gradients_of_the_universal_solver_reach_its_weights_and_agree_with_diff
 def test_specialised_it_begins_where_it_was():
     x = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
     solver = rattled(Universal(UniversalConfig()))
-    own = specialised(solver, Layout("nchw", (3, 6, 6)), context="native", context_channels=3, rank=4, initializer=5)
+    own = specialised(
+        solver, Layout("image", (3, 6, 6)), conditioning="input", context_channels=3, rank=4, initializer_width=5
+    )
     assert not own.dimension_free
 
     def f(z, x):

@@ -44,7 +44,7 @@ def noisy(raw, generator):
 
 def trainer(name: str, path: Path | None = None) -> MetaTrainer:
     raw = 0.5 * torch.randn(40, 3, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    solver = make_learned("grouped", Layout("nchw", (3, 4, 4)), hidden=5, rank=4, initializer=4).double()
+    solver = make_learned("grouped", Layout("image", (3, 4, 4)), hidden=5, rank=4, initializer_width=4).double()
     tasks = TaskSet(Cell(), raw[:30], raw[30:], augment=noisy)
     return MetaTrainer(solver, tasks, VARIANTS[name], checkpoint=path)
 

@@ -30,7 +30,7 @@ def deqs(count=3, dtype=torch.float64):
 
 def trainer_of(update="gated", seed=0, sets=None, **options):
     config = EpisodeConfig(**{"inner": 2, "shots": 4, "unroll": 3, "update": update, "steps": 5, **options})
-    solver = make_learned("grouped", Layout("nd", (N,)), seed=seed, hidden=3, rank=3, initializer=4).double()
+    solver = make_learned("grouped", Layout("vector", (N,)), seed=seed, hidden=3, rank=3, initializer_width=4).double()
     for parameter in solver.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).double()
     return EpisodeTrainer(solver, EpisodeSet(deqs() if sets is None else sets, config), config)

@@ -197,7 +197,7 @@ def test_cells_that_offer_their_parts_bring_operator_splitting_to_the_contest():
     assert splitting_solvers(Cell(), contexts(3), contexts(3), budget=40) == {}
 
 
-@pytest.mark.parametrize(("context", "kind"), [("auto", MetaSplitting), ("f0", MetaBroyden)])
+@pytest.mark.parametrize(("context", "kind"), [("auto", MetaSplitting), ("initial_value", MetaBroyden)])
 def test_on_such_a_cell_what_is_fitted_steps_on_the_splittings_map(context, kind):
     from metabroyden.zoo.models import MonotoneDense
 
@@ -206,7 +206,7 @@ def test_on_such_a_cell_what_is_fitted_steps_on_the_splittings_map(context, kind
     with torch.no_grad():
         for parameter in cell.parameters():
             parameter *= 2
-    solver = mb.fit_solver(cell, x, steps=2, context=context, progress=False, fallback=False)
+    solver = mb.fit_solver(cell, x, steps=2, conditioning=context, progress=False, fallback=False)
     assert type(solver) is kind
     held = solver.summary["held_out"]["solvers"]
     if kind is MetaSplitting:
@@ -294,21 +294,21 @@ def test_training_stops_early_where_nothing_is_gained():
 def test_the_context_is_native_where_it_can_be_seen():
     cell, state = Cell(), contexts(4)
 
-    def chosen(x, z=state, f=cell, context="auto"):
-        return context_options(f, state_layout(f, z, None), z, x, context)
+    def chosen(x, z=state, f=cell, conditioning="auto"):
+        return context_options(f, state_layout(f, z, None), z, x, conditioning)
 
-    assert chosen(contexts(4)) == {"context": "native", "context_channels": 3}
-    assert chosen(torch.zeros(4, 7, 4, 4)) == {"context": "native", "context_channels": 7}
-    assert chosen(torch.zeros(4, 5), z=torch.zeros(4, 9)) == {"context": "native", "context_channels": 5}
+    assert chosen(contexts(4)) == {"conditioning": "input", "context_channels": 3}
+    assert chosen(torch.zeros(4, 7, 4, 4)) == {"conditioning": "input", "context_channels": 7}
+    assert chosen(torch.zeros(4, 5), z=torch.zeros(4, 9)) == {"conditioning": "input", "context_channels": 5}
     for x in (torch.zeros(4, 3, 8, 8), torch.zeros(4, 3, 4, 4).double(), torch.zeros(4, 3), torch.zeros(4).long()):
-        assert chosen(x) == {"context": "f0"}
-        with pytest.raises(ValueError, match=r"context='native' cannot be had: x must be .* got torch"):
-            chosen(x, context="native")
-    assert chosen(contexts(4), context="f0") == {"context": "f0"}
+        assert chosen(x) == {"conditioning": "initial_value"}
+        with pytest.raises(ValueError, match=r"conditioning='input' cannot be had: x must be .* got torch"):
+            chosen(x, conditioning="input")
+    assert chosen(contexts(4), conditioning="initial_value") == {"conditioning": "initial_value"}
     closure = FixedPointMap.__new__(FixedPointMap)
-    assert chosen(contexts(4), f=closure) == {"context": "f0"}
+    assert chosen(contexts(4), f=closure) == {"conditioning": "initial_value"}
     with pytest.raises(ValueError, match="a torchdeq model solves a closure"):
-        chosen(contexts(4), f=closure, context="native")
+        chosen(contexts(4), f=closure, conditioning="input")
 
 
 def test_a_cells_own_layout_is_taken():
@@ -319,9 +319,9 @@ def test_a_cells_own_layout_is_taken():
             return 0.3 * z + x
 
     solver = mb.fit_solver(Sequence(), torch.randn(20, 3, 5), steps=1, progress=False, fallback=False)
-    assert (solver.config.layout, solver.config.context) == ("nct", "native")
+    assert (solver.config.layout, solver.config.conditioning) == ("nct", "input")
     with pytest.raises(
-        ValueError, match=r"it needs a context tensor with 3 .*got NoneType; .* context='f0' needs none"
+        ValueError, match=r"it needs a context tensor with 3 .*got NoneType; .* conditioning='initial_value' needs none"
     ):
         mb.solve(lambda z: 0.3 * z, torch.zeros(2, 3, 5), solver=solver)
 
@@ -341,9 +341,9 @@ def test_a_state_of_scales_keeps_its_scales():
 
     x = torch.randn(30, 2, 4, 4)
     solver = mb.fit_solver(f, x, z0=start, steps=2, progress=False, fallback=False)
-    assert solver.config.layout == "scales"
+    assert solver.config.layout == "pyramid"
     assert solver.config.shape == ((2, 4, 4), (2, 2, 2))
-    assert (solver.config.context, solver.config.context_channels) == ("native", 8)
+    assert (solver.config.conditioning, solver.config.context_channels) == ("input", 8)
     found = mb.solve(f, start(x), x, solver=solver, rtol=1e-4, max_nfe=80)
     exact = mb.solve(f, start(x), x, solver=mb.Broyden(), rtol=1e-6, max_nfe=80, throw=False)
     for ours, star in zip(found.z, exact.z, strict=True):
@@ -360,7 +360,7 @@ def test_another_tuple_is_one_vector_and_the_solver_still_takes_the_tuple(tmp_pa
 
     x = torch.randn(30, 3)
     solver = mb.fit_solver(f, x, z0=start, steps=2, progress=False, fallback=False)
-    assert (solver.config.layout, solver.config.shape) == ("nd", (9,))
+    assert (solver.config.layout, solver.config.shape) == ("vector", (9,))
     loaded = mb.load_solver(mb.save_solver(solver, tmp_path / "solver.safetensors"))
     found = mb.solve(f, start(x), x, solver=loaded, rtol=1e-4)
     assert [part.shape for part in found.z] == [(30, 3), (30, 3, 2)]
@@ -371,13 +371,15 @@ def test_another_tuple_is_one_vector_and_the_solver_still_takes_the_tuple(tmp_pa
 
 def test_a_large_tuple_of_no_layout_is_refused_unless_asked_for():
     z = torch.zeros(2, LARGEST_PACKED), torch.zeros(2, 1)
-    with pytest.raises(ValueError, match=r"no layout fits .* as one vector \(layout='nd'\) it has 8193 coordinates"):
+    with pytest.raises(
+        ValueError, match=r"no layout fits .* as one vector \(layout='vector'\) it has 8193 coordinates"
+    ):
         state_layout(Cell(), z, None)
-    assert state_layout(Cell(), z, "nd").shape == (LARGEST_PACKED + 1,)
-    with pytest.raises(ValueError, match="of several tensors is 'scales', or 'nd' for one vector; got 'nchw'"):
-        state_layout(Cell(), z, "nchw")
-    with pytest.raises(ValueError, match="layout 'scales' wants at least two shapes"):
-        state_layout(Cell(), z, "scales")
+    assert state_layout(Cell(), z, "vector").shape == (LARGEST_PACKED + 1,)
+    with pytest.raises(ValueError, match="of several tensors is 'pyramid', or 'vector' for one vector; got 'image'"):
+        state_layout(Cell(), z, "image")
+    with pytest.raises(ValueError, match="layout 'pyramid' wants at least two shapes"):
+        state_layout(Cell(), z, "pyramid")
 
 
 # --- arguments
@@ -408,13 +410,13 @@ def test_a_large_tuple_of_no_layout_is_refused_unless_asked_for():
         ({"seconds": 0}, ValueError, "seconds must be a positive number, or None for no limit, got 0"),
         ({"seconds": "1"}, ValueError, "seconds must be a positive number, or None for no limit, got '1'"),
         ({"patience": 0}, ValueError, "patience must be an integer of at least 1, got 0"),
-        ({"context": "x"}, ValueError, "context must be one of auto, f0, native, got 'x'"),
+        ({"conditioning": "x"}, ValueError, "conditioning must be one of auto, initial_value, input, got 'x'"),
         (
             {
                 "f": lambda z, x: z,
                 "x_train": torch.randint(0, 9, (20, 3)),
                 "z0": lambda x: x.float(),
-                "context": "native",
+                "conditioning": "input",
             },
             ValueError,
             r"got torch.int64 of per-sample shape \(3,\)",
@@ -486,7 +488,7 @@ def test_contexts_may_be_any_pytree_that_solve_takes(form):
     into, out = pack
     f = lambda z, c: gated(z, out(c))  # noqa: E731
     solver = mb.fit_solver(f, into(c), z0=lambda c: starts(out(c)), steps=2, progress=False, fallback=False)
-    assert solver.config.context == ("native" if form == "tuple" else "f0")
+    assert solver.config.conditioning == ("input" if form == "tuple" else "initial_value")
     assert solver.summary["held_out"]["samples"] == 8
     assert mb.solve(f, starts(c), into(c), solver=solver).converged.all()
 
@@ -540,7 +542,7 @@ def test_what_are_no_contexts_is_refused_by_name(x, z0, error, words):
 
 
 class Small(torch.nn.Module):
-    layout = "nd"
+    layout = "vector"
 
     def __init__(self):
         super().__init__()
@@ -597,7 +599,7 @@ def test_a_model_is_fitted_for_the_deq_inside_it(start, monkeypatch):
     monkeypatch.undo()
     assert float(z[0, 0]) == pytest.approx(1.0 if start else 0.1)
     assert c[1].shape == (len(c[0]), 1)
-    assert (solver.config.context, solver.config.context_channels) == ("native", 4)
+    assert (solver.config.conditioning, solver.config.context_channels) == ("input", 4)
     assert solver.fingerprint == fingerprint(model.deq.cell)
     assert model.training
     assert model.seen == 0, "nothing behind the DEQ runs"
@@ -614,7 +616,7 @@ def test_a_model_is_fitted_for_the_deq_inside_it(start, monkeypatch):
 
 def test_models_that_other_functions_make_are_fitted_too():
     inner = mb.to_deq(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)))
-    solver = mb.fit_solver(inner, torch.randn(30, 4), steps=1, layout="nd", progress=False, fallback=False)
+    solver = mb.fit_solver(inner, torch.randn(30, 4), steps=1, layout="vector", progress=False, fallback=False)
     assert solver.fingerprint == fingerprint(inner.cell)
 
 
@@ -822,7 +824,7 @@ def test_a_models_inputs_and_a_score_see_what_samples_share_without_its_mark():
     inputs = {"x": torch.randn(40, 4), "w": mb.Shared(0.5 * torch.eye(4))}
     score = lambda z, c: (z @ c["w"]).sum(1)  # noqa: E731
     solver = mb.fit_solver(Inputs(), inputs, steps=1, progress=False, fallback=False, score=score)
-    assert solver.config.context == "native"
+    assert solver.config.conditioning == "input"
     assert all("score" in row for row in solver.summary["held_out"]["solvers"].values())
 
 
@@ -833,7 +835,7 @@ def test_what_samples_share_may_be_of_any_shape_and_layout_and_stand_first(gain)
 
     zeros = lambda c: torch.zeros_like(c[1])  # noqa: E731
     x = (mb.Shared(gain), torch.randn(40, 4))
-    assert mb.fit_solver(f, x, z0=zeros, steps=1, progress=False, fallback=False).config.context == "f0"
+    assert mb.fit_solver(f, x, z0=zeros, steps=1, progress=False, fallback=False).config.conditioning == "initial_value"
 
 
 @pytest.mark.parametrize(

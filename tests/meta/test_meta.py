@@ -46,7 +46,7 @@ def tasks(f=None) -> TaskSet:
 
 
 def grouped(seed: int = 0):
-    return make_learned("grouped", Layout("nchw", (3, 4, 4)), seed=seed, hidden=6, rank=8, initializer=8)
+    return make_learned("grouped", Layout("image", (3, 4, 4)), seed=seed, hidden=6, rank=8, initializer_width=8)
 
 
 SMALL = MetaConfig(steps=12, unroll=4, batch=8, validate_every=4, validation_nfe=40)

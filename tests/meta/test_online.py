@@ -13,7 +13,7 @@ from metabroyden.learned.layout import Layout
 from metabroyden.meta.fit import make_learned
 from metabroyden.zoo.models import ConvCell
 
-LAYOUT = Layout("nchw", (4, 5, 5))
+LAYOUT = Layout("image", (4, 5, 5))
 
 
 def made(gain: float = 3.0, **options):
@@ -56,7 +56,9 @@ def train(deq, keep_up, steps: int, seed: int = 1, shape: tuple[int, ...] = (4, 
 def test_the_solvers_take_over_after_the_burst_and_need_fewer_evaluations():
     torch.manual_seed(0)
     deq = mb.DEQ(Rotating(), rtol=1e-2, max_nfe=60, backward=mb.Implicit(rtol=1e-2, max_nfe=60), warn=False)
-    forward, backward = (make_learned(kind, Layout("nd", (32,)), hidden=6, rank=32) for kind in ("grouped", "adjoint"))
+    forward, backward = (
+        make_learned(kind, Layout("vector", (32,)), hidden=6, rank=32) for kind in ("grouped", "adjoint")
+    )
     keep_up = mb.OnlineMetaTrainer(
         deq, forward, backward, config=mb.OnlineConfig(warmup_steps=80, every=5, unroll=4, learning_rate=5e-3)
     )
@@ -178,7 +180,7 @@ def test_meta_steps_leave_a_cells_normalisation_and_its_masks_alone():
 
     deq = mb.DEQ(Cell(), warn=False)
     sizes = {"hidden": 4, "rank": 6}
-    solvers = (make_learned(kind, Layout("nd", (6,)), **sizes) for kind in ("grouped", "adjoint"))
+    solvers = (make_learned(kind, Layout("vector", (6,)), **sizes) for kind in ("grouped", "adjoint"))
     keep_up = mb.OnlineMetaTrainer(deq, *solvers, config=mb.OnlineConfig(unroll=3, batch=16))
     deq(torch.randn(16, 6)).sum().backward()
     before = {name: buffer.clone() for name, buffer in deq.named_buffers()}

@@ -33,7 +33,7 @@ def tasks() -> TaskSet:
 
 
 def universal() -> Any:
-    return make_learned("universal", Layout("nd", (6,)), hidden=4, rank=8)
+    return make_learned("universal", Layout("vector", (6,)), hidden=4, rank=8)
 
 
 CONFIG = MetaConfig(steps=6, unroll=3, batch=4, backend="native", validate_every=2, validation_size=8)
@@ -316,7 +316,7 @@ def test_a_training_is_read_whatever_the_default_device(files, tmp_path):
 
 
 class Cell(nn.Module):
-    layout = "nd"
+    layout = "vector"
 
     def __init__(self) -> None:
         super().__init__()
@@ -329,7 +329,7 @@ class Cell(nn.Module):
 def kept_up() -> mb.OnlineMetaTrainer:
     torch.manual_seed(0)
     deq = mb.DEQ(Cell(), warn=False)
-    solvers = (make_learned(kind, Layout("nd", (4,)), hidden=3, rank=4) for kind in ("grouped", "adjoint"))
+    solvers = (make_learned(kind, Layout("vector", (4,)), hidden=3, rank=4) for kind in ("grouped", "adjoint"))
     return mb.OnlineMetaTrainer(deq, *solvers, config=mb.OnlineConfig(warmup_steps=1, unroll=2, batch=2))
 
 
@@ -386,7 +386,7 @@ def test_a_state_from_before_moments_were_listed_still_serves():
 def test_training_draws_alike_whatever_the_default_device():
     solver, problems, whole = universal(), tasks(), WHOLE["meta"]()
     made = MetaTrainer(solver, problems, CONFIG)
-    free = make_learned("universal", Layout("nd", (1,)), hidden=4)
+    free = make_learned("universal", Layout("vector", (1,)), hidden=4)
     several = MultiTaskTrainer(free, [(1.0, Known(tasks())), (1.0, RandomCells())], [tasks()], CONFIG)
     with torch.device("meta"):
         found = made.run()

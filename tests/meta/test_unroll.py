@@ -19,8 +19,8 @@ from metabroyden.meta.unroll import Rollout, unroll
 from tests.conftest import tanh
 
 
-def trained_a_little(name: str, context: str = "f0"):
-    solver = make_learned(name, Layout("nd", (6,)), context=context, hidden=3, initializer=4).double()
+def trained_a_little(name: str, context: str = "initial_value"):
+    solver = make_learned(name, Layout("vector", (6,)), conditioning=context, hidden=3, initializer_width=4).double()
     generator = torch.Generator().manual_seed(5)
     for parameter in solver.parameters():
         parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -65,7 +65,7 @@ def gradients(solver, loss):
 
 
 @pytest.mark.parametrize("name", sorted(LEARNED))
-@pytest.mark.parametrize("context", ["f0", "native"])
+@pytest.mark.parametrize("context", ["initial_value", "input"])
 def test_higher_and_native_and_a_handwritten_unroll_agree(name, context):
     solver = trained_a_little(name, context)
     by_hand = plain_unroll(solver, tanh(batch=3, n=6, gain=1.1), 5)
@@ -137,7 +137,7 @@ def test_an_exact_fixed_point_in_the_batch_does_no_harm_to_the_gradient():
     problem = tanh(batch=3, n=6, gain=1.1)
     x = problem.x.clone()
     x[1] = 0  # z* = z0 = 0
-    solver = make_learned("grouped", Layout("nd", (6,)), context="native").double()
+    solver = make_learned("grouped", Layout("vector", (6,)), conditioning="input").double()
     residuals = unroll(solver, problem.f, problem.z0, x, steps=3).residuals
     assert torch.isfinite(gradients(solver, ResidualObjective()(residuals))).all()
 

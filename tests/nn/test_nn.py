@@ -595,7 +595,7 @@ def test_held_masks_are_shared_by_the_solve_and_the_penalty():
 
 def test_a_learned_solver_sees_the_callers_context_beside_the_masks():
     cell = Cell(p=0.5).float()
-    config = GroupedConfig(layout="nd", shape=(6,), context="native")
+    config = GroupedConfig(layout="vector", shape=(6,), conditioning="input")
     deq = mb.DEQ(cell, solver=mb.GroupedLSTM(config))
     deq(torch.randn(3, 6))
     assert deq.last_solution.converged.all()

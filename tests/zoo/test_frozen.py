@@ -107,7 +107,7 @@ def test_a_learned_solver_is_trained_on_the_problems_and_solves_them(name):
     model = trained(name, rtol=1e-2, max_nfe=60, warn=False)
     tasks = family_tasks(model, criterion(name), packed=True)
     z0, x = tasks.prepare(tasks.split("test")[:6])
-    layout = getattr(tasks.f, "layout", "nd")
+    layout = getattr(tasks.f, "layout", "vector")
     learned = make_learned("grouped", Layout(layout, tuple(z0.shape[1:])))
     before = {key: value.clone() for key, value in learned.state_dict().items()}
     config = MetaConfig(

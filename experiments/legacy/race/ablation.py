@@ -54,13 +54,13 @@ def _no_preconditioner(solver: MetaBroyden) -> dict[Tensor, Tensor]:
 
 
 TRAINED = {
-    "no learned start": Variant("the initializer", options={"initializer": 0}),
+    "no learned start": Variant("the initializer", options={"initializer_width": 0}),
     "no P": Variant(
         "P: B₀ is a weight of the residual by step and channel",
         masks=_no_preconditioner,
     ),
     "LSTM for table": Variant(
-        "the table: an LSTM that sees residuals and gates weighs the first steps", options={"weighing": "lstm"}
+        "the table: an LSTM that sees residuals and gates weighs the first steps", options={"coefficients": "lstm"}
     ),
     "no dilations": Variant("the distance of P's taps", options={"dilations": (1, 1)}),
 }
@@ -69,7 +69,7 @@ TRAINED = {
 
 def without_secants(solver: MetaBroyden, budget: int) -> MetaBroyden:
     """The same weights; the table's last row goes on where secants would take over, and only a hand-over uses any."""
-    return _changed(solver, gated=budget, rows=solver.trained_for)
+    return _changed(solver, learned_steps=budget, schedule_length=solver.trained_for)
 
 
 def without_safeguard(solver: MetaBroyden, budget: int) -> MetaBroyden:

@@ -23,7 +23,7 @@ class ConvCell(nn.Module):
         groups: of the group norms; divides both.
     """
 
-    layout = "nchw"
+    layout = "image"
 
     def __init__(self, channels: int = 16, inner: int = 32, groups: int = 4) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ class DenseCell(nn.Module):
         n: coordinates of the state.
     """
 
-    layout = "nd"
+    layout = "vector"
 
     def __init__(self, n: int = 32) -> None:
         super().__init__()

@@ -63,7 +63,7 @@ class MonotoneDense(MonotoneCell):
         m: as for `MonotoneCell`.
     """
 
-    layout = "nd"
+    layout = "vector"
 
     def __init__(self, n: int = 87, m: float = 1.0) -> None:
         super().__init__(m)
@@ -95,7 +95,7 @@ class MonotoneConv(MonotoneCell):
         m: as for `MonotoneCell`.
     """
 
-    layout = "nchw"
+    layout = "image"
 
     def __init__(self, channels: int = 16, side: int = 8, m: float = 1.0) -> None:
         super().__init__(m)
@@ -132,7 +132,7 @@ class MonotoneMultiTier(MonotoneCell):
         ValueError: no tier, or a side that cannot be halved that often to at least 2.
     """
 
-    layout = "scales"
+    layout = "pyramid"
 
     def __init__(self, channels: Sequence[int] = (16, 32), side: int = 8, m: float = 1.0) -> None:
         super().__init__(m)

@@ -32,7 +32,7 @@ class MultiscaleCell(nn.Module):
         ValueError: fewer than two scales.
     """
 
-    layout = "scales"
+    layout = "pyramid"
 
     def __init__(self, widths: tuple[int, ...] = (16, 32), groups: int = 4) -> None:
         super().__init__()

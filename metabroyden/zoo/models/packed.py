@@ -19,7 +19,7 @@ class Packed(nn.Module):
         cell: with a state of one tensor or several. packing: of that state (`Packing.of(z0)`).
     """
 
-    layout = "nd"
+    layout = "vector"
 
     def __init__(self, cell: nn.Module, packing: Packing) -> None:
         super().__init__()
