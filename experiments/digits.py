@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from experiments.bench.peers import TorchDEQSolver, available
+from experiments.bench.runner import write_rows
 from experiments.legacy import benchmark, report
-from experiments.legacy.family_report import FamilyReport, read_rows
+from experiments.legacy.family_report import FamilyReport, read_folders
 from experiments.legacy.provenance import config_hash, plain, provenance
 from metabroyden import Anderson, Broyden, Implicit, load_solver, save_solver
 from metabroyden.learned import LearnedStart
@@ -102,12 +103,12 @@ def run(config: Digits) -> None:
             config, "coordinatewise", config.coordinatewise_steps, model, tasks, work, hidden=6
         ),
     }
-    rows_path = work / "rows.jsonl"
+    rows_path = work / "rows.jsonl.gz"
     if not rows_path.exists():
         rows, notes = _evaluate(config, model, tasks, solvers)
         notes["provenance"] = provenance()
         atomic_write(work / "evaluation.json", json.dumps(notes, indent=2))
-        atomic_write(rows_path, "".join(json.dumps({"seed": config.seed, **row}) + "\n" for row in rows))
+        write_rows(rows_path, ({"seed": config.seed, **row} for row in rows))
     _publish(config, work)
     _show(config, console)
     console.print(f"This sitting took {time.perf_counter() - began:.0f} s.")
@@ -247,7 +248,7 @@ def _in_double(model: Any) -> ConvClassifier:
 def _publish(config: Digits, work: Path) -> None:
     """d. Copy what a person wants to results/, and write the reports: one for the seed, one over all seeds."""
     folder = config.results / f"seed{config.seed}"
-    for name in ("rows.jsonl", "model.safetensors", "grouped.safetensors", "coordinatewise.safetensors"):
+    for name in ("rows.jsonl.gz", "model.safetensors", "grouped.safetensors", "coordinatewise.safetensors"):
         atomic_write(folder / name, (work / name).read_bytes())
     described = {
         "command": f"python -m experiments digits --seed {config.seed}",
@@ -262,7 +263,7 @@ def _publish(config: Digits, work: Path) -> None:
 def _show(config: Digits, console: Console) -> None:
     """e. The table, where the figures are, and the saved solver at work inside the reloaded DEQ."""
     folder = config.results / f"seed{config.seed}"
-    results = report.Results(read_rows([folder]))
+    results = report.Results(read_folders([folder]))
     console.print(Markdown("## Evaluations to a tolerance: median / 90th percentile / success"))
     console.print(Markdown(report.evaluations_table(results)))
     console.print(Markdown(REPORT.claims(results)))

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
+from experiments.bench.runner import read_rows
 from experiments.legacy import equilibria, meta_report, meta_rows, texts
 from experiments.legacy.provenance import (
     command_line,
@@ -255,9 +256,9 @@ class Job:
         solver = None if self.config.solver == CLASSICAL else self.trained()
         if not self.first:
             return
-        if not (self.work / "rows.jsonl").exists():
+        if not (self.work / "rows.jsonl.gz").exists():
             write_results(self.work, self._measured(solver), self._described(solver))
-        rows = [json.loads(line) for line in (self.work / "rows.jsonl").read_text().splitlines()]
+        rows = read_rows(self.work / "rows.jsonl")
         write_results(self.folder, rows, json.loads((self.work / "config.json").read_text()))
         if solver is not None:
             atomic_write(self.folder / "solver.safetensors", (self.work / "solver.safetensors").read_bytes())

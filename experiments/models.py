@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
+from experiments.bench.runner import read_rows
 from experiments.legacy import equilibria, model_scores, models_report, texts
 from experiments.legacy.provenance import config_hash, plain, provenance, write_results
 from metabroyden.learned.fingerprint import fingerprint
@@ -98,7 +99,7 @@ class _Job:
     def run(self) -> None:
         """Everything."""
         models = {way: self._trained(way, build) for way, build in self._ways().items()}
-        if not (self.measured / "rows.jsonl").exists():
+        if not (self.measured / "rows.jsonl.gz").exists():
             write_results(self.measured, self._measured(models), self._described(models))
         self._publish()
 
@@ -235,7 +236,7 @@ class _Job:
                 described["sha256"][name] = hashlib.sha256(data).hexdigest()
                 atomic_write(folder / name, data)
         described["episodes"] = episodes_in(self.episodes.collect(self.work, folder / "episodes.safetensors"))
-        rows = [json.loads(line) for line in (self.measured / "rows.jsonl").read_text().splitlines()]
+        rows = read_rows(self.measured / "rows.jsonl")
         write_results(folder, rows, described)
 
 

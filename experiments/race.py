@@ -103,7 +103,7 @@ def run(config: Race) -> None:
     finally:
         torch.set_num_threads(threads)
     for name, path in paths:
-        atomic_write(folder / "rows" / f"{name}.jsonl", path.read_bytes())
+        atomic_write(folder / "rows" / f"{name}.jsonl.gz", path.read_bytes())
     described = {
         "command": command_line("race", config, FREE),
         "config": plain(config),
@@ -159,7 +159,7 @@ def _without(config: Race, family: str, variant: str, seed: int) -> Any:
 
 def _rows(unit: Unit, work: Path) -> Path:
     """The file of a unit's rows, made where it is not there yet."""
-    path = work / "rows.jsonl"
+    path = work / "rows.jsonl.gz"
     if not path.exists():
         schema.write(path, unit.rows(work))
     return path

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 
+from experiments.bench.runner import write_rows
 from experiments.legacy import equilibria, tuning_report
 from experiments.legacy.provenance import command_line, plain, provenance, results_folder
 from experiments.meta import RECIPES, Job, Meta, Recipe
@@ -109,7 +110,7 @@ def run(config: TuneHyper) -> None:
             "provenance": provenance(),
         }
         atomic_write(folder / f"{config.family}.json", json.dumps(described, indent=2) + "\n")
-        atomic_write(folder / f"{config.family}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(folder / f"{config.family}.jsonl.gz", rows)
         report = tuning_report.write(folder, results / "hyper-anderson-tuning.md")
         console.print(f"{config.family}: {len(rows)} of {len(config.only or VARIANTS)} configurations: {name}")
     console.print(Markdown(report.read_text()))

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.bench.runner import read_rows
 from experiments.legacy import report
 from metabroyden.storage import atomic_write
 
 
-def read_rows(folders: list[Path]) -> list[dict[str, Any]]:
+def read_folders(folders: list[Path]) -> list[dict[str, Any]]:
     """The rows of several results folders."""
-    return [json.loads(line) for folder in folders for line in (folder / "rows.jsonl").read_text().splitlines()]
+    return [row for folder in folders for row in read_rows(folder / "rows.jsonl")]
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class FamilyReport:
         return report.claims_table(results, learned or self.learned[0], classical, self.reference)
 
     def write(self, folder: Path, seeds: list[Path]) -> Path:
-        """Write report.md and the figures into a folder, from the rows.jsonl and config.json of each seed's folder."""
-        results = report.Results(read_rows(seeds))
+        """Write report.md and the figures into a folder, from the rows and config.json of each seed's folder."""
+        results = report.Results(read_folders(seeds))
         figures = report.write_figures(
             results, folder, main=self.shown, learned=self.learned[0], reference=self.reference
         )

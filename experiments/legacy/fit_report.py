@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from experiments.bench.runner import read_rows, row_files
 from experiments.legacy.report import table
 from metabroyden.storage import atomic_write
 
@@ -15,9 +16,8 @@ HEAD = ["", "rtol", "fitted, mean", "solved", "fewest evaluations", "fastest", "
 def write(folder: Path) -> Path:
     """Write report.md over all runs in a folder."""
     runs = [
-        (json.loads(path.read_text()), json.loads((path.parent / "config.json").read_text()))
-        for path in sorted(folder.glob("*/rows.jsonl"))
-        if not path.parent.name.startswith("trial-")
+        (read_rows(path)[0], json.loads((path.parent / "config.json").read_text()))
+        for path in row_files(folder, "*/rows.jsonl")
     ]
     sections = [
         "# fit_solver on trained families",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.bench.runner import read_rows
 from experiments.legacy.report import made_by, table
 from metabroyden.storage import atomic_write
 
@@ -14,8 +15,8 @@ HEAD = ["cells", "budget", "samples", "Broyden solves", "fitted solves", "lost",
 
 
 def write(folder: Path) -> Path:
-    """Write report.md from rows.jsonl and config.json."""
-    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    """Write report.md from rows and config.json."""
+    rows = read_rows(folder / "rows.jsonl")
     described = json.loads((folder / "config.json").read_text())
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     norms = sorted({row["norm"] for row in rows})

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments.bench.runner import read_rows, row_files
+
 Row = dict[str, Any]
 CLASSICAL = "classical"
 SPLITTING = ("Peaceman-Rachford", "forward-backward")
@@ -40,11 +42,8 @@ class MetaResults:
     def __init__(self, folder: Path) -> None:
         self.name = folder.name
         self.runs: dict[str, tuple[list[Row], dict[str, Any]]] = {}
-        for path in sorted(folder.glob("*/rows.jsonl")):
-            if path.parent.name.startswith("trial-"):
-                continue
-            rows = [json.loads(line) for line in path.read_text().splitlines()]
-            self.runs[path.parent.name] = rows, json.loads((path.parent / "config.json").read_text())
+        for path in row_files(folder, "*/rows.jsonl"):
+            self.runs[path.parent.name] = read_rows(path), json.loads((path.parent / "config.json").read_text())
 
     def of(self, kind: str, solver: str, **wanted: Any) -> list[Row]:
         """Rows of a kind of one solver, one a seed."""

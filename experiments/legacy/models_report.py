@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.bench.runner import read_rows, row_files
 from experiments.legacy import models_plots
 from experiments.legacy.metrics import summarise
 from experiments.legacy.report import made_by, table
@@ -30,7 +31,7 @@ class FamilyResults:
 
     def __init__(self, folder: Path) -> None:
         self.name = folder.name
-        self.rows: list[Row] = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+        self.rows: list[Row] = read_rows(folder / "rows.jsonl")
         self.described: dict[str, Any] = json.loads((folder / "config.json").read_text())
 
     def of(self, kind: str, **wanted: Any) -> list[Row]:
@@ -83,7 +84,7 @@ class FamilyResults:
 
 
 def write_family(folder: Path) -> Path:
-    """Write a family's report.md and its figures, from its rows.jsonl and config.json."""
+    """Write a family's report.md and its figures, from its rows and config.json."""
     results = FamilyResults(folder)
     figures = models_plots.draw(results, folder)
     shown = {path.stem: f"![{path.stem}]({path.name})" for path in figures}
@@ -117,7 +118,7 @@ def write_family(folder: Path) -> Path:
 
 def write(folder: Path) -> Path:
     """Write report.md over all families that have results in a folder."""
-    families = [FamilyResults(path.parent) for path in sorted(folder.glob("*/rows.jsonl"))]
+    families = [FamilyResults(path.parent) for path in row_files(folder, "*/rows.jsonl")]
     sections = [
         "# Models on real data",
         "One folder a family, each with its report, figures, checkpoint, weights along training, and rows. Models were "

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from experiments.bench.runner import write_rows
 from metabroyden.storage import atomic_write
 
 _PACKAGES = (
@@ -81,9 +82,9 @@ def results_folder(folder: Path, config: Any, free: Iterable[str]) -> Path:
 
 
 def write_results(folder: Path, rows: Iterable[dict[str, Any]], described: dict[str, Any]) -> None:
-    """Write config.json and rows.jsonl into a folder, each atomically: where there are rows, how they were made is there."""
+    """Write config.json and rows.jsonl.gz into a folder: where there are rows, how they were made is there."""
     atomic_write(folder / "config.json", json.dumps(described, indent=2) + "\n")
-    atomic_write(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "rows.jsonl.gz", rows)
 
 
 def provenance() -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.bench.runner import read_rows, row_files
 from experiments.legacy.plots import new_axes, save_figure
 from experiments.legacy.transfer import Transfer
 from metabroyden.storage import atomic_write
@@ -23,11 +24,11 @@ def write(folder: Path) -> Path:
         "that was adapted.",
     ]
     rows = []
-    for path in sorted(folder.glob("*/*/rows.jsonl")):
+    for path in row_files(folder, "*/*/rows.jsonl"):
         described = json.loads((path.parent / "config.json").read_text())
         config = described["config"]
         name = f"{config['family']}, {config['steps']} steps from {config['start']}, seed {config['seed']}"
-        found = [json.loads(line) for line in path.read_text().splitlines()]
+        found = read_rows(path)
         rows += [{**row, "tested": name} for row in found]
         commit = described["provenance"]["commit"]
         sections.append(f"- {name}: `{described['command']}`, {described['parameters']:,} parameters, commit {commit}")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.bench.runner import read_rows, row_files
 from experiments.legacy.plots import new_axes, save_figure
 from experiments.legacy.report import table
 from metabroyden.storage import atomic_write
@@ -52,11 +53,7 @@ class Pair(NamedTuple):
 
 def write(folder: Path) -> Path:
     """Write report.md and throughput.png over all families in a folder."""
-    runs = {
-        path.parent.name: [json.loads(line) for line in path.read_text().splitlines()]
-        for path in sorted(folder.glob("*/rows.jsonl"))
-        if not path.parent.name.startswith("trial-")
-    }
+    runs = {path.parent.name: read_rows(path) for path in row_files(folder, "*/rows.jsonl")}
     described = {name: json.loads((folder / name / "config.json").read_text()) for name in runs}
     pairs = [pair for name, rows in runs.items() for pair in _pairs(name, rows, "throughput")]
     fixed = [pair for name, rows in runs.items() for pair in _pairs(name, rows, "fixed")]

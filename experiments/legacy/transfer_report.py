@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.bench.runner import read_rows
 from experiments.legacy.report import made_by
 from experiments.legacy.transfer import BROYDEN, Transfer, grid
 from metabroyden.storage import atomic_write
@@ -24,7 +25,7 @@ _PARTS = {
 
 def write(folder: Path) -> Path:
     """Write report.md and transfer.png beside the rows of a folder."""
-    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    rows = read_rows(folder / "rows.jsonl")
     described = json.loads((folder / "config.json").read_text())
     figure = grid(rows, folder / "transfer.png")
     sections = [

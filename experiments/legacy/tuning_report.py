@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.bench.runner import read_rows, row_files
 from experiments.legacy.report import made_by, table
 from metabroyden.storage import atomic_write
 
@@ -30,10 +31,11 @@ def write(folder: Path, path: Path) -> Path:
         "validation. Sorted by the mean of log(evaluations) to 1e-2 and 1e-3, a failure counting as twice the budget. A "
         "median is of all problems, those that fail being infinite: a dash. The test split was not read.",
     ]
-    for rows_path in sorted(folder.glob("*.jsonl")):
-        rows = sorted(map(json.loads, rows_path.read_text().splitlines()), key=score)
-        described = json.loads(rows_path.with_suffix(".json").read_text())
-        sections += [f"## {rows_path.stem}", _table(rows), made_by(described["command"], described["provenance"])]
+    for rows_path in row_files(folder):
+        rows = sorted(read_rows(rows_path), key=score)
+        family = rows_path.name.partition(".")[0]
+        described = json.loads((folder / f"{family}.json").read_text())
+        sections += [f"## {family}", _table(rows), made_by(described["command"], described["provenance"])]
     return atomic_write(path, "\n\n".join(sections) + "\n")
 
 

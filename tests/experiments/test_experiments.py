@@ -11,11 +11,12 @@ import torch
 import metabroyden as mb
 from experiments import __main__ as cli
 from experiments import alternate, digits, gradients, meta, solvers
+from experiments.bench.runner import read_rows
 from experiments.registry import EXPERIMENTS
 from metabroyden.meta.trainer import MetaTrainer
 
 pytestmark = pytest.mark.usefixtures("few_candidates")
-PROMISED = ("rows.jsonl", "report.md", "config.json", "grouped.safetensors", "coordinatewise.safetensors",
+PROMISED = ("rows.jsonl.gz", "report.md", "config.json", "grouped.safetensors", "coordinatewise.safetensors",
             "model.safetensors", "residual_by_evaluations.png", "residual_by_time.png", "evaluations_to_tolerance.png",
             "accuracy_by_evaluations.png", "reduction_by_image.png")  # fmt: skip
 
@@ -61,7 +62,7 @@ def test_digits_resumes_after_an_interruption_and_writes_what_it_promises(tmp_pa
     assert described["config"]["grouped_steps"] == 4
     assert described["provenance"]["versions"]["torch"]
     assert described["equilibria_known"] <= 1
-    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    rows = read_rows(folder / "rows.jsonl")
     assert {row["row"] for row in rows} == {"sample", "curve", "accuracy", "clock", "path", "part"}
     assert {row["sample"] for row in rows if row["row"] == "sample"} == set(range(24))
     loaded = mb.load_solver(folder / "grouped.safetensors")
@@ -69,11 +70,11 @@ def test_digits_resumes_after_an_interruption_and_writes_what_it_promises(tmp_pa
     shown = capsys.readouterr().out
     assert "The saved solver, reloaded into the reloaded DEQ" in shown
     assert "report.md" in shown.replace("\n", "")
-    before = (folder / "rows.jsonl").read_bytes()
+    before = (folder / "rows.jsonl.gz").read_bytes()
     digits.run(config)  # a third run has nothing left to do
-    assert (folder / "rows.jsonl").read_bytes() == before
+    assert (folder / "rows.jsonl.gz").read_bytes() == before
     digits.run(replace(config, fresh=True, epochs=1))
-    assert len((folder / "rows.jsonl").read_bytes().splitlines()) == len(before.splitlines())
+    assert len(read_rows(folder / "rows.jsonl")) == len(rows)
 
 
 def test_solvers_races_and_writes_what_it_promises(tmp_path, capsys, monkeypatch):
@@ -83,7 +84,7 @@ def test_solvers_races_and_writes_what_it_promises(tmp_path, capsys, monkeypatch
     )
     solvers.run(config)
     assert {path.name for path in tmp_path.iterdir()} == {
-        "rows.jsonl",
+        "rows.jsonl.gz",
         "config.json",
         "report.md",
         "overhead_by_history.png",
@@ -92,7 +93,7 @@ def test_solvers_races_and_writes_what_it_promises(tmp_path, capsys, monkeypatch
         "performance_profiles.png",
         "work_precision.png",
     }
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    rows = read_rows(tmp_path / "rows.jsonl")
     assert {row["row"] for row in rows} == {"race", "anatomy", "gap", "limited", "sample"}
     described = json.loads((tmp_path / "config.json").read_text())
     assert described["config"]["budget"] == 9
@@ -150,9 +151,9 @@ def test_alternate_resumes_and_writes_what_it_promises(tmp_path, capsys, monkeyp
     monkeypatch.setattr(alternate, "_seed", lambda config, seed, bar: seeds.append(seed) or original(config, seed, bar))
     alternate.run(config)
     assert seeds == [1], "the finished seed was not trained again"
-    names = {"rows.jsonl", "config.json", "report.md", "accuracy_by_time.png", "evaluations_by_epoch.png"}
+    names = {"rows.jsonl.gz", "config.json", "report.md", "accuracy_by_time.png", "evaluations_by_epoch.png"}
     assert {path.name for path in config.results.iterdir()} == names
-    rows = [json.loads(line) for line in (config.results / "rows.jsonl").read_text().splitlines()]
+    rows = read_rows(config.results / "rows.jsonl")
     assert {row["way"] for row in rows} == {*alternate.WAYS, *alternate.FIXED_IMAGES}
     learned = [row for row in rows if row["way"] == alternate.LEARNED]
     assert all(row["spent"]["meta"] > 0 for row in learned)
@@ -165,8 +166,13 @@ def test_gradients_writes_what_it_promises(tmp_path, capsys):
         seeds=(0,), steps=1, rtols=(1e-1,), budget=12, samples=12, repeats=1, results=tmp_path, progress=False
     )
     gradients.run(config)
-    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "config.json", "report.md", "bias_by_time.png"}
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "rows.jsonl.gz",
+        "config.json",
+        "report.md",
+        "bias_by_time.png",
+    }
+    rows = read_rows(tmp_path / "rows.jsonl")
     error = {row["mode"]: row["error"] for row in rows if row["row"] == "mode"}
     assert error["implicit, 0.001"] < error["phantom, 5 steps"] < error["Jacobian-free"]
     assert "adjoint LSTM" in capsys.readouterr().out
@@ -208,7 +214,7 @@ def test_meta_trains_measures_and_goes_on(tmp_path, family, monkeypatch):
     one, other = mb.load_solver(path), mb.load_solver(folder / "solver.safetensors")
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
-    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    rows = read_rows(folder / "rows.jsonl")
     kinds = {row["row"] for row in rows}
     assert kinds == {"star", "solve", "curve", "score", "clock", "horizon"} | ({"leak"} if text else set())
     for row in rows:

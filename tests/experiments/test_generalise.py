@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 
 import metabroyden as mb
 from experiments import generalise, specialise
+from experiments.bench.runner import read_rows
 from experiments.legacy.transfer import BROYDEN, Transfer
 from metabroyden.checkpoint import CheckpointError
 from metabroyden.learned.layout import Layout
@@ -133,10 +133,10 @@ def test_generalise_writes_what_it_promises_and_goes_on(tmp_path, monkeypatch, c
     assert trial.name.startswith("trial-"), "other settings than the usual ones"
     names = {path.name for path in trial.iterdir()}
     assert names == {
-        "rows.jsonl", "config.json", "report.md", "transfer.png", "universal.safetensors", "coordinatewise.safetensors",
+        "rows.jsonl.gz", "config.json", "report.md", "transfer.png", "universal.safetensors", "coordinatewise.safetensors",
         "grouped-conv-digits.safetensors", "meta-broyden-conv-digits.safetensors", "grouped-seeds.safetensors",
     }  # fmt: skip
-    rows = [json.loads(line) for line in (trial / "rows.jsonl").read_text().splitlines()]
+    rows = read_rows(trial / "rows.jsonl")
     unseen = Transfer(rows, "families unseen")
     assert unseen.problems == ["multiscale-digits"]
     assert unseen.ratio(BROYDEN, "multiscale-digits") == 1
@@ -155,7 +155,7 @@ def test_specialise_measures_before_and_after(tmp_path, family, capsys):
     specialise.run(config)
     (trial,) = tmp_path.iterdir()
     folder = trial / family / "seed0"
-    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    rows = read_rows(folder / "rows.jsonl")
     assert [row["solver"] for row in rows] == [
         BROYDEN,
         "tuned Picard",
@@ -169,7 +169,7 @@ def test_specialise_measures_before_and_after(tmp_path, family, capsys):
     assert "2 steps from universal" in (trial / "report.md").read_text()
     assert (trial / "specialise.png").exists()
     specialise.run(replace(config, seed=1))
-    assert len(list(trial.glob("*/*/rows.jsonl"))) == 2
+    assert len(list(trial.glob("*/*/rows.jsonl.gz"))) == 2
     specialise.run(replace(config, start=str(folder / "solver.safetensors")))
     assert len(list(tmp_path.glob("trial-*"))) == 2
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
 
 from experiments import lost
+from experiments.bench.runner import read_rows
 from experiments.legacy import lost_report
 
 
@@ -16,8 +16,8 @@ def test_lost_samples_are_counted_on_cells_that_nothing_was_fitted_to(tmp_path):
     config = lost.Lost(**small, samples=6, budgets=(20, 40), results=tmp_path, progress=False)
     lost.run(config)
     (trial,) = tmp_path.iterdir()
-    assert {path.name for path in trial.iterdir()} == {"config.json", "rows.jsonl", "report.md"}
-    rows = [json.loads(line) for line in (trial / "rows.jsonl").read_text().splitlines()]
+    assert {path.name for path in trial.iterdir()} == {"config.json", "rows.jsonl.gz", "report.md"}
+    rows = read_rows(trial / "rows.jsonl")
     assert {(row["kind"], row["norm"], row["budget"]) for row in rows} == {
         (kind, norm, budget) for kind in ("dense", "conv") for norm in (0.9, 3.0) for budget in (20, 40)
     }

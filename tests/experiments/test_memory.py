@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from experiments import memory
+from experiments.bench.runner import read_rows
 from experiments.legacy import memory_report
 from experiments.legacy.memory import LiveBytes, Training, byte_row, resident_bytes, saved_bytes
 
@@ -115,13 +116,13 @@ def test_the_experiment_writes_what_it_promises(tmp_path, capsys, monkeypatch):
     )  # fmt: skip
     memory.run(config)
     assert {path.name for path in tmp_path.iterdir()} == {
-        "rows.jsonl",
+        "rows.jsonl.gz",
         "config.json",
         "report.md",
         "memory_by_evaluations.png",
         "time_by_evaluations.png",
     }
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    rows = read_rows(tmp_path / "rows.jsonl")
     for kind in ("bytes", "resident", "time"):
         assert len([row for row in rows if row["row"] == kind]) == 2 * 4 * 2
     for row in rows:

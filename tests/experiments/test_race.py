@@ -379,7 +379,7 @@ def test_a_tiny_race_runs_goes_on_and_reports(tmp_path, capsys, monkeypatch):
     (trial,) = config.results.iterdir()
     assert trial.name.startswith("trial-"), "fewer images than the usual ones"
     names = {str(path.relative_to(trial)) for path in trial.rglob("*") if path.is_file()}
-    assert {"config.json", "schema.json", "report.md", "rows/dense-digits.jsonl", "rows/cells.jsonl"} <= names
+    assert {"config.json", "schema.json", "report.md", "rows/dense-digits.jsonl.gz", "rows/cells.jsonl.gz"} <= names
     assert {
         "figures/residual-evaluations.png",
         "figures/residual-evaluations.pdf",
@@ -407,17 +407,17 @@ def test_a_tiny_race_runs_goes_on_and_reports(tmp_path, capsys, monkeypatch):
         "torchdeq Broyden",
     } <= set(field.solvers("dense-digits"))
     with monkeypatch.context() as patch:  # another universal solver: other work
-        before = {path.parent.name for path in config.runs.rglob("rows.jsonl")}
+        before = {path.parent.name for path in config.runs.rglob("rows.jsonl.gz")}
         changed = Contestant("universal", "learned", mb.load_solver("universal"), "shipped, other", 0)
         patch.setattr(contestants, "universal", lambda: changed)
         unit = FamilyUnit(
             Settings(6, 4, 30, 1, config.models, config.meta, torch.device("cpu"), "0", False), "dense-digits"
         )
         assert unit.key not in before
-    then = (trial / "rows" / "dense-digits.jsonl").read_bytes()
+    then = (trial / "rows" / "dense-digits.jsonl.gz").read_bytes()
     monkeypatch.setattr(FamilyUnit, "rows", lambda self, work: pytest.fail("finished work was done again"))
     race.run(config)
-    assert (trial / "rows" / "dense-digits.jsonl").read_bytes() == then
+    assert (trial / "rows" / "dense-digits.jsonl.gz").read_bytes() == then
     capsys.readouterr()
     with pytest.raises(ValueError, match="unknown family 'nets'"):
         race.run(replace(config, families=("nets",)))

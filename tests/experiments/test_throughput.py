@@ -12,6 +12,7 @@ import torch
 
 import metabroyden as mb
 from experiments import throughput
+from experiments.bench.runner import read_rows
 from experiments.legacy import equilibria, throughput_report, throughput_rows
 from experiments.legacy.throughput_rows import Throughput, raw_inputs
 from metabroyden.zoo.models import get_family, load_model
@@ -35,7 +36,7 @@ def test_it_writes_what_it_promises_and_a_second_run_tunes_nothing(config, monke
     throughput.run(config)
     (trial,) = config.results.iterdir()  # these are not the usual settings
     assert {path.name for path in trial.iterdir()} == {"dense-digits", "report.md", "throughput.png"}
-    rows = [json.loads(line) for line in (trial / "dense-digits" / "rows.jsonl").read_text().splitlines()]
+    rows = read_rows(trial / "dense-digits" / "rows.jsonl")
     timed = [row for row in rows if row["row"] == "throughput"]
     for batch in config.batches:
         here = {row["solver"]: row for row in timed if row["batch"] == batch}
@@ -58,7 +59,7 @@ def test_it_writes_what_it_promises_and_a_second_run_tunes_nothing(config, monke
     monkeypatch.setattr(throughput_rows, "FixedBudget", uncompiled)
     throughput.run(replace(config, compiled=True))
     assert list(config.results.iterdir()) == [trial], "rows are added, no setting is another one"
-    rows = [json.loads(line) for line in (trial / "dense-digits" / "rows.jsonl").read_text().splitlines()]
+    rows = read_rows(trial / "dense-digits" / "rows.jsonl")
     fixed = [row for row in rows if row["row"] == "fixed"]
     assert [(row["batch"], row["learned"]) for row in fixed] == [(1, True), (1, False), (4, True), (4, False)]
     for row in fixed:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
 
 from experiments import tune_hyper
+from experiments.bench.runner import read_rows
 from experiments.legacy import equilibria, tuning_report
 from metabroyden.meta.trainer import MetaTrainer
 
@@ -46,15 +46,15 @@ def test_an_interrupted_search_goes_on_and_its_report_is_sorted(tmp_path, monkey
         tune_hyper.run(config)
     (trial,) = config.results.iterdir()
     assert trial.name.startswith("trial-"), "other settings than the usual ones"
-    path = trial / "hyper-anderson-tuning" / "dense-digits.jsonl"
-    assert [json.loads(line)["solver"] for line in path.read_text().splitlines()] == [names[0]]
+    path = trial / "hyper-anderson-tuning" / "dense-digits.jsonl.gz"
+    assert [row["solver"] for row in read_rows(path)] == [names[0]]
     monkeypatch.setattr(equilibria, "difficulty_rows", rows_of)
     trained = []
     run = MetaTrainer.run
     monkeypatch.setattr(MetaTrainer, "run", lambda self, *a: trained.append(self.solver.config) or run(self, *a))
     tune_hyper.run(config)
     assert not trained, "both were trained in the first sitting"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = read_rows(path)
     assert [row["solver"] for row in rows] == list(names)
     assert rows[0]["recipe"]["objective"] == "hyper"
     assert rows[0]["config"]["memory"] == 3

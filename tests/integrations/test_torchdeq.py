@@ -16,6 +16,7 @@ from torch import nn
 
 import metabroyden as mb
 from experiments import drop_in as experiment
+from experiments.bench.runner import read_rows
 from experiments.legacy import drop_in_report
 from experiments.legacy.drop_in import CallRecord
 from metabroyden.integrations.torchdeq import FixedPointMap, holds_deq, register
@@ -720,8 +721,8 @@ def test_drop_in_resumes_after_an_interruption_and_writes_what_it_promises(tmp_p
     assert begun == [2]
     assert model.stat().st_mtime_ns == trained
     written = {path.name for path in config.results.iterdir()}
-    assert written == {"rows.jsonl", "config.json", "report.md", "drop_in.png"}
-    rows = [json.loads(line) for line in (config.results / "rows.jsonl").read_text().splitlines()]
+    assert written == {"rows.jsonl.gz", "config.json", "report.md", "drop_in.png"}
+    rows = read_rows(config.results / "rows.jsonl")
     names = ["learned", *experiment.OWN, "our Broyden", "our tuned Anderson", "our tuned Picard"]
     assert [(row["solver"], row["rtol"]) for row in rows] == [(name, rtol) for rtol in (1e-2, 1e-3) for name in names]
     for row in rows:
@@ -733,9 +734,9 @@ def test_drop_in_resumes_after_an_interruption_and_writes_what_it_promises(tmp_p
     assert described["seeds"]["0"]["provenance"]["versions"]["torchdeq"] == "0.1.0"
     assert "nan" not in (config.results / "report.md").read_text().replace("torchdeq", "").lower().split("## what")[1]
     assert "the learned solver against torchdeq Broyden" in capsys.readouterr().out
-    before = (config.results / "rows.jsonl").read_bytes()
+    before = (config.results / "rows.jsonl.gz").read_bytes()
     experiment.run(config)  # a third run has nothing left to do
-    assert (config.results / "rows.jsonl").read_bytes() == before
+    assert (config.results / "rows.jsonl.gz").read_bytes() == before
     assert begun == [2]
     experiment.run(replace(config, fresh=True))
     assert begun == [2, 0]

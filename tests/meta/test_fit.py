@@ -14,6 +14,7 @@ import torch
 
 import metabroyden as mb
 from experiments import fit
+from experiments.bench.runner import read_rows
 from metabroyden.integrations.torchdeq import FixedPointMap
 from metabroyden.learned import MetaBroyden, MetaSplitting
 from metabroyden.learned.fingerprint import fingerprint
@@ -233,7 +234,7 @@ def test_the_experiment_reports_what_is_returned(tmp_path, capsys):
     assert {path.name for path in trial.iterdir()} == {
         "dense-digits-0.001-seed0", "monotone-dense-digits-0.01-seed0", "report.md"
     }  # fmt: skip
-    rows = {path.parent.name: json.loads(path.read_text()) for path in trial.glob("*/rows.jsonl")}
+    rows = {path.parent.name: read_rows(path)[0] for path in trial.glob("*/rows.jsonl.gz")}
     assert {row["solver"] for row in rows.values()} == {"MetaBroyden", "MetaSplitting"}
     report = (trial / "report.md").read_text()
     for row in rows.values():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
 
 from experiments import pes
+from experiments.bench.runner import read_rows
 from metabroyden.meta import MetaConfig, MetaTrainer
 from metabroyden.meta.pes import Particles
 from tests.meta.test_meta import SMALL, grouped, tasks
@@ -99,8 +99,8 @@ def test_the_experiment_writes_what_it_promises(tmp_path):
     )  # fmt: skip
     pes.run(config)
     (trial,) = tmp_path.iterdir()
-    assert {path.name for path in trial.iterdir()} == {"rows.jsonl", "config.json", "report.md", "pes.png"}
-    rows = [json.loads(line) for line in (trial / "rows.jsonl").read_text().splitlines()]
+    assert {path.name for path in trial.iterdir()} == {"rows.jsonl.gz", "config.json", "report.md", "pes.png"}
+    rows = read_rows(trial / "rows.jsonl")
     assert [row["way"] for row in rows if row["row"] == "way"] == ["short", *pes.WAYS]
     assert all(row["cpu_seconds"] >= 0.1 and row["steps"] >= 1 for row in rows if row["row"] == "way")
     assert [row["unroll"] for row in rows if row["row"] == "length"] == [2, 4]

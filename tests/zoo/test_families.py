@@ -13,6 +13,7 @@ import torch
 
 import metabroyden as mb
 from experiments import models
+from experiments.bench.runner import read_rows
 from experiments.legacy import equilibria, models_report, texts
 from experiments.legacy.ngram import NGram, Recent
 from metabroyden.checkpoint import LARGEST
@@ -154,9 +155,9 @@ def test_a_family_is_trained_measured_and_frozen_by_one_command(name, tmp_path, 
         assert path.stat().st_mtime_ns == kept[path.name], "finished training was done again"
     folder = tmp_path / "results" / "tiny"
     written = {path.name for path in folder.iterdir()}
-    assert {"model.safetensors", "regularised.safetensors", "episodes.safetensors", "rows.jsonl", "config.json", "report.md",
-            "training.png", "depth.png"} <= written  # fmt: skip
-    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    promised = ("model.safetensors", "regularised.safetensors", "episodes.safetensors", "rows.jsonl.gz", "config.json")
+    assert {*promised, "report.md", "training.png", "depth.png"} <= written
+    rows = read_rows(folder / "rows.jsonl")
     kinds = {row["row"] for row in rows}
     assert {"epoch", "quality", "depth", "difficulty", "spectrum", "step"} <= kinds
     assert ({"units", "tokens", "ngram"} <= kinds) == (name == "language")
@@ -180,9 +181,9 @@ def test_a_family_is_trained_measured_and_frozen_by_one_command(name, tmp_path, 
     assert ("to n-gram" in report) == (name == "language")
     assert ("Peaceman–Rachford, all" in report) == (name == "monotone")
     assert "tiny" in capsys.readouterr().out
-    before = (folder / "rows.jsonl").read_bytes()
+    before = (folder / "rows.jsonl.gz").read_bytes()
     models.run(config(tmp_path, "tiny"))
-    assert (folder / "rows.jsonl").read_bytes() == before
+    assert (folder / "rows.jsonl.gz").read_bytes() == before
 
 
 def test_every_family_builds_a_model_of_its_config_and_a_larger_one():

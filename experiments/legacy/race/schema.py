@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from experiments.bench.runner import read_rows, row_files, write_rows
 from metabroyden.solution import Status
-from metabroyden.storage import atomic_write
 
 Row = dict[str, Any]
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
@@ -175,18 +174,14 @@ def _validators() -> dict[str, Any]:
 
 def write(path: Path, rows: Iterable[Row]) -> None:
     """Check rows and write them, one a line; the file is replaced whole or not at all."""
-    atomic_write(path, "".join(json.dumps(check(row), separators=(",", ":"), allow_nan=False) + "\n" for row in rows))
+    write_rows(path, map(check, rows), strict=True)
 
 
 def read(folder: Path) -> list[Row]:
     """All rows of a folder's *.jsonl, which `write` has checked; ValueError names file and line of what is no row at all."""
     rows: list[Row] = []
-    for path in sorted(folder.glob("*.jsonl")):
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
+    for path in row_files(folder):
+        for number, row in enumerate(read_rows(path), 1):
             if _name(row) not in _validators():
                 raise ValueError(f"{path}, line {number}: no row of the race")
             rows.append(row)
