@@ -2,35 +2,72 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from metabroyden.deq import DEQ
-from metabroyden.solution import State
 from metabroyden.zoo.models.stem import TokenStem
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of a model: plain values, which a checkpoint stores."""
+
+    width_field: ClassVar[str] = "width"
+
+    def narrowed(self, width: int) -> Self:
+        """The same model with a state of another width, any positive one, rounded to what fits."""
+        return replace(self, **{self.width_field: width})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig(ModelConfig):
+    """What classifiers of images share: channels and side of an image, and the number of classes."""
+
+    image_channels: int = 1
+    side: int = 8
+    classes: int = 10
+
+
+@dataclass(frozen=True)
+class LanguageConfig(ModelConfig):
+    """What language models share: the vocabulary's size, and the sizes of their `TokenStem`."""
+
+    vocabulary: int = 64
+    embedding: int = 64
+    stem: str = "linear"
+    reach: int = 4
+    rows: int = 4096
+    recent: int = 0
+
+    def make_stem(self, channels: int) -> TokenStem:
+        """The stem of a cell whose injection has 4·channels."""
+        sizes = (self.vocabulary, self.embedding, channels, 4 * channels)
+        return TokenStem(*sizes, self.stem, reach=self.reach, rows=self.rows, recent=self.recent)
 
 
 class EquilibriumModel(nn.Module):
     """inputs → inject → DEQ → classify → logits.
 
-    Subclasses give `kind`, `inject` and `classify`. `deq` may be replaced by another map from a context to a state with a
-    `cell`, such as the unrolled twins of `metabroyden.zoo.models.twins`: all else stays as it is.
+    Subclasses give `kind`, and `stem` and `head` or methods of their own in place of `inject` and `classify`. `deq` may be
+    replaced by another map from a context to a state with a `cell`, such as the twins of `metabroyden.zoo.models.twins`.
 
     Args:
-        config: a frozen dataclass of plain values, the model's only argument beside `deq_options`. It has a method
-            `narrowed(width)`: the same model with a state of another width, any positive one, rounded to what fits.
+        config: the model's only argument beside `deq_options`.
         cell: the cell f(z, x).
         deq_options: of `DEQ`.
     """
 
     kind: ClassVar[str]
+    stem: nn.Module
+    head: nn.Module
 
-    def __init__(self, config: Any, cell: nn.Module, **deq_options: Any) -> None:
+    def __init__(self, config: ModelConfig, cell: nn.Module, **deq_options: Any) -> None:
         super().__init__()
-        self.config = config
+        self.config: Any = config
         self.deq: Any = DEQ(cell, **deq_options)
 
     @property
@@ -40,11 +77,11 @@ class EquilibriumModel(nn.Module):
 
     def inject(self, inputs: Tensor) -> Any:
         """The context x of the fixed-point problem: a pytree of batch-first tensors."""
-        raise NotImplementedError
+        return self.stem(inputs)
 
-    def classify(self, z: State) -> Tensor:
+    def classify(self, z: Any) -> Tensor:
         """Logits of a state, classes last."""
-        raise NotImplementedError
+        return self.head(z)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits of inputs (batch first), through a solve."""
@@ -75,7 +112,7 @@ class LanguageModel(EquilibriumModel):
     (Dai et al., Transformer-XL, ACL 2019; TrellisNet's history repackaging, Bai et al., ICLR 2019). The context is
     (injection, states of the memory).
 
-    Subclasses give `stem`, `channels` and `remembered`, and `classify`.
+    Subclasses give `stem`, `head`, `channels` and `remembered`.
     """
 
     stem: TokenStem

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from metabroyden.zoo.models.base import EquilibriumModel
+from metabroyden.zoo.models.base import EquilibriumModel, ImageConfig
 
 
 class ConvCell(nn.Module):
@@ -42,18 +42,15 @@ class ConvCell(nn.Module):
 
 
 @dataclass(frozen=True)
-class ConvClassifierConfig:
-    """Sizes of a `ConvClassifier`: image channels and side, classes, those of its cell, and the stem's stride."""
+class ConvClassifierConfig(ImageConfig):
+    """Sizes of a `ConvClassifier`: those of its cell, and the stem's stride."""
 
     channels: int = 16
     inner: int = 32
     groups: int = 4
-    image_channels: int = 1
-    side: int = 8
-    classes: int = 10
     stride: int = 1
 
-    def narrowed(self, width: int) -> ConvClassifierConfig:
+    def narrowed(self, width: int) -> Self:
         """The same with so many channels, as many inner ones for each, and the groups that divide both."""
         inner = max(1, round(width * self.inner / self.channels))
         return replace(self, channels=width, inner=inner, groups=math.gcd(self.groups, width, inner))
@@ -74,10 +71,6 @@ class ConvClassifier(EquilibriumModel):
             nn.Conv2d(c.image_channels, c.channels, 3, c.stride, padding=1), nn.GroupNorm(c.groups, c.channels)
         )
         self.head = nn.Linear(c.channels * math.ceil(c.side / c.stride) ** 2, c.classes)
-
-    def inject(self, inputs: Tensor) -> Tensor:
-        """The injection x of images: the DEQ's context, shaped like the state."""
-        return self.stem(inputs)
 
     def classify(self, z: Any) -> Tensor:
         """Logits of a state."""

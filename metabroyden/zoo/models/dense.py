@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metabroyden.zoo.models.base import EquilibriumModel
+from metabroyden.zoo.models.base import EquilibriumModel, ImageConfig
 
 
 class DenseCell(nn.Module):
@@ -34,17 +34,11 @@ class DenseCell(nn.Module):
 
 
 @dataclass(frozen=True)
-class DenseClassifierConfig:
-    """Sizes of a `DenseClassifier`: coordinates of the state, image channels and side, classes."""
+class DenseClassifierConfig(ImageConfig):
+    """Sizes of a `DenseClassifier`: n coordinates of the state."""
 
+    width_field = "n"
     n: int = 64
-    image_channels: int = 1
-    side: int = 8
-    classes: int = 10
-
-    def narrowed(self, width: int) -> DenseClassifierConfig:
-        """The same with so many coordinates."""
-        return replace(self, n=width)
 
 
 class DenseClassifier(EquilibriumModel):
@@ -64,7 +58,3 @@ class DenseClassifier(EquilibriumModel):
     def inject(self, inputs: Tensor) -> Tensor:
         """The injection x of images, (B, n): the DEQ's context."""
         return self.stem(inputs.flatten(1))
-
-    def classify(self, z: Any) -> Tensor:
-        """Logits of a state."""
-        return self.head(z)

@@ -66,10 +66,12 @@ class Family:
         return replace(self, config=self.large[0], training=self.large[1])
 
 
-_SYMBOLS = 81  # of the plays
 _IMAGE_TWINS = ("unrolled", "explicit", "flow")
 # keeps image cells whose solves are hard a DEQ without a penalty (results/RESEARCH.md, 32)
 _AT_EQUILIBRIUM: dict[str, Any] = {"backward": Phantom(steps=5, damping=1.0), "rtol": 1e-2, "max_nfe": 30}
+_CONVERTED: dict[str, Any] = {"jacobian": 0.0, "solver": Substitution(), "rtol": 0.0, "twins": ()}
+_CHARACTERS: dict[str, Any] = {"vocabulary": 81, "stem": "hashed", "reach": 8, "rows": 2**17, "recent": 512}
+_WORDS: dict[str, Any] = {"vocabulary": 5001, "stem": "hashed", "reach": 3, "rows": 2**16, "recent": 512}
 
 
 def _digits() -> Criterion:
@@ -96,186 +98,143 @@ def _words() -> Criterion:
     return NextToken(load_shakespeare("word"), limit=32_768)
 
 
-_CHARACTER_STEM: dict[str, Any] = {"stem": "hashed", "reach": 8, "rows": 2**17, "recent": 512}
-_WORD_STEM: dict[str, Any] = {"stem": "hashed", "reach": 3, "rows": 2**16, "recent": 512}
+def _images(
+    model: type,
+    criterion: Callable[[], Criterion],
+    config: Any,
+    large: dict[str, Any],
+    training: Training,
+    **options: Any,
+) -> Family:
+    """A family of images; `large` is what the config has otherwise on a GPU."""
+    preset = replace(config, **large), Training(epochs=60, batch=256)
+    return Family(model, config, criterion, training, preset, **{"twins": _IMAGE_TWINS, **options})
+
+
+def _monotone(
+    criterion: Callable[[], Criterion], config: MonotoneClassifierConfig, large: int, epochs: int, depth: int = 10
+) -> Family:
+    """A monotone classifier, solved by the splitting that converges whatever its weights; `large` is its width on a GPU."""
+    training = Training(epochs=epochs, learning_rate=5e-3)
+    backward = Implicit(solver=Anderson(memory=10, damping=0.3), rtol=1e-2, max_nfe=60)
+    options: dict[str, Any] = {"solver": PeacemanRachford(alpha=0.5), "backward": backward, "splitting": True}
+    return _images(MonotoneClassifier, criterion, config, {"width": large}, training, depth=depth, **options)
 
 
 def _language(
     model: type,
-    config: Any,
-    large: Any,
     criterion: Callable[[], Criterion],
-    epochs: int,
-    rate: float,
-    deepest: int,
+    config: Any,
+    large: dict[str, Any],
+    training: Training,
     **options: Any,
 ) -> Family:
     """Most steps shallow, small and in bfloat16, the rest at the equilibrium by phantom gradients (results/RESEARCH.md)."""
-    training = Training(
-        epochs=epochs,
-        batch=16,
-        learning_rate=rate,
-        weight_decay=0.02,
-        warmup=0.01,
-        beta2=0.98,
-        pretrain=round(0.88 * epochs),
-        depth=deepest,
-        least=1,
-        half=True,
-    )
-    return Family(
-        model,
-        config,
-        criterion,
-        training,
-        (large, replace(training, epochs=200, batch=64, learning_rate=1e-3, pretrain=140, depth=8)),
-        depth=5,
-        rtol=1e-2,
-        pictures=True,
-        **options,
-    )
+    shallow: dict[str, Any] = {"pretrain": round(0.88 * training.epochs), "least": 1, "half": True}
+    training = replace(training, batch=16, weight_decay=0.02, warmup=0.01, beta2=0.98, **shallow)
+    on_gpu = replace(training, epochs=200, batch=64, learning_rate=1e-3, pretrain=140, depth=8)
+    preset = replace(config, **large), on_gpu
+    return Family(model, config, criterion, training, preset, depth=5, rtol=1e-2, pictures=True, **options)
 
 
-def _monotone(
-    structure: str,
-    width: int,
-    large: int,
-    epochs: int,
-    criterion: Callable[[], Criterion] = _digits,
-    side: int = 8,
-    depth: int = 10,
-) -> Family:
-    config = MonotoneClassifierConfig(structure=structure, width=width, side=side)
-    return Family(
-        MonotoneClassifier,
-        config,
-        criterion,
-        Training(epochs=epochs, learning_rate=5e-3),
-        (replace(config, width=large), Training(epochs=60, batch=256)),
-        depth=depth,
-        solver=PeacemanRachford(alpha=0.5),
-        backward=Implicit(solver=Anderson(memory=10, damping=0.3), rtol=1e-2, max_nfe=60),
-        twins=_IMAGE_TWINS,
-        splitting=True,
-    )
-
+_PHANTOM_TRELLIS: dict[str, Any] = {
+    "backward": Phantom(steps=4, damping=1.0),
+    "solver": Picard(),  # the equilibrium is a chain of length / dilation links, which no other solver shortens
+}
+_MULTI_TIER = MonotoneClassifierConfig("multi-tier", 8)
 
 FAMILIES: dict[str, Family] = {
-    "dense-digits": Family(
+    "dense-digits": _images(
         DenseClassifier,
+        _digits,
         DenseClassifierConfig(n=64),
-        _digits,
+        {"n": 256},
         Training(epochs=120, learning_rate=3e-3, pretrain=40),
-        (DenseClassifierConfig(n=256), Training(epochs=60, batch=256)),
-        twins=_IMAGE_TWINS,
     ),
-    "dense-fashion": Family(
-        DenseClassifier,
-        DenseClassifierConfig(n=128, side=28),
-        _fashion,
-        Training(epochs=12, pretrain=8),
-        (DenseClassifierConfig(n=512, side=28), Training(epochs=60, batch=256)),
-        twins=_IMAGE_TWINS,
+    "dense-fashion": _images(
+        DenseClassifier, _fashion, DenseClassifierConfig(n=128, side=28), {"n": 512}, Training(epochs=12, pretrain=8)
     ),
-    "mlp-digits": Family(
+    "mlp-digits": _images(
         MLPClassifier,
+        _digits,
         MLPClassifierConfig(),
-        _digits,
+        {"hidden": 256},
         Training(epochs=160, learning_rate=3e-3),
-        (MLPClassifierConfig(hidden=256), Training(epochs=60, batch=256)),
-        jacobian=0.0,
-        solver=Substitution(),
-        rtol=0.0,
-        twins=(),
+        **_CONVERTED,
     ),
-    "mlp-fashion": Family(
+    "mlp-fashion": _images(
         MLPClassifier,
-        MLPClassifierConfig(hidden=128, side=28),
         _fashion,
+        MLPClassifierConfig(hidden=128, side=28),
+        {"hidden": 512},
         Training(epochs=12),
-        (MLPClassifierConfig(hidden=512, side=28), Training(epochs=60, batch=256)),
-        jacobian=0.0,
-        solver=Substitution(),
-        rtol=0.0,
-        twins=(),
+        **_CONVERTED,
     ),
-    "conv-digits": Family(
+    "conv-digits": _images(
         ConvClassifier,
-        ConvClassifierConfig(),
         _digits,
+        ConvClassifierConfig(),
+        {"channels": 64, "inner": 128},
         Training(epochs=24, pretrain=12),
-        (ConvClassifierConfig(channels=64, inner=128), Training(epochs=60, batch=256)),
         depth=8,
-        twins=_IMAGE_TWINS,
     ),
-    "conv-fashion": Family(
+    "conv-fashion": _images(
         ConvClassifier,
-        ConvClassifierConfig(side=28, stride=2),
         _fashion_in_parts,
+        ConvClassifierConfig(side=28, stride=2),
+        {"channels": 64, "inner": 128, "stride": 1},
         Training(epochs=16, pretrain=2, depth=6, least=2),
-        (ConvClassifierConfig(channels=64, inner=128, side=28), Training(epochs=60, batch=256)),
         depth=5,
         **_AT_EQUILIBRIUM,
-        twins=_IMAGE_TWINS,
     ),
     "trellisnet-shakespeare": _language(
         TrellisNet,
-        TrellisNetConfig(vocabulary=_SYMBOLS, dilation=4, **_CHARACTER_STEM),
-        TrellisNetConfig(vocabulary=_SYMBOLS, channels=512, dilation=4, **_CHARACTER_STEM),
         _characters,
-        epochs=16,
-        rate=8e-3,
-        deepest=4,
-        backward=Phantom(steps=4, damping=1.0),
-        solver=Picard(),  # the equilibrium is a chain of length / dilation links, which no other solver shortens
+        TrellisNetConfig(dilation=4, **_CHARACTERS),
+        {"channels": 512},
+        Training(epochs=16, learning_rate=8e-3, depth=4),
+        **_PHANTOM_TRELLIS,
     ),
     "transformer-shakespeare": _language(
         DEQTransformer,
-        DEQTransformerConfig(vocabulary=_SYMBOLS, **_CHARACTER_STEM),
-        DEQTransformerConfig(vocabulary=_SYMBOLS, width=512, heads=8, inner=2048, memory=64, **_CHARACTER_STEM),
         _characters,
-        epochs=24,
-        rate=4e-3,
-        deepest=3,
+        DEQTransformerConfig(**_CHARACTERS),
+        {"width": 512, "heads": 8, "inner": 2048, "memory": 64},
+        Training(epochs=24, learning_rate=4e-3, depth=3),
         backward=Phantom(steps=4),
     ),
     "trellisnet-words": _language(
         TrellisNet,
-        TrellisNetConfig(vocabulary=5001, embedding=48, dilation=2, **_WORD_STEM),
-        TrellisNetConfig(vocabulary=5001, channels=512, dilation=2, **_WORD_STEM),
         _words,
-        epochs=10,
-        rate=5e-3,
-        deepest=4,
-        backward=Phantom(steps=4, damping=1.0),
-        solver=Picard(),
+        TrellisNetConfig(embedding=48, dilation=2, **_WORDS),
+        {"channels": 512, "embedding": 64},
+        Training(epochs=10, learning_rate=5e-3, depth=4),
+        **_PHANTOM_TRELLIS,
     ),
-    "multiscale-digits": Family(
+    "multiscale-digits": _images(
         MultiscaleClassifier,
-        MultiscaleClassifierConfig(),
         _digits,
+        MultiscaleClassifierConfig(),
+        {"width": 64},
         Training(epochs=60, pretrain=10, depth=6, least=2),
-        (MultiscaleClassifierConfig(width=64), Training(epochs=60, batch=256)),
         depth=6,
         **_AT_EQUILIBRIUM,
-        twins=_IMAGE_TWINS,
     ),
-    "multiscale-fashion": Family(
+    "multiscale-fashion": _images(
         MultiscaleClassifier,
-        MultiscaleClassifierConfig(side=28, stride=2),
         _fashion_in_parts,
+        MultiscaleClassifierConfig(side=28, stride=2),
+        {"width": 64, "stride": 1},
         Training(epochs=24, pretrain=3, depth=6, least=2),
-        (MultiscaleClassifierConfig(width=64, side=28, stride=1), Training(epochs=60, batch=256)),
         depth=6,
         **_AT_EQUILIBRIUM,
-        twins=_IMAGE_TWINS,
     ),
-    "monotone-dense-digits": _monotone("dense", 87, 256, 40),
-    "monotone-conv-digits": _monotone("conv", 16, 64, 16),
-    "monotone-multitier-digits": _monotone("multi-tier", 8, 32, 20),
-    "monotone-dense-fashion": _monotone("dense", 87, 256, 6, _fashion, 28),
-    "monotone-conv-fashion": _monotone("conv", 16, 64, 8, _fashion_halved, 14, depth=5),
-    "monotone-multitier-fashion": _monotone("multi-tier", 8, 32, 8, _fashion_halved, 14, depth=5),
+    "monotone-dense-digits": _monotone(_digits, MonotoneClassifierConfig("dense", 87), 256, 40),
+    "monotone-conv-digits": _monotone(_digits, MonotoneClassifierConfig("conv", 16), 64, 16),
+    "monotone-multitier-digits": _monotone(_digits, _MULTI_TIER, 32, 20),
+    "monotone-dense-fashion": _monotone(_fashion, MonotoneClassifierConfig("dense", 87, side=28), 256, 6),
+    "monotone-conv-fashion": _monotone(_fashion_halved, MonotoneClassifierConfig("conv", 16, side=14), 64, 8, depth=5),
+    "monotone-multitier-fashion": _monotone(_fashion_halved, replace(_MULTI_TIER, side=14), 32, 8, depth=5),
 }
 """The families by name."""
 

@@ -318,8 +318,6 @@ def load_model(path: str | Path, **deq_options: Any) -> Any:
     where the file holds a twin, which has no DEQ.
     """
     tensors, header = checkpoint.read(path, "model")
-    if "slimmed" in header:  # the name in files of schema 1
-        header["to_half"] = header.pop("slimmed")
     if header.get("to_half"):
         tensors = checkpoint.widened(tensors)
     return build_model(header, tensors, path, **deq_options)

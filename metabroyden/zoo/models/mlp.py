@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from metabroyden.convert.network import to_deq
-from metabroyden.zoo.models.base import EquilibriumModel
+from metabroyden.zoo.models.base import EquilibriumModel, ImageConfig
 
 
 @dataclass(frozen=True)
-class MLPClassifierConfig:
-    """Sizes of an `MLPClassifier`: width and number of its hidden tanh layers, image channels and side, classes."""
+class MLPClassifierConfig(ImageConfig):
+    """Sizes of an `MLPClassifier`: width and number of its hidden tanh layers."""
 
+    width_field = "hidden"
     hidden: int = 64
     depth: int = 4
-    image_channels: int = 1
-    side: int = 8
-    classes: int = 10
-
-    def narrowed(self, width: int) -> MLPClassifierConfig:
-        """The same with hidden layers of this width."""
-        return replace(self, hidden=width)
 
 
 class MLPClassifier(EquilibriumModel):

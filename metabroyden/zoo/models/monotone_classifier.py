@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from metabroyden.solution import State
-from metabroyden.zoo.models.base import EquilibriumModel
+from metabroyden.zoo.models.base import EquilibriumModel, ImageConfig
 from metabroyden.zoo.models.monotone import MonotoneCell, MonotoneConv, MonotoneDense, MonotoneMultiTier
 
 _STRUCTURES = ("dense", "conv", "multi-tier")
@@ -17,7 +17,7 @@ _POOLED = 4  # side of the images that the head sees
 
 
 @dataclass(frozen=True)
-class MonotoneClassifierConfig:
+class MonotoneClassifierConfig(ImageConfig):
     """Sizes of a `MonotoneClassifier`.
 
     Attributes:
@@ -25,7 +25,6 @@ class MonotoneClassifierConfig:
         width: units of the dense state, channels of the convolutional one, channels of the first tier; each further tier
             has twice those of the one before.
         m: constant of strong monotonicity.
-        side, image_channels, classes: of the images.
         margin: pixels of zeros round an image, which the state has too; convolutions wrap round. Not of a dense cell.
         tiers: of the multi-tier cell.
     """
@@ -33,9 +32,6 @@ class MonotoneClassifierConfig:
     structure: str = "dense"
     width: int = 87
     m: float = 1.0
-    side: int = 8
-    image_channels: int = 1
-    classes: int = 10
     margin: int = 1
     tiers: int = 2
 
@@ -53,10 +49,6 @@ class MonotoneClassifierConfig:
         if self.structure == "dense":
             return ()
         return tuple(self.width << tier for tier in range(self.tiers if self.structure == "multi-tier" else 1))
-
-    def narrowed(self, width: int) -> MonotoneClassifierConfig:
-        """The same with another width."""
-        return replace(self, width=width)
 
 
 class MonotoneClassifier(EquilibriumModel):

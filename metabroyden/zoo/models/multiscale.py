@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from metabroyden.zoo.models.base import EquilibriumModel
+from metabroyden.zoo.models.base import EquilibriumModel, ImageConfig
 
 
 class MultiscaleCell(nn.Module):
@@ -87,22 +87,19 @@ def _repeated(y: Tensor, like: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class MultiscaleClassifierConfig:
+class MultiscaleClassifierConfig(ImageConfig):
     """Sizes of a `MultiscaleClassifier`.
 
     Attributes:
         width: channels of the finest scale; each coarser one has `growth` times those of the scale before.
         scales: at least two. groups: of the group norms.
-        stride: of the stem's second convolution. image_channels, side, classes: as usual.
+        stride: of the stem's second convolution.
     """
 
     width: int = 16
     growth: int = 2
     scales: int = 2
     groups: int = 4
-    image_channels: int = 1
-    side: int = 8
-    classes: int = 10
     stride: int = 1
 
     @property
@@ -110,7 +107,7 @@ class MultiscaleClassifierConfig:
         """Channels of each scale, finest first."""
         return tuple(self.width * self.growth**i for i in range(self.scales))
 
-    def narrowed(self, width: int) -> MultiscaleClassifierConfig:
+    def narrowed(self, width: int) -> Self:
         """The same with so many channels in the finest scale, and the groups that divide them."""
         return replace(self, width=width, groups=math.gcd(self.groups, width))
 
@@ -138,10 +135,6 @@ class MultiscaleClassifier(EquilibriumModel):
             nn.GroupNorm(c.groups, c.width),
         )
         self.head = nn.Linear(sum(c.widths) * _QUARTERS**2, c.classes)
-
-    def inject(self, inputs: Tensor) -> Tensor:
-        """The injection x of images: the DEQ's context, shaped like the finest scale."""
-        return self.stem(inputs)
 
     def classify(self, z: Any) -> Tensor:
         """Logits of a state."""

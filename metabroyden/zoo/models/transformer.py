@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from metabroyden.zoo.models.base import LanguageModel
-from metabroyden.zoo.models.stem import TokenStem
+from metabroyden.zoo.models.base import LanguageConfig, LanguageModel
 
 
 class TransformerCell(nn.Module):
@@ -105,21 +104,15 @@ def shifted(scores: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class DEQTransformerConfig:
-    """Sizes of a `DEQTransformer`: tokens there are, those of its cell, tokens of memory, and those of its `TokenStem`."""
+class DEQTransformerConfig(LanguageConfig):
+    """Sizes of a `DEQTransformer`: those of its cell, and tokens of memory."""
 
-    vocabulary: int = 64
     width: int = 128
     heads: int = 4
     inner: int = 256
     memory: int = 32
-    embedding: int = 64
-    stem: str = "linear"
-    reach: int = 4
-    rows: int = 4096
-    recent: int = 0
 
-    def narrowed(self, width: int) -> DEQTransformerConfig:
+    def narrowed(self, width: int) -> Self:
         """The same with so wide a state, rounded up to what heads divide, and an inner width in proportion."""
         unit = math.lcm(2, self.heads)
         width = -(-width // unit) * unit
@@ -138,9 +131,5 @@ class DEQTransformer(LanguageModel):
         c = DEQTransformerConfig() if config is None else config
         super().__init__(c, TransformerCell(c.width, c.heads, c.inner), **deq_options)
         self.channels, self.remembered = c.width, c.memory
-        self.stem = TokenStem(c.vocabulary, c.embedding, c.width, 4 * c.width, c.stem, c.reach, c.rows, recent=c.recent)
+        self.stem = c.make_stem(c.width)
         self.head = nn.Linear(c.width, c.vocabulary)
-
-    def classify(self, z: Any) -> Tensor:
-        """Logits of a state."""
-        return self.head(z)

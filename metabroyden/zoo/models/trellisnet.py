@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metabroyden.zoo.models.base import LanguageModel
-from metabroyden.zoo.models.stem import TokenStem
+from metabroyden.zoo.models.base import LanguageConfig, LanguageModel
 
 
 class TrellisCell(nn.Module):
@@ -60,21 +59,13 @@ class TrellisCell(nn.Module):
 
 
 @dataclass(frozen=True)
-class TrellisNetConfig:
-    """Sizes of a `TrellisNet`: tokens there are, channels and dilation of its cell, and those of its `TokenStem`."""
+class TrellisNetConfig(LanguageConfig):
+    """Sizes of a `TrellisNet`: channels and dilation of its cell."""
 
-    vocabulary: int = 64
+    width_field = "channels"
+    stem: str = "conv"
     channels: int = 128
     dilation: int = 2
-    embedding: int = 64
-    stem: str = "conv"
-    reach: int = 4
-    rows: int = 4096
-    recent: int = 0
-
-    def narrowed(self, width: int) -> TrellisNetConfig:
-        """The same with so many channels."""
-        return replace(self, channels=width)
 
 
 class TrellisNet(LanguageModel):
@@ -89,9 +80,7 @@ class TrellisNet(LanguageModel):
         c = TrellisNetConfig() if config is None else config
         super().__init__(c, TrellisCell(c.channels, c.dilation), **deq_options)
         self.channels, self.remembered = 2 * c.channels, c.dilation
-        self.stem = TokenStem(
-            c.vocabulary, c.embedding, c.channels, 4 * c.channels, c.stem, c.reach, c.rows, recent=c.recent
-        )
+        self.stem = c.make_stem(c.channels)
         self.head = nn.Linear(c.channels, c.vocabulary)
 
     def classify(self, z: Any) -> Tensor:

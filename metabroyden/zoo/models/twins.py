@@ -28,15 +28,18 @@ class Twin(nn.Module):
     """A map from a context to a state in the place of a model's DEQ.
 
     Attributes:
-        kind: its name in a checkpoint. cell: the cell f(z, x), the first of several.
+        kind: its name in a checkpoint.
+        settings: names of the attributes that a checkpoint needs to build it again, beside the model's config.
+        cell: the cell f(z, x), the first of several.
     """
 
     kind: ClassVar[str]
+    settings: ClassVar[tuple[str, ...]] = ("depth",)
     cell: nn.Module
 
     def describe(self) -> dict[str, Any]:
-        """What a checkpoint needs to build it again, beside the model's config."""
-        raise NotImplementedError
+        """The kind and the settings."""
+        return {"kind": self.kind, **{name: getattr(self, name) for name in self.settings}}
 
 
 class Unrolled(Twin):
@@ -60,10 +63,6 @@ class Unrolled(Twin):
             z = f(z, context)
         return z
 
-    def describe(self) -> dict[str, Any]:
-        """The depth."""
-        return {"kind": self.kind, "depth": self.depth}
-
 
 class Stack(Twin):
     """The explicit network: z ← f_l(z, x) for each cell in turn, weights of its own in each, one injection for all."""
@@ -74,7 +73,7 @@ class Stack(Twin):
         super().__init__()
         if not cells:
             raise ValueError("Stack needs at least one cell, got none")
-        self.cells = nn.ModuleList(cells)
+        self.cells, self.depth = nn.ModuleList(cells), len(cells)
 
     @property
     def cell(self) -> nn.Module:  # type: ignore[override]
@@ -88,10 +87,6 @@ class Stack(Twin):
             f, context = pin(cell, x, z)
             z = f(z, context)
         return z
-
-    def describe(self) -> dict[str, Any]:
-        """The depth."""
-        return {"kind": self.kind, "depth": len(self.cells)}
 
 
 class Flow(Twin):
@@ -111,7 +106,7 @@ class Flow(Twin):
         ImportError: torchdiffeq is not installed.
     """
 
-    kind = "flow"
+    kind, settings = "flow", ("time", "steps")
 
     def __init__(self, cell: nn.Module, time: float = 1.0, steps: int = 4) -> None:
         super().__init__()
@@ -133,22 +128,20 @@ class Flow(Twin):
         path = _odeint()(velocity, parts, times, method="rk4")
         return like((part[-1] for part in path), type(z0))
 
-    def describe(self) -> dict[str, Any]:
-        """Time and steps."""
-        return {"kind": self.kind, "time": self.time, "steps": self.steps}
-
 
 def unrolled_twin(model: Any, depth: int) -> Any:
     """A copy of a model, with its weights, that applies the cell `depth` times where the model solves (`Unrolled`)."""
-    twin = copy.deepcopy(model)
-    twin.deq = Unrolled(twin.cell, depth)
-    return twin
+    return _copied(model, lambda cell: Unrolled(cell, depth))
 
 
 def flow_twin(model: Any, time: float = 1.0, steps: int = 4) -> Any:
     """A copy of a model, with its weights, that integrates the cell's flow where the model solves (`Flow`)."""
+    return _copied(model, lambda cell: Flow(cell, time, steps))
+
+
+def _copied(model: Any, make: Callable[[nn.Module], Twin]) -> Any:
     twin = copy.deepcopy(model)
-    twin.deq = Flow(twin.cell, time, steps)
+    twin.deq = make(twin.cell)
     return twin
 
 
