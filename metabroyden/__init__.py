@@ -1,7 +1,7 @@
 """metabroyden learns the root finder of deep equilibrium models.
 
 >>> import metabroyden as mb
->>> sorted(mb.SOLVERS)
+>>> mb.list_solvers(learned=False, splitting=False)
 ['anderson', 'broyden', 'newton', 'picard']
 """
 
@@ -12,8 +12,6 @@ from metabroyden.deq import DEQ
 from metabroyden.fixed import FixedBudget
 from metabroyden.gradients import Implicit, JacobianFree, Phantom, Unroll
 from metabroyden.learned import (
-    LEARNED,
-    LEARNED_SPLITTING,
     AdjointLSTM,
     CoordinatewiseLSTM,
     GroupedLSTM,
@@ -40,24 +38,20 @@ from metabroyden.shared import Shared
 from metabroyden.solution import Solution, SolveError, Status, Trace, relative_residual
 from metabroyden.solve import solve
 from metabroyden.solvers import (
-    SOLVERS,
-    SPLITTING,
     Anderson,
     Broyden,
     ForwardBackward,
     Newton,
     PeacemanRachford,
     Picard,
-    make_solver,
+    get_solver,
+    list_solvers,
 )
+from metabroyden.solvers.registry import solver_types as _solver_types
 from metabroyden.version import __version__ as __version__
 
 __all__ = [
     "DEQ",
-    "LEARNED",
-    "LEARNED_SPLITTING",
-    "SOLVERS",
-    "SPLITTING",
     "AdjointLSTM",
     "Anderson",
     "Broyden",
@@ -98,10 +92,11 @@ __all__ = [
     "fit_adjoint",
     "fit_solver",
     "fixed_point_correction",
+    "get_solver",
     "integrations",
     "jacobian_penalty",
+    "list_solvers",
     "load_solver",
-    "make_solver",
     "normalise",
     "pretrained",
     "relative_residual",
@@ -110,3 +105,17 @@ __all__ = [
     "spectral_radius",
     "to_deq",
 ]
+
+_RENAMED = {
+    "SOLVERS": lambda: _solver_types(learned=False, splitting=False),
+    "SPLITTING": lambda: _solver_types(learned=False, splitting=True),
+    "LEARNED": lambda: _solver_types(learned=True, splitting=False, adjoint=False),
+    "LEARNED_SPLITTING": lambda: _solver_types(learned=True, splitting=True),
+    "make_solver": lambda: get_solver,
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _RENAMED:
+        return _RENAMED[name]()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

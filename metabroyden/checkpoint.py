@@ -23,9 +23,8 @@ from torch import Tensor, nn
 
 from metabroyden.deprecated import from_schema_1
 from metabroyden.described import MISFITS, CheckpointError, Limits, check, damaged
-from metabroyden.learned.base import ADJOINT, LEARNED, LEARNED_SPLITTING
 from metabroyden.learned.safeguard import Safeguard
-from metabroyden.solvers.registry import SOLVERS, SPLITTING, make_solver, name_of
+from metabroyden.solvers.registry import get_solver, name_of, solver_types
 from metabroyden.storage import atomic_write
 
 SCHEMA = 2
@@ -210,10 +209,9 @@ def save_solver(solver: Any, path: str | Path) -> Path:
 
     TypeError for what is no solver of ours, or a Broyden with an operator inside (save the learned solver it is of).
     """
-    kind = getattr(solver, "kind", None)
-    if type(solver) in (LEARNED | LEARNED_SPLITTING | ADJOINT).values():
-        return write(path, f"solver/{kind}", solver.state_dict(), solver.describe())
     name = name_of(solver)
+    if name is not None and solver.is_learned:
+        return write(path, f"solver/{name}", solver.state_dict(), solver.describe())
     if name is None or not is_dataclass(solver) or getattr(solver, "initial", None) is not None:
         raise TypeError(f"save_solver takes a learned solver or a plain classical one, got {solver!r}")
     return write(path, f"solver/{name}", {}, {"config": asdict(solver)})  # type: ignore[arg-type]
@@ -227,9 +225,9 @@ def load_solver(path_or_name: str | Path) -> Any:
     path = _resolve(path_or_name)
     tensors, header = read(path, "solver")
     name = header["kind"].split("/")[1]
-    if name in SOLVERS | SPLITTING:
+    if name in solver_types(learned=False):
         return _classical(name, header, path)
-    known = LEARNED | LEARNED_SPLITTING | ADJOINT
+    known = solver_types(learned=True)
     if name not in known:
         raise CheckpointError(f"{path} holds a solver of unknown kind {name!r}; known: {sorted(known)}")
     check(header, _LearnedHeader, path)
@@ -245,9 +243,9 @@ def load_solver(path_or_name: str | Path) -> Any:
 
 def _classical(name: str, header: dict[str, Any], path: Path) -> Any:
     check(header, _ClassicalHeader, path)
-    check(header["config"], (SOLVERS | SPLITTING)[name], path)
+    check(header["config"], solver_types(learned=False)[name], path)
     try:
-        return make_solver(name, **header["config"])
+        return get_solver(name, **header["config"])
     except MISFITS as error:
         raise damaged(path, error) from error
 

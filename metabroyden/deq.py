@@ -22,6 +22,7 @@ from metabroyden.opaque import opaque
 from metabroyden.shared import bare
 from metabroyden.solution import Solution, State
 from metabroyden.solve import check_options, solve
+from metabroyden.solver import as_solver
 from metabroyden.solvers.broyden import Broyden
 
 _ROUNDINGS = 8  # no warning of a residual of so few roundings
@@ -172,7 +173,7 @@ class DEQ(nn.Module):
     def _solve(self, f: Any, z0: State, context: Any, after: Sequence[int], **options: Any) -> Solution:
         """Solve; note what it cost, and warn of what failed."""
         self._fingerprints.check(self.solver, self.cell)
-        if options["keep_inverse"] and getattr(self.solver, "inverse", None) is None:
+        if options["keep_inverse"] and not as_solver(self.solver).has_inverse:
             raise ValueError(
                 f"{self.backward_mode!r} needs a forward solver with an inverse Jacobian, Broyden or GroupedLSTM; got "
                 f"{self.solver!r:.80}"

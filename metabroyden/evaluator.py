@@ -188,7 +188,7 @@ class Evaluator:
         self._owned_images = False
         return g
 
-    def part(self, name: str) -> Callable[..., Any]:
+    def method(self, name: str) -> Callable[..., Any]:
         """A method of the cell behind f, run as f is run. TypeError where the cell has none of this name.
 
         ValueError where f is to run in another precision than the solver, as what a solver concludes from a part of f
@@ -201,7 +201,7 @@ class Evaluator:
             raise ValueError("a solver that uses parts of f needs a context: f(z, context), not f(z)")
         return rewrap(self.f, method)
 
-    def use(self, part: Callable[..., State], z: Tensor, rows: Rows) -> Tensor:
+    def evaluate_method(self, part: Callable[..., State], z: Tensor, rows: Rows) -> Tensor:
         """part(z, context) at z (R, n) for the given rows, flat (R, n): counts as one evaluation of f."""
         self.spend(rows)
         return self.function(z, self._given_to(rows), part)

@@ -62,10 +62,10 @@ class FixedBudget:
         compiled: bool = True,
         mode: str | None = None,
     ) -> None:
-        check_options(f, solver, rtol, atol, max_nfe, 1, f_dtype)
-        if getattr(solver, "parts", ()):
+        solver = check_options(f, solver, rtol, atol, max_nfe, 1, f_dtype)
+        if solver.required_methods:
             raise ValueError(f"FixedBudget evaluates f as a whole, and {solver!r} uses parts of it")
-        if not getattr(solver, "fixed_cost", True):
+        if not solver.fixed_cost:
             raise ValueError(
                 f"FixedBudget needs a solver whose steps cost a known number of evaluations; {solver!r} decides on the way"
             )
@@ -137,7 +137,7 @@ class FixedBudget:
         state = None
         while len(problem.residuals) < self.max_nfe:
             g = problem.residual(z)
-            if len(problem.residuals) + getattr(self.solver, "min_nfe", 1) > self.max_nfe:
+            if len(problem.residuals) + self.solver.min_nfe > self.max_nfe:
                 break
             state = self.solver.init(z, g, problem) if state is None else state
             step = self.solver.step(z, g, state, problem)

@@ -10,8 +10,8 @@ from torch import Tensor
 class FinalInverse:
     """B ≈ (J − I)⁻¹ at the end of a solve, sample by sample, for J the Jacobian of f; B samples, n coordinates.
 
-    A solver that has such an operator offers `inverse(state, index)`, what its rows `index` know, a pytree of tensors, and
-    `transposed(w, frozen)`, Bᵀw for w (k, n). Samples of which nothing is known have B = −I.
+    Solvers that have such an operator give it by `inverse` and `rmatvec` (see `SolverBase`). Samples of which nothing is
+    known have B = −I.
     """
 
     def __init__(self, batch: int) -> None:
@@ -27,12 +27,12 @@ class FinalInverse:
         """Number of samples of which something is known."""
         return sum(len(samples) for samples, _, _ in self._parts)
 
-    def transpose(self, w: Tensor, samples: Tensor | None = None) -> Tensor:
+    def rmatvec(self, w: Tensor, samples: Tensor | None = None) -> Tensor:
         """Bᵀw for w (R, n), of these samples (R,) (None: all, in order)."""
         whole = w if samples is None else w.new_zeros(self._batch, w.shape[1]).index_copy(0, samples, w)
         result = -whole
         for part, solver, frozen in self._parts:
-            result = result.index_copy(0, part, solver.transposed(whole.index_select(0, part), frozen))
+            result = result.index_copy(0, part, solver.rmatvec(whole.index_select(0, part), frozen))
         return result if samples is None else result.index_select(0, samples)
 
 
@@ -52,7 +52,7 @@ class TransposedInverse:
 
     def apply(self, r: Tensor, frozen: Tensor) -> Tensor:
         """P r for r (R, n)."""
-        return -self.final.transpose(r, frozen) - r
+        return -self.final.rmatvec(r, frozen) - r
 
     def __repr__(self) -> str:
         return "TransposedInverse(…)"

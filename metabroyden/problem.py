@@ -118,27 +118,27 @@ class Problem:
             return product
         return product.new_zeros(len(self._rows), product.shape[1]).index_copy(0, index, product)
 
-    def part(self, name: str, *settings: Any) -> Callable[..., State]:
+    def method(self, name: str, *settings: Any) -> Callable[..., State]:
         """A part of f to `use`: the cell's method of this name, or, with settings, the map that the method makes of them.
 
         The weights are f's own, pinned ones where there are any. Making a map of settings is not counted. TypeError where
-        the cell has no such method, ValueError where a part would not be f's (see `Evaluator.part`).
+        the cell has no such method, ValueError where a part would not be f's (see `Evaluator.method`).
         """
-        part = self._evaluator.part(name)
+        part = self._evaluator.method(name)
         return rewrap(self._evaluator.f, part(*settings)) if settings else part
 
-    def use(self, part: Callable[..., State], z: Tensor) -> Tensor:
+    def evaluate_method(self, part: Callable[..., State], z: Tensor) -> Tensor:
         """part(z, context) at z (R, n), packed: one counted evaluation on each live row, zero elsewhere."""
         if self.live_index is None:
-            return self._evaluator.use(part, z, self.live_rows)
-        value = self._evaluator.use(part, z.index_select(0, self.live_index), self.live_rows)
+            return self._evaluator.evaluate_method(part, z, self.live_rows)
+        value = self._evaluator.evaluate_method(part, z.index_select(0, self.live_index), self.live_rows)
         return torch.zeros_like(z).index_copy(0, self.live_index, value)
 
     def elementwise(self, name: str, v: Tensor) -> Tensor:
         """The cell's elementwise method of this name at v (R, n): not counted, as it costs next to nothing."""
         return self._evaluator.function(v, function=part_of(self._evaluator.f, name))
 
-    def known(self, z: Tensor, fz: Tensor) -> Tensor:
+    def record_residual(self, z: Tensor, fz: Tensor) -> Tensor:
         """g = f(z) − z at z (R, n) where f(z) follows from parts already counted: written down, at no evaluation."""
         if self.live_index is None:
             return self._evaluator.record(z, fz, self.live_rows)

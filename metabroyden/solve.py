@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,34 +17,12 @@ from metabroyden.inverse import FinalInverse
 from metabroyden.opaque import opaque
 from metabroyden.problem import Problem
 from metabroyden.solution import Solution, SolveError, State, Status, Trace
-from metabroyden.state import Packing, check_context, gather
-
-if TYPE_CHECKING:
-    from metabroyden.solvers.base import Solver
+from metabroyden.solver import Phase, SolverBase, as_solver
+from metabroyden.state import Packing, check_context
 
 _COMPACT_AT = 0.7  # a solver's own memory is gathered once so small a share of its rows is still at work
 _SAME = 16  # roundings by which the relative residual may change where z has stopped moving
 _NONE = np.zeros(1, dtype=bool)  # no row, however many there are
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One stretch of a safeguarded solve.
-
-    Attributes:
-        solver: what does the stepping.
-        origin: where the phase begins: "start" (z0) or "best" (the best iterate so far, at no evaluation).
-        horizon: steps after which what has not converged is handed to the next phase; None: no limit.
-        patience: evaluations without progress after which a sample is handed on; None: no limit.
-        progress: the factor by which the smallest relative residual must fall to count as progress. (Not ‖f(z) − z‖, by
-            which the best iterate is chosen: where z vanishes, that falls for ever without getting nearer to a solution.)
-    """
-
-    solver: Any
-    origin: str = "start"
-    horizon: int | None = None
-    patience: int | None = None
-    progress: float = 1.0
 
 
 @opaque
@@ -54,7 +31,7 @@ def solve(
     z0: State,
     context: Any = None,
     *,
-    solver: Solver,
+    solver: SolverBase,
     rtol: float = 1e-3,
     atol: float = 0.0,
     max_nfe: int = 50,
@@ -102,7 +79,7 @@ def solve(
     (True, True)
     """
     packing = Packing.of(z0)
-    check_options(f, solver, rtol, atol, max_nfe, check_every, f_dtype)
+    solver = check_options(f, solver, rtol, atol, max_nfe, check_every, f_dtype)
     due = _rising(snapshots)
     device = (z0 if isinstance(z0, Tensor) else z0[0]).device.type
     as_called = in_caller_mode(f, device)
@@ -141,27 +118,25 @@ def nothing(packing: Packing, z: Tensor, *, snapshots: int = 0, keep_inverse: bo
     return Solution(packing.unpack(z), size, number, number.clone(), done, number.clone(), trace, kept, inverse)
 
 
-def check_parts(f: Any, solver: Any) -> None:
+def check_methods(f: Any, solver: SolverBase) -> None:
     """TypeError where f lacks methods that a solver uses beside it."""
-    parts: tuple[str, ...] = getattr(solver, "parts", ())
-    missing = [name for name in parts if method_of(f, name) is None]
+    wanted = solver.required_methods
+    missing = [name for name in wanted if method_of(f, name) is None]
     if missing:
         raise TypeError(
-            f"{type(solver).__name__} needs a cell with the methods {', '.join(parts)}, such as MonotoneDense; "
+            f"{type(solver).__name__} needs a cell with the methods {', '.join(wanted)}, such as MonotoneDense; "
             f"{type(f).__name__} has no {', '.join(missing)}"
         )
 
 
 def check_options(
     f: Any, solver: Any, rtol: float, atol: float, max_nfe: int, check_every: int, f_dtype: torch.dtype | None
-) -> None:
-    """Refuse bad arguments of a solve: TypeError or ValueError, naming what was given and what is wanted."""
+) -> SolverBase:
+    """The solver, see `as_solver`. TypeError or ValueError for bad arguments, naming what was given and what is wanted."""
     check_map(f)
-    for name in ("start", "init", "step"):
-        if isinstance(solver, type) or not callable(getattr(solver, name, None)):
-            raise TypeError(f"solver must be an instance with start, init and step, such as Broyden(); got {solver!r}")
-    check_parts(f, solver)
-    if f_dtype is not None and getattr(solver, "parts", None):
+    solver = as_solver(solver)
+    check_methods(f, solver)
+    if f_dtype is not None and solver.required_methods:
         raise ValueError(f"{type(solver).__name__} uses parts of f, in its own precision: no f_dtype, got {f_dtype}")
     for name, value in (("rtol", rtol), ("atol", atol)):
         if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
@@ -171,9 +146,10 @@ def check_options(
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     if f_dtype is not None and not (isinstance(f_dtype, torch.dtype) and f_dtype.is_floating_point):
         raise ValueError(f"f_dtype must be a floating dtype such as torch.bfloat16, got {f_dtype!r}")
+    return solver
 
 
-def begin(solver: Any, z0: Tensor, problem: Any) -> tuple[Tensor, Any, Tensor | None]:
+def begin(solver: SolverBase, z0: Tensor, problem: Any) -> tuple[Tensor, Any, Tensor | None]:
     """(z, state, g) with which a solver begins at z0 (R, n).
 
     Its first iterate, the state and g still None; or, of a solver whose `start` returns a `Step`, all of it.
@@ -194,7 +170,7 @@ class _Cohort:
     def __init__(self, evaluator: Evaluator, plan: list[Phase], number: int, host: np.ndarray) -> None:
         self.evaluator, self.plan, self.number = evaluator, plan, number
         self.phase = plan[number]
-        self.needs = getattr(self.phase.solver, "min_nfe", 1)
+        self.needs = self.phase.solver.min_nfe
         self.rows, self.live = evaluator.rows(host), None
         self.problem = Problem(evaluator, self.rows)
         self.z: Tensor
@@ -244,19 +220,19 @@ class _Cohort:
         self.g = None if self.g is None else self.g.index_select(0, index)
         self.z_before = None
         if self.state is not None:
-            self.state = getattr(self.phase.solver, "gather", gather)(self.state, index)
+            self.state = self.phase.solver.gather(self.state, index)
         self.problem = Problem(self.evaluator, self.rows)
 
-    def export_inverse(self, mask: np.ndarray, heir: FinalInverse) -> None:
-        """Leave what the solver knows of the inverse Jacobian of these of the live rows."""
-        known = getattr(self.phase.solver, "inverse", None)
-        if known is None or self.state is None or not mask.any():
+    def export_inverse(self, mask: np.ndarray, out: FinalInverse) -> None:
+        """Export what the solver knows of the inverse Jacobian of these of the live rows."""
+        solver = self.phase.solver
+        if not solver.has_inverse or self.state is None or not mask.any():
             return
         places = np.flatnonzero(mask) if self.live is None else self.live[mask]
-        frozen = known(self.state, torch.as_tensor(places, device=self.z.device))
-        heir.add(torch.as_tensor(self.live_rows.host[mask], device=self.z.device), self.phase.solver, frozen)
+        frozen = solver.inverse(self.state, torch.as_tensor(places, device=self.z.device))
+        out.add(torch.as_tensor(self.live_rows.host[mask], device=self.z.device), solver, frozen)
 
-    def still(self) -> np.ndarray:
+    def stationary(self) -> np.ndarray:
         """Which live rows have stopped moving: a step below rounding, ‖Δz‖ ≤ eps‖z‖. Looked at only where it may be so."""
         evaluator = self.evaluator
         if not evaluator.idle or self.z_before is None:
@@ -269,7 +245,7 @@ class _Cohort:
         size = torch.linalg.vector_norm(self.z_before, dim=1)
         return to_host([self.take_live(moved <= eps * size)])[0] > 0
 
-    def stuck(self, lowest: np.ndarray, evaluations: int) -> np.ndarray:
+    def stagnated(self, lowest: np.ndarray, evaluations: int) -> np.ndarray:
         """Which live rows have used up the phase's patience or its horizon; `evaluations` since the last look."""
         fresh = ~(lowest >= self.phase.progress * self.mark)  # NaN marks: nothing seen yet
         self.mark = np.where(fresh, lowest, self.mark)
@@ -285,11 +261,10 @@ class _Driver:
     """Runs the phases of one solve. A plain solver has one phase; a safeguarded one hands samples on (see `Phase`)."""
 
     def __init__(
-        self, z0: Tensor, packing: Packing, f: Any, context: Any, solver: Solver, check_every: int, **options: Any
+        self, z0: Tensor, packing: Packing, f: Any, context: Any, solver: SolverBase, check_every: int, **options: Any
     ) -> None:
-        safeguard = getattr(solver, "safeguard", None)
-        self.evaluator = Evaluator(f, packing, z0, context, keep_g=safeguard is not None, **options)
-        self.plan: list[Phase] = [Phase(solver)] if safeguard is None else safeguard.plan(solver)
+        self.plan = solver.phases()
+        self.evaluator = Evaluator(f, packing, z0, context, keep_g=len(self.plan) > 1, **options)
         self.check_every, self.unseen = check_every, 0
         self.status = np.full(len(z0), int(Status.MAX_NFE), dtype=np.int64)
         self.steps = np.zeros(len(z0), dtype=np.int64)
@@ -306,7 +281,7 @@ class _Driver:
         first.z, first.state, first.g = begin(first.phase.solver, z0, first.problem)
         self.cohorts = [first]
         if self.evaluator.nfe.any():  # start has looked at f: some samples may be done
-            self._look()
+            self._check_convergence()
         if first.g is not None:
             self._keep_due()
         while self.cohorts:
@@ -344,8 +319,8 @@ class _Driver:
         self._evaluate([cohort for cohort in self.cohorts if cohort.g is None])
         self.unseen += 1
         due = bool(self.due) and self.evaluator.nfe.max() >= self.due[0]
-        if due or self.unseen == self.check_every or any(map(self._must_look, self.cohorts)):
-            self._look()
+        if due or self.unseen == self.check_every or any(map(self._check_due, self.cohorts)):
+            self._check_convergence()
         self._keep_due()
 
     def _keep_due(self) -> None:
@@ -354,7 +329,7 @@ class _Driver:
             self.kept.append(self.evaluator.best_z.clone())
             del self.due[0]
 
-    def _must_look(self, cohort: _Cohort) -> bool:
+    def _check_due(self, cohort: _Cohort) -> bool:
         """Whether a phase or somebody's budget has come to its end."""
         return cohort.phase.horizon == cohort.steps or bool(self._spent(cohort).any())
 
@@ -386,7 +361,7 @@ class _Driver:
             self._joint = parts, self.evaluator.rows(np.concatenate([rows.host for rows in parts]))
         return self._joint[1]
 
-    def _look(self) -> None:
+    def _check_convergence(self) -> None:
         """See what has happened since the last look, and decide. The one host synchronisation."""
         self.evaluator.synchronize()
         for cohort in list(self.cohorts):
@@ -394,23 +369,23 @@ class _Driver:
         self.unseen = 0
 
     def _decide(self, cohort: _Cohort) -> None:
-        """Freeze what is done, hand over what is stuck, keep the rest."""
+        """Freeze what is done, hand over what stagnates, keep the rest."""
         evaluator = self.evaluator
-        still, spent = cohort.still(), self._spent(cohort)
+        stationary, spent = cohort.stationary(), self._spent(cohort)
         last = cohort.number + 1 == len(self.plan)
-        if last and not (evaluator.news or spent.any() or still.any()):
+        if last and not (evaluator.news or spent.any() or stationary.any()):
             return
         rows = cohort.live_rows
         pick, host = rows.pick, rows.host
         converged, finite, best = evaluator.converged[pick], ~evaluator.broken[pick], evaluator.best[pick]
-        broken = ~finite | still
+        broken = ~finite | stationary
         if not last:
-            broken |= cohort.stuck(evaluator.lowest[pick], self.unseen)
+            broken |= cohort.stagnated(evaluator.lowest[pick], self.unseen)
         leaving = broken & ~converged
         gone = leaving | converged | spent
         if not np.count_nonzero(gone):
             return
-        status = np.where(still, Status.STALLED, Status.MAX_NFE)
+        status = np.where(stationary, Status.STALLED, Status.MAX_NFE)
         status = np.where(finite, status, Status.NON_FINITE)
         self.status[pick] = np.where(converged, Status.CONVERGED, status)
         going = leaving & (evaluator.nfe[pick] < evaluator.max_nfe) if not last else np.zeros(len(host), dtype=bool)

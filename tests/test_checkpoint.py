@@ -19,9 +19,9 @@ import torch
 
 import metabroyden as mb
 from metabroyden import checkpoint, deprecated
-from metabroyden.learned import ADJOINT, LEARNED, LEARNED_SPLITTING
 from metabroyden.learned.layout import Layout
 from metabroyden.meta.fit import make_learned
+from metabroyden.solvers.registry import list_solvers
 from metabroyden.storage import atomic_write
 from metabroyden.zoo.models import (
     ConvClassifier,
@@ -43,7 +43,7 @@ def some_solver(name: str = "grouped"):
     return solver
 
 
-@pytest.mark.parametrize("name", sorted(LEARNED | LEARNED_SPLITTING | ADJOINT))
+@pytest.mark.parametrize("name", list_solvers(learned=True))
 def test_a_learned_solver_comes_back_as_it_was(tmp_path, name):
     solver = some_solver(name)
     loaded = mb.load_solver(mb.save_solver(solver, tmp_path / "deep" / "s.safetensors"))
@@ -62,9 +62,9 @@ def test_a_solver_keeps_its_precision(tmp_path):
         assert torch.equal(value, loaded.state_dict()[key])
 
 
-@pytest.mark.parametrize("name", sorted(mb.SOLVERS))
+@pytest.mark.parametrize("name", list_solvers(learned=False, splitting=False))
 def test_a_classical_solver_comes_back_as_it_was(tmp_path, name):
-    solver = mb.make_solver(name, damping=0.7)
+    solver = mb.get_solver(name, damping=0.7)
     assert mb.load_solver(mb.save_solver(solver, tmp_path / "s.safetensors")) == solver
 
 
@@ -289,14 +289,14 @@ FOREIGN: list[Any] = [
     *(-3, -1, 0, 1, 2, 9, 10**6, 10**9, 10**12, 2**63, 10**40, math.nan, math.inf, -0.5, 1.5),
 ]
 """What may stand in a description in the place of anything; `...` for nothing at all."""
-SOLVERS = sorted(LEARNED | LEARNED_SPLITTING | ADJOINT)
+SOLVERS = list_solvers(learned=True)
 
 
 @pytest.fixture(scope="module")
 def described_files(tmp_path_factory) -> list[tuple[Callable, bytes, list[tuple]]]:
     """(loader, content, ways into the description) of files of many kinds."""
     path = tmp_path_factory.mktemp("described") / "file"
-    solvers = [*map(some_solver, SOLVERS), *map(mb.make_solver, sorted(mb.SOLVERS | mb.SPLITTING))]
+    solvers = [*map(some_solver, SOLVERS), *map(mb.get_solver, list_solvers(learned=False))]
     models = ConvClassifier(), MLPClassifier(MLPClassifierConfig(hidden=4, depth=2)), unrolled_twin(small_model(), 3)
     found = [(mb.load_solver, mb.save_solver(solver, path).read_bytes()) for solver in solvers]
     found += [(load_model, save_model(model, path).read_bytes()) for model in models]

@@ -29,7 +29,7 @@ CLASSICAL = {
     "broyden-search": mb.Broyden(line_search=True),
     "newton": mb.Newton(krylov=3),
 }
-SOLVERS = [*CLASSICAL, *sorted(mb.LEARNED)]
+SOLVERS = [*CLASSICAL, *mb.list_solvers(learned=True, splitting=False, adjoint=False)]
 SURROUNDINGS = ("plain", "inference", "autocast", "threads", "buffer", "gradients", "in place", "writes context")
 
 
@@ -104,7 +104,7 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
 def test_no_surroundings_make_a_solve_lie(what, family, name, fixed, batch, n, gain, power, double, rtol, budget, seed):
     dtype = torch.float64 if double else torch.float32
     solver = _solver(name, n, dtype)
-    fixed = fixed and getattr(solver, "fixed_cost", True)
+    fixed = fixed and solver.fixed_cost
     x = torch.randn(batch, n, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64).to(dtype)
     z0, scale, inner = torch.zeros(batch, n, dtype=dtype), 10.0**power, _random_map(family, n, gain, seed)
     options = {"fixed": fixed, "budget": budget, "rtol": rtol}

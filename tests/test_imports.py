@@ -21,6 +21,7 @@ LAYERS = [
     ["function"],
     ["evaluator", "inverse"],
     ["problem", "opaque"],
+    ["solver"],
     ["solve"],
     ["fixed"],
     ["solvers"],

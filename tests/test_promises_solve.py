@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import metabroyden as mb
-from metabroyden.solve import Phase
+from metabroyden.solver import Phase
 from metabroyden.solvers import Step
 
 
@@ -36,10 +36,10 @@ class Plan(Steps):
 
     def __init__(self, *phases: Phase) -> None:
         super().__init__()
-        self.safeguard, self.phases = self, phases
+        self.plan = phases
 
-    def plan(self, solver: Any) -> list[Phase]:
-        return list(self.phases)
+    def phases(self) -> list[Phase]:
+        return list(self.plan)
 
 
 @pytest.mark.parametrize("x", [torch.ones(2, 1, dtype=torch.float64), None])

@@ -10,20 +10,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import metabroyden as mb
+from metabroyden.solvers.registry import name_of
 from tests.conftest import linear, tanh
 
 
 def learned(kind: str, n: int, dtype: torch.dtype = torch.float64, **options):
-    config = mb.LEARNED[kind].config_type
     torch.manual_seed(1)
-    solver = mb.LEARNED[kind](config(layout="vector", shape=(n,), **options)).to(dtype)
+    solver = mb.get_solver(kind, layout="vector", shape=(n,), **options).to(dtype)
     for parameter in solver.parameters():  # not at the zero read-outs it starts with
         parameter.data += 0.02 * torch.randn_like(parameter)
     return solver.eval().requires_grad_(False)
 
 
-CLASSICAL = [cls() for cls in mb.SOLVERS.values()]
-KINDS = list(mb.LEARNED)
+CLASSICAL = [mb.get_solver(name) for name in mb.list_solvers(learned=False, splitting=False)]
+KINDS = mb.list_solvers(learned=True, splitting=False, adjoint=False)
 
 
 def every_solver(n: int, dtype: torch.dtype = torch.float64) -> list:
@@ -48,7 +48,7 @@ class Counter:
 @pytest.mark.parametrize("solver", every_solver(12), ids=str)
 def test_the_result_can_be_recomputed_and_was_counted_honestly(solver, nonlinear):
     counter = Counter(nonlinear.f, 6)
-    numbered = solver if not isinstance(solver, torch.nn.Module) else learned(solver.kind, 12)
+    numbered = solver if not isinstance(solver, torch.nn.Module) else learned(name_of(solver), 12)
     context = (torch.arange(6), nonlinear.x)
     solution = mb.solve(counter, nonlinear.z0, context, solver=numbered, rtol=1e-6, max_nfe=80, throw=False)
     assert solution.converged.all(), solution.failures()
@@ -240,7 +240,7 @@ def test_bad_input_is_refused_with_what_was_given_and_what_is_wanted(change, err
     n=st.integers(1, 9),
     gain=st.floats(0.0, 4.0),
     scale=st.sampled_from([1e-8, 1e-3, 1.0, 1e3, 1e8]),
-    name=st.sampled_from([*mb.SOLVERS, *mb.LEARNED]),
+    name=st.sampled_from(mb.list_solvers(splitting=False, adjoint=False)),
     seed=st.integers(0, 10_000),
     rtol=st.sampled_from([0.0, 1e-10, 1e-4, 1e-1]),
 )
@@ -250,7 +250,7 @@ def test_whatever_the_problem_the_answer_is_finite_and_its_residual_true(batch, 
     def f(z, x):
         return scale * problem.f(z / scale, x)
 
-    solver = mb.make_solver(name) if name in mb.SOLVERS else learned(name, n)
+    solver = learned(name, n) if name in KINDS else mb.get_solver(name)
     solution = mb.solve(f, problem.z0, problem.x, solver=solver, rtol=rtol, max_nfe=30, throw=False)
     assert torch.isfinite(solution.z).all()
     again = mb.relative_residual(solution.z, f(solution.z, problem.x))

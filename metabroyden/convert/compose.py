@@ -14,7 +14,7 @@ from metabroyden.deq import DEQ, initial_state
 from metabroyden.gradients import Implicit
 from metabroyden.gradients.base import parts_of
 from metabroyden.solution import State
-from metabroyden.solvers.base import ClassicalSolver
+from metabroyden.solver import SolverBase
 from metabroyden.solvers.broyden import Broyden
 
 
@@ -127,7 +127,7 @@ def _deq(given: DEQ | Readout) -> DEQ:
 
 
 def _shared(one: Any, two: Any) -> bool:
-    return isinstance(one, ClassicalSolver) and one == two
+    return isinstance(one, SolverBase) and not one.is_learned and one == two
 
 
 def _backward(one: Any, two: Any) -> Any:

@@ -21,7 +21,7 @@ from metabroyden.convert.layers import (
 from metabroyden.convert.readout import Readout
 from metabroyden.gradients import Implicit
 from metabroyden.solution import State
-from metabroyden.solvers.base import Step
+from metabroyden.solver import Step
 from metabroyden.solvers.picard import Picard
 
 

@@ -13,7 +13,7 @@ from metabroyden.gradients.frozen import Graph, Parts
 from metabroyden.inverse import FinalInverse, TransposedInverse
 from metabroyden.solution import Solution, Status, scaled_norm
 from metabroyden.solve import solve
-from metabroyden.solvers.base import ClassicalSolver
+from metabroyden.solver import as_solver
 from metabroyden.solvers.broyden import Broyden
 from metabroyden.state import Packing
 
@@ -52,7 +52,7 @@ class AdjointSolve:
         system = _System(graph, packing, v)
         solver, start = mode.solver, v
         if self.final is not None:
-            solver, start = replace(solver, initial=TransposedInverse(self.final)), -self.final.transpose(v)
+            solver, start = replace(solver, initial=TransposedInverse(self.final)), -self.final.rmatvec(v)
             start = torch.where(torch.isfinite(start).all(dim=1, keepdim=True), start, v)
         context = {"sample": system.sample, "z": star.detach(), "v": v}
         rtol = max(mode.rtol, self.floor)
@@ -65,7 +65,7 @@ class AdjointSolve:
 
     def plain(self) -> AdjointSolve:
         """The solver of the adjoint of an adjoint: its matrix is J again, so no trained solver and no forward inverse."""
-        solver = self.mode.solver if isinstance(self.mode.solver, ClassicalSolver) else Broyden(memory=30)
+        solver = Broyden(memory=30) if as_solver(self.mode.solver).is_learned else self.mode.solver
         return replace(self, mode=replace(self.mode, precondition=False, solver=solver), final=None)
 
 

@@ -53,8 +53,8 @@ class Implicit(GradientMode):
     precondition: bool = False
 
     def __post_init__(self) -> None:
-        check_options(solve, self.solver, self.rtol, 0.0, self.max_nfe, 1, None)
-        if getattr(self.solver, "homogeneous", True) is False:
+        solver = check_options(solve, self.solver, self.rtol, 0.0, self.max_nfe, 1, None)
+        if solver.is_learned and not solver.homogeneous:
             raise ValueError(
                 f"{type(self.solver).__name__} is no solver of adjoint systems, which scale with the cotangent: fit_adjoint "
                 "makes one"

@@ -1,7 +1,7 @@
-"""Learned solvers and their parts, one a file. `LEARNED`, `LEARNED_SPLITTING` and `ADJOINT` know them by name."""
+"""Learned solvers and their parts, one a file; `get_solver` knows them by name."""
 
 from metabroyden.learned.adjoint import AdjointConfig, AdjointLSTM
-from metabroyden.learned.base import ADJOINT, LEARNED, LEARNED_SPLITTING, LearnedConfig, LearnedSolver
+from metabroyden.learned.base import LearnedConfig, LearnedSolver
 from metabroyden.learned.coordinatewise import CoordinatewiseConfig, CoordinatewiseLSTM
 from metabroyden.learned.grouped import GroupedConfig, GroupedLSTM
 from metabroyden.learned.hyper_anderson import HyperAnderson, HyperAndersonConfig
@@ -12,11 +12,9 @@ from metabroyden.learned.meta_splitting import MetaSplitting, MetaSplittingConfi
 from metabroyden.learned.neural_fixed_point import NeuralFixedPoint, NeuralFixedPointConfig
 from metabroyden.learned.safeguard import Safeguard
 from metabroyden.learned.universal import Universal, UniversalConfig
+from metabroyden.solvers.registry import import_all
 
 __all__ = [
-    "ADJOINT",
-    "LEARNED",
-    "LEARNED_SPLITTING",
     "AdjointConfig",
     "AdjointLSTM",
     "CoordinatewiseConfig",
@@ -40,3 +38,5 @@ __all__ = [
     "Universal",
     "UniversalConfig",
 ]
+
+import_all(__name__, __path__)

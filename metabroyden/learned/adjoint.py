@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from metabroyden.learned.base import register
 from metabroyden.learned.grouped import GroupedConfig, GroupedLSTM
 from metabroyden.learned.layout import BackwardLayout
 from metabroyden.learned.preconditioner import Preconditioner
+from metabroyden.solvers.registry import register
 
 
 @dataclass(frozen=True)

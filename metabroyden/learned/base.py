@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,30 +13,7 @@ from metabroyden.evaluator import to_host
 from metabroyden.learned.initializer import Initializer
 from metabroyden.learned.layout import Layout
 from metabroyden.learned.safeguard import Safeguard
-from metabroyden.solve import Phase
-
-LEARNED: dict[str, type[LearnedSolver]] = {}
-"""Learned root finders by name."""
-LEARNED_SPLITTING: dict[str, type[LearnedSolver]] = {}
-"""Learned root finders that use parts of f, for cells that offer them."""
-ADJOINT: dict[str, type[LearnedSolver]] = {}
-"""Learned solvers of adjoint systems by name."""
-C = TypeVar("C", bound="type[LearnedSolver]")
-
-
-def register(name: str) -> Callable[[C], C]:
-    """Class decorator: makes a learned solver known under a name.
-
-    In `LEARNED`; if homogeneous in `ADJOINT`, if it uses parts of f in `LEARNED_SPLITTING`.
-    """
-
-    def add(cls: C) -> C:
-        cls.kind = name
-        (LEARNED_SPLITTING if cls.parts else ADJOINT if cls.homogeneous else LEARNED)[name] = cls
-        return cls
-
-    return add
-
+from metabroyden.solver import Phase, SolverBase
 
 WARM = 0.3
 """Relative residual ‖f(z0) − z0‖ / ‖f(z0)‖ up to which a solve goes on from z0 rather than from a learned start."""
@@ -90,16 +66,14 @@ class LearnedConfig:
             raise ValueError(f"initializer_kernels must be at least two odd numbers, as (3, 3), got {kernels!r}")
 
 
-class LearnedSolver(nn.Module):
-    """A solver with weights. It satisfies the solver protocol and is stateless between solves.
+class LearnedSolver(SolverBase, nn.Module):
+    """A solver with weights; stateless between solves.
 
     Attributes:
         config: its sizes. fingerprint: hash of the f it was fitted to, or None. summary: what meta-training reported.
     """
 
-    kind: str
-    parts: tuple[str, ...] = ()
-    homogeneous = False  # whether a step scales with the problem, sign included, as adjoint systems want it
+    is_learned = True
     config_type: type[LearnedConfig] = LearnedConfig
 
     def __init__(self, config: LearnedConfig) -> None:
@@ -117,14 +91,18 @@ class LearnedSolver(nn.Module):
         """Whether it runs on states of any shape, no weight being that of a channel."""
         return False
 
-    @property
-    def safeguard(self) -> Any:
-        """The driver asks it for the phases of a solve; None runs the learned steps alone."""
-        return None if self.config.safeguard is None else self
+    def phases(self) -> list[Phase]:
+        """The phases of a solve: the learned steps alone where there is no safeguard."""
+        return [Phase(self)] if self.config.safeguard is None else self.safeguarded()
 
-    def plan(self, solver: Any) -> list[Phase]:
-        """The phases of a solve, see `Safeguard`."""
+    def safeguarded(self) -> list[Phase]:
+        """The learned steps and what they are handed over to, see `Safeguard`."""
         return self.config.safeguard.phases(self)
+
+    @classmethod
+    def of_options(cls, **options: Any) -> LearnedSolver:
+        """The untrained solver with these fields of its config."""
+        return cls(cls.config_type(**options))
 
     def fallback(self) -> tuple[Any, int]:
         """The classical solver that a sample ends with, from z0, and the number of its phase in the plan."""
@@ -196,7 +174,7 @@ class LearnedSolver(nn.Module):
         """The untrained solver of a described config; ValueError for unknown fields."""
         known = {item.name for item in fields(cls.config_type)}
         if set(values) - known:
-            raise ValueError(f"unknown config fields for {cls.kind!r}: {sorted(set(values) - known)}")
+            raise ValueError(f"unknown config fields for {cls.__name__}: {sorted(set(values) - known)}")
         shape = tuple(tuple(part) if isinstance(part, list) else part for part in values["shape"])
         values = dict(values, shape=shape)
         if "initializer_kernels" in values:

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metabroyden.learned.base import LearnedConfig, LearnedSolver, register
+from metabroyden.learned.base import LearnedConfig, LearnedSolver
 from metabroyden.learned.layout import Layout
 from metabroyden.learned.log_sign import log_sign
 from metabroyden.learned.lstm import SharedLSTM
-from metabroyden.solvers.base import Step
+from metabroyden.solver import Step
+from metabroyden.solvers.registry import register
 
 _INPUTS = {"log-sign": 12, "scaled": 6}
 _KEPT = 0.8  # share of the sums over past pairs that a step keeps

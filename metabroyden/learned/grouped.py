@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metabroyden.learned.base import LearnedConfig, LearnedSolver, register
+from metabroyden.learned.base import LearnedConfig, LearnedSolver
 from metabroyden.learned.features import direction_features, feature_count, mix
 from metabroyden.learned.lstm import SharedLSTM
 from metabroyden.learned.preconditioner import LearnedInverse, Preconditioner
-from metabroyden.solve import Phase
-from metabroyden.solvers.base import Step
+from metabroyden.solver import Phase, Step
+from metabroyden.solvers.registry import register
 
 _DIRECTIONS = 4  # residual, preconditioned residual, previous update, state; and one bias a group
 
@@ -59,6 +59,7 @@ class GroupedLSTM(LearnedSolver):
     """
 
     config_type = GroupedConfig
+    has_inverse = True
     config: GroupedConfig
     _base: Tensor
 
@@ -71,7 +72,7 @@ class GroupedLSTM(LearnedSolver):
         base = torch.tensor([[1.0], [1.0], [0.0], [0.0], [0.0]])[: _DIRECTIONS + bias]
         self.register_buffer("_base", base, persistent=False)
 
-    def plan(self, solver: Any) -> list[Phase]:
+    def safeguarded(self) -> list[Phase]:
         """As every learned solver's; Broyden carries on from the learned inverse Jacobian."""
         return self.config.safeguard.phases(self, LearnedInverse(self) if self.config.secant_start else None)
 
@@ -109,9 +110,9 @@ class GroupedLSTM(LearnedSolver):
         return Step(z, after)
 
     def inverse(self, state: GroupedState, index: Tensor) -> Tensor:
-        """What `transposed` needs of the rows `index`: the preconditioner's gates."""
+        """What `rmatvec` needs of the rows `index`: the preconditioner's gates."""
         return state.gates.index_select(0, index)
 
-    def transposed(self, w: Tensor, gates: Tensor) -> Tensor:
+    def rmatvec(self, w: Tensor, inverse: Tensor) -> Tensor:
         """Bᵀw with B = −(I + P), for w (R, n)."""
-        return -(w + LearnedInverse(self).transpose(w, gates))
+        return -(w + LearnedInverse(self).rmatvec(w, inverse))

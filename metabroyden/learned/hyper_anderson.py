@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metabroyden.learned.base import LearnedConfig, LearnedSolver, register
-from metabroyden.solvers.base import Step
+from metabroyden.learned.base import LearnedConfig, LearnedSolver
+from metabroyden.solver import Step
+from metabroyden.solvers.registry import register
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metabroyden.learned.base import LearnedConfig, LearnedSolver, register
+from metabroyden.learned.base import LearnedConfig, LearnedSolver
 from metabroyden.learned.safeguard import Safeguard
-from metabroyden.solvers.base import Step
+from metabroyden.solver import Step
 from metabroyden.solvers.picard import Picard
-from metabroyden.solvers.registry import make_solver, name_of
-
-_CLASSICAL = ("min_nfe", "gather", "fixed_cost", "inverse", "transposed")
+from metabroyden.solvers.registry import get_solver, name_of, register
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,8 @@ class LearnedStartConfig(LearnedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if name_of(self.classical) is None or getattr(self.classical, "initial", None) is not None:
+        known = name_of(self.classical) is not None and not self.classical.is_learned
+        if not known or getattr(self.classical, "initial", None) is not None:
             raise ValueError(f"classical must be a plain classical solver such as Broyden(), got {self.classical!r}")
         if self.initializer_width < 1:
             raise ValueError(
@@ -57,12 +56,8 @@ class LearnedStart(LearnedSolver):
     def __init__(self, config: LearnedStartConfig) -> None:
         super().__init__(config)
         self.unrolled = config.classical if isinstance(config.classical, Picard) else Picard()
-        self.parts = getattr(config.classical, "parts", ())
-
-    def __getattr__(self, name: str) -> Any:
-        if name in _CLASSICAL:
-            return getattr(self.config.classical, name)
-        return super().__getattr__(name)
+        for name in ("min_nfe", "fixed_cost", "required_methods", "has_inverse", "gather", "inverse", "rmatvec"):
+            setattr(self, name, getattr(config.classical, name))
 
     @classmethod
     def of(cls, learned: LearnedSolver, classical: Any, safeguard: Safeguard | None = None) -> LearnedStart:
@@ -106,4 +101,4 @@ class LearnedStart(LearnedSolver):
         classical = values.get("classical")
         if not isinstance(classical, dict) or set(classical) != {"name", "options"}:
             raise ValueError(f"classical must be described by name and options, got {classical!r}")
-        return super().from_config({**values, "classical": make_solver(classical["name"], **classical["options"])})
+        return super().from_config({**values, "classical": get_solver(classical["name"], **classical["options"])})

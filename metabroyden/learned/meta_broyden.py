@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from metabroyden.deprecated import current
-from metabroyden.learned.base import LearnedConfig, LearnedSolver, register
+from metabroyden.learned.base import LearnedConfig, LearnedSolver
 from metabroyden.learned.lstm import SharedLSTM
 from metabroyden.learned.preconditioner import LearnedInverse, Preconditioner
 from metabroyden.learned.safeguard import BY_PROGRESS, Safeguard
 from metabroyden.learned.secants import Secants, SecantState
 from metabroyden.learned.table import Table
-from metabroyden.solve import Phase
-from metabroyden.solvers.base import Step
+from metabroyden.solver import Phase, Step
+from metabroyden.solvers.registry import register
 from metabroyden.state import gather
 
 
@@ -115,6 +115,7 @@ class MetaBroyden(LearnedSolver):
     """
 
     config_type = MetaBroydenConfig
+    has_inverse = True
     config: MetaBroydenConfig
 
     def __init__(self, config: MetaBroydenConfig) -> None:
@@ -146,7 +147,7 @@ class MetaBroyden(LearnedSolver):
             values["dilations"] = tuple(values["dilations"])
         return super().from_config(values)
 
-    def plan(self, solver: Any) -> list[Phase]:
+    def safeguarded(self) -> list[Phase]:
         """As every learned solver's; Broyden carries on from B₀: that of a table's last row, or −(damping + d + P)."""
         return self.config.safeguard.phases(self, LearnedInverse(self, self._beyond_identity))
 
@@ -278,7 +279,7 @@ class MetaBroyden(LearnedSolver):
         return gather(state._replace(trail=()), index)._replace(trail=trail)
 
     def inverse(self, state: MetaBroydenState, index: Tensor) -> Any:
-        """What `transposed` needs of the rows `index`: gates, weights and secant pairs."""
+        """What `rmatvec` needs of the rows `index`: gates, weights and secant pairs."""
         state = self.gather(state, index)
         secants = self._pairs(state, self.layout.shape_like(state.gates.shape[2:]))
         if secants is None:
@@ -287,9 +288,9 @@ class MetaBroyden(LearnedSolver):
         pairs = (secants.residuals[:, :used], secants.moves[:, :used], secants.gram[:, :, :used, :used])
         return state.gates, state.direct, pairs if used else None
 
-    def transposed(self, w: Tensor, frozen: Any) -> Tensor:
+    def rmatvec(self, w: Tensor, inverse: Any) -> Tensor:
         """Bᵀw with B of the class's formula, for w (R, n)."""
-        gates, direct, pairs = frozen
+        gates, direct, pairs = inverse
         shape = self.layout.shape_like(gates.shape[2:])
         wc = self.layout.canonical(w, shape)
         learned = self.layout.parts(self.layout.flat(self.preconditioner.transpose(wc, gates)), shape)

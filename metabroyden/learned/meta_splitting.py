@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metabroyden.learned.base import is_warm, register
+from metabroyden.learned.base import is_warm
 from metabroyden.learned.meta_broyden import MetaBroyden, MetaBroydenConfig, MetaBroydenState
 from metabroyden.solution import State
-from metabroyden.solve import Phase
-from metabroyden.solvers.base import Step, check_number
+from metabroyden.solver import Phase, Step
+from metabroyden.solvers.base import check_number
+from metabroyden.solvers.registry import register
 from metabroyden.solvers.splitting import PeacemanRachford, resolved
 
 
@@ -60,11 +61,10 @@ class MetaSplitting(MetaBroyden):
 
     config_type = MetaSplittingConfig
     config: MetaSplittingConfig
-    parts = PeacemanRachford.parts
-    inverse: Any = None
-    transposed: Any = None
+    required_methods = PeacemanRachford.required_methods
+    has_inverse = False
 
-    def plan(self, solver: Any) -> list[Phase]:
+    def safeguarded(self) -> list[Phase]:
         """Learned steps, then Peaceman–Rachford's, which converge on every monotone cell."""
         return [self.config.safeguard.learned_phase(self), Phase(self.fallback()[0])]
 
@@ -81,14 +81,14 @@ class MetaSplitting(MetaBroyden):
         """As every learned solver's, with the u that belongs to z0: one use of `linear` where a sample of z0 is not zero."""
         if torch.is_grad_enabled() or not z0.any():
             return None
-        linear = problem.use(problem.part("linear"), z0)
+        linear = problem.evaluate_method(problem.method("linear"), z0)
         image = problem.elementwise("prox", linear)
-        problem.known(z0, image)
+        problem.record_residual(z0, image)
         return is_warm(z0, image), torch.lerp(z0, linear, self.config.alpha)
 
     def init(self, z: Tensor, g: Tensor, problem: Any) -> MetaSplittingState:  # type: ignore[override]
         """u = z, and the resolvent."""
-        return MetaSplittingState(z, None, None, problem.part("resolvent", self.config.alpha))
+        return MetaSplittingState(z, None, None, problem.method("resolvent", self.config.alpha))
 
     def step(self, z: Tensor, g: Tensor, state: MetaSplittingState, problem: Any) -> Step:  # type: ignore[override]
         """One learned step in u, (R, n), and one use of the resolvent there."""

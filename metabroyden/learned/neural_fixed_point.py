@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metabroyden.learned.base import LearnedConfig, LearnedSolver, register
+from metabroyden.learned.base import LearnedConfig, LearnedSolver
 from metabroyden.learned.lstm import SharedLSTM
 from metabroyden.learned.secants import Secants, SecantState
-from metabroyden.solvers.base import Step
+from metabroyden.solver import Step
+from metabroyden.solvers.registry import register
 
 FORMS = ("delta", "secant")
 

@@ -62,7 +62,7 @@ class LearnedInverse:
         """(D + P)r for r (R, n)."""
         return self._with_diagonal(self.solver.preconditioner, r, frozen)
 
-    def transpose(self, w: Tensor, frozen: Tensor) -> Tensor:
+    def rmatvec(self, w: Tensor, frozen: Tensor) -> Tensor:
         """(D + P)ᵀw for w (R, n)."""
         return self._with_diagonal(self.solver.preconditioner.transpose, w, frozen)
 

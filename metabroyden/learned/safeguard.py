@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from metabroyden.solve import Phase
+from metabroyden.solver import Phase
 from metabroyden.solvers.broyden import Broyden
 
 

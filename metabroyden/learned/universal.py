@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metabroyden.learned.base import LearnedConfig, LearnedSolver, register
+from metabroyden.learned.base import LearnedConfig, LearnedSolver
 from metabroyden.learned.layout import Layout
 from metabroyden.learned.lstm import SharedLSTM
 from metabroyden.learned.preconditioner import Preconditioner
 from metabroyden.learned.safeguard import BY_PROGRESS, Safeguard
-from metabroyden.solvers.base import Step
+from metabroyden.solver import Step
+from metabroyden.solvers.registry import register
 
 _LOOKS = (1e-6, 1e-2, 1e-1)  # ridges at which the share of g that the pairs explain is looked at
 _FEATURES = len(_LOOKS) + 9

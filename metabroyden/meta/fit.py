@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metabroyden.integrations.torchdeq import FixedPointMap
-from metabroyden.learned import ADJOINT, LEARNED, LEARNED_SPLITTING
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.layout import Layout
 from metabroyden.meta.comparison import UNTUNED, Comparison, by_sample, compare_solvers
@@ -38,9 +37,10 @@ from metabroyden.meta.tasks import TaskSet, count, rows, sampled
 from metabroyden.meta.trainer import MetaTrainer
 from metabroyden.shared import bare
 from metabroyden.solution import State
-from metabroyden.solve import check_parts
+from metabroyden.solve import check_methods
 from metabroyden.solvers.broyden import Broyden
 from metabroyden.solvers.classical import offers, splitting_solvers, tuned_solvers
+from metabroyden.solvers.registry import list_solvers, solver_types
 from metabroyden.solvers.splitting import PeacemanRachford
 from metabroyden.solvers.tuning import tune
 from metabroyden.state import Packing, check_context
@@ -62,9 +62,9 @@ def make_learned(
     context_channels: int = 0,
     **options: Any,
 ) -> Any:
-    """An untrained solver of this kind: a name in `LEARNED`, `LEARNED_SPLITTING`, `ADJOINT` or `ALIASES`, or ValueError."""
+    """An untrained solver: the registered learned one of this name, or a name in `ALIASES`; ValueError for others."""
     name = ALIASES.get(kind, kind)
-    known = LEARNED | LEARNED_SPLITTING | ADJOINT
+    known = solver_types(learned=True)
     if name not in known:
         raise ValueError(f"unknown learned solver {kind!r}: known are {', '.join(sorted({*known, *ALIASES}))}")
     cls = known[name]
@@ -133,7 +133,7 @@ def fit_solver(
             which saves an evaluation but must then be given to every solve. "auto": "input" where that has the state's
             extents and f is no torchdeq model. For solves without a context, f(z), and those of torchdeq, say
             "initial_value".
-        solver: "metabroyden", or another name in `LEARNED` or `LEARNED_SPLITTING`. On a cell that offers its parts, seen
+        solver: "metabroyden", or another of `list_solvers(learned=True, adjoint=False)`. On a cell that offers its parts,
             with its native context, a MetaBroyden steps on Peaceman–Rachford's map instead of f: see `MetaSplitting`.
         rtol: tolerance at which solvers are judged.
         steps: outer steps at most; None: 11,200 solver steps' worth. An unroll has half the steps that the best classical
@@ -161,7 +161,7 @@ def fit_solver(
         target = target._replace(z0=z0)
     _check_arguments(target, seconds, score)
     check_contexts(x_train, zeros=target.z0 is None)
-    if solver in ADJOINT:
+    if solver in list_solvers(adjoint=True):
         raise ValueError("the adjoint solver is for backward passes: fit_adjoint(cell, x_train) fits it")
     kind = ALIASES.get(solver, solver)
     ours = kind in ("meta-broyden", "meta-splitting")
@@ -209,7 +209,7 @@ def _fit(
     if kind == "meta-broyden" and options["conditioning"] == "input" and offers(f, PeacemanRachford):
         kind = "meta-splitting"
     if kind == "meta-splitting":
-        check_parts(f, PeacemanRachford())
+        check_methods(f, PeacemanRachford())
     known = _as_solved(f, *tasks.prepare(rows(tasks.split("validation"), slice(_room(where, TUNED_ON)))))
     budget = config.validation_nfe
     if score is not None:  # a score that cannot be used is refused before the training, not after it

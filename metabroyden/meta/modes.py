@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from metabroyden.solvers.base import Step
+from metabroyden.solver import SolverBase, Step
 
 
-class FeatureDetached:
+class FeatureDetached(SolverBase):
     """A learned solver whose features are constants of its parameters: ∂z⁺/∂z = I, and ∂u/∂(z, g) = 0 for its update u.
 
     The assumption of Andrychowicz et al. (2016), section 2 (edges from the gradients to the optimizer are dropped, those
@@ -37,7 +37,7 @@ class FeatureDetached:
         return step._replace(z=step.z + (z - fixed))
 
 
-class Checkpointed:
+class Checkpointed(SolverBase):
     """A solver whose steps keep their inputs alone and are computed once more in the backward pass."""
 
     def __init__(self, solver: Any) -> None:

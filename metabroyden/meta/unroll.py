@@ -15,6 +15,7 @@ from metabroyden.function import Given, GuardedFunction, part_of
 from metabroyden.meta.modes import Checkpointed, FeatureDetached
 from metabroyden.solution import State, relative, residual_norms
 from metabroyden.solve import begin as begin_solve
+from metabroyden.solver import as_solver
 from metabroyden.state import AugmentedContext, Packing, in_dtype_of
 
 BACKENDS = ("higher", "native")
@@ -89,24 +90,24 @@ class UnrolledProblem:
         """f(z) − z, (R, n)."""
         return self.evaluate(z) - z
 
-    def part(self, name: str, *settings: Any) -> Callable[..., State]:
-        """A part of f, or the map that it makes of some settings: as `Problem.part`."""
+    def method(self, name: str, *settings: Any) -> Callable[..., State]:
+        """A part of f, or the map that it makes of some settings: as `Problem.method`."""
         method = part_of(self.f, name)
         return method(*settings) if settings else method
 
-    def use(self, part: Callable[..., State], z: Tensor) -> Tensor:
+    def evaluate_method(self, part: Callable[..., State], z: Tensor) -> Tensor:
         """part(z, context) at z (R, n), packed."""
         return self._call(z, self._given, part)
 
     def elementwise(self, name: str, v: Tensor) -> Tensor:
         """The cell's elementwise method of this name at v (R, n)."""
-        return self._call(v, function=self.part(name))
+        return self._call(v, function=self.method(name))
 
     def image(self, z: Tensor, g: Tensor) -> Tensor:
         """f(z), (R, n), where g = f(z) − z is known."""
         return z + g
 
-    def known(self, z: Tensor, fz: Tensor) -> Tensor:
+    def record_residual(self, z: Tensor, fz: Tensor) -> Tensor:
         """g = f(z) − z at z (R, n) where f(z) is known."""
         return fz - z
 
@@ -149,7 +150,8 @@ def unroll(
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    if getattr(solver, "parts", ()) and (detach_features or checkpoint_steps or half):
+    solver = as_solver(solver)
+    if solver.required_methods and (detach_features or checkpoint_steps or half):
         raise ValueError(
             f"{type(solver).__name__} uses parts of f: no detach_features, checkpoint_steps or half, got "
             f"{detach_features}, {checkpoint_steps}, {half}"
@@ -171,7 +173,7 @@ class _Recorder:
         self.extra: list[Tensor] = []
         self.state: Any = None
 
-    def note(self, z: Tensor, residual: Tensor, state: Any = None) -> None:
+    def update(self, z: Tensor, residual: Tensor, state: Any = None) -> None:
         """An iterate, its relative residual (B,), and the solver's state after the step that led there."""
         self.residuals.append(residual)
         self.iterates.append(z)
@@ -189,14 +191,14 @@ def _unroll_native(solver: Any, problem: UnrolledProblem, steps: int, begin: Any
     recorder = _Recorder()
     z, state, g = _begun(solver, problem, begin)
     g, residual = problem.measure(z, g)
-    recorder.note(z, residual)
+    recorder.update(z, residual)
     if state is None:
         state = solver.init(z, g, problem)
     for _ in range(steps):
         step = solver.step(z, g, state, problem)
         z, state = step.z, step.state
         g, residual = problem.measure(z, step.g)
-        recorder.note(z, residual, state)
+        recorder.update(z, residual, state)
     return recorder.rollout()
 
 
@@ -234,7 +236,7 @@ def _unroll_higher(solver: Any, problem: UnrolledProblem, steps: int, begin: Any
         z, state, g = _begun(solver, problem, begin)
         net.update_params([z.requires_grad_()])
         z, g, residual = net(problem, g)
-        recorder.note(z, residual)
+        recorder.update(z, residual)
         # The solver is no optimizer setting (those are deep-copied) but an attribute of the inner loop.
         opt.solver, opt.problem = solver, problem
         opt.solver_state = solver.init(z, g, problem) if state is None else state
@@ -247,7 +249,7 @@ def _unroll_higher(solver: Any, problem: UnrolledProblem, steps: int, begin: Any
             # A loss that does not touch f: the optimizer's "gradient" is the live residual, with its graph.
             opt.step(z.sum(), grad_callback=negative_residual)
             z, g, residual = net(problem, opt.known)
-            recorder.note(z, residual, opt.solver_state)
+            recorder.update(z, residual, opt.solver_state)
         return recorder.rollout()
 
 

@@ -1,16 +1,14 @@
-"""Classical solvers, one algorithm a file, and the protocol that learned ones satisfy too."""
+"""Classical solvers, one algorithm a file, and the registry of all solvers."""
 
+from metabroyden.solver import SolverBase, Step
 from metabroyden.solvers.anderson import Anderson
-from metabroyden.solvers.base import Solver, Step
 from metabroyden.solvers.broyden import Broyden, InverseJacobian
 from metabroyden.solvers.newton import Newton
 from metabroyden.solvers.picard import Picard
-from metabroyden.solvers.registry import SOLVERS, SPLITTING, make_solver
+from metabroyden.solvers.registry import get_solver, import_all, list_solvers
 from metabroyden.solvers.splitting import ForwardBackward, PeacemanRachford
 
 __all__ = [
-    "SOLVERS",
-    "SPLITTING",
     "Anderson",
     "Broyden",
     "ForwardBackward",
@@ -18,7 +16,10 @@ __all__ = [
     "Newton",
     "PeacemanRachford",
     "Picard",
-    "Solver",
+    "SolverBase",
     "Step",
-    "make_solver",
+    "get_solver",
+    "list_solvers",
 ]
+
+import_all(__name__, __path__)

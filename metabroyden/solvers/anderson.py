@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from metabroyden.problem import Problem
+from metabroyden.solver import SolverBase, Step
 from metabroyden.solvers.base import (
-    ClassicalSolver,
-    Step,
     check_number,
     combine,
     first_scale,
@@ -36,7 +35,7 @@ class AndersonState(NamedTuple):
 
 @register("anderson")
 @dataclass(frozen=True)
-class Anderson(ClassicalSolver):
+class Anderson(SolverBase):
     """z⁺ = z + βg − (ΔZ + βΔG)γ with γ = argmin ‖g − ΔGγ‖² + ridge·Σ(‖Δgᵢ‖γᵢ)².
 
     The type-II form of Anderson (1965) as in Walker & Ni, SIAM J. Numer. Anal. 49 (2011), eq. 2.7. The ridge is relative

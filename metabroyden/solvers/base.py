@@ -1,66 +1,16 @@
-"""The solver protocol. A solver is a frozen config; its state travels in and out of `step` as a NamedTuple.
-
-State fields are tensors with the rows first (so that the driver can gather them) or plain ints common to all rows.
-R rows, n coordinates; g = f(z) − z throughout.
-"""
+"""What the classical solvers share: ring buffers, the scale of a first step, checks of their options."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from metabroyden.problem import Problem
 
 GROWTH = 3.0
 """Factor by which the first full step must make ‖g‖ grow before a quasi-Newton method changes its scale."""
 ALIGNED = (0.5, 0.9)
 """Cosines between −Δg, or Δg, and Δz from which the scale is trusted: to shorten a step takes less than to turn it round."""
-
-
-class Step(NamedTuple):
-    """What a step returns: the next iterate (R, n), the solver's state, and g at z where the step evaluated it."""
-
-    z: Tensor
-    state: Any
-    g: Tensor | None = None
-
-
-@runtime_checkable
-class Solver(Protocol):
-    """What `solve` asks of a solver. A step must not change z or g in place. Optional attributes:
-
-    - `min_nfe`: evaluations a step needs (1);
-    - `gather(state, index)`: the rows of its state (default: of every tensor in it);
-    - `fixed_cost`: whether a step costs a number of evaluations known beforehand (True);
-    - `parts`: names of methods that f must have beside being callable, for `Problem.part` and `Problem.elementwise` (none);
-    - `safeguard`: an object whose `plan(solver)` lists the phases of a safeguarded solve.
-    """
-
-    def start(self, z0: Tensor, problem: Problem) -> Tensor | Step:
-        """The first iterate, (R, n); a learned initializer. z0 itself for most classical solvers.
-
-        Or a first step, which has evaluated its iterate, so that its g is known: `init` is not called then. It counts among
-        a solve's evaluations, not among its steps.
-        """
-        ...
-
-    def init(self, z: Tensor, g: Tensor, problem: Problem) -> Any:
-        """The state before the first step, z and g of shape (R, n)."""
-        ...
-
-    def step(self, z: Tensor, g: Tensor, state: Any, problem: Problem) -> Step:
-        """The next iterate from z and its residual g."""
-        ...
-
-
-class ClassicalSolver:
-    """A solver without a learned start: it begins at z0."""
-
-    def start(self, z0: Tensor, problem: Problem) -> Tensor | Step:
-        """z0 itself."""
-        return z0
 
 
 def ring_size(memory: int, problem: Any) -> int:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from metabroyden.problem import Problem
+from metabroyden.solver import SolverBase, Step
 from metabroyden.solvers.base import (
-    ClassicalSolver,
-    Step,
     check_number,
     combine,
     first_scale,
@@ -43,7 +42,7 @@ class InverseJacobian(Protocol):
         """P r for r (R, n)."""
         ...
 
-    def transpose(self, w: Tensor, frozen: Any) -> Tensor:
+    def rmatvec(self, w: Tensor, frozen: Any) -> Tensor:
         """Pᵀw for w (R, n); asked for only where B is transposed."""
         ...
 
@@ -70,7 +69,7 @@ class BroydenState(NamedTuple):
 
 @register("broyden")
 @dataclass(frozen=True)
-class Broyden(ClassicalSolver):
+class Broyden(SolverBase):
     """z⁺ = z − damping·B g, where B approximates the inverse Jacobian of g, from B₀ = −(I + P) on, by rank-one updates.
 
     Both of Broyden (1965), with s = Δz, y = Δg:
@@ -106,6 +105,7 @@ class Broyden(ClassicalSolver):
     guard: float = 1e-2
     initial: InverseJacobian | None = None
     rescale: bool = True
+    has_inverse = True
 
     def __post_init__(self) -> None:
         check_number("Broyden", "memory", self.memory, 0, 10_000, whole=True)
@@ -119,7 +119,7 @@ class Broyden(ClassicalSolver):
             raise ValueError(f"Broyden: rescale must be True or False, got {self.rescale!r}")
 
     @property
-    def fixed_cost(self) -> bool:
+    def fixed_cost(self) -> bool:  # type: ignore[override]
         """Whether a step costs a number of evaluations known beforehand."""
         return not self.line_search
 
@@ -232,15 +232,15 @@ class Broyden(ClassicalSolver):
         return torch.where(sound, torch.addcmul(h, new, ahead), b)
 
     def inverse(self, state: BroydenState, index: Tensor) -> tuple[Any, ...]:
-        """What `transposed` needs of the rows `index`."""
+        """What `rmatvec` needs of the rows `index`."""
         used = self._used(state)
         v, u, alive = (part[:, :used].index_select(0, index) for part in (state.v, state.u, state.alive))
         mix = state.mix[:, :used, :used].index_select(0, index) if self.kind == "good" else None
         scale = None if state.scale is None else state.scale.index_select(0, index)
         return v, u, mix, alive, scale, None if state.frozen is None else gather(state.frozen, index)
 
-    def transposed(self, w: Tensor, inverse: tuple[Any, ...]) -> Tensor:
-        """Bᵀw for w (R, n), with what `inverse` gave; AttributeError where B₀ has no transpose."""
+    def rmatvec(self, w: Tensor, inverse: tuple[Any, ...]) -> Tensor:
+        """Bᵀw for w (R, n), with what `inverse` gave; AttributeError where B₀ has no `rmatvec`."""
         v, u, mix, alive, scale, frozen = inverse
         outer = torch.zeros_like(w)
         if v.shape[1]:
@@ -251,7 +251,7 @@ class Broyden(ClassicalSolver):
         if scale is not None:
             initial = inner * scale
         else:
-            initial = -inner if self.initial is None else -(inner + self.initial.transpose(inner, frozen))
+            initial = -inner if self.initial is None else -(inner + self.initial.rmatvec(inner, frozen))
         return initial + outer if mix is None else initial
 
     @staticmethod

@@ -62,4 +62,4 @@ def splitting_solvers(
 
 def offers(f: Any, solver: Any) -> bool:
     """Whether f has the methods that a solver (or a class of them) uses beside it."""
-    return all(method_of(f, name) is not None for name in solver.parts)
+    return all(method_of(f, name) is not None for name in solver.required_methods)

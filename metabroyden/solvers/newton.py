@@ -10,13 +10,14 @@ from torch import Tensor
 
 from metabroyden.evaluator import to_host
 from metabroyden.problem import Problem
-from metabroyden.solvers.base import ClassicalSolver, Step, check_number
+from metabroyden.solver import SolverBase, Step
+from metabroyden.solvers.base import check_number
 from metabroyden.solvers.registry import register
 
 
 @register("newton")
 @dataclass(frozen=True)
-class Newton(ClassicalSolver):
+class Newton(SolverBase):
     """z⁺ = z + damping·s with (I − J)s = g, J the Jacobian of f at z. Every product with J counts as one evaluation of f.
 
     States of n ≤ `krylov` coordinates: J column by column, n products, and an LU factorisation; exact. Larger ones, and

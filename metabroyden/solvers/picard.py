@@ -11,14 +11,15 @@ from torch import Tensor
 
 from metabroyden.problem import Problem
 from metabroyden.solution import State
-from metabroyden.solvers.base import ClassicalSolver, Step, check_number
+from metabroyden.solver import SolverBase, Step
+from metabroyden.solvers.base import check_number
 from metabroyden.solvers.registry import register
 from metabroyden.solvers.tuning import tune
 
 
 @register("picard")
 @dataclass(frozen=True)
-class Picard(ClassicalSolver):
+class Picard(SolverBase):
     """z⁺ = z + damping·g. With damping 1 this is z⁺ = f(z).
 
     Converges linearly where the spectral radius of I + damping·(J − I) is below one. For a symmetric J with eigenvalues in

@@ -1,47 +1,85 @@
-"""The classical solvers by name. Contract tests, experiments and checkpoints iterate over it."""
+"""All solvers by name: classical and learned ones, and those of adjoint systems."""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-C = TypeVar("C", bound=type)
-SOLVERS: dict[str, type] = {}
-"""Solvers of any f."""
-SPLITTING: dict[str, type] = {}
-"""Solvers that use parts of f, and work for cells that have them only."""
+from metabroyden.solver import SolverBase
+
+C = TypeVar("C", bound=type[SolverBase])
+_REGISTRY: dict[str, type[SolverBase]] = {}
 
 
 def register(name: str) -> Callable[[C], C]:
-    """Class decorator: makes a solver known under a name, in `SOLVERS` or, if it names `parts` of f, in `SPLITTING`."""
+    """Class decorator: makes a solver known to `get_solver` under a name; ValueError where that is taken."""
 
     def add(cls: C) -> C:
-        known = SOLVERS | SPLITTING
-        if name in known:
-            raise ValueError(f"a solver named {name!r} is registered already: {known[name].__name__}")
-        (SPLITTING if getattr(cls, "parts", ()) else SOLVERS)[name] = cls
+        if name in _REGISTRY:
+            raise ValueError(f"a solver named {name!r} is registered already: {_REGISTRY[name].__name__}")
+        _REGISTRY[name] = cls
         return cls
 
     return add
 
 
-def name_of(solver: Any) -> str | None:
-    """The registered name of a classical solver; None for anything else.
+def import_all(package: str, folders: list[str]) -> None:
+    """Import the modules of a package, so that the solvers in them are registered."""
+    for module in pkgutil.iter_modules(folders):
+        importlib.import_module(f"{package}.{module.name}")
 
-    >>> name_of(make_solver("picard"))
-    'picard'
+
+def solver_types(
+    *, learned: bool | None = None, splitting: bool | None = None, adjoint: bool | None = None
+) -> dict[str, Any]:
+    """Classes of registered solvers by name; the filters are those of `list_solvers`."""
+
+    def chosen(cls: type[SolverBase]) -> bool:
+        facts = (learned, cls.is_learned), (splitting, bool(cls.required_methods)), (adjoint, cls.homogeneous)
+        return all(wanted in (None, fact) for wanted, fact in facts)
+
+    return {name: cls for name, cls in _REGISTRY.items() if chosen(cls)}
+
+
+def list_solvers(
+    *, learned: bool | None = None, splitting: bool | None = None, adjoint: bool | None = None
+) -> list[str]:
+    """Names of the registered solvers, in alphabetical order.
+
+    Args:
+        learned: True for learned solvers only, False for classical ones only.
+        splitting: likewise for solvers that use methods of the cell beside f itself.
+        adjoint: likewise for learned solvers of the adjoint systems of a backward pass.
+
+    Returns:
+        The names that `get_solver` takes.
+
+    >>> list_solvers(learned=False, splitting=False)
+    ['anderson', 'broyden', 'newton', 'picard']
     """
-    return next((name for name, cls in (SOLVERS | SPLITTING).items() if cls is type(solver)), None)
+    return sorted(solver_types(learned=learned, splitting=splitting, adjoint=adjoint))
 
 
-def make_solver(name: str, **options: Any) -> Any:
-    """The registered classical solver of this name with these options.
+def get_solver(name: str, **options: Any) -> Any:
+    """The registered solver of this name with these options; a learned one is untrained.
 
-    >>> make_solver("picard", damping=0.5)
+    ValueError for an unknown name, which lists the known ones.
+
+    >>> get_solver("picard", damping=0.5)
     Picard(damping=0.5)
     """
-    known = SOLVERS | SPLITTING
-    if name not in known:
-        words = ", ".join(sorted(SOLVERS)), ", ".join(sorted(SPLITTING))
+    if name not in _REGISTRY:
+        words = ", ".join(list_solvers(splitting=False)), ", ".join(list_solvers(splitting=True))
         raise ValueError(f"unknown solver {name!r}: known are {words[0]}; for cells that offer their parts: {words[1]}")
-    return known[name](**options)
+    return _REGISTRY[name].of_options(**options)
+
+
+def name_of(solver: Any) -> str | None:
+    """The registered name of a solver's class; None for anything else, subclasses of registered classes too.
+
+    >>> name_of(get_solver("picard"))
+    'picard'
+    """
+    return next((name for name, cls in _REGISTRY.items() if cls is type(solver)), None)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from metabroyden.problem import Problem
 from metabroyden.solution import State
-from metabroyden.solvers.base import ClassicalSolver, Step, check_number
+from metabroyden.solver import SolverBase, Step
+from metabroyden.solvers.base import check_number
 from metabroyden.solvers.registry import register
 from metabroyden.solvers.tuning import tune
 
@@ -33,7 +34,7 @@ class ForwardBackwardState(NamedTuple):
 
 @register("forward-backward")
 @dataclass(frozen=True)
-class ForwardBackward(ClassicalSolver):
+class ForwardBackward(SolverBase):
     """z⁺ = prox(z − α(z − (Wz + x))).
 
     Where I − W is strongly monotone with constant m it converges for 0 < α < 2m / ‖I − W‖₂², linearly; larger α often do
@@ -45,7 +46,7 @@ class ForwardBackward(ClassicalSolver):
     """
 
     alpha: float = 0.5
-    parts = ("linear", "prox")
+    required_methods = ("linear", "prox")
 
     def __post_init__(self) -> None:
         check_number("ForwardBackward", "alpha", self.alpha, 0, 10)
@@ -71,8 +72,8 @@ class ForwardBackward(ClassicalSolver):
             z = torch.add(z, g, alpha=self.alpha)
         else:
             z = problem.elementwise("prox", torch.lerp(z, state.linear, self.alpha))
-        linear = problem.use(problem.part("linear"), z)
-        g = problem.known(z, problem.elementwise("prox", linear))
+        linear = problem.evaluate_method(problem.method("linear"), z)
+        g = problem.record_residual(z, problem.elementwise("prox", linear))
         return Step(z, ForwardBackwardState(linear), g)
 
 
@@ -85,7 +86,7 @@ class PeacemanRachfordState(NamedTuple):
 
 @register("peaceman-rachford")
 @dataclass(frozen=True)
-class PeacemanRachford(ClassicalSolver):
+class PeacemanRachford(SolverBase):
     """u' = 2 prox(u) − u, z⁺ = V(u' + αx), u⁺ = 2z⁺ − u'; the iterate reported is z⁺.
 
     Converges for every α > 0 where I − W is strongly monotone. From z₀ = 0 it begins at u = 0, and nothing of f(0) is
@@ -98,7 +99,7 @@ class PeacemanRachford(ClassicalSolver):
     """
 
     alpha: float = 1.0
-    parts = ("linear", "prox", "resolvent")
+    required_methods = ("linear", "prox", "resolvent")
 
     def __post_init__(self) -> None:
         check_number("PeacemanRachford", "alpha", self.alpha, 0, 1000)
@@ -113,13 +114,13 @@ class PeacemanRachford(ClassicalSolver):
         state = self.init(z0, z0, problem)
         if not z0.any():
             return self.step(z0, z0, state, problem)
-        linear = problem.use(problem.part("linear"), z0)
-        g = problem.known(z0, problem.elementwise("prox", linear))
+        linear = problem.evaluate_method(problem.method("linear"), z0)
+        g = problem.record_residual(z0, problem.elementwise("prox", linear))
         return Step(z0, state._replace(u=torch.lerp(z0, linear, self.alpha)), g)
 
     def init(self, z: Tensor, g: Tensor, problem: Problem) -> PeacemanRachfordState:
         """u = z, and the resolvent."""
-        return PeacemanRachfordState(z, problem.part("resolvent", self.alpha))
+        return PeacemanRachfordState(z, problem.method("resolvent", self.alpha))
 
     def step(self, z: Tensor, g: Tensor, state: PeacemanRachfordState, problem: Problem) -> Step:
         """One step and its residual, for one use of the resolvent."""
@@ -133,9 +134,9 @@ def resolved(u: Tensor, resolvent: Callable[..., State], alpha: float, problem: 
     As that makes (1 + α)z − αWz = u' + αx, it gives Wz + x = ((1 + α)z − u') / α and with it f(z) at no further cost.
     """
     reflected = 2 * problem.elementwise("prox", u) - u
-    z = problem.use(resolvent, reflected)
+    z = problem.evaluate_method(resolvent, reflected)
     linear = z + (z - reflected) / alpha
-    return z, problem.known(z, problem.elementwise("prox", linear)), 2 * z - reflected
+    return z, problem.record_residual(z, problem.elementwise("prox", linear)), 2 * z - reflected
 
 
 def _tuned(

@@ -16,7 +16,7 @@ from experiments.legacy.provenance import write_results
 from metabroyden.learned.layout import Layout
 from metabroyden.learned.safeguard import Safeguard
 from metabroyden.meta.fit import make_learned
-from metabroyden.solve import Phase
+from metabroyden.solver import Phase
 from metabroyden.solvers.tuning import tune
 from metabroyden.zoo.testbed.cells import blas
 from tests.conftest import tanh

@@ -41,7 +41,7 @@ def test_digits_resumes_after_an_interruption_and_writes_what_it_promises(tmp_pa
     original = MetaTrainer.run
 
     def interrupted(self, progress=None, until=None):
-        if self.solver.kind == "coordinatewise":
+        if isinstance(self.solver, mb.CoordinatewiseLSTM):
             raise KeyboardInterrupt
         return original(self, progress, until)
 

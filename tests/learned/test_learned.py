@@ -9,7 +9,7 @@ import torch
 
 import metabroyden as mb
 from metabroyden.deq import initial_state
-from metabroyden.learned import LEARNED, GroupedConfig, LearnedConfig, Safeguard
+from metabroyden.learned import GroupedConfig, LearnedConfig, Safeguard
 from metabroyden.learned.layout import Layout, Mixer, guess_layout
 from metabroyden.learned.secants import Secants
 from metabroyden.meta.defaults import dilations, gated_steps
@@ -40,6 +40,7 @@ def problem_of(kind: str, batch: int = 5, gain: float = 0.7, dtype: torch.dtype 
 
 
 BY_LSTM = "meta-broyden by LSTM"
+LEARNED = mb.list_solvers(learned=True, splitting=False, adjoint=False)
 EVERY = [*LEARNED, BY_LSTM]
 CASES = [(name, kind) for name in EVERY for kind in SHAPES]
 
@@ -83,9 +84,8 @@ class Poison(torch.nn.Module):
     def __init__(self, safeguard: Safeguard) -> None:
         super().__init__()
         self.fallback_plan = safeguard
-        self.safeguard = self
 
-    def plan(self, solver):
+    def phases(self):
         return self.fallback_plan.phases(self)
 
     def start(self, z0, problem):
@@ -235,13 +235,13 @@ def test_what_metabroyden_hands_over_is_the_inverse_that_it_stepped_with(kind, n
         shape = layout.shape
         context = layout.canonical(w, layout.shape) if kind != "ntc" else w.view(2, *layout.shape)
 
-    (phase, *_) = (phase for phase in solver.plan(solver) if isinstance(phase.solver, mb.Broyden))
+    (phase, *_) = (phase for phase in solver.phases() if isinstance(phase.solver, mb.Broyden))
     inverse = phase.solver.initial
     frozen = inverse.init(z, g, Problem())
     with torch.no_grad():
         moved = solver.step(z, g, solver.init(z, g, Problem()), Problem())[0]
     torch.testing.assert_close(z + g + inverse.apply(g, frozen), moved)
-    torch.testing.assert_close((inverse.apply(g, frozen) * w).sum(), (g * inverse.transpose(w, frozen)).sum())
+    torch.testing.assert_close((inverse.apply(g, frozen) * w).sum(), (g * inverse.rmatvec(w, frozen)).sum())
 
 
 def test_the_learned_inverse_jacobian_is_linear_in_the_residual():
@@ -386,7 +386,7 @@ def test_the_transposed_inverse_is_that_of_the_step(kind, steps, name):
             known, rest = solver.secants.explain(v, solver._pairs(state, layout.shape), layout.shape)
             return known + solver._initial_inverse(rest, state, layout.shape)
 
-        left, right = (b(one) * other).sum(1), (one * solver.transposed(other, frozen)).sum(1)
+        left, right = (b(one) * other).sum(1), (one * solver.rmatvec(other, frozen)).sum(1)
         torch.testing.assert_close(left, right, rtol=1e-8, atol=1e-10)
         if steps == 7:  # and b is what the step does: z⁺ = z − Bg
             noted = solver.secants.note(z, g, state.secants, layout.shape)
@@ -636,7 +636,7 @@ def test_a_solve_that_ends_in_its_gated_steps_leaves_as_many_pairs_as_its_memory
 
     _, _, state, _ = walked(solver.requires_grad_(False), recorded, z0, x, 6)
     w = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(8))
-    back = solver.transposed(w, solver.inverse(state, torch.arange(len(x))))
+    back = solver.rmatvec(w, solver.inverse(state, torch.arange(len(x))))
     z, g = torch.stack(points[:6]), torch.stack(images[:6]) - torch.stack(points[:6])  # up to where the last step began
     for k in (3, 4, 5):  # Bᵀw·Δg = w·Δz, as BΔg = Δz
         torch.testing.assert_close(

@@ -203,7 +203,7 @@ def test_a_learned_start_for_peaceman_rachford_costs_it_nothing():
     classical = mb.PeacemanRachford(0.5)
     options = {"conditioning": "input", "context_channels": 12, "safeguard": None}
     started = make_learned("started", layout, classical=classical, **options).double().eval()
-    assert started.parts == classical.parts
+    assert started.required_methods == classical.required_methods
     ours, theirs = (mb.solve(cell, zeros(x), x, solver=one, rtol=1e-6, max_nfe=200) for one in (started, classical))
     torch.testing.assert_close(ours.nfe, theirs.nfe)
     with pytest.raises(ValueError, match="uses parts of it"):

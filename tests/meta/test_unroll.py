@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import metabroyden as mb
-from metabroyden.learned import LEARNED
 from metabroyden.learned.layout import Layout
 from metabroyden.meta.backprop import differentiate, equilibria
 from metabroyden.meta.config import MetaConfig
@@ -17,6 +16,8 @@ from metabroyden.meta.fit import make_learned
 from metabroyden.meta.objectives import CountObjective, DistanceObjective, HyperObjective, ResidualObjective
 from metabroyden.meta.unroll import Rollout, unroll
 from tests.conftest import tanh
+
+LEARNED = mb.list_solvers(learned=True, splitting=False, adjoint=False)
 
 
 def trained_a_little(name: str, context: str = "initial_value"):
@@ -64,7 +65,7 @@ def gradients(solver, loss):
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(solver.parameters()))])
 
 
-@pytest.mark.parametrize("name", sorted(LEARNED))
+@pytest.mark.parametrize("name", LEARNED)
 @pytest.mark.parametrize("context", ["initial_value", "input"])
 def test_higher_and_native_and_a_handwritten_unroll_agree(name, context):
     solver = trained_a_little(name, context)
@@ -192,7 +193,7 @@ def test_equilibria_are_packed_fixed_points():
 
 
 @pytest.mark.parametrize("backend", ["higher", "native"])
-@pytest.mark.parametrize("name", sorted(LEARNED))
+@pytest.mark.parametrize("name", LEARNED)
 def test_truncated_backpropagation_follows_the_same_solve_and_is_cut_between_segments(name, backend):
     solver = trained_a_little(name)
     problem = tanh(batch=3, n=6, gain=0.8)

@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from metabroyden.learned import LEARNED
 from metabroyden.meta import MetaConfig, TaskSet
 from metabroyden.meta.draws import generator, training_batch, unroll_length
 from metabroyden.meta.objectives import ResidualObjective
 from metabroyden.meta.unroll import UnrolledProblem, unroll
 from tests.conftest import tanh
-from tests.meta.test_unroll import gradients, trained_a_little
+from tests.meta.test_unroll import LEARNED, gradients, trained_a_little
 
 PROBLEM = tanh(batch=3, n=6, gain=1.1)
 
@@ -64,7 +63,7 @@ def test_detached_features_give_the_gradient_of_updates_that_see_constants(name)
 
 
 @pytest.mark.parametrize("backend", ["higher", "native"])
-@pytest.mark.parametrize("name", sorted(LEARNED))
+@pytest.mark.parametrize("name", LEARNED)
 def test_checkpointed_steps_have_the_same_gradients(name, backend):
     solver = trained_a_little(name)
     for detached in (False, True):
@@ -94,7 +93,7 @@ def test_checkpointed_steps_keep_less_for_the_backward_pass(backend):
     assert growth[1] < 0.25 * growth[0]
 
 
-@pytest.mark.parametrize("name", sorted(LEARNED))
+@pytest.mark.parametrize("name", LEARNED)
 def test_f_in_bfloat16_leaves_iterates_and_residuals_in_float32(name):
     solver, seen = trained_a_little(name).float(), set()
     weight = torch.randn(6, 6, generator=torch.Generator().manual_seed(2)) / 4

@@ -304,8 +304,8 @@ def test_the_inverse_jacobian_that_is_left_is_the_one_of_the_last_step(kind, mem
     solution = mb.solve(numbered(f), z0, x, solver=solver, rtol=1e-6, max_nfe=15, throw=False, keep_inverse=True)
     assert solution.inverse.known == 4  # sample 0 made no step
     w = torch.randn(5, SIZE, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
-    found = solution.inverse.transpose(w)
-    some = solution.inverse.transpose(w[[4, 2]], torch.tensor([4, 2]))
+    found = solution.inverse.rmatvec(w)
+    some = solution.inverse.rmatvec(w[[4, 2]], torch.tensor([4, 2]))
     torch.testing.assert_close(some, found[[4, 2]])
     torch.testing.assert_close(found[0], -w[0])
     for sample in range(1, 5):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import metabroyden as mb
 from metabroyden.deq import initial_state
 from metabroyden.gradients.base import parts_of
-from metabroyden.solvers.registry import SPLITTING, register
+from metabroyden.solvers.registry import register, solver_types
 from metabroyden.state import Packing
 from metabroyden.zoo.models import (
     DenseCell,
@@ -362,15 +362,15 @@ def test_cells_and_solvers_refuse_bad_settings():
 
 
 def test_splitting_solvers_are_known_by_name_apart_from_those_of_any_f(tmp_path):
-    assert {"forward-backward": mb.ForwardBackward, "peaceman-rachford": mb.PeacemanRachford} == SPLITTING
-    assert not set(SPLITTING) & set(mb.SOLVERS)
-    for name in SPLITTING:
-        solver = mb.make_solver(name, alpha=0.3)
+    found = solver_types(learned=False, splitting=True)
+    assert found == {"forward-backward": mb.ForwardBackward, "peaceman-rachford": mb.PeacemanRachford}
+    for name in found:
+        solver = mb.get_solver(name, alpha=0.3)
         assert mb.load_solver(mb.save_solver(solver, tmp_path / "solver.safetensors")) == solver
         with pytest.raises(ValueError, match="is registered already"):
             register(name)(mb.Picard)
     with pytest.raises(ValueError, match="for cells that offer their parts: forward-backward, peaceman-rachford"):
-        mb.make_solver("douglas-rachford")
+        mb.get_solver("douglas-rachford")
 
 
 @pytest.mark.parametrize("structure", ["dense", "conv", "multi-tier"])

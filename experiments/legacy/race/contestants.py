@@ -62,7 +62,7 @@ def classical(validation: HeldOut, budget: int, *, splitting: bool) -> list[Cont
 def started(learned: Contestant, known: list[Contestant]) -> list[Contestant]:
     """The tuned Picard, Anderson and Broyden from the start of a learned solver, where it has one that makes states."""
     solver = learned.solver
-    if getattr(solver, "initializer", None) is None or solver.parts:
+    if getattr(solver, "initializer", None) is None or solver.required_methods:
         return []
     return [
         Contestant(

@@ -246,7 +246,7 @@ class FamilyUnit(OnFamily):
         timed: list[tuple[Contestant, int, bool]] = []
         depths = [k for k in DEPTHS if k <= self.settings.budget]
         for one in everyone:
-            if one.peer or getattr(one.solver, "min_nfe", 1) > 1:  # no state after every evaluation
+            if one.peer or one.solver.min_nfe > 1:  # no state after every evaluation
                 continue
             scores = equilibria.depth_rows(self.name, held, solver=one.solver, depths=depths)
             for row in scores:
