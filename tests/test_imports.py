@@ -30,9 +30,10 @@ LAYERS = [
     ["checkpoint", "described", "resume"],
     ["gradients"],
     ["deq"],
+    ["compare"],
     ["convert"],
-    ["integrations"],
     ["meta"],
+    ["integrations"],
     ["zoo"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

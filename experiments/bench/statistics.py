@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.bench.runner import Row
-from metabroyden.meta.comparison import standard_error
+from metabroyden.compare import standard_error
 
 RESAMPLES = 4000
 HEADLINE = 12

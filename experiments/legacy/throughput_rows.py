@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from experiments.legacy.equilibria import Row
 from experiments.legacy.metrics import bits_of, short
 from experiments.legacy.model_scores import EXACT, solved_to
+from metabroyden.compare import Comparison, SolverResult
 from metabroyden.deq import initial_state
 from metabroyden.fixed import FixedBudget
-from metabroyden.meta.comparison import Comparison, SolverResult
 from metabroyden.nn.pin import pin
 from metabroyden.solution import Solution, State
 from metabroyden.solvers import Broyden

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metabroyden.meta.target import ADAPTERS, ModelMap
 from metabroyden.solution import Solution, Status
 from metabroyden.solve import check_options, solve
 from metabroyden.state import Packing
@@ -118,7 +119,7 @@ def register(
     return drop_in
 
 
-class FixedPointMap(nn.Module):
+class FixedPointMap(ModelMap):
     """f(z, x) of the DEQ inside an unmodified torchdeq model, x being rows of the model's raw inputs.
 
     The model runs on x, in evaluation mode and without gradients, up to the moment its DEQ calls the forward solver; the
@@ -190,6 +191,9 @@ def holds_deq(f: Any) -> bool:
     if core is None or not isinstance(f, nn.Module) or isinstance(f, FixedPointMap):
         return False
     return any(isinstance(module, core.DEQBase) for module in f.modules())
+
+
+ADAPTERS.append(lambda f: FixedPointMap(f) if holds_deq(f) else None)
 
 
 class _Captured(BaseException):

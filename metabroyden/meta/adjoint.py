@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from metabroyden.deq import initial_state
 from metabroyden.gradients.implicit import pull
-from metabroyden.integrations.torchdeq import FixedPointMap
 from metabroyden.learned import AdjointLSTM
 from metabroyden.learned.fingerprint import fingerprint, module_of
 from metabroyden.learned.layout import Layout, guess_layout
 from metabroyden.meta.config import MetaConfig
 from metabroyden.meta.fit import check_contexts, make_learned, refuse_inference
 from metabroyden.meta.progress import progress_bar
-from metabroyden.meta.target import check_start, resting, target_of
+from metabroyden.meta.target import ModelMap, check_start, resting, target_of
 from metabroyden.meta.tasks import TaskSet
 from metabroyden.meta.trainer import MetaTrainer, mean_evaluations
 from metabroyden.shared import bare
@@ -146,7 +145,7 @@ def _fit(
     config = MetaConfig(steps=steps, unroll=unroll, seed=seed, validation_rtol=rtol, backend="native")
     with progress_bar("meta-training the adjoint", steps, show=progress) as report:
         MetaTrainer(learned, tasks, config).run(report)
-    learned.fingerprint = fingerprint(cell.model if isinstance(cell, FixedPointMap) else cell)
+    learned.fingerprint = fingerprint(cell.model if isinstance(cell, ModelMap) else cell)
     learned.summary["held_out"] = _held_out(learned, tasks, config)
     system.forget()
     return learned

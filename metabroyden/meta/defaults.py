@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from metabroyden.deprecated import WORDS, current
-from metabroyden.integrations.torchdeq import FixedPointMap
 from metabroyden.learned.layout import KINDS, Layout, guess_layout, packed_layout
+from metabroyden.meta.target import ModelMap
 from metabroyden.meta.tasks import TaskSet
 from metabroyden.solution import State
 from metabroyden.solvers.tuning import tune
@@ -76,14 +76,14 @@ def context_options(f: Callable[..., State], layout: Layout, z: State, x: Any, c
     first = z if isinstance(z, Tensor) else z[0]
     seen = x[0] if isinstance(x, tuple) and x else x
     alike = isinstance(seen, Tensor) and (seen.dtype, seen.device) == (first.dtype, first.device)
-    channels = layout.context_channels(x, layout.shape) if alike and not isinstance(f, FixedPointMap) else 0
+    channels = layout.context_channels(x, layout.shape) if alike and not isinstance(f, ModelMap) else 0
     if channels:
         return {"conditioning": "input", "context_channels": channels}
     if conditioning == "auto":
         return {"conditioning": "initial_value"}
     why = (
         "a torchdeq model solves a closure, with no context to see"
-        if isinstance(f, FixedPointMap)
+        if isinstance(f, ModelMap)
         else f"x must be a tensor like the state, {first.dtype} of layout {layout.kind!r} and shape {layout.shape} but for "
         f"its channels, or a tuple that begins with one; got {_described(seen)}"
     )

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metabroyden.integrations.torchdeq import FixedPointMap
+from metabroyden.compare import UNTUNED, Comparison, by_sample, compare_solvers
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.layout import Layout
-from metabroyden.meta.comparison import UNTUNED, Comparison, by_sample, compare_solvers
 from metabroyden.meta.config import MetaConfig
 from metabroyden.meta.defaults import (
     LOOK,
@@ -32,7 +31,7 @@ from metabroyden.meta.defaults import (
     state_layout,
 )
 from metabroyden.meta.progress import progress_bar
-from metabroyden.meta.target import Target, check_start, target_of
+from metabroyden.meta.target import ModelMap, Target, check_start, target_of
 from metabroyden.meta.tasks import TaskSet, count, rows, sampled
 from metabroyden.meta.trainer import MetaTrainer
 from metabroyden.shared import bare
@@ -120,7 +119,7 @@ def fit_solver(
     Args:
         f: z⁺ = f(z, x), batch first, differentiable; a module's parameters are left as they are. Or a `DEQ`, which stands
             for its cell; or a model with one `DEQ` in it, ours or torchdeq's: x are then the model's inputs, see `Inside`
-            and `FixedPointMap`. Layer and model are in evaluation mode while the fit lasts. Along a sequence the solver
+            and `ModelMap`. Layer and model are in evaluation mode while the fit lasts. Along a sequence the solver
             looks by steps of f's attribute `dilation`, the tokens that one evaluation carries news (1 where it has none).
         x_train: contexts of N ≥ 10 samples, on any device: a tensor (N, ...), or a pytree (dicts, tuples, lists) of such
             tensors, as `solve` takes them.
@@ -238,7 +237,7 @@ def _fit(
         trainer = MetaTrainer(learned, tasks, config, checkpoint=checkpoint)
         trainer.run(report)
     _warn_of_skipped(trainer)
-    learned.fingerprint = fingerprint(f.model if isinstance(f, FixedPointMap) else f)
+    learned.fingerprint = fingerprint(f.model if isinstance(f, ModelMap) else f)
     raw = rows(tasks.split("test"), slice(_room(where)))
     held = _as_solved(f, *tasks.prepare(raw))
     scored = None if score is None else by_sample(score, raw)
@@ -277,7 +276,7 @@ def _room(layout: Layout, most: int = ROOM) -> int:
 
 def _as_solved(f: Callable[..., State], z0: State, x: Any) -> tuple[Callable[..., State], State, Any]:
     """(f, z0, context) as solvers will meet them: inside a torchdeq model f is a closure, without a context."""
-    return (lambda z: f(z, x), z0, None) if isinstance(f, FixedPointMap) else (f, z0, x)
+    return (lambda z: f(z, x), z0, None) if isinstance(f, ModelMap) else (f, z0, x)
 
 
 def _checked_layout(f: Callable[..., State], start: Any, size: int, layout: str | None) -> Layout:

@@ -11,11 +11,23 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metabroyden.deq import DEQ, initial_state
-from metabroyden.integrations.torchdeq import FixedPointMap, holds_deq
 from metabroyden.learned.fingerprint import module_of
 from metabroyden.opaque import opaque
 from metabroyden.shared import bare
 from metabroyden.solution import State
+
+
+class ModelMap(nn.Module):
+    """The f(z, x) of the DEQ inside a model of another library, x being the model's raw inputs.
+
+    Such a model solves a closure z → f(z), so that solvers are given no context.
+    """
+
+    model: nn.Module
+
+
+ADAPTERS: list[Callable[[Any], ModelMap | None]] = []
+"""Integrations add to them: each makes a `ModelMap` of a model with a DEQ of its library in it, and None of all else."""
 
 
 class Target(NamedTuple):
@@ -40,8 +52,8 @@ class Target(NamedTuple):
 def target_of(f: Any) -> Target:
     """The problems that f stands for, where f is what people hand to `fit_solver`.
 
-    A map f(z, x) is taken as it is, a `DEQ` for its cell, and a module with a DEQ in it, ours or torchdeq's, for a model
-    whose inputs are given for contexts: see `Inside` and `FixedPointMap`.
+    A map f(z, x) is taken as it is, a `DEQ` for its cell, and a module with a DEQ in it, ours or one that `ADAPTERS` know,
+    for a model whose inputs are given for contexts: see `Inside` and `ModelMap`.
 
     Raises:
         TypeError: no callable. ValueError: a model with several DEQs.
@@ -55,12 +67,12 @@ def target_of(f: Any) -> Target:
     if isinstance(owner, DEQ) and type(owner).forward is DEQ.forward:
         return Target(owner.cell, None, lambda x: initial_state(owner.cell, x), owner)
     layers = deqs_in(f)
-    if layers and holds_deq(f):
+    foreign = next((made for adapt in ADAPTERS if (made := adapt(f)) is not None), None)
+    if layers and foreign is not None:
         raise ValueError(
             f"{type(f).__name__} holds DEQs of torchdeq and of ours ({', '.join(layers)}): hand over one of them"
         )
-    if holds_deq(f):
-        f = FixedPointMap(f)
+    f = f if foreign is None else foreign
     if layers:
         inside = Inside(f)
         return Target(inside.deq.cell, inside.context, inside.start, f)
@@ -69,7 +81,7 @@ def target_of(f: Any) -> Target:
 
 def deqs_in(model: Any) -> dict[str, DEQ]:
     """The DEQs of a model by name, without those inside another one's cell; none where it is no module."""
-    if not isinstance(model, nn.Module) or isinstance(model, FixedPointMap):
+    if not isinstance(model, nn.Module) or isinstance(model, ModelMap):
         return {}
     found = {name: module for name, module in model.named_modules() if isinstance(module, DEQ)}
     inner = {id(module) for deq in found.values() for module in deq.modules() if module is not deq}

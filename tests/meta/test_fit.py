@@ -15,11 +15,11 @@ import torch
 import metabroyden as mb
 from experiments import fit
 from experiments.bench.runner import read_rows
+from metabroyden.compare import Comparison, SolverResult, by_sample, compare_solvers
 from metabroyden.integrations.torchdeq import FixedPointMap
 from metabroyden.learned import MetaBroyden, MetaSplitting
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.layout import LARGEST_PACKED
-from metabroyden.meta.comparison import Comparison, SolverResult, by_sample, compare_solvers
 from metabroyden.meta.defaults import context_options, schedule, state_layout
 from metabroyden.meta.fit import _split
 from metabroyden.meta.target import Inside, Target

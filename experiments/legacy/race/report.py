@@ -16,7 +16,7 @@ from experiments.legacy.race.figures_beside import transferred
 from experiments.legacy.race.schema import PARTS, read
 from experiments.legacy.race.statistics import HEADLINE, TORCHDEQ, Field, Interval, compared
 from experiments.legacy.report import made_by, table
-from metabroyden.meta.comparison import FAR
+from metabroyden.compare import FAR
 from metabroyden.storage import atomic_write
 
 SHOWN = (1e-2, 1e-3)

@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.legacy.race.contestants import FLAGSHIP
 from experiments.legacy.race.schema import Row
-from metabroyden.meta.comparison import standard_error
+from metabroyden.compare import standard_error
 
 RESAMPLES = 4000
 HEADLINE = 12
