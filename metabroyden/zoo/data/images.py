@@ -16,6 +16,10 @@ class ImageSplit:
     labels: Tensor
     indices: Tensor
 
+    def first(self, count: int | None) -> ImageSplit:
+        """The first so many samples; None for all."""
+        return ImageSplit(self.images[:count], self.labels[:count], self.indices[:count])
+
 
 @dataclass(frozen=True)
 class ImageData:

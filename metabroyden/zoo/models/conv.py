@@ -56,13 +56,11 @@ class ConvClassifierConfig(ImageConfig):
         return replace(self, channels=width, inner=inner, groups=math.gcd(self.groups, width, inner))
 
 
-class ConvClassifier(EquilibriumModel):
+class ConvClassifier(EquilibriumModel, kind="conv-classifier", config=ConvClassifierConfig):
     """Images (B, image_channels, side, side) → logits (B, classes): injection, DEQ with a `ConvCell`, linear head.
 
     The state has side/stride pixels a side, rounded up.
     """
-
-    kind = "conv-classifier"
 
     def __init__(self, config: ConvClassifierConfig | None = None, **deq_options: Any) -> None:
         c = ConvClassifierConfig() if config is None else config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -80,12 +80,8 @@ class Images:
 
     def score(self, model: Any, split: str) -> float:
         """Share of a split's images that the model gets right; of validation at most `limit` images."""
-        part = getattr(self.data, split)
-        if split == "validation" and self.limit is not None:
-            part = replace(
-                part, **{name: getattr(part, name)[: self.limit] for name in ("images", "labels", "indices")}
-            )
-        return accuracy(model, part)
+        part: ImageSplit = getattr(self.data, split)
+        return accuracy(model, part.first(self.limit) if split == "validation" else part)
 
 
 @torch.no_grad()

@@ -41,13 +41,11 @@ class DenseClassifierConfig(ImageConfig):
     n: int = 64
 
 
-class DenseClassifier(EquilibriumModel):
+class DenseClassifier(EquilibriumModel, kind="dense-classifier", config=DenseClassifierConfig):
     """Images (B, image_channels, side, side) → logits (B, classes): linear injection, DEQ with a `DenseCell`, linear head.
 
     The injection is brought to unit size by a layer norm.
     """
-
-    kind = "dense-classifier"
 
     def __init__(self, config: DenseClassifierConfig | None = None, **deq_options: Any) -> None:
         c = DenseClassifierConfig() if config is None else config

@@ -17,27 +17,10 @@ from metabroyden import checkpoint, resume
 from metabroyden.deq import DEQ
 from metabroyden.described import check, damaged
 from metabroyden.nn.jacobian import jacobian_penalty
-from metabroyden.zoo.models.base import EquilibriumModel
-from metabroyden.zoo.models.conv import ConvClassifier, ConvClassifierConfig
+from metabroyden.zoo.models.base import MODELS, EquilibriumModel
 from metabroyden.zoo.models.criteria import Criterion, device_of
-from metabroyden.zoo.models.dense import DenseClassifier, DenseClassifierConfig
-from metabroyden.zoo.models.mlp import MLPClassifier, MLPClassifierConfig
-from metabroyden.zoo.models.monotone_classifier import MonotoneClassifier, MonotoneClassifierConfig
-from metabroyden.zoo.models.multiscale import MultiscaleClassifier, MultiscaleClassifierConfig
-from metabroyden.zoo.models.transformer import DEQTransformer, DEQTransformerConfig
-from metabroyden.zoo.models.trellisnet import TrellisNet, TrellisNetConfig
 from metabroyden.zoo.models.twins import Twin, Unrolled, build_twin
 
-MODELS: dict[str, tuple[type, type]] = {
-    ConvClassifier.kind: (ConvClassifier, ConvClassifierConfig),
-    DenseClassifier.kind: (DenseClassifier, DenseClassifierConfig),
-    MLPClassifier.kind: (MLPClassifier, MLPClassifierConfig),
-    MonotoneClassifier.kind: (MonotoneClassifier, MonotoneClassifierConfig),
-    TrellisNet.kind: (TrellisNet, TrellisNetConfig),
-    DEQTransformer.kind: (DEQTransformer, DEQTransformerConfig),
-    MultiscaleClassifier.kind: (MultiscaleClassifier, MultiscaleClassifierConfig),
-}
-"""Models by kind, with their config types."""
 PRECISIONS = (torch.float32, torch.float64, torch.half, torch.bfloat16)
 """Of a stored model's weights."""
 _LARGEST_SIZE = 2**20  # of what no weight depends on, such as an image's side under a stride
@@ -222,10 +205,7 @@ def _epoch(
     per_epoch = criterion.steps(config.batch)
     device = device_of(model)
     total = torch.zeros((), device=device)
-    with (
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
-        Stage(model, config, epoch) as stage,
-    ):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), Stage(model, config, epoch) as stage:
         torch.manual_seed(config.seed + 1000 * (epoch + 1))  # dropout's, so that a resumed epoch has the same
         for number, loss in enumerate(stage.losses(criterion, generator)):
             rate = config.rate(epoch * per_epoch + number, config.epochs * per_epoch)
@@ -328,16 +308,16 @@ def build_model(header: dict[str, Any], tensors: dict[str, Tensor], path: str | 
     kind = header["kind"].split("/")[1]
     if kind not in MODELS:
         raise checkpoint.CheckpointError(f"{path} holds a model of unknown kind {kind!r}; known: {sorted(MODELS)}")
-    cls, config_type = MODELS[kind]
+    cls: Any = MODELS[kind]
     check(header, _Described, path)
-    check(header["config"], config_type, path)
+    check(header["config"], cls.config_type, path)
     twin = header.get("twin")
     if twin is not None and deq_options:
         raise TypeError(f"{path} holds a twin ({twin}), which takes no options of a DEQ; got {sorted(deq_options)}")
     _check_sizes(header["config"], tensors, path)
 
     def build(**options: Any) -> Any:
-        config = config_type(**header["config"])
+        config = cls.config_type(**header["config"])
         return cls(config, **options) if twin is None else build_twin(cls, config, twin)
 
     make = (lambda: build(**deq_options)) if deq_options else None  # wrong options are not the file's fault

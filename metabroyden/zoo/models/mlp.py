@@ -21,14 +21,12 @@ class MLPClassifierConfig(ImageConfig):
     depth: int = 4
 
 
-class MLPClassifier(EquilibriumModel):
+class MLPClassifier(EquilibriumModel, kind="mlp-classifier", config=MLPClassifierConfig):
     """Images (B, image_channels, side, side) → logits (B, classes): an MLP, converted to a DEQ by `to_deq`.
 
     The context is the flattened image, the state the tuple of all activations, logits last. In training mode the network
     computes itself: output and gradients are the same, for less. In evaluation mode the DEQ is solved.
     """
-
-    kind = "mlp-classifier"
 
     def __init__(self, config: MLPClassifierConfig | None = None, **deq_options: Any) -> None:
         c = MLPClassifierConfig() if config is None else config

@@ -51,7 +51,7 @@ class MonotoneClassifierConfig(ImageConfig):
         return tuple(self.width << tier for tier in range(self.tiers if self.structure == "multi-tier" else 1))
 
 
-class MonotoneClassifier(EquilibriumModel):
+class MonotoneClassifier(EquilibriumModel, kind="monotone-classifier", config=MonotoneClassifierConfig):
     """Images (B, image_channels, side, side) → logits (B, classes): injection, DEQ with a monotone cell, linear head.
 
     The injection is norm(Ux + b), the norm over all that a sample has there. Dense: U is a matrix on all pixels. Else a 3×3
@@ -62,8 +62,6 @@ class MonotoneClassifier(EquilibriumModel):
     system. What trains well: `solver=PeacemanRachford(0.5)` with
     `backward=Implicit(solver=Anderson(memory=10, damping=0.3), max_nfe=60)`.
     """
-
-    kind = "monotone-classifier"
 
     def __init__(self, config: MonotoneClassifierConfig | None = None, **deq_options: object) -> None:
         c = MonotoneClassifierConfig() if config is None else config

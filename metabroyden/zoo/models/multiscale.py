@@ -115,14 +115,12 @@ class MultiscaleClassifierConfig(ImageConfig):
 _QUARTERS = 2  # pooled cells a side: a plain mean would forget where things are
 
 
-class MultiscaleClassifier(EquilibriumModel):
+class MultiscaleClassifier(EquilibriumModel, kind="multiscale-classifier", config=MultiscaleClassifierConfig):
     """Images (B, image_channels, side, side) → logits (B, classes): injection, DEQ with a `MultiscaleCell`, head.
 
     The stem is two convolutions with group norms, the second of the stride given. The head is linear in the mean over
     quarters of each scale (2×2 cells), all scales together.
     """
-
-    kind = "multiscale-classifier"
 
     def __init__(self, config: MultiscaleClassifierConfig | None = None, **deq_options: Any) -> None:
         c = MultiscaleClassifierConfig() if config is None else config

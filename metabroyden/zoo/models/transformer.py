@@ -119,13 +119,11 @@ class DEQTransformerConfig(LanguageConfig):
         return replace(self, width=width, inner=max(1, width * self.inner // self.width))
 
 
-class DEQTransformer(LanguageModel):
+class DEQTransformer(LanguageModel, kind="transformer", config=DEQTransformerConfig):
     """Tokens (B, T) → logits (B, T, vocabulary): embedding and stem, DEQ with a `TransformerCell`, linear head.
 
     It remembers the states of the last M tokens, (B, M, width).
     """
-
-    kind = "transformer"
 
     def __init__(self, config: DEQTransformerConfig | None = None, **deq_options: Any) -> None:
         c = DEQTransformerConfig() if config is None else config

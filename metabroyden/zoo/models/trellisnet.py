@@ -68,13 +68,11 @@ class TrellisNetConfig(LanguageConfig):
     dilation: int = 2
 
 
-class TrellisNet(LanguageModel):
+class TrellisNet(LanguageModel, kind="trellisnet", config=TrellisNetConfig):
     """Tokens (B, T) → logits (B, T, vocabulary): embedding and stem, DEQ with a `TrellisCell`, linear head on h.
 
     It remembers the states of the last `dilation` tokens, (B, 2·channels, dilation).
     """
-
-    kind = "trellisnet"
 
     def __init__(self, config: TrellisNetConfig | None = None, **deq_options: Any) -> None:
         c = TrellisNetConfig() if config is None else config

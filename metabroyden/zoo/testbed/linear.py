@@ -2,89 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from metabroyden.zoo.testbed.base import KnownProblem, generator, register
 
+Matrix = Callable[[int], Tensor]
 _N = 24
 
 
-def _problem(
-    w: Tensor,
-    dtype: torch.dtype,
-    batch: int,
-    seed: int,
-    correct: str,
-    *,
-    expects: Mapping[str, str] | None = None,
-    contractive: bool = False,
-    max_nfe: int = 200,
-    scale: Tensor | None = None,
-    distance: float = 1e-6,
-) -> KnownProblem:
-    """The problem of a float64 matrix; with a scale (n,), in the coordinates z = scale·y."""
-    n = len(w)
-    d = torch.ones(n, dtype=torch.float64) if scale is None else scale
-    x = torch.randn(batch, n, generator=generator(seed + 1), dtype=torch.float64)
-    star = torch.linalg.solve(torch.eye(n, dtype=torch.float64) - w, x.T).T * d
-    matrix = (d[:, None] * w / d).to(dtype)
-
-    def f(z: Tensor, x: Tensor) -> Tensor:
-        return (z.unsqueeze(1) * matrix).sum(2) + x  # row by row: no BLAS call sees the batch size
-
-    return KnownProblem(
-        f,
-        torch.zeros(batch, n, dtype=dtype),
-        (x * d).to(dtype),
-        correct,
-        star,
-        max_nfe=max_nfe,
-        expects=expects or {},
-        contractive=contractive,
-        distance=distance,
-    )
+def _spectrum(low: float, high: float, seed: int) -> Tensor:
+    """A symmetric matrix with evenly spaced eigenvalues."""
+    q = torch.linalg.qr(torch.randn(_N, _N, generator=generator(seed), dtype=torch.float64))[0]
+    return q @ torch.diag(torch.linspace(low, high, _N, dtype=torch.float64)) @ q.T
 
 
-def _orthogonal(seed: int) -> Tensor:
-    return torch.linalg.qr(torch.randn(_N, _N, generator=generator(seed), dtype=torch.float64))[0]
+def _linear(name: str, correct: str, scale: Tensor | float = 1.0, **options: Any) -> Callable[[Matrix], Matrix]:
+    """Decorator: registers the problem of a float64 matrix W that follows from a seed, in coordinates z = scale·y."""
+
+    def add(matrix: Matrix) -> Matrix:
+        @register(name)
+        def maker(dtype: torch.dtype, batch: int, seed: int) -> KnownProblem:
+            w, d = matrix(seed), torch.ones(_N, dtype=torch.float64) * scale
+            x = torch.randn(batch, _N, generator=generator(seed + 1), dtype=torch.float64)
+            star = torch.linalg.solve(torch.eye(_N, dtype=torch.float64) - w, x.T).T * d
+            scaled = (d[:, None] * w / d).to(dtype)
+
+            def f(z: Tensor, x: Tensor) -> Tensor:
+                return (z.unsqueeze(1) * scaled).sum(2) + x  # row by row: no BLAS call sees the batch size
+
+            return KnownProblem(f, torch.zeros(batch, _N, dtype=dtype), (x * d).to(dtype), correct, star, **options)
+
+        return matrix
+
+    return add
 
 
-@register("linear_normal")
-def normal(dtype: torch.dtype, batch: int, seed: int) -> KnownProblem:
+@_linear("linear_normal", "Every solver converges; Picard's error shrinks by 0.9 a step.", contractive=True)
+def normal(seed: int) -> Tensor:
     """Symmetric, spectrum in [−0.9, 0.9]."""
-    q = _orthogonal(seed)
-    w = q @ torch.diag(torch.linspace(-0.9, 0.9, _N, dtype=torch.float64)) @ q.T
-    return _problem(
-        w, dtype, batch, seed, "Every solver converges; Picard's error shrinks by 0.9 a step.", contractive=True
-    )
+    return _spectrum(-0.9, 0.9, seed)
 
 
-@register("linear_nonnormal")
-def nonnormal(dtype: torch.dtype, batch: int, seed: int) -> KnownProblem:
+@_linear("linear_nonnormal", "Every solver converges, past a transient in which Picard's residual grows.", max_nfe=400)
+def nonnormal(seed: int) -> Tensor:
     """Triangular, all eigenvalues 0.5, entries of size 0.5 above the diagonal: residuals grow before they shrink."""
     upper = torch.triu(torch.randn(_N, _N, generator=generator(seed), dtype=torch.float64), 1)
-    w = 0.5 * torch.eye(_N, dtype=torch.float64) + 0.5 * upper / upper.norm(dim=1, keepdim=True).clamp_min(1e-9)
-    correct = "Every solver converges, past a transient in which Picard's residual grows."
-    return _problem(w, dtype, batch, seed, correct, max_nfe=400)
+    return 0.5 * torch.eye(_N, dtype=torch.float64) + 0.5 * upper / upper.norm(dim=1, keepdim=True).clamp_min(1e-9)
 
 
-@register("linear_expansive")
-def expansive(dtype: torch.dtype, batch: int, seed: int) -> KnownProblem:
+@_linear("linear_expansive", "Picard diverges and says so; the others converge.", expects={"picard": "fails"})
+def expansive(seed: int) -> Tensor:
     """Symmetric, spectrum in [−4, −0.5]: a fixed point that repels."""
-    q = _orthogonal(seed)
-    w = q @ torch.diag(torch.linspace(-4, -0.5, _N, dtype=torch.float64)) @ q.T
-    correct = "Picard diverges and says so; the others converge."
-    return _problem(w, dtype, batch, seed, correct, expects={"picard": "fails"})
+    return _spectrum(-4, -0.5, seed)
 
 
-@register("linear_ill_scaled")
-def ill_scaled(dtype: torch.dtype, batch: int, seed: int) -> KnownProblem:
+@_linear(
+    "linear_ill_scaled",
+    "Every solver converges; the smallest coordinates are less exact than the relative residual.",
+    torch.logspace(-3, 3, _N, dtype=torch.float64),
+    max_nfe=400,
+    distance=1e-5,
+)
+def ill_scaled(seed: int) -> Tensor:
     """The normal problem in coordinates whose units differ by up to six orders of magnitude."""
-    q = _orthogonal(seed)
-    w = q @ torch.diag(torch.linspace(-0.9, 0.9, _N, dtype=torch.float64)) @ q.T
-    scale = torch.logspace(-3, 3, _N, dtype=torch.float64)
-    correct = "Every solver converges; the smallest coordinates are less exact than the relative residual."
-    return _problem(w, dtype, batch, seed, correct, max_nfe=400, scale=scale, distance=1e-5)
+    return normal(seed)
