@@ -42,6 +42,15 @@ ABSENT: dict[str, dict[str, Any]] = {
     "meta-splitting": {"coefficients": "lstm"},
 }
 """Options that files of schema 1 may leave out, with what they then mean."""
+_COEFFICIENTS = {
+    "table.direct": "coefficients.step_size",
+    "table.onward": "coefficients.momentum",
+    "table.gates": "coefficients.gates",
+    "channel": "coefficients.channel",
+    **{f"lstm.{name}": f"coefficients.lstm.{name}" for name in ("weight", "bias", "readout", "offset")},
+}
+WEIGHTS = {"meta-broyden": _COEFFICIENTS, "meta-splitting": _COEFFICIENTS}
+"""Names of a solver's weights."""
 
 
 def from_schema_1(tensors: dict[str, Tensor], header: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -52,6 +61,7 @@ def from_schema_1(tensors: dict[str, Tensor], header: dict[str, Any]) -> tuple[d
     if kind == "solver" and isinstance(config, dict):
         renamed = {OPTIONS.get(key, key): _word(value) for key, value in config.items()}
         header["config"] = ABSENT.get(name, {}) | renamed
+        tensors = {WEIGHTS.get(name, {}).get(key, key): value for key, value in tensors.items()}
     return tensors, header
 
 

@@ -98,8 +98,8 @@ class NeuralFixedPoint(LearnedSolver):
         secants = state.secants
         if self.secants is not None and secants is not None:
             if state.steps:
-                secants = self.secants.note(z, g, secants, shape)
-            known, rest = self.secants.explain(g, secants, shape)
+                secants = self.secants.update(z, g, secants, shape)
+            known, rest = self.secants.project(g, secants, shape)
             beyond = layout.canonical(rest - known - g, shape)  # q − f(z)
             features.append(beyond / scale)
         seen = torch.cat(features, dim=1)

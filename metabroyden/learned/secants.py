@@ -18,7 +18,7 @@ class SecantState(NamedTuple):
     gram: Tensor  # (R, T, m, m) inner products of `residuals`, the diagonal times 1 + ridge, in float64
     z: Tensor  # (R, n) the last iterate
     g: Tensor  # (R, n) its residual
-    steps: int  # iterates noted
+    steps: int  # iterates seen
 
 
 class Secants:
@@ -42,7 +42,7 @@ class Secants:
         gram = torch.zeros(z.shape[0], tokens, memory, memory, dtype=torch.float64, device=z.device)
         return SecantState(buffer, buffer.clone(), gram, z, g, 1)
 
-    def note(self, z: Tensor, g: Tensor, state: SecantState, shape: tuple[int, ...]) -> SecantState:
+    def update(self, z: Tensor, g: Tensor, state: SecantState, shape: tuple[int, ...]) -> SecantState:
         """Take the pair between the last iterate and this one; in place, unless gradients are recorded."""
         memory = state.residuals.shape[1]
         slot, used = (state.steps - 1) % memory, min(state.steps, memory)
@@ -65,7 +65,7 @@ class Secants:
             )  # a zero pair: none
         return SecantState(pairs[0], pairs[1], gram, z, g, state.steps + 1)
 
-    def explain(self, g: Tensor, state: SecantState, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def project(self, g: Tensor, state: SecantState, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """(ΔZγ, g − ΔGγ), both (R, n)."""
         used = min(state.steps - 1, state.residuals.shape[1])
         if used == 0:

@@ -294,7 +294,7 @@ def test_horizon_rows_count_what_the_fallback_would_have_solved():
     fallback = solver.config.safeguard.fallback()
     needed = int(mb.solve(held.f, held.z0, held.x, solver=fallback, rtol=1e-3).nfe.max())
     with torch.no_grad():
-        solver.table.direct.fill_(0)
+        solver.coefficients.step_size.fill_(0)
     (row,) = meta_rows.horizon_rows("meta-broyden", solver, held, steps=needed, tolerances=(1e-3,))
     assert row["samples"] == row["fallback"] == row["triggered"] == 10
     assert row["lost"] > 0 == row["broken"]

@@ -11,6 +11,7 @@ from experiments.legacy.race import ablation, figures_beside, hyper_deq, measure
 from experiments.legacy.race.contestants import Contestant
 from experiments.legacy.race.measure import Rules
 from experiments.legacy.race.statistics import Field
+from metabroyden.learned.coefficients import StepLSTM, StepSchedule
 from metabroyden.learned.layout import Layout
 from metabroyden.learned.safeguard import BY_PROGRESS
 from metabroyden.meta.fit import make_learned
@@ -36,8 +37,8 @@ def test_what_is_left_out_stays_out_while_the_rest_is_trained(name):
     assert (solver.initializer is None) == (name == "no learned start")
     (outward,) = solver.preconditioner.outward.parameters()
     assert bool(outward.any()) == (name != "no P")
-    assert (solver.table is None) == (solver.lstm is not None) == (name == "LSTM for table")
-    assert whole.table is not None
+    assert isinstance(solver.coefficients, StepLSTM) == (name == "LSTM for table")
+    assert isinstance(whole.coefficients, StepSchedule)
     assert variant.differs(whole) == (name != "no dilations"), "a vector's maps have none"
 
 

@@ -225,7 +225,7 @@ def test_what_metabroyden_hands_over_is_the_inverse_that_it_stepped_with(kind, n
     solver = made(
         name, layout, learned_steps=1, damping=0.25, context_channels=layout.channels, conditioning="input"
     ).double()
-    weights = [solver.channel] if solver.table is None else solver.table.parameters()
+    weights = [solver.coefficients.channel] if name == BY_LSTM else solver.coefficients.parameters()
     for parameter in (*weights, *solver.preconditioner.parameters()):
         parameter.data.normal_(generator=torch.Generator().manual_seed(1))
     n = sum(math.prod(s) for s in layout.shape) if kind == "pyramid" else math.prod(layout.shape)
@@ -383,13 +383,13 @@ def test_the_transposed_inverse_is_that_of_the_step(kind, steps, name):
         )
 
         def b(v):
-            known, rest = solver.secants.explain(v, solver._pairs(state, layout.shape), layout.shape)
+            known, rest = solver.secants.project(v, solver._pairs(state, layout.shape), layout.shape)
             return known + solver._initial_inverse(rest, state, layout.shape)
 
         left, right = (b(one) * other).sum(1), (one * solver.rmatvec(other, frozen)).sum(1)
         torch.testing.assert_close(left, right, rtol=1e-8, atol=1e-10)
         if steps == 7:  # and b is what the step does: z⁺ = z − Bg
-            noted = solver.secants.note(z, g, state.secants, layout.shape)
+            noted = solver.secants.update(z, g, state.secants, layout.shape)
             state = state._replace(secants=noted)
             torch.testing.assert_close(z - b(g), solver.step(z, g, state._replace(secants=noted._replace(
                 steps=noted.steps - 1, z=state.secants.z * 0 + noted.z - noted.moves[:, (noted.steps - 2) % 4],
@@ -428,10 +428,10 @@ def test_a_sample_goes_its_way_whoever_else_is_in_the_batch(memory, name):
 def test_gates_are_set_anew_at_every_step(name):
     solver = made(name, Layout("vector", (8,)), initializer_width=0)
     with torch.no_grad():
-        if solver.table is None:
-            solver.lstm.offset[2 : 2 + solver.rank] = 0.5
+        if name == BY_LSTM:
+            solver.coefficients.lstm.offset[2 : 2 + solver.rank] = 0.5
         else:
-            solver.table.gates[0, 2] = 1.5
+            solver.coefficients.gates[0, 2] = 1.5
         x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
         problem = UnrolledProblem(lambda z, x: 0.5 * z + x, torch.zeros_like(x), x)
         state = solver.init(x, x, problem)
@@ -447,10 +447,10 @@ def test_a_pair_of_nothing_takes_no_other_with_it():
     with torch.no_grad():
         state = secants.init(points[0], points[0], (6,))
         for z in points[1:3]:
-            state = secants.note(z, 2 * z, state, (6,))
-        before = secants.explain(points[3], state, (6,))
-        state = secants.note(points[3], 2 * points[2], state, (6,))  # g has not moved
-        after = secants.explain(points[3], state, (6,))
+            state = secants.update(z, 2 * z, state, (6,))
+        before = secants.project(points[3], state, (6,))
+        state = secants.update(points[3], 2 * points[2], state, (6,))  # g has not moved
+        after = secants.project(points[3], state, (6,))
     for a, b in zip(before, after, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -459,7 +459,7 @@ def test_a_sample_that_creeps_is_handed_over():
     """Each learned step takes a hundredth of Picard's: better every time, and never there."""
     solver = make_learned("meta-broyden", Layout("vector", (4,)), learned_steps=10_000, initializer_width=0)
     with torch.no_grad():
-        solver.table.direct.fill_(0.01)
+        solver.coefficients.step_size.fill_(0.01)
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     solution = mb.solve(lambda z, x: 0.5 * z + x, torch.zeros(3, 4), x, solver=solver, rtol=1e-5, max_nfe=100)
     assert (solution.trace.phase > 0).any(dim=0).all()
@@ -508,7 +508,7 @@ def test_secants_begin_where_training_ended_on_vectors_and_with_an_lstm():
 
 def test_a_table_is_no_matrix_to_the_optimizer():
     solver = make_learned("meta-broyden", Layout("vector", (32,)), learned_steps=12)
-    assert not any(is_matrix(weight) for weight in solver.table.parameters())
+    assert not any(is_matrix(weight) for weight in solver.coefficients.parameters())
 
 
 def test_the_last_row_of_a_table_goes_on():
@@ -520,10 +520,10 @@ def test_the_last_row_of_a_table_goes_on():
         ).double()
         for rows in (3, 9)
     )
-    for name, weight in short.table.named_parameters():
+    for name, weight in short.coefficients.named_parameters():
         weight.data += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1), dtype=weight.dtype)
         later = weight.data[:, -1:].expand(-1, 6, -1)
-        dict(long.table.named_parameters())[name].data.copy_(torch.cat([weight.data, later], dim=1))
+        dict(long.coefficients.named_parameters())[name].data.copy_(torch.cat([weight.data, later], dim=1))
     _, f, z0, x = problem_of("vector", dtype=torch.float64)
     found = [unroll(solver, f, z0, x, steps=12, backend="native").residuals for solver in (short, long)]
     torch.testing.assert_close(*found)
@@ -649,7 +649,7 @@ def test_an_lstms_correction_has_the_size_of_the_residual():
     solver = made(BY_LSTM, layout, conditioning="input", initializer_width=0).double().requires_grad_(False)
     for weight in solver.preconditioner.parameters():
         weight.normal_(generator=torch.Generator().manual_seed(1))
-    solver.lstm.offset[-solver.rank :] = 1.0  # the correction, whatever is seen
+    solver.coefficients.lstm.offset[-solver.rank :] = 1.0  # the correction, whatever is seen
     problem, moves = UnrolledProblem(lambda z, x: z, z0, x), []
     for size in (1.0, 1e-3):
         g = size * x
@@ -662,7 +662,7 @@ def test_the_ridge_of_secants_is_no_smaller_than_rounding_makes_sensible(dtype):
     secants = Secants(Layout("vector", (6,)), memory=3, ridge=1e-8)
     z, g, z1, g1 = torch.randn(4, 2, 6, dtype=dtype, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        state = secants.note(z1, g1, secants.init(z, g, (6,)), (6,))
+        state = secants.update(z1, g1, secants.init(z, g, (6,)), (6,))
     lifted = state.gram[:, 0, 0, 0] / (g1 - g).double().square().sum(1) - 1
     floor = 100 * torch.finfo(dtype).eps
     assert ((lifted - max(1e-8, floor)).abs() < max(2e-7 if dtype == torch.float32 else 0, 1e-12)).all()

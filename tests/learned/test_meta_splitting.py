@@ -100,7 +100,7 @@ def test_an_unroll_takes_the_steps_of_a_solve_by_either_backend(name):
         gradients.append([parameter.grad.clone() for parameter in solver.parameters()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
-    weight, eps = solver.table.direct, 1e-6
+    weight, eps = solver.coefficients.step_size, 1e-6
     direction = torch.randn_like(weight)
     ends = []
     for sign in (-1, 1):
@@ -113,7 +113,7 @@ def test_an_unroll_takes_the_steps_of_a_solve_by_either_backend(name):
 
 
 def _place(solver):
-    return [name for name, _ in solver.named_parameters()].index("table.direct")
+    return [name for name, _ in solver.named_parameters()].index("coefficients.step_size")
 
 
 def test_training_makes_it_faster_than_what_it_begins_as():

@@ -1,0 +1,139 @@
+"""What weighs the learned steps of a `MetaBroyden`: a schedule by the number of the step, or an LSTM that sees the solve."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metabroyden.learned.layout import Layout
+from metabroyden.learned.lstm import SharedLSTM
+
+
+class StepCoefficients(NamedTuple):
+    """Of one learned step. Weights are of channels, (R or 1, C), for a schedule; of places, (R, 1, *S), for an LSTM."""
+
+    step_size: Tensor  # w, of the residual
+    momentum: Tensor  # 1 + m, m being the weight of the last move
+    gates: Tensor  # (R, k, *S) γ
+    correction: Tensor | None  # (R, k, *S) s·c
+    memory: Any  # of the LSTM: hidden and cell state (R, H, P), residual scale (R, 1, …)
+
+
+class StepSchedule(nn.Module):
+    """A learned schedule: a step size and a momentum for each step and channel, and a factor of each inner gate.
+
+    After its last row that one goes on. In the manner of unrolled iterations with weights of their own for each step
+    (Gregor & LeCun, LISTA, ICML 2010), but for scalars of channels alone, as the coefficients of Chebyshev's
+    semi-iteration are.
+
+    Args:
+        layout: of the states. steps: rows K. rank: inner channels k. damping: the step size before training.
+    """
+
+    def __init__(self, layout: Layout, steps: int, rank: int, damping: float) -> None:
+        super().__init__()
+        self.layout, self.damping, channels = layout, damping, sum(layout.part_channels)
+        # an axis of one in front: to an optimizer of matrices these are none
+        self.step_size = nn.Parameter(torch.full((1, steps, channels), damping))
+        self.momentum = nn.Parameter(torch.ones(1, steps, channels))
+        self.gates = nn.Parameter(torch.ones(1, steps, rank))
+
+    def begin(self, gates: Tensor, g: Tensor, shape: Any) -> tuple[Tensor, Any]:
+        """(step size, memory) before the first step, for gates (R, k, *S) and the residual g (R, n)."""
+        return g.new_full((len(g), self.step_size.shape[2]), self.damping), None
+
+    def forward(
+        self, step: int, initial: Tensor, inner: Tensor, g: Tensor, memory: Any, shape: Any
+    ) -> StepCoefficients:
+        """Those of step 0, 1, …, for the gates where the solve began and the inner residual A(g), both (R, k, *S)."""
+        row = min(step, self.step_size.shape[1] - 1)
+        step_size = self.step_size[0, row].expand(len(initial), -1)
+        gates = initial * _along(self.gates[0, row], initial)
+        return StepCoefficients(step_size, self.momentum[0, row].unsqueeze(0), gates, None, None)
+
+    def by_part(self, weight: Tensor, like: Tensor) -> list[Tensor]:
+        """A weight of `StepCoefficients` for each of the layout's parts, which have the axes of `like`."""
+        return by_channel(weight, self.layout, like)
+
+    def diagonal(self, step_size: Tensor, like: Tensor) -> list[tuple[Tensor, ...]]:
+        """For each part of the residual, what it is multiplied with, as terms."""
+        return [(weight,) for weight in self.by_part(step_size, like)]
+
+    @property
+    def final_step_size(self) -> Tensor:
+        """(C,) where there is no step to take it from."""
+        return self.step_size[0, -1]
+
+    def final_gates(self, initial: Tensor) -> Tensor:
+        """(R, k, *S) where there is no step to take them from."""
+        return initial * _along(self.gates[0, -1], initial)
+
+
+class StepLSTM(nn.Module):
+    """One LSTM cell a place (a pixel, a token, the sample of a vector), its weights shared by all.
+
+    It sees the inner residual A(g)/s, the gates where the solve began, the residual's scale s and its last change, and sets
+    gates, correction, step size and momentum of the place. The step size has a learned constant for each channel, too.
+
+    Args:
+        layout: of the states. hidden: width. rank: inner channels k. damping: the step size before training.
+    """
+
+    def __init__(self, layout: Layout, hidden: int, rank: int, damping: float) -> None:
+        super().__init__()
+        self.layout, self.damping, self.rank = layout, damping, rank
+        self.channel = nn.Parameter(torch.zeros(sum(layout.part_channels)))
+        self.lstm = SharedLSTM(2 * rank + 2, hidden, 2 * rank + 2)
+
+    def begin(self, gates: Tensor, g: Tensor, shape: Any) -> tuple[Tensor, Any]:
+        """As `StepSchedule.begin`."""
+        hidden, cell = self.lstm.begin(len(g), gates[0, 0].numel(), g)
+        return torch.full_like(gates[:, :1], self.damping), (hidden, cell, self.layout.scale_of(g, shape))
+
+    def forward(
+        self, step: int, initial: Tensor, inner: Tensor, g: Tensor, memory: Any, shape: Any
+    ) -> StepCoefficients:
+        """As `StepSchedule.forward`."""
+        hidden, cell, before = memory
+        rows, rank, places = len(g), self.rank, hidden.shape[2]
+        scale = self.layout.scale_of(g, shape)
+        level = torch.stack([scale.log() / 5, (scale / before).log().clamp(-3, 3)], dim=1).flatten(2)
+        seen = [(inner / scale).reshape(rows, rank, places), initial.reshape(rows, rank, places)]
+        output, hidden, cell = self.lstm(torch.cat([*seen, level.expand(-1, -1, places)], dim=1), hidden, cell)
+        output = output.reshape(rows, -1, *inner.shape[2:])
+        step_size, momentum, change, correction = output.split([1, 1, rank, rank], dim=1)
+        memory = hidden, cell, scale
+        return StepCoefficients(
+            self.damping + step_size, 1 + momentum, initial * (1 + change), scale * correction, memory
+        )
+
+    def by_part(self, weight: Tensor, like: Tensor) -> list[Tensor]:
+        """As `StepSchedule.by_part`."""
+        return self.layout.spread(weight)
+
+    def diagonal(self, step_size: Tensor, like: Tensor) -> list[tuple[Tensor, ...]]:
+        """As `StepSchedule.diagonal`."""
+        constants = by_channel(self.channel.unsqueeze(0), self.layout, like)
+        return list(zip(self.by_part(step_size, like), constants, strict=True))
+
+    @property
+    def final_step_size(self) -> Tensor:
+        """As `StepSchedule.final_step_size`."""
+        return self.damping + self.channel
+
+    def final_gates(self, initial: Tensor) -> Tensor:
+        """As `StepSchedule.final_gates`."""
+        return initial
+
+
+def by_channel(weight: Tensor, layout: Layout, like: Tensor) -> list[Tensor]:
+    """Weights (R or 1, C) as those of each of the layout's parts, which have the axes of `like`."""
+    parts = weight.split(layout.part_channels, dim=1)
+    return [part.reshape(*part.shape, *[1] * (like.dim() - 2)) for part in parts]
+
+
+def _along(weight: Tensor, like: Tensor) -> Tensor:
+    """Weights (k,) of the channels of `like` (R, k, *S)."""
+    return weight.reshape(-1, *[1] * (like.dim() - 2))
