@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import metabroyden as mb
+from metabroyden.convert import layers
 from metabroyden.convert.layers import MIXING, kind_of
 from metabroyden.zoo.models import ConvClassifier, ConvClassifierConfig
 
@@ -241,9 +242,7 @@ def test_every_supported_layer_keeps_its_output_and_samples_stay_apart(layer, sh
 
 
 def test_every_supported_class_of_layer_is_tried_above():
-    from metabroyden.convert.layers import _SUPPORTED
-
-    left = _SUPPORTED - {type(layer) for layer, _ in SINGLE}
+    left = layers._SUPPORTED - {type(layer) for layer, _ in SINGLE}
     assert left == {nn.Dropout1d, nn.Dropout3d, nn.FeatureAlphaDropout}
 
 
@@ -263,11 +262,9 @@ def test_the_initial_state_calls_no_layer():
 
 
 def test_shapes_are_found_once_for_each_shape_of_input(monkeypatch):
-    from metabroyden.zoo.models import convert
-
     traced = []
-    original = convert.output_shape
-    monkeypatch.setattr(convert, "output_shape", lambda *args: (traced.append(args[0]), original(*args))[1])
+    original = layers.output_shape
+    monkeypatch.setattr(layers, "output_shape", lambda *args: (traced.append(args[0]), original(*args))[1])
     network, x = make("mlp")
     cell = mb.to_deq(network).cell
     cell.initial_state(x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,6 @@ from metabroyden.gradients.base import parts_of
 from metabroyden.solution import State
 from metabroyden.solver import SolverBase
 from metabroyden.solvers.broyden import Broyden
-
-
-class _Split(NamedTuple):
-    """How the tensors of a pair's state fall to its two cells."""
-
-    first: int  # tensors of the first's state
-    single: tuple[bool, bool]  # whether a cell's state is one bare tensor
 
 
 class PairCell(nn.Module):
@@ -39,14 +32,14 @@ class PairCell(nn.Module):
         super().__init__()
         self.first, self.second, self.between = _deq(first).cell, _deq(second).cell, between
         self._reads = isinstance(first, Readout), isinstance(second, Readout)
-        self._split: _Split | None = None
+        self._split: tuple[int, bool, bool] | None = None  # tensors of z₁; whether z₁ and z₂ are bare tensors
 
     def initial_state(self, x: Any) -> tuple[Tensor, ...]:
         """The first's initial state for x, and the second's for what the first puts out there."""
         with torch.no_grad():
             z1 = initial_state(self.first, x)
             z2 = initial_state(self.second, self._context(z1))
-        self._split = _Split(len(parts_of(z1)), (isinstance(z1, Tensor), isinstance(z2, Tensor)))
+        self._split = len(parts_of(z1)), isinstance(z1, Tensor), isinstance(z2, Tensor)
         return (*parts_of(z1), *parts_of(z2))
 
     def forward(self, z: tuple[Tensor, ...], x: Any) -> tuple[Tensor, ...]:
@@ -59,8 +52,9 @@ class PairCell(nn.Module):
     def states(self, z: tuple[Tensor, ...]) -> tuple[State, State]:
         """The states (z₁, z₂) of the two cells, as each takes its own."""
         assert self._split is not None
-        z1, z2 = z[: self._split.first], z[self._split.first :]
-        return (z1[0] if self._split.single[0] else z1), (z2[0] if self._split.single[1] else z2)
+        count, *single = self._split
+        z1, z2 = z[:count], z[count:]
+        return (z1[0] if single[0] else z1), (z2[0] if single[1] else z2)
 
     def output(self, z: tuple[Tensor, ...]) -> State:
         """The second's output in a state."""
@@ -85,7 +79,7 @@ def compose(
 ) -> ComposedDEQ:
     """One DEQ with the output and the gradients of second(between(first(x))), see `PairCell`; the parameters are shared.
 
-    One solve for both: the second starts before the first has settled. Tolerances hold for the joint state, so that a
+    One solve finds both states together. Tolerances hold for the joint state, so that a
     second state much smaller than the first wants a tighter rtol.
 
     Args:
@@ -94,6 +88,9 @@ def compose(
         deq_options: of `DEQ`. Defaults: the smaller rtol (of a DEQ beside a converted network, the DEQ's) and atol, the
             sum of their max_nfe; their solver and gradient mode where they agree, else `Broyden()` and `Implicit()`. A
             learned solver, fitted to another f, is never taken over.
+
+    Returns:
+        A module; its `deq` is the `DEQ` of both states.
 
     Raises:
         TypeError: an argument of another kind.
@@ -111,11 +108,11 @@ def compose(
     if between is not None and not callable(between):
         raise TypeError(f"between must be callable or None, got {type(between).__name__}")
     one, two = _deq(first), _deq(second)
-    shared = _shared(one.solver, two.solver)
+    solver, rtol = _agreed(one, two, Broyden())
     defaults = {
-        "solver": one.solver if shared else Broyden(),
+        "solver": solver,
         "backward": _backward(one.backward_mode, two.backward_mode),
-        "rtol": min(one.rtol, two.rtol) if shared else _reachable(one.rtol, two.rtol),
+        "rtol": rtol,
         "atol": min(one.atol, two.atol),
         "max_nfe": one.max_nfe + two.max_nfe,
     }
@@ -126,20 +123,17 @@ def _deq(given: DEQ | Readout) -> DEQ:
     return given.deq if isinstance(given, Readout) else given
 
 
-def _shared(one: Any, two: Any) -> bool:
-    return isinstance(one, SolverBase) and not one.is_learned and one == two
+def _agreed(one: Any, two: Any, otherwise: Any) -> tuple[Any, float]:
+    """(solver, rtol) of two that have both. Unless they share a classical solver, rtol 0 is not taken over: only
+    substitution along a stack reaches it."""
+    if isinstance(one.solver, SolverBase) and not one.solver.is_learned and one.solver == two.solver:
+        return one.solver, min(one.rtol, two.rtol)
+    return otherwise, min(rtol for rtol in (one.rtol, two.rtol) if rtol > 0)
 
 
 def _backward(one: Any, two: Any) -> Any:
     """The gradient mode of the pair: theirs where they agree, implicit with the tighter tolerance and both budgets."""
     if not (isinstance(one, Implicit) and isinstance(two, Implicit)):
         return one if one == two else Implicit()
-    shared = _shared(one.solver, two.solver)
-    rtol = min(one.rtol, two.rtol) if shared else _reachable(one.rtol, two.rtol)
-    solver = one.solver if shared else Implicit().solver
+    solver, rtol = _agreed(one, two, Implicit().solver)
     return dataclasses.replace(one, solver=solver, rtol=rtol, max_nfe=one.max_nfe + two.max_nfe)
-
-
-def _reachable(*rtols: float) -> float:
-    """The smallest tolerance that is not zero: none but substitution along a stack gets there."""
-    return min(rtol for rtol in rtols if rtol > 0)

@@ -9,33 +9,28 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 
-def _of_torch(names: str) -> frozenset[type[nn.Module]]:
+def _named(names: str) -> frozenset[type[nn.Module]]:
     return frozenset(getattr(nn, name) for name in names.split())
 
 
-MIXING = _of_torch("Linear Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d")
-_BATCH_NORMS = _of_torch("BatchNorm1d BatchNorm2d BatchNorm3d")
-_INSTANCE_NORMS = _of_torch("InstanceNorm1d InstanceNorm2d InstanceNorm3d")
-_NORMS = _BATCH_NORMS | _INSTANCE_NORMS | _of_torch("LayerNorm GroupNorm RMSNorm LocalResponseNorm")
-_DROPOUTS = _of_torch("Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout")
-_ACTIVATIONS = _of_torch(
+def _in_1d_to_3d(names: str) -> frozenset[type[nn.Module]]:
+    return frozenset(getattr(nn, f"{name}{axes}d") for name in names.split() for axes in (1, 2, 3))
+
+
+MIXING = _in_1d_to_3d("Conv ConvTranspose") | {nn.Linear}
+_BATCH_NORMS, _INSTANCE_NORMS = _in_1d_to_3d("BatchNorm"), _in_1d_to_3d("InstanceNorm")
+_DROPOUTS = _in_1d_to_3d("Dropout") | _named("Dropout AlphaDropout FeatureAlphaDropout")
+_SUPPORTED = MIXING | _BATCH_NORMS | _INSTANCE_NORMS | _DROPOUTS
+_SUPPORTED |= _in_1d_to_3d("AdaptiveAvgPool AdaptiveMaxPool AvgPool LPPool MaxPool")
+_SUPPORTED |= _in_1d_to_3d("CircularPad ConstantPad ReflectionPad ReplicationPad ZeroPad")
+_SUPPORTED |= _named(
+    "LayerNorm GroupNorm RMSNorm LocalResponseNorm Flatten Identity PixelShuffle PixelUnshuffle Unflatten Upsample "
     "CELU ELU GELU GLU Hardshrink Hardsigmoid Hardswish Hardtanh LeakyReLU LogSigmoid LogSoftmax Mish PReLU RReLU ReLU "
     "ReLU6 SELU SiLU Sigmoid Softmax Softmax2d Softmin Softplus Softshrink Softsign Tanh Tanhshrink Threshold"
 )
-_POOLS = _of_torch(
-    "AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d AdaptiveMaxPool1d AdaptiveMaxPool2d AdaptiveMaxPool3d "
-    "AvgPool1d AvgPool2d AvgPool3d LPPool1d LPPool2d LPPool3d MaxPool1d MaxPool2d MaxPool3d"
-)
-_SHAPERS = _of_torch(
-    "CircularPad1d CircularPad2d CircularPad3d ConstantPad1d ConstantPad2d ConstantPad3d Flatten Identity PixelShuffle "
-    "PixelUnshuffle ReflectionPad1d ReflectionPad2d ReflectionPad3d ReplicationPad1d ReplicationPad2d ReplicationPad3d "
-    "Unflatten Upsample ZeroPad1d ZeroPad2d ZeroPad3d"
-)
-_SUPPORTED = MIXING | _NORMS | _DROPOUTS | _ACTIVATIONS | _POOLS | _SHAPERS
 # With one axis fewer torch takes the first for the channels, or the pixels, of a single sample.
 _SPATIAL = MIXING - {nn.Linear} | _INSTANCE_NORMS | {nn.Softmax2d, nn.PixelShuffle, nn.PixelUnshuffle}
-_ALONG = {nn.Softmax: "dim", nn.Softmin: "dim", nn.LogSoftmax: "dim", nn.GLU: "dim", nn.Unflatten: "dim"}
-_ALONG |= {nn.Flatten: "start_dim"}
+_ALONG = dict.fromkeys(_named("Softmax Softmin LogSoftmax GLU Unflatten"), "dim") | {nn.Flatten: "start_dim"}
 
 Layers = list[tuple[str, nn.Module]]
 
@@ -64,16 +59,13 @@ def check_layer(name: str, layer: nn.Module) -> None:
     kind = kind_of(layer)
     if kind not in _SUPPORTED:
         raise TypeError(_refusal(name, layer, _why_not(kind)))
-    reason = _settings(layer) or changes(layer)
-    if reason:
-        raise ValueError(_refusal(name, layer, reason))
+    _refuse_if(name, layer, _settings(layer))
+    check_mode(name, layer)
 
 
 def check_mode(name: str, layer: nn.Module) -> None:
-    """Refuse a layer that is, in the mode it is in now, no fixed function of each sample (ValueError)."""
-    reason = changes(layer)
-    if reason:
-        raise ValueError(_refusal(name, layer, reason))
+    """Refuse a layer that is, in its present mode, no fixed function of each sample (ValueError)."""
+    _refuse_if(name, layer, _changes(layer))
 
 
 def has_modes(layer: nn.Module) -> bool:
@@ -81,7 +73,34 @@ def has_modes(layer: nn.Module) -> bool:
     return kind_of(layer) in _BATCH_NORMS | _INSTANCE_NORMS | _DROPOUTS | {nn.RReLU} or _spectral(layer)
 
 
-def changes(layer: Any) -> str:
+def output_shape(name: str, layer: nn.Module, x: Tensor) -> Tensor:
+    """What the layer makes of x, a tensor on the meta device, with no hook run and nothing computed.
+
+    ValueError where it cannot take x, or would reach across the first axis, the samples.
+    """
+    shape = tuple(x.shape)
+    reason = _across(layer, x.dim())
+    _refuse_if(name, layer, reason and f"for an input of shape {shape} {reason}")
+    try:
+        y = kind_of(layer).forward(_skeleton(layer), x)
+    except (RuntimeError, IndexError, ValueError) as error:
+        kind = kind_of(layer).__name__
+        raise ValueError(f"layer {name} ({kind}) cannot take an input of shape {shape}: {error}") from error
+    if y.shape[:1] != x.shape[:1]:
+        raise ValueError(_refusal(name, layer, f"it turns an input of shape {shape} into one of {tuple(y.shape)}"))
+    return y
+
+
+def _refusal(name: str, layer: nn.Module, reason: str) -> str:
+    return f"layer {name} ({kind_of(layer).__name__}) cannot be part of a DEQ: {reason}"
+
+
+def _refuse_if(name: str, layer: nn.Module, reason: str) -> None:
+    if reason:
+        raise ValueError(_refusal(name, layer, reason))
+
+
+def _changes(layer: Any) -> str:
     """Why the layer is no fixed function of each sample in the mode it is in; empty where it is one."""
     kind = kind_of(layer)
     if kind in _BATCH_NORMS and (layer.training or layer.running_mean is None):
@@ -94,35 +113,9 @@ def changes(layer: Any) -> str:
         return "in training mode it draws anew at each evaluation, so there is no fixed point; call .eval()"
     if kind is nn.RReLU:
         return "in training mode it draws its slope anew at each evaluation; call .eval()"
-    if _spectral(layer):
-        return "in training mode spectral norm changes the weight at each evaluation; call .eval()"
-    return ""
-
-
-def output_shape(name: str, layer: nn.Module, x: Tensor) -> Tensor:
-    """What the layer makes of x, a tensor on the meta device, with no hook run and nothing computed.
-
-    ValueError where it cannot take x, or would reach across the first axis, the samples.
-    """
-    shape = tuple(x.shape)
-    reason = _across(layer, x.dim())
-    if reason:
-        raise ValueError(_refusal(name, layer, f"for an input of shape {shape} {reason}"))
-    try:
-        y = kind_of(layer).forward(_skeleton(layer), x)
-    except (RuntimeError, IndexError, ValueError) as error:
-        raise ValueError(f"layer {name} ({_class(layer)}) cannot take an input of shape {shape}: {error}") from error
-    if y.shape[:1] != x.shape[:1]:
-        raise ValueError(_refusal(name, layer, f"it turns an input of shape {shape} into one of {tuple(y.shape)}"))
-    return y
-
-
-def _class(layer: nn.Module) -> str:
-    return kind_of(layer).__name__
-
-
-def _refusal(name: str, layer: nn.Module, reason: str) -> str:
-    return f"layer {name} ({_class(layer)}) cannot be part of a DEQ: {reason}"
+    return (
+        "in training mode spectral norm changes the weight at each evaluation; call .eval()" if _spectral(layer) else ""
+    )
 
 
 def _why_not(kind: type[nn.Module]) -> str:
@@ -148,22 +141,19 @@ def _settings(layer: nn.Module) -> str:
 
 def _across(layer: Any, axes: int | None) -> str:
     """Why the layer would reach across samples, given the number of axes of its input (None: not known yet)."""
-    kind = kind_of(layer)
+    kind, along = kind_of(layer), "it works along the first axis, the samples"
     if kind in _ALONG and getattr(layer, _ALONG[kind]) in (0, None if axes is None else -axes):
-        return "it works along the first axis, the samples"
+        return along
     if axes is None:
         return ""
     if kind is nn.Linear and axes < 2:
-        return "it works along the first axis, the samples"
+        return along
     if kind in (nn.LayerNorm, nn.RMSNorm) and len(layer.normalized_shape) >= axes:
         return "it normalises along the first axis, the samples"
     if "Pad" in kind.__name__ and len(layer.padding) // 2 >= axes:
         return "it pads the first axis, the samples"
-    if kind in _SPATIAL:
-        wanted = 2 + int(kind.__name__[-2]) if kind.__name__.endswith("d") else 4
-        if axes != wanted:
-            return f"it wants {wanted} axes, the samples first"
-    return ""
+    wanted = 2 + int(kind.__name__[-2]) if kind in _SPATIAL and kind.__name__.endswith("d") else 4
+    return f"it wants {wanted} axes, the samples first" if kind in _SPATIAL and axes != wanted else ""
 
 
 def _spectral(layer: nn.Module) -> bool:
@@ -174,14 +164,14 @@ def _spectral(layer: nn.Module) -> bool:
 def _skeleton(layer: Any) -> nn.Module:
     """The layer without hooks and parametrizations, with the shapes of its tensors on the meta device."""
     kind = kind_of(layer)
-    twin = kind.__new__(kind)
-    twin.__dict__.update(layer.__dict__)
-    nn.Module.__init__(twin)  # forgets parameters, buffers and hooks; the settings stay
-    twin.training = layer.training
+    skeleton = kind.__new__(kind)
+    skeleton.__dict__.update(layer.__dict__)
+    nn.Module.__init__(skeleton)  # forgets parameters, buffers and hooks; the settings stay
+    skeleton.training = layer.training
     plain = [key for key, value in layer.__dict__.items() if isinstance(value, Tensor)]
     parametrized = layer.parametrizations if parametrize.is_parametrized(layer) else ()
     with torch.no_grad():
         for key in (*layer._parameters, *layer._buffers, *parametrized, *plain):
             value = getattr(layer, key)
-            twin.__dict__[key] = None if value is None else value.to("meta")
-    return twin
+            skeleton.__dict__[key] = None if value is None else value.to("meta")
+    return skeleton

@@ -8,16 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metabroyden.convert.layers import (
-    MIXING,
-    Layers,
-    check_layer,
-    check_mode,
-    flatten,
-    has_modes,
-    kind_of,
-    output_shape,
-)
+from metabroyden.convert import layers as rules
+from metabroyden.convert.layers import MIXING, Layers, kind_of
 from metabroyden.convert.readout import Readout
 from metabroyden.gradients import Implicit
 from metabroyden.solution import State
@@ -49,18 +41,18 @@ class StackCell(nn.Module):
         stages: nn.ModuleList of the L stages, each an nn.Sequential of the network's own layers.
 
     Raises:
-        TypeError, ValueError: what cannot be converted, naming the layer and the reason; see `to_deq`.
+        TypeError, ValueError: a network that cannot be converted, naming the layer and the reason; see `to_deq`.
     """
 
     def __init__(self, network: nn.Sequential) -> None:
         super().__init__()
-        layers = flatten(network)
+        layers = rules.flatten(network)
         if not layers:
             raise ValueError("network must have at least one layer, got an empty Sequential")
         for name, layer in layers:
-            check_layer(name, layer)
+            rules.check_layer(name, layer)
         self._groups = _stages(layers)
-        self._modal = [(name, layer) for name, layer in layers if has_modes(layer)]
+        self._modal = [(name, layer) for name, layer in layers if rules.has_modes(layer)]
         self._shapes: dict[tuple[int, ...], list[torch.Size]] = {}
         self.stages = nn.ModuleList(nn.Sequential(*(layer for _, layer in group)) for group in self._groups)
 
@@ -74,7 +66,7 @@ class StackCell(nn.Module):
             raise TypeError(f"a converted network takes one tensor, batch first, got {type(x).__name__}")
         for group in self._groups:
             for name, layer in group:
-                check_layer(name, layer)
+                rules.check_layer(name, layer)
         like = next((p for p in self.parameters() if p.is_floating_point()), x)
         key = tuple(x.shape[1:])
         if key not in self._shapes:
@@ -85,19 +77,18 @@ class StackCell(nn.Module):
     def forward(self, z: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, ...]:
         """f(z, x), shaped like z. ValueError where a layer's mode has become one that cannot be converted."""
         for name, layer in self._modal:
-            check_mode(name, layer)
-        if any(getattr(layer, "inplace", False) for layer in self._before_mixing()):
-            x = x.clone()
+            rules.check_mode(name, layer)
+        for _, layer in self._groups[0]:
+            if kind_of(layer) in MIXING:
+                break
+            if getattr(layer, "inplace", False):  # it gets x itself, or a view of it
+                x = x.clone()
+                break
         return tuple(stage(source) for stage, source in zip(self.stages, (x, *z[:-1]), strict=True))
 
     def output(self, z: State) -> Tensor:
         """The network's output in a state: the last activation."""
         return z[-1]
-
-    def _before_mixing(self) -> list[nn.Module]:
-        """The layers of stage 1 that see x itself, or a view of it: written in place, x would change."""
-        first = [layer for _, layer in self._groups[0]]
-        return first[: next((i for i, layer in enumerate(first) if kind_of(layer) in MIXING), len(first))]
 
     @torch.no_grad()
     def _trace(self, x: Tensor) -> list[torch.Size]:
@@ -105,7 +96,7 @@ class StackCell(nn.Module):
         shapes = []
         for group in self._groups:
             for name, layer in group:
-                x = output_shape(name, layer, x)
+                x = rules.output_shape(name, layer, x)
             if not x.shape[1:].numel():
                 raise ValueError(f"the activation after layer {name} ({kind_of(layer).__name__}) has no coordinate")
             shapes.append(x.shape[1:])
@@ -129,10 +120,13 @@ def to_deq(network: nn.Sequential, **deq_options: Any) -> ConvertedNetwork:
 
     Args:
         network: the network, batch first, in float32 or float64.
-        deq_options: of `DEQ`. Defaults: `Substitution()`, backward `Picard()`, until nothing moves (rtol 0), L + 1
-            evaluations and a few more where rounding delays it; max_nfe 2L + 10. With another solver rtol is 1e-12 for a
-            float64 network, else 1e-6. That is one tolerance for all activations together: the solve may stop before small
-            ones among them are right.
+        deq_options: of `DEQ`. Defaults: `Substitution()`, backward `Picard()`, until no coordinate changes (rtol 0), in
+            L + 1 evaluations and a few more where rounding delays it; max_nfe 2L + 10. With another solver rtol is 1e-12
+            for a float64 network, else 1e-6. That is one tolerance for all activations together: the solve may stop before
+            small ones among them are right.
+
+    Returns:
+        A module; its `deq` is the `DEQ`.
 
     Raises:
         TypeError: no Sequential, or a layer that cannot be known to treat samples apart and have one input.

@@ -32,8 +32,8 @@ def register(
 ) -> Callable[..., tuple[Any, list[Any], dict[str, Tensor]]]:
     """Make a solver of ours known to torchdeq: `torchdeq.get_deq(f_solver=name)`, or `b_solver=name`, with either core.
 
-    torchdeq looks names up when a DEQ is built. In one that is there already, `deq.f_solver = register(name, solver)`
-    changes the forward solver; the backward one is fixed.
+    torchdeq looks names up when a DEQ is built. In an existing one `deq.f_solver = register(name, solver)` changes the
+    forward solver; the backward one is fixed.
 
     - At most `max_iter` evaluations of f, counted; `tol` is our rtol in mode "rel", our atol in mode "abs". Samples that
       are done stay as they are, but f is called on the whole batch: torchdeq has no context to take rows from.
@@ -56,15 +56,14 @@ def register(
         such), ValueError for a wrong stop_mode or max_iter.
 
     Raises:
-        ImportError: torchdeq is not installed. TypeError, ValueError: a bad solver, name or option.
+        ImportError: torchdeq is not installed.
+        TypeError, ValueError: a bad solver, name or option.
     """
     check_options(torch.cos, solver, 0.0, 0.0, 1, check_every, f_dtype)
     if not isinstance(name, str) or not name:
         raise TypeError(f"name must be a non-empty string, got {name!r}")
     if name in OWN_NAMES and not replace:
         raise ValueError(f"{name!r} is a solver of torchdeq's own: choose another name, or say replace=True")
-
-    kind = type(solver).__name__
 
     # A closure: torchdeq would take a module as a part of the DEQ, to be trained and saved with it.
     def drop_in(
@@ -77,55 +76,62 @@ def register(
         **unknown: Any,
     ) -> tuple[Any, list[Any], dict[str, Tensor]]:
         if unknown:
-            raise TypeError(f"solver {name!r} takes no {', '.join(sorted(unknown))}: set options on the {kind} itself")
-        if stop_mode not in ("abs", "rel"):
-            raise ValueError(f"stop_mode must be 'abs' or 'rel', got {stop_mode!r}")
+            kind, names = type(solver).__name__, ", ".join(sorted(unknown))
+            raise TypeError(f"solver {name!r} takes no {names}: set options on the {kind} itself")
+        tolerances = _tolerances(tol, stop_mode)
         if max_iter < 1:
             raise ValueError(f"max_iter must be at least 1, got {max_iter}")
-        if any(step < 1 for step in indexing or ()):
-            raise ValueError(f"indexing must hold numbers of evaluations, at least 1, got {list(indexing or ())}")
-        f, z0, back = _single(func, x0)
-        start, dtype = z0.detach(), z0.dtype
-        if dtype in _HALF:
-            start = start.float()
-        finite = torch.isfinite(start).flatten(1).all(dim=1)
-        start = torch.where(_beside(finite, start), start, 0)
-        budget, wanted = int(max_iter), indexing or ()
-        early = sorted({step for step in wanted if step < budget})
-        solution = solve(
-            f,
-            start,
-            solver=solver,
-            rtol=tol if stop_mode == "rel" else 0.0,
-            atol=tol if stop_mode == "abs" else 0.0,
-            max_nfe=budget,
-            throw=False,
-            check_every=check_every,
-            f_dtype=dtype if f_dtype is None and dtype in _HALF else f_dtype,
-            snapshots=early,
-        )
-        lost = ~finite | solution.residual.isnan()
-        some_lost = bool(lost.any())
-
-        def finish(z: Any) -> Any:
-            z = torch.where(_beside(lost, z), torch.nan, z) if some_lost else z
-            return back(z.to(dtype))
-
-        at = dict(zip(early, solution.snapshots, strict=True))
-        states = [finish(at.get(step, solution.z)) for step in wanted]
-        return finish(solution.z), states, _statistics(solution, lost)
+        options: dict[str, Any] = {
+            "solver": solver,
+            "max_nfe": int(max_iter),
+            "check_every": check_every,
+            "f_dtype": f_dtype,
+        }
+        return _solve(func, x0, list(indexing or ()), **options | tolerances)
 
     _library().register_solver(name, drop_in)
     return drop_in
 
 
+def _tolerances(tol: float, stop_mode: str) -> dict[str, float]:
+    if stop_mode not in ("abs", "rel"):
+        raise ValueError(f"stop_mode must be 'abs' or 'rel', got {stop_mode!r}")
+    return {"rtol": tol, "atol": 0.0} if stop_mode == "rel" else {"rtol": 0.0, "atol": tol}
+
+
+def _solve(
+    func: Callable[[Any], Any], x0: Any, wanted: list[int], *, max_nfe: int, f_dtype: torch.dtype | None, **options: Any
+) -> tuple[Any, list[Any], dict[str, Tensor]]:
+    """torchdeq's (solution, states after `wanted` evaluations, info) of one solve of ours."""
+    if any(step < 1 for step in wanted):
+        raise ValueError(f"indexing must hold numbers of evaluations, at least 1, got {wanted}")
+    f, z0, back = _single(func, x0)
+    start, dtype = z0.detach(), z0.dtype
+    if dtype in _HALF:
+        start, f_dtype = start.float(), f_dtype or dtype
+    finite = torch.isfinite(start).flatten(1).all(dim=1)
+    start = torch.where(_like_rows(finite, start), start, 0)
+    early = sorted({step for step in wanted if step < max_nfe})
+    solution = solve(f, start, max_nfe=max_nfe, f_dtype=f_dtype, throw=False, snapshots=early, **options)
+    lost = ~finite | solution.residual.isnan()
+    some_lost = bool(lost.any())
+
+    def finish(z: Any) -> Any:
+        z = torch.where(_like_rows(lost, z), torch.nan, z) if some_lost else z
+        return back(z.to(dtype))
+
+    at = dict(zip(early, solution.snapshots, strict=True))
+    states = [finish(at.get(step, solution.z)) for step in wanted]
+    return finish(solution.z), states, _statistics(solution, lost)
+
+
 class FixedPointMap(ModelMap):
     """f(z, x) of the DEQ inside an unmodified torchdeq model, x being rows of the model's raw inputs.
 
-    The model runs on x, in evaluation mode and without gradients, up to the moment its DEQ calls the forward solver; the
-    function that solver was to solve is f, its start the initial state. So everything before the DEQ runs once for an x
-    (the very tensor) until x or a weight or buffer of the model is written to; through `.data` or NumPy that goes unseen, as
-    torch does not note it. Gradients flow through z, not into parameters.
+    The model runs on x, in evaluation mode and without gradients, until its DEQ calls the forward solver. The function that
+    the solver gets is f, its start the initial state. This run is repeated only for another tensor x, or after a write to x
+    or to a weight or buffer of the model; writes through `.data` or NumPy go unseen, as torch does not note them. Gradients
+    flow through z, not into parameters.
 
     A state of several tensors is one flat tensor (B, D), as torchdeq makes of it. A model that calls its DEQ more than
     once in a forward pass is taken at its first call.
@@ -135,14 +141,14 @@ class FixedPointMap(ModelMap):
         deq: the DEQ, or its name in the model, where the model has several.
 
     Raises:
-        ValueError: no torchdeq DEQ in the model, or several and none named. TypeError: no module.
+        ValueError: no torchdeq DEQ in the model, or several and none named.
+        TypeError: no module.
     """
 
     def __init__(self, model: nn.Module, deq: str | nn.Module | None = None) -> None:
         super().__init__()
-        chosen = _find(model, deq)
+        self._deq = [_find(model, deq)]  # a part of the model already
         self.model = model
-        self._deq = [chosen]  # a part of the model already
         self._captured: tuple[Any, Any, Callable[[Tensor], Tensor], Tensor] | None = None
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
@@ -168,8 +174,8 @@ class FixedPointMap(ModelMap):
         return self._captured[2], self._captured[3]
 
     def _capture(self, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-        attributes = self._deq[0].__dict__  # where an entry hides a module of that name, too
-        usual = attributes.get("f_solver")
+        attributes = self._deq[0].__dict__  # an entry here hides a module of that name, too
+        usual = {name: attributes[name] for name in ("f_solver",) if name in attributes}
         attributes["f_solver"] = _leave
         try:
             with torch.inference_mode(False), torch.no_grad(), _at_rest(self.model):
@@ -178,10 +184,8 @@ class FixedPointMap(ModelMap):
             f, z0, _ = _single(captured.func, captured.x0)
             return f, z0.detach()
         finally:
-            if usual is None:
-                del attributes["f_solver"]
-            else:
-                attributes["f_solver"] = usual
+            del attributes["f_solver"]
+            attributes.update(usual)
         raise ValueError(f"{type(self.model).__name__} did not call its torchdeq DEQ when run on x in evaluation mode")
 
 
@@ -254,8 +258,8 @@ def _single(func: Callable[[Any], Any], x0: Any) -> tuple[Callable[[Tensor], Ten
     )
 
 
-def _beside(mask: Tensor, z: Any) -> Tensor:
-    """(B,) broadcastable over z."""
+def _like_rows(mask: Tensor, z: Any) -> Tensor:
+    """A mask (B,) broadcastable over z."""
     return mask.reshape(-1, *[1] * (z.dim() - 1))
 
 

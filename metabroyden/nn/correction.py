@@ -32,8 +32,8 @@ def fixed_point_correction(
         gamma: in (0, 1]; of no effect on uniform weights.
 
     Raises:
-        ValueError: no states, unknown weights, gamma out of range, or a criterion that is no scalar. TypeError: a bare
-            tensor of states.
+        ValueError: no states, unknown weights, gamma out of range, or a criterion that is no scalar.
+        TypeError: a bare tensor of states.
 
     >>> import torch, metabroyden as mb
     >>> fixed_point_correction(torch.sum, [torch.ones(2), torch.ones(2)], gamma=0.5)  # 0.5 · 2 + 1 · 2
@@ -52,5 +52,4 @@ def fixed_point_correction(
         if loss.dim():
             raise ValueError(f"criterion must return a scalar, got shape {tuple(loss.shape)}")
     count = len(losses)
-    factors = [_WEIGHTS[weights](count - 1 - k, count, gamma) for k in range(count)]
-    return torch.stack([factor * loss for factor, loss in zip(factors, losses, strict=True)]).sum()
+    return torch.stack([_WEIGHTS[weights](count - 1 - k, count, gamma) * loss for k, loss in enumerate(losses)]).sum()

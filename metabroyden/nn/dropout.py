@@ -18,13 +18,13 @@ from metabroyden.nn.hold import held, holding
 class VariationalDropout(nn.Module):
     """Dropout whose mask is drawn once a call of the DEQ and kept through its solve and its backward pass.
 
-    Gal & Ghahramani 2016, A theoretically grounded application of dropout in recurrent neural networks; a fixed point
-    exists only for a mask that stands still. `DEQ` draws a mask for every sample and lets it travel with the context, so
-    that each sample keeps its own while others leave the solve. In evaluation mode the identity. In training mode, used
-    outside a `DEQ` (and outside `held_masks`), it draws afresh at every call, as ordinary dropout does.
+    Gal & Ghahramani 2016, A theoretically grounded application of dropout in recurrent neural networks. A fixed point
+    exists only for a constant mask. `DEQ` draws a mask for every sample; it travels with the context, so that each sample
+    keeps its own while others leave the solve. In evaluation mode the layer is the identity. In training mode, outside a
+    `DEQ` and outside `held_masks`, it draws a new mask at every call, as ordinary dropout does.
 
     Args:
-        p: probability that an entry is dropped, 0 ≤ p < 1; what stays is scaled by 1 / (1 − p).
+        p: probability that an entry is dropped, 0 ≤ p < 1; the rest is scaled by 1 / (1 − p).
         shape: of one sample's mask, as many axes as the layer's input has after the batch, each of its size or 1:
             (C, 1, 1) drops whole channels of (B, C, H, W), (1, D) features of (B, T, D) alike at all times.
 
@@ -48,7 +48,7 @@ class VariationalDropout(nn.Module):
 
     @property
     def mask(self) -> Tensor | None:
-        """(B, *shape) bool, True stays: what is held in this thread, for the time of a call; None elsewhere."""
+        """(B, *shape) bool, True is kept: the mask held in this thread during a call; None elsewhere."""
         return held(self)
 
     @property
@@ -68,7 +68,7 @@ class VariationalDropout(nn.Module):
         if not self.active:
             return x
         mask = self.draw(len(x), x.device)
-        # what torch would broadcast unasked would drop the wrong axis
+        # broadcasting by torch's own rules might drop along the wrong axis
         fits = mask.dim() == x.dim() and len(mask) == len(x)
         if not fits or any(size not in (1, wanted) for size, wanted in zip(self.shape, x.shape[1:], strict=True)):
             raise ValueError(
@@ -91,46 +91,42 @@ def dropouts(module: nn.Module) -> list[VariationalDropout]:
 def held_masks(module: nn.Module, batch: int, device: torch.device | str | None = None) -> Iterator[None]:
     """Draw the masks of a module's `VariationalDropout` layers for `batch` samples, and hold them for a `with` block.
 
-    Within it a `DEQ` uses these masks, and so does whatever else calls the cell on the whole batch: a Jacobian penalty at
-    the equilibrium, say, which else would meet masks of its own. Other threads draw masks of their own. `device`: where
-    the state lives; None: where the module's parameters are.
+    Within the block a `DEQ` uses these masks, and so does anything else that calls the cell on the whole batch, such as a
+    Jacobian penalty at the equilibrium. Other threads draw masks of their own.
+
+    Args:
+        module: the cell or the layer.
+        batch: number of samples.
+        device: of the state; None: of the module's parameters.
 
     >>> import torch, metabroyden as mb
     >>> layer = mb.VariationalDropout(0.5, (100,))
-    >>> with mb.training.held_masks(layer, 3):
+    >>> with mb.nn.held_masks(layer, 3):
     ...     bool((layer(torch.ones(3, 100)) == layer(torch.ones(3, 100))).all())
     True
     """
-    where = torch.device(device) if device is not None else next((p.device for p in module.parameters()), None)
-    with holding([(layer, layer.draw(batch, where or torch.device("cpu"))) for layer in dropouts(module)]):
+    if device is None:
+        device = next((p.device for p in module.parameters()), "cpu")
+    with holding([(layer, layer.draw(batch, torch.device(device))) for layer in dropouts(module)]):
         yield
 
 
 def stochastic_layers(module: nn.Module) -> list[str]:
-    """What is wrong with those layers of a module that make f a moving target under a solve, or couple samples.
+    """Warnings of layers that make f another map at each call, and of layers that couple the samples of a batch.
 
-    Ordinary dropout and RReLU draw anew at every call, a spectral norm of the old kind (a hook, which cannot be held)
-    makes another power iteration. Batch norm ties the samples of a batch together and learns from every call.
+    Of the first kind are ordinary dropout, RReLU and a spectral norm attached as a hook, which cannot be held. Batch norm is
+    of the second kind.
     """
-    moving, coupled = [], []
-    for name, layer in module.named_modules():
-        told = f"{name or 'cell'} ({type(layer).__name__})"
-        if layer.training and _draws(layer):
-            moving.append(told)
-        if _couples(layer):
-            coupled.append(told)
-    said = []
-    if moving:
-        said.append(
-            f"{', '.join(moving)} drops or learns anew at every evaluation, so that the cell has no fixed point to find; "
-            "use VariationalDropout or normalise"
-        )
-    if coupled:
-        said.append(
-            f"{', '.join(coupled)} takes statistics over the batch, or learns them, at every evaluation: samples that leave "
-            "the solve change f for the others; use GroupNorm or LayerNorm, or put it in evaluation mode"
-        )
-    return said
+    layers = [(f"{name or 'cell'} ({type(layer).__name__})", layer) for name, layer in module.named_modules()]
+    random = ", ".join(told for told, layer in layers if layer.training and _draws(layer))
+    coupled = ", ".join(told for told, layer in layers if _couples(layer))
+    reasons = {
+        "drops or learns anew at every evaluation, so that the cell has no fixed point to find; use VariationalDropout or "
+        "normalise": random,
+        "takes statistics over the batch, or learns them, at every evaluation: samples that leave the solve change f for "
+        "the others; use GroupNorm or LayerNorm, or put it in evaluation mode": coupled,
+    }
+    return [f"{names} {reason}" for reason, names in reasons.items() if names]
 
 
 def _draws(layer: nn.Module) -> bool:
@@ -143,7 +139,7 @@ def _draws(layer: nn.Module) -> bool:
 
 
 def _couples(layer: nn.Module) -> bool:
-    """Whether a layer looks at the whole batch, or learns statistics at each call."""
+    """Whether a layer reads the whole batch, or updates statistics at each call."""
     if isinstance(layer, _BatchNorm):
         return layer.training or layer.running_mean is None
     return isinstance(layer, _InstanceNorm) and layer.training and layer.track_running_stats

@@ -25,8 +25,7 @@ def jacobian_penalty(
     probes: int = 1,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Hutchinson's estimate of ‖J_f(z)‖_F² / n, averaged over the batch; a scalar to be added to the loss, 0 for
-    an empty batch.
+    """Hutchinson's estimate of ‖J_f(z)‖_F² / n, averaged over the batch, to be added to the loss.
 
     Bai, Koltun & Kolter 2021, Stabilizing equilibrium models by Jacobian regularization. With n the coordinates of one
     sample, a penalty weight means the same for any batch size. Unbiased, since E‖Jᵀv‖² = ‖J‖_F² for random signs v;
@@ -37,8 +36,11 @@ def jacobian_penalty(
         f: `f(z)` or `f(z, context)`, samples independent of one another.
         z: where to take the Jacobian, usually `deq.last_solution.z`.
         context: as f takes it.
-        probes: random vectors a sample.
-        generator: what draws them, on whatever device it lives; None: torch's own.
+        probes: number of random vectors a sample.
+        generator: draws them, on any device; None: torch's own.
+
+    Returns:
+        A scalar, 0 for an empty batch.
 
     Raises:
         ValueError, TypeError: a bad state, fewer than one probe, or f does not return what z is shaped like.
@@ -94,5 +96,5 @@ def twice_differentiable() -> AbstractContextManager[Any]:
 
 
 def _usable(tensor: Tensor) -> Tensor:
-    """The tensor; a copy where it was made in inference mode, as such cannot be saved for a backward pass."""
+    """The tensor; a copy where it was made in inference mode, since autograd cannot save such a one."""
     return tensor.clone() if tensor.is_inference() else tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ def normalise(module: M, kind: str = "spectral", *, skip: Sequence[str] = (), ma
     """Normalise the weights of every linear and convolutional layer in a cell, in place; returns the cell.
 
     `DEQ` computes such weights once a call and holds them through the solve and the gradient, so that f stays one map
-    (in training mode a spectral norm makes a power iteration whenever its weight is looked at). Any parametrization made
-    with `torch.nn.utils.parametrize` is held likewise. Make the optimizer afterwards: the parameters are new.
+    (in training mode a spectral norm makes a power iteration whenever its weight is read). The same holds for any
+    parametrization made with `torch.nn.utils.parametrize`. Make the optimizer afterwards: the parameters are new.
 
     Args:
         module: the cell, or a single layer.
@@ -30,6 +30,9 @@ def normalise(module: M, kind: str = "spectral", *, skip: Sequence[str] = (), ma
             both are torch's own. A convolution's σ is that of its weight as an (outputs, rest) matrix.
         skip: names of submodules to leave alone, with all that is in them.
         max_norm: with "spectral": W is scaled only where σ(W) exceeds it, to W·max_norm / σ(W).
+
+    Returns:
+        The module.
 
     Raises:
         ValueError: an unknown kind or name, no layer to normalise, one normalised already, a bad max_norm.
@@ -43,6 +46,19 @@ def normalise(module: M, kind: str = "spectral", *, skip: Sequence[str] = (), ma
         raise ValueError(f"kind must be one of {_KINDS}, got {kind!r}")
     if max_norm is not None and (kind != "spectral" or not max_norm > 0):
         raise ValueError(f"max_norm must be positive and goes with kind='spectral', got {max_norm} with {kind!r}")
+    for layer in _layers(module, skip):
+        outputs = 1 if isinstance(layer, _TRANSPOSED) else 0  # the axis of its weight that counts them
+        if kind == "weight":
+            parametrizations.weight_norm(layer, dim=outputs)
+        elif max_norm is None:
+            parametrizations.spectral_norm(layer)
+        else:
+            parametrize.register_parametrization(layer, "weight", _Bounded(layer.weight, max_norm, outputs))
+    return module
+
+
+def _layers(module: nn.Module, skip: Sequence[str]) -> list[Any]:
+    """The linear and convolutional layers of a module; ValueError where there is none, or one is parametrized already."""
     if isinstance(skip, str):
         raise ValueError(f"skip must be a sequence of names, got the string {skip!r}")
     modules = dict(module.named_modules())
@@ -59,20 +75,7 @@ def normalise(module: M, kind: str = "spectral", *, skip: Sequence[str] = (), ma
     for name, layer in layers.items():
         if parametrize.is_parametrized(layer, "weight"):
             raise ValueError(f"the weight of layer {name!r} is parametrized already")
-    for layer in layers.values():
-        if kind == "weight":
-            parametrizations.weight_norm(layer, dim=_outputs(layer))
-        elif max_norm is None:
-            parametrizations.spectral_norm(layer)
-        else:
-            bound = _Bounded(layer.weight, max_norm, _outputs(layer))
-            parametrize.register_parametrization(layer, "weight", bound)
-    return module
-
-
-def _outputs(layer: nn.Module) -> int:
-    """The axis of a layer's weight that counts its outputs."""
-    return 1 if isinstance(layer, _TRANSPOSED) else 0
+    return list(layers.values())
 
 
 class _Bounded(nn.Module):

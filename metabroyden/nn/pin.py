@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from metabroyden.function import FunctionWrapper
 from metabroyden.nn.dropout import VariationalDropout, dropouts
 from metabroyden.nn.hold import holding, parametrizations
 from metabroyden.solution import State
-from metabroyden.state import AugmentedContext, check_state, like
+from metabroyden.state import AugmentedContext, check_state
 
 
 def pin(
@@ -20,14 +21,13 @@ def pin(
 ) -> tuple[Callable[..., State], Any]:
     """(f, context) to solve with instead of (cell, context): the same ones where the cell has nothing to pin.
 
-    Parametrized weights (`normalise`) are computed here, once, in the caller's grad mode: f uses these very tensors,
-    under the no_grad of the solve and in the gradient, so that gradients reach the parameters behind them. Each
-    `VariationalDropout` that is active draws a mask for every sample; masks travel beside the context, as the solve
-    hands f only the rows at work, or, where there is no context, in f, which then always sees the full batch. With a
-    dtype f hands the cell states in that dtype, whatever it gets.
+    Parametrized weights (`normalise`) are computed here, once, in the caller's grad mode. f uses these tensors in the solve
+    and in the gradient, so that gradients reach the parameters behind them. Each `VariationalDropout` that is active draws a
+    mask for every sample. Masks travel beside the context, as the solve hands f only the rows at work; without a context
+    they stay in f, which then always sees the full batch. With a dtype f hands the cell states of that dtype.
     """
-    computed = parametrizations(cell) if isinstance(cell, nn.Module) else []
-    layers = dropouts(cell) if isinstance(cell, nn.Module) else []
+    module = cell if isinstance(cell, nn.Module) else nn.Identity()
+    computed, layers = parametrizations(module), dropouts(module)
     if not computed and not layers and dtype is None:
         return cell, context
     weights = [getattr(layer, name) for layer, name, _ in computed]
@@ -36,51 +36,49 @@ def pin(
         check_state(z0, "z0")
         first = z0 if isinstance(z0, Tensor) else z0[0]
         masks = tuple(layer.draw(len(first), first.device) for layer in layers)
-    pinned = Pinned(cell, [made for _, _, made in computed], weights, layers, masks, dtype)
+    pinned = Pinned(cell, weights, [made for _, _, made in computed], layers, masks, dtype)
     return pinned, AugmentedContext(context, masks) if masks and context is not None else context
 
 
 class Pinned(FunctionWrapper):
-    """The cell, its computed weights and masks held for the time of each call, in the calling thread only.
+    """The cell, its computed weights and masks held during each call, in the calling thread only.
 
     Attributes:
-        cell: the module. weights: the values of its parametrized weights. dtype: that the cell gets states in; None: any.
+        cell: the map.
+        weights: the values of its parametrized weights.
+        dtype: of the states that the cell gets; None: any.
     """
 
     def __init__(
         self,
         cell: Callable[..., State],
-        made: list[nn.Module],
         weights: list[Tensor],
+        made: list[nn.Module],
         layers: list[VariationalDropout],
         masks: tuple[Tensor, ...],
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None,
     ) -> None:
-        self.cell, self.weights, self.dtype = cell, weights, dtype
-        self.inner = cell
-        self._made, self._layers, self._masks = made, layers, masks
+        self.cell = self.inner = cell
+        self.weights, self.dtype = weights, dtype
+        self._rest = made, layers, masks
 
     def __call__(self, z: State, context: Any = None) -> State:
         """f(z) or f(z, context), for the rows whose masks are in the context."""
         return self.call(self.cell, self.weights, z, context)
 
     def call(self, cell: Callable[..., State], weights: Sequence[Tensor], z: State, context: Any) -> State:
-        """f with these weights, and with `cell` doing what the module does."""
+        """f with these weights, and with `cell` in the place of the module."""
         if self.dtype is not None:
-            z = z.to(self.dtype) if isinstance(z, Tensor) else like((part.to(self.dtype) for part in z), type(z))
-        x, masks = context if isinstance(context, AugmentedContext) else (context, self._masks)
-        with holding([*zip(self._made, weights, strict=True), *zip(self._layers, masks, strict=True)]):
+            z = pytree.tree_map(lambda part: part.to(self.dtype), z)
+        made, layers, masks = self._rest
+        x, masks = context if isinstance(context, AugmentedContext) else (context, masks)
+        with holding([*zip(made, weights, strict=True), *zip(layers, masks, strict=True)]):
             return cell(z) if x is None else cell(z, x)
 
     def rewrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function of z, or of z and the context, with the cell's weights and masks in place."""
-
-        def run(z: Any, context: Any = None) -> Any:
-            return self.call(function, self.weights, z, context)
-
-        return run
+        return lambda z, context=None: self.call(function, self.weights, z, context)
 
     def detached(self) -> Pinned:
         """The same map without gradients towards its weights."""
-        weights = [weight.detach() for weight in self.weights]
-        return Pinned(self.cell, self._made, weights, self._layers, self._masks, self.dtype)
+        return Pinned(self.cell, [weight.detach() for weight in self.weights], *self._rest, self.dtype)

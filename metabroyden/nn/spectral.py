@@ -29,6 +29,9 @@ def spectral_radius(f: Callable[..., State], z: State, context: Any = None, *, i
         context: as f takes it.
         iterations: dimension of the Krylov space.
 
+    Returns:
+        (B,), in the dtype of z.
+
     Raises:
         ValueError, TypeError: a bad state, fewer than one iteration, or f does not return what z is shaped like.
 
