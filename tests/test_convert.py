@@ -13,6 +13,7 @@ import metabroyden as mb
 from metabroyden.convert import layers
 from metabroyden.convert.layers import MIXING, kind_of
 from metabroyden.zoo.models import ConvClassifier, ConvClassifierConfig
+from tests.test_deq import TanhCell, tight
 
 
 def mlp():
@@ -429,15 +430,6 @@ def test_a_copy_judges_its_own_modes():
 # --- compose ---
 
 
-class TanhCell(nn.Module):
-    def __init__(self, n=4, gain=0.6):
-        super().__init__()
-        self.w = nn.Parameter(gain * torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q)
-
-    def forward(self, z, x):
-        return torch.tanh(z @ self.w + x)
-
-
 class HalvesCell(nn.Module):
     """A state of two tensors; takes a tensor or a pair of them for its context."""
 
@@ -452,13 +444,6 @@ class HalvesCell(nn.Module):
     def forward(self, z, x):
         whole = self.inner(torch.cat(z, 1), x if isinstance(x, torch.Tensor) else torch.cat(x, 1))
         return whole[:, :1], whole[:, 1:]
-
-
-def tight(cell):
-    solver = mb.Broyden(memory=60)
-    return mb.DEQ(
-        cell, solver=solver, backward=mb.Implicit(solver=solver, rtol=1e-13, max_nfe=100), rtol=1e-13, max_nfe=100
-    )
 
 
 def network(*sizes):

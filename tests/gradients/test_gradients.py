@@ -123,26 +123,6 @@ def test_second_derivatives_pass_gradgradcheck(name):
     assert torch.autograd.gradgradcheck(run, arguments, atol=1e-5, rtol=1e-3, fast_mode=True)
 
 
-def test_third_derivatives_are_right_too():
-    deq = tight(TanhCell(2))
-    x = torch.randn(1, 2, dtype=torch.float64, requires_grad=True)
-
-    def unrolled(x):
-        z = torch.zeros_like(x)
-        for _ in range(100):
-            z = deq.cell(z, x)
-        return z
-
-    thirds = []
-    for f in (unrolled, deq):
-        value = f(x).pow(2).sum()
-        for _ in range(2):
-            (gradient,) = torch.autograd.grad(value, x, create_graph=True)
-            value = gradient.pow(2).sum()
-        thirds.append(torch.autograd.grad(value, x)[0])
-    torch.testing.assert_close(thirds[1], thirds[0], rtol=1e-6, atol=1e-8)
-
-
 class Linear(nn.Module):
     """f(z, x) = zA + xC: every gradient has a closed form."""
 
@@ -155,22 +135,18 @@ class Linear(nn.Module):
         return z @ self.a + x @ self.c
 
 
-@pytest.mark.parametrize(("steps", "damping"), [(1, 1.0), (1, 0.5), (3, 1.0), (5, 0.4)])
-def test_biased_modes_are_what_their_formula_says(steps, damping):
-    cell, x = Linear(), torch.randn(3, 4, dtype=torch.float64)
-    v = torch.randn(3, 4, dtype=torch.float64)
-    modes = [mb.Phantom(steps=steps, damping=damping)] + [mb.JacobianFree()] * ((steps, damping) == (1, 1.0))
-    step = (1 - damping) * torch.eye(4, dtype=torch.float64) + damping * cell.a.detach().T  # rows: v ↦ vAᵀ
-    u = sum(damping * v @ torch.linalg.matrix_power(step, i) for i in range(steps))
-    star = x @ cell.c.detach() @ torch.linalg.inv(torch.eye(4, dtype=torch.float64) - cell.a.detach())
-    for mode in modes:
-        deq = tight(cell)
-        deq.backward_mode = mode
-        z = deq(x)
-        assert torch.equal(z, deq.last_solution.z), "the value is the one that was found"
-        towards_a, towards_c = torch.autograd.grad((z * v).sum(), (cell.a, cell.c))
-        torch.testing.assert_close(towards_a, star.T @ u, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(towards_c, x.T @ u, rtol=1e-9, atol=1e-9)
+@pytest.mark.parametrize("power", [1, 2])
+def test_third_derivatives_are_right_too(power):
+    """Of a loss that is linear in the state as well."""
+    deq, x, thirds = tight(TanhCell(2)), torch.randn(1, 2, dtype=torch.float64, requires_grad=True), []
+    for f in (mb.DEQ(deq.cell, backward=mb.Unroll(100)), deq):
+        value = f(x).pow(power).sum()
+        for _ in range(2):
+            gradients = torch.autograd.grad(value, (x, deq.cell.w), create_graph=True)
+            value = sum(gradient.square().sum() for gradient in gradients)
+        thirds.append(torch.autograd.grad(value, (x, deq.cell.w)))
+    for ours, wanted in zip(*reversed(thirds), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("mode", [mb.Phantom(), mb.JacobianFree()])
@@ -210,25 +186,6 @@ def test_the_adjoint_takes_any_solver_and_reports_its_cost(solver):
     torch.testing.assert_close(ours, wanted, rtol=1e-6, atol=1e-8)
     assert deq.last_backward_solution.nfe.min() > 1
     assert deq.last_backward_solution.converged.all()
-
-
-def test_once_few_samples_are_left_products_are_made_for_them_alone():
-    """Samples of very different difficulty: the late evaluations of the adjoint see the hard ones only."""
-    cell, x = TanhCell(6), torch.randn(8, 6, dtype=torch.float64)
-    with torch.no_grad():
-        cell.w.mul_(1.6)
-    x[:6] += 4 * torch.sign(x[:6])  # saturated: almost no Jacobian
-    deq = mb.DEQ(cell, rtol=1e-10, max_nfe=90, backward=mb.Implicit(solver=mb.Anderson(8), rtol=1e-9, max_nfe=90))
-    weight = torch.randn_like(x)
-    z = deq(x)
-    sizes = []
-    cell.register_forward_hook(lambda module, arguments, _: sizes.append(len(arguments[0])))
-    (ours,) = torch.autograd.grad((z * weight).sum(), cell.w)
-    spent = deq.last_backward_solution.nfe
-    assert spent[:6].max() < spent[6:].min()
-    assert sizes[0] == 2, "a graph for the two that were left"
-    (wanted,) = torch.autograd.grad((tight(cell)(x) * weight).sum(), cell.w)
-    torch.testing.assert_close(ours, wanted, rtol=1e-6, atol=1e-8)
 
 
 @dataclass(frozen=True)
@@ -437,17 +394,6 @@ def test_a_failure_of_a_second_derivative_is_reported_too():
     assert not deq.last_backward_solution.converged.any()
 
 
-def test_an_adjoint_under_autocast_is_asked_for_no_more_than_half_precision_gives():
-    cell, x = ConvCell(4, 8, 2), torch.randn(8, 4, 5, 5)
-    deq = mb.DEQ(cell, rtol=3e-2, backward=mb.Implicit(rtol=1e-6), warn=False)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        z = deq(x)
-    (z * torch.randn_like(z)).sum().backward()
-    floor = 4 * torch.finfo(torch.bfloat16).eps
-    assert deq.last_backward_solution.converged.all()
-    assert 0.1 * floor < deq.last_backward_solution.residual.max() <= floor
-
-
 # Autograd's machinery round a layer.
 
 
@@ -558,19 +504,6 @@ def test_weights_changed_between_forward_and_backward_are_an_error():
         deq.cell.w.mul_(0.5)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         z.sum().backward()
-
-
-def test_an_unrolled_layer_says_what_it_cost_and_when_it_diverges():
-    deq = mb.DEQ(TanhCell(), backward=mb.Unroll(steps=25))
-    x = torch.randn(2, 4, dtype=torch.float64)
-    z = deq(x)
-    assert deq.last_solution.nfe.tolist() == [26, 26]
-    torch.testing.assert_close(deq.last_solution.residual, mb.relative_residual(z, deq.cell(z, x)).detach())
-    cell = Linear()
-    with torch.no_grad():
-        cell.a.mul_(1e30)
-    with pytest.raises(RuntimeError, match="not finite after 40 steps: it diverges"):
-        mb.DEQ(cell, backward=mb.Unroll(steps=40))(x)
 
 
 def test_states_on_the_way_have_gradients_for_a_correction():
@@ -684,17 +617,6 @@ def test_a_mode_switched_before_backward_does_not_enter_the_gradient():
         torch.autograd.grad(z.square().sum(), deq.cell.first.weight, create_graph=True)
 
 
-def test_a_loss_that_is_linear_in_the_state_has_higher_derivatives_too():
-    deq = tight(TanhCell(3))
-    x = torch.randn(2, 3, dtype=torch.float64)
-    found = []
-    for f in (deq, mb.DEQ(deq.cell, backward=mb.Unroll(90))):
-        (first,) = torch.autograd.grad(f(x).sum(), deq.cell.w, create_graph=True)
-        (second,) = torch.autograd.grad(first.square().sum(), deq.cell.w, create_graph=True)
-        found.append(torch.autograd.grad(second.square().sum(), deq.cell.w)[0])
-    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-8)
-
-
 class Nested(nn.Module):
     """A cell with a DEQ in it, and one part of its state constant."""
 
@@ -732,14 +654,6 @@ def test_a_frozen_layer_builds_no_graph():
     assert mb.DEQ(cell)(x.requires_grad_()).requires_grad
 
 
-@pytest.mark.parametrize("size", [1e-25, 1e25])
-def test_cotangents_may_be_of_any_size(size):
-    cell = TanhCell().float()
-    deq, x = mb.DEQ(cell, rtol=1e-5), torch.randn(2, 4)
-    one, other = (torch.autograd.grad(deq(x), cell.w, torch.full_like(x, v))[0] for v in (1.0, size))
-    torch.testing.assert_close(other / size, one, rtol=1e-4, atol=1e-6)
-
-
 def test_calls_leave_no_reference_cycles():
     deq = mb.DEQ(TanhCell())
     gc.collect()
@@ -768,6 +682,7 @@ def test_calls_leave_no_reference_cycles():
         ),
         (lambda: mb.DEQ(TanhCell(), rtol=-1.0), "rtol must be"),
         (lambda: mb.DEQ(TanhCell(), backward=mb.Implicit), "backward must be a gradient mode such as Implicit"),
+        (lambda: mb.DEQ(TanhCell(), backward="implicit"), "backward must be a gradient mode such as Implicit"),
         (lambda: mb.DEQ(3), "f must be callable, got int"),
         (lambda: mb.Unroll(steps=0), "steps must be an integer"),
         (lambda: mb.JacobianFree(steps=2), "one undamped step: for others there is Phantom"),

@@ -16,6 +16,7 @@ from metabroyden.nn import held_masks
 from metabroyden.nn.dropout import stochastic_layers
 from metabroyden.nn.pin import pin
 from metabroyden.zoo.models import ConvCell
+from tests.test_deq import tight
 
 DOUBLE = torch.float64
 
@@ -35,11 +36,6 @@ class Cell(nn.Module):
     def forward(self, z, x):
         self.seen.append(self.first.weight)
         return torch.tanh(self.drop(self.second(torch.tanh(self.first(z)))) + x)
-
-
-def tight(cell, **options):
-    backward = mb.Implicit(solver=mb.Broyden(memory=60), rtol=1e-12, max_nfe=100)
-    return mb.DEQ(cell, solver=mb.Broyden(memory=60), backward=backward, rtol=1e-12, max_nfe=100, **options)
 
 
 def gradcheck(deq, x, before=lambda: None):
