@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
 import metabroyden as mb
-from experiments.legacy import fit_report
-from experiments.legacy.provenance import command_line, plain, provenance, results_folder, write_results
-from metabroyden.zoo.models import load_model
+from experiments.bench import report
+from experiments.bench.problems import Family
+from experiments.bench.runner import Options, Row, Run, publish, read_rows, row_files, sha256
+from experiments.bench.tables import Table
 from metabroyden.zoo.models.criteria import Images
-from metabroyden.zoo.models.families import get_family, trained_model
 
-_PLACES = ("family", "rtol", "seed", "models", "results", "progress")
+HEAD = ["", "rtol", "fitted, mean", "solved", "fewest evaluations", "fastest", "time over that", "returned", "training"]
 
 
 @dataclass(frozen=True)
-class Fit:
+class Fit(Options):
     """Fit a root finder to a family of images by one call of fit_solver; the comparison it makes goes to the report."""
 
     family: str = "conv-fashion"
@@ -38,42 +38,72 @@ class Fit:
     """Where the frozen models are."""
     results: Path = Path("results/fit")
     """Where results go, a folder a family, tolerance and seed in it; those of other settings to a trial- folder."""
-    progress: bool = True
-    """Show a bar, and the comparison."""
+    runs: Path = Path("runs/fit")
+    """Where finished fits are kept."""
 
 
 def run(config: Fit) -> None:
-    """One call, which is not gone on with where it was interrupted; the report over all that there are."""
-    path, family = trained_model(config.models, config.family), get_family(config.family)
-    criterion = family.criterion()
+    """One call, and the report over all that there are."""
+    family = Family(config.family, config.models)
+    always = f"--family {config.family} --rtol {config.rtol:g} --seed {config.seed}"
+    free = ("family", "rtol", "seed", "models")
+    job = Run("fit", config, free=free, shared=("models",), inputs=(family.path,), always=always)
+    rows = job.unit("fit", lambda: [fitted(config, family)])
+    folder = job.folder / f"{config.family}-{config.rtol:g}-seed{config.seed}"
+    publish(folder, rows, job.described(model_sha256=sha256(family.path)))
+    Console().print(Markdown(write(job.folder).read_text()))
+
+
+def fitted(config: Fit, family: Family) -> Row:
+    """What fit_solver found."""
+    model, criterion = family.model(), family.criterion
     if not isinstance(criterion, Images):
         raise ValueError(
             f"wanted a family of images, whose contexts are single tensors; {config.family} is one of texts"
         )
-    model = load_model(path, warn=False).requires_grad_(False)
     with torch.no_grad():
         x = model.inject(criterion.data.train.images[: config.contexts])
     if not isinstance(x, torch.Tensor):
         raise ValueError(f"wanted a family whose contexts are single tensors; those of {config.family} are {len(x)}")
-    solver = mb.fit_solver(
-        model.cell, x, rtol=config.rtol, steps=config.steps, seed=config.seed, fallback=False, progress=config.progress
-    )
-    row = {
-        "family": config.family,
+    options: dict[str, Any] = {
+        "rtol": config.rtol,
+        "steps": config.steps,
         "seed": config.seed,
-        "solver": type(solver).__name__,
-        "contexts": len(x),
-        "training": {key: value for key, value in solver.summary.items() if key in ("steps", "seconds", "cpu_seconds")},
-        **solver.summary["held_out"],
+        "progress": config.progress,
     }
-    described = {
-        "command": command_line(
-            f"fit --family {config.family} --rtol {config.rtol:g} --seed {config.seed}", config, _PLACES
-        ),
-        "config": plain(config),
-        "model_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "provenance": provenance(),
-    }
-    results = results_folder(config.results, config, _PLACES)
-    write_results(results / f"{config.family}-{config.rtol:g}-seed{config.seed}", [row], described)
-    Console().print(Markdown(fit_report.write(results).read_text()))
+    solver = mb.fit_solver(model.cell, x, **options, fallback=False)
+    training = {key: value for key, value in solver.summary.items() if key in ("steps", "seconds", "cpu_seconds")}
+    row = {"family": config.family, "seed": config.seed, "solver": type(solver).__name__, "contexts": len(x)}
+    return {**row, "training": training, **solver.summary["held_out"]}
+
+
+def write(folder: Path) -> Path:
+    """report.md over all runs in a folder, from rows alone."""
+    files = row_files(folder, "*/rows.jsonl")
+    runs = [report.read_config(path.parent) for path in files]
+    sections: list[report.Section] = [
+        "One call each, with its defaults; the comparison that it makes of its own accord, on problems that chose nothing. "
+        "Mean evaluations (a failure counts twice the budget) and share solved of the fitted solver, of the classical one "
+        "that needs fewest, of the fastest of those that solve as many; the fitted one's time over that one's, median of "
+        "paired solves. The fitted solver is returned where it solves no fewer, needs fewer evaluations and less time.",
+        Table("", HEAD, [_cells(read_rows(path)[0]) for path in files]),
+        *(f"- `{described['command']}`, commit {described['provenance']['commit']}" for described in runs),
+    ]
+    return report.write(folder, "fit_solver on trained families", sections)
+
+
+def _cells(row: Row) -> list[str]:
+    solvers = dict(row["solvers"])
+    ours, best = solvers.pop("metabroyden"), row["best_classical"]
+    fewest = min(solvers, key=lambda name: solvers[name]["mean_evaluations"])
+    rivals = [f"{solvers[n]['mean_evaluations']:.1f} ({solvers[n]['success']:.1%}) {n}" for n in (fewest, best)]
+    return [
+        f"{row['family']}, seed {row['seed']}",
+        f"{row['rtol']:g}",
+        f"{ours['mean_evaluations']:.1f}, {row['solver']}",
+        f"{ours['success']:.1%}",
+        *rivals,
+        f"{solvers[best]['fitted_over_this']:.2f}×",
+        best if row["failed_criteria"] else "**the fitted one**",
+        f"{row['training'].get('cpu_seconds', row['training']['seconds']):.0f} s",
+    ]

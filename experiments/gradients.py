@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from rich.console import Console
 from rich.markdown import Markdown
 from torch import Tensor, nn
 
-from experiments.legacy import gradients_report
-from experiments.legacy.provenance import plain, provenance, write_results
+from experiments.bench import figures, report
+from experiments.bench.runner import Options, Row, Run, read_rows
+from experiments.bench.tables import pivot
 from metabroyden import (
     DEQ,
     Anderson,
@@ -36,7 +39,7 @@ from metabroyden.zoo.models import load_model
 
 
 @dataclass(frozen=True)
-class Gradients:
+class Gradients(Options):
     """Compare gradient modes and adjoint solvers on the digits DEQs of results/digits/; results/gradients/."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -54,31 +57,24 @@ class Gradients:
     models: Path = Path("results/digits")
     """Where the trained DEQs and their forward solvers are."""
     results: Path = Path("results/gradients")
-    """Where rows, the figure and the report go."""
-    progress: bool = True
-    """Show a progress bar."""
+    """Where rows, the figure and the report go; those of other settings than these to a trial- folder in it."""
+    runs: Path = Path("runs/gradients")
+    """Where the rows of finished seeds are kept, to go on from."""
 
 
 def run(config: Gradients) -> None:
-    """The whole job; what it wrote before is replaced at the end."""
-    console = Console()
+    """The whole job. Interrupted, it goes on with the next seed."""
     began = time.perf_counter()
-    rows: list[dict[str, Any]] = []
-    for seed in config.seeds:
-        rows += [{"seed": seed, **row} for row in _one(config, seed)]
-    described = {
-        "command": "python -m experiments gradients",
-        "config": plain(config),
-        "seconds": round(time.perf_counter() - began),
-        "provenance": provenance(),
-    }
-    write_results(config.results, rows, described)
-    report = gradients_report.write(config.results, rows, described)
-    console.print(Markdown(gradients_report.tables(rows)))
-    console.print(f"Figure and report: {report} ({described['seconds']} s)")
+    job = Run("gradients", config, free=("models",))
+    units = [job.unit(f"seed{seed}", lambda: _one(config, seed)) for seed in config.seeds]  # noqa: B023
+    folder = job.publish(
+        [{"seed": seed, **row} for seed, rows in zip(config.seeds, units, strict=True) for row in rows],
+        seconds=round(time.perf_counter() - began),
+    )
+    Console().print(Markdown(write(folder).read_text()))
 
 
-def _one(config: Gradients, seed: int) -> list[dict[str, Any]]:
+def _one(config: Gradients, seed: int) -> list[Row]:
     """Rows of one DEQ."""
     folder = config.models / f"seed{seed}"
     model = load_model(folder / "model.safetensors", warn=False)
@@ -122,48 +118,38 @@ def _tuned(model: Any, split: ImageSplit, grid: list[Any], config: Gradients) ->
     return best
 
 
+def _in_turns(work: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, float]:
+    """Median seconds by name of work that returns what it took, interleaved, after a round that warms up."""
+    seconds = [{name: one() for name, one in work.items()} for _ in range(repeats + 1)][1:]
+    return {name: float(f"{np.median([lap[name] for lap in seconds]):.4g}") for name in work}
+
+
 def _adjoint_rows(
     config: Gradients, cell: nn.Module, solvers: dict[str, tuple[Any, Any, bool]], x: Tensor, v: Tensor
-) -> list[dict[str, Any]]:
-    rows = []
+) -> Iterator[Row]:
+    def backward(layer: DEQ) -> float:
+        z = layer(x)
+        began = time.perf_counter()
+        torch.autograd.grad(z, list(cell.parameters()), v)
+        return time.perf_counter() - began
+
     for rtol in config.rtols:
-        layers = {
-            name: DEQ(
-                cell,
-                solver=forward,
-                backward=Implicit(solver=solver, rtol=rtol, max_nfe=config.budget, precondition=reuse),
-                rtol=1e-4,
-                max_nfe=80,
-                warn=False,
-            )
-            for name, (forward, solver, reuse) in solvers.items()
-        }
-        seconds: dict[str, list[float]] = {name: [] for name in layers}
-        for _ in range(config.repeats + 1):
-            for name, layer in layers.items():
-                z = layer(x)
-                began = time.perf_counter()
-                torch.autograd.grad(z, list(cell.parameters()), v)
-                seconds[name].append(time.perf_counter() - began)
+        layers = {}
+        for name, (forward, solver, reuse) in solvers.items():
+            mode = Implicit(solver=solver, rtol=rtol, max_nfe=config.budget, precondition=reuse)
+            layers[name] = DEQ(cell, solver=forward, backward=mode, rtol=1e-4, max_nfe=80, warn=False)
+        work = {name: partial(backward, layer) for name, layer in layers.items()}
+        seconds = _in_turns(work, config.repeats)
         for name, layer in layers.items():
             found = layer.last_backward_solution
             assert found is not None
             spent = np.where(found.converged.numpy(), found.nfe.numpy(), config.budget)
-            rows.append(
-                {
-                    "row": "adjoint",
-                    "solver": name,
-                    "rtol": rtol,
-                    "median": float(np.median(spent)),
-                    "most": float(np.quantile(spent, 0.9)),
-                    "solved": float(found.converged.double().mean()),
-                    "seconds": float(f"{np.median(seconds[name][1:]):.4g}"),
-                }
-            )
-    return rows
+            spread = {"median": float(np.median(spent)), "most": float(np.quantile(spent, 0.9))}
+            solved = float(found.converged.double().mean())
+            yield {"row": "adjoint", "solver": name, "rtol": rtol, **spread, "solved": solved, "seconds": seconds[name]}
 
 
-def _mode_rows(config: Gradients, cell: nn.Module, learned: Any, x: Tensor, v: Tensor) -> list[dict[str, Any]]:
+def _mode_rows(config: Gradients, cell: nn.Module, learned: Any, x: Tensor, v: Tensor) -> Iterator[Row]:
     """Each mode's gradient towards the cell's parameters against the exact one, in float64 to 1e-9, and its time."""
     double = copy.deepcopy(cell).double()
     exact_mode = Implicit(solver=Broyden(memory=100), rtol=1e-9, max_nfe=300)
@@ -173,6 +159,7 @@ def _mode_rows(config: Gradients, cell: nn.Module, learned: Any, x: Tensor, v: T
     solution, back = exact_layer.last_solution, exact_layer.last_backward_solution
     assert solution is not None
     assert back is not None
+    known = float((solution.converged & back.converged).double().mean())
     implicit = Implicit(solver=Broyden(memory=60), max_nfe=config.budget)
     modes: dict[str, Any] = {f"implicit, {rtol:g}": replace(implicit, rtol=rtol) for rtol in (1e-1, 1e-2, 1e-3)}
     modes |= {
@@ -185,26 +172,81 @@ def _mode_rows(config: Gradients, cell: nn.Module, learned: Any, x: Tensor, v: T
     tight: dict[str, Any] = {"solver": Broyden(memory=100), "max_nfe": 100, "warn": False}
     layers = {name: DEQ(cell, backward=mode, rtol=1e-5, **tight) for name, mode in modes.items()}
     for rtol in (1e-3, 1e-2):
-        layers[f"implicit, 0.001, forward to {rtol:g}"] = DEQ(
-            cell, backward=modes["implicit, 0.001"], rtol=rtol, **tight
-        )
-    seconds: dict[str, list[float]] = {name: [] for name in layers}
+        mode = modes["implicit, 0.001"]
+        layers[f"implicit, 0.001, forward to {rtol:g}"] = DEQ(cell, backward=mode, rtol=rtol, **tight)
     gradients: dict[str, Tensor] = {}
-    for _ in range(config.repeats + 1):
-        for name, layer in layers.items():
-            began = time.perf_counter()
-            found = torch.autograd.grad(layer(x), list(cell.parameters()), v)
-            seconds[name].append(time.perf_counter() - began)
-            gradients[name] = torch.cat([g.flatten() for g in found]).double()
-    known = float((solution.converged & back.converged).double().mean())
-    return [
-        {
+
+    def both_ways(name: str) -> float:
+        began = time.perf_counter()
+        found = torch.autograd.grad(layers[name](x), list(cell.parameters()), v)
+        took = time.perf_counter() - began
+        gradients[name] = torch.cat([g.flatten() for g in found]).double()
+        return took
+
+    seconds = _in_turns({name: partial(both_ways, name) for name in layers}, config.repeats)
+    for name, gradient in gradients.items():
+        cosine = float(nn.functional.cosine_similarity(gradient, exact, dim=0))
+        error = float((gradient - exact).norm() / exact.norm())
+        yield {
             "row": "mode",
             "mode": name,
-            "cosine": float(nn.functional.cosine_similarity(gradient, exact, dim=0)),
-            "error": float((gradient - exact).norm() / exact.norm()),
-            "seconds": float(f"{np.median(seconds[name][1:]):.4g}"),
+            "cosine": cosine,
+            "error": error,
+            "seconds": seconds[name],
             "exact_known": known,
         }
-        for name, gradient in gradients.items()
+
+
+def write(folder: Path) -> Path:
+    """report.md and its figure, from rows alone."""
+    rows, described = read_rows(folder / "rows.jsonl"), report.read_config(folder)
+    config = described["config"]
+    adjoint, modes = ([row for row in rows if row["row"] == kind] for kind in ("adjoint", "mode"))
+
+    def spent(found: Sequence[Row]) -> str:
+        median, most, solved, seconds = (_mean(found, key) for key in ("median", "most", "solved", "seconds"))
+        return f"{median:.0f} / {most:.0f} / {solved:.1%}, {1000 * seconds:.0f} ms"
+
+    written = {"cosine": ".4f", "relative error": ".1e", "forward + backward": ".0f"}
+    keys = dict(zip(written, ("cosine", "error", "seconds"), strict=True))
+
+    def bias(found: Sequence[tuple[str, Row]]) -> str:
+        column = found[0][0]
+        value = _mean([row for _, row in found], keys[column])
+        return f"{1000 * value:.0f} ms" if column == "forward + backward" else f"{value:{written[column]}}"
+
+    sections: list[report.Section] = [
+        f"{report.made_by(described)} {described['seconds']} s.",
+        f"The trained DEQs of results/digits ({len(config['seeds'])} seeds), {config['samples']} held-out images in one "
+        "batch, the cotangent that of their cross-entropy. Means over seeds (times: of medians of "
+        f"{config['repeats']} interleaved repeats).",
+        "## Solving the adjoint\n\nProducts with Jᵀ a sample needs, median / 90th percentile / share solved (a failure "
+        "counts as the budget), and the time of the whole backward pass.",
+        pivot("", adjoint, lambda r: r["solver"], lambda r: f"to {r['rtol']:g}", spent, corner="adjoint solver"),
+        "## Modes\n\nThe gradient towards the cell's weights against the exact one (float64, both tolerances 1e-9, "
+        f"{_mean(modes, 'exact_known'):.1%} of samples solved): cosine, relative error; time of forward and backward pass. "
+        "Forward tolerance 1e-5 where no other is named.",
+        pivot(
+            "",
+            [(column, row) for row in modes for column in written],
+            lambda pair: pair[1]["mode"],
+            lambda pair: pair[0],
+            bias,
+            corner="mode",
+        ),
+        _figure(modes, folder / "bias_by_time.png"),
     ]
+    return report.write(folder, "Gradients through the digits DEQs", sections)
+
+
+def _mean(rows: Sequence[Row], key: str) -> float:
+    return float(np.mean([row[key] for row in rows]))
+
+
+def _figure(modes: Sequence[Row], path: Path) -> Path:
+    figure, place = figures.axes(7.2, xlabel="forward + backward (ms)", ylabel="relative error of the gradient")
+    for name, marker in zip(dict.fromkeys(row["mode"] for row in modes), "os^Dvp*hXPd", strict=False):
+        mine = [row for row in modes if row["mode"] == name]
+        place.loglog(1000 * _mean(mine, "seconds"), _mean(mine, "error"), marker, markersize=9, label=name)
+    place.legend(frameon=False, fontsize=8)
+    return figures.save(figure, path)

@@ -1,38 +1,41 @@
-"""Meta-training past the unroll that backpropagation is stable over: evolution strategies against it, at equal CPU time."""
+"""Meta-training over long unrolls: backpropagation, whole and truncated, against persistent evolution strategies."""
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
+from rich.markdown import Markdown
 
-from experiments.legacy import pes_report
-from experiments.legacy.provenance import command_line, plain, provenance, results_folder, write_results
+from experiments.bench import figures, report
+from experiments.bench.problems import Family
+from experiments.bench.runner import Options, Row, Run, read_rows
+from experiments.bench.tables import Table
+from metabroyden import load_solver, save_solver
 from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet, unroll
 from metabroyden.meta.backprop import differentiate, frozen
 from metabroyden.meta.defaults import tasks_layout
 from metabroyden.meta.draws import training_batch
 from metabroyden.meta.fit import make_learned
 from metabroyden.meta.progress import progress_bar
+from metabroyden.meta.step_guard import in_words
 from metabroyden.state import gather
-from metabroyden.zoo.models import load_model
-from metabroyden.zoo.models.families import get_family
 from metabroyden.zoo.tasks import family_tasks
 
 WAYS = ("backpropagation", "truncated", "PES")
-
-
-_PLACES = ("models", "results", "progress")
+SMALL: dict[str, Any] = {"hidden": 8, "initializer_width": 0, "safeguard": None}
 
 
 @dataclass(frozen=True)
-class Pes:
-    """From one solver trained on short unrolls, go on over long ones in three ways and write results/meta/pes/."""
+class Pes(Options):
+    """From one solver trained on short unrolls, go on over long ones in three ways at equal CPU time."""
 
     family: str = "conv-digits"
     """A family of metabroyden.zoo.models.FAMILIES, of images."""
@@ -62,99 +65,127 @@ class Pes:
     """Where the frozen models are."""
     results: Path = Path("results/meta/pes")
     """Where rows, the figure and the report go; of a run with other settings than these to a trial- folder in it."""
-    progress: bool = True
-    """Show progress bars."""
+    runs: Path = Path("runs/pes")
+    """Where the rows of finished ways are kept, to go on from."""
 
 
 def run(config: Pes) -> None:
-    """The whole job; what it wrote before is replaced at the end."""
-    family = get_family(config.family)
-    model = load_model(config.models / config.family / "model.safetensors", warn=False).requires_grad_(False)
-    tasks = family_tasks(model, family.criterion())
-    layout, _ = tasks_layout(tasks)
-    solver = make_learned(config.solver, layout, seed=config.seed, hidden=8, initializer_width=0, safeguard=None)
+    """The whole job. Interrupted, it goes on with the next way."""
+    family = Family(config.family, config.models)
+    tasks = family_tasks(family.model(), family.criterion)
+    job = Run("pes", config, free=("models",), inputs=(family.path,))
+    total, begin = config.unroll * config.segments, job.work / "short.safetensors"
     common = MetaConfig(
-        steps=1_000_000,
-        unroll=config.unroll,
-        batch=config.batch,
-        learning_rate=config.learning_rate,
-        seed=config.seed,
-        backend="native",
-        validation_size=64,
-        validation_rtol=1e-4,
-        validation_nfe=config.unroll * config.segments,
-        validate_every=1_000_000,
-        budget_clock="cpu",
-    )
-    rows: list[dict[str, Any]] = []
-    _train(
-        "short", replace(common, budget_seconds=config.begin_seconds, validate_every=50), solver, tasks, config, rows
-    )
-    rows += _length_rows(solver, tasks, common, config)
-    long = replace(common, budget_seconds=config.seconds)
+        steps=1_000_000, unroll=config.unroll, batch=config.batch, learning_rate=config.learning_rate, seed=config.seed,
+        backend="native", validation_size=64, validation_rtol=1e-4, validation_nfe=total, validate_every=50,
+        budget_seconds=config.begin_seconds, budget_clock="cpu",
+    )  # fmt: skip
+    long = replace(common, budget_seconds=config.seconds, validate_every=10)
+    evolved: dict[str, Any] = {"estimator": "pes", "sigma": config.sigma, "particles": config.particles}
     settings = {
-        "backpropagation": replace(long, unroll=config.unroll * config.segments, validate_every=10),
-        "truncated": replace(long, segments=config.segments, validate_every=10),
-        "PES": replace(
-            long,
-            segments=config.segments,
-            estimator="pes",
-            sigma=config.sigma,
-            particles=config.particles,
-            validate_every=5 * config.segments,
-        ),
+        "backpropagation": replace(long, unroll=total),
+        "truncated": replace(long, segments=config.segments),
+        "PES": replace(long, segments=config.segments, validate_every=5 * config.segments, **evolved),
     }
+
+    def short() -> Iterator[Row]:
+        solver = make_learned(config.solver, tasks_layout(tasks)[0], seed=config.seed, **SMALL)
+        yield from _trained("short", common, solver, tasks, config)
+        yield from _length_rows(copy.deepcopy(solver), tasks, common, config)
+        save_solver(solver, begin)
+
+    rows = job.unit("short", short)
     for way in WAYS:
-        _train(way, settings[way], copy.deepcopy(solver), tasks, config, rows)
-    described = {
-        "command": command_line("pes", config, _PLACES),
-        "config": plain(config),
-        "provenance": provenance(),
-    }
-    folder = results_folder(config.results, config, _PLACES)
-    write_results(folder, rows, described)
-    Console().print(f"Figure and report: {pes_report.write(folder, rows, described)}")
+        rows += job.unit(way, lambda: _trained(way, settings[way], load_solver(begin), tasks, config))  # noqa: B023
+    folder = job.publish(rows)
+    Console().print(Markdown(write(folder).read_text()))
 
 
-def _train(way: str, meta: MetaConfig, solver: Any, tasks: TaskSet, config: Pes, rows: list[dict[str, Any]]) -> None:
-    """Train in one way, and note its looks at validation, its gradients, and how residuals fall afterwards."""
+def _trained(way: str, meta: MetaConfig, solver: Any, tasks: TaskSet, config: Pes) -> Iterator[Row]:
+    """Train in one way: its looks at validation, its gradients, and how residuals fall afterwards."""
     norms: list[float] = []
     trainer = MetaTrainer(solver, tasks, meta)
     trainer.curves = lambda step, values: norms.append(values["gradient norm"]) if "gradient norm" in values else None
     with progress_bar(f"{config.family}, {way}", meta.steps, show=config.progress) as bar:
         trainer.run(bar)
     finite = torch.tensor([norm for norm in norms if math.isfinite(norm)] or [math.inf])
-    rows.append(
-        {
-            "row": "way",
-            "way": way,
-            "steps": trainer.step,
-            "parameters": sum(p.numel() for p in solver.parameters()),
-            "cpu_seconds": solver.summary["cpu_seconds"],
-            "norms": torch.quantile(finite, torch.tensor([0.1, 0.5, 0.9, 1.0])).tolist(),
-            "incidents": solver.summary["incidents"],
-            "score": trainer.best_score,
-        }
-    )
-    rows += [{"row": "look", "way": way, **entry, "loss": None} for entry in trainer.history]
-    z0, x = tasks.problems("validation")
-    z0, x = gather((z0, x), torch.arange(meta.validation_size))
-    steps = 2 * config.unroll * config.segments
+    taken = {"cpu_seconds": solver.summary["cpu_seconds"], "incidents": solver.summary["incidents"]}
+    spread = torch.quantile(finite, torch.tensor([0.1, 0.5, 0.9, 1.0])).tolist()
+    size = sum(p.numel() for p in solver.parameters())
+    yield {"row": "way", "way": way, "steps": trainer.step, "parameters": size, "norms": spread, "score": trainer.best_score,
+           **taken}  # fmt: skip
+    yield from ({"row": "look", "way": way, **entry, "loss": None} for entry in trainer.history)
+    z0, x = gather(tasks.problems("validation"), torch.arange(meta.validation_size))
     with torch.no_grad():
+        steps = 2 * config.unroll * config.segments
         residuals = unroll(solver, tasks.f, z0, x, steps=steps, backend="native").residuals
     quartiles = residuals.nan_to_num(torch.inf).quantile(torch.tensor([0.25, 0.5, 0.75]), dim=1)
-    rows.append({"row": "curve", "way": way, "residual": quartiles.tolist()})
+    yield {"row": "curve", "way": way, "residual": quartiles.tolist()}
 
 
-def _length_rows(solver: Any, tasks: TaskSet, meta: MetaConfig, config: Pes) -> list[dict[str, Any]]:
+def _length_rows(solver: Any, tasks: TaskSet, meta: MetaConfig, config: Pes) -> Iterator[Row]:
     """The exact gradient's norm by the length of the unroll, on a few batches."""
-    rows = []
     solver.requires_grad_(True)
     with frozen(tasks.f):
         for length in config.lengths:
-            norms = []
-            for step in range(5):
-                z0, x = training_batch(tasks, meta, step)
-                norms.append(float(differentiate(solver, tasks.f, z0, x, meta, "native", steps=length)[1]))
-            rows.append({"row": "length", "unroll": length, "norms": norms})
-    return rows
+            batches = [training_batch(tasks, meta, step) for step in range(5)]
+            norms = [
+                float(differentiate(solver, tasks.f, *batch, meta, "native", steps=length)[1]) for batch in batches
+            ]
+            yield {"row": "length", "unroll": length, "norms": norms}
+
+
+def write(folder: Path) -> Path:
+    """report.md and pes.png, from rows alone."""
+    rows, described = read_rows(folder / "rows.jsonl"), report.read_config(folder)
+    config = described["config"]
+    total = config["unroll"] * config["segments"]
+    lengths = [
+        [str(row["unroll"]), f"{np.median(row['norms']):.3g}", f"{np.max(row['norms']):.3g}"]
+        for row in rows
+        if row["row"] == "length"
+    ]
+    sections: list[report.Section] = [
+        report.made_by(described),
+        f"{config['family']}, {config['solver']} without a safeguard, meta-trained on unrolls of {config['unroll']} steps "
+        f"(short), then for {config['seconds']:g} CPU seconds in each of three ways on unrolls of {total}: by full "
+        f"backpropagation; by backpropagation truncated to segments of {config['unroll']}; by persistent evolution "
+        f"strategies over such segments, {config['particles']} antithetic pairs, σ = {config['sigma']:g}.",
+        _figure(rows, total, folder / "pes.png"),
+        _ways(rows, total),
+        "Evaluations: mean on validation to 1e-4, a failure counting twice the budget; residuals: medians on validation, of "
+        "the weights that did best there. Gradient norms: of all outer steps, before clipping.",
+        "The exact gradient's norm from the short solver's weights, by the length of the unroll, median and largest of "
+        "five batches:",
+        Table("", ["unroll", "median", "largest"], lengths),
+    ]
+    return report.write(folder, "Meta-training over long unrolls", sections)
+
+
+def _ways(rows: Sequence[Row], total: int) -> Table:
+    curves = {row["way"]: row["residual"][1] for row in rows if row["row"] == "curve"}
+    body = [
+        [row["way"], str(row["steps"]), f"{row['score']:.1f}",
+         *(f"{curves[row['way']][steps]:.2g}" for steps in (total, 2 * total)),
+         " / ".join(f"{value:.3g}" for value in row["norms"][1:]), in_words(row["incidents"]) or "none"]
+        for row in rows if row["row"] == "way"
+    ]  # fmt: skip
+    head = ["way", "outer steps", "evaluations", f"residual at {total}", f"at {2 * total}"]
+    return Table("", [*head, "gradient norm, median / 90% / largest", "incidents"], body)
+
+
+def _figure(rows: Sequence[Row], total: int, path: Path) -> Path:
+    """Evaluations on validation by CPU time, and residuals by step."""
+    figure, (left, right) = figures.grid(2, 2, (5, 4.2))
+    for number, way in enumerate(("short", *WAYS)):
+        mine = [row for row in rows if row.get("way") == way]
+        looks = [row for row in mine if row["row"] == "look"]
+        if way != "short":
+            figures.line(left, way, [r["cpu_seconds"] for r in looks], [r["score"] for r in looks], number=number)
+        (curve,) = (row["residual"][1] for row in mine if row["row"] == "curve")
+        figures.line(right, way, range(len(curve)), curve, number=number)
+    left.set(xlabel="CPU seconds on long unrolls", ylabel="evaluations to 1e-4 on validation")
+    right.axvline(total, color="#999999", linewidth=0.8)
+    right.set(xlabel="steps", ylabel="relative residual, median", yscale="log")
+    figures.legend(figure, (left, right))
+    return figures.save(figure, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -161,18 +162,24 @@ def test_alternate_resumes_and_writes_what_it_promises(tmp_path, capsys, monkeyp
     assert "Against Anderson" in capsys.readouterr().out
 
 
-def test_gradients_writes_what_it_promises(tmp_path, capsys):
+def test_gradients_writes_what_it_promises(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gradients, "load_digits", partial(gradients.load_digits, validation=24, test=1700))
     config = gradients.Gradients(
-        seeds=(0,), steps=1, rtols=(1e-1,), budget=12, samples=12, repeats=1, results=tmp_path, progress=False
+        seeds=(0,),
+        steps=1,
+        rtols=(1e-1,),
+        budget=12,
+        samples=12,
+        repeats=1,
+        results=tmp_path / "results",
+        runs=tmp_path / "runs",
+        progress=False,
     )
     gradients.run(config)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "rows.jsonl.gz",
-        "config.json",
-        "report.md",
-        "bias_by_time.png",
-    }
-    rows = read_rows(tmp_path / "rows.jsonl")
+    (trial,) = config.results.iterdir()
+    figures = {"bias_by_time.png", "bias_by_time.pdf"}
+    assert {path.name for path in trial.iterdir()} == {"rows.jsonl.gz", "config.json", "report.md", *figures}
+    rows = read_rows(trial / "rows.jsonl")
     error = {row["mode"]: row["error"] for row in rows if row["row"] == "mode"}
     assert error["implicit, 0.001"] < error["phantom, 5 steps"] < error["Jacobian-free"]
     assert "adjoint LSTM" in capsys.readouterr().out

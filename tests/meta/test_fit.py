@@ -227,10 +227,17 @@ def _validation(x):
 
 
 def test_the_experiment_reports_what_is_returned(tmp_path, capsys):
-    config = fit.Fit(family="dense-digits", steps=2, contexts=60, progress=False, results=tmp_path)
+    config = fit.Fit(
+        family="dense-digits",
+        steps=2,
+        contexts=60,
+        progress=False,
+        results=tmp_path / "results",
+        runs=tmp_path / "runs",
+    )
     fit.run(config)
     fit.run(replace(config, family="monotone-dense-digits", rtol=1e-2))
-    (trial,) = tmp_path.iterdir()
+    (trial,) = config.results.iterdir()
     assert {path.name for path in trial.iterdir()} == {
         "dense-digits-0.001-seed0", "monotone-dense-digits-0.01-seed0", "report.md"
     }  # fmt: skip

@@ -94,12 +94,19 @@ def test_evolution_lowers_the_loss_of_an_unroll_in_many_segments():
 
 def test_the_experiment_writes_what_it_promises(tmp_path):
     config = pes.Pes(
-        unroll=2, segments=2, begin_seconds=0.1, seconds=0.1, particles=1, lengths=(2, 4), batch=2, results=tmp_path,
+        unroll=2, segments=2, begin_seconds=0.1, seconds=0.1, particles=1, lengths=(2, 4), batch=2,
+        results=tmp_path / "results", runs=tmp_path / "runs",
         progress=False,
     )  # fmt: skip
     pes.run(config)
-    (trial,) = tmp_path.iterdir()
-    assert {path.name for path in trial.iterdir()} == {"rows.jsonl.gz", "config.json", "report.md", "pes.png"}
+    (trial,) = config.results.iterdir()
+    assert {path.name for path in trial.iterdir()} == {
+        "rows.jsonl.gz",
+        "config.json",
+        "report.md",
+        "pes.png",
+        "pes.pdf",
+    }
     rows = read_rows(trial / "rows.jsonl")
     assert [row["way"] for row in rows if row["row"] == "way"] == ["short", *pes.WAYS]
     assert all(row["cpu_seconds"] >= 0.1 and row["steps"] >= 1 for row in rows if row["row"] == "way")
