@@ -101,13 +101,13 @@ def run(config: Throughput) -> None:
 
 
 def _learned(config: Throughput) -> Any:
-    if config.solver in mb.pretrained():
+    if config.solver in mb.list_pretrained():
         return mb.load_solver(config.solver)
     path = config.meta / config.family / config.solver / "solver.safetensors"
     if not path.exists():
         kind, _, seed = config.solver.rpartition("-seed")
         if not (kind and seed.isdigit()):
-            shipped = ", ".join(mb.pretrained())
+            shipped = ", ".join(mb.list_pretrained())
             raise ValueError(f"solver must be NAME-seedNUMBER or a shipped one ({shipped}), got {config.solver!r}")
         command = f"python -m experiments meta --family {config.family} --solver {kind} --seed {seed}"
         raise FileNotFoundError(f"{path} is missing: train it with `{command}`")

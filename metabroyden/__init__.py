@@ -6,8 +6,9 @@
 """
 
 from metabroyden import integrations
-from metabroyden.checkpoint import CheckpointError, load_solver, pretrained, save_solver
+from metabroyden.checkpoint import CheckpointError, list_pretrained, load_solver, save_solver
 from metabroyden.convert import compose, to_deq
+from metabroyden.deprecated import public as _public
 from metabroyden.deq import DEQ
 from metabroyden.fixed import FixedBudget
 from metabroyden.gradients import Implicit, JacobianFree, Phantom, Unroll
@@ -47,7 +48,6 @@ from metabroyden.solvers import (
     get_solver,
     list_solvers,
 )
-from metabroyden.solvers.registry import solver_types as _solver_types
 from metabroyden.version import __version__ as __version__
 
 __all__ = [
@@ -95,10 +95,10 @@ __all__ = [
     "get_solver",
     "integrations",
     "jacobian_penalty",
+    "list_pretrained",
     "list_solvers",
     "load_solver",
     "normalise",
-    "pretrained",
     "relative_residual",
     "save_solver",
     "solve",
@@ -106,16 +106,7 @@ __all__ = [
     "to_deq",
 ]
 
-_RENAMED = {
-    "SOLVERS": lambda: _solver_types(learned=False, splitting=False),
-    "SPLITTING": lambda: _solver_types(learned=False, splitting=True),
-    "LEARNED": lambda: _solver_types(learned=True, splitting=False, adjoint=False),
-    "LEARNED_SPLITTING": lambda: _solver_types(learned=True, splitting=True),
-    "make_solver": lambda: get_solver,
-}
-
 
 def __getattr__(name: str) -> object:
-    if name in _RENAMED:
-        return _RENAMED[name]()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """What an old public name stands for, with a warning."""
+    return _public(name, globals())

@@ -218,7 +218,7 @@ def save_solver(solver: Any, path: str | Path) -> Path:
 
 
 def load_solver(path_or_name: str | Path) -> Any:
-    """The solver in a file, or the shipped one of that name (see `pretrained`); in evaluation mode, on the CPU.
+    """The solver in a file, or the shipped one of that name (see `list_pretrained`); in evaluation mode, on the CPU.
 
     Raises FileNotFoundError for what is neither, `CheckpointError` for a file that cannot be used.
     """
@@ -257,7 +257,7 @@ def _check_sizes(shape: Any, path: Path) -> None:
         raise damaged(path, f"shape is {shape!r:.80}, wanted sizes of at least 1")
 
 
-def pretrained() -> tuple[str, ...]:
+def list_pretrained() -> tuple[str, ...]:
     """Names of the trained solvers shipped with the package, for `load_solver`."""
     folder = resources.files("metabroyden") / "pretrained"
     return tuple(sorted(item.name.removesuffix(".safetensors") for item in folder.iterdir() if _is_shipped(item.name)))
@@ -271,7 +271,7 @@ def _resolve(path_or_name: str | Path) -> Path:
     path = Path(path_or_name)
     if path.is_file():
         return path
-    if str(path_or_name) in pretrained():
+    if str(path_or_name) in list_pretrained():
         return Path(str(resources.files("metabroyden") / "pretrained" / f"{path_or_name}.safetensors"))
-    shipped = ", ".join(pretrained()) or "none"
+    shipped = ", ".join(list_pretrained()) or "none"
     raise FileNotFoundError(f"{path_or_name} is neither a file nor the name of a shipped solver ({shipped})")

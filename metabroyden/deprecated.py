@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import sys
 import warnings
-from typing import Any
+from collections.abc import Callable
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any, TypeVar
 
 from torch import Tensor
 
+F = TypeVar("F", bound=Callable[..., Any])
 WORDS = {
     "nd": "vector",
     "nchw": "image",
@@ -22,17 +30,96 @@ OPTIONS = {
     "gated": "learned_steps",
     "rows": "schedule_length",
     "weighing": "coefficients",
+    "refuse": "fallback",
 }
-"""Options of learned solvers."""
+"""Options of learned solvers and of `fit_solver`."""
+PUBLIC = {
+    "KeepUp": "OnlineMetaTrainer",
+    "KeepUpConfig": "OnlineConfig",
+    "Started": "LearnedStart",
+    "make_solver": "get_solver",
+    "pretrained": "list_pretrained",
+}
+"""Names in `metabroyden`."""
+REGISTRIES: dict[str, dict[str, bool]] = {
+    "SOLVERS": {"learned": False, "splitting": False},
+    "SPLITTING": {"learned": False, "splitting": True},
+    "LEARNED": {"learned": True, "splitting": False, "adjoint": False},
+    "LEARNED_SPLITTING": {"learned": True, "splitting": True},
+}
+"""Dictionaries in `metabroyden`, by the options of `list_solvers` that took their place."""
+MODULES = {
+    "metabroyden.data": "metabroyden.zoo.data",
+    "metabroyden.ledger": "metabroyden.evaluator",
+    "metabroyden.models": "metabroyden.zoo.models",
+    "metabroyden.testbed": "metabroyden.zoo.testbed",
+    "metabroyden.training": "metabroyden.nn",
+}
+"""Import paths, and those below them."""
 
 
-def current(word: str, names: dict[str, str] = WORDS, stacklevel: int = 3) -> str:
+def warn(old: str, new: str) -> None:
+    """Say that something is called otherwise now, at the first line that is not ours."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in (
+        "metabroyden",
+        "importlib",
+    ):
+        level += not frame.f_globals["__name__"].startswith("importlib")  # which `warnings` does not count either
+        frame = frame.f_back
+    warnings.warn(f"{old} is now called {new}", DeprecationWarning, stacklevel=level)
+
+
+def current(word: str, names: dict[str, str] = WORDS) -> str:
     """The word that is used today, with a warning where another was given."""
     if word not in names:
         return word
-    warnings.warn(f"{word!r} is now called {names[word]!r}", DeprecationWarning, stacklevel=stacklevel)
+    warn(repr(word), repr(names[word]))
     return names[word]
 
+
+def old_options(function: F) -> F:
+    """Decorator: keywords of `OPTIONS` are taken for those of today."""
+
+    @functools.wraps(function)
+    def called(*values: Any, **options: Any) -> Any:
+        return function(*values, **{current(name, OPTIONS): value for name, value in options.items()})
+
+    return called  # type: ignore[return-value]
+
+
+def public(name: str, namespace: dict[str, Any]) -> Any:
+    """What a module's `__getattr__` returns for an old public name; AttributeError for any other."""
+    if name in PUBLIC:
+        warn(f"metabroyden.{name}", f"metabroyden.{PUBLIC[name]}")
+        return namespace[PUBLIC[name]]
+    if name in REGISTRIES:
+        options = ", ".join(f"{key}={value}" for key, value in REGISTRIES[name].items())
+        warn(f"metabroyden.{name}", f"metabroyden.list_solvers({options})")
+        return namespace["solvers"].registry.solver_types(**REGISTRIES[name])
+    raise AttributeError(f"module 'metabroyden' has no attribute {name!r}")
+
+
+class _Moved(MetaPathFinder, Loader):
+    """Imports a module of an old path from the new one, as the same module object."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self) if ".".join(fullname.split(".")[:2]) in MODULES else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        old = ".".join(spec.name.split(".")[:2])
+        new = spec.name.replace(old, MODULES[old], 1)
+        warn(spec.name, new)
+        module = importlib.import_module(new)
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__ = module.__spec__.loader_state
+
+
+sys.meta_path.insert(0, _Moved())  # before the finder of the path that the moved package has
 
 HEADERS = {"slimmed": "to_half"}
 """Keys of a file's description, as schema 1 has them."""
@@ -50,7 +137,7 @@ _COEFFICIENTS = {
     **{f"lstm.{name}": f"coefficients.lstm.{name}" for name in ("weight", "bias", "readout", "offset")},
 }
 WEIGHTS = {"meta-broyden": _COEFFICIENTS, "meta-splitting": _COEFFICIENTS}
-"""Names of a solver's weights."""
+"""Names of a solver's weights in files of schema 1."""
 
 
 def from_schema_1(tensors: dict[str, Tensor], header: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -69,8 +69,8 @@ def test_a_classical_solver_comes_back_as_it_was(tmp_path, name):
 
 
 def test_every_shipped_solver_loads():
-    assert mb.pretrained()
-    for name in mb.pretrained():
+    assert mb.list_pretrained()
+    for name in mb.list_pretrained():
         assert mb.load_solver(name).layout.channels > 0
 
 
@@ -456,9 +456,9 @@ def meta_device(request):
         torch.set_default_device(None)
 
 
-@pytest.mark.parametrize("name", [*mb.pretrained(), *SOLVERS])
+@pytest.mark.parametrize("name", [*mb.list_pretrained(), *SOLVERS])
 def test_a_solver_comes_to_the_cpu_whatever_the_default_device(tmp_path, name, meta_device):
-    if name not in mb.pretrained():
+    if name not in mb.list_pretrained():
         with torch.device("cpu"):
             name = mb.save_solver(some_solver(name), tmp_path / "s")
     solver = mb.load_solver(name)

@@ -146,7 +146,7 @@ def test_it_says_so_when_the_weights_have_moved_since_the_fit():
 
 
 def test_a_learned_solver_is_no_part_of_the_model():
-    cell, solver = ConvCell(4, 4, 2), mb.load_solver(mb.pretrained()[0])
+    cell, solver = ConvCell(4, 4, 2), mb.load_solver(mb.list_pretrained()[0])
     assigned = mb.DEQ(cell)
     assigned.solver = solver
     for deq in (mb.DEQ(cell, solver=solver), assigned):

@@ -33,10 +33,10 @@ class AdjointLSTM(GroupedLSTM):
     config_type = AdjointConfig
     homogeneous = True
 
-    def __init__(self, config: AdjointConfig) -> None:
-        super().__init__(config)
-        self.layout = BackwardLayout(config.layout, tuple(config.shape))
-        self.preconditioner = Preconditioner(self.layout, 0, config.rank)
+    def __init__(self, config: AdjointConfig | None = None, **options: Any) -> None:
+        super().__init__(config, **options)
+        self.layout = BackwardLayout(self.layout.kind, self.layout.shape)
+        self.preconditioner = Preconditioner(self.layout, 0, self.config.rank)
 
     def start(self, z0: Tensor, problem: Any) -> Tensor:
         """v + Q(v), (R, n)."""

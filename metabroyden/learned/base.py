@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metabroyden.deprecated import current
+from metabroyden.deprecated import OPTIONS, current
 from metabroyden.evaluator import to_host
 from metabroyden.learned.initializer import Initializer
 from metabroyden.learned.layout import Layout
@@ -53,7 +53,7 @@ class LearnedConfig:
 
     def __post_init__(self) -> None:
         for name in ("layout", "conditioning"):
-            object.__setattr__(self, name, current(getattr(self, name), stacklevel=5))
+            object.__setattr__(self, name, current(getattr(self, name)))
         Layout(self.layout, self.shape)
         if self.conditioning not in ("initial_value", "input"):
             raise ValueError(f"conditioning must be 'initial_value' or 'input', got {self.conditioning!r}")
@@ -69,16 +69,24 @@ class LearnedConfig:
 class LearnedSolver(SolverBase, nn.Module):
     """A solver with weights; stateless between solves.
 
+    Args:
+        config: sizes and options. None: made of the keywords.
+        options: fields of `config_type`, where `layout` may be a `Layout`.
+
     Attributes:
-        config: its sizes. fingerprint: hash of the f it was fitted to, or None. summary: what meta-training reported.
+        config: as given. fingerprint: hash of the f it was fitted to, or None. summary: what meta-training reported.
+
+    >>> import metabroyden as mb
+    >>> mb.GroupedLSTM(layout=mb.Layout("image", (16, 8, 8)), rank=8).config.shape
+    (16, 8, 8)
     """
 
     is_learned = True
     config_type: type[LearnedConfig] = LearnedConfig
 
-    def __init__(self, config: LearnedConfig) -> None:
+    def __init__(self, config: LearnedConfig | None = None, **options: Any) -> None:
         super().__init__()
-        self.config = config
+        self.config = config = self.make_config(**options) if config is None else config
         self.layout = Layout(config.layout, tuple(config.shape))
         self.context_channels = config.context_channels or self.layout.channels
         self.fingerprint: str | None = None
@@ -100,9 +108,17 @@ class LearnedSolver(SolverBase, nn.Module):
         return self.config.safeguard.phases(self)
 
     @classmethod
+    def make_config(cls, **options: Any) -> Any:
+        """The config with these fields; `layout` may be a `Layout`, which gives the shape too."""
+        options = {current(name, OPTIONS): value for name, value in options.items()}
+        if isinstance(options.get("layout"), Layout):
+            options |= {"layout": options["layout"].kind, "shape": tuple(options["layout"].shape)}
+        return cls.config_type(**options)
+
+    @classmethod
     def of_options(cls, **options: Any) -> LearnedSolver:
         """The untrained solver with these fields of its config."""
-        return cls(cls.config_type(**options))
+        return cls(cls.make_config(**options))
 
     def fallback(self) -> tuple[Any, int]:
         """The classical solver that a sample ends with, from z0, and the number of its phase in the plan."""

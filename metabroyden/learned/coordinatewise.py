@@ -71,10 +71,9 @@ class CoordinatewiseLSTM(LearnedSolver):
     config_type = CoordinatewiseConfig
     config: CoordinatewiseConfig
 
-    def __init__(self, config: LearnedConfig) -> None:
-        if not isinstance(config, CoordinatewiseConfig):
-            config = CoordinatewiseConfig(**vars(config))
-        super().__init__(config)
+    def __init__(self, config: LearnedConfig | None = None, **options: Any) -> None:
+        super().__init__(config, **options)
+        config = self.config
         if self.context_channels != self.layout.channels:
             raise ValueError(
                 f"the coordinatewise solver needs a context feature with the state's {self.layout.channels} channels, "

@@ -63,8 +63,9 @@ class GroupedLSTM(LearnedSolver):
     config: GroupedConfig
     _base: Tensor
 
-    def __init__(self, config: GroupedConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: GroupedConfig | None = None, **options: Any) -> None:
+        super().__init__(config, **options)
+        config = self.config
         self.preconditioner = Preconditioner(self.layout, self.context_channels, config.rank)
         bias = not self.homogeneous
         inputs = feature_count(_DIRECTIONS, homogeneous=self.homogeneous)

@@ -60,8 +60,9 @@ class HyperAnderson(LearnedSolver):
     config_type = HyperAndersonConfig
     config: HyperAndersonConfig
 
-    def __init__(self, config: HyperAndersonConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: HyperAndersonConfig | None = None, **options: Any) -> None:
+        super().__init__(config, **options)
+        config = self.config
         inputs = 2 * self.layout.channels + 2 + (config.memory + 1) * config.gram
         self.inward = nn.Conv1d(inputs, config.hidden, 3, padding=1)
         self.outward = nn.Conv1d(config.hidden, 2, 3, padding=1)

@@ -40,7 +40,7 @@ class Layout:
     shape: Any
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kind", current(self.kind, stacklevel=5))
+        object.__setattr__(self, "kind", current(self.kind))
         if self.kind not in KINDS:
             raise ValueError(f"layout must be one of {', '.join(KINDS)}, got {self.kind!r}")
         if self.kind == "pyramid":

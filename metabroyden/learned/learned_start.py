@@ -53,8 +53,9 @@ class LearnedStart(LearnedSolver):
     config_type = LearnedStartConfig
     config: LearnedStartConfig
 
-    def __init__(self, config: LearnedStartConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: LearnedStartConfig | None = None, **options: Any) -> None:
+        super().__init__(config, **options)
+        config = self.config
         self.unrolled = config.classical if isinstance(config.classical, Picard) else Picard()
         for name in ("min_nfe", "fixed_cost", "required_methods", "has_inverse", "gather", "inverse", "rmatvec"):
             setattr(self, name, getattr(config.classical, name))

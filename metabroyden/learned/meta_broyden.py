@@ -47,7 +47,7 @@ class MetaBroydenConfig(LearnedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "coefficients", current(self.coefficients, stacklevel=5))
+        object.__setattr__(self, "coefficients", current(self.coefficients))
         if self.coefficients not in ("schedule", "lstm"):
             raise ValueError(f"coefficients must be 'schedule' or 'lstm', got {self.coefficients!r}")
         for name, least in (("rank", 0), ("learned_steps", 1), ("memory", 1), ("schedule_length", 0)):
@@ -103,8 +103,9 @@ class MetaBroyden(LearnedSolver):
     has_inverse = True
     config: MetaBroydenConfig
 
-    def __init__(self, config: MetaBroydenConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: MetaBroydenConfig | None = None, **options: Any) -> None:
+        super().__init__(config, **options)
+        config = self.config
         rank = self.rank = config.rank or min(48, max(16, sum(self.layout.part_channels) // 2))
         kernel = 1 if config.layout == "pyramid" else 3  # there finer pixels already go with their coarse one
         self.preconditioner = Preconditioner(

@@ -38,9 +38,9 @@ class MetaLearnerLSTM(LearnedSolver):
     last bit.
     """
 
-    def __init__(self, config: LearnedConfig) -> None:
-        super().__init__(config)
-        self.lstm = SharedLSTM(inputs=6, hidden=config.hidden, outputs=2)
+    def __init__(self, config: LearnedConfig | None = None, **options: Any) -> None:
+        super().__init__(config, **options)
+        self.lstm = SharedLSTM(inputs=6, hidden=self.config.hidden, outputs=2)
 
     def init(self, z: Tensor, g: Tensor, problem: Any) -> MetaLearnerState:
         """Zero memory, gates at one."""

@@ -72,8 +72,9 @@ class NeuralFixedPoint(LearnedSolver):
     config_type = NeuralFixedPointConfig
     config: NeuralFixedPointConfig
 
-    def __init__(self, config: NeuralFixedPointConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: NeuralFixedPointConfig | None = None, **options: Any) -> None:
+        super().__init__(config, **options)
+        config = self.config
         gated = config.form == "secant"
         self.secants = Secants(self.layout, config.memory, config.ridge) if gated else None
         self.lstm = SharedLSTM((3 + gated) * self.layout.channels + 2, config.hidden, self.layout.channels)

@@ -96,8 +96,9 @@ class Universal(LearnedSolver):
     config_type = UniversalConfig
     config: UniversalConfig
 
-    def __init__(self, config: UniversalConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: UniversalConfig | None = None, **options: Any) -> None:
+        super().__init__(config, **options)
+        config = self.config
         self.lstm = SharedLSTM(_FEATURES, config.hidden, _OUTPUTS)
         self.preconditioner = Preconditioner(self.layout, self.context_channels, config.rank) if config.rank else None
 

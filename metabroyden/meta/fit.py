@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metabroyden.compare import UNTUNED, Comparison, by_sample, compare_solvers
+from metabroyden.deprecated import old_options
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.layout import Layout
 from metabroyden.meta.config import MetaConfig
@@ -83,6 +84,7 @@ def make_learned(
         )
 
 
+@old_options
 def fit_solver(
     f: Callable[..., State],
     x_train: Any,

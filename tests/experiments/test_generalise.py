@@ -96,7 +96,7 @@ def test_twenty_steps_make_a_solver_for_one_deq():
 @pytest.mark.parametrize("norm", [0.9, 1.5, 2.0])
 @pytest.mark.parametrize("n", [20, 200])
 def test_the_shipped_universal_solver_needs_no_more_than_broyden_on_cells_it_never_saw(n, norm):
-    assert "universal" in mb.pretrained()
+    assert "universal" in mb.list_pretrained()
     problem = cells.blas(64, n, norm, seed=11, x_seed=3)
     found = {
         name: mb.solve(problem.f, problem.z0, problem.context, solver=solver, rtol=1e-2, max_nfe=80, throw=False)

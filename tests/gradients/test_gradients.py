@@ -677,7 +677,7 @@ def test_calls_leave_no_reference_cycles():
         (lambda: mb.Implicit(max_nfe=0), "max_nfe must be an integer of at least 1, got 0"),
         (lambda: mb.Implicit(solver="broyden"), "solver must be an instance with start, init and step"),
         (
-            lambda: mb.Implicit(solver=mb.load_solver(mb.pretrained()[0])),
+            lambda: mb.Implicit(solver=mb.load_solver(mb.list_pretrained()[0])),
             "GroupedLSTM is no solver of adjoint systems, .* fit_adjoint makes one",
         ),
         (lambda: mb.DEQ(TanhCell(), rtol=-1.0), "rtol must be"),

@@ -1,0 +1,73 @@
+"""Old names work as the new ones do, and say which those are."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import pytest
+import torch
+
+import metabroyden as mb
+from metabroyden import deprecated
+from metabroyden.learned import GroupedConfig
+from metabroyden.meta.defaults import state_layout
+
+
+@pytest.mark.parametrize(("old", "new"), deprecated.PUBLIC.items())
+def test_an_old_public_name_is_the_new_one(old, new):
+    with pytest.warns(DeprecationWarning, match=f"metabroyden.{old} is now called metabroyden.{new}") as said:
+        assert getattr(mb, old) is getattr(mb, new)
+    assert said[0].filename == __file__, "the caller is told, not we"
+
+
+@pytest.mark.parametrize(("old", "options"), deprecated.REGISTRIES.items())
+def test_an_old_registry_holds_what_is_listed_now(old, options):
+    with pytest.warns(DeprecationWarning, match=r"is now called metabroyden.list_solvers\("):
+        assert sorted(getattr(mb, old)) == mb.list_solvers(**options)
+
+
+PATHS = [*deprecated.MODULES.items(), ("metabroyden.testbed.cells", "metabroyden.zoo.testbed.cells")]
+
+
+@pytest.mark.parametrize(("old", "new"), PATHS)
+def test_an_old_import_path_leads_to_the_same_module(old, new, monkeypatch):
+    monkeypatch.delitem(sys.modules, old, raising=False)
+    with pytest.warns(DeprecationWarning, match=f"{old} is now called {new}"):
+        found = importlib.import_module(old)
+    assert found is importlib.import_module(new)
+    assert found.__spec__.name == new
+
+
+def test_what_never_was_is_no_attribute():
+    with pytest.raises(AttributeError, match="no attribute 'Ledgers'"):
+        mb.Ledgers  # noqa: B018
+
+
+def test_old_words_of_layouts_and_options_are_taken():
+    with pytest.warns(DeprecationWarning, match="'nchw' is now called 'image'"):
+        layout = mb.Layout("nchw", (4, 3, 3))
+    assert layout == mb.Layout("image", (4, 3, 3))
+    with pytest.warns(DeprecationWarning, match="is now called") as said:
+        solver = mb.MetaBroyden(layout=layout, context="native", weighing="table", gated=8, initializer=0)
+    assert {str(one.message).split("'")[1] for one in said} == {
+        *("context", "native", "weighing", "table", "gated", "initializer"),
+    }
+    new = {"conditioning": "input", "coefficients": "schedule", "learned_steps": 8, "initializer_width": 0}
+    assert solver.config == mb.get_solver("meta-broyden", layout=layout, **new).config
+
+    class Cell(torch.nn.Module):
+        layout = "scales"
+
+    state = torch.zeros(2, 2, 4, 4), torch.zeros(2, 3, 2, 2)
+    with pytest.warns(DeprecationWarning, match="'pyramid'"):
+        assert state_layout(Cell(), state, None).kind == "pyramid"
+    with pytest.warns(DeprecationWarning, match="'vector'"):
+        assert GroupedConfig(layout="nd", shape=(3,)).layout == "vector"
+
+
+@pytest.mark.filterwarnings("ignore:.* is now called:DeprecationWarning")
+def test_fit_solver_takes_its_old_keywords():
+    x = torch.randn(20, 3)
+    solver = mb.fit_solver(lambda z, x: torch.tanh(0.5 * z + x), x, context="f0", steps=1, refuse=False, progress=False)
+    assert solver.config.conditioning == "initial_value"
