@@ -2,7 +2,7 @@
 
 >>> import metabroyden as mb
 >>> mb.list_solvers(learned=False, splitting=False)
-['anderson', 'broyden', 'newton', 'picard']
+['anderson', 'broyden', 'newton', 'picard', 'substitution']
 """
 
 from metabroyden import integrations

@@ -21,7 +21,7 @@ class AugmentedContext(NamedTuple):
     """A caller's context and what else f needs of every sample, batch first: solvers see the former only."""
 
     context: Any
-    beside: tuple[Tensor, ...]
+    extra: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)

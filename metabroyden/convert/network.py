@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,17 +12,8 @@ from metabroyden.convert.layers import MIXING, Layers, kind_of
 from metabroyden.convert.readout import Readout
 from metabroyden.gradients import Implicit
 from metabroyden.solution import State
-from metabroyden.solver import Step
 from metabroyden.solvers.picard import Picard
-
-
-@dataclass(frozen=True)
-class Substitution(Picard):
-    """z⁺ = f(z) to the last bit, where Picard's z + (f(z) − z) rounds: a stack of L stages is exact after L evaluations."""
-
-    def step(self, z: Tensor, g: Tensor, state: tuple[()], problem: Any) -> Step:
-        """f(z), (R, n)."""
-        return Step(problem.image(z, g), state)
+from metabroyden.solvers.substitution import Substitution
 
 
 class StackCell(nn.Module):

@@ -22,9 +22,9 @@ def pin(
     """(f, context) to solve with instead of (cell, context): the same ones where the cell has nothing to pin.
 
     Parametrized weights (`normalise`) are computed here, once, in the caller's grad mode. f uses these tensors in the solve
-    and in the gradient, so that gradients reach the parameters behind them. Each `VariationalDropout` that is active draws a
-    mask for every sample. Masks travel beside the context, as the solve hands f only the rows at work; without a context
-    they stay in f, which then always sees the full batch. With a dtype f hands the cell states of that dtype.
+    and in the gradient, so that gradients reach the parameters behind them. Each active `VariationalDropout` draws a mask
+    for every sample. Masks travel with the context (`AugmentedContext`), as the solve hands f only the rows at work;
+    without a context they stay in f, which then always sees the full batch. With a dtype f hands the cell states of it.
     """
     module = cell if isinstance(cell, nn.Module) else nn.Identity()
     computed, layers = parametrizations(module), dropouts(module)

@@ -57,7 +57,7 @@ def list_solvers(
         The names that `get_solver` takes.
 
     >>> list_solvers(learned=False, splitting=False)
-    ['anderson', 'broyden', 'newton', 'picard']
+    ['anderson', 'broyden', 'newton', 'picard', 'substitution']
     """
     return sorted(solver_types(learned=learned, splitting=splitting, adjoint=adjoint))
 

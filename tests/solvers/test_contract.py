@@ -30,6 +30,7 @@ SOLVERS = {
 }
 CLASSICAL = mb.list_solvers(learned=False, splitting=False)
 LIMITED = {
+    "substitution": mb.get_solver("substitution"),
     "anderson-1": mb.Anderson(memory=1),
     "broyden-2": mb.Broyden(memory=2),
     "bad-2": mb.Broyden(memory=2, kind="bad"),

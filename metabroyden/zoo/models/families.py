@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from metabroyden.convert.network import Substitution
 from metabroyden.gradients import Implicit, Phantom
 from metabroyden.solvers import Anderson, PeacemanRachford, Picard
+from metabroyden.solvers.substitution import Substitution
 from metabroyden.zoo.data.digits import load_digits
 from metabroyden.zoo.data.fashion_mnist import load_fashion_mnist
 from metabroyden.zoo.data.shakespeare import load_shakespeare
