@@ -12,12 +12,12 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-# single faults put in, and whether a test fails; SAMPLE=60 takes eight minutes on two idle cores, SAMPLE=0 is all of them
-mutants: setup .venv/coverage
+# single faults put in, and whether a test fails; SAMPLE=0 is all of them
+mutants: setup .venv/mutants
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants --sample $(SAMPLE)
 
-.venv/coverage: .venv/ready
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet coverage==7.17.5
+.venv/mutants: .venv/ready
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet cosmic-ray==8.7.0 pytest-cov==7.1.0
 	touch $@
 
 lint: setup

@@ -1,44 +1,42 @@
-"""`make mutants` puts in the faults that it says it puts in, and knows what they are."""
+"""`make mutants` counts only changes that mean something, and runs the tests that can tell."""
 
 from __future__ import annotations
 
-import ast
+import pytest
 
-from tests.mutants import changes
+from tests import mutants
 
-SOURCE = '''
-"""A module."""
-def pick(a: "x < y", *, copied=True):
-    """Pick; 1 < 2."""
-    assert a < 3
-    if a.ready(key=1) and not a.done:
-        raise ValueError(f"{a + 1}")
-    a.size += 1
-    return a.clone()
-'''
+SOURCE = "def pick(a: int | None, *, size: float = 2.0) -> int:\n    return dict(zip(a, a, strict=True))\n"
 
 
-def test_every_kind_of_fault_is_made_once_and_words_are_left_alone():
-    tree, made = ast.parse(SOURCE), []
-    for edit in changes.edits(tree):
-        back = edit.exchange()
-        made.append(ast.unparse(tree).splitlines())
-        back.exchange()
-    plain = ast.unparse(tree).splitlines()
-    assert sorted(changes.worded(plain, lines) for lines in made) == sorted(
-        [
-            "def pick(a: 'x < y', *, copied=True): → def pick(a: 'x < y', *, copied=False):",
-            "if a.ready(key=1) and (not a.done): → if a.ready(key=1) or not a.done:",
-            "if a.ready(key=1) and (not a.done): → if not (a.ready(key=1) and (not a.done)):",
-            "if a.ready(key=1) and (not a.done): → if a.ready(key=2) and (not a.done):",
-            "if a.ready(key=1) and (not a.done): → if a.ready() and (not a.done):",
-            "if a.ready(key=1) and (not a.done): → if a.ready(key=1) and a.done:",
-            "raise ValueError(f'{a + 1}') → pass",
-            "a.size += 1 → a.size -= 1",
-            "a.size += 1 → a.size += 2",
-            "a.size += 1 → pass",
-            "return a.clone() → return None",
-            "return a.clone() → return a",
-        ]
-    )
-    assert changes.functions(tree) == [("pick", 3, 4, 9)]
+@pytest.mark.parametrize(
+    ("was", "now", "same"),
+    [
+        ("int | None", "int + None", True),
+        ("-> int", "-> float", True),
+        ("strict=True", "strict=False", True),
+        ("return", "return return", True),
+        ("2.0", "3.0", False),
+        ("zip(a", "zip(not a", False),
+    ],
+)
+def test_annotations_checks_of_zip_and_what_is_no_python_are_no_mutants(was, now, same):
+    assert mutants.same_meaning(SOURCE, SOURCE.replace(was, now)) == same
+
+
+def test_the_quickest_tests_of_the_line_are_run_and_where_it_is_run_on_import_those_of_the_file():
+    contexts = {1: [""], 2: ["a|run", "b|run", "b|setup", "failing|run"], 3: ["c|run"]}
+    seconds = {"a": 2.0, "b": 1.0, "c": mutants.BUDGET}
+    assert mutants.concerned(2, contexts, seconds) == ["b", "a"]
+    assert mutants.concerned(1, contexts, seconds) == ["b", "a"], "no more than the budget"
+    assert mutants.concerned(3, contexts, seconds) == ["c"]
+
+
+def test_the_report_tells_the_share_killed_and_names_the_survivors():
+    killed, survivor = (mutants.Mutant(f"{name}.py", 7, "a → b", "") for name in ("one", "two"))
+    text, share = mutants.report([(killed, 3, False), (killed, 3, False), (survivor, 5, True)], 4)
+    assert share == pytest.approx(2 / 3)
+    assert "66.7% ± 13.6% (a standard error) of 3 mutants at 4 places" in text
+    assert "| one.py | 2 | 2 |" in text
+    assert text.endswith("- two.py:7 (5 tests) `a → b`\n")
+    assert mutants.worded("x\n a < b\n", "x\n a > b\n") == "a < b → a > b"
