@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from metabroyden.function import FunctionWrapper, rewrap
 from metabroyden.solution import State
-from metabroyden.solve import Phase
+from metabroyden.solver import Phase
 
 _WORK = ("start", "init", "step", "gather")
 
@@ -91,15 +91,9 @@ class _TimedSolver:
     def __repr__(self) -> str:
         return repr(self.solver)
 
-    @property
-    def safeguard(self) -> Any:
-        """Itself, where the solver has one."""
-        return self if getattr(self.solver, "safeguard", None) is not None else None
-
-    def plan(self, solver: Any) -> list[Phase]:
+    def phases(self) -> list[Phase]:
         """The solver's phases, timed."""
-        phases = self.solver.safeguard.plan(self.solver)
-        return [replace(phase, solver=_TimedSolver(phase.solver, self.watch)) for phase in phases]
+        return [replace(phase, solver=_TimedSolver(phase.solver, self.watch)) for phase in self.solver.phases()]
 
 
 class LiveBytes(TorchDispatchMode):

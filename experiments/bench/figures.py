@@ -157,7 +157,7 @@ def intervals(
         middle, low, high = np.array([one for _, one in found]).reshape(-1, 3).T
         place.errorbar(
             middle, heights, fmt=marker(name, number), color=colour(name, number), markersize=5,
-            xerr=[middle - low, high - middle], label=prefix + label(name),
+            xerr=np.array([middle - low, high - middle]), label=prefix + label(name),
         )  # fmt: skip
     place.set_yticks(range(len(groups)), groups, fontsize=8)
     place.axvline(1, color="black", linewidth=0.8)

@@ -8,12 +8,15 @@ Rows say what they are under the key "row":
   depth    the task's mean score after so many evaluations
   pace     seconds of solves that stop after so many evaluations
   horizon  a learned solver against its own fallback, far beyond the steps that it was trained on
+  leak     how far a language model's earlier predictions move when later tokens are replaced
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,14 +25,17 @@ from torch import Tensor
 
 from experiments.bench.clock import LiveBytes, Stopwatch, now
 from experiments.bench.peers import solve_state
-from experiments.bench.problems import HeldOut, packed
+from experiments.bench.problems import HeldOut, bits_of, packed
 from experiments.bench.runner import Row, ticks
 from experiments.bench.solvers import Contestant
 from experiments.bench.tables import short
+from metabroyden.deq import DEQ
 from metabroyden.gradients.base import parts_of
 from metabroyden.solution import State, Status, Trace, relative_residual
 from metabroyden.solve import solve
 from metabroyden.solvers.clock import turns
+from metabroyden.zoo.models.criteria import NextToken, device_of
+from metabroyden.zoo.tasks import second_half, text_windows
 
 LETTERS = {Status.CONVERGED: "C", Status.MAX_NFE: "B", Status.NON_FINITE: "N", Status.STALLED: "S"}
 """Of a sample's status, in a row: converged, budget, not finite, stalled."""
@@ -135,11 +141,15 @@ class _Block:
     tolerance: float
     rules: Rules
 
+    @cached_property
+    def problem(self) -> tuple[State, Any]:
+        return self.held.take(self.index)
+
     def solve(self, one: Contestant, *, keep: bool = True) -> _Found:
         return self.run(one, keep=keep)[0]
 
     def run(self, one: Contestant, *, keep: bool) -> tuple[_Found, Row]:
-        return timed_solve(one, self.held.f, *self.held.take(self.index), self.tolerance, self.rules.budget, keep=keep)
+        return timed_solve(one, self.held.f, *self.problem, self.tolerance, self.rules.budget, keep=keep)
 
     def timed(self, contestants: Sequence[Contestant]) -> dict[str, list[Row]]:
         """Seconds of the rounds of each; in every block another one goes first."""
@@ -412,3 +422,41 @@ def horizon_rows(
             {"row": "horizon", **stamp(one), "tolerance": tolerance, "steps": steps, "samples": len(held), **counts}
         )
     return rows
+
+
+@contextmanager
+def solved_to(model: Any, rtol: float | None) -> Iterator[None]:
+    """The model's DEQ, where it has one and a tolerance is given, solving to that, with evaluations enough."""
+    if rtol is None or not isinstance(model.deq, DEQ):
+        yield
+        return
+    before = model.deq.rtol, model.deq.max_nfe
+    model.deq.rtol, model.deq.max_nfe = rtol, 100
+    try:
+        yield
+    finally:
+        model.deq.rtol, model.deq.max_nfe = before
+
+
+@torch.no_grad()
+def leak_rows(
+    model: Any, criterion: NextToken, stamp: Row, *, tolerances: Iterable[float], windows: int = 24, last: int = 8
+) -> list[Row]:
+    """By how many bits the predictions of a segment's tokens change when the last few are replaced, at each tolerance.
+
+    Those before are asked alone: a causal model's equilibrium has no change there, a solve that stops before may.
+    """
+    length = criterion.length
+    tokens, targets = (part[:windows] for part in text_windows(criterion.data, "test", length, model.stem.back))
+    tokens, targets = tokens.to(device_of(model)), targets.to(device_of(model))
+    changed = tokens.clone()
+    changed[:, -last:] = (changed[:, -last:] + 1) % len(criterion.data.vocabulary)
+    rows = []
+    for tolerance in tolerances:
+        with solved_to(model, tolerance):
+            solved = (model.deq(second_half(model, read, length)) for read in (tokens, changed))
+            before, after = (bits_of(model.classify(z), targets) for z in solved)
+        bits = (after - before)[:, :-last].abs()
+        figures = {"tolerance": tolerance, "mean": float(bits.mean()), "most": float(bits.max())}
+        rows.append({"row": "leak", **stamp, **figures})
+    return short(rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ class Family:
         """The file of the trained model."""
         return trained_model(self.models, self.name)
 
-    @property
+    @cached_property
     def criterion(self) -> Criterion:
         """What the model is trained for, with its data."""
         return get_family(self.name).criterion()

@@ -50,7 +50,7 @@ class Contestant:
     @property
     def parts(self) -> bool:
         """Whether it uses parts of a cell instead of f."""
-        return bool(getattr(self.solver, "parts", ()))
+        return not self.peer and bool(self.solver.required_methods)
 
     @property
     def key(self) -> str:

@@ -144,6 +144,7 @@ class Field:
         self.tolerances = sorted({row["tolerance"] for row in self._solves}, reverse=True)
         self.budget = max(row["budget"] for row in self._solves)
         self._outcomes: dict[tuple[str, str, float], Outcome | None] = {}
+        self._draws: dict[tuple[str, str, str, float, bool], np.ndarray] = {}
 
     @cached_property
     def _by_place(self) -> dict[tuple[str, str], list[Row]]:
@@ -197,13 +198,18 @@ class Field:
         }
         return [family for family, median in least.items() if median >= HEADLINE]
 
-    def ratio(self, family: str, solver: str, rival: str, tolerance: float) -> Interval:
-        """Median evaluations of one over those of another, samples and seeds drawn again."""
-        return ratio(self.must(family, solver, tolerance), self.must(family, rival, tolerance))
+    def draws(self, family: str, solver: str, rival: str, tolerance: float, *, time: bool = False) -> np.ndarray:
+        """Ratios of one solver over another, see `ratio_draws` and `time_draws`; kept, since they take time."""
+        key = family, solver, rival, tolerance, time
+        if key not in self._draws:
+            both = self.must(family, solver, tolerance), self.must(family, rival, tolerance)
+            self._draws[key] = (time_draws if time else ratio_draws)(*both)
+        return self._draws[key]
 
-    def time_ratio(self, family: str, solver: str, rival: str, tolerance: float) -> Interval:
-        """Median over blocks, rounds and seeds of the ratio of times of one round; these drawn again."""
-        return interval(time_draws(self.must(family, solver, tolerance), self.must(family, rival, tolerance)))
+    def ratio(self, family: str, solver: str, rival: str, tolerance: float, *, time: bool = False) -> Interval:
+        """Median evaluations of one over those of another, samples and seeds drawn again; or the median over blocks, rounds
+        and seeds of the ratio of times of one round, these drawn again."""
+        return interval(self.draws(family, solver, rival, tolerance, time=time))
 
     def mean_ratio(
         self,
@@ -223,12 +229,11 @@ class Field:
             tolerance: of the solves.
             time: ratios of times instead of evaluations.
         """
-        draws, found = time_draws if time else ratio_draws, []
+        found = []
         for family in families:
             name = rival(family) if callable(rival) else rival
-            ours, theirs = self.outcome(family, solver, tolerance), self.outcome(family, name, tolerance)
-            if ours is not None and theirs is not None:
-                found.append(np.log(draws(ours, theirs)))
+            if all(self.outcome(family, one, tolerance) is not None for one in (solver, name)):
+                found.append(np.log(self.draws(family, solver, name, tolerance, time=time)))
         return interval(np.exp(np.mean(found, axis=0))) if found else NOTHING
 
 

@@ -50,6 +50,11 @@ def pivot(
     return Table(words, [corner, *heads], body)
 
 
+def by_name(words: str, names: Iterable[str], columns: Sequence[tuple[str, Callable[[str], object]]]) -> Table:
+    """A row a name (a family, a solver, a problem); the cells of a column from its function of the name."""
+    return Table(words, [head for head, _ in columns], [[str(cell(name)) for _, cell in columns] for name in names])
+
+
 def markdown(head: Sequence[object], body: Iterable[Sequence[object]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *body]

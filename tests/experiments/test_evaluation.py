@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 
 import metabroyden as mb
-from experiments.bench.peers import ScipySolver, TorchDEQSolver, XitorchSolver
+from experiments.bench.peers import ScipySolver, TorchDEQSolver
 from experiments.legacy import benchmark, meta_report, meta_rows, metrics, report, solver_rows
 from experiments.legacy.equilibria import HeldOut
 from experiments.legacy.provenance import write_results
 from metabroyden.learned.layout import Layout
-from metabroyden.learned.safeguard import Safeguard
 from metabroyden.meta.fit import make_learned
-from metabroyden.solver import Phase
 from metabroyden.solvers.tuning import tune
 from metabroyden.zoo.testbed.cells import blas
 from tests.conftest import tanh
@@ -39,25 +35,6 @@ def test_evaluations_and_seconds_to_a_tolerance():
     assert trace().evaluations_to(0.85, 4)[0].tolist() == [1, 1, 4]  # five evaluations are over that budget
     assert metrics.seconds_to(trace(), 0.1).tolist() == [0.2, 0.2, np.inf]
     assert metrics.summarise(spent, reached) == pytest.approx({"median": 2, "p90": 8.4, "success": 2 / 3})
-
-
-def test_residual_after_so_many_evaluations_is_the_best_so_far():
-    best = metrics.residual_after(trace(), 5)
-    np.testing.assert_allclose(best[:, 0], [0.5, 0.05, 0.05, 0.05, 0.05], rtol=1e-6)
-    np.testing.assert_allclose(best[:, 2], [0.9, 0.9, 0.9, 0.9, 0.8], rtol=1e-6)
-    seconds, median = metrics.residual_by_time(trace())
-    np.testing.assert_allclose(median, [0.5, 0.08, 0.08], rtol=1e-6)
-    assert seconds.tolist() == [0.1, 0.2, 0.4]
-
-
-@pytest.mark.parametrize("solver", [mb.Anderson(), mb.Broyden()], ids=str)
-def test_evaluations_read_off_one_long_solve_are_those_of_a_solve_to_that_tolerance(solver):
-    problem = tanh(batch=9, n=10, gain=1.3)
-    long = mb.solve(problem.f, problem.z0, problem.x, solver=solver, rtol=1e-9, max_nfe=60, throw=False)
-    for tolerance in (1e-1, 1e-3, 1e-6):
-        short = mb.solve(problem.f, problem.z0, problem.x, solver=solver, rtol=tolerance, max_nfe=60, throw=False)
-        spent, _ = long.trace.evaluations_to(tolerance, 60)
-        assert spent.tolist() == short.nfe.tolist()
 
 
 def problems() -> benchmark.Problems:
@@ -136,48 +113,6 @@ def test_no_rows_no_report():
         report.Results([])
 
 
-@pytest.mark.parametrize("name", ["anderson", "broyden", "fixed_point_iter"])
-def test_what_a_peer_measured_is_not_lost_when_it_writes_over_its_points(name):
-    p = problems()
-    points: list[torch.Tensor] = []
-
-    def f(z, x):
-        points.append(z.clone())
-        return p.f(z, x)
-
-    _, trace = TorchDEQSolver(name).run(f, p.z0, p.x, 1e-6, 30)
-    truth = torch.stack([mb.relative_residual(z, p.f(z, p.x)) for z in points])
-    torch.testing.assert_close(trace.residual, truth)
-    assert (trace.seconds.diff() > 0).all()
-    assert len(TorchDEQSolver(name).clock(p.f, p.z0, p.x, 1e-6, 30)) == len(truth)
-
-
-@pytest.mark.parametrize(
-    "peer",
-    [XitorchSolver("broyden1", (("alpha", -1.0),)), *map(ScipySolver, ("broyden1", "anderson", "krylov", "hybr"))],
-    ids=str,
-)
-def test_other_peers_stop_by_our_rule_and_within_our_budget(peer):
-    p = problems()
-    one = isinstance(peer, ScipySolver)
-    z0, x = (p.z0[:1], p.x[:1]) if one else (p.z0, p.x)
-    count = 0
-
-    def f(z):
-        nonlocal count
-        count += 1
-        return p.f(z, x)
-
-    _, recorder = peer.solve(f, z0, 1e-6, 80)
-    trace = recorder.trace()
-    assert count == recorder.count == len(trace.residual) <= 80
-    reached = (trace.residual <= 1e-6).all(dim=1)
-    assert reached[-1]
-    assert not reached[:-1].any()
-    _, short = peer.solve(f, z0, 1e-12, 5)
-    assert short.count == 5
-
-
 def test_the_race_of_classical_solvers_tells_what_happened():
     cell = blas(6, 12, 1.2)
     other = blas(6, 12, 1.2, x_seed=2)
@@ -230,16 +165,6 @@ def held_linear(scale: float = 1.0) -> tuple[HeldOut, torch.nn.Module, torch.Ten
     return HeldOut(module, torch.zeros(10, 6), x, judge), module, star
 
 
-def test_double_equilibria_are_found_in_float64_and_what_is_not_found_is_not_known():
-    held, cell, wanted = held_linear()
-    star, known = meta_rows.double_equilibria(cell, held)
-    assert known.all()
-    torch.testing.assert_close(star, wanted, rtol=1e-7, atol=1e-7)
-    assert next(cell.parameters()).dtype == torch.float32, "the cell itself stays as it is"
-    _, known = meta_rows.double_equilibria(cell, held, (mb.Picard(),), max_nfe=3)
-    assert not known.any()
-
-
 def test_solve_rows_count_as_solve_does_and_measure_what_a_tolerance_gives():
     held, cell, star = held_linear()
     known = torch.arange(10) < 8
@@ -273,35 +198,6 @@ def test_clock_rows_take_turns_and_count_calls(tmp_path):
         assert len(row["total"]) == len(row["in_f"]) == len(row["calls"]) == 3
         assert all(total > part > 0 for total, part in zip(row["total"], row["in_f"], strict=True))
     assert rows[0]["calls"][0] < rows[1]["calls"][0]
-
-
-class Broken(Safeguard):
-    """Hands over to something that leads nowhere, and promises Broyden."""
-
-    def phases(self, solver, initial=None):
-        return [super().phases(solver, initial)[0], Phase(mb.Picard(1e-6))]
-
-
-def test_horizon_rows_count_what_the_fallback_would_have_solved():
-    """Steps that lead nowhere are handed over after `patience`: samples are lost, but none given what those steps cost."""
-    held, _, _ = held_linear()
-    options = {
-        "safeguard": Safeguard(horizon=None, patience=8, progress=0.5),
-        "initializer_width": 0,
-        "learned_steps": 10_000,
-    }
-    solver = make_learned("meta-broyden", Layout("vector", (6,)), conditioning="initial_value", **options)
-    fallback = solver.config.safeguard.fallback()
-    needed = int(mb.solve(held.f, held.z0, held.x, solver=fallback, rtol=1e-3).nfe.max())
-    with torch.no_grad():
-        solver.coefficients.step_size.fill_(0)
-    (row,) = meta_rows.horizon_rows("meta-broyden", solver, held, steps=needed, tolerances=(1e-3,))
-    assert row["samples"] == row["fallback"] == row["triggered"] == 10
-    assert row["lost"] > 0 == row["broken"]
-    assert row["lost"] + row["learned"] == 10
-    solver.config = replace(solver.config, safeguard=Broken(horizon=None, patience=8, progress=0.5))
-    (row,) = meta_rows.horizon_rows("meta-broyden", solver, held, steps=needed, tolerances=(1e-3,))
-    assert row["broken"] == 10
 
 
 def test_the_report_holds_a_learned_solver_against_the_best_classical_one(tmp_path):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from experiments.legacy import equilibria
-from experiments.legacy.race.contestants import Contestant
-from experiments.legacy.race.schema import Row
-from experiments.legacy.race.units import OnFamily, Settings, digest
+from experiments import meta
+from experiments.bench.problems import Family
+from experiments.bench.runner import Row, digest
+from experiments.bench.solvers import Contestant, contestant
+from experiments.race.units import Setting, Unit
 from metabroyden.learned import MetaBroyden
 from metabroyden.solvers import Broyden
 
@@ -55,10 +55,7 @@ def _no_preconditioner(solver: MetaBroyden) -> dict[Tensor, Tensor]:
 
 TRAINED = {
     "no learned start": Variant("the initializer", options={"initializer_width": 0}),
-    "no P": Variant(
-        "P: B₀ is a weight of the residual by step and channel",
-        masks=_no_preconditioner,
-    ),
+    "no P": Variant("P: B₀ is a weight of the residual by step and channel", masks=_no_preconditioner),
     "LSTM for table": Variant(
         "the table: an LSTM that sees residuals and gates weighs the first steps", options={"coefficients": "lstm"}
     ),
@@ -87,30 +84,46 @@ def _changed(solver: MetaBroyden, **options: Any) -> MetaBroyden:
     return changed.eval()
 
 
-class AblationUnit(OnFamily):
-    """Ablations on one family.
+class _Ablated(meta.Job):
+    """MetaBroyden's usual training, but for what a variant leaves out."""
 
-    train: (family, variant, seed) ↦ a trained solver; it keeps what it has done, and goes on with it.
-    """
+    def __init__(self, config: meta.Meta, variant: Variant) -> None:
+        self.variant = variant
+        super().__init__(config)
 
-    def __init__(self, settings: Settings, family: str, train: Callable[[str, str, int], MetaBroyden]) -> None:
-        super().__init__(settings, family)
-        self.train = train
-        self.name = f"ablation-{family}"
-        described = [(name, one.words) for name, one in TRAINED.items()], sorted(RUN), SEED
-        self.key = f"{self.name}-{digest(self.path, *self.solvers_of(family), also=repr(described))}"
+    def altered_options(self) -> dict[str, Any]:
+        return self.variant.options
 
-    def rows(self, work: Path) -> list[Row]:
-        """The whole with all its seeds, without each piece, and Broyden's method."""
-        settings = self.settings
-        held = equilibria.held_out(self.model(), self.criterion, "test", self.count)
-        everyone = whole = self.trained(self.family)
-        for words, change in RUN.items():
-            without = [replace(one, name=words, solver=change(one.solver, settings.budget)) for one in whole]
-            everyone = [*everyone, *without]
-        for words in (name for name, variant in TRAINED.items() if variant.differs(whole[0].solver)):
-            anew = self.train(self.family, words, SEED).to(settings.device)
-            everyone = [*everyone, Contestant(words, "learned", anew, f"trained anew, seed {SEED}", SEED)]
-        broyden = Broyden(settings.budget)
-        everyone = [*everyone, Contestant("Broyden", "classical", broyden, repr(broyden))]
-        return self.briefly("ablation", everyone, held)
+    def altered(self, solver: Any) -> Any:
+        return self.variant.prepared(solver)
+
+
+def _train(setting: Setting, family: str, words: str) -> MetaBroyden:
+    """The trained variant; training goes on where it was interrupted."""
+    config = setting.config
+    usual = meta.Meta(
+        family=family, seed=SEED, models=config.models, device=config.device, progress=config.progress,
+        runs=config.runs / "ablation" / digest(TRAINED[words].words), fresh=config.overwrite,
+    )  # fmt: skip
+    return _Ablated(usual, TRAINED[words]).trained()
+
+
+def unit(setting: Setting, name: str) -> Unit:
+    """Ablations on one family."""
+    one = setting.family(name)
+    described = repr(([(name, one.words) for name, one in TRAINED.items()], sorted(RUN), SEED))
+    files = [one.path, *setting.files(name)]
+    return setting.unit(f"ablation-{name}", lambda work: _rows(setting, one), files, described)
+
+
+def _rows(setting: Setting, family: Family, train: Any = _train) -> list[Row]:
+    """The whole with all its seeds, without each piece, and Broyden's method."""
+    budget = setting.config.budget
+    held = family.problems("test", setting.count(family))
+    everyone = whole = setting.learned(family.name)
+    for words, change in RUN.items():
+        everyone = [*everyone, *(replace(one, name=words, solver=change(one.solver, budget)) for one in whole)]
+    for words in (name for name, variant in TRAINED.items() if variant.differs(whole[0].solver)):
+        anew = train(setting, family.name, words).to(setting.device)
+        everyone = [*everyone, Contestant(words, "learned", anew, f"trained anew, seed {SEED}", SEED)]
+    return setting.briefly("ablation", family, [*everyone, contestant("Broyden", Broyden(budget))], held)

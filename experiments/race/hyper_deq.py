@@ -19,13 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from experiments.bench import solvers
 from experiments.bench.peers import Enough, Recorder, available
-from experiments.legacy import equilibria, meta_rows
-from experiments.legacy.equilibria import HeldOut
-from experiments.legacy.race import contestants, measure
-from experiments.legacy.race.contestants import Contestant
-from experiments.legacy.race.schema import Row
-from experiments.legacy.race.units import OnFamily, Settings, digest
+from experiments.bench.problems import Family, HeldOut, packed
+from experiments.bench.runner import Row
+from experiments.bench.solvers import Contestant
+from experiments.race.units import Setting, Unit
 from metabroyden import checkpoint
 from metabroyden.nn.pin import pin
 from metabroyden.solve import solve
@@ -90,11 +89,11 @@ class Trained(NamedTuple):
     weights: dict[str, Tensor]
 
 
-def train(unit: OnFamily, validation: HeldOut) -> tuple[Trained, float]:
+def train(family: Family, validation: HeldOut, budget: int) -> tuple[Trained, float]:
     """(the best look at validation of trainings with all `RATES`, CPU seconds of all of them together)."""
     began = time.process_time()
-    model, generator = unit.model(), torch.Generator().manual_seed(0)
-    tasks = family_tasks(model, unit.criterion)
+    model, generator = family.model(), torch.Generator().manual_seed(0)
+    tasks = family_tasks(model, family.criterion)
     raw = tasks.split("train")
     plain = raw[torch.randperm(len(raw), generator=generator)[:POOL]]
     tried: list[Trained] = []
@@ -103,23 +102,23 @@ def train(unit: OnFamily, validation: HeldOut) -> tuple[Trained, float]:
         target, solved = _equilibria(f, z0, x)
         x, target = gather(x, solved), target[solved]
         for rate in RATES:
-            tried += _training(rate, f, Packing.of(z0), x, target, validation, unit)
+            tried += _training(rate, f, Packing.of(z0), x, target, validation, budget)
     return min(tried, key=lambda look: look.score), time.process_time() - began
 
 
 def _equilibria(f: Any, z0: Any, x: Any) -> tuple[Tensor, Tensor]:
     """(equilibria to 1e-4 (N, n), the indices of those that were found): others teach nothing."""
     targets, found = [], []
-    for index in torch.arange(len(meta_rows.packed(z0)), device=meta_rows.packed(z0).device).split(128):
+    for index in torch.arange(len(packed(z0)), device=packed(z0).device).split(128):
         start, context = gather(z0, index), gather(x, index)
         solution = solve(f, start, context, solver=Broyden(120), rtol=1e-4, max_nfe=120, throw=False)
-        targets.append(meta_rows.packed(solution.z))
+        targets.append(packed(solution.z))
         found.append(index[solution.converged])
     return torch.cat(targets), torch.cat(found)
 
 
 def _training(
-    rate: float, f: Any, packing: Packing, x: Any, target: Tensor, validation: HeldOut, unit: OnFamily
+    rate: float, f: Any, packing: Packing, x: Any, target: Tensor, validation: HeldOut, budget: int
 ) -> Iterator[Trained]:
     network = _network(target.shape[1], flat_context(x).shape[1]).to(target)
     optimizer = torch.optim.Adam(network.parameters(), lr=rate)
@@ -139,7 +138,7 @@ def _training(
         optimizer.param_groups[0]["lr"] = 0.5 * rate * (1 + math.cos(math.pi * min(share, 1.0)))
         if share * LOOKS >= looked + 1:
             looked += 1
-            score = contestants.peer_score(HyperDEQ(network, ""), validation, unit.settings.budget)
+            score = solvers.peer_score(HyperDEQ(network, ""), validation, budget)
             weights = {name: value.clone() for name, value in network.state_dict().items()}
             yield Trained(score, step, rate, weights)
 
@@ -158,48 +157,40 @@ def _loss(found: Any, target: Tensor) -> Tensor:
     return silva_hyper_deq_loss(found, target, task_weight=0.0).total
 
 
-class HyperDEQUnit(OnFamily):
+def unit(setting: Setting, name: str) -> Unit:
     """HyperDEQ and MetaBroyden on one family, in turns."""
+    if not available("silva_networks"):
+        raise ImportError(f"HyperDEQ comes with {PACKAGE}: pip install {PACKAGE}==1.2.2, or leave it out by --no-cells")
+    version = importlib.metadata.version(PACKAGE)
+    also = repr((version, "augmented and plain", RATES, STEPS, SECONDS, LOOKS, UNROLL, BATCH, POOL))
+    one = setting.family(name)
+    return setting.unit(
+        f"hyper-deq-{name}", lambda work: _rows(setting, one, work), [one.path, *setting.files(name)], also
+    )
 
-    def __init__(self, settings: Settings, family: str) -> None:
-        super().__init__(settings, family)
-        if not available("silva_networks"):
-            raise ImportError(
-                f"HyperDEQ comes with {PACKAGE}: pip install {PACKAGE}==1.2.2, or leave it out by --no-cells"
-            )
-        self.name, self.version = f"hyper-deq-{family}", importlib.metadata.version(PACKAGE)
-        also = repr((self.version, "augmented and plain", RATES, STEPS, SECONDS, LOOKS, UNROLL, BATCH, POOL))
-        self.key = f"{self.name}-{digest(self.path, *self.solvers_of(family), also=also)}"
 
-    def rows(self, work: Path) -> list[Row]:
-        """Both, Broyden's method and torchdeq's Anderson beside them."""
-        settings, model = self.settings, self.model()
-        peer, taken = self._trained(work / "hyper-deq.safetensors", model)
-        held = equilibria.held_out(model, self.criterion, "test", self.count)
-        ours = self.trained(self.family)
-        broyden, anderson = Broyden(settings.budget), contestants.torchdeq("Anderson")
-        theirs = Contestant("HyperDEQ", "peer", peer, peer.options, 0)
-        everyone = [
-            *ours,
-            theirs,
-            Contestant("Broyden", "classical", broyden, repr(broyden)),
-            Contestant("torchdeq Anderson", "peer", anderson, repr(anderson)),
-        ]
-        stamp = self.stamp("hyper-deq", self.family)
-        rules = replace(self.rules(held), weighed=False)
-        rows = self.solves(everyone, held, *measure.unknown(held), rules, stamp, self.name)
-        return [*rows, {"row": "training", **stamp(theirs), **taken}]
+def _rows(setting: Setting, family: Family, work: Path) -> list[Row]:
+    """Both, Broyden's method and torchdeq's Anderson beside them."""
+    budget = setting.config.budget
+    peer, taken = _trained(work / "hyper-deq.safetensors", family, budget)
+    held = family.problems("test", setting.count(family))
+    theirs = Contestant("HyperDEQ", "peer", peer, peer.options, 0)
+    broyden = solvers.contestant("Broyden", Broyden(budget))
+    everyone = [*setting.learned(family.name), theirs, broyden, *solvers.torchdeq("Anderson")]
+    stamp = setting.stamp("hyper-deq", family.name)
+    rows = setting.measure(held, everyone, replace(setting.rules(family, held), weighed=False), stamp)
+    return [*rows, {"row": "training", **stamp(theirs), **taken}]
 
-    def _trained(self, path: Path, model: Any) -> tuple[HyperDEQ, Row]:
-        """Trained once, and kept; with CPU seconds and outer steps."""
-        validation = equilibria.held_out(model, self.criterion, "validation", 64)
-        if not path.exists():
-            found, seconds = train(self, validation)
-            header = {"rate": found.rate, "cpu_seconds": round(seconds, 1), "steps": found.steps}
-            checkpoint.write(path, "race/hyper-deq", found.weights, header)
-        tensors, kept = checkpoint.read(path, "race")
-        network = _network(meta_rows.packed(validation.z0).shape[1], flat_context(validation.x).shape[1])
-        network.load_state_dict(tensors)
-        options = f"{PACKAGE} {self.version}, rate {kept['rate']:g}, {kept['steps']} steps"
-        taken = {name: kept[name] for name in ("cpu_seconds", "steps")}
-        return HyperDEQ(network.to(self.settings.device), options), taken
+
+def _trained(path: Path, family: Family, budget: int) -> tuple[HyperDEQ, Row]:
+    """Trained once, and kept; with CPU seconds and outer steps."""
+    validation = family.problems("validation", 64)
+    if not path.exists():
+        found, seconds = train(family, validation, budget)
+        header = {"rate": found.rate, "cpu_seconds": round(seconds, 1), "steps": found.steps}
+        checkpoint.write(path, "race/hyper-deq", found.weights, header)
+    tensors, kept = checkpoint.read(path, "race")
+    network = _network(packed(validation.z0).shape[1], flat_context(validation.x).shape[1])
+    network.load_state_dict(tensors)
+    options = f"{PACKAGE} {importlib.metadata.version(PACKAGE)}, rate {kept['rate']:g}, {kept['steps']} steps"
+    return HyperDEQ(network.to(family.device), options), {name: kept[name] for name in ("cpu_seconds", "steps")}
