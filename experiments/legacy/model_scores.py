@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from experiments.bench.clock import LiveBytes
 from experiments.legacy.equilibria import Row
-from experiments.legacy.memory import LiveBytes
 from experiments.legacy.metrics import short
 from metabroyden.deq import DEQ
 from metabroyden.zoo.models.criteria import Criterion, NextToken, device_of

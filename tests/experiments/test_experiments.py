@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from experiments import alternate, digits, gradients, meta, solvers
 from experiments.bench.runner import read_rows
 from experiments.registry import EXPERIMENTS
 from metabroyden.meta.trainer import MetaTrainer
+from metabroyden.zoo.data.images import ImageData, ImageSplit
 
 pytestmark = pytest.mark.usefixtures("few_candidates")
 PROMISED = ("rows.jsonl.gz", "report.md", "config.json", "grouped.safetensors", "coordinatewise.safetensors",
@@ -163,7 +163,9 @@ def test_alternate_resumes_and_writes_what_it_promises(tmp_path, capsys, monkeyp
 
 
 def test_gradients_writes_what_it_promises(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(gradients, "load_digits", partial(gradients.load_digits, validation=24, test=1700))
+    data = gradients.load_digits()
+    train = ImageSplit(*(part[:60] for part in (data.train.images, data.train.labels, data.train.indices)))
+    monkeypatch.setattr(gradients, "load_digits", lambda: ImageData(train, train, data.test))
     config = gradients.Gradients(
         seeds=(0,),
         steps=1,

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from experiments import memory
-from experiments.bench.runner import read_rows
-from experiments.legacy import memory_report
-from experiments.legacy.memory import LiveBytes, Training, byte_row, resident_bytes, saved_bytes
+from experiments.bench.clock import LiveBytes
+from experiments.bench.runner import read_rows, write_rows
+from experiments.steps import Training, byte_row, resident_bytes, saved_bytes
 
 SMALL = {"batch": 4, "channels": 8, "extent": 16, "backward_nfe": 10}
 
@@ -109,32 +109,29 @@ def test_unknown_cells_and_ways_are_refused():
 
 
 def test_the_experiment_writes_what_it_promises(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("experiments.legacy.memory.resident_bytes", lambda training, returning=False: 2**20)
+    monkeypatch.setattr("experiments.steps.resident_bytes", lambda training, returning=False: 2**20)
     config = memory.Memory(
         evaluations=(10, 20), batch=2, channels=4, side=6, width=4, tokens=8, memory=4, backward=6, repeats=1,
-        results=tmp_path, progress=False,
+        results=tmp_path / "results", runs=tmp_path / "runs", progress=False,
     )  # fmt: skip
     memory.run(config)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "rows.jsonl.gz",
-        "config.json",
-        "report.md",
-        "memory_by_evaluations.png",
-        "time_by_evaluations.png",
-    }
-    rows = read_rows(tmp_path / "rows.jsonl")
+    (trial,) = config.results.iterdir()
+    figures = {f"{name}_by_evaluations.{kind}" for name in ("memory", "time") for kind in ("png", "pdf")}
+    assert {path.name for path in trial.iterdir()} == {"rows.jsonl.gz", "config.json", "report.md", *figures}
+    rows = read_rows(trial / "rows.jsonl")
     for kind in ("bytes", "resident", "time"):
         assert len([row for row in rows if row["row"] == kind]) == 2 * 4 * 2
     for row in rows:
         if row["row"] == "time" and row["way"] == "unrolled":
             assert row["ratio_total"] == 1
-    described = json.loads((tmp_path / "config.json").read_text())
+    described = json.loads((trial / "config.json").read_text())
     assert described["config"]["memory"] == 4
     assert described["provenance"]["versions"]["torch"]
-    assert "within 5%" in capsys.readouterr().out
-    assert "nan" not in (tmp_path / "report.md").read_text()
-    before = (tmp_path / "report.md").read_text()
-    memory_report.write(tmp_path, [row for row in rows if row["row"] != "resident"], described)
-    after = (tmp_path / "report.md").read_text()
+    assert "saved + solver" in capsys.readouterr().out
+    assert "nan" not in (trial / "report.md").read_text()
+    before = (trial / "report.md").read_text()
+    write_rows(trial / "rows.jsonl.gz", [row for row in rows if row["row"] != "resident"])
+    memory.write(trial)
+    after = (trial / "report.md").read_text()
     assert "1 (1)" in before
     assert "1 (1)" not in after

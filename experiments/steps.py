@@ -6,7 +6,7 @@ the injection. A row is a JSON object with a key "row" that says what it tells:
   resident  the same: growth of the resident size of a process that does nothing else
   time      the same: seconds forward and backward, and ratios to the unrolled network of that depth
 
-`python -m experiments.legacy.memory JSON` makes one step of the `Training` that the JSON describes and prints by how
+`python -m experiments.steps JSON` makes one step of the `Training` that the JSON describes and prints by how
 many bytes its process grew: `resident_bytes` starts it.
 """
 
@@ -21,27 +21,23 @@ import subprocess
 import sys
 import time
 import tracemalloc
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from experiments.bench.clock import LiveBytes
+from experiments.bench.runner import Row
 from metabroyden.deq import DEQ
 from metabroyden.gradients import Implicit
 from metabroyden.solution import relative_residual
 from metabroyden.solve import solve
 from metabroyden.solvers import Broyden
 from metabroyden.zoo.models import CausalCell, ConvCell
-
-Row = dict[str, Any]
 
 CELLS: dict[str, Callable[[int], nn.Module]] = {"conv": lambda c: ConvCell(c, c, math.gcd(c, 8)), "causal": CausalCell}
 """The cells that are trained, made from their number of channels."""
@@ -150,52 +146,6 @@ class Step:
         self.deq.last_solution = self.deq.last_backward_solution = None
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operations under it make, for as long as they live.
-
-    A storage counts once, however many views of it there are, from the operation that first sees it until the last
-    tensor on it is gone. What a kernel allocates inside itself, and numpy's arrays, are not seen.
-
-    Attributes:
-        now: bytes alive. peak: the most there were at once since the start or the last `mark`.
-
-    >>> with LiveBytes() as live:
-    ...     a = torch.ones(10)
-    ...     b = a.view(2, 5) + 1
-    ...     del a
-    >>> live.now, live.peak
-    (40, 80)
-    """
-
-    def __init__(self, outside: Iterable[Tensor] = ()) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known = {tensor.untyped_storage()._cdata: 0 for tensor in outside}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation, and count what it made."""
-        made = func(*args, **(kwargs or {}))
-        for leaf in pytree.tree_leaves((args, kwargs, made)):
-            if isinstance(leaf, Tensor):
-                self._see(leaf.untyped_storage())
-        return made
-
-    def mark(self) -> None:
-        """Begin a new peak."""
-        self.peak = self.now
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self._known:
-            size = self._known[key] = storage.nbytes()
-            weakref.finalize(storage, self._forget, key).atexit = False
-            self.now += size
-            self.peak = max(self.peak, self.now)
-
-    def _forget(self, key: int) -> None:
-        self.now -= self._known.pop(key)
-
-
 def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor] = ()) -> int:
     """Bytes that autograd saves for the backward pass of forward().
 
@@ -274,8 +224,8 @@ def resident_bytes(training: Training, *, returning: bool = False) -> int:
     returning: have glibc's malloc hand every block of 64 KiB or more back as soon as it is free. By default it keeps
     them, and what lies between blocks in use stays resident.
     """
-    command = [sys.executable, "-m", "experiments.legacy.memory", json.dumps(asdict(training))]
-    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-m", "experiments.steps", json.dumps(asdict(training))]
+    root = Path(__file__).resolve().parents[1]
     environment = {**os.environ, **({"MALLOC_MMAP_THRESHOLD_": str(2**16)} if returning else {})}
     done = subprocess.run(command, cwd=root, env=environment, check=True, capture_output=True, text=True)
     return int(done.stdout)
@@ -291,24 +241,16 @@ def time_rows(trainings: Sequence[Training], repeats: int) -> list[Row]:
     """Rows "time": medians over interleaved repeats; ratios are medians of paired ratios to the unrolled network."""
     steps = [training.build() for training in trainings]
     rounds = [[step.take() for step in steps] for _ in range(1 + repeats)]
-    seconds = np.array(rounds[1:])  # (repeats, steps, 2); the first round warms up
+    taken = np.array(rounds[1:])  # (repeats, steps, 2); the first round warms up
+    seconds = np.concatenate([taken, taken.sum(axis=2, keepdims=True)], axis=2)
     unrolled = {training.evaluations: k for k, training in enumerate(trainings) if training.way == "unrolled"}
     rows = []
     for k, training in enumerate(trainings):
-        base = seconds[:, unrolled[training.evaluations]]
-        forward, backward = np.median(seconds[:, k], axis=0)
-        rows.append(
-            {
-                "row": "time",
-                **_described(training),
-                "forward": forward,
-                "backward": backward,
-                "total": float(np.median(seconds[:, k].sum(axis=1))),
-                "ratio_forward": float(np.median(seconds[:, k, 0] / base[:, 0])),
-                "ratio_backward": float(np.median(seconds[:, k, 1] / base[:, 1])),
-                "ratio_total": float(np.median(seconds[:, k].sum(axis=1) / base.sum(axis=1))),
-            }
-        )
+        middle = np.median(seconds[:, k], axis=0).tolist()
+        ratios = np.median(seconds[:, k] / seconds[:, unrolled[training.evaluations]], axis=0).tolist()
+        parts = ("forward", "backward", "total")
+        found = dict(zip(parts, middle, strict=True)) | {f"ratio_{p}": r for p, r in zip(parts, ratios, strict=True)}
+        rows.append({"row": "time", **_described(training), **found})
     return rows
 
 
