@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from metabroyden.learned.grouped import GroupedConfig, GroupedLSTM
-from metabroyden.learned.layout import BackwardLayout
 from metabroyden.learned.preconditioner import Preconditioner
 from metabroyden.solvers.registry import register
 
@@ -35,7 +34,7 @@ class AdjointLSTM(GroupedLSTM):
 
     def __init__(self, config: AdjointConfig | None = None, **options: Any) -> None:
         super().__init__(config, **options)
-        self.layout = BackwardLayout(self.layout.kind, self.layout.shape)
+        self.layout = replace(self.layout, reverse=True)
         self.preconditioner = Preconditioner(self.layout, 0, self.config.rank)
 
     def start(self, z0: Tensor, problem: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from metabroyden.learned.base import LearnedConfig, LearnedSolver
 from metabroyden.learned.layout import Layout
-from metabroyden.learned.log_sign import log_sign
 from metabroyden.learned.lstm import SharedLSTM
 from metabroyden.solver import Step
 from metabroyden.solvers.registry import register
@@ -169,3 +169,17 @@ def _scale(value: Tensor, layout: Layout, shape: Any) -> Tensor:
     canonical = layout.canonical(value, shape)
     scale = layout.scale(canonical)
     return layout.flat(scale.expand_as(canonical)) if layout.causal else scale.reshape(-1, 1)
+
+
+def log_sign(value: Tensor, p: float = 10.0) -> Tensor:
+    """(…, 2): (log|v|/p, sign v) where |v| ≥ e⁻ᵖ, else (−1, eᵖv); Andrychowicz et al. (2016), appendix A.
+
+    >>> log_sign(torch.tensor([-1.0, 0.0]))
+    tensor([[ 0., -1.],
+            [-1.,  0.]])
+    """
+    size = value.abs()
+    large = size >= math.exp(-p)
+    logs = torch.where(large, size.clamp_min(math.exp(-p)).log() / p, -1.0)
+    signs = torch.where(large, value.sign(), math.exp(p) * value)
+    return torch.stack([logs, signs], dim=-1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from metabroyden.learned.layout import Layout, Mixer
+from metabroyden.learned.layout import Layout
+from metabroyden.learned.mixer import Mixer
 
 
 class Initializer(nn.Module):

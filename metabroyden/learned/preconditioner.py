@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metabroyden.learned.layout import Layout, Mixer
+from metabroyden.learned.layout import Layout
+from metabroyden.learned.mixer import Mixer
 
 
 class Preconditioner(nn.Module):
@@ -32,7 +33,7 @@ class Preconditioner(nn.Module):
 
     def gates(self, z: Tensor, context: Tensor) -> Tensor:
         """The gate at z (R, C, *S) with the context feature (R, C', *S); (R, rank, *S)."""
-        return torch.sigmoid(self.gate.apply_to(z, context))
+        return torch.sigmoid(self.gate(z, context))
 
     def forward(self, r: Tensor, gates: Tensor) -> Tensor:
         """P(r), shaped like r (R, C, *S)."""

@@ -93,12 +93,12 @@ class Secants:
         if not self.layout.causal:
             return torch.bmm(g.unsqueeze(1), buffer.transpose(1, 2))
         products = buffer.unflatten(2, shape) * g.unflatten(1, shape).unsqueeze(1)
-        by_token = products.sum(3 if self.layout.kind == "ntc" else 2)
+        by_token = products.sum(2 + self.layout.channel_axis)
         return (by_token if local else by_token.cumsum(2)).transpose(1, 2)
 
     def _combine(self, weights: Tensor, buffer: Tensor, shape: tuple[int, ...]) -> Tensor:
         """(R, n) sums of (R, k, n) with weights (R, T, k)."""
         if not self.layout.causal:
             return torch.bmm(weights, buffer).squeeze(1)
-        by_token = weights.transpose(1, 2).unsqueeze(3 if self.layout.kind == "ntc" else 2)
+        by_token = weights.transpose(1, 2).unsqueeze(2 + self.layout.channel_axis)
         return (buffer.unflatten(2, shape) * by_token).sum(1).flatten(1)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metabroyden.learned.log_sign import log_sign
+from metabroyden.learned.coordinatewise import log_sign
 
 Weights = dict[str, Tensor]
 

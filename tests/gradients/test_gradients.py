@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import metabroyden as mb
 from metabroyden.gradients.base import parts_of
-from metabroyden.learned.layout import Layout, Mixer
+from metabroyden.learned.layout import Layout
+from metabroyden.learned.mixer import Mixer
 from metabroyden.learned.preconditioner import Preconditioner
 from metabroyden.meta.fit import make_learned
 from metabroyden.zoo.models import CELLS as MODELS

@@ -10,7 +10,8 @@ import torch
 import metabroyden as mb
 from metabroyden.deq import initial_state
 from metabroyden.learned import GroupedConfig, LearnedConfig, Safeguard
-from metabroyden.learned.layout import Layout, Mixer, guess_layout
+from metabroyden.learned.layout import Layout, guess_layout
+from metabroyden.learned.mixer import Mixer
 from metabroyden.learned.secants import Secants
 from metabroyden.meta.defaults import dilations, gated_steps
 from metabroyden.meta.fit import make_learned

@@ -8,7 +8,8 @@ import torch
 import metabroyden as mb
 from metabroyden import checkpoint
 from metabroyden.learned.initializer import Initializer
-from metabroyden.learned.layout import Layout, Mixer
+from metabroyden.learned.layout import Layout
+from metabroyden.learned.mixer import Mixer
 from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet
 from metabroyden.meta.fit import make_learned
 from metabroyden.meta.trainer import mean_evaluations

@@ -9,8 +9,8 @@ import torch
 
 import metabroyden as mb
 from metabroyden.learned import CoordinatewiseConfig, CoordinatewiseLSTM, Universal, UniversalConfig
+from metabroyden.learned.coordinatewise import log_sign
 from metabroyden.learned.layout import Layout
-from metabroyden.learned.log_sign import log_sign
 from metabroyden.learned.universal import specialised
 from metabroyden.meta import unroll
 from metabroyden.meta.fit import make_learned

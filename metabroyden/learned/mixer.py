@@ -1,0 +1,106 @@
+"""A linear map over canonical states, by layout."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from metabroyden.learned.layout import Layout
+
+
+class Mixer(nn.Module):
+    """A linear map over canonical states that mixes channels and, by layout, near neighbours.
+
+    A convolution of odd width `kernel` for images (3×3), a causal one for sequences, a dense map for vectors. `dilation` is
+    the distance of a convolution's taps; ValueError where there are none, or parts of several resolutions.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        inputs: int,
+        outputs: int,
+        *,
+        kernel: int = 3,
+        bias: bool = True,
+        zero: bool = False,
+        dilation: int = 1,
+    ) -> None:
+        super().__init__()
+        if dilation < 1 or (dilation > 1 and layout.kind in ("vector", "pyramid")):
+            raise ValueError(
+                f"dilations must be at least 1, and are 1 for layouts 'vector' and 'pyramid'; got {dilation}"
+            )
+        self.past = (kernel - 1) * dilation if layout.causal else 0
+        self.dilation = dilation
+        self.map: nn.Module
+        if layout.spatial:
+            self.map = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2 * dilation, dilation=dilation, bias=bias)
+        elif layout.causal:
+            self.map = nn.Conv1d(inputs, outputs, kernel, dilation=dilation, bias=bias)
+        else:
+            self.map = nn.Linear(inputs, outputs, bias=bias)
+        self.layout = layout
+        if zero:
+            for parameter in self.map.parameters():
+                nn.init.zeros_(parameter)
+
+    def forward(self, *parts: Tensor) -> Tensor:
+        """(R, inputs, *S) → (R, outputs, *S), for a value or what its channels are made of, in order, without joining it."""
+        parts = tuple(part for part in parts if part.shape[1])
+        weights = self._weight.split([part.shape[1] for part in parts], dim=1)
+        biases = [self.map.bias, *[None] * (len(parts) - 1)]
+        return functools.reduce(torch.add, map(self._mapped, parts, weights, biases))
+
+    @property
+    def _weight(self) -> Any:
+        return self.map.weight
+
+    def _mapped(self, part: Tensor, weight: Tensor, bias: Any) -> Tensor:
+        if self.layout.spatial:
+            padding = weight.shape[-1] // 2 * self.dilation
+            return functional.conv2d(part, weight, bias, padding=padding, dilation=self.dilation)
+        if not self.layout.causal:
+            return functional.linear(part, weight, bias)
+        # as an image one pixel high, padded on both sides: no copy of the input
+        wide = functional.conv2d(
+            part.unsqueeze(2), weight.unsqueeze(2), bias, padding=(0, self.past), dilation=(1, self.dilation)
+        )
+        return wide[:, :, 0, : part.shape[2]]
+
+    def of_parts(self, parts: Sequence[Tensor]) -> Tensor:
+        """The map (without bias) of a canonical value that comes in `Layout.parts`, which need not be brought together."""
+        if len(parts) == 1:
+            return self(parts[0])
+        weights = self._weight.split(self.layout.coarse_channels, dim=1)
+        return functools.reduce(torch.add, map(_strided, parts, weights, self.layout.factors))
+
+    def to_parts(self, value: Tensor) -> list[Tensor]:
+        """The map (without bias) of a value, as `Layout.parts` of the canonical one."""
+        if self.layout.kind != "pyramid":
+            return [self(value)]
+        maps = zip(self._weight.split(self.layout.coarse_channels, dim=0), self.layout.factors, strict=True)
+        found = [(functional.conv2d(value, weight, padding=weight.shape[-1] // 2), n) for weight, n in maps]
+        return [functional.pixel_shuffle(mapped, n) if n > 1 else mapped for mapped, n in found]
+
+    def transpose(self, value: Tensor) -> Tensor:
+        """The transposed linear map (its bias left out), (R, outputs, *S) → (R, inputs, *S)."""
+        weight = self._weight
+        if self.layout.spatial:
+            padding = weight.shape[-1] // 2 * self.dilation
+            return functional.conv_transpose2d(value, weight, padding=padding, dilation=self.dilation)
+        if self.layout.causal:
+            return functional.conv_transpose1d(value, weight, dilation=self.dilation)[..., self.past :]
+        return functional.linear(value, weight.T)
+
+
+def _strided(part: Tensor, weight: Tensor, n: int) -> Tensor:
+    """What canonical channels that hold n × n finer pixels of an image add to a map, from the image as it is."""
+    size = weight.shape[-1]
+    finer = weight.unflatten(1, (-1, n, n)).permute(0, 1, 4, 2, 5, 3).reshape(len(weight), -1, size * n, size * n)
+    return functional.conv2d(part, finer, stride=n, padding=size // 2 * n)
