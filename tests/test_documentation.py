@@ -44,7 +44,7 @@ def test_the_python_of_readme_and_docs_runs(name, tmp_path):
 def test_readme_and_the_guides_have_their_examples():
     assert len(blocks_of("README.md")) == 4
     without = {page for page in PAGES if not page.startswith("docs/api/") and not blocks_of(page)}
-    prose = "architecture how-it-works limitations protocol reproduce results"
+    prose = "architecture how-it-works limitations protocol results"
     assert without == {f"docs/{page}.md" for page in prose.split()}
 
 
