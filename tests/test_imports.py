@@ -119,8 +119,8 @@ def test_sources_that_are_not_installed_have_a_version_too(monkeypatch):
     assert version.found() == version.SOURCE
 
 
-def test_importing_takes_under_two_seconds_beyond_torch():
-    code = "import torch, time; t = time.perf_counter(); import metabroyden; print(time.perf_counter() - t)"
+def test_importing_takes_under_two_cpu_seconds_beyond_torch():
+    code = "import torch, time; t = time.process_time(); import metabroyden; print(time.process_time() - t)"
     took = min(
         float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
         for _ in range(2)
