@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metabroyden.function import Given, GuardedFunction, in_caller_mode
+from metabroyden.problem import Problem
 from metabroyden.solution import Solution, State, Status, Trace, relative, scaled_norm
 from metabroyden.solve import check_options, nothing
 from metabroyden.state import Packing, check_context, in_dtype_of
@@ -132,7 +133,7 @@ class FixedBudget:
 
         `context` is the one that the solver sees.
         """
-        problem = _FixedProblem(self, evaluator, z0, given, context)
+        problem = FixedProblem(self, evaluator, z0, given, context)
         z = self.solver.start(z0, problem)
         state = None
         while len(problem.residuals) < self.max_nfe:
@@ -151,8 +152,8 @@ def _now() -> float:
     return math.nan if torch.compiler.is_compiling() else time.perf_counter()
 
 
-class _FixedProblem:
-    """What a solver sees of a solve with a fixed budget: `Problem`, as far as it makes sense without a host."""
+class FixedProblem(Problem):
+    """The problem of `FixedBudget`: the best iterates are kept, as in `Evaluator`, without a look at them."""
 
     def __init__(self, owner: FixedBudget, evaluator: GuardedFunction, z0: Tensor, given: Given, context: Any) -> None:
         self._owner, self._call, self._z0, self._given, self.context = owner, evaluator, z0, given, context
@@ -168,8 +169,8 @@ class _FixedProblem:
         self.last = ~self.done
 
     @property
-    def steps_left(self) -> int:
-        """No sample can make more steps than this."""
+    def steps_left(self) -> int:  # type: ignore[override]
+        """See `Problem`."""
         return self._owner.max_nfe - len(self.residuals)
 
     def origin(self) -> Tensor:
@@ -180,11 +181,11 @@ class _FixedProblem:
         return self._origin
 
     def image(self, z: Tensor, g: Tensor) -> Tensor:
-        """f(z), (R, n), where g is known: to the last bit where z is the point evaluated last, as `Problem.image`."""
+        """See `Problem`."""
         return self._last[1].clone() if self._last is not None and self._last[0] is z else z + g
 
-    def residual(self, z: Tensor) -> Tensor:
-        """g = f(z) − z at z (R, n); the best iterate is kept, as in `Evaluator`."""
+    def residual(self, z: Tensor, among: Any = None) -> Tensor:
+        """See `Problem`."""
         owner = self._owner
         fz = self._call(z, self._given)
         g = fz - z

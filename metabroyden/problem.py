@@ -1,7 +1,9 @@
-"""The counted view of f that a solver works on: there is no way round the counter."""
+"""What a solver sees of a fixed-point problem, and the counted problem of `solve`."""
 
 from __future__ import annotations
 
+import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,13 +18,76 @@ from metabroyden.solution import State
 from metabroyden.state import AugmentedContext, in_dtype_of
 
 
-class Problem:
-    """What a solver sees of a solve: some rows of the batch, flat. R rows, n coordinates.
+class Problem(ABC):
+    """What a solver sees of a fixed-point problem: some rows of the batch, flat. R rows, n coordinates.
+
+    `solve`, `FixedBudget` and `unroll` each implement it. `residual` and `jvp` can be asked for a part of the rows, `among`
+    (R,) bool on the host. Without decisions on the host every row is evaluated.
+
+    The methods for parts of f serve operator splitting. They are not a map of their own on which any solver might run, since
+    a solve stops on the residual of f, which such a step knows at no evaluation of f.
+
+    Attributes:
+        decides_on_host: whether a solver may read values on the host and spend evaluations accordingly.
+        context: the context of these rows, in the dtype of the iterates (None where f takes none).
+        shape: per-sample shape of the state, or a tuple of shapes for a state of several tensors.
+        steps_left: no row can make more steps than this.
+        alive, budget, affordable_jvps: see `CountedProblem`; where a solver may decide on the host only.
+    """
+
+    decides_on_host = False
+    context: Any
+    shape: Any
+    steps_left: int = sys.maxsize
+    alive: Any
+    budget: Any
+    affordable_jvps: Any
+
+    @abstractmethod
+    def origin(self) -> Tensor:
+        """f(z0), (R, n): the context that every solver has."""
+
+    @abstractmethod
+    def residual(self, z: Tensor, among: np.ndarray | None = None) -> Tensor:
+        """g = f(z) − z at z (R, n): one evaluation of f."""
+
+    def image(self, z: Tensor, g: Tensor) -> Tensor:
+        """f(z), (R, n), where g = f(z) − z is known: to the last bit where z is the point evaluated last, else z + g."""
+        return z + g
+
+    def jvp(self, z: Tensor, v: Tensor, fz: Tensor, among: np.ndarray | None = None) -> Tensor:
+        """J_f(z) v for z, v of shape (R, n) and fz = f(z): one evaluation."""
+        raise NotImplementedError
+
+    def method(self, name: str, *settings: Any) -> Callable[..., State]:
+        """The cell's method of this name, or, with settings, the map that the method makes of them, at no evaluation.
+
+        The weights are f's own, pinned ones where there are any. TypeError where the cell has no such method, ValueError
+        where it would not run as f does (see `Evaluator.method`).
+        """
+        raise NotImplementedError
+
+    def evaluate_method(self, method: Callable[..., State], z: Tensor) -> Tensor:
+        """method(z, context) at z (R, n), packed: counts as an evaluation of f."""
+        raise NotImplementedError
+
+    def elementwise(self, name: str, v: Tensor) -> Tensor:
+        """The cell's elementwise method of this name at v (R, n): not counted, as it costs next to nothing."""
+        raise NotImplementedError
+
+    def record_residual(self, z: Tensor, fz: Tensor) -> Tensor:
+        """g = f(z) − z at z (R, n) where f(z) follows from methods already counted: recorded, at no evaluation."""
+        raise NotImplementedError
+
+
+class CountedProblem(Problem):
+    """The problem of `solve`: there is no way round the counter.
 
     `live` are the positions among the rows that are still being solved: a solver may carry rows that have stopped, and
-    those cost no evaluation (their residual comes back as zero). `residual` and `jvp` can be asked for a part of the
-    rows, `among` (R,) bool on the host: only the live ones of these are evaluated and counted.
+    those cost no evaluation (their residual comes back as zero).
     """
+
+    decides_on_host = True
 
     def __init__(self, evaluator: Evaluator, rows: Rows, live: np.ndarray | None = None) -> None:
         self._evaluator, self._rows, self._live = evaluator, rows, live
@@ -30,15 +95,14 @@ class Problem:
         self.live_rows = rows if live is None else evaluator.rows(rows.host[live])
 
     @property
-    def shape(self) -> torch.Size | tuple[torch.Size, ...]:
-        """Per-sample shape of the state, or a tuple of shapes for a state of several tensors."""
+    def shape(self) -> Any:
+        """See `Problem`."""
         return self._evaluator.packing.shape
 
     @property
     def context(self) -> Any:
-        """The context of these rows, in the dtype of the iterates (None where f takes none)."""
-        context = self._evaluator.context_of(self._rows)
-        return in_dtype_of(context.context if isinstance(context, AugmentedContext) else context, self._evaluator.z0)
+        """See `Problem`."""
+        return seen_context(self._evaluator.context_of(self._rows), self._evaluator.z0)
 
     @property
     def alive(self) -> np.ndarray:
@@ -53,8 +117,8 @@ class Problem:
         return np.where(self.alive, self._evaluator.max_nfe - self._evaluator.nfe[self._rows.pick], 0)
 
     @property
-    def steps_left(self) -> int:
-        """No row can make more steps than this."""
+    def steps_left(self) -> int:  # type: ignore[override]
+        """See `Problem`."""
         return int(self.budget.max())
 
     @property
@@ -63,10 +127,7 @@ class Problem:
         return self.budget - (self._evaluator.forward_ad is None)
 
     def origin(self) -> Tensor:
-        """f(z0), (R, n): the context every solver has, known from the solve's first evaluation.
-
-        Where the solve did not begin at z0, it is evaluated, and counted for the whole batch, when first asked for.
-        """
+        """f(z0), (R, n): by the first evaluation, or evaluated, and counted for the whole batch, when first asked."""
         evaluator = self._evaluator
         origin = evaluator.origin()
         if origin is None:
@@ -76,7 +137,7 @@ class Problem:
         return origin if self._rows.index is None else origin.index_select(0, self._rows.index)
 
     def image(self, z: Tensor, g: Tensor) -> Tensor:
-        """f(z), (R, n), where g = f(z) − z is known: to the last bit where z is the point evaluated last, else z + g."""
+        """See `Problem`."""
         last = self._evaluator.last
         return last[1].clone() if last is not None and last[0] is z else z + g
 
@@ -119,31 +180,29 @@ class Problem:
         return product.new_zeros(len(self._rows), product.shape[1]).index_copy(0, index, product)
 
     def method(self, name: str, *settings: Any) -> Callable[..., State]:
-        """A part of f to `use`: the cell's method of this name, or, with settings, the map that the method makes of them.
+        """See `Problem`."""
+        method = self._evaluator.method(name)
+        return rewrap(self._evaluator.f, method(*settings)) if settings else method
 
-        The weights are f's own, pinned ones where there are any. Making a map of settings is not counted. TypeError where
-        the cell has no such method, ValueError where a part would not be f's (see `Evaluator.method`).
-        """
-        part = self._evaluator.method(name)
-        return rewrap(self._evaluator.f, part(*settings)) if settings else part
-
-    def evaluate_method(self, part: Callable[..., State], z: Tensor) -> Tensor:
-        """part(z, context) at z (R, n), packed: one counted evaluation on each live row, zero elsewhere."""
-        if self.live_index is None:
-            return self._evaluator.evaluate_method(part, z, self.live_rows)
-        value = self._evaluator.evaluate_method(part, z.index_select(0, self.live_index), self.live_rows)
-        return torch.zeros_like(z).index_copy(0, self.live_index, value)
+    def evaluate_method(self, method: Callable[..., State], z: Tensor) -> Tensor:
+        """method(z, context) at z (R, n), packed: one counted evaluation on each live row, zero elsewhere."""
+        value = self._evaluator.evaluate_method(method, self._live_of(z), self.live_rows)
+        return self._spread(value, z)
 
     def elementwise(self, name: str, v: Tensor) -> Tensor:
-        """The cell's elementwise method of this name at v (R, n): not counted, as it costs next to nothing."""
+        """See `Problem`."""
         return self._evaluator.function(v, function=part_of(self._evaluator.f, name))
 
     def record_residual(self, z: Tensor, fz: Tensor) -> Tensor:
-        """g = f(z) − z at z (R, n) where f(z) follows from parts already counted: written down, at no evaluation."""
-        if self.live_index is None:
-            return self._evaluator.record(z, fz, self.live_rows)
-        point, image = z.index_select(0, self.live_index), fz.index_select(0, self.live_index)
-        return torch.zeros_like(z).index_copy(0, self.live_index, self._evaluator.record(point, image, self.live_rows))
+        """See `Problem`."""
+        return self._spread(self._evaluator.record(self._live_of(z), self._live_of(fz), self.live_rows), z)
+
+    def _live_of(self, z: Tensor) -> Tensor:
+        return z if self.live_index is None else z.index_select(0, self.live_index)
+
+    def _spread(self, value: Tensor, like: Tensor) -> Tensor:
+        """Values of the live rows as values of all rows, zero elsewhere."""
+        return value if self.live_index is None else torch.zeros_like(like).index_copy(0, self.live_index, value)
 
     def _chosen(self, among: np.ndarray | None) -> tuple[Rows, Tensor | None]:
         """The rows to evaluate and their positions on the device; None: all of them."""
@@ -153,3 +212,8 @@ class Problem:
         if len(places) == len(self._rows):
             return self._rows, None
         return self._evaluator.rows(self._rows.host[places]), torch.as_tensor(places, device=self._evaluator.z0.device)
+
+
+def seen_context(context: Any, z: Tensor) -> Any:
+    """The context as a solver sees it, in the dtype of the iterates z."""
+    return in_dtype_of(context.context if isinstance(context, AugmentedContext) else context, z)

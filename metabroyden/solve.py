@@ -15,7 +15,7 @@ from metabroyden.evaluator import Evaluator, Rows, to_host
 from metabroyden.function import check_map, in_caller_mode, method_of
 from metabroyden.inverse import FinalInverse
 from metabroyden.opaque import opaque
-from metabroyden.problem import Problem
+from metabroyden.problem import CountedProblem
 from metabroyden.solution import Solution, SolveError, State, Status, Trace
 from metabroyden.solver import Phase, SolverBase, as_solver
 from metabroyden.state import Packing, check_context
@@ -172,7 +172,7 @@ class _Cohort:
         self.phase = plan[number]
         self.needs = self.phase.solver.min_nfe
         self.rows, self.live = evaluator.rows(host), None
-        self.problem = Problem(evaluator, self.rows)
+        self.problem = CountedProblem(evaluator, self.rows)
         self.z: Tensor
         self.z_before: Tensor | None = None
         self.g: Tensor | None = None
@@ -212,7 +212,7 @@ class _Cohort:
         live = (np.arange(len(self.rows)) if self.live is None else self.live)[mask]
         if self.state != () and len(live) > _COMPACT_AT * len(self.rows):
             self.live = live
-            self.problem = Problem(self.evaluator, self.rows, live)
+            self.problem = CountedProblem(self.evaluator, self.rows, live)
             return
         self.rows, self.live = self.evaluator.rows(self.rows.host[live]), None
         index = torch.as_tensor(live, device=self.z.device)
@@ -221,7 +221,7 @@ class _Cohort:
         self.z_before = None
         if self.state is not None:
             self.state = self.phase.solver.gather(self.state, index)
-        self.problem = Problem(self.evaluator, self.rows)
+        self.problem = CountedProblem(self.evaluator, self.rows)
 
     def export_inverse(self, mask: np.ndarray, out: FinalInverse) -> None:
         """Export what the solver knows of the inverse Jacobian of these of the live rows."""

@@ -26,7 +26,7 @@ from experiments.bench.peers import TorchDEQSolver
 from experiments.legacy.metrics import residual_after, residual_by_time, seconds_to, short
 from experiments.legacy.stopwatch import Stopwatch
 from metabroyden.evaluator import Evaluator
-from metabroyden.problem import Problem
+from metabroyden.problem import CountedProblem
 from metabroyden.solution import Status, Trace
 from metabroyden.solve import begin, solve
 from metabroyden.solvers import Anderson, Broyden, Picard
@@ -176,7 +176,7 @@ def part_rows(solvers: dict[str, Any], problems: Problems, *, repeats: int) -> l
     jobs: dict[tuple[str, str], Callable[[], Any]] = {("f", "f"): lambda: problems.f(problems.z0, problems.x)}
     for name, solver in solvers.items():
         evaluator = Evaluator(problems.f, Packing.of(problems.z0), flat, problems.x, rtol=0.0, atol=0.0, max_nfe=10**9)
-        problem = Problem(evaluator, evaluator.rows(np.arange(len(flat))))
+        problem = CountedProblem(evaluator, evaluator.rows(np.arange(len(flat))))
         z, state, g = begin(solver, flat, problem)
         g = problem.residual(z) if g is None else g
         state = solver.init(z, g, problem) if state is None else state

@@ -167,7 +167,7 @@ class LearnedSolver(SolverBase, nn.Module):
         if torch.is_grad_enabled():
             return None
         given = (z0 != 0).any(dim=1, keepdim=True)
-        if not hasattr(problem, "budget"):
+        if not problem.decides_on_host:
             return given, z0
         among = to_host([given.squeeze(1)])[0] > 0
         if not among.any():

@@ -13,10 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 from metabroyden.function import Given, GuardedFunction, part_of
 from metabroyden.meta.modes import Checkpointed, FeatureDetached
+from metabroyden.problem import Problem, seen_context
 from metabroyden.solution import State, relative, residual_norms
 from metabroyden.solve import begin as begin_solve
 from metabroyden.solver import as_solver
-from metabroyden.state import AugmentedContext, Packing, in_dtype_of
+from metabroyden.state import Packing
 
 BACKENDS = ("higher", "native")
 
@@ -46,8 +47,8 @@ class Rollout(NamedTuple):
         return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (self.z, self.state))
 
 
-class UnrolledProblem:
-    """What a solver sees of an unrolled problem: as `Problem`, without counter or no_grad. R rows, n coordinates.
+class UnrolledProblem(Problem):
+    """The problem of `unroll`, without counter or no_grad. R rows, n coordinates.
 
     half: whether f computes under bfloat16 autocast; what it returns comes back in z's dtype. twice: whether evaluations
     by `measure` keep z alone and are made once more in the backward pass.
@@ -58,17 +59,13 @@ class UnrolledProblem:
     ) -> None:
         self.f, self._given, self._half, self._twice = f, Given(context), half, twice
         self.packing = Packing.of(z0)
+        self.shape = self.packing.shape
         self._call = GuardedFunction(f, self.packing, attached=True)
         self.z0 = self.packing.pack(z0)
-        self.context = in_dtype_of(context.context if isinstance(context, AugmentedContext) else context, self.z0)
+        self.context = seen_context(context, self.z0)
         self._origin: Tensor | None = None
         if half and self.z0.dtype != torch.float32:
             raise ValueError(f"f in bfloat16 is for states of float32, got {self.z0.dtype}")
-
-    @property
-    def shape(self) -> Any:
-        """Per-sample shape of the state."""
-        return self.packing.shape
 
     def evaluate(self, z: Tensor) -> Tensor:
         """f(z), (R, n)."""
@@ -86,33 +83,29 @@ class UnrolledProblem:
         g, g_norm, f_norm = residual_norms(z, self.evaluate(z))
         return g, relative(g_norm, f_norm)
 
-    def residual(self, z: Tensor) -> Tensor:
-        """f(z) − z, (R, n)."""
+    def residual(self, z: Tensor, among: Any = None) -> Tensor:
+        """See `Problem`."""
         return self.evaluate(z) - z
 
     def method(self, name: str, *settings: Any) -> Callable[..., State]:
-        """A part of f, or the map that it makes of some settings: as `Problem.method`."""
+        """See `Problem`."""
         method = part_of(self.f, name)
         return method(*settings) if settings else method
 
-    def evaluate_method(self, part: Callable[..., State], z: Tensor) -> Tensor:
-        """part(z, context) at z (R, n), packed."""
-        return self._call(z, self._given, part)
+    def evaluate_method(self, method: Callable[..., State], z: Tensor) -> Tensor:
+        """See `Problem`."""
+        return self._call(z, self._given, method)
 
     def elementwise(self, name: str, v: Tensor) -> Tensor:
-        """The cell's elementwise method of this name at v (R, n)."""
+        """See `Problem`."""
         return self._call(v, function=self.method(name))
 
-    def image(self, z: Tensor, g: Tensor) -> Tensor:
-        """f(z), (R, n), where g = f(z) − z is known."""
-        return z + g
-
     def record_residual(self, z: Tensor, fz: Tensor) -> Tensor:
-        """g = f(z) − z at z (R, n) where f(z) is known."""
+        """See `Problem`."""
         return fz - z
 
     def origin(self) -> Tensor:
-        """f(z0), (R, n)."""
+        """See `Problem`."""
         if self._origin is None:
             self._origin = self.evaluate(self.z0)
         return self._origin
@@ -134,7 +127,8 @@ def unroll(
     """Run `steps` steps of a solver and keep the graph: exact backpropagation through time, unless told otherwise.
 
     Args:
-        solver: a learned solver (its safeguard plays no part here).
+        solver: a solver whose steps cost a known number of evaluations (a safeguard plays no part here). Gradients through
+            the secants of a classical one are exact, and tend to explode with the number of steps.
         f, z0, context: the fixed-point problem, as in `solve`; the parameters of f should not require gradients.
         steps: K ≥ 1.
         backend: "higher" (the iterate is the fast weight of a module, the solver a differentiable optimizer) or "native"
@@ -151,6 +145,8 @@ def unroll(
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     solver = as_solver(solver)
+    if not solver.fixed_cost:
+        raise ValueError(f"unroll needs steps that cost a known number of evaluations; {solver!r} decides on the way")
     if solver.required_methods and (detach_features or checkpoint_steps or half):
         raise ValueError(
             f"{type(solver).__name__} uses parts of f: no detach_features, checkpoint_steps or half, got "
@@ -247,7 +243,8 @@ def _unroll_higher(solver: Any, problem: UnrolledProblem, steps: int, begin: Any
                 return [-live]
 
             # A loss that does not touch f: the optimizer's "gradient" is the live residual, with its graph.
-            opt.step(z.sum(), grad_callback=negative_residual)
+            loss = (z if z.requires_grad else z.detach().requires_grad_()).sum()
+            opt.step(loss, grad_callback=negative_residual)
             z, g, residual = net(problem, opt.known)
             recorder.update(z, residual, opt.solver_state)
         return recorder.rollout()

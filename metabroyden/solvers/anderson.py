@@ -16,6 +16,7 @@ from metabroyden.solvers.base import (
     first_scale,
     gather_ring,
     into,
+    own,
     ring_size,
 )
 from metabroyden.solvers.registry import register
@@ -80,24 +81,25 @@ class Anderson(SolverBase):
             mixing = -self.damping * first_scale(self.damping * state.g, g - state.g, state.g, self.damping)
             state = state._replace(plain=torch.addcmul(state.plain, mixing - self.damping, state.g))
         plain = torch.addcmul(z, mixing, g)
-        after = AndersonState(state.residuals, state.mixed, state.gram, plain, mixing, g, state.steps + 1)
+        residuals, mixed, gram = map(own, state[:3])
+        after = AndersonState(residuals, mixed, gram, plain, mixing, g, state.steps + 1)
         if state.steps == 0:
             return Step(plain, after)
-        memory = state.residuals.shape[1]
+        memory = residuals.shape[1]
         used, slot = min(state.steps, memory), (state.steps - 1) % memory
-        dg = into(state.residuals.select(1, slot), torch.sub, g, state.g)
-        into(state.mixed.select(1, slot), torch.sub, plain, state.plain)
-        across = state.residuals.narrow(1, 0, used).transpose(1, 2)
+        dg = into(residuals.select(1, slot), torch.sub, g, state.g)
+        into(mixed.select(1, slot), torch.sub, plain, state.plain)
+        across = residuals.narrow(1, 0, used).transpose(1, 2)
         row = torch.bmm(dg.unsqueeze(1), across).squeeze(1)
-        state.gram.select(1, slot).narrow(1, 0, used).copy_(row)
-        state.gram.select(2, slot).narrow(1, 0, used).copy_(row)
-        state.gram.select(1, slot).select(1, slot).mul_(1 + self.ridge)
+        gram.select(1, slot).narrow(1, 0, used).copy_(row)
+        gram.select(2, slot).narrow(1, 0, used).copy_(row)
+        gram.select(1, slot).select(1, slot).mul_(1 + self.ridge)
         right = torch.bmm(g.unsqueeze(1), across)
-        gram = state.gram.narrow(1, 0, used).narrow(2, 0, used)
-        gamma, _ = torch.linalg.solve_ex(gram, right.squeeze(1).double())
+        known = gram.narrow(1, 0, used).narrow(2, 0, used)
+        gamma, _ = torch.linalg.solve_ex(known, right.squeeze(1).double())
         weights = right.copy_(gamma.unsqueeze(1)).neg_()  # contiguous: else the product is ten times slower
         torch.nan_to_num_(weights, 0.0, 0.0, 0.0)
-        return Step(combine(plain, weights, state.mixed.narrow(1, 0, used)), after)
+        return Step(combine(plain, weights, mixed.narrow(1, 0, used)), after)
 
     def gather(self, state: AndersonState, index: Tensor) -> AndersonState:
         """The rows `index`, without copying the part of the buffers that nothing was written to."""

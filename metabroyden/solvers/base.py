@@ -43,9 +43,14 @@ def gather_ring(buffer: Tensor, index: Tensor, used: int) -> Tensor:
     return new
 
 
+def own(buffer: Tensor) -> Tensor:
+    """The buffer, to be written to; a copy where gradients are recorded, whose graph needs the buffer as it was."""
+    return buffer.clone() if torch.is_grad_enabled() else buffer
+
+
 def into(slot: Tensor, operation: Any, a: Tensor, b: Tensor) -> Tensor:
-    """operation(a, b) written to a slot of a ring buffer: in one pass, or as a compiler understands it."""
-    if torch.compiler.is_compiling():
+    """operation(a, b) written to a slot of a ring buffer: in one pass, or as a compiler or autograd understands it."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return slot.copy_(operation(a, b))
     return operation(a, b, out=slot)
 

@@ -16,6 +16,7 @@ from metabroyden.solvers.base import (
     first_scale,
     gather_ring,
     into,
+    own,
     ring_size,
 )
 from metabroyden.solvers.line_search import backtrack
@@ -26,6 +27,7 @@ _TRIALS = 6  # backtracking steps at most
 _USEFUL = 8  # updates worth keeping for each coordinate beyond the first; with one coordinate one is all there is
 _GROWN = 8  # rows of `mix` to begin with, doubled as updates come: most solves end before the memory is full
 _RECENT = 20  # a step is shortened where it takes the residual above the largest of so many before it
+_Buffers = tuple[Tensor, Tensor, Tensor, Tensor]  # `v`, `u`, `mix` and `alive` of a state
 
 
 class InverseJacobian(Protocol):
@@ -139,8 +141,8 @@ class Broyden(SolverBase):
         state = self._prepared(z, g, state)
         b = self._initial(g, state)
         update = self._good if self.kind == "good" else self._bad
-        bg = update(z, g, b, state) if state.steps else b
-        after = BroydenState(*state[:4], z, g, b, bg, *state[8:11], state.steps + 1)
+        bg, buffers = update(z, g, b, state) if state.steps else (b, (state.v, state.u, state.mix, state.alive))
+        after = BroydenState(*buffers, z, g, b, bg, state.recent, state.frozen, state.scale, state.steps + 1)
         if not self.line_search:
             return Step(torch.add(z, bg, alpha=-self.damping), after)
         state.recent[:, state.steps % _RECENT] = torch.linalg.vector_norm(g, dim=1)
@@ -170,22 +172,23 @@ class Broyden(SolverBase):
             return g * state.scale
         return -g if self.initial is None else -(g + self.initial.apply(g, state.frozen))
 
-    def _slot(self, state: BroydenState) -> tuple[int, int, bool]:
-        """Where the newest update goes, how many older ones are in use, whether the oldest had to be dropped for it."""
+    def _slot(self, state: BroydenState) -> tuple[int, int, bool, _Buffers]:
+        """Where the newest update goes, how many older ones there are, whether the oldest is dropped, and the buffers."""
         memory = state.v.shape[1]
         full = state.steps > memory
         slot = (state.steps - 1) % memory
+        v, u, mix, alive = map(own, state[:4]) if full else state[:4]
         if full:  # what is dropped may be infinite, and would survive a zero weight
-            state.v[:, slot], state.u[:, slot], state.alive[:, slot] = 0, 0, 1
-        return slot, memory if full else slot, full
+            v[:, slot], u[:, slot], alive[:, slot] = 0, 0, 1
+        return slot, memory if full else slot, full, (v, u, mix, alive)
 
-    def _good(self, z: Tensor, g: Tensor, b: Tensor, state: BroydenState) -> Tensor:
-        """Make the newest factor; B⁺g."""
-        slot, known, full = self._slot(state)
-        v, u, mix, alive = (part.narrow(1, 0, known) for part in (state.v, state.u, state.mix, state.alive))
+    def _good(self, z: Tensor, g: Tensor, b: Tensor, state: BroydenState) -> tuple[Tensor, _Buffers]:
+        """Make the newest factor: B⁺g and the buffers."""
+        slot, known, full, buffers = self._slot(state)
+        v, u, mix, alive = (part.narrow(1, 0, known) for part in buffers)
         mix = mix.narrow(2, 0, known)
         if full:
-            state.mix[:, slot], state.mix[:, :, slot], state.mix[:, slot, slot] = 0, 0, 1
+            mix[:, slot], mix[:, :, slot], mix[:, slot, slot] = 0, 0, 1
             both = torch.stack([b, state.b], dim=1)  # the old Bg was made with the factor that is gone
             weights = torch.bmm(both, v.transpose(1, 2)).mul_(alive.unsqueeze(1))
             h, bg = torch.baddbmm(both, torch.bmm(weights, mix.transpose(1, 2)), u).unbind(1)
@@ -194,24 +197,25 @@ class Broyden(SolverBase):
             if known:
                 weights = torch.bmm(b.unsqueeze(1), v.transpose(1, 2)).mul_(alive.unsqueeze(1))
                 h = combine(b, torch.bmm(weights, mix.transpose(1, 2)), u)
-        s = into(state.v.select(1, slot), torch.sub, z, state.z)
+        all_v, all_u, all_mix, all_alive = map(own, buffers)
+        s = into(all_v.select(1, slot), torch.sub, z, state.z)
         ahead, behind = torch.linalg.vecdot(s, h), torch.linalg.vecdot(s, bg)  # behind = −‖s‖² / step length
         slope = ahead - behind  # sᵀBy
         sound = (slope.abs() > self.guard * behind.abs()).unsqueeze(1)
         inverse = torch.where(sound, slope.reciprocal().unsqueeze(1), 0.0)
-        new = into(state.u.select(1, slot), torch.mul, (s - h).add_(bg), inverse)
+        new = into(all_u.select(1, slot), torch.mul, (s - h).add_(bg), inverse)
         if known:
             older = torch.bmm(s.unsqueeze(1), u.transpose(1, 2)).mul_(alive.unsqueeze(1))
-            state.mix.select(1, slot).narrow(1, 0, known).copy_(torch.bmm(older, mix).squeeze(1))
+            all_mix.select(1, slot).narrow(1, 0, known).copy_(torch.bmm(older, mix).squeeze(1))
             if full:
-                state.mix[:, slot, slot] = 1
-            alive.mul_(sound)  # a breakdown forgets everything
-        return torch.where(sound, torch.addcmul(h, new, ahead.unsqueeze(1)), b)
+                all_mix[:, slot, slot] = 1
+            all_alive.narrow(1, 0, known).mul_(sound)  # a breakdown forgets everything
+        return torch.where(sound, torch.addcmul(h, new, ahead.unsqueeze(1)), b), (all_v, all_u, all_mix, all_alive)
 
-    def _bad(self, z: Tensor, g: Tensor, b: Tensor, state: BroydenState) -> Tensor:
-        """Make the newest term; B⁺g."""
-        slot, known, full = self._slot(state)
-        v, u, alive = (part.narrow(1, 0, known) for part in (state.v, state.u, state.alive))
+    def _bad(self, z: Tensor, g: Tensor, b: Tensor, state: BroydenState) -> tuple[Tensor, _Buffers]:
+        """Make the newest term: B⁺g and the buffers."""
+        slot, known, full, buffers = self._slot(state)
+        v, u, _, alive = (part.narrow(1, 0, known) if part.dim() > 1 else part for part in buffers)
         h, bg = b, state.bg
         if known:
             across = v.transpose(1, 2)
@@ -224,12 +228,13 @@ class Broyden(SolverBase):
         size = torch.linalg.vector_norm(y, dim=1, keepdim=True)
         sound = size > 0
         inverse = torch.where(sound, size.reciprocal(), 0.0)
-        unit = into(state.v.select(1, slot), torch.mul, y, inverse)
-        new = into(state.u.select(1, slot), torch.mul, (z - state.z).sub_(h).add_(bg), inverse)
+        all_v, all_u, mix, all_alive = map(own, buffers)
+        unit = into(all_v.select(1, slot), torch.mul, y, inverse)
+        new = into(all_u.select(1, slot), torch.mul, (z - state.z).sub_(h).add_(bg), inverse)
         if known:
-            alive.mul_(sound)  # a breakdown forgets everything
+            all_alive.narrow(1, 0, known).mul_(sound)  # a breakdown forgets everything
         ahead = torch.linalg.vecdot(unit, g).unsqueeze(1)
-        return torch.where(sound, torch.addcmul(h, new, ahead), b)
+        return torch.where(sound, torch.addcmul(h, new, ahead), b), (all_v, all_u, mix, all_alive)
 
     def inverse(self, state: BroydenState, index: Tensor) -> tuple[Any, ...]:
         """What `rmatvec` needs of the rows `index`."""

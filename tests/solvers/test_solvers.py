@@ -43,7 +43,7 @@ def test_bad_options_are_refused_by_name(name, options, words):
 
 
 def test_an_unknown_solver_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="unknown solver 'broiden': known are anderson, broyden, newton, picard"):
+    with pytest.raises(ValueError, match=r"unknown solver 'broiden': known are .*anderson, broyden, .*newton, picard"):
         mb.get_solver("broiden")
 
 

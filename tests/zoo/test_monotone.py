@@ -369,7 +369,7 @@ def test_splitting_solvers_are_known_by_name_apart_from_those_of_any_f(tmp_path)
         assert mb.load_solver(mb.save_solver(solver, tmp_path / "solver.safetensors")) == solver
         with pytest.raises(ValueError, match="is registered already"):
             register(name)(mb.Picard)
-    with pytest.raises(ValueError, match="for cells that offer their parts: forward-backward, peaceman-rachford"):
+    with pytest.raises(ValueError, match=r"for cells that offer their parts: forward-backward, .*peaceman-rachford"):
         mb.get_solver("douglas-rachford")
 
 
