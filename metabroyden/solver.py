@@ -77,11 +77,6 @@ class SolverBase:
         """The stretches of a solve: one for a plain solver; a safeguarded one hands samples on."""
         return [Phase(self)]
 
-    @classmethod
-    def of_options(cls, **options: Any) -> SolverBase:
-        """The solver with these options, as `get_solver` makes it."""
-        return cls(**options)
-
 
 @dataclass(frozen=True)
 class Phase:

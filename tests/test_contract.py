@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import metabroyden as mb
-from metabroyden.convert.network import Substitution
 from metabroyden.fixed import FixedProblem
 from metabroyden.meta.unroll import UnrolledProblem, unroll
 from metabroyden.problem import CountedProblem, Problem
@@ -38,7 +37,6 @@ CASES = {
     "bad-2": mb.Broyden(memory=2, kind="bad"),
     "anderson-2": mb.Anderson(memory=2),
     "broyden-search": mb.Broyden(line_search=True),
-    "substitution": Substitution(),
     **{f"{name}-untrained": made(name, safeguard=None) for name in LEARNED},
     **{f"{name}-moved": made(name, moved=True, safeguard=None) for name in LEARNED},
 }

@@ -115,11 +115,6 @@ class LearnedSolver(SolverBase, nn.Module):
             options |= {"layout": options["layout"].kind, "shape": tuple(options["layout"].shape)}
         return cls.config_type(**options)
 
-    @classmethod
-    def of_options(cls, **options: Any) -> LearnedSolver:
-        """The untrained solver with these fields of its config."""
-        return cls(cls.make_config(**options))
-
     def fallback(self) -> tuple[Any, int]:
         """The classical solver that a sample ends with, from z0, and the number of its phase in the plan."""
         return self.config.safeguard.fallback(), 2

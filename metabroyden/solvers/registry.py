@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from metabroyden.solver import SolverBase
 
 C = TypeVar("C", bound=type[SolverBase])
-_REGISTRY: dict[str, type[SolverBase]] = {}
+_REGISTRY: dict[str, Any] = {}
 
 
 def register(name: str) -> Callable[[C], C]:
@@ -73,7 +73,7 @@ def get_solver(name: str, **options: Any) -> Any:
     if name not in _REGISTRY:
         words = ", ".join(list_solvers(splitting=False)), ", ".join(list_solvers(splitting=True))
         raise ValueError(f"unknown solver {name!r}: known are {words[0]}; for cells that offer their parts: {words[1]}")
-    return _REGISTRY[name].of_options(**options)
+    return _REGISTRY[name](**options)
 
 
 def name_of(solver: Any) -> str | None:
