@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.markdown import Markdown
 from torch import Tensor, nn
 
-from experiments.legacy import alternate_report
-from experiments.legacy.provenance import config_hash, plain, provenance, write_results
+from experiments.bench import figures, report
+from experiments.bench.runner import Options, Row, Run, read_rows, ticks
+from experiments.bench.statistics import geometric
+from experiments.bench.tables import Table
 from metabroyden import Anderson, Broyden, EquilibriumCache, Implicit
 from metabroyden.learned.layout import Layout
 from metabroyden.meta import OnlineConfig, OnlineMetaTrainer
 from metabroyden.meta.fit import make_learned
-from metabroyden.meta.progress import progress_bar
-from metabroyden.storage import atomic_write
 from metabroyden.zoo.data.digits import load_digits
 from metabroyden.zoo.data.images import ImageSplit, shift
 from metabroyden.zoo.models import ConvClassifier, ConvClassifierConfig
 
 LEARNED = "learned, in alternation"
-WAYS = ("Broyden", "Anderson", LEARNED)
+WAYS = (LEARNED, "Broyden", "Anderson")
 FIXED_IMAGES = ("Anderson, fixed images", "Anderson, fixed images, warm starts")
+PARTS = ("forward", "backward", "update", "meta")
 
 
 @dataclass(frozen=True)
-class Alternate:
+class Alternate(Options):
     """Train the same DEQ with Broyden, with Anderson, and with solvers that learn on the way; results/alternate/."""
 
     seeds: int = 3
@@ -68,42 +69,22 @@ class Alternate:
     images: int | None = None
     """Use only so many training images."""
     results: Path = Path("results/alternate")
-    """Where rows, figures and the report go."""
+    """Where rows, figures and the report go; those of other settings than these to a trial- folder in it."""
     runs: Path = Path("runs/alternate")
     """Where finished seeds are kept until all are."""
-    progress: bool = True
-    """Show a progress bar."""
 
 
 def run(config: Alternate) -> None:
     """The whole job; a seed that was finished before is not trained again."""
-    console = Console()
-    rows: list[dict[str, Any]] = []
-    seconds = 0.0
-    with progress_bar("training", config.seeds * config.epochs, show=config.progress) as bar:
+    job, rows, began = Run("alternate", config), [], time.perf_counter()
+    with ticks("training", config.seeds * config.epochs, show=config.progress) as done:
         for seed in range(config.seeds):
-            path = config.runs / config_hash(config) / f"seed{seed}.json"
-            if not path.exists():
-                began = time.perf_counter()
-                found = _seed(config, seed, bar)
-                kept = {"rows": found, "seconds": time.perf_counter() - began, "provenance": provenance()}
-                atomic_write(path, json.dumps(kept))
-            kept = json.loads(path.read_text())
-            rows += kept["rows"]
-            seconds += kept["seconds"]
-    described = {
-        "command": "python -m experiments alternate",
-        "config": plain(config),
-        "seconds": round(seconds),
-        "provenance": kept["provenance"],
-    }
-    write_results(config.results, rows, described)
-    report = alternate_report.write(config.results, rows, described)
-    console.print(Markdown(alternate_report.verdicts(rows)))
-    console.print(f"Figures and report: {report} ({described['seconds']} s)")
+            rows += job.unit(f"seed{seed}", lambda: _seed(config, seed, done))  # noqa: B023 (called at once)
+    folder = job.publish(rows, seconds=round(time.perf_counter() - began))
+    Console().print(Markdown(write(folder).read_text()))
 
 
-def _seed(config: Alternate, seed: int, bar: Callable[[int, str], None] | None) -> list[dict[str, Any]]:
+def _seed(config: Alternate, seed: int, done: Callable[..., None]) -> list[Row]:
     """Rows of one seed: an epoch of each way in turn, so that all see the same machine."""
     data = load_digits()
     train, validation = (_enlarged(split, config.side) for split in (data.train, data.validation))
@@ -114,8 +95,7 @@ def _seed(config: Alternate, seed: int, bar: Callable[[int, str], None] | None) 
     rows = []
     for epoch in range(config.epochs):
         rows += [{"row": "epoch", "seed": seed, "epoch": epoch + 1, **way.epoch(validation)} for way in trainings]
-        if bar is not None:
-            bar(seed * config.epochs + epoch + 1, f"accuracy {rows[-1]['accuracy']:.3f}")
+        done(f"accuracy {rows[-1]['accuracy']:.3f}")
     return rows
 
 
@@ -154,8 +134,7 @@ class _Training:
         batches = order[: self.per_epoch * self.config.batch].split(self.config.batch)
         steps = [self._step(rows) for rows in batches]
         means = {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]}
-        parts = ("forward", "backward", "update", "meta")
-        spent = {part: means.pop(part) * len(steps) for part in parts}
+        spent = {part: means.pop(part) * len(steps) for part in PARTS}
         self.seconds += sum(spent.values())
         return {
             "way": self.way,
@@ -189,9 +168,7 @@ class _Training:
         if self.keep_up is not None:
             self.keep_up.step()
         moments.append(time.perf_counter())
-        parts = dict(
-            zip(("forward", "backward", "update", "meta"), map(_difference, moments, moments[1:]), strict=True)
-        )
+        parts = dict(zip(PARTS, np.diff(moments).tolist(), strict=True))
         backward = deq.last_backward_solution
         assert backward is not None
         return {
@@ -215,10 +192,6 @@ class _Training:
         return float(right)
 
 
-def _difference(before: float, after: float) -> float:
-    return after - before
-
-
 def _keep_up(config: Alternate, model: ConvClassifier, seed: int) -> OnlineMetaTrainer:
     layout = Layout("image", (config.channels, config.side, config.side))
     sizes: dict[str, Any] = {"hidden": config.width, "rank": config.width}
@@ -235,3 +208,127 @@ def _keep_up(config: Alternate, model: ConvClassifier, seed: int) -> OnlineMetaT
         ),
         seed=seed,
     )
+
+
+def write(folder: Path) -> Path:
+    """report.md and its figures, from rows alone."""
+    rows, described = read_rows(folder / "rows.jsonl"), report.read_config(folder)
+    config, by_way = described["config"], _by_way(rows)
+    sections: list[report.Section] = [
+        f"{report.made_by(described)} {described['seconds']} s.",
+        f"A convolutional DEQ ({config['channels']} channels, {config['side']}×{config['side']}), digits shifted at "
+        f"random, batch {config['batch']}, {config['epochs']} epochs, {config['seeds']} seeds; forward and backward to "
+        f"{config['rtol']:g} within {config['budget']} evaluations, the same for all. The learned solvers (grouped LSTM "
+        f"forward, adjoint LSTM backward, width {config['width']}) start untrained: for the first {config['warmup_steps']} "
+        "steps Anderson solves and a meta-step follows each training step, then they take over and a meta-step follows "
+        f"every {config['every']}th. Time is that of training steps, meta-steps included, without validation; an epoch of "
+        "each way in turn, in one process. Accuracy is that of 297 validation images at equilibria found by one and the "
+        "same Broyden (1e-3).",
+        _times(by_way),
+        _time_figure(by_way, folder / "accuracy_by_time.png"),
+        _costs(by_way),
+        "Evaluations and products (with Jᵀ) a sample, mean and slowest of the batch, in the last epoch; the slowest decides "
+        "how long a batch takes. Failed: short of the tolerance within the budget, forward / backward, all epochs.",
+        _cost_figure(by_way, folder / "evaluations_by_epoch.png"),
+        _warm(by_way),
+    ]
+    return report.write(folder, "Training a DEQ while its solvers learn", sections)
+
+
+def _by_way(rows: Sequence[Row]) -> dict[str, list[list[Row]]]:
+    """Epochs of each seed of each way."""
+    seeds = sorted({row["seed"] for row in rows})
+    found = {w: [[r for r in rows if (r["way"], r["seed"]) == (w, s)] for s in seeds] for w in (*WAYS, *FIXED_IMAGES)}
+    return {way: [epochs for epochs in runs if epochs] for way, runs in found.items()}
+
+
+def _times(by_way: dict[str, list[list[Row]]]) -> Table:
+    """Time of the learned way over that of the others: geometric mean over seeds, and each."""
+    best = {way: [max(row["accuracy"] for row in epochs) for epochs in by_way[way]] for way in WAYS}
+    targets = [min(of_seed) for of_seed in zip(*best.values(), strict=True)]
+    readings: dict[str, Callable[[list[Row], float], float]] = {
+        "whole training": lambda epochs, target: epochs[-1]["seconds"],
+        "until the accuracy that all reach": lambda epochs, target: next(
+            row["seconds"] for row in epochs if row["accuracy"] >= target
+        ),
+        "last epoch": lambda epochs, target: sum(epochs[-1]["spent"].values()),
+    }
+    body = []
+    for rival in WAYS[1:]:
+        cells = []
+        for reading in readings.values():
+            ours, theirs = (map(reading, by_way[way], targets) for way in (LEARNED, rival))
+            ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+            cells.append(f"**{geometric(ratios):.2f}×** ({', '.join(f'{ratio:.2f}' for ratio in ratios)} by seed)")
+        body.append([f"Against {rival}", *cells, f"{np.mean(best[LEARNED]):.2%} ({np.mean(best[rival]):.2%})"])
+    return Table("Time of the learned way", ["", *readings, "best validation accuracy (the rival's)"], body)
+
+
+def _costs(by_way: dict[str, list[list[Row]]]) -> Table:
+    body = []
+    for way in WAYS:
+        spent = {part: np.mean([sum(row["spent"][part] for row in run) for run in by_way[way]]) for part in PARTS}
+        last = {key: np.mean([run[-1][key] for run in by_way[way]]) for key in _LAST}
+        failed = [np.mean([row[key] for run in by_way[way] for row in run]) for key in ("failed", "failed_backward")]
+        body.append(
+            [
+                way,
+                f"{sum(spent.values()):.0f} s",
+                *(f"{spent[part]:.0f} s" for part in ("forward", "backward", "meta")),
+                *(f"{last[key]:.1f} / {last[f'slowest_{key}']:.1f}" for key in ("evaluations", "products")),
+                " / ".join(f"{share:.2%}" for share in failed),
+                f"{last['accuracy']:.2%}",
+            ]
+        )
+    head = ["way", "training", "forward", "backward", "meta-steps", "evaluations", "products", "failed", "accuracy"]
+    return Table("", head, body)
+
+
+_LAST = ("evaluations", "slowest_evaluations", "products", "slowest_products", "accuracy")
+
+
+def _warm(by_way: dict[str, list[list[Row]]]) -> Table:
+    """What the cache of equilibria gains where every epoch shows the same images."""
+    (cold,), (warm,) = (by_way[way] for way in FIXED_IMAGES)
+    body = [
+        [str(a["epoch"]), f"{a['evaluations']:.1f}", f"{b['evaluations']:.1f}",
+         f"{b['spent']['forward'] / a['spent']['forward']:.2f}×", f"{a['accuracy']:.2%}", f"{b['accuracy']:.2%}"]
+        for a, b in zip(cold, warm, strict=True)
+    ]  # fmt: skip
+    head = [
+        "epoch",
+        "evaluations, from zero",
+        "from the cache",
+        "time of the forward pass",
+        "accuracy",
+        "with the cache",
+    ]
+    return Table("Warm starts: `EquilibriumCache`, Anderson, images not shifted, seed 0", head, body)
+
+
+def _time_figure(by_way: dict[str, list[list[Row]]], path: Path) -> Path:
+    figure, (left, right) = figures.grid(2, 2, (5, 4.2))
+    for number, way in enumerate(WAYS):
+        seconds, accuracy = (_mean(by_way[way], key) for key in ("seconds", "accuracy"))
+        figures.line(left, way, seconds, 1 - accuracy, number=number)
+        figures.line(right, way, range(1, len(seconds) + 1), np.diff(seconds, prepend=0.0).tolist(), number=number)
+    left.set(xlabel="training time (s), mean over seeds", ylabel="validation error", yscale="log")
+    right.set(xlabel="epoch", ylabel="seconds an epoch, meta-steps included", ylim=(0, None))
+    figures.legend(figure, (left, right))
+    return figures.save(figure, path)
+
+
+def _cost_figure(by_way: dict[str, list[list[Row]]], path: Path) -> Path:
+    words = {"evaluations": "evaluations of f, forward", "products": "products with Jᵀ, backward"}
+    figure, places = figures.grid(2, 2, (5, 4.2))
+    for place, (key, label) in zip(places, words.items(), strict=True):
+        for number, way in enumerate(WAYS):
+            mean = _mean(by_way[way], key)
+            figures.line(place, way, range(1, len(mean) + 1), mean, number=number)
+        place.set(xlabel="epoch", ylabel=f"{label} (mean of a sample)", ylim=(0, None))
+    figures.legend(figure, places)
+    return figures.save(figure, path)
+
+
+def _mean(runs: Sequence[Sequence[Row]], key: str) -> Any:
+    return np.mean([[row[key] for row in run] for run in runs], axis=0)

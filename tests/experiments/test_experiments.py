@@ -152,14 +152,16 @@ def test_alternate_resumes_and_writes_what_it_promises(tmp_path, capsys, monkeyp
     monkeypatch.setattr(alternate, "_seed", lambda config, seed, bar: seeds.append(seed) or original(config, seed, bar))
     alternate.run(config)
     assert seeds == [1], "the finished seed was not trained again"
-    names = {"rows.jsonl.gz", "config.json", "report.md", "accuracy_by_time.png", "evaluations_by_epoch.png"}
-    assert {path.name for path in config.results.iterdir()} == names
-    rows = read_rows(config.results / "rows.jsonl")
+    (trial,) = config.results.iterdir()
+    figures = {f"{name}.{kind}" for name in ("accuracy_by_time", "evaluations_by_epoch") for kind in ("png", "pdf")}
+    names = {"rows.jsonl.gz", "config.json", "report.md", *figures}
+    assert {path.name for path in trial.iterdir()} == names
+    rows = read_rows(trial / "rows.jsonl")
     assert {row["way"] for row in rows} == {*alternate.WAYS, *alternate.FIXED_IMAGES}
     learned = [row for row in rows if row["way"] == alternate.LEARNED]
     assert all(row["spent"]["meta"] > 0 for row in learned)
-    assert "nan" not in (config.results / "report.md").read_text()
-    assert "Against Anderson" in capsys.readouterr().out
+    assert "nan" not in (trial / "report.md").read_text()
+    assert "Against Anderson" in (trial / "report.md").read_text()
 
 
 def test_gradients_writes_what_it_promises(tmp_path, capsys, monkeypatch):
