@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,121 +14,33 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
-from experiments.bench.runner import read_rows
-from experiments.legacy import equilibria, meta_report, meta_rows, texts
-from experiments.legacy.provenance import (
-    command_line,
-    config_hash,
-    plain,
-    provenance,
-    results_folder,
-    write_results,
-)
-from metabroyden import Anderson, Broyden, load_solver, save_solver
+from experiments.bench import measure, problems, report, runner, solvers
+from experiments.bench.measure import Rules, stamp_of
+from experiments.bench.problems import Family
+from experiments.bench.runner import Options, Row, at_least_one, known, read_rows, row_files, write_rows
+from experiments.bench.statistics import Field
+from experiments.bench.tables import Table, by_name, middle
+from experiments.configs.recipes import HELD, OWN, RECIPES, TEXT, Recipe
+from metabroyden import Broyden, load_solver, save_solver
 from metabroyden.learned.fingerprint import fingerprint
-from metabroyden.learned.safeguard import BY_PROGRESS
 from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet, distributed
-from metabroyden.meta.defaults import RATES, best_damping, dilations, gated_steps, tasks_layout
+from metabroyden.meta.defaults import best_damping, dilations, gated_steps, tasks_layout
 from metabroyden.meta.fit import make_learned
 from metabroyden.meta.objectives import OBJECTIVES
 from metabroyden.meta.progress import progress_bar, tensorboard
 from metabroyden.solvers.classical import grids
 from metabroyden.storage import atomic_write
-from metabroyden.zoo.models import load_model
-from metabroyden.zoo.models.criteria import NextToken
-from metabroyden.zoo.models.families import get_family, trained_model
 from metabroyden.zoo.tasks import family_tasks
 
 CLASSICAL = "classical"
-CLOCKED = (1e-2, 1e-3)
-FREE = ("family", "solver", "seed", "models", "device", "results", "runs", "fresh", "progress")
+TOLERANCES, CLOCKED = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5), (1e-2, 1e-3)
+FREE = ("family", "solver", "seed", "models", "device")
 """Options that do not make a trial of a run."""
 BUDGETS = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40)
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a solver is meta-trained, see `MetaConfig` and the solver's own config; `kind` where it is not named by that."""
-
-    kind: str = ""
-    steps: int = 600
-    unroll: int | tuple[int, int] = 14
-    segments: int = 2
-    batch: int = 32
-    objective: str = "residual"
-    training: dict[str, Any] = field(default_factory=dict)  # more of MetaConfig
-    learning_rate: float = 2e-3
-    orthogonal_rate: float = 0.0
-    pool: int = 1024  # training contexts of a text, made beforehand
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def longest(self) -> int:
-        """Solver steps of a segment, at most."""
-        return self.unroll if isinstance(self.unroll, int) else self.unroll[1]
-
-
-_SAME: dict[str, Any] = {"initializer_width": 32, "safeguard": BY_PROGRESS}
-RECIPES: dict[str, Recipe] = {
-    "meta-broyden": Recipe(**RATES, options=_SAME),
-    "grouped": Recipe(steps=300, learning_rate=4e-3, options={**_SAME, "rank": 32}),
-    "coordinatewise": Recipe(steps=400, segments=1, options=_SAME),
-    "hyper-anderson": Recipe(
-        steps=1100, unroll=10, segments=1, learning_rate=1e-3, options={**_SAME, "memory": 8, "gram": True}
-    ),
-    "neural-fixed-point": Recipe(options=_SAME),
-    "gated-secant": Recipe(kind="neural-fixed-point", options={**_SAME, "form": "secant"}),
-    "meta-learner": Recipe(steps=400, segments=1, options=_SAME),
-    "started-broyden": Recipe(kind="started", segments=1, options={**_SAME, "classical": Broyden(60)}),
-    "started-anderson": Recipe(kind="started", segments=1, options={**_SAME, "classical": Anderson()}),
-}
-"""All with the same safeguard and, but for `OWN`, the same width of the start. HyperAnderson is in the best of the
-configurations tried (results/meta/hyper-anderson-tuning.md), and has about as much CPU time or more."""
-TEXT: dict[str, dict[str, Any]] = {
-    "meta-broyden": {"batch": 16, "steps": 200, "segments": 1},
-    "hyper-anderson": {"batch": 16},
-    "": {"batch": 16, "steps": 250},
-}
-"""What is different where f is a language model's, ten times as costly: by solver, and of all others."""
-_DATA = ("digits", "fashion")
-_WIDE: dict[str, Any] = {**_SAME, "initializer_width": 128}
-_QUICK: dict[str, Any] = {"steps": 1500, "unroll": 7, "segments": 1, "options": _WIDE}
-_LAYERS: dict[str, Any] = {"steps": 3000, "unroll": 6, "segments": 1, "options": {**_WIDE, "rank": 48}}
-_SPLIT: dict[str, Any] = {"kind": "meta-splitting", "segments": 1}
-_SHORT: dict[str, Any] = {"steps": 150, "unroll": 4, "segments": 6, "learning_rate": 2e-3}
-_SEEING: dict[str, Any] = {**_SAME, "learned_steps": 12, "coefficients": "lstm", "dilations": (1, 1)}
-OWN: dict[tuple[str, str], dict[str, Any]] = {
-    **{(f"dense-{data}", "meta-broyden"): {**_QUICK, "unroll": 8} for data in _DATA},
-    **{(f"monotone-dense-{data}", "meta-broyden"): {**_SPLIT, **_QUICK} for data in _DATA},
-    ("mlp-digits", "meta-broyden"): _LAYERS,
-    ("mlp-fashion", "meta-broyden"): {
-        **_LAYERS,
-        "steps": 6000,
-        "options": {**_LAYERS["options"], "coefficients": "lstm"},
-    },
-    ("monotone-conv-digits", "meta-broyden"): {**_SPLIT, "steps": 450},
-    ("monotone-conv-fashion", "meta-broyden"): {**_SPLIT, "steps": 450, "options": {**_SAME, "alpha": 0.4}},
-    ("monotone-multitier-digits", "meta-broyden"): {**_SPLIT, "options": {**_SAME, "rank": 48}},
-    ("monotone-multitier-fashion", "meta-broyden"): {**_SPLIT, "steps": 450, "options": {**_SAME, "rank": 48}},
-    ("transformer-shakespeare", "meta-broyden"): {**_SHORT, "orthogonal_rate": 0.0, "options": _SEEING},
-    ("transformer-shakespeare", "grouped"): _SHORT,
-    ("multiscale-fashion", "meta-broyden"): {"steps": 1200, "unroll": 12, "segments": 1},
-    ("multiscale-fashion", "grouped"): {"steps": 150},
-    ("trellisnet-words", "meta-broyden"): {"steps": 300, "unroll": 12},
-}
-"""What is different for a solver on one family. Where states are vectors starts cost little, and unrolls of as many steps as
-1e-3 takes do best; converted networks are solved exactly in six, and longer unrolls teach nothing (43). On monotone
-networks MetaBroyden steps on Peaceman–Rachford's map, see `MetaSplitting`: one segment is enough, and on monotone-conv-
-fashion twice the rival's α does better (results/RESEARCH.md, 42). On multiscale-fashion and words MetaBroyden does
-better in shorter unrolls (45), and GroupedLSTM's steps are dear on the former. Gradients through the Transformer explode
-in longer ones: many short segments, and small steps (41). An LSTM that sees the solve is better than a table there (47) and
-on mlp-fashion, where a table learns nothing (48)."""
-HELD = 128
-"""Validation problems of a text on which weights are chosen."""
-
-
-@dataclass(frozen=True)
-class Meta:
+class Meta(Options):
     """Meta-train a solver on a family, compare it with the tuned classical ones on held-out problems, write the report."""
 
     family: str = "conv-fashion"
@@ -166,10 +77,6 @@ class Meta:
     """Where results go; those of a run with other settings than these to a trial- folder in it, with a report of its own."""
     runs: Path = Path("runs/meta")
     """Where unfinished work is kept, to go on from."""
-    fresh: bool = False
-    """Throw away all work of this configuration, and the family's tuned classical solvers, and start anew."""
-    progress: bool = True
-    """Show progress bars."""
 
 
 def run(config: Meta) -> None:
@@ -177,14 +84,9 @@ def run(config: Meta) -> None:
 
     Under torchrun all processes train, each on its share of every batch, and the first measures and writes.
     """
-    if config.solver != CLASSICAL and config.solver not in RECIPES:
-        raise ValueError(f"unknown solver {config.solver!r}: known are {', '.join([*RECIPES, CLASSICAL])}")
-    for name in ("steps", "budget", "samples", "repeats"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if config.objective is not None and config.objective not in OBJECTIVES:
-        raise ValueError(f"unknown objective {config.objective!r}: known are {', '.join(OBJECTIVES)}")
+    known("solver", [config.solver], [*RECIPES, CLASSICAL])
+    at_least_one(config, "steps", "budget", "samples", "repeats")
+    known("objective", [config.objective] if config.objective is not None else [], OBJECTIVES)
     device = distributed.resolve(config.device)
     with distributed.processes(device):
         job = Job(config, device=device)
@@ -193,7 +95,7 @@ def run(config: Meta) -> None:
             return
     console = Console()
     console.print(f"{config.family}, {config.solver}, seed {config.seed}: {job.folder}")
-    console.print(Markdown(meta_report.write(job.results).read_text()))
+    console.print(Markdown(write(job.results).read_text()))
 
 
 class Job:
@@ -207,33 +109,25 @@ class Job:
     def __init__(self, config: Meta, recipe: Recipe | None = None, device: torch.device | None = None) -> None:
         self.config, self.first = config, distributed.rank() == 0
         self.device = distributed.resolve(config.device) if device is None else device
-        identity = replace(
-            config, models=Path(), results=Path(), runs=Path(), fresh=False, progress=True, device=self.device.type
-        )
-        self.path, family = trained_model(config.models, config.family), get_family(config.family)
-        self.family, self.criterion = family, family.criterion()
-        self.model = self._model()
-        self.texts = isinstance(self.criterion, NextToken)
+        self.family = Family(config.family, config.models, self.device)
+        self.criterion, self.texts, self.model = self.family.criterion, self.family.texts, self.family.model()
         self.recipe = self.usual() if recipe is None else recipe
         name = config.solver if config.solver == CLASSICAL else f"{config.solver}-seed{config.seed}"
-        self.results = results_folder(config.results, config, FREE)
+        self.results = runner.results_folder(config.results, config, (*FREE, *Options.__dataclass_fields__))
         self.folder = self.results / config.family / name
-        settings = (self.recipe, BUDGETS, CLOCKED, HELD, meta_rows.TOLERANCES, grids(config.budget))
-        digest = hashlib.sha256(repr(settings).encode() + self.path.read_bytes()).hexdigest()[:8]
-        self.work = config.runs / config.family / f"{name}-{config_hash(identity)}-{digest}"
-        measured = (config.budget, config.samples, meta_rows.TOLERANCES, grids(config.budget))
-        digest = hashlib.sha256(repr(measured).encode() + self.path.read_bytes()).hexdigest()[:8]
-        self.common = config.runs / config.family / f"common-{digest}"
+        places = {key: getattr(Meta, key) for key in ("models", *Options.__dataclass_fields__)}
+        identity = runner.config_hash(replace(config, **places, device=self.device.type))
+        measured = (config.budget, config.samples, TOLERANCES, grids(config.budget), self.family.path)
+        self.common = config.runs / config.family / f"common-{runner.digest(*measured)}"
+        digest = runner.digest(self.recipe, BUDGETS, CLOCKED, HELD, *measured)
+        self.work = config.runs / config.family / f"{name}-{identity}-{digest}"
         if self.first:
-            for folder in (self.work, self.common) if config.fresh else ():
+            for folder in (self.work, self.common) if config.overwrite else ():
                 shutil.rmtree(folder, ignore_errors=True)
             self.work.mkdir(parents=True, exist_ok=True)
             if not (self.work / "began.json").exists():
-                atomic_write(self.work / "began.json", json.dumps(provenance(), indent=2) + "\n")
+                atomic_write(self.work / "began.json", json.dumps(runner.provenance(), indent=2) + "\n")
         distributed.wait()
-
-    def _model(self, **options: Any) -> Any:
-        return load_model(self.path, **options, warn=False).requires_grad_(False).to(self.device)
 
     def usual(self) -> Recipe:
         """The recipe of the solver's name, as the family and the settings want it."""
@@ -256,10 +150,11 @@ class Job:
         solver = None if self.config.solver == CLASSICAL else self.trained()
         if not self.first:
             return
-        if not (self.work / "rows.jsonl.gz").exists():
-            write_results(self.work, self._measured(solver), self._described(solver))
-        rows = read_rows(self.work / "rows.jsonl")
-        write_results(self.folder, rows, json.loads((self.work / "config.json").read_text()))
+        rows = self.work / "rows.jsonl"
+        if not rows.exists():
+            atomic_write(self.work / "config.json", json.dumps(self._described(solver), indent=2) + "\n")
+            write_rows(rows, self._measured(solver))
+        runner.publish(self.folder, read_rows(rows), report.read_config(self.work))
         if solver is not None:
             atomic_write(self.folder / "solver.safetensors", (self.work / "solver.safetensors").read_bytes())
 
@@ -341,42 +236,29 @@ class Job:
         found = best_damping(make, tasks.f, z0, x, max_nfe=self.config.budget)
         return {"damping": distributed.from_first([found])[0]}
 
-    def _measured(self, solver: Any) -> list[dict[str, Any]]:
-        config = self.config
-        held = equilibria.held_out(self.model, self.criterion, "test", config.samples)
-        classical = self._rivals()
-        contestants = (
-            {config.solver: solver} if solver is not None else {**classical, "Broyden": Broyden(config.budget)}
-        )
+    def _measured(self, solver: Any) -> list[Row]:
+        """A solver beside the tuned classical ones, or these and untuned Broyden alone."""
+        config, classical = self.config, self._rivals()
+        held = self.family.problems("test", config.samples)
         sure = (classical["Peaceman-Rachford"],) if self.family.splitting else ()
         # once for all solvers of the family
-        star, known = meta_rows.kept_equilibria(self.common / "equilibria.safetensors", self.model.cell, held, sure)
-        index = torch.arange(len(held), device=held.device)
-        at_star = float(held.judge(meta_rows.states_at(star, held), index).mean())
-        rows: list[dict[str, Any]] = [
-            {"row": "star", "known": float(known.float().mean()), "score": at_star, "samples": len(held)}
-        ]
-        with progress_bar(f"{config.family}, measuring", len(contestants) + 1, show=config.progress) as bar:
-            for number, (name, one) in enumerate(contestants.items(), 1):
-                rows += meta_rows.solve_rows(name, one, held, star, known, budget=config.budget)
-                depths = [k for k in BUDGETS if k <= config.budget]
-                rows += [
-                    {**row, "row": "score", "solver": name}
-                    for row in equilibria.depth_rows(config.family, held, solver=one, depths=depths)
-                ]
-                if isinstance(self.criterion, NextToken):
-                    leaks = texts.leak_rows(name, self._model(solver=one), self.criterion, tolerances=CLOCKED)
-                    rows += [{**row, "solver": name} for row in leaks]
-                if bar is not None:
-                    bar(number, name)
+        held = problems.with_equilibria(self.common / "equilibria.safetensors", self.model.cell, held, sure)
+        if solver is None:
+            everyone = [
+                solvers.contestant(name, one) for name, one in {**classical, "Broyden": Broyden(config.budget)}.items()
+            ]
+        else:
+            everyone = [replace(solvers.contestant(config.solver, solver), seed=config.seed)]
+        rules = Rules(TOLERANCES, config.budget, rounds=config.repeats, clocked=CLOCKED)
+        rows, stamp = measure.measure(held, everyone, rules, progress=config.progress), stamp_of(held)
+        depths = [k for k in BUDGETS if k <= config.budget]
+        for one in everyone:
+            rows += [{**row, **stamp(one)} for row in measure.depth_rows(held, one.solver, depths)]
+            if self.texts:
+                model = self.family.model(solver=one.solver)
+                rows += measure.leak_rows(model, self.criterion, stamp(one), tolerances=CLOCKED)  # type: ignore[arg-type]
             if solver is not None:
-                steps = 4 * self.recipe.longest * self.recipe.segments
-                rows += meta_rows.horizon_rows(config.solver, solver, held, steps=steps)
-                batch = 64 if self.texts else 256
-                both = {config.solver: solver, **classical}
-                rows += meta_rows.clock_rows(
-                    both, held, tolerances=CLOCKED, budget=config.budget, batch=batch, repeats=config.repeats
-                )
+                rows += measure.horizon_rows(held, one, stamp, steps=4 * self.recipe.longest * self.recipe.segments)
         return rows
 
     def _rivals(self) -> dict[str, Any]:
@@ -384,35 +266,109 @@ class Job:
         files = sorted(self.common.glob("*.solver")) if (self.common / "tuned").exists() else []
         if files:
             return {path.stem: load_solver(path) for path in files}
-        validation = equilibria.held_out(self.model, self.criterion, "validation", 64)
-        found = equilibria.tuned_solvers(validation, self.config.budget)
-        if self.family.splitting:
-            found |= equilibria.splitting_solvers(validation, self.config.budget)
+        validation = self.family.problems("validation", 64)
+        found = solvers.tuned(validation, self.config.budget, splitting=self.family.splitting)
         for name, solver in found.items():
             save_solver(solver, self.common / f"{name}.solver")
         atomic_write(self.common / "tuned", "")
         return dict(sorted(found.items()))
 
-    def _described(self, solver: Any) -> dict[str, Any]:
+    def _described(self, solver: Any) -> Row:
         config = self.config
         always = f"meta --family {config.family} --solver {config.solver} --seed {config.seed}"
         described = {
-            "command": command_line(always, config, FREE),
-            "config": plain(config),
-            "device": _name(self.device),
-            "model_sha256": hashlib.sha256(self.path.read_bytes()).hexdigest(),
+            "command": runner.command_line(always, config, (*FREE, *Options.__dataclass_fields__)),
+            "config": runner.plain(config),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
+            "model_sha256": runner.sha256(self.family.path),
             "began": json.loads((self.work / "began.json").read_text()),
-            "provenance": provenance(),
+            "provenance": runner.provenance(),
         }
-        if solver is not None:
-            described |= {
-                "recipe": asdict(self.recipe),
-                "parameters": sum(p.numel() for p in solver.parameters()),
-                "model_parameters": sum(p.numel() for p in self.model.parameters()),
-                "summary": solver.summary,
-            }
-        return described
+        if solver is None:
+            return described
+        parameters = {"parameters": sum(p.numel() for p in solver.parameters())}
+        parameters["model_parameters"] = sum(p.numel() for p in self.model.parameters())
+        return {**described, "recipe": asdict(self.recipe), **parameters, "summary": solver.summary}
 
 
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def write(folder: Path) -> Path:
+    """report.md over all solvers of all families in a folder, from rows alone."""
+    rows, described = [], []
+    for path in row_files(folder, "*/*/rows.jsonl"):
+        config = report.read_config(path.parent)
+        if "solver" in config.get("config", {}):  # other experiments publish here, too
+            described.append(config)
+            rows += [_named(row, config["config"]) for row in read_rows(path)]
+    field = Field(rows)
+    learned = field.solvers(None, "learned")
+    words = (
+    words = "Four times past the trained horizon, to 0.001, all seeds: samples that the fallback solves, and those lost"
+        "the ratio to the best classical solver. Times, scores and other comparisons: [the race](../race/report.md)."
+    )
+    tables = [_evaluations(field, tolerance, learned) for tolerance in CLOCKED]
+    return report.write(
+        folder, "Meta-trained solvers", [words, *tables, _horizon(field, learned), _training(described)]
+    )
+
+
+def _named(row: Row, config: Row) -> Row:
+    """A row with its family, kind and seed, which older ones leave to their folder."""
+    classical = config["solver"] == CLASSICAL or row.get("solver") not in (None, config["solver"])
+    who = {"kind": "classical", "seed": None} if classical else {"kind": "learned", "seed": config["seed"]}
+    return {**row, **who, "family": config["family"]}
+
+
+def _evaluations(field: Field, tolerance: float, learned: list[str]) -> Table:
+    def rival(family: str) -> str:
+        return field.best(family, tolerance)
+
+    def cell(name: str, family: str) -> str:
+        if field.outcome(family, name, tolerance) is None:
+            return ""
+        return f"{field.must(family, name, tolerance)}, {field.ratio(family, name, rival(family), tolerance)}"
+
+    families = [family for family in field.families if field.solvers(family, "classical")]
+    columns = [(name, lambda family, name=name: cell(name, family)) for name in learned]
+    best = ("best classical", lambda family: f"{field.must(family, rival(family), tolerance)} {rival(family)}")
+    table = by_name(f"To {tolerance:g}", families, [("family", str), *columns, best])
+    means = [f"{field.mean_ratio(families, name, rival, tolerance)}" for name in learned]
+    return table._replace(body=[*table.body, ["geometric mean", *means, ""]])
+
+
+def _horizon(field: Field, learned: list[str]) -> Table:
+    body = []
+    for family in field.families:
+        for name in learned:
+            rows = field.of("horizon", family, name, tolerance=1e-3)
+            if rows:
+                counts = [
+                    str(sum(row[key] for row in rows)) for key in ("samples", "fallback", "lost", "broken", "triggered")
+                ]
+                body.append([family, name, str(rows[0]["steps"]), *counts])
+    head = [
+        "family",
+        "solver",
+        "evaluations",
+        "samples",
+        "fallback solves",
+        "lost",
+        "with what was spent before",
+    ]
+    words = "Four times past the trained horizon, to 0.001, all seeds: samples that the fallback solves, and those lost"
+    return Table(words, [*head, "handed over"], body)
+
+
+def _training(described: list[Row]) -> Table:
+    runs: dict[tuple[str, str], list[Row]] = {}
+    for one in described:
+        if "summary" in one:
+            runs.setdefault((one["config"]["family"], one["config"]["solver"]), []).append(one)
+    body = []
+    for (family, name), found in runs.items():
+        recipe, cpu = found[0]["recipe"], middle(one["summary"].get("cpu_seconds") for one in found)
+        steps = f"{recipe['steps']} × {recipe['unroll']}, {recipe['segments']} segments of {recipe['batch']}"
+        seeds = " ".join(str(one["config"]["seed"]) for one in found)
+        body.append([family, name, seeds, steps, f"{found[0]['parameters']:,}", f"{cpu:.0f} s"])
+    return Table(
+        "Training (CPU time: median over seeds)", ["family", "solver", "seeds", "steps", "parameters", "CPU"], body
+    )

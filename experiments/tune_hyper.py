@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.markdown import Markdown
 
-from experiments.bench.runner import write_rows
-from experiments.legacy import equilibria, tuning_report
-from experiments.legacy.provenance import command_line, plain, provenance, results_folder
-from experiments.meta import RECIPES, Job, Meta, Recipe
-from metabroyden.storage import atomic_write
+from experiments.bench import measure, report, runner, solvers
+from experiments.bench.measure import Rules
+from experiments.bench.runner import Options, Row, at_least_one, known, read_rows, row_files, write_rows
+from experiments.bench.statistics import Outcome
+from experiments.bench.tables import Table
+from experiments.configs.recipes import RECIPES, Recipe
+from experiments.meta import Job, Meta
 
+JUDGED = (1e-2, 1e-3)
 USUAL = RECIPES["hyper-anderson"]
 _PER_STEP = 10  # solver iterations
-_PLACES = ("models", "results", "runs", "fresh", "progress")
-FREE = ("family", "only", "backend", *_PLACES)
+FREE = ("family", "only", "backend", "models")
 """Options that do not make a trial of a run: the others change no figure."""
 
 
@@ -59,7 +61,7 @@ VARIANTS: dict[str, Variant] = dict(_variants())
 
 
 @dataclass(frozen=True)
-class TuneHyper:
+class TuneHyper(Options):
     """Try HyperAnderson's configurations on the validation problems of a family; the test split is not read."""
 
     family: str = "conv-fashion"
@@ -83,40 +85,25 @@ class TuneHyper:
     a run with other settings than these to a trial- folder in it."""
     runs: Path = Path("runs/tune-hyper")
     """Where unfinished work is kept, to go on from."""
-    fresh: bool = False
-    """Throw away unfinished and finished work of this family and start anew."""
-    progress: bool = True
-    """Show progress bars."""
 
 
 def run(config: TuneHyper) -> None:
     """Train and measure what has not been yet; the report is written after each configuration."""
-    unknown = set(config.only) - set(VARIANTS)
-    if unknown:
-        raise ValueError(f"unknown configurations {sorted(unknown)}: known are {'; '.join(VARIANTS)}")
-    if config.steps < 1:
-        raise ValueError(f"steps must be at least 1, got {config.steps}")
-    if config.fresh and (config.runs / config.family).exists():
-        shutil.rmtree(config.runs / config.family)
-    console = Console()
-    results = results_folder(config.results, config, FREE)
-    folder = results / "hyper-anderson-tuning"
-    rows: list[dict[str, Any]] = []
-    for name in config.only or VARIANTS:
-        rows.append(_row(config, name))
-        described = {
-            "command": command_line("tune-hyper", config, _PLACES),
-            "config": plain(config),
-            "provenance": provenance(),
-        }
-        atomic_write(folder / f"{config.family}.json", json.dumps(described, indent=2) + "\n")
-        write_rows(folder / f"{config.family}.jsonl.gz", rows)
-        report = tuning_report.write(folder, results / "hyper-anderson-tuning.md")
-        console.print(f"{config.family}: {len(rows)} of {len(config.only or VARIANTS)} configurations: {name}")
-    console.print(Markdown(report.read_text()))
+    known("configuration", config.only, VARIANTS)
+    at_least_one(config, "steps")
+    if config.overwrite:
+        shutil.rmtree(config.runs / config.family, ignore_errors=True)
+    job = runner.Run("tune-hyper", config, free=FREE, always=f"--family {config.family}")
+    folder, rows = job.folder / "hyper-anderson-tuning" / config.family, []
+    for number, name in enumerate(config.only or VARIANTS, 1):
+        rows += _rows(config, name)
+        runner.publish(folder, rows, job.described())
+        path = write(job.folder)
+        Console().print(f"{config.family}: {number} of {len(config.only or VARIANTS)} configurations: {name}")
+    Console().print(Markdown(path.read_text()))
 
 
-def _row(config: TuneHyper, name: str) -> dict[str, Any]:
+def _rows(config: TuneHyper, name: str) -> list[Row]:
     """One configuration, trained and measured; from the file of an earlier sitting where it is there."""
     recipe = VARIANTS[name].recipe(_PER_STEP * config.steps)
     meta = Meta(
@@ -124,16 +111,44 @@ def _row(config: TuneHyper, name: str) -> dict[str, Any]:
         backend=config.backend, models=config.models, runs=config.runs, progress=config.progress,
     )  # fmt: skip
     job = Job(meta, recipe)
-    path = job.work / "row.json"
+    path = job.work / "validation.jsonl"
     if not path.exists():
-        solver = job.trained()
-        held = equilibria.held_out(job.model, job.criterion, "validation", config.samples)
-        (row,) = equilibria.difficulty_rows(config.family, held, {name: solver}, budget=config.budget)
-        row |= {
-            "config": asdict(solver.config),
+        one = solvers.contestant(name, job.trained(), config.seed)
+        held = job.family.problems("validation", config.samples)
+        taken = {key: one.solver.summary[key] for key in ("seconds", "skipped_steps")}
+        trained = {
+            "row": "trained",
+            "solver": name,
+            "config": asdict(one.solver.config),
             "recipe": asdict(recipe),
-            "seconds": solver.summary["seconds"],
-            "skipped_steps": solver.summary["skipped_steps"],
+            **taken,
         }
-        atomic_write(path, json.dumps(row) + "\n")
-    return json.loads(path.read_text())
+        write_rows(path, [trained, *measure.measure(held, [one], Rules(JUDGED, config.budget))])
+    return read_rows(path)
+
+
+def write(folder: Path) -> Path:
+    """hyper-anderson-tuning.md over all families tried, from rows alone."""
+    sections: list[Any] = [
+        "Each trained for as many solver iterations, on the same batches; the weights kept are those that did best on "
+        "validation. Sorted by the geometric mean of evaluations to 1e-2 and 1e-3. Median evaluations (share solved), mean; "
+        "a failure counts as the budget. The test split was not read.",
+    ]
+    for path in row_files(folder / "hyper-anderson-tuning", "*/rows.jsonl"):
+        sections += [_table(path.parent.name, read_rows(path)), report.made_by(report.read_config(path.parent))]
+    return report.write(
+        folder, "HyperAnderson: configurations on validation problems", sections, name="hyper-anderson-tuning"
+    )
+
+
+def _table(family: str, rows: list[Row]) -> Table:
+    body = []
+    for trained in (row for row in rows if row["row"] == "trained"):
+        solves = [row for row in rows if row["row"] == "solve" and row["solver"] == trained["solver"]]
+        found = [Outcome.of([row for row in solves if row["tolerance"] == at]) for at in JUDGED]
+        mean = float(np.exp(np.mean([np.log(one.evaluations).mean() for one in found])))
+        cells = [f"{one}, {one.mean:.1f}" for one in found]
+        steps = f"{trained['recipe']['steps']} × {trained['recipe']['unroll']}"
+        body.append([trained["solver"], f"{mean:.2f}", *cells, steps, f"{trained['seconds']:.0f} s"])
+    head = ["", "geometric mean", *(f"to {at:g}" for at in JUDGED), "training", "took"]
+    return Table(family, head, sorted(body, key=lambda row: float(row[1])))

@@ -103,7 +103,7 @@ def _train(setting: Setting, family: str, words: str) -> MetaBroyden:
     config = setting.config
     usual = meta.Meta(
         family=family, seed=SEED, models=config.models, device=config.device, progress=config.progress,
-        runs=config.runs / "ablation" / digest(TRAINED[words].words), fresh=config.overwrite,
+        runs=config.runs / "ablation" / digest(TRAINED[words].words), overwrite=config.overwrite,
     )  # fmt: skip
     return _Ablated(usual, TRAINED[words]).trained()
 

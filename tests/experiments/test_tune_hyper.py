@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from experiments import tune_hyper
+from experiments.bench import measure
 from experiments.bench.runner import read_rows
-from experiments.legacy import equilibria, tuning_report
 from metabroyden.meta.trainer import MetaTrainer
 
 
@@ -34,53 +34,54 @@ def test_an_interrupted_search_goes_on_and_its_report_is_sorted(tmp_path, monkey
     )  # fmt: skip
     validate = MetaTrainer._validate
     monkeypatch.setattr(MetaTrainer, "_validate", lambda self, loss: self.history or validate(self, loss))
-    rows_of = equilibria.difficulty_rows
+    rows_of = measure.measure
 
-    def cut(way, held, solvers, *, budget):
-        if names[1] in solvers:
+    def cut(held, everyone, rules):
+        if everyone[0].name == names[1]:
             raise KeyboardInterrupt
-        return rows_of(way, held, solvers, budget=budget)
+        return rows_of(held, everyone, rules)
 
-    monkeypatch.setattr(equilibria, "difficulty_rows", cut)
+    monkeypatch.setattr(measure, "measure", cut)
     with pytest.raises(KeyboardInterrupt):
         tune_hyper.run(config)
     (trial,) = config.results.iterdir()
     assert trial.name.startswith("trial-"), "other settings than the usual ones"
-    path = trial / "hyper-anderson-tuning" / "dense-digits.jsonl.gz"
-    assert [row["solver"] for row in read_rows(path)] == [names[0]]
-    monkeypatch.setattr(equilibria, "difficulty_rows", rows_of)
+    path = trial / "hyper-anderson-tuning" / "dense-digits" / "rows.jsonl.gz"
+    assert {row["solver"] for row in read_rows(path)} == {names[0]}
+    monkeypatch.setattr(measure, "measure", rows_of)
     trained = []
     run = MetaTrainer.run
     monkeypatch.setattr(MetaTrainer, "run", lambda self, *a: trained.append(self.solver.config) or run(self, *a))
     tune_hyper.run(config)
     assert not trained, "both were trained in the first sitting"
     rows = read_rows(path)
-    assert [row["solver"] for row in rows] == list(names)
-    assert rows[0]["recipe"]["objective"] == "hyper"
-    assert rows[0]["config"]["memory"] == 3
-    assert rows[1]["config"]["zero_output"] is False
-    assert all(len(row["nfe"]["0.01"]) == len(row["reached"]["0.001"]) == 16 for row in rows)
+    first, second = (row for row in rows if row["row"] == "trained")
+    assert [first["solver"], second["solver"]] == list(names)
+    assert first["recipe"]["objective"] == "hyper"
+    assert first["config"]["memory"] == 3
+    assert second["config"]["zero_output"] is False
+    assert all(len(row["evaluations"]) == len(row["status"]) == 16 for row in rows if row["row"] == "solve")
     report = (trial / "hyper-anderson-tuning.md").read_text()
-    places = [report.index(row["solver"] + " |") for row in sorted(rows, key=tuning_report.score)]
-    assert places == sorted(places)
+    scores = [float(line.split("|")[2]) for line in report.splitlines() if line.startswith(("| published", "| log"))]
+    assert scores == sorted(scores)
+    assert len(scores) == 2
     assert "python -m experiments tune-hyper --family dense-digits --steps 2" in report
     assert "2 of 2 configurations" in capsys.readouterr().out
 
 
 def test_it_names_what_it_does_not_know(tmp_path):
     config = tune_hyper.TuneHyper(results=tmp_path, runs=tmp_path)
-    with pytest.raises(ValueError, match=r"unknown configurations \['m = 4'\]: known are published loss, m = 3;"):
+    with pytest.raises(ValueError, match="unknown configuration 'm = 4': known are published loss, m = 3,"):
         tune_hyper.run(replace(config, only=("m = 4",)))
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         tune_hyper.run(replace(config, steps=0))
 
 
-def test_a_failure_counts_twice_the_budget_in_the_score():
-    row = {
-        "budget": 10,
-        "nfe": {"0.01": [4, 10], "0.001": [8, 10]},
-        "reached": {"0.01": [True, False], "0.001": [True, False]},
-    }
-    better = {**row, "reached": {"0.01": [True, True], "0.001": [True, True]}}
-    assert tuning_report.score(better) < tuning_report.score(row)
-    assert tuning_report.score(row) == pytest.approx(0.25 * (1.3862944 + 2.0794415 + 2 * 2.9957323))
+def test_a_failure_counts_the_budget_in_the_report():
+    trained = {"row": "trained", "solver": "one", "recipe": {"steps": 1, "unroll": 2}, "seconds": 3.0}
+    solves = [
+        {"row": "solve", "solver": "one", "tolerance": at, "evaluations": [spent, 16], "status": "CB"}
+        for at, spent in ((1e-2, 4), (1e-3, 16))
+    ]
+    table = tune_hyper._table("family", [trained, *solves])
+    assert table.body == [["one", f"{2**3.5:.2f}", "10 (50%), 10.0", "16 (50%), 16.0", "1 × 2", "3 s"]]
