@@ -55,15 +55,26 @@ class LearnedConfig:
         for name in ("layout", "conditioning"):
             object.__setattr__(self, name, current(getattr(self, name)))
         Layout(self.layout, self.shape)
-        if self.conditioning not in ("initial_value", "input"):
-            raise ValueError(f"conditioning must be 'initial_value' or 'input', got {self.conditioning!r}")
-        if self.hidden < 1 or self.initializer_width < 0:
-            raise ValueError(
-                f"hidden must be at least 1 and initializer_width at least 0: {self.hidden}, {self.initializer_width}"
-            )
+        self._check_choice("conditioning", "initial_value", "input")
+        self._check_least(hidden=1, initializer_width=0)
         kernels = self.initializer_kernels
         if not isinstance(kernels, tuple) or len(kernels) < 2 or any(k < 1 or k % 2 == 0 for k in kernels):
             raise ValueError(f"initializer_kernels must be at least two odd numbers, as (3, 3), got {kernels!r}")
+
+    def _check_choice(self, name: str, *choices: Any) -> None:
+        if getattr(self, name) not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {getattr(self, name)!r}")
+
+    def _check_least(self, **least: int) -> None:
+        for name, low in least.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
+
+    def _check_share(self, *names: str) -> None:
+        for name in names:
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)!r}")
 
 
 class LearnedSolver(SolverBase, nn.Module):
@@ -186,10 +197,12 @@ class LearnedSolver(SolverBase, nn.Module):
         known = {item.name for item in fields(cls.config_type)}
         if set(values) - known:
             raise ValueError(f"unknown config fields for {cls.__name__}: {sorted(set(values) - known)}")
-        shape = tuple(tuple(part) if isinstance(part, list) else part for part in values["shape"])
-        values = dict(values, shape=shape)
-        if "initializer_kernels" in values:
-            values["initializer_kernels"] = tuple(values["initializer_kernels"])
+        values = {name: _tuples(value) for name, value in values.items()}
         if isinstance(values.get("safeguard"), dict):
             values["safeguard"] = Safeguard(**values["safeguard"])
         return cls(cls.config_type(**values))
+
+
+def _tuples(value: Any) -> Any:
+    """Lists, as JSON has them, as tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -35,10 +35,8 @@ class CoordinatewiseConfig(LearnedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.layers not in (1, 2):
-            raise ValueError(f"layers must be 1 or 2, got {self.layers!r}")
-        if self.preprocessing not in _INPUTS:
-            raise ValueError(f"preprocessing must be one of {', '.join(_INPUTS)}, got {self.preprocessing!r}")
+        self._check_choice("layers", 1, 2)
+        self._check_choice("preprocessing", *_INPUTS)
 
 
 class CoordinatewiseState(NamedTuple):

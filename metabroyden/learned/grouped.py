@@ -32,8 +32,7 @@ class GroupedConfig(LearnedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
+        self._check_least(rank=1)
 
 
 class GroupedState(NamedTuple):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metabroyden.learned.base import LearnedConfig, LearnedSolver
+from metabroyden.learned.secants import put
 from metabroyden.solver import Step
 from metabroyden.solvers.registry import register
 
@@ -31,8 +32,7 @@ class HyperAndersonConfig(LearnedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.memory < 1:
-            raise ValueError(f"memory must be at least 1, got {self.memory}")
+        self._check_least(memory=1)
 
 
 class HyperAndersonState(NamedTuple):
@@ -87,7 +87,7 @@ class HyperAnderson(LearnedSolver):
         pooled = torch.cat([canonical.mean(2), canonical.square().mean(2).clamp_min(tiny).sqrt()], dim=1)
         size = self.config.memory + 1
         slot, used = state.steps % size, min(state.steps + 1, size)
-        kept = [_put(old, new, slot) for old, new in ((state.z, z), (state.g, g), (state.pooled, pooled))]
+        kept = [put(old, new, slot) for old, new in ((state.z, z), (state.g, g), (state.pooled, pooled))]
         zs, gs, rows = (buffer[:, :used] for buffer in kept)
         oldest = slot + 1 if used == size else 0
         alpha, beta = self._weights(gs, rows, oldest)
@@ -113,11 +113,3 @@ class HyperAnderson(LearnedSolver):
         alpha = found[:, 0] + newest
         alpha = alpha + (1 - alpha.sum(dim=1, keepdim=True)) / count
         return alpha, 1 + found[:, 1, -1:]
-
-
-def _put(buffer: Tensor, new: Tensor, slot: int) -> Tensor:
-    """The buffer (R, m, n) with `new` (R, n) in a slot: in place, unless gradients are recorded."""
-    if torch.is_grad_enabled():
-        return torch.select_scatter(buffer, new, 1, slot)
-    buffer.select(1, slot).copy_(new)
-    return buffer

@@ -31,10 +31,7 @@ class LearnedStartConfig(LearnedConfig):
         known = name_of(self.classical) is not None and not self.classical.is_learned
         if not known or getattr(self.classical, "initial", None) is not None:
             raise ValueError(f"classical must be a plain classical solver such as Broyden(), got {self.classical!r}")
-        if self.initializer_width < 1:
-            raise ValueError(
-                f"initializer_width must be at least 1 where the start is all that is learned: {self.initializer_width}"
-            )
+        self._check_least(initializer_width=1)
 
 
 @register("started")

@@ -48,18 +48,13 @@ class MetaBroydenConfig(LearnedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "coefficients", current(self.coefficients))
-        if self.coefficients not in ("schedule", "lstm"):
-            raise ValueError(f"coefficients must be 'schedule' or 'lstm', got {self.coefficients!r}")
-        for name, least in (("rank", 0), ("learned_steps", 1), ("memory", 1), ("schedule_length", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        self._check_choice("coefficients", "schedule", "lstm")
+        self._check_least(rank=0, learned_steps=1, memory=1, schedule_length=0)
         if self.schedule_length > self.learned_steps:
             raise ValueError(
                 f"schedule_length must be at most learned_steps, {self.learned_steps}, got {self.schedule_length}"
             )
-        for name in ("damping", "ridge"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
+        self._check_share("damping", "ridge")
 
 
 class MetaBroydenState(NamedTuple):
@@ -122,13 +117,6 @@ class MetaBroyden(LearnedSolver):
     def trained_for(self) -> int:
         """Steps of the unrolls that it is made for."""
         return self.config.schedule_length or self.config.learned_steps
-
-    @classmethod
-    def from_config(cls, values: dict[str, Any]) -> LearnedSolver:
-        """The untrained solver of a described config."""
-        if "dilations" in values:
-            values = {**values, "dilations": tuple(values["dilations"])}
-        return super().from_config(values)
 
     def safeguarded(self) -> list[Phase]:
         """As every learned solver's; Broyden carries on from B₀ with the coefficients' final step size and gates."""

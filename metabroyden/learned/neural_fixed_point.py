@@ -34,12 +34,9 @@ class NeuralFixedPointConfig(LearnedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.form not in FORMS:
-            raise ValueError(f"form must be one of {', '.join(FORMS)}, got {self.form!r}")
-        if self.memory < 1:
-            raise ValueError(f"memory must be at least 1, got {self.memory}")
-        if not 0 < self.ridge <= 1:
-            raise ValueError(f"ridge must be in (0, 1], got {self.ridge}")
+        self._check_choice("form", *FORMS)
+        self._check_least(memory=1)
+        self._check_share("ridge")
 
 
 class NeuralFixedPointState(NamedTuple):

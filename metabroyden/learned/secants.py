@@ -46,24 +46,17 @@ class Secants:
         """Take the pair between the last iterate and this one; in place, unless gradients are recorded."""
         memory = state.residuals.shape[1]
         slot, used = (state.steps - 1) % memory, min(state.steps, memory)
-        pairs = []
-        for buffer, new in ((state.residuals, g - state.g), (state.moves, z - state.z)):
-            if torch.is_grad_enabled():
-                here = torch.arange(memory, device=z.device) == slot
-                buffer = torch.where(here.unsqueeze(1), new.unsqueeze(1), buffer)
-            else:
-                buffer[:, slot] = new
-            pairs.append(buffer)
+        residuals, moves = put(state.residuals, g - state.g, slot), put(state.moves, z - state.z, slot)
         gram = state.gram.clone() if torch.is_grad_enabled() else state.gram
         ridge = max(self.ridge, 100 * torch.finfo(z.dtype).eps)  # products are rounded in that dtype
         with torch.no_grad():
-            row = self._inner(pairs[0][:, :used], pairs[0][:, slot], shape).double()
+            row = self._inner(residuals[:, :used], residuals[:, slot], shape).double()
             gram[:, :, slot, :used] = row
             gram[:, :, :used, slot] = row
             gram[:, :, slot, slot] = torch.where(
                 row[..., slot] > 0, row[..., slot] * (1 + ridge), 1.0
             )  # a zero pair: none
-        return SecantState(pairs[0], pairs[1], gram, z, g, state.steps + 1)
+        return SecantState(residuals, moves, gram, z, g, state.steps + 1)
 
     def project(self, g: Tensor, state: SecantState, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """(ΔZγ, g − ΔGγ), both (R, n)."""
@@ -102,3 +95,11 @@ class Secants:
             return torch.bmm(weights, buffer).squeeze(1)
         by_token = weights.transpose(1, 2).unsqueeze(2 + self.layout.channel_axis)
         return (buffer.unflatten(2, shape) * by_token).sum(1).flatten(1)
+
+
+def put(buffer: Tensor, new: Tensor, slot: int) -> Tensor:
+    """The buffer (R, m, n) with `new` (R, n) in a slot: in place, unless gradients are recorded."""
+    if torch.is_grad_enabled():
+        return torch.select_scatter(buffer, new, 1, slot)
+    buffer.select(1, slot).copy_(new)
+    return buffer

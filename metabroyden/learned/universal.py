@@ -13,6 +13,7 @@ from metabroyden.learned.layout import Layout
 from metabroyden.learned.lstm import SharedLSTM
 from metabroyden.learned.preconditioner import Preconditioner
 from metabroyden.learned.safeguard import BY_PROGRESS, Safeguard
+from metabroyden.learned.secants import put
 from metabroyden.solver import Step
 from metabroyden.solvers.registry import register
 
@@ -42,12 +43,8 @@ class UniversalConfig(LearnedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 0:
-            raise ValueError(f"rank must be an integer of at least 0, got {self.rank!r}")
-        if isinstance(self.memory, bool) or not isinstance(self.memory, int) or self.memory < 1:
-            raise ValueError(f"memory must be an integer of at least 1, got {self.memory!r}")
-        if not 0 < self.ridge <= 1:
-            raise ValueError(f"ridge must be in (0, 1], got {self.ridge!r}")
+        self._check_least(rank=0, memory=1)
+        self._check_share("ridge")
 
 
 class UniversalState(NamedTuple):
@@ -128,7 +125,7 @@ class Universal(LearnedSolver):
     def step(self, z: Tensor, g: Tensor, state: UniversalState, problem: Any) -> Step:
         """One mixed step, (R, n)."""
         if state.steps:
-            state = self._note(z, g, state)
+            state = self._update(z, g, state)
         used = min(state.steps, self.config.memory)
         residuals, moves = state.residuals[:, :used], state.moves[:, :used]
         gram = state.gram[:, :used, :used]
@@ -139,7 +136,8 @@ class Universal(LearnedSolver):
         damping, ridge, ageing, trust, share = output.squeeze(2).unbind(1)
         damping = torch.exp(1.2 * torch.tanh(damping)).unsqueeze(1)
         if used:
-            age = self._ages(state.steps, used, z.device)
+            m = self.config.memory
+            age = ((state.steps - 1) % m - torch.arange(used, device=z.device)) % m  # steps since each pair was taken
             exponent = (3 * ridge).clamp(-12, 5).unsqueeze(1) + (torch.tanh(ageing) * 0.7).unsqueeze(1) * age
             gamma = _solve(gram, right, self.config.ridge * exponent.double().exp())
             gamma = (2 * torch.sigmoid(trust)).unsqueeze(1) * gamma.to(z.dtype)
@@ -154,28 +152,17 @@ class Universal(LearnedSolver):
         after = state._replace(z=z, g=g, rest=rest, damping=damping, hidden=hidden, cell=cell, steps=state.steps + 1)
         return Step(z - known + damping * move, after)
 
-    def _note(self, z: Tensor, g: Tensor, state: UniversalState) -> UniversalState:
+    def _update(self, z: Tensor, g: Tensor, state: UniversalState) -> UniversalState:
         """Take the pair between the last iterate and this one; in place, unless gradients are recorded."""
         m = self.config.memory
         slot, used = (state.steps - 1) % m, min(state.steps, m)
-        pairs, gram = [], state.gram.clone() if torch.is_grad_enabled() else state.gram
-        for buffer, new in ((state.residuals, g - state.g), (state.moves, z - state.z)):
-            if torch.is_grad_enabled():
-                here = torch.arange(m, device=z.device) == slot
-                buffer = torch.where(here.unsqueeze(1), new.unsqueeze(1), buffer)
-            else:
-                buffer[:, slot] = new
-            pairs.append(buffer)
+        residuals, moves = put(state.residuals, g - state.g, slot), put(state.moves, z - state.z, slot)
+        gram = state.gram.clone() if torch.is_grad_enabled() else state.gram
         with torch.no_grad():
-            row = torch.bmm(pairs[0][:, :used], pairs[0][:, slot].unsqueeze(2)).squeeze(2).double()
+            row = torch.bmm(residuals[:, :used], residuals[:, slot].unsqueeze(2)).squeeze(2).double()
             gram[:, slot, :used] = row
             gram[:, :used, slot] = row
-        return state._replace(residuals=pairs[0], moves=pairs[1], gram=gram)
-
-    def _ages(self, steps: int, used: int, device: torch.device) -> Tensor:
-        """(k,) steps since each pair was taken."""
-        newest = (steps - 1) % self.config.memory
-        return (newest - torch.arange(used, device=device)) % self.config.memory
+        return state._replace(residuals=residuals, moves=moves, gram=gram)
 
     def _features(self, z: Tensor, g: Tensor, state: UniversalState, gram: Tensor, right: Tensor) -> Tensor:
         """(R, F), without unit or size."""

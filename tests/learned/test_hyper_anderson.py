@@ -57,5 +57,5 @@ def test_it_begins_as_picard_or_as_published():
         first = min(len(found.trace.residual), len(picard.trace.residual), 5)
         close = torch.allclose(found.trace.residual[:first], picard.trace.residual[:first], rtol=1e-6, equal_nan=True)
         assert close == same
-    with pytest.raises(ValueError, match="memory must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="memory must be an integer of at least 1, got 0"):
         make_learned("hyper-anderson", Layout("vector", (12,)), memory=0)

@@ -473,7 +473,7 @@ def test_a_saved_solver_of_several_scales_loads(tmp_path):
 
 
 def test_what_weighs_and_how_far_is_checked():
-    with pytest.raises(ValueError, match="coefficients must be 'schedule' or 'lstm', got 'gru'"):
+    with pytest.raises(ValueError, match="coefficients must be one of schedule, lstm, got 'gru'"):
         make_learned("meta-broyden", Layout("vector", (6,)), coefficients="gru")
     for layout in (Layout("vector", (6,)), SCALES):
         with pytest.raises(

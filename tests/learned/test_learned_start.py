@@ -101,7 +101,7 @@ def test_what_cannot_be_started_is_refused():
     for classical in (3, "broyden", make_learned("grouped", layout), mb.Broyden(initial=object())):
         with pytest.raises(ValueError, match="classical must be a plain classical solver"):
             make_learned("started", layout, classical=classical)
-    with pytest.raises(ValueError, match="initializer_width must be at least 1"):
+    with pytest.raises(ValueError, match="initializer_width must be an integer of at least 1"):
         make_learned("started", layout, initializer_width=0)
     for kernels in ((3,), (3, 4), (0, 1), 3):
         with pytest.raises(ValueError, match=r"initializer_kernels must be at least two odd numbers, as \(3, 3\), got"):
@@ -151,5 +151,5 @@ def test_a_file_from_before_there_were_kernels_to_choose_loads(tmp_path):
 
 def test_the_narrowest_start_has_one_channel():
     assert started(mb.Broyden(), initializer_width=1).config.initializer_width == 1
-    with pytest.raises(ValueError, match="initializer_width must be at least 1"):
+    with pytest.raises(ValueError, match="initializer_width must be an integer of at least 1"):
         started(mb.Broyden(), initializer_width=0)

@@ -94,7 +94,7 @@ def test_coordinatewise_solvers_of_before_still_load_and_solve(seed):
 @pytest.mark.parametrize(
     ("config", "options", "words"),
     [
-        (CoordinatewiseConfig, {"layers": 3}, "layers must be 1 or 2, got 3"),
+        (CoordinatewiseConfig, {"layers": 3}, "layers must be one of 1, 2, got 3"),
         (CoordinatewiseConfig, {"preprocessing": "log"}, "preprocessing must be one of log-sign, scaled, got 'log'"),
         (UniversalConfig, {"memory": 0}, "memory must be an integer of at least 1, got 0"),
         (UniversalConfig, {"ridge": 0.0}, r"ridge must be in \(0, 1\], got 0.0"),
