@@ -1,6 +1,6 @@
-"""A module seen with other tensors in the place of its own: `torch.func.functional_call` that writes to nothing.
+"""A module with other tensors in the place of its own: `torch.func.functional_call` without writing to the module.
 
-`functional_call` puts the tensors into the module for the time of the call, where other threads would meet them.
+`functional_call` puts the tensors into the module during the call, where other threads would read them.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _CACHE = "_metabroyden_view"  # in a class: the class of its views
 
 
 def seen_with(module: nn.Module, values: Mapping[tuple[int, str], Tensor]) -> nn.Module:
-    """A view of a module: what it is, with these tensors in the place of its parameters and buffers.
+    """A view of a module, with these tensors in the place of its parameters and buffers.
 
     Plain attributes are the module's own, written to as well as read. Modules that stand in several places have one
     view. TorchScript modules are left as they are, and those that `torch.compile` made are seen as they were before.
 
     Args:
         module: the root of the tree.
-        values: by the id of the module that holds it and the name it has there, the tensor to be seen.
+        values: the tensors, by the id of the module that holds one and its name there.
     """
     return _seen(module, values, {})
 
@@ -37,7 +37,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def _is_optimized(module: Any) -> bool:
-    # whoever has compiled has imported the compiler, which takes seconds
+    # importing the compiler takes seconds; a compiled module has imported it
     return "torch._dynamo" in sys.modules and isinstance(module, torch._dynamo.OptimizedModule)
 
 
@@ -63,12 +63,12 @@ def _seen(module: nn.Module, values: Mapping[tuple[int, str], Tensor], views: di
 
 
 class _View:
-    """What a view adds to the class of its module: tables of its own, and no way from them to the module's."""
+    """Mixin of a view's class: tables of its own hide those of the module."""
 
     __slots__ = ()
 
     def __init_subclass__(cls, **options: Any) -> None:
-        pass  # a class of views is no news to whoever counts subclasses
+        pass  # the module's own `__init_subclass__` must not see classes of views
 
     def __getattribute__(self, name: str) -> Any:
         if name in _NUMBER:
@@ -110,7 +110,7 @@ _NUMBER = {"_parameters": 0, "_buffers": 1, "_modules": 2}
 
 
 def _view_class(cls: type) -> type:
-    """The class of the views of a class: made once, kept in the class, and gone with it."""
+    """The class of the views of a class: made once, kept in the class."""
     made = cls if issubclass(cls, _View) else vars(cls).get(_CACHE)
     if made is None:
         names = {"__slots__": ("_kept",), "__module__": cls.__module__, "__qualname__": cls.__qualname__}

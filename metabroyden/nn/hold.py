@@ -1,4 +1,4 @@
-"""Values that stand in for what a module would compute or draw, in one thread and for the time of a `with` block."""
+"""Values used in place of what a module would compute or draw, in one thread, during a `with` block."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _HELD = _Held()
 
 
 class holding:
-    """Hold a value for each of some modules; what a block outside it holds for others stays.
+    """Hold a value for each of some modules; an outer block's values for other modules stay.
 
-    Nothing is written to the modules, so that other threads do not see it.
+    Nothing is written to the modules, so that other threads do not see the values.
     """
 
     def __init__(self, pairs: Iterable[tuple[nn.Module, Tensor]]) -> None:
@@ -39,13 +39,13 @@ class holding:
 
 
 def held(module: nn.Module) -> Tensor | None:
-    """What is held for a module in this thread; None where nothing is."""
+    """The value held for a module in this thread; None where there is none."""
     values = _HELD.values
     return values.get(id(module.__dict__)) if values else None
 
 
 class HeldParametrization(ParametrizationList):
-    """A parametrization that gives the value that is held for it, where one is."""
+    """A parametrization that returns the value held for it, where there is one."""
 
     def forward(self) -> Tensor:
         """The tensor."""
@@ -54,7 +54,7 @@ class HeldParametrization(ParametrizationList):
 
 
 def parametrizations(cell: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    """(layer, name, parametrization) of every parametrized tensor of a cell; from now on their values can be held."""
+    """(layer, name, parametrization) of every parametrized tensor of a cell, whose values can be held from now on."""
     found = []
     for layer in cell.modules():
         made = dict(layer._modules.items()).get("parametrizations")  # TorchScript has tables of its own kind

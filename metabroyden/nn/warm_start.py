@@ -13,16 +13,19 @@ from metabroyden.state import like
 
 
 class EquilibriumCache:
-    """Remembers an equilibrium for every sample of a data set, by its number, for the next epoch to start from.
+    """Remembers an equilibrium for every sample of a data set, by its number, as the start of the next epoch's solve.
 
-    Between two visits of a sample the weights move a little, and its equilibrium with them: the old one is a better start
-    than zeros. Rows are kept as they were stored (of data that is augmented anew each time, another image's); float16 or
-    bfloat16 halve the memory, at the price of a start that is that much rounded.
+    Between two visits of a sample the weights, and with them its equilibrium, move little: the old one is a better start
+    than zeros. Of data that is augmented anew each epoch, the row is another image's.
 
     Args:
         size: number of samples, numbered from 0; None: grows with the numbers it meets.
-        dtype: to store rows in; None: that of the first state stored.
-        device: to store rows on; None: that of the first state stored.
+        dtype: of the stored rows (float16 and bfloat16 halve the memory and round the start); None: that of the first
+            state stored.
+        device: of the stored rows; None: that of the first state stored.
+
+    Raises:
+        ValueError: a size below 1, a dtype that is not floating.
 
     `len(cache)` is the number of samples it knows.
 
@@ -76,8 +79,8 @@ class EquilibriumCache:
     def store(self, indices: Tensor | Sequence[int], z: State) -> None:
         """Keep z (B, ...) as the equilibria of samples `indices` (B,).
 
-        Of a sample that occurs twice the last row counts. A row that is not finite, or does not fit the dtype of the
-        store, is left out: what was known of its sample stays. ValueError, TypeError as in `start`.
+        Of a sample that occurs twice the last row counts. A row that is not finite in the dtype of the store is not stored:
+        the sample's old row stays. ValueError, TypeError as in `start`.
         """
         parts = _parts(z, "z")
         index = self._index(indices, len(parts[0]))
@@ -99,13 +102,13 @@ class EquilibriumCache:
         self._known[index] = True
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is known, in tensors and plain values (`torch.load` takes it with weights_only). Not a copy."""
+        """Its tensors (not copies) and plain values; `torch.load` takes them with weights_only."""
         return {"known": self._known, "rows": list(self._rows), "single": self._single}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over, as a copy, what another cache knew; this one's size, dtype and device stay where they were given.
+        """Copy the rows of another cache; this one keeps its size, dtype and device where they were given.
 
-        ValueError: what is no such state, or has samples that do not fit the size.
+        ValueError: not such a state, or samples that do not fit the size.
         """
         if set(state) != {"known", "rows", "single"}:
             raise ValueError(f"not the state of an EquilibriumCache: it holds {sorted(state)}")
