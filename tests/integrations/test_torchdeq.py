@@ -590,6 +590,7 @@ def test_a_model_that_catches_exceptions_and_one_that_hides_its_solver_are_captu
     assert model.eval()(images(3)).shape == (3, 5)
 
 
+@pytest.mark.usefixtures("few_candidates")
 @pytest.mark.parametrize("no_stat", [False, True])
 def test_a_state_of_several_tensors_is_one_flat_tensor(no_stat):
     class Scales(nn.Module):
@@ -612,6 +613,7 @@ def test_a_state_of_several_tensors_is_one_flat_tensor(no_stat):
     assert model.eval()(x).shape == (30, 4)
 
 
+@pytest.mark.usefixtures("few_candidates")
 def test_fit_solver_takes_an_unmodified_model_and_makes_it_faster():
     model = Model().eval()
     with torch.no_grad():
@@ -641,6 +643,7 @@ def test_fit_solver_takes_an_unmodified_model_and_makes_it_faster():
     torch.testing.assert_close(logits["ours"], logits["broyden"], rtol=0, atol=2e-2)
 
 
+@pytest.mark.usefixtures("few_candidates")
 def test_fit_solver_starts_where_a_cell_says():
     class LearnedStart(Cell):
         def initial_state(self, x):
@@ -657,6 +660,7 @@ def test_fit_solver_starts_where_a_cell_says():
     assert mb.fit_solver(cell, tokens, steps=1, progress=False, fallback=False).summary["skipped_steps"] == 0
 
 
+@pytest.mark.usefixtures("few_candidates")
 def test_an_interrupted_fit_goes_on_where_it_stopped(tmp_path, monkeypatch):
     cell, x, path = Cell(), 0.5 * torch.randn(30, 3, 4, 4), tmp_path / "fit.safetensors"
     whole = mb.fit_solver(cell, x, steps=4, progress=False, fallback=False)

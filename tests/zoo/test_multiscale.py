@@ -19,7 +19,7 @@ from metabroyden.zoo.models import (
 )
 
 
-@pytest.mark.parametrize("pyramid", [2, 3])
+@pytest.mark.parametrize("scales", [2, 3])
 @pytest.mark.parametrize("side", [7, 8, 14, 28])
 def test_each_scale_has_half_the_side_of_the_one_before_rounded_up(side, scales):
     cell = MultiscaleCell((2, 4, 8)[:scales], 2)
