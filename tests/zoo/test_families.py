@@ -1,38 +1,29 @@
-"""Families: trained from one command, frozen with their weights along training, tasks for the meta-learner."""
+"""Families: models, their tasks for the meta-learner, and their weights along training."""
 
 from __future__ import annotations
 
-import json
 import math
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 import metabroyden as mb
-from experiments import models
-from experiments.bench.runner import read_rows
-from experiments.legacy import equilibria, models_report, texts
-from experiments.legacy.ngram import NGram, Recent
 from metabroyden.checkpoint import LARGEST
-from metabroyden.zoo.data.text import TextData, TextSplit, split_works
+from metabroyden.zoo.data.text import split_works
 from metabroyden.zoo.models import (
     FAMILIES,
     DenseClassifier,
     DenseClassifierConfig,
     Episodes,
     Images,
-    MonotoneClassifier,
-    MonotoneClassifierConfig,
     NextToken,
     Training,
     TrellisNet,
     TrellisNetConfig,
     bits_per_token,
     explicit_twin,
-    families,
     get_family,
     load_episodes,
     load_model,
@@ -43,30 +34,11 @@ from metabroyden.zoo.models.families import Family
 from metabroyden.zoo.tasks import family_tasks, second_half, text_windows
 from tests.zoo.test_models import small_digits
 
-WORDS = [
-    "to",
-    "be",
-    "or",
-    "not",
-    "that",
-    "is",
-    "the",
-    "question",
-    "and",
-    "whether",
-    "nobler",
-    "in",
-    "mind",
-    "suffer",
-    "slings",
-    "arrows",
-    "of",
-    "fortune",
-]
+SPEECH = "to be or not that is the question and whether nobler in mind suffer slings arrows of fortune"
 
 
 def play(seed: int) -> str:
-    return " ".join(random.Random(seed).choices(WORDS, k=400))
+    return " ".join(random.Random(seed).choices(SPEECH.split(), k=400))
 
 
 PLAYS = {name: play(seed) for seed, name in enumerate(("first", "second", "third"))}
@@ -81,18 +53,6 @@ def trellis(**options) -> TrellisNet:
     return TrellisNet(config, solver=mb.Anderson(), max_nfe=30, warn=False, **options)
 
 
-def tiny_language() -> Family:
-    return Family(
-        TrellisNet,
-        TrellisNetConfig(vocabulary=len(text().vocabulary), channels=6, dilation=4, embedding=4),
-        lambda: NextToken(text(), length=12, segments=3, stretches=2, limit=200),
-        Training(epochs=3, batch=4, pretrain=1, depth=3),
-        (TrellisNetConfig(channels=8), Training(epochs=1)),
-        depth=3,
-        pictures=True,
-    )
-
-
 def tiny_dense() -> Family:
     return Family(
         DenseClassifier,
@@ -103,87 +63,6 @@ def tiny_dense() -> Family:
         depth=3,
         twins=("unrolled", "explicit", "flow"),
     )
-
-
-def tiny_monotone() -> Family:
-    return Family(
-        MonotoneClassifier,
-        MonotoneClassifierConfig(width=9),
-        lambda: Images(small_digits()),
-        Training(epochs=3, batch=32),
-        (MonotoneClassifierConfig(width=11), Training(epochs=1)),
-        depth=3,
-        solver=mb.PeacemanRachford(),
-        splitting=True,
-    )
-
-
-def config(tmp_path, family: str) -> models.Models:
-    return models.Models(
-        family=family,
-        budget=12,
-        samples=20,
-        repeats=1,
-        device="cpu",
-        results=tmp_path / "results",
-        runs=tmp_path / "runs",
-        progress=False,
-    )
-
-
-@pytest.mark.parametrize("name", ["dense", "language", "monotone"])
-def test_a_family_is_trained_measured_and_frozen_by_one_command(name, tmp_path, monkeypatch, capsys):
-    family = {"dense": tiny_dense, "language": tiny_language, "monotone": tiny_monotone}[name]()
-    monkeypatch.setitem(families.FAMILIES, "tiny", family)
-    if name == "language":
-        monkeypatch.setattr("metabroyden.checkpoint.LARGEST", 100)  # what is stored is rounded, and that is measured
-    original = models._Job._trained
-
-    def interrupted(self, way, build):
-        if way == "unrolled":
-            raise KeyboardInterrupt
-        return original(self, way, build)
-
-    monkeypatch.setattr(models._Job, "_trained", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        models.run(config(tmp_path, "tiny"))
-    assert not (tmp_path / "results").exists()
-    kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("DEQ*.training.safetensors")}
-    monkeypatch.setattr(models._Job, "_trained", original)
-    models.run(config(tmp_path, "tiny"))
-    for path in tmp_path.rglob("DEQ*.training.safetensors"):
-        assert path.stat().st_mtime_ns == kept[path.name], "finished training was done again"
-    folder = tmp_path / "results" / "tiny"
-    written = {path.name for path in folder.iterdir()}
-    promised = ("model.safetensors", "regularised.safetensors", "episodes.safetensors", "rows.jsonl.gz", "config.json")
-    assert {*promised, "report.md", "training.png", "depth.png"} <= written
-    rows = read_rows(folder / "rows.jsonl")
-    kinds = {row["row"] for row in rows}
-    assert {"epoch", "quality", "depth", "difficulty", "spectrum", "step"} <= kinds
-    assert ({"units", "tokens", "ngram"} <= kinds) == (name == "language")
-    sure = [row for row in rows if row["row"] == "guarantee"]
-    assert {row["solver"] for row in sure} == (
-        {"forward-backward", "Peaceman-Rachford"} if name == "monotone" else set()
-    )
-    assert all(row["samples"] == len(small_digits().test.images) and row["failures"] == 0 for row in sure)
-    ways = {row["way"] for row in rows if row["row"] == "quality"}
-    assert ways == {"DEQ", "DEQ, Jacobian penalty", *family.twins}
-    model = load_model(folder / "model.safetensors", max_nfe=40, warn=False)
-    described = json.loads((folder / "config.json").read_text())
-    assert described["fingerprint"]["DEQ"] == mb.learned.fingerprint.fingerprint(model.cell)
-    episodes = load_episodes(folder / "episodes.safetensors")
-    assert list(episodes) == [1, 2, 3]
-    for ours, theirs in zip(episodes[3].parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-    report = (tmp_path / "results" / "report.md").read_text()
-    assert "tiny" in report
-    assert "nan" not in report
-    assert ("to n-gram" in report) == (name == "language")
-    assert ("Peaceman–Rachford, all" in report) == (name == "monotone")
-    assert "tiny" in capsys.readouterr().out
-    before = (folder / "rows.jsonl.gz").read_bytes()
-    models.run(config(tmp_path, "tiny"))
-    assert (folder / "rows.jsonl.gz").read_bytes() == before
 
 
 def test_every_family_builds_a_model_of_its_config_and_a_larger_one():
@@ -260,18 +139,6 @@ def test_the_learning_rate_rises_then_falls_to_nothing():
     assert rates[-1] < 0.001
 
 
-def test_the_penalty_makes_equilibria_easier_to_find():
-    radius = {}
-    for weight in (0.0, 5.0):
-        torch.manual_seed(0)
-        training = Training(epochs=8, batch=32, jacobian=weight)
-        criterion = Images(small_digits())
-        model = train(lambda: DenseClassifier(DenseClassifierConfig(n=16), warn=False), criterion, training)
-        held = equilibria.held_out(model.requires_grad_(False), criterion, "validation", 32)
-        radius[weight] = np.median(equilibria.spectrum_rows("DEQ", held, solver=mb.Broyden(memory=80))[0]["radius"])
-    assert radius[5.0] < 0.8 * radius[0.0]
-
-
 def test_episodes_lie_closer_in_the_beginning_and_keep_half_precision_where_they_are_large(tmp_path, monkeypatch):
     assert Episodes(40, 8).epochs == (1, 2, 6, 10, 16, 22, 31, 40)
     assert Episodes(8, 8).epochs == tuple(range(1, 9))
@@ -294,96 +161,3 @@ def test_episodes_lie_closer_in_the_beginning_and_keep_half_precision_where_they
         many.note(epoch, model, tmp_path)
     monkeypatch.setattr("metabroyden.zoo.models.episodes.ENOUGH", 100)
     assert episodes_in(many.collect(tmp_path, tmp_path / "few.safetensors")) == [1, 5, 6, 7, 8, 9]
-
-
-def test_depth_rows_tell_the_score_and_the_residual_after_each_depth():
-    criterion = Images(small_digits())
-    model = tiny_dense().build().requires_grad_(False)
-    held = equilibria.held_out(model, criterion, "test", 16)
-    rows = equilibria.depth_rows("DEQ", held, depths=(1, 3, 30))
-    z = held.z0
-    for _ in range(3):
-        z = held.f(z, held.x)
-    right = model.classify(z).argmax(dim=1) == criterion.data.test.labels[:16]
-    assert rows[1]["score"] == pytest.approx(float(right.float().mean()), rel=1e-4)
-    residual = mb.relative_residual(z, held.f(z, held.x)).sort().values
-    assert residual[7] * 0.999 <= rows[1]["residual"][1] <= residual[8] * 1.001
-    assert rows[0]["residual"][1] > rows[2]["residual"][1]
-    solved = equilibria.depth_rows("DEQ", held, solver=mb.Anderson(), depths=(1, 3, 30))
-    assert solved[-1]["residual"][1] < 1e-3
-
-
-def test_tokens_settle_in_their_order_in_a_trellis():
-    """A token's equilibrium waits for the one `dilation` back: the first settle first."""
-    torch.manual_seed(1)
-    model = trellis(rtol=1e-6)
-    criterion = NextToken(text(), length=24)
-    rows = texts.token_rows("DEQ", model.requires_grad_(False), criterion, tolerance=1e-4)
-    for row in rows:
-        assert len(row["tokens"]) == len(row["evaluations"]) == len(row["bits"]) == 24
-        spent = np.array(row["evaluations"]).reshape(6, 4).mean(axis=1)
-        assert spent[0] < spent[-1]
-    assert len(rows) == 3
-    assert "".join(rows[0]["before"] + rows[0]["tokens"]) in PLAYS["third"]
-
-
-def test_ngrams_are_scored_on_the_tokens_that_models_predict_and_orders_stop_at_63_bits():
-    tokens = torch.randint(5001, (5001,), generator=torch.Generator().manual_seed(0))
-    split = lambda part: TextSplit(part, ("",), (0,))  # noqa: E731
-    data = TextData(
-        split(tokens[:3000]), split(tokens[3000:3300]), split(tokens[3300:]), tuple(map(str, range(5001))), "word"
-    )
-    rows = texts.ngram_rows(NextToken(data, length=7))
-    *rows, recent = rows
-    assert [row["order"] for row in rows] == [1, 2, 3, 4, 5]
-    assert (recent["row"], recent["order"]) == ("recent", min(rows, key=lambda row: row["validation"])["order"])
-    read = (1701 - 1) // 64 // 7 * 64 * 7
-    model = NGram.fit(data.train.tokens, 2, 5001)
-    wanted = -np.log2(model.probabilities(data.test.tokens)[1 : read + 1]).mean()
-    assert rows[1]["score"] == pytest.approx(wanted, rel=1e-3)
-    told = Recent.fit(NGram.fit(data.train.tokens, recent["order"], 5001), data.validation.tokens, recent=512)
-    assert recent["weights"] == pytest.approx(told.weights, rel=1e-3)
-    wanted = -np.log2(told.probabilities(data.test.tokens)[1 : read + 1]).mean()
-    assert recent["score"] == pytest.approx(wanted, rel=1e-3)
-
-
-def test_what_a_solve_short_of_the_equilibrium_tells_of_the_future_is_measured():
-    torch.manual_seed(0)
-    model = trellis().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(2)
-    criterion = NextToken(text(), length=12)
-    loose, exact = texts.leak_rows("DEQ", model, criterion, tolerances=(0.1, 1e-6), windows=4, last=3)
-    assert exact["most"] < 1e-5
-    assert loose["most"] > 1e-3
-    assert (model.deq.rtol, model.deq.max_nfe) == (trellis().deq.rtol, 30)
-
-
-def test_one_sample_that_diverges_has_an_infinite_residual_alone():
-    z = torch.ones(3, 2)
-    z[1] = 1e38
-    found = equilibria._residual(lambda z, x: 10 * z, z, None)
-    assert torch.isinf(found[1])
-    torch.testing.assert_close(found[[0, 2]], torch.full((2,), 0.9))
-
-
-def test_another_recipe_has_another_work_folder(tmp_path, monkeypatch):
-    monkeypatch.setitem(families.FAMILIES, "tiny", tiny_dense())
-    first = models._Job("tiny", config(tmp_path, "tiny"))
-    assert models._Job("tiny", config(tmp_path, "tiny")).work == first.work
-    remeasured = models._Job("tiny", replace(config(tmp_path, "tiny"), samples=21))
-    assert (remeasured.work, remeasured.measured != first.measured) == (first.work, True)
-    monkeypatch.setitem(families.FAMILIES, "tiny", replace(tiny_dense(), depth=4))
-    assert models._Job("tiny", config(tmp_path, "tiny")).work != first.work
-
-
-def test_a_report_says_which_families_are_easy(tmp_path, monkeypatch):
-    monkeypatch.setitem(families.FAMILIES, "tiny", replace(tiny_dense(), jacobian=0.0, twins=()))
-    models.run(config(tmp_path, "tiny"))
-    results = models_report.FamilyResults(tmp_path / "results" / "tiny")
-    name, best = results.best("DEQ")
-    assert best["median"] == min(results.summary(row, "0.01")["median"] for row in results.of("difficulty"))
-    easy = [line for line in models_report._difficulty_overview([results]).splitlines() if "easy" in line]
-    assert bool(easy) == (best["median"] < 12)
-    assert name in models_report._difficulty_overview([results])

@@ -138,8 +138,6 @@ def test_the_depth_of_pretraining_is_drawn_and_its_precision_is_half():
     assert set(depths[:8]) == {2, 3, 4}
     assert set(dtypes[: sum(depths[:8])]) == {torch.bfloat16}
     assert torch.float32 in dtypes
-    with pytest.raises(ValueError, match="least must be from 1 to the depth 8, got 9"):
-        Training(least=9)
 
 
 def test_an_epoch_may_be_a_part_of_the_images_and_validation_too():
@@ -162,9 +160,6 @@ def test_a_model_is_loaded_in_its_precision_and_wrong_options_are_not_the_files_
 
 
 def test_impossible_trainings_are_refused(tmp_path):
-    for wrong in ({"epochs": 0}, {"batch": 0}, {"pretrain": -1}, {"epochs": 3, "pretrain": 4}):
-        with pytest.raises(ValueError, match="must be at"):
-            Training(**wrong)
     data, config = Images(small_digits(), batches=1), Training(epochs=1, batch=16, jacobian=1.0)
     with pytest.raises(ValueError, match="a Jacobian penalty needs"):
         train(lambda: unrolled_twin(build(), 3), data, config)
@@ -173,11 +168,6 @@ def test_impossible_trainings_are_refused(tmp_path):
     train(build, data, plain, path=path)
     with pytest.raises(mb.CheckpointError, match="remove it to start anew"):
         train(lambda: unrolled_twin(build(), 3), data, plain, path=path)
-
-
-def test_a_batch_larger_than_the_data_is_refused():
-    with pytest.raises(ValueError, match="a batch of 1000 is more than the 128 training images"):
-        train(build, Images(small_digits()), Training(batch=1000))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -227,11 +217,6 @@ def test_a_packed_cell_has_the_same_fixed_points_by_the_same_evaluations():
     torch.testing.assert_close(found.z, packed.packing.pack(wanted.z))
 
 
-def test_unknown_cells_are_refused():
-    with pytest.raises(ValueError, match="unknown cell 'dens': known are dense, conv, causal"):
-        make_cell("dens")
-
-
 @pytest.mark.parametrize(("width", "dilation"), [(2, 1), (3, 2)])
 def test_the_causal_cell_carries_nothing_from_the_future_to_the_past(width, dilation):
     cell = CausalCell(6, 5, width, dilation).double()
@@ -252,9 +237,6 @@ def test_the_causal_cell_looks_back_as_far_as_its_taps_reach():
     moved[:, :, 3] += 1
     changed = (cell(moved, x) - cell(z, x)).abs().amax(dim=(0, 1)) > 1e-9
     assert changed.nonzero().flatten().tolist() == [3, 5, 7]
-    for wrong in ({"width": 1}, {"dilation": 0}):
-        with pytest.raises(ValueError, match="width must be at least 2 and dilation at least 1"):
-            CausalCell(6, **wrong)
 
 
 def test_the_causal_and_the_dense_cell_are_what_their_docstrings_say():

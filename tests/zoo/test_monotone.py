@@ -19,11 +19,8 @@ from metabroyden.zoo.models import (
     MonotoneConv,
     MonotoneDense,
     MonotoneMultiTier,
-    load_model,
-    save_model,
 )
-from metabroyden.zoo.models.base import MODELS
-from metabroyden.zoo.models.circular import convolve, convolve_transposed, resolvent
+from metabroyden.zoo.models.circular import convolve, convolve_transposed
 
 M = 0.3
 STRUCTURES = {
@@ -165,21 +162,20 @@ def test_the_resolvent_solves_its_equation(name, alpha):
 def test_splitting_converges_where_it_must_and_finds_what_broyden_finds_while_picard_diverges(name):
     options = {"rtol": 1e-8, "throw": False}
     m = 0.5
-    for seed in range(2):
-        cell, x = problem(name, gain=2.6, m=m, seed=seed, batch=3)
-        w = matrix(cell, x)
-        bound = 2 * m / float(torch.linalg.matrix_norm(torch.eye(len(w)) - w, 2)) ** 2
-        plain = mb.solve(cell, zeros(x), x, solver=mb.Picard(), max_nfe=300, **options)
-        assert not plain.converged.all()
-        assert float(plain.trace.absolute[-1].nan_to_num(0).max()) > 1
-        wanted = mb.solve(cell, zeros(x), x, solver=mb.Broyden(memory=100), max_nfe=1000, **options)
-        assert wanted.converged.all()
-        splitting = [mb.ForwardBackward(0.95 * bound), *(mb.PeacemanRachford(alpha) for alpha in (0.3, 3.0))]
-        for solver in splitting:
-            found = mb.solve(cell, zeros(x), x, solver=solver, max_nfe=4000, **options)
-            assert found.converged.all(), (solver, found.failures())
-            torch.testing.assert_close(flat(found.z), flat(wanted.z), rtol=0, atol=3e-6)
-            torch.testing.assert_close(recomputed(cell, found, x), found.residual, rtol=1e-6, atol=1e-14)
+    cell, x = problem(name, gain=2.6, m=m, batch=3)
+    w = matrix(cell, x)
+    bound = 2 * m / float(torch.linalg.matrix_norm(torch.eye(len(w)) - w, 2)) ** 2
+    plain = mb.solve(cell, zeros(x), x, solver=mb.Picard(), max_nfe=300, **options)
+    assert not plain.converged.all()
+    assert float(plain.trace.absolute[-1].nan_to_num(0).max()) > 1
+    wanted = mb.solve(cell, zeros(x), x, solver=mb.Broyden(memory=100), max_nfe=1000, **options)
+    assert wanted.converged.all()
+    splitting = [mb.ForwardBackward(0.95 * bound), *(mb.PeacemanRachford(alpha) for alpha in (0.3, 3.0))]
+    for solver in splitting:
+        found = mb.solve(cell, zeros(x), x, solver=solver, max_nfe=4000, **options)
+        assert found.converged.all(), (solver, found.failures())
+        torch.testing.assert_close(flat(found.z), flat(wanted.z), rtol=0, atol=3e-6)
+        torch.testing.assert_close(recomputed(cell, found, x), found.residual, rtol=1e-6, atol=1e-14)
 
 
 @every_split
@@ -248,7 +244,7 @@ def test_steps_are_those_of_the_paper():
 
 @pytest.mark.parametrize("name", ["dense", "conv"])
 def test_tuning_finds_a_length_that_is_no_worse(name):
-    cell, x = problem(name, gain=2.0)
+    cell, x = problem(name, gain=2.0, batch=3)
     for cls in (mb.ForwardBackward, mb.PeacemanRachford):
         tuned = cls.tuned(cell, zeros(x), x, tolerances=(1e-4,), max_nfe=100)
         nfe = [
@@ -345,22 +341,6 @@ def test_what_does_not_fit_is_refused_with_clear_words(solver):
             type(solver)(wrong)
 
 
-def test_cells_and_solvers_refuse_bad_settings():
-    with pytest.raises(ValueError, match="m must be positive, got 0"):
-        MonotoneDense(4, 0)
-    with pytest.raises(ValueError, match="side must be at least 2, got 1"):
-        MonotoneConv(4, 1)
-    for channels, side in (((), 8), ((2, 2), 5), ((2, 2, 2), 4)):
-        with pytest.raises(ValueError, match=rf"side must be .*, got side {side} and {len(channels)} tiers"):
-            MonotoneMultiTier(channels, side)
-    with pytest.raises(ValueError, match=r"multiples of the last, got \[5, 2\]"):
-        resolvent(lambda z: z, [(1, 5, 5), (1, 2, 2)], 1.0, torch.zeros(1))
-    with pytest.raises(ValueError, match=r"structure must be one of .*, got 'convolution'"):
-        MonotoneClassifierConfig(structure="convolution")
-    with pytest.raises(ValueError, match=r"got -1, 2 and 87"):
-        MonotoneClassifierConfig(margin=-1)
-
-
 def test_splitting_solvers_are_known_by_name_apart_from_those_of_any_f(tmp_path):
     found = solver_types(learned=False, splitting=True)
     assert found == {"forward-backward": mb.ForwardBackward, "peaceman-rachford": mb.PeacemanRachford}
@@ -374,14 +354,13 @@ def test_splitting_solvers_are_known_by_name_apart_from_those_of_any_f(tmp_path)
 
 
 @pytest.mark.parametrize("structure", ["dense", "conv", "multi-tier"])
-def test_a_classifier_comes_back_as_it_was_stored_and_learns(structure, tmp_path):
+def test_a_classifier_learns(structure):
     torch.manual_seed(0)
     config = MonotoneClassifierConfig(structure, 6, m=0.5)
     options = {"solver": mb.PeacemanRachford(), "rtol": 1e-5, "max_nfe": 100}
     model = MonotoneClassifier(config, **options)
     images, labels = torch.rand(20, 1, 8, 8), torch.arange(20) % 10
     assert model(images).shape == (20, 10)
-    assert MODELS[model.kind] is MonotoneClassifier
     before = torch.nn.functional.cross_entropy(model(images), labels)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(12):
@@ -392,9 +371,6 @@ def test_a_classifier_comes_back_as_it_was_stored_and_learns(structure, tmp_path
     assert torch.nn.functional.cross_entropy(model(images), labels) < 0.95 * before
     assert model.deq.last_solution.converged.all()
     assert model.deq.last_backward_solution.converged.all()
-    loaded = load_model(save_model(model, tmp_path / "model.safetensors"), **options)
-    assert loaded.config == config
-    torch.testing.assert_close(loaded(images), model(images), rtol=0, atol=0)
     z0 = initial_state(model.cell, model.inject(images))
     assert [part.shape for part in parts_of(z0)] == [part.shape for part in parts_of(model.inject(images))]
 
@@ -403,6 +379,5 @@ def test_a_classifier_has_the_sizes_that_its_config_says():
     assert MonotoneClassifier().cell.n == 87
     config = MonotoneClassifierConfig("multi-tier", 4, side=10, tiers=3)
     assert MonotoneClassifier(config).cell.shapes == [(4, 12, 12), (8, 6, 6), (16, 3, 3)]
-    assert config.narrowed(2) == MonotoneClassifierConfig("multi-tier", 2, side=10, tiers=3)
     conv = MonotoneClassifier(MonotoneClassifierConfig("conv", 5, image_channels=3, margin=2))
     assert conv.inject(torch.rand(2, 3, 8, 8)).shape == (2, 5, 12, 12)
