@@ -273,15 +273,9 @@ class Evaluator:
         if self._traced:
             self._events.append((rows, residual, g_norm, nfe, phase))
         gained = np.count_nonzero(better)
-        if gained == count:
-            self.best[pick], self.best_residual[pick] = g_norm, residual
-            self._keep_best(rows, None, z, g)
-            return
-        self.idle = True
+        self.idle = self.idle or gained < count
         if gained:
-            self.best[pick] = np.where(better, g_norm, best)
-            self.best_residual[pick] = np.where(better, residual, self.best_residual[pick])
-            self._keep_best(rows, better, z, g)
+            self._keep_best(rows, None if gained == count else better, z, g, g_norm, residual)
 
     def _close_round(self) -> None:
         """At the end of a round: what stands at a point that is not finite is broken."""
@@ -291,8 +285,16 @@ class Evaluator:
         if not self._all_finite:
             self.broken |= ~self._finite
 
-    def _keep_best(self, rows: Rows, better: np.ndarray | None, z: Tensor, g: Tensor) -> None:
+    def _keep_best(
+        self, rows: Rows, better: np.ndarray | None, z: Tensor, g: Tensor, g_norm: np.ndarray, residual: np.ndarray
+    ) -> None:
         """Take over the iterates that are `better` (None: all): for all of a full batch, without a copy."""
+        pick = rows.pick
+        if better is None:
+            self.best[pick], self.best_residual[pick] = g_norm, residual
+        else:
+            self.best[pick] = np.where(better, g_norm, self.best[pick])
+            self.best_residual[pick] = np.where(better, residual, self.best_residual[pick])
         if better is None and rows.index is None:
             self.best_z, self._owned = z, False
             self.best_g = None if self.best_g is None else g

@@ -107,7 +107,7 @@ WATCH = SharedWatch()
 
 def owner_of(f: Any) -> Any:
     """What stands behind a callable for good: the cell of a map in surroundings, the object of a bound method."""
-    while hasattr(f, "alike") and hasattr(f, "inner"):  # see `FunctionWrapper`
+    while hasattr(f, "rewrap") and hasattr(f, "inner"):  # see `FunctionWrapper`
         f = f.inner
     return getattr(f, "__self__", f)
 

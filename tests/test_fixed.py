@@ -152,11 +152,3 @@ def test_solvers_may_ask_for_the_image_to_the_last_bit():
     for image, other, total, true in seen:
         assert torch.equal(image, true)
         assert torch.equal(other, total)
-
-
-def test_a_converted_network_runs_under_a_fixed_budget():
-    network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-    model, x = mb.to_deq(network), torch.randn(3, 4)
-    run = mb.FixedBudget(model.deq.cell, model.deq.solver, max_nfe=3, rtol=1e-6, compiled=False)
-    found = run(model.deq.cell.initial_state(x), x)
-    torch.testing.assert_close(found.z[-1], network(x))

@@ -7,10 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 import metabroyden as mb
-from metabroyden.solvers.registry import name_of
 from tests.conftest import linear, tanh
 
 
@@ -28,35 +26,6 @@ KINDS = mb.list_solvers(learned=True, splitting=False, adjoint=False)
 
 def every_solver(n: int, dtype: torch.dtype = torch.float64) -> list:
     return CLASSICAL + [mb.Broyden(memory=3), mb.Anderson(memory=2)] + [learned(kind, n, dtype) for kind in KINDS]
-
-
-class Counter:
-    """An independent count of the evaluations each sample takes part in. x carries the sample's number in front."""
-
-    def __init__(self, f, batch: int) -> None:
-        self.f, self.batch, self.seen = f, batch, []
-
-    def __call__(self, z: Tensor, x: tuple[Tensor, Tensor]) -> Tensor:
-        self.seen.append(x[0])
-        return self.f(z, x[1])
-
-    @property
-    def calls(self) -> np.ndarray:
-        return np.bincount(torch.cat(self.seen).numpy(), minlength=self.batch)
-
-
-@pytest.mark.parametrize("solver", every_solver(12), ids=str)
-def test_the_result_can_be_recomputed_and_was_counted_honestly(solver, nonlinear):
-    counter = Counter(nonlinear.f, 6)
-    numbered = solver if not isinstance(solver, torch.nn.Module) else learned(name_of(solver), 12)
-    context = (torch.arange(6), nonlinear.x)
-    solution = mb.solve(counter, nonlinear.z0, context, solver=numbered, rtol=1e-6, max_nfe=80, throw=False)
-    assert solution.converged.all(), solution.failures()
-    again = mb.relative_residual(solution.z, nonlinear.f(solution.z, nonlinear.x))
-    torch.testing.assert_close(again, solution.residual, rtol=1e-6, atol=1e-15)
-    assert (solution.residual <= 1e-6).all()
-    assert (solution.nfe.numpy() <= 80).all()
-    np.testing.assert_array_equal(solution.nfe.numpy(), counter.calls)
 
 
 @pytest.mark.parametrize("solver", every_solver(12), ids=str)
