@@ -466,12 +466,6 @@ def test_a_sample_that_creeps_is_handed_over():
     assert (solution.trace.phase > 0).any(dim=0).all()
 
 
-def test_a_saved_solver_of_several_scales_loads(tmp_path):
-    solver = make_learned("meta-broyden", SCALES)
-    again = mb.load_solver(mb.save_solver(solver, tmp_path / "s.safetensors"))
-    assert again.config == solver.config
-
-
 def test_what_weighs_and_how_far_is_checked():
     with pytest.raises(ValueError, match="coefficients must be one of schedule, lstm, got 'gru'"):
         make_learned("meta-broyden", Layout("vector", (6,)), coefficients="gru")

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import metabroyden as mb
-from metabroyden import checkpoint
 from metabroyden.learned.initializer import Initializer
 from metabroyden.learned.layout import Layout
 from metabroyden.learned.mixer import Mixer
@@ -141,15 +140,5 @@ def test_a_mixer_of_any_kernel_has_its_transpose(kind, kernel):
     torch.testing.assert_close((mixer(v) * w).sum(), (v * mixer.transpose(w)).sum(), rtol=1e-4, atol=1e-4)
 
 
-def test_a_file_from_before_there_were_kernels_to_choose_loads(tmp_path):
-    solver = moved(started(mb.Broyden()))
-    described = solver.describe()
-    del described["config"]["initializer_kernels"]
-    path = checkpoint.write(tmp_path / "old.safetensors", "solver/started", solver.state_dict(), described)
-    assert mb.load_solver(path).config == solver.config
-
-
 def test_the_narrowest_start_has_one_channel():
     assert started(mb.Broyden(), initializer_width=1).config.initializer_width == 1
-    with pytest.raises(ValueError, match="initializer_width must be an integer of at least 1"):
-        started(mb.Broyden(), initializer_width=0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import metabroyden as mb
-from metabroyden.learned import CoordinatewiseConfig, CoordinatewiseLSTM, Universal, UniversalConfig
+from metabroyden.learned import CoordinatewiseConfig, Universal, UniversalConfig
 from metabroyden.learned.coordinatewise import log_sign
 from metabroyden.learned.layout import Layout
 from metabroyden.learned.universal import specialised
@@ -81,14 +81,6 @@ def test_log_sign_is_continuous_and_keeps_small_numbers_apart():
     tiny = log_sign(torch.tensor([1e-7, 2e-7]))
     assert tiny[0, 0] == tiny[1, 0] == -1
     assert tiny[1, 1] > 1.9 * tiny[0, 1]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_coordinatewise_solvers_of_before_still_load_and_solve(seed):
-    solver = mb.load_solver(RESULTS / "digits" / f"seed{seed}" / "coordinatewise.safetensors")
-    assert isinstance(solver, CoordinatewiseLSTM)
-    assert solver.config.preprocessing == "scaled"
-    assert solver.lstm.weight.shape[1] == 6 + solver.config.hidden
 
 
 @pytest.mark.parametrize(
