@@ -11,7 +11,7 @@ from torch import nn
 
 import metabroyden as mb
 from metabroyden.convert import layers
-from metabroyden.convert.layers import MIXING, kind_of
+from metabroyden.convert.layers import MIXING, class_of
 from metabroyden.zoo.models import ConvClassifier, ConvClassifierConfig
 from tests.test_deq import TanhCell, tight
 
@@ -62,7 +62,7 @@ def make(name, batch=4, dtype=torch.float64):
 
 
 def depth(network):
-    return sum(kind_of(layer) in MIXING for layer in network.modules())
+    return sum(class_of(layer) in MIXING for layer in network.modules())
 
 
 def random_like(state):

@@ -35,7 +35,7 @@ _ALONG = dict.fromkeys(_named("Softmax Softmin LogSoftmax GLU Unflatten"), "dim"
 Layers = list[tuple[str, nn.Module]]
 
 
-def kind_of(layer: nn.Module) -> Any:
+def class_of(layer: nn.Module) -> Any:
     """The class of a layer, parametrizations of its tensors apart."""
     return parametrize.type_before_parametrizations(layer)
 
@@ -56,9 +56,9 @@ def flatten(network: nn.Sequential, prefix: str = "") -> Layers:
 
 def check_layer(name: str, layer: nn.Module) -> None:
     """Refuse a layer that can be no part of a DEQ: TypeError for its class, ValueError for its settings or its mode."""
-    kind = kind_of(layer)
-    if kind not in _SUPPORTED:
-        raise TypeError(_refusal(name, layer, _why_not(kind)))
+    cls = class_of(layer)
+    if cls not in _SUPPORTED:
+        raise TypeError(_refusal(name, layer, _why_not(cls)))
     _refuse_if(name, layer, _settings(layer))
     check_mode(name, layer)
 
@@ -70,7 +70,7 @@ def check_mode(name: str, layer: nn.Module) -> None:
 
 def has_modes(layer: nn.Module) -> bool:
     """Whether `check_mode` may judge the layer differently after train() or eval()."""
-    return kind_of(layer) in _BATCH_NORMS | _INSTANCE_NORMS | _DROPOUTS | {nn.RReLU} or _spectral(layer)
+    return class_of(layer) in _BATCH_NORMS | _INSTANCE_NORMS | _DROPOUTS | {nn.RReLU} or _spectral(layer)
 
 
 def output_shape(name: str, layer: nn.Module, x: Tensor) -> Tensor:
@@ -82,17 +82,17 @@ def output_shape(name: str, layer: nn.Module, x: Tensor) -> Tensor:
     reason = _across(layer, x.dim())
     _refuse_if(name, layer, reason and f"for an input of shape {shape} {reason}")
     try:
-        y = kind_of(layer).forward(_skeleton(layer), x)
+        y = class_of(layer).forward(_skeleton(layer), x)
     except (RuntimeError, IndexError, ValueError) as error:
-        kind = kind_of(layer).__name__
-        raise ValueError(f"layer {name} ({kind}) cannot take an input of shape {shape}: {error}") from error
+        cls = class_of(layer).__name__
+        raise ValueError(f"layer {name} ({cls}) cannot take an input of shape {shape}: {error}") from error
     if y.shape[:1] != x.shape[:1]:
         raise ValueError(_refusal(name, layer, f"it turns an input of shape {shape} into one of {tuple(y.shape)}"))
     return y
 
 
 def _refusal(name: str, layer: nn.Module, reason: str) -> str:
-    return f"layer {name} ({kind_of(layer).__name__}) cannot be part of a DEQ: {reason}"
+    return f"layer {name} ({class_of(layer).__name__}) cannot be part of a DEQ: {reason}"
 
 
 def _refuse_if(name: str, layer: nn.Module, reason: str) -> None:
@@ -102,28 +102,28 @@ def _refuse_if(name: str, layer: nn.Module, reason: str) -> None:
 
 def _changes(layer: Any) -> str:
     """Why the layer is no fixed function of each sample in the mode it is in; empty where it is one."""
-    kind = kind_of(layer)
-    if kind in _BATCH_NORMS and (layer.training or layer.running_mean is None):
+    cls = class_of(layer)
+    if cls in _BATCH_NORMS and (layer.training or layer.running_mean is None):
         return "it takes its statistics over the batch, which ties samples together; track statistics and call .eval()"
     if not layer.training:
         return ""
-    if kind in _INSTANCE_NORMS and layer.running_mean is not None:
+    if cls in _INSTANCE_NORMS and layer.running_mean is not None:
         return "in training mode each evaluation would move its running statistics; call .eval()"
-    if kind in _DROPOUTS and layer.p > 0:
+    if cls in _DROPOUTS and layer.p > 0:
         return "in training mode it draws anew at each evaluation, so there is no fixed point; call .eval()"
-    if kind is nn.RReLU:
+    if cls is nn.RReLU:
         return "in training mode it draws its slope anew at each evaluation; call .eval()"
     return (
         "in training mode spectral norm changes the weight at each evaluation; call .eval()" if _spectral(layer) else ""
     )
 
 
-def _why_not(kind: type[nn.Module]) -> str:
-    if issubclass(kind, (nn.RNNBase, nn.RNNCellBase)):
+def _why_not(cls: type[nn.Module]) -> str:
+    if issubclass(cls, (nn.RNNBase, nn.RNNCellBase)):
         return "a recurrent layer has a state of its own and returns it"
-    if issubclass(kind, nn.MultiheadAttention) or kind.__name__.startswith("Transformer"):
+    if issubclass(cls, nn.MultiheadAttention) or cls.__name__.startswith("Transformer"):
         return "attention takes several inputs or masks; write a cell f(z, x) for it"
-    if issubclass(kind, nn.modules.lazy.LazyModuleMixin):
+    if issubclass(cls, nn.modules.lazy.LazyModuleMixin):
         return "it has no parameters yet; run the network once before it is converted"
     return "it cannot be known to treat samples apart, with one tensor in and one out; write a cell f(z, x) for it"
 
@@ -134,26 +134,26 @@ def _settings(layer: nn.Module) -> str:
             return f"its parameters are {tensor.dtype}, and a state is float32 or float64"
     if getattr(layer, "return_indices", False):
         return "with return_indices it returns a pair"
-    if kind_of(layer) in _ALONG and getattr(layer, _ALONG[kind_of(layer)]) is None:
+    if class_of(layer) in _ALONG and getattr(layer, _ALONG[class_of(layer)]) is None:
         return "its dim is not given"
     return _across(layer, None)
 
 
 def _across(layer: Any, axes: int | None) -> str:
     """Why the layer would reach across samples, given the number of axes of its input (None: not known yet)."""
-    kind, along = kind_of(layer), "it works along the first axis, the samples"
-    if kind in _ALONG and getattr(layer, _ALONG[kind]) in (0, None if axes is None else -axes):
+    cls, along = class_of(layer), "it works along the first axis, the samples"
+    if cls in _ALONG and getattr(layer, _ALONG[cls]) in (0, None if axes is None else -axes):
         return along
     if axes is None:
         return ""
-    if kind is nn.Linear and axes < 2:
+    if cls is nn.Linear and axes < 2:
         return along
-    if kind in (nn.LayerNorm, nn.RMSNorm) and len(layer.normalized_shape) >= axes:
+    if cls in (nn.LayerNorm, nn.RMSNorm) and len(layer.normalized_shape) >= axes:
         return "it normalises along the first axis, the samples"
-    if "Pad" in kind.__name__ and len(layer.padding) // 2 >= axes:
+    if "Pad" in cls.__name__ and len(layer.padding) // 2 >= axes:
         return "it pads the first axis, the samples"
-    wanted = 2 + int(kind.__name__[-2]) if kind in _SPATIAL and kind.__name__.endswith("d") else 4
-    return f"it wants {wanted} axes, the samples first" if kind in _SPATIAL and axes != wanted else ""
+    wanted = 2 + int(cls.__name__[-2]) if cls in _SPATIAL and cls.__name__.endswith("d") else 4
+    return f"it wants {wanted} axes, the samples first" if cls in _SPATIAL and axes != wanted else ""
 
 
 def _spectral(layer: nn.Module) -> bool:
@@ -163,8 +163,8 @@ def _spectral(layer: nn.Module) -> bool:
 
 def _skeleton(layer: Any) -> nn.Module:
     """The layer without hooks and parametrizations, with the shapes of its tensors on the meta device."""
-    kind = kind_of(layer)
-    skeleton = kind.__new__(kind)
+    cls = class_of(layer)
+    skeleton = cls.__new__(cls)
     skeleton.__dict__.update(layer.__dict__)
     nn.Module.__init__(skeleton)  # forgets parameters, buffers and hooks; the settings stay
     skeleton.training = layer.training

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from metabroyden.convert import layers as rules
-from metabroyden.convert.layers import MIXING, Layers, kind_of
+from metabroyden.convert.layers import MIXING, Layers, class_of
 from metabroyden.convert.readout import Readout
 from metabroyden.gradients import Implicit
 from metabroyden.solution import State
@@ -69,7 +69,7 @@ class StackCell(nn.Module):
         for name, layer in self._modal:
             rules.check_mode(name, layer)
         for _, layer in self._groups[0]:
-            if kind_of(layer) in MIXING:
+            if class_of(layer) in MIXING:
                 break
             if getattr(layer, "inplace", False):  # it gets x itself, or a view of it
                 x = x.clone()
@@ -88,7 +88,7 @@ class StackCell(nn.Module):
             for name, layer in group:
                 x = rules.output_shape(name, layer, x)
             if not x.shape[1:].numel():
-                raise ValueError(f"the activation after layer {name} ({kind_of(layer).__name__}) has no coordinate")
+                raise ValueError(f"the activation after layer {name} ({class_of(layer).__name__}) has no coordinate")
             shapes.append(x.shape[1:])
         return shapes
 
@@ -151,7 +151,7 @@ def to_deq(network: nn.Sequential, **deq_options: Any) -> ConvertedNetwork:
 def _stages(layers: Layers) -> list[Layers]:
     groups: list[Layers] = [[]]
     for name, layer in layers:
-        if kind_of(layer) in MIXING and any(kind_of(before) in MIXING for _, before in groups[-1]):
+        if class_of(layer) in MIXING and any(class_of(before) in MIXING for _, before in groups[-1]):
             groups.append([])
         groups[-1].append((name, layer))
     return groups

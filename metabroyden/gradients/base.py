@@ -52,20 +52,21 @@ def parts_of(z: State) -> tuple[Tensor, ...]:
     return (z,) if isinstance(z, Tensor) else tuple(z)
 
 
-def evaluate(cell: Callable[..., State], parts: tuple[Tensor, ...], kind: type, context: Any) -> tuple[Tensor, ...]:
-    """The tensors of cell(z) or cell(z, context), in the dtype of the state; `kind` is the type of the state."""
-    z = like(parts, kind)
+def evaluate(
+    cell: Callable[..., State], parts: tuple[Tensor, ...], state_type: type, context: Any
+) -> tuple[Tensor, ...]:
+    """The tensors of cell(z) or cell(z, context), in the dtype of the state; `state_type` is the type of the state."""
+    z = like(parts, state_type)
     image = cell(z) if context is None else cell(z, bare(context))
     return tuple(value.to(part.dtype) for value, part in zip(parts_of(image), parts, strict=True))
 
 
-def damped_steps(
-    cell: Callable[..., State], parts: tuple[Tensor, ...], kind: type, context: Any, steps: int, damping: float
-) -> tuple[Tensor, ...]:
-    """z ← z + damping·(f(z) − z), so many times."""
+def damped_steps(cell: Callable[..., State], z: State, context: Any, steps: int, damping: float) -> tuple[Tensor, ...]:
+    """The tensors of z after so many steps z ← z + damping·(f(z) − z)."""
+    parts = parts_of(z)
     for _ in range(steps):
-        image = evaluate(cell, parts, kind, context)
-        parts = tuple(torch.lerp(z, fz, damping) for z, fz in zip(parts, image, strict=True))
+        image = evaluate(cell, parts, type(z), context)
+        parts = tuple(torch.lerp(part, value, damping) for part, value in zip(parts, image, strict=True))
     return parts
 
 

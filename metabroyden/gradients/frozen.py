@@ -42,7 +42,7 @@ class Frozen:
 
     def __init__(self, cell: Any, context: Any, z: State) -> None:
         self.cell = cell
-        self.kind = type(z)
+        self.state_type = type(z)
         self._pinned = isinstance(cell, Pinned)
         self._module = cell.cell if self._pinned else cell
         self._modules = _readers(self._module) if isinstance(self._module, nn.Module) else []
@@ -97,7 +97,7 @@ class Frozen:
         """The map at a point while the weights are still in their place."""
         if self._compiled:  # a compiled graph gives one product only, and is of first order
             return self._at(point, self.tensors, self._context_with(self.tensors))
-        return self._call.differentiable(self.cell, point, self.kind, self._context_with(self.tensors))
+        return self._call.differentiable(self.cell, point, self.state_type, self._context_with(self.tensors))
 
     def __call__(self, point: Parts, tensors: Sequence[Tensor]) -> Any:
         """The map at a point, with these in the place of the tensors that require gradients; differentiable twice."""
@@ -121,9 +121,9 @@ class Frozen:
         }
         module = seen_with(self._module, other) if other or self._compiled else self._module
         if not self._pinned:
-            return self._call.differentiable(module, point, self.kind, context)
+            return self._call.differentiable(module, point, self.state_type, context)
         pinned = partial(self.cell.call, module, values[len(self._order) :])
-        return self._call.differentiable(lambda z, x=None: pinned(z, x), point, self.kind, context)
+        return self._call.differentiable(lambda z, x=None: pinned(z, x), point, self.state_type, context)
 
     def _filled(self, tensors: Sequence[Tensor]) -> list[Any]:
         given = iter(tensors)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from metabroyden.gradients.base import FirstOrder, GradientMode, Replace, Report, damped_steps, parts_of
 from metabroyden.solution import Solution, State
@@ -41,13 +43,13 @@ class Phantom(GradientMode):
         self, cell: Callable[..., State], solution: Solution, context: Any, report: Report | None = None
     ) -> State:
         """z* with phantom gradients; `report` is not called."""
-        star, kind = parts_of(solution.z), type(solution.z)
+        star = parts_of(solution.z)
         with torch.enable_grad():
-            start = tuple(part.detach() for part in star)
-            parts = damped_steps(cell, start, kind, context, self.steps, self.damping)
+            start = pytree.tree_map(Tensor.detach, solution.z)
+            parts = damped_steps(cell, start, context, self.steps, self.damping)
             values = [Replace.apply(value, part) for value, part in zip(parts, star, strict=True)]
             reason = f"{type(self).__name__} gradients are of first order: this would differentiate twice through a DEQ"
-            return like(FirstOrder.apply(reason, *values), kind)
+            return like(FirstOrder.apply(reason, *values), type(solution.z))
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from metabroyden.gradients.base import GradientMode, damped_steps, parts_of
+from metabroyden.gradients.base import GradientMode, damped_steps
 from metabroyden.gradients.transforms import transform_of
 from metabroyden.solution import Solution, State
 from metabroyden.solve import solve
@@ -43,13 +45,12 @@ class Unroll(GradientMode):
         self, cell: Callable[..., State], z0: State, context: Any, *, rtol: float, atol: float
     ) -> tuple[State, Solution | None]:
         """(z with its graph, its `Solution`, None under a transform of torch.func); z0 may require gradients."""
-        kind = type(z0)
-        parts = damped_steps(cell, parts_of(z0), kind, context, self.steps, self.damping)
-        z = like(parts, kind)
+        parts = damped_steps(cell, z0, context, self.steps, self.damping)
+        z = like(parts, type(z0))
         if transform_of(parts) is not None:
             return z, None  # values cannot be read
         if not all(bool(torch.isfinite(part).all()) for part in parts):
             raise RuntimeError(f"the unrolled iteration is not finite after {self.steps} steps: it diverges")
-        end = like((part.detach() for part in parts), kind)
+        end = pytree.tree_map(Tensor.detach, z)
         found = solve(cell, end, context, solver=Picard(), rtol=rtol, atol=atol, max_nfe=1, throw=False)
         return z, replace(found, nfe=found.nfe + self.steps, steps=found.steps + self.steps)
