@@ -31,8 +31,9 @@ from metabroyden.learned.safeguard import BY_PROGRESS
 from metabroyden.meta import MetaConfig, TaskSet
 from metabroyden.meta.defaults import RATES, tasks_layout
 from metabroyden.meta.fit import make_learned
-from metabroyden.meta.multitask import Known, MultiTaskTrainer, Source
 from metabroyden.meta.progress import progress_bar
+from metabroyden.meta.tasks import Source
+from metabroyden.meta.trainer import MultiTaskTrainer
 from metabroyden.storage import atomic_write
 from metabroyden.zoo.models import load_model
 from metabroyden.zoo.models.episodes import load_episodes
@@ -207,7 +208,7 @@ class _Job:
         *known, last = models
         sets = {epoch: family_tasks(model, criterion) for epoch, model in models.items()}
         # those of late weights more often: they lie nearer to what is to come
-        sources: list[tuple[float, Source]] = [(k + 1.0, Known(sets[epoch])) for k, epoch in enumerate(known)]
+        sources: list[tuple[float, Source]] = [(k + 1.0, sets[epoch]) for k, epoch in enumerate(known)]
         latest, newest = sources[-LATE:], [sets[known[-1]]]
         trained = {
             "grouped": self._native("grouped", family, sources, newest, config.weights_steps, _LONG),
@@ -230,7 +231,7 @@ class _Job:
             for seed in range(3)
         ]
         sets = [family_tasks(model, criterion) for model in models]
-        both: list[tuple[float, Source]] = [(1.0, Known(tasks)) for tasks in sets[:2]]
+        both: list[tuple[float, Source]] = [(1.0, tasks) for tasks in sets[:2]]
         solver = self._native("grouped", "seeds", both, [sets[1]], config.weights_steps, _LONG)
         rows = []
         for seed, model in enumerate(models):
@@ -279,7 +280,7 @@ class _Job:
         for family in self.config.trained:
             criterion = get_family(family).criterion()
             sets = [family_tasks(model, criterion, packed=True) for model in self._episodes(family).values()]
-            sources += [(1 / len(sets), Known(tasks)) for tasks in sets]
+            sources += [(1 / len(sets), tasks) for tasks in sets]
             validation.append(sets[-1])
         validation += [_RandomSet(kind, 100 + k) for k, kind in enumerate(2 * KINDS + 4 * ("shifted",))]
         return self._across(name, make(), sources, validation, steps, {"learning_rate": 3e-3, **options})

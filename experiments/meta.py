@@ -200,7 +200,7 @@ class Job:
             validation_size=HELD if self.texts else 256,
             estimator=config.estimator,
             patience=config.patience,
-            budget_seconds=None if config.cpu_minutes is None else 60 * config.cpu_minutes,
+            seconds=None if config.cpu_minutes is None else 60 * config.cpu_minutes,
             budget_clock="cpu",
             **recipe.training,
         )

@@ -20,12 +20,11 @@ from experiments.bench.runner import Options, Row, Run, read_rows
 from experiments.bench.tables import Table
 from metabroyden import load_solver, save_solver
 from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet, unroll
-from metabroyden.meta.backprop import differentiate, frozen
 from metabroyden.meta.defaults import tasks_layout
-from metabroyden.meta.draws import training_batch
+from metabroyden.meta.estimators import differentiate, frozen, training_batch
 from metabroyden.meta.fit import make_learned
 from metabroyden.meta.progress import progress_bar
-from metabroyden.meta.step_guard import in_words
+from metabroyden.meta.schedule import in_words
 from metabroyden.state import gather
 from metabroyden.zoo.tasks import family_tasks
 
@@ -78,9 +77,9 @@ def run(config: Pes) -> None:
     common = MetaConfig(
         steps=1_000_000, unroll=config.unroll, batch=config.batch, learning_rate=config.learning_rate, seed=config.seed,
         backend="native", validation_size=64, validation_rtol=1e-4, validation_nfe=total, validate_every=50,
-        budget_seconds=config.begin_seconds, budget_clock="cpu",
+        seconds=config.begin_seconds, budget_clock="cpu",
     )  # fmt: skip
-    long = replace(common, budget_seconds=config.seconds, validate_every=10)
+    long = replace(common, seconds=config.seconds, validate_every=10)
     evolved: dict[str, Any] = {"estimator": "pes", "sigma": config.sigma, "particles": config.particles}
     settings = {
         "backpropagation": replace(long, unroll=total),

@@ -32,11 +32,21 @@ def save(
     generator: torch.Generator | None = None,
     best: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write all that a training needs to go on bit for bit.
+    """Write all that a training of this kind, such as "meta", needs to go on bit for bit; the rest as for `pack`."""
+    checkpoint.write(path, f"training/{kind}", *pack(module, optimizer, header, generator=generator, best=best))
+
+
+def pack(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    header: dict[str, Any],
+    *,
+    generator: torch.Generator | None = None,
+    best: Mapping[str, Tensor] | None = None,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, header) of all that a training needs to go on bit for bit; not a copy.
 
     Args:
-        path: the file.
-        kind: of training, such as "meta".
         module: its weights are kept.
         optimizer: of all of the module's parameters, in their order; its moments are kept.
         header: what else the trainer must know, as JSON.
@@ -53,7 +63,7 @@ def save(
     }
     if generator is not None:
         tensors["generator"] = generator.get_state()
-    checkpoint.write(path, f"training/{kind}", tensors | moments, {**header, "moments": sorted(moments)})
+    return tensors | moments, {**header, "moments": sorted(moments)}
 
 
 def restore(
@@ -70,10 +80,9 @@ def restore(
     """Give a module, its optimizer and a generator what `save` kept; returns the best weights ({} where none are kept).
 
     Args:
-        tensors, header, path: of the file, from `checkpoint.read`.
-        module, optimizer: as `save` had them.
+        tensors, header, path: of the file, from `checkpoint.read`; or what `pack` gave, and a name for it.
+        module, optimizer, generator: as `save` had them.
         taken: updates that the optimizer has made at least, since it was last cleared.
-        generator: as `save` had it.
         best: whether best weights are kept.
 
     Raises:
@@ -87,58 +96,37 @@ def restore(
         raise damaged(path, f"it holds tensors that are not of such a training: {names}")
     for name in kept:
         checkpoint.compare(module.state_dict(), parts[name], path)
-        check_finite(parts[name], path)
+        for key, value in parts[name].items():
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                raise damaged(path, f"{key} is not finite")
     state = _moments(parts["adam"], header, path, module, optimizer)
     made = max((int(mine["step"]) for mine in state.values()), default=0)
     if made < taken:
         raise damaged(path, f"{taken} updates were made, but the optimizer's moments are of {made}")
     if generator is not None:
-        restore_generator(generator, tensors.get("generator"), path)
+        try:
+            generator.set_state(tensors.get("generator"))  # type: ignore[arg-type]
+        except (RuntimeError, TypeError) as error:
+            raise damaged(path, f"no state of a random generator: {error}") from error
     checkpoint.load_weights(module, parts["module"], path)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return parts.get("best", {})
 
 
-def check_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """`CheckpointError` where a tensor is not finite."""
-    for name, value in tensors.items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise damaged(path, f"{name} is not finite")
-
-
-def restore_generator(generator: torch.Generator, state: Any, path: str | Path) -> None:
-    """Set a generator's state; `CheckpointError` for what is none."""
-    try:
-        generator.set_state(state)
-    except (RuntimeError, TypeError) as error:
-        raise damaged(path, f"no state of a random generator: {error}") from error
-
-
 def _moments(
     found: dict[str, Tensor], header: dict[str, Any], path: str | Path, module: nn.Module, optimizer: Any
 ) -> dict[int, dict[str, Tensor]]:
-    """The optimizer's state by number of a parameter; none where the parameter never had a gradient."""
+    """The optimizer's state by number of a parameter, checked; none where the parameter never had a gradient."""
     check(header, _Moments, path)
     kept = header.get("moments")
     if kept is not None and sorted(f"adam.{name}" for name in found) != kept:
         raise damaged(path, "the optimizer's moments are not those that were written")
-    state: dict[int, dict[str, Tensor]] = {}
-    for number, (name, _) in enumerate(module.named_parameters()):
-        mine = {key: found[f"{key}.{name}"] for key in _ADAM | _MOMENTUM if f"{key}.{name}" in found}
-        if mine:
-            state[number] = mine
-    if sum(map(len, state.values())) != len(found):
-        raise damaged(path, f"it holds moments of other parameters: {sorted(found)[:5]}")
-    check_moments(state, dict(module.named_parameters()), optimizer, path)
-    return state
-
-
-def check_moments(state: Any, parameters: Mapping[str, Tensor], optimizer: Any, path: str | Path) -> None:
-    """`CheckpointError` unless these are moments of parameters, by number: whole ones, well shaped, dtyped and finite."""
     matrices = {id(matrix) for matrix in getattr(optimizer, "matrices", ())}
-    ordered = list(parameters.items())
-    for number, mine in state.items():
-        name, parameter = ordered[number]
+    state: dict[int, dict[str, Tensor]] = {}
+    for number, (name, parameter) in enumerate(module.named_parameters()):
+        mine = {key: found[f"{key}.{name}"] for key in _ADAM | _MOMENTUM if f"{key}.{name}" in found}
+        if not mine:
+            continue
         wanted = _MOMENTUM if id(parameter) in matrices else _ADAM
         if set(mine) != wanted:
             raise damaged(path, f"the moments of {name} are {sorted(mine)}, wanted {sorted(wanted)}")
@@ -146,14 +134,17 @@ def check_moments(state: Any, parameters: Mapping[str, Tensor], optimizer: Any, 
             why = _fault(key, mine[key], parameter)
             if why:
                 raise damaged(path, f"{key} of {name} is {why}")
+        state[number] = mine
+    if sum(map(len, state.values())) != len(found):
+        raise damaged(path, f"it holds moments of other parameters: {sorted(found)[:5]}")
+    return state
 
 
-def _fault(key: str, value: Any, parameter: Tensor) -> str:
+def _fault(key: str, value: Tensor, parameter: Tensor) -> str:
     """What is wrong with a moment of a parameter; "" where nothing is."""
     shape, dtype = (torch.Size(), torch.float32) if key == "step" else (parameter.shape, parameter.dtype)
-    if not isinstance(value, Tensor) or value.shape != shape or value.dtype != dtype:
-        kind = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        return f"{kind}, wanted {dtype} {tuple(shape)}"
+    if value.shape != shape or value.dtype != dtype:
+        return f"{value.dtype} {tuple(value.shape)}, wanted {dtype} {tuple(shape)}"
     if not bool(value.isfinite().all()):
         return "not finite"
     return "negative" if key in ("step", "exp_avg_sq") and bool((value < 0).any()) else ""

@@ -23,7 +23,7 @@ from metabroyden import storage
 from metabroyden.learned.layout import Layout
 from metabroyden.meta.config import MetaConfig
 from metabroyden.meta.fit import make_learned
-from metabroyden.meta.step_guard import StepGuard
+from metabroyden.meta.schedule import StepGuard
 from metabroyden.solution import State
 from metabroyden.solvers.registry import list_solvers
 from metabroyden.state import Packing

@@ -4,11 +4,10 @@ from metabroyden.meta.adjoint import AdjointMap, fit_adjoint
 from metabroyden.meta.config import MetaConfig
 from metabroyden.meta.episodes import EpisodeConfig, EpisodeSet, EpisodeTrainer
 from metabroyden.meta.fit import fit_solver, make_learned
-from metabroyden.meta.multitask import MultiTaskTrainer
 from metabroyden.meta.objectives import ResidualObjective
 from metabroyden.meta.online import OnlineConfig, OnlineMetaTrainer
 from metabroyden.meta.tasks import TaskSet
-from metabroyden.meta.trainer import MetaTrainer
+from metabroyden.meta.trainer import MetaTrainer, MultiTaskTrainer
 from metabroyden.meta.unroll import unroll
 
 __all__ = [

@@ -1,7 +1,7 @@
 """One meta-training in several processes: each takes an equal share of every batch, their gradients are averaged.
 
 LearnedStart by torchrun, which says through the environment how many there are and where they meet. Whatever is random is
-drawn for the whole batch in every process (`metabroyden.meta.draws`), so their number changes nothing but rounding.
+drawn for the whole batch in every process (`metabroyden.meta.estimators`), so their number changes nothing but rounding.
 """
 
 from __future__ import annotations

@@ -8,22 +8,27 @@ weights; the loss of its solves on D_test trains where it starts from and how it
 from __future__ import annotations
 
 import copy
-import math
+import importlib
 import random
+import re
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metabroyden.meta.backprop import frozen
+from metabroyden.meta.config import MetaConfig, choice, flag, positive
+from metabroyden.meta.config import count as count_field
+from metabroyden.meta.estimators import frozen
 from metabroyden.meta.inner import UPDATES, InnerUpdate, Weights
-from metabroyden.meta.objectives import Objective, ResidualObjective
-from metabroyden.meta.tasks import TaskSet, as_learn2learn, count, rows
-from metabroyden.meta.trainer import Progress
+from metabroyden.meta.tasks import TaskSet, count, rows
+from metabroyden.meta.trainer import Trainer
 from metabroyden.meta.unroll import unroll
 
 LIBRARY = ("maml", "meta-sgd")
@@ -31,43 +36,28 @@ LIBRARY = ("maml", "meta-sgd")
 
 
 @dataclass(frozen=True)
-class EpisodeConfig:
-    """One meta-training on episodes.
+class EpisodeConfig(MetaConfig):
+    """One meta-training on episodes, one each outer step: `MetaConfig` without validation. `unroll` is one number.
 
     Attributes:
         inner: updates of the fast weights, T ≥ 1.
         update: the inner step: "gated" or "rates" (see `metabroyden.meta.inner`), or learn2learn's "maml" or "meta-sgd".
         first_order: whether inner gradients are constants for the outer one.
         shots: contexts of a D_train batch; D_test has as many.
-        unroll: solver steps of a loss.
-        inner_rate: what learning rates begin with. learning_rate: of the outer Adam, cosine to zero. clip: of its norm.
-        steps: outer steps, one episode each. seed: of all draws.
+        inner_rate: what learning rates begin with.
         objective: of a rollout; none that needs equilibria.
     """
 
-    inner: int = 3
-    update: str = "gated"
-    first_order: bool = True
-    shots: int = 16
-    unroll: int = 8
-    inner_rate: float = 1e-2
-    learning_rate: float = 2e-3
-    clip: float = 1.0
-    steps: int = 200
-    seed: int = 0
-    objective: Objective = field(default_factory=ResidualObjective)
+    steps: int = count_field(200)
+    unroll: int = count_field(8)
+    inner: int = count_field(3)
+    update: str = choice("gated", (*UPDATES, *LIBRARY))
+    first_order: bool = flag(True)
+    shots: int = count_field(16)
+    inner_rate: float = positive(1e-2)
 
     def __post_init__(self) -> None:
-        for name in ("inner", "shots", "unroll", "steps"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"EpisodeConfig: {name} must be an integer of at least 1, got {value!r}")
-        for name in ("inner_rate", "learning_rate", "clip"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-                raise ValueError(f"EpisodeConfig: {name} must be a positive number, got {value!r}")
-        if self.update not in (*UPDATES, *LIBRARY):
-            raise ValueError(f"update must be one of {', '.join((*UPDATES, *LIBRARY))}, got {self.update!r}")
+        super().__post_init__()
         if self.objective.needs_star:
             raise ValueError("episodes take objectives that need no equilibria")
 
@@ -80,16 +70,6 @@ class Episode(NamedTuple):
     train: list[tuple[Any, Any]]
     test: tuple[Any, Any]
     numbers: Tensor
-
-
-class _Numbered:
-    """What learn2learn's task sets need of a `TaskSet`: row numbers in the place of contexts of any shape."""
-
-    def __init__(self, tasks: TaskSet) -> None:
-        self.tasks = tasks
-
-    def split(self, name: str) -> Tensor:
-        return torch.arange(count(self.tasks.split(name)))
 
 
 class EpisodeSet:
@@ -110,8 +90,8 @@ class EpisodeSet:
             there = count(tasks.split(split))
             if there < wanted:
                 raise ValueError(f"an episode takes {wanted} contexts, (inner + 1)·shots; a {split} split has {there}")
-        numbered: Any = [_Numbered(tasks) for tasks in self.task_sets]
-        self.dataset = as_learn2learn(numbered, split, shots=wanted)
+        numbers = [torch.arange(count(tasks.split(split))) for tasks in self.task_sets]
+        self.dataset = _learn2learn_tasks(numbers, shots=wanted)
 
     def draw(self, step: int) -> Episode:
         """The episode of a step: the same for the same seed, whatever was drawn before."""
@@ -125,49 +105,59 @@ class EpisodeSet:
         return Episode(number, tasks.f, batches[:-1], batches[-1], parts)
 
 
-class EpisodeTrainer:
-    """Trains a solver's first weights and its inner step on episodes.
+class EpisodeTrainer(Trainer):
+    """Trains a solver's first weights and its inner step on episodes; `losses` are those on D_test.
 
     Args:
-        solver: a `LearnedSolver`; its weights are where every episode starts from. config: see `EpisodeConfig`.
+        solver: a `LearnedSolver`; its weights are where every episode starts from.
+        episodes: what is drawn from.
+        config: see `EpisodeConfig`.
+        checkpoint: file for the training's state, or None.
     """
 
-    def __init__(self, solver: nn.Module, episodes: EpisodeSet, config: EpisodeConfig) -> None:
-        self.solver, self.episodes, self.config = solver, episodes, config
-        self.solver.requires_grad_(True)
-        self.learner: Any = None
-        if config.update in LIBRARY:
-            self.learner = _library(config, solver)
-        self.inner: InnerUpdate | None = (
-            UPDATES[config.update](solver, config.inner_rate) if config.update in UPDATES else None
-        )
-        source = self.learner if self.inner is None else nn.ModuleList([solver, self.inner])
-        self.parameters = list({id(p): p for p in source.parameters()}.values())
-        self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate)
-        self.step, self.skipped = 0, 0
-        self.history: list[float] = []
+    config: EpisodeConfig
 
-    def run(self, progress: Progress | None = None) -> Any:
-        """All outer steps; the solver as every new episode will start from it. `history` has the losses on D_test."""
-        config = self.config
-        while self.step < config.steps:
-            episode = self.episodes.draw(self.step)
-            with frozen(episode.f), torch.enable_grad():
-                loss = self.loss(episode)
-                grads = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-            for parameter, grad in zip(self.parameters, grads, strict=True):
-                parameter.grad = grad
-            if bool(torch.isfinite(nn.utils.clip_grad_norm_(self.parameters, config.clip))):
-                for group in self.optimizer.param_groups:
-                    group["lr"] = 0.5 * config.learning_rate * (1 + math.cos(math.pi * self.step / config.steps))
-                self.optimizer.step()
-            else:
-                self.skipped += 1
-            self.step += 1
-            self.history.append(float(loss.detach()))
-            if progress is not None:
-                progress(self.step, f"loss after adaptation {self.history[-1]:.3f}")
-        return self.solver
+    def __init__(
+        self,
+        solver: nn.Module,
+        episodes: EpisodeSet,
+        config: EpisodeConfig,
+        *,
+        checkpoint: str | Path | None = None,
+    ) -> None:
+        solver.requires_grad_(True)
+        self.episodes = episodes
+        self.inner: InnerUpdate | None = None
+        self.learner: Any = None
+        if config.update in UPDATES:
+            self.inner = UPDATES[config.update](solver, config.inner_rate)
+        else:
+            make = {"maml": "MAML", "meta-sgd": "MetaSGD"}[config.update]
+            self.learner = getattr(learn2learn().algorithms, make)(
+                solver, lr=config.inner_rate, first_order=config.first_order
+            )
+        module = self.learner if self.inner is None else nn.ModuleList([solver, self.inner])
+        identity = "" if checkpoint is None else " ".join(tasks.identity() for tasks in episodes.task_sets)
+        self.losses: list[float] = []
+        super().__init__(solver, config, lambda: self, identity=identity, module=module, checkpoint=checkpoint)
+
+    def settled(self, step: int) -> bool:
+        """Nothing persists from one episode to the next."""
+        return True
+
+    def __call__(self, step: int, done: float) -> tuple[Tensor, Tensor]:
+        """Leave the clipped gradient of a step's episode in all parameters; (loss, norm before clipping)."""
+        episode, parameters = self.episodes.draw(step), list(self.module.parameters())
+        with frozen(episode.f):
+            loss = self.loss(episode)
+            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
+        self.losses.append(float(loss.detach()))
+        return loss.detach(), nn.utils.clip_grad_norm_(parameters, self.config.clip)
+
+    def _finish(self) -> None:
+        """The solver stays as every new episode will start from it."""
 
     def loss(self, episode: Episode, inner: int | None = None) -> Tensor:
         """The loss on D_test after so many inner updates on D_train (default: all of the episode's batches)."""
@@ -237,15 +227,6 @@ class _Run(nn.Module):
         return self.loss(self.solver, f, batch)
 
 
-def _library(config: EpisodeConfig, solver: nn.Module) -> Any:
-    from metabroyden.meta.learn2learn import load
-
-    algorithms = load().algorithms
-    if config.update == "maml":
-        return algorithms.MAML(solver, lr=config.inner_rate, first_order=config.first_order)
-    return algorithms.MetaSGD(solver, lr=config.inner_rate, first_order=config.first_order)
-
-
 @contextmanager
 def _seeded(key: str) -> Iterator[None]:
     """While it lasts, the generators that learn2learn draws from follow from the key; afterwards they are as before."""
@@ -257,3 +238,66 @@ def _seeded(key: str) -> Iterator[None]:
     finally:
         random.setstate(kept)
         np.random.set_state(kept_numpy)  # noqa: NPY002
+
+
+def as_learn2learn(task_sets: Sequence[TaskSet], split: str, *, shots: int, num_tasks: int = -1) -> Any:
+    """A `learn2learn.data.Taskset` over DEQs: each task is `shots` raw contexts of one of them.
+
+    Items are (contexts (shots, ...), labels (shots,)), the label being the number of the task set in `task_sets`.
+    ImportError, saying what to install, where learn2learn is missing.
+    """
+    if not task_sets:
+        raise ValueError("task_sets must hold at least one TaskSet")
+    raws = [task_set.split(split) for task_set in task_sets]
+    if not all(isinstance(raw, Tensor) for raw in raws):
+        raise TypeError(f"learn2learn takes raw contexts of one tensor, got {[type(raw).__name__ for raw in raws]}")
+    return _learn2learn_tasks(raws, shots=shots, num_tasks=num_tasks)
+
+
+def _learn2learn_tasks(raws: Sequence[Tensor], *, shots: int, num_tasks: int = -1) -> Any:
+    l2l = learn2learn()
+    labels = torch.cat([torch.full((len(raw),), number) for number, raw in enumerate(raws)])
+    dataset = l2l.data.MetaDataset(torch.utils.data.TensorDataset(torch.cat(list(raws)), labels))
+    transforms = [
+        l2l.data.transforms.NWays(dataset, n=1),
+        l2l.data.transforms.KShots(dataset, k=shots),
+        l2l.data.transforms.LoadData(dataset),
+    ]
+    return l2l.data.Taskset(dataset, transforms, num_tasks=num_tasks)
+
+
+_MISSING_OPERATOR = re.compile(r"operator torchvision::(\w+) does not exist")
+_declared: list[torch.library.Library] = []  # a library that is collected takes its definitions along
+
+
+def learn2learn() -> Any:
+    """The learn2learn package; ImportError that says what to do where it is missing or does not load.
+
+    learn2learn imports torchvision, whose registry build for CUDA does not load its operators beside a CPU-only torch
+    ("operator torchvision::nms does not exist"). Nothing here calls them: declaring those it asks for is enough.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _import()
+    except (ImportError, RuntimeError) as error:
+        raise ImportError(
+            "learn2learn is needed here and could not be imported: install it with a C compiler present, "
+            "pip install learn2learn==0.2.0 --config-settings='--build-option=build_ext' "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def _import() -> Any:
+    while True:
+        try:
+            return importlib.import_module("learn2learn")
+        except RuntimeError as error:
+            missing = _MISSING_OPERATOR.search(str(error))
+            if missing is None:
+                raise
+            library = torch.library.Library("torchvision", "FRAGMENT")
+            library.define(f"{missing[1]}(Tensor unused) -> Tensor")  # RuntimeError if declared before: no endless loop
+            _declared.append(library)
+            for name in [name for name in sys.modules if name.split(".")[0] in ("torchvision", "learn2learn")]:
+                del sys.modules[name]

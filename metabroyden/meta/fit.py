@@ -172,7 +172,7 @@ def fit_solver(
         backend="higher" if importlib.util.find_spec("higher") else "native",
         validation_rtol=rtol,
         patience=patience,
-        budget_seconds=seconds,
+        seconds=seconds,
         **(RATES if ours else {}),
     )
     if device is not None:
@@ -199,7 +199,7 @@ def _fit(
     checkpoint: str | Path | None,
     score: Callable[[State, Any], Any] | None,
 ) -> Any:
-    f, seed, rtol, seconds = target.f, config.seed, config.validation_rtol, config.budget_seconds
+    f, seed, rtol, seconds = target.f, config.seed, config.validation_rtol, config.seconds
     ours = kind in ("meta-broyden", "meta-splitting")
     start, x = tasks.problems("validation")
     where = _checked_layout(f, start, count(tasks.split("validation")), layout)

@@ -2,66 +2,53 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metabroyden import resume
-from metabroyden.checkpoint import compare
 from metabroyden.deq import DEQ, initial_state
-from metabroyden.described import CheckpointError, check, damaged
+from metabroyden.described import CheckpointError, check, damaged, fits
 from metabroyden.gradients import Implicit
 from metabroyden.learned import AdjointLSTM, LearnedSolver
 from metabroyden.meta.adjoint import AdjointMap
-from metabroyden.meta.backprop import differentiate, frozen
-from metabroyden.meta.config import Unrolling
+from metabroyden.meta.config import Unrolling, count, positive
+from metabroyden.meta.estimators import differentiate, frozen
 from metabroyden.nn.pin import Pinned
 from metabroyden.state import AugmentedContext, gather
 
 _STATE = "the state of a OnlineMetaTrainer"
+_TENSORS = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class OnlineConfig(Unrolling):
-    """How the solvers follow the weights. Adds to `Unrolling`.
+    """How the solvers follow the weights. Adds to `Unrolling`:
 
     Attributes:
-        warmup_steps: training steps at the beginning with a meta-step each. every: training steps from one meta-step to the
-            next after that. unroll: solver steps of a meta-step. batch: its problems, drawn from the training batch.
+        warmup_steps: training steps at the beginning with a meta-step each.
+        every: training steps from one meta-step to the next after that.
+        unroll: solver steps of a meta-step.
+        batch: its problems, drawn from the training batch.
         learning_rate: of the meta-steps (Adam).
     """
 
-    warmup_steps: int = 40
-    every: int = 8
-    unroll: int = 8
-    batch: int = 16
-    learning_rate: float = 2e-3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_counts("every", "unroll", "batch")
-        self._check_counts("warmup_steps", least=0)
-        self._check_positive("learning_rate")
+    warmup_steps: int = count(40, least=0)
+    every: int = count(8)
+    unroll: int = count(8)
+    batch: int = count(16)
+    learning_rate: float = positive(2e-3)
 
 
 @dataclass(frozen=True)
 class _Record:
-    """What `OnlineMetaTrainer.state_dict` gives."""
+    """What the header of `OnlineMetaTrainer.state_dict` says."""
 
-    solvers: dict[str, dict[str, Tensor]]
-    optimizer: dict[str, Any]
-    generator: Tensor
+    solvers: list[str]
     counts: tuple[int, int, int]
     waiting: bool
-    moments: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Optimizer:
-    state: dict[int, dict[str, Tensor]]
-    param_groups: list[dict[str, Any]]
 
 
 class OnlineMetaTrainer:
@@ -110,8 +97,10 @@ class OnlineMetaTrainer:
         self._problem: dict[str, Any] = {}
         both: dict[str, LearnedSolver | None] = {"forward": forward, "backward": backward}
         self.solvers = {name: solver for name, solver in both.items() if solver is not None}
-        parameters = [p for solver in self.solvers.values() for p in solver.requires_grad_(True).parameters()]
-        self.optimizer = torch.optim.Adam(parameters, lr=self.config.learning_rate)
+        self._module = nn.ModuleDict(
+            {f"{name}_solver": solver for name, solver in self.solvers.items()}
+        ).requires_grad_(True)
+        self.optimizer = torch.optim.Adam(self._module.parameters(), lr=self.config.learning_rate)
         self.generator = torch.Generator().manual_seed(seed)
         self._waiting = set(self.solvers)  # which have not taken over yet
         deq.hooks.append(self._watch)
@@ -191,59 +180,34 @@ class OnlineMetaTrainer:
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on bit for bit after an interruption, the solvers' weights included; not a copy."""
-        optimizer = self.optimizer.state_dict()
-        return {
-            "solvers": {name: solver.state_dict() for name, solver in self.solvers.items()},
-            "optimizer": optimizer,
-            "moments": sorted(optimizer["state"]),
-            "generator": self.generator.get_state(),
+        header = {
+            "solvers": sorted(self.solvers),
             "counts": [self._seen, self.steps, self.skipped],
             "waiting": bool(self._waiting),
         }
+        tensors, header = resume.pack(self._module, self.optimizer, header, generator=self.generator)
+        return {"tensors": tensors, "header": header}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave; the layer gets its learned solvers where they had taken over.
 
         `CheckpointError`, a ValueError, for what is no such state, or one of other directions; nothing is changed then.
         """
-        self._check(state)
-        resume.restore_generator(self.generator, state["generator"], _STATE)
-        for name, solver in self.solvers.items():
-            solver.load_state_dict(state["solvers"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self._seen, self.steps, self.skipped = state["counts"]
-        if not state["waiting"]:
-            self.take_over()
-
-    def _check(self, state: Any) -> None:
-        """`CheckpointError` unless `state_dict` of a OnlineMetaTrainer like this one may have given this."""
-        wanted = {"solvers", "optimizer", "moments", "generator", "counts", "waiting"}
-        if not isinstance(state, dict) or set(state) | {"moments"} != wanted:
+        if not isinstance(state, dict) or set(state) != {"tensors", "header"} or not fits(state["tensors"], _TENSORS):
             held = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
             raise CheckpointError(f"not the state of a OnlineMetaTrainer: it holds {held}")
-        check(state, _Record, _STATE)
-        if set(state["solvers"]) != set(self.solvers):
-            raise CheckpointError(f"the state is of solvers {sorted(state['solvers'])}, wanted {sorted(self.solvers)}")
-        if min(state["counts"]) < 0:
-            raise damaged(_STATE, f"counts are {state['counts']}, wanted none below 0")
-        parameters: dict[str, Tensor] = {}
-        for name, solver in self.solvers.items():
-            compare(solver.state_dict(), state["solvers"][name], _STATE)
-            resume.check_finite(state["solvers"][name], _STATE)
-            parameters |= {f"{name}.{key}": value for key, value in solver.named_parameters()}
-        self._check_optimizer(state, parameters)
-
-    def _check_optimizer(self, state: dict[str, Any], parameters: dict[str, Tensor]) -> None:
-        optimizer, own = state["optimizer"], self.optimizer.state_dict()
-        check(optimizer, _Optimizer, _STATE)
-        moments, groups = optimizer["state"], optimizer["param_groups"]
-        if [group.get("params") for group in groups] != [group["params"] for group in own["param_groups"]]:
-            raise damaged(_STATE, "its optimizer is of other parameters")
-        updates = state["counts"][1] * len(self.solvers) - state["counts"][2]
-        kept = state.get("moments", sorted(moments))
-        if sorted(moments) != kept or not set(moments) <= set(range(len(parameters))) or (updates > 0 and not moments):
-            raise damaged(_STATE, "moments of its optimizer are missing, or are of other parameters")
-        resume.check_moments(moments, parameters, self.optimizer, _STATE)
+        tensors, header = state["tensors"], state["header"]
+        check(header, _Record, _STATE)
+        if header["solvers"] != sorted(self.solvers):
+            raise CheckpointError(f"the state is of solvers {header['solvers']}, wanted {sorted(self.solvers)}")
+        seen, steps, skipped = header["counts"]
+        if min(header["counts"]) < 0:
+            raise damaged(_STATE, f"counts are {header['counts']}, wanted none below 0")
+        taken = int(steps * len(self.solvers) > skipped)
+        resume.restore(tensors, header, _STATE, self._module, self.optimizer, taken=taken, generator=self.generator)
+        self._seen, self.steps, self.skipped = seen, steps, skipped
+        if not header["waiting"]:
+            self.take_over()
 
     def close(self) -> None:
         """Stop watching; the solvers no longer require gradients."""

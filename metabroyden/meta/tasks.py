@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +39,14 @@ def rows(tree: Any, part: slice | Tensor) -> Any:
     if isinstance(part, slice):
         return tree[part] if tree is first else rows(tree, torch.arange(len(first), device="cpu")[part])
     return gather(tree, part.to(first.device))
+
+
+class Source(Protocol):
+    """Where training problems come from."""
+
+    def problem(self, batch: int, generator: torch.Generator) -> tuple[Any, Any, Any]:
+        """(f, z0, x) of a random batch."""
+        ...
 
 
 class TaskSet:
@@ -132,6 +140,10 @@ class TaskSet:
         raw = rows(train, torch.randint(count(train), (batch,), generator=generator, device="cpu"))
         return self.prepare(rows(raw if self._augment is None else self._augment(raw, generator), part))
 
+    def problem(self, batch: int, generator: torch.Generator) -> tuple[Any, State, Any]:
+        """(f, z0, x) of a random training batch."""
+        return self.f, *self.draw(batch, generator)
+
     def prepare(self, raw: Any) -> tuple[State, Any]:
         """(z0, x) of raw contexts."""
         if self._made is not None:
@@ -155,27 +167,3 @@ def _refuse_overlap(parts: dict[str, Any]) -> None:
 def _bytes(leaf: Tensor) -> Any:
     """(N, bytes of a row) of a tensor, as an array."""
     return leaf.detach().cpu().contiguous().reshape(len(leaf), -1).view(torch.uint8).numpy()
-
-
-def as_learn2learn(task_sets: Sequence[TaskSet], split: str, *, shots: int, num_tasks: int = -1) -> Any:
-    """A `learn2learn.data.Taskset` over DEQs: each task is `shots` raw contexts of one of them.
-
-    Items are (contexts (shots, ...), labels (shots,)), the label being the number of the task set in `task_sets`.
-    ImportError, saying what to install, where learn2learn is missing.
-    """
-    from metabroyden.meta.learn2learn import load
-
-    l2l = load()
-    if not task_sets:
-        raise ValueError("task_sets must hold at least one TaskSet")
-    raws = [task_set.split(split) for task_set in task_sets]
-    if not all(isinstance(raw, Tensor) for raw in raws):
-        raise TypeError(f"learn2learn takes raw contexts of one tensor, got {[type(raw).__name__ for raw in raws]}")
-    labels = torch.cat([torch.full((len(raw),), number) for number, raw in enumerate(raws)])
-    dataset = l2l.data.MetaDataset(torch.utils.data.TensorDataset(torch.cat(raws), labels))
-    transforms = [
-        l2l.data.transforms.NWays(dataset, n=1),
-        l2l.data.transforms.KShots(dataset, k=shots),
-        l2l.data.transforms.LoadData(dataset),
-    ]
-    return l2l.data.Taskset(dataset, transforms, num_tasks=num_tasks)

@@ -1,29 +1,28 @@
-"""The outer loop: trains a learned solver on a task set by gradients of unrolled solves."""
+"""The outer loop: trains a learned solver by gradients of unrolled solves, on one DEQ or on many."""
 
 from __future__ import annotations
 
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metabroyden import checkpoint, resume
 from metabroyden.described import check, damaged, require
 from metabroyden.meta import distributed
-from metabroyden.meta.backprop import BackpropEstimator, frozen
 from metabroyden.meta.config import MetaConfig
-from metabroyden.meta.orthogonal import make_optimizer
-from metabroyden.meta.pes import EvolutionEstimator
-from metabroyden.meta.schedule import STOPS, Clock, cosine, reason_to_stop, share
-from metabroyden.meta.step_guard import StepGuard
-from metabroyden.meta.tasks import TaskSet
+from metabroyden.meta.estimators import ESTIMATORS, MixedDraws, TaskDraws
+from metabroyden.meta.orthogonal import OrthogonalAdam, make_optimizer
+from metabroyden.meta.schedule import STOPS, Clock, StepGuard, cosine, reason_to_stop, share
+from metabroyden.meta.tasks import Source, TaskSet
 from metabroyden.solve import solve
 from metabroyden.state import gather
 
@@ -31,6 +30,18 @@ Progress = Callable[[int, str], None]
 """Called with the step reached (of the time budget where that is nearer its end) and a few words."""
 Curves = Callable[[int, dict[str, float]], None]
 """Called with the number of outer steps made and numbers by name."""
+
+
+class Estimator(Protocol):
+    """What makes the gradients."""
+
+    def __call__(self, step: int, done: float) -> tuple[Tensor, Tensor]:
+        """Leave the clipped gradient of an outer step in the module's parameters; (loss, norm before clipping)."""
+        ...
+
+    def settled(self, step: int) -> bool:
+        """Whether after so many steps nothing persists beside the weights, so that a checkpoint can be written."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -45,48 +56,61 @@ class _Record:
     history: list[dict[str, str]]
 
 
-class MetaTrainer:
-    """Trains `solver` on `tasks`; with a checkpoint path, an interrupted run goes on bit for bit where it stopped.
+class Trainer:
+    """The outer loop over an estimator of gradients, with looks at validation and a checkpoint.
 
-    In several processes (see `metabroyden.meta.distributed`) each takes its share of the batch; the first alone looks at
-    validation, at the clock and writes, and the checkpoint must be where all can read it. With a time budget the schedule
-    follows the clock, so that no two runs are the same.
+    With a checkpoint path, an interrupted run goes on bit for bit where it stopped. In several processes (see
+    `metabroyden.meta.distributed`) each takes its share of the batch; the first alone looks at validation, at the clock and
+    writes, and the checkpoint must be where all can read it. With a time budget the schedule follows the clock, so that no
+    two runs are the same.
 
     Args:
         solver: a `LearnedSolver`; trained in place, left with the weights that did best on validation.
-        tasks: the fixed-point problems; the test split is never touched.
         config: see `MetaConfig`.
+        make_estimator: called when the training begins or goes back to its best weights.
+        validation: task sets whose validation split is looked at; the score is the geometric mean over them.
+        identity: of the problems; a checkpoint of others is refused.
+        module: what is trained; default the solver.
+        generator: what a checkpoint keeps of the draws.
+        optimizer: of all of the module's parameters; default as the config says.
         checkpoint: file for the training state (written every `save_every` steps), or None.
 
     Attributes:
         history: a dict for each look at validation: step, loss, score, and seconds and cpu_seconds until then (looks at
             validation and earlier sittings included).
-        incidents: what went wrong. stopped: why it stopped, a key of `schedule.STOPS`; None while it has not.
-        curves: told loss, gradient norm and learning rate of each step and the scores, if set.
+        incidents: what went wrong.
+        stopped: why it stopped, a key of `schedule.STOPS`; None while it has not.
+        curves: called with loss, gradient norm and learning rate of each step and the scores, if set.
     """
 
     def __init__(
         self,
         solver: Any,
-        tasks: TaskSet,
-        config: MetaConfig | None = None,
+        config: MetaConfig,
+        make_estimator: Callable[[], Estimator],
         *,
+        validation: Sequence[TaskSet] = (),
+        identity: str = "",
+        module: nn.Module | None = None,
+        generator: torch.Generator | None = None,
+        optimizer: OrthogonalAdam | None = None,
         checkpoint: str | Path | None = None,
         save_every: int = 50,
     ) -> None:
-        self.solver, self.tasks, self.config = solver, tasks, MetaConfig() if config is None else config
+        self.solver, self.config, self.validation = solver, config, list(validation)
+        self.module: Any = solver if module is None else module
         self.path = None if checkpoint is None else Path(checkpoint)
         self.save_every, self._unsaved = save_every, False
+        self._make_estimator, self._identity, self._generator = make_estimator, identity, generator
         self.step = 0
-        self.clock = Clock()
-        self.incidents = StepGuard()
+        self.clock, self.incidents = Clock(), StepGuard()
         self.stopped: str | None = None
         self.history: list[dict[str, float]] = []
-        self.best_score = math.inf
-        self.best = copy.deepcopy(solver.state_dict())
-        self.optimizer = make_optimizer(solver, self.config.learning_rate, self.config.orthogonal_rate)
+        self.best_score, self.best = math.inf, copy.deepcopy(self.module.state_dict())
+        rates = config.learning_rate, config.orthogonal_rate
+        self.optimizer = make_optimizer(self.module, *rates) if optimizer is None else optimizer
         self.curves: Curves | None = None
-        self._estimator: BackpropEstimator | EvolutionEstimator | None = None
+        self._estimator: Estimator | None = None
         if self.path is not None and self.path.exists():
             self._resume(self.path)
         distributed.agree("the outer step to begin with", self.step)
@@ -97,68 +121,69 @@ class MetaTrainer:
         return self.incidents.count
 
     @property
-    def estimator(self) -> BackpropEstimator | EvolutionEstimator:
+    def estimator(self) -> Estimator:
         """What makes the gradients."""
         if self._estimator is None:
-            make = EvolutionEstimator if self.config.estimator == "pes" else BackpropEstimator
-            self._estimator = make(self.solver, self.tasks, self.config)
+            self._estimator = self._make_estimator()
         return self._estimator
 
     def run(self, progress: Progress | None = None, until: int | None = None) -> Any:
         """Train to the end (or to step `until`) and return the solver, in evaluation mode once at the end."""
         config = self.config
         last = config.steps if until is None else min(until, config.steps)
-        self.solver.requires_grad_(True).train()
+        self.module.requires_grad_(True).train()
         self.clock.start()
-        with frozen(self.tasks.f):
-            if self.step == 0 and not self.history:
-                self._validate(math.nan)
-            while self.stopped is None and self.step < last:
-                with torch.enable_grad():
-                    loss = self._update()
-                self.step += 1
-                self.stopped = self._reason()
-                if self.step % config.validate_every == 0 or self.stopped is not None:
-                    self._validate(loss)
-                    self.stopped = self.stopped or self._reason()
-                if self.stopped is not None:
-                    self.clock.stop()
-                self._save(due=self.step % self.save_every == 0 or self.step == last)
-                if progress is not None:
-                    progress(round(config.steps * share(config, self.step, self._spent())), self._words(loss))
+        if self.step == 0 and not self.history:
+            self._validate(math.nan)
+        while self.stopped is None and self.step < last:
+            loss = self._update()
+            self.step += 1
+            self.stopped = self._reason()
+            if self.step % config.validate_every == 0 or self.stopped is not None:
+                self._validate(loss)
+                self.stopped = self.stopped or self._reason()
+            if self.stopped is not None:
+                self.clock.stop()
+            self._save(due=self.step % self.save_every == 0 or self.step == last)
+            if progress is not None:
+                progress(round(config.steps * share(config, self.step, self._spent())), self._words(loss))
         self.clock.stop()
         if self.stopped is not None:
             self._finish()
         return self.solver
 
     def _update(self) -> float:
-        """One outer step; a loss or gradient that is not finite is skipped and noted."""
+        """One outer step; a loss or gradient that is not finite is skipped and recorded."""
         config = self.config
         done = share(config, self.step, self._spent())
-        loss, norm = (float(value) for value in self.estimator(self.step, done))
-        rate = cosine(done) * 0.5 ** len(self.incidents.returned)
+        with torch.enable_grad():
+            loss, norm = (float(value) for value in self.estimator(self.step, done))
+        rate = (cosine(done) if config.decay == "cosine" else 1 - done) * 0.5 ** len(self.incidents.returned)
         # an evolution strategy's gradients are long by nature: they grow with the number of weights
         clip = config.clip if config.estimator == "backprop" else math.inf
         if self.incidents.accept(self.step, loss, norm, clip):
             self.optimizer.set_rates(rate)
             self.optimizer.step()
         elif self.incidents.consecutive_skips >= config.rollback_after:
-            self._return()
+            self._roll_back()
         if self.curves is not None:
             self.curves(
                 self.step + 1, {"loss": loss, "gradient norm": norm, "learning rate": rate * config.learning_rate}
             )
         return loss
 
-    def _return(self) -> None:
+    def _roll_back(self) -> None:
         """Back to the best weights, unless that was done often enough."""
         if len(self.incidents.returned) < self.config.max_rollbacks:
-            self.solver.load_state_dict(self.best)
+            self.module.load_state_dict(self.best)
             self.optimizer.state.clear()
             self._estimator = None  # an unroll under way was of other weights
-            self.incidents.note_return(self.step)
+            self.incidents.returned.append(self.step)
+            self.incidents.consecutive_skips = 0
 
     def _validate(self, loss: float) -> None:
+        if not self.validation:
+            return
         score = self._score()
         seconds, cpu_seconds = (round(value, 3) for value in self.clock.read())
         self.history.append(
@@ -167,34 +192,34 @@ class MetaTrainer:
         if self.curves is not None:
             self.curves(self.step, {"evaluations on validation": score})
         if score < self.best_score:
-            self.best_score = score
-            self.best = copy.deepcopy(self.solver.state_dict())
+            self.best_score, self.best = score, copy.deepcopy(self.module.state_dict())
         elif score > self.config.rollback_above * self.best_score:
-            self._return()
+            self._roll_back()
 
     def _score(self) -> float:
-        """Mean evaluations on validation, as the first process finds them."""
-        config = self.config
-        score = math.nan
+        """Geometric mean over the validation sets of mean evaluations, as the first process finds it."""
+        config, score = self.config, math.nan
         if distributed.rank() == 0:
-            score = mean_evaluations(
-                self.solver,
-                self.tasks,
-                limit=config.validation_size,
-                rtol=config.validation_rtol,
-                max_nfe=config.validation_nfe,
-            )
+            limits: dict[str, Any] = {
+                "limit": config.validation_size,
+                "rtol": config.validation_rtol,
+                "max_nfe": config.validation_nfe,
+            }
+            counts = [mean_evaluations(self.solver, tasks, **limits) for tasks in self.validation]
+            score = counts[0] if len(counts) == 1 else math.exp(sum(map(math.log, counts)) / len(counts))
         return distributed.from_first([score])[0]
 
     def _spent(self) -> list[float]:
         """What the first process's clock reads."""
         spent = list(self.clock.read())
-        return spent if self.config.budget_seconds is None else distributed.from_first(spent)
+        return spent if self.config.seconds is None else distributed.from_first(spent)
 
     def _reason(self) -> str | None:
         return reason_to_stop(self.config, self.step, self._spent(), self.history, self.incidents)
 
     def _words(self, loss: float) -> str:
+        if not self.history:
+            return f"loss {loss:.3f}{self.incidents.words()}"
         look = self.history[-1]
         return (
             f"loss {loss:.3f}, validation {look['score']:.1f} evaluations at step {look['step']}, best "
@@ -202,7 +227,7 @@ class MetaTrainer:
         )
 
     def _finish(self) -> None:
-        self.solver.load_state_dict(self.best)
+        self.module.load_state_dict(self.best)
         self.solver.eval().requires_grad_(False)
         self.solver.summary = {
             "meta_training": _jsonable(asdict(self.config)),
@@ -223,10 +248,7 @@ class MetaTrainer:
         if self.path is None or not ready or distributed.rank() > 0:
             return
         self._unsaved = False
-        header = {
-            "config": _jsonable(asdict(self.config)),
-            "solver": _jsonable(self.solver.describe()["config"]),
-            "tasks": self.tasks.identity(),
+        header = self._facts() | {
             "step": self.step,
             "seconds": self.clock.read(),
             "incidents": self.incidents.describe(),
@@ -234,25 +256,29 @@ class MetaTrainer:
             "best_score": repr(self.best_score),
             "history": [{key: repr(value) for key, value in entry.items()} for entry in self.history],
         }
-        resume.save(self.path, "meta", self.solver, self.optimizer, header, best=self.best)
+        resume.save(self.path, "meta", self.module, self.optimizer, header, generator=self._generator, best=self.best)
+
+    def _facts(self) -> dict[str, Any]:
+        """What must be the same for a training to go on."""
+        return {
+            "config": _jsonable(asdict(self.config)),
+            "solver": _jsonable(self.solver.describe()["config"]),
+            "tasks": self._identity,
+        }
 
     def _resume(self, path: Path) -> None:
         tensors, header = checkpoint.read(path, "training")
-        for name, wanted in (("config", asdict(self.config)), ("solver", self.solver.describe()["config"])):
-            if header.get(name) != _jsonable(wanted):
-                raise checkpoint.CheckpointError(
-                    f"{path} was written by another meta-training: its {name} is {header.get(name)}, wanted "
-                    f"{_jsonable(wanted)}; move it away to start anew"
-                )
-        if header.get("tasks") != self.tasks.identity():
-            raise checkpoint.CheckpointError(
-                f"{path} was written by a meta-training on other problems: other weights of f, or other contexts; move it "
-                "away to start anew"
-            )
+        if isinstance(header.get("config"), dict):  # as files of earlier versions have it
+            header["config"] = {"decay": "cosine"} | {_RENAMED.get(key, key): v for key, v in header["config"].items()}
+        for name, wanted in self._facts().items():
+            if header.get(name) != wanted:
+                raise checkpoint.CheckpointError(f"{path} was written by {_difference(name, header, wanted)}")
         history, best_score = self._recorded(header, path)
         incidents = StepGuard(**header["incidents"])
         taken = 0 if incidents.returned else header["step"] - incidents.count
-        self.best = resume.restore(tensors, header, path, self.solver, self.optimizer, taken=taken, best=True)
+        self.best = resume.restore(
+            tensors, header, path, self.module, self.optimizer, taken=taken, generator=self._generator, best=True
+        )
         self.step, self.stopped = header["step"], header["stopped"]
         self.clock, self.incidents = Clock(*header["seconds"]), incidents
         self.history, self.best_score = history, best_score
@@ -268,12 +294,11 @@ class MetaTrainer:
         step, looks = header["step"], [entry.get("step", -1) for entry in history]
         wanted = {"step", "loss", "score", "seconds", "cpu_seconds"}
         scores = [entry.get("score", math.nan) for entry in history]
-        incidents = StepGuard(**header["incidents"])
         sound = {
             f"step is {step}, wanted from 0 to {self.config.steps}": 0 <= step <= self.config.steps,
             f"stopped is {header['stopped']!r}": header["stopped"] is None or header["stopped"] in STOPS,
             "its seconds are negative": min(header["seconds"]) >= 0,
-            f"its incidents are not of {step} steps": incidents.before(step),
+            f"its incidents are not of {step} steps": StepGuard(**header["incidents"]).before(step),
             f"its history is not one of {step} steps": looks == sorted(looks)
             and all(0 <= look <= step for look in looks),
             f"its history is not of {sorted(wanted)}": all(set(entry) == wanted for entry in history),
@@ -282,6 +307,80 @@ class MetaTrainer:
         }
         require(sound, path)
         return history, best_score
+
+
+class MetaTrainer(Trainer):
+    """Trains `solver` on the problems of one DEQ, see `Trainer`.
+
+    Args:
+        solver: a `LearnedSolver`; trained in place.
+        tasks: the fixed-point problems; the test split is never touched.
+        config: see `MetaConfig`.
+        checkpoint, save_every: see `Trainer`.
+    """
+
+    def __init__(
+        self,
+        solver: Any,
+        tasks: TaskSet,
+        config: MetaConfig | None = None,
+        *,
+        checkpoint: str | Path | None = None,
+        save_every: int = 50,
+    ) -> None:
+        config = MetaConfig() if config is None else config
+        self.tasks = tasks
+        super().__init__(
+            solver,
+            config,
+            lambda: ESTIMATORS[config.estimator](solver, TaskDraws(tasks, config), config),
+            validation=[tasks],
+            identity="" if checkpoint is None else tasks.identity(),
+            checkpoint=checkpoint,
+            save_every=save_every,
+        )
+
+
+class MultiTaskTrainer(Trainer):
+    """Trains one solver on problems of many DEQs, a batch of one of them a step, see `Trainer`.
+
+    Args:
+        solver: runs on the states of all sources; trained in place.
+        sources: with the weights they are drawn with; a `TaskSet` is one.
+        validation: task sets whose validation split is looked at.
+        config: as for one DEQ; unroll (one number) is the longest unroll, lengths are drawn from half of it on.
+        checkpoint: file for the training's state, or None.
+    """
+
+    def __init__(
+        self,
+        solver: Any,
+        sources: Sequence[tuple[float, Source]],
+        validation: Sequence[TaskSet],
+        config: MetaConfig,
+        *,
+        checkpoint: str | Path | None = None,
+    ) -> None:
+        if not sources or not validation:
+            raise ValueError(
+                f"wanted at least one source and one validation set, got {len(sources)}, {len(validation)}"
+            )
+        if not isinstance(config.unroll, int):
+            raise ValueError(f"wanted one number for unroll, got {config.unroll!r}")
+        for name in ("estimator", "start_noise"):
+            if getattr(config, name) != getattr(MetaConfig, name):
+                raise ValueError(f"training across DEQs knows no {name}, got {getattr(config, name)!r}")
+        draws = MixedDraws(sources, config.batch, (max(1, config.unroll // 2), config.unroll), config.seed)
+        super().__init__(
+            solver,
+            config,
+            lambda: ESTIMATORS["backprop"](solver, draws, config),
+            validation=validation,
+            identity="" if checkpoint is None else " ".join(tasks.identity() for tasks in validation),
+            generator=draws.generator,
+            checkpoint=checkpoint,
+            save_every=config.validate_every,
+        )
 
 
 def mean_evaluations(
@@ -294,6 +393,17 @@ def mean_evaluations(
     solution = solve(tasks.f, z0, x, solver=solver, rtol=rtol, max_nfe=max_nfe, throw=False)
     cost = np.where(solution.converged.cpu().numpy(), solution.nfe.numpy(), 2 * max_nfe)
     return float(cost.mean())
+
+
+_RENAMED = {"budget_seconds": "seconds"}
+
+
+def _difference(name: str, header: dict[str, Any], wanted: Any) -> str:
+    if name == "tasks":
+        what = "a meta-training on other problems: other weights of f, or other contexts"
+    else:
+        what = f"another meta-training: its {name} is {header.get(name)}, wanted {wanted}"
+    return f"{what}; move it away to start anew"
 
 
 def _jsonable(value: Any) -> Any:

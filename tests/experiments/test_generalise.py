@@ -16,10 +16,10 @@ from metabroyden.checkpoint import CheckpointError
 from metabroyden.learned.layout import Layout
 from metabroyden.meta import MetaConfig, TaskSet
 from metabroyden.meta.fit import make_learned
-from metabroyden.meta.multitask import Known, MultiTaskTrainer
 from metabroyden.meta.orthogonal import OrthogonalAdam, orthogonal
 from metabroyden.meta.specialise import SpecialiseConfig
 from metabroyden.meta.specialise import specialise as adapt
+from metabroyden.meta.trainer import MultiTaskTrainer
 from metabroyden.storage import atomic_write
 from metabroyden.zoo.random_cells import RandomCells
 from metabroyden.zoo.testbed import cells
@@ -34,7 +34,7 @@ def ring(gain, n=6):
 def across(path=None, steps=6):
     config = MetaConfig(steps=steps, unroll=4, batch=4, backend="native", validate_every=2, validation_size=8)
     solver = make_learned("universal", Layout("vector", (1,)), hidden=4)
-    sources = [(1.0, Known(ring(0.8))), (1.0, Known(ring(0.9, 9))), (2.0, RandomCells())]
+    sources = [(1.0, ring(0.8)), (1.0, ring(0.9, 9)), (2.0, RandomCells())]
     return MultiTaskTrainer(solver, sources, [ring(0.8), ring(0.9, 9)], config, checkpoint=path)
 
 

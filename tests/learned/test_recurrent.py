@@ -9,7 +9,7 @@ import metabroyden as mb
 from metabroyden.learned.layout import Layout
 from metabroyden.learned.safeguard import Safeguard
 from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet
-from metabroyden.meta.backprop import differentiate
+from metabroyden.meta.estimators import differentiate
 from metabroyden.meta.fit import make_learned
 from metabroyden.meta.objectives import ResidualObjective
 from metabroyden.meta.unroll import unroll

@@ -14,7 +14,7 @@ import torch
 
 from metabroyden.learned.layout import Layout
 from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet, distributed
-from metabroyden.meta.backprop import frozen
+from metabroyden.meta.estimators import frozen
 from metabroyden.meta.fit import make_learned
 
 CONFIG = MetaConfig(steps=3, unroll=4, batch=4, validate_every=2, validation_nfe=20, start_noise=0.3, clip=0.05)
@@ -23,7 +23,7 @@ VARIANTS = {
     "native, segments": replace(CONFIG, backend="native", segments=2, unroll=(2, 5)),
     "checkpointed, detached": replace(CONFIG, checkpoint_steps=True, detach_features=True),
     "evolution": replace(CONFIG, estimator="pes", segments=3, particles=2),
-    "budget": replace(CONFIG, steps=1000, budget_seconds=0.2, validate_every=1000, patience=5),
+    "budget": replace(CONFIG, steps=1000, seconds=0.2, validate_every=1000, patience=5),
 }
 
 

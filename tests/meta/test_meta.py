@@ -14,12 +14,11 @@ import torch
 import metabroyden as mb
 from metabroyden.learned.layout import Layout
 from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet, schedule
+from metabroyden.meta.episodes import as_learn2learn
 from metabroyden.meta.fit import make_learned
 from metabroyden.meta.objectives import HyperObjective, ResidualObjective
 from metabroyden.meta.progress import tensorboard
-from metabroyden.meta.schedule import cosine, reason_to_stop, share
-from metabroyden.meta.step_guard import StepGuard, in_words
-from metabroyden.meta.tasks import as_learn2learn
+from metabroyden.meta.schedule import StepGuard, cosine, in_words, reason_to_stop, share
 from metabroyden.meta.trainer import mean_evaluations
 from metabroyden.meta.unroll import Rollout
 
@@ -134,7 +133,7 @@ def test_a_time_budget_ends_the_training_and_is_kept_over_an_interruption(tmp_pa
     monkeypatch.setattr(MetaTrainer, "_update", slow)
     monkeypatch.setattr(schedule.time, "process_time", lambda: now[0])
     path = tmp_path / "training.safetensors"
-    config = replace(SMALL, steps=100_000, budget_seconds=1.0, budget_clock="cpu")
+    config = replace(SMALL, steps=100_000, seconds=1.0, budget_clock="cpu")
     trainer = MetaTrainer(grouped(), tasks(), config, checkpoint=path)
     trainer.run(until=3)
     assert share(config, trainer.step, trainer.clock.read()) == 0.375
@@ -148,7 +147,7 @@ def test_a_time_budget_ends_the_training_and_is_kept_over_an_interruption(tmp_pa
 
 
 def test_the_schedule_goes_by_the_larger_share():
-    config = replace(SMALL, steps=10, budget_seconds=100.0, budget_clock="cpu")
+    config = replace(SMALL, steps=10, seconds=100.0, budget_clock="cpu")
     assert share(config, 5, (99, 20)) == 0.5
     assert share(config, 5, (0, 70)) == 0.7
     assert reason_to_stop(config, 5, (0, 100), [], StepGuard()) == "budget"
@@ -325,7 +324,7 @@ def test_the_test_split_is_not_drawn_from():
         {"rollback_after": 0},
         {"estimator": "adam"},
         {"particles": 0},
-        {"budget_seconds": 0.0},
+        {"seconds": 0.0},
         {"budget_clock": "sun"},
     ],
 )

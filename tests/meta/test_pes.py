@@ -10,7 +10,7 @@ import torch
 from experiments import pes
 from experiments.bench.runner import read_rows
 from metabroyden.meta import MetaConfig, MetaTrainer
-from metabroyden.meta.pes import Particles
+from metabroyden.meta.estimators import Particles
 from tests.meta.test_meta import SMALL, grouped, tasks
 
 TARGET = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)

@@ -10,8 +10,8 @@ import torch
 
 import metabroyden as mb
 from metabroyden.learned.layout import Layout
-from metabroyden.meta.backprop import differentiate, equilibria
 from metabroyden.meta.config import MetaConfig
+from metabroyden.meta.estimators import differentiate, equilibria
 from metabroyden.meta.fit import make_learned
 from metabroyden.meta.objectives import CountObjective, DistanceObjective, HyperObjective, ResidualObjective
 from metabroyden.meta.unroll import Rollout, unroll

@@ -9,7 +9,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from metabroyden.meta import MetaConfig, TaskSet
-from metabroyden.meta.draws import generator, training_batch, unroll_length
+from metabroyden.meta.estimators import seeded, training_batch, unroll_length
 from metabroyden.meta.objectives import ResidualObjective
 from metabroyden.meta.unroll import UnrolledProblem, unroll
 from tests.conftest import tanh
@@ -140,4 +140,4 @@ def test_random_starts_are_as_large_as_told_and_of_a_place_in_the_batch():
     assert torch.equal(torch.cat([part[0] for part in parts]), z0)
     assert torch.equal(torch.cat([part[1] for part in parts]), x)
     assert not torch.equal(training_batch(tasks, config, 6)[0], z0)
-    assert generator(0, 1, "a").initial_seed() != generator(0, 1, "b").initial_seed()
+    assert seeded(0, 1, "a").initial_seed() != seeded(0, 1, "b").initial_seed()
