@@ -102,7 +102,7 @@ def family(setting: Setting, name: str) -> Unit:
     """Everyone on a family's test inputs; on inputs of another kind, those that a user would choose among."""
     one = setting.family(name)
     if one.texts:  # the second text domain: missing, it is asked for before any work is done
-        load_bible(one.criterion.data)  # type: ignore[attr-defined]
+        load_bible(one.criterion.data)  # type: ignore[arg-type]
     also = problems.BIBLE if one.texts else ""
     return setting.unit(name, lambda work: _family_rows(setting, one, work), [one.path, *setting.files(name)], also)
 

@@ -13,7 +13,7 @@ from metabroyden.meta.tasks import TaskSet
 from metabroyden.state import Packing
 from metabroyden.zoo.data.text import TextData, TextSplit
 from metabroyden.zoo.models.base import LanguageModel, Memory
-from metabroyden.zoo.models.criteria import Criterion, Images, NextToken, device_of
+from metabroyden.zoo.models.criteria import Criterion, Images, device_of
 from metabroyden.zoo.models.packed import Packed
 
 _WINDOWS = {"train": 8192, "validation": 256, "test": 256}
@@ -26,7 +26,8 @@ def family_tasks(model: Any, criterion: Criterion, *, packed: bool = False) -> T
     that of the one before, solved as `model.deq` solves, and the `back` tokens before them that the model's stem looks at.
 
     Args:
-        model: from `load_model`, or any `EquilibriumModel`. criterion: of its family (`get_family(name).criterion()`).
+        model: from `load_model`, or any `EquilibriumModel`.
+        criterion: of its family (`get_family(name).criterion()`).
         packed: whether a state of several tensors is handed out as one vector, where no layout is known of it.
     """
     tasks = _tasks(model, criterion)
@@ -38,26 +39,16 @@ def family_tasks(model: Any, criterion: Criterion, *, packed: bool = False) -> T
 
 def _tasks(model: Any, criterion: Criterion) -> TaskSet:
     if isinstance(criterion, Images):
-        data = criterion.data
-        return TaskSet(
-            model.cell,
-            data.train.images,
-            data.validation.images,
-            data.test.images,
-            encode=lambda images: model.inject(images.to(device_of(model))),
-            augment=criterion.augment,
-            z0=lambda x: initial_state(model.cell, x),
-        )
-    if not isinstance(criterion, NextToken):
-        raise TypeError(f"criterion must be Images or NextToken, got {type(criterion).__name__}")
-    back, length = model.stem.back, criterion.length
-    raw = {name: text_windows(criterion.data, name, length, back)[0] for name in _WINDOWS}
+        raw = {name: getattr(criterion.data, name).images for name in _WINDOWS}
+        encode, augment = model.inject, criterion.augment
+    else:
+        raw = {name: text_windows(criterion.data, name, criterion.length, model.stem.back)[0] for name in _WINDOWS}
+        encode, augment = (lambda tokens: second_half(model, tokens, criterion.length)), None
     return TaskSet(
         model.cell,
-        raw["train"],
-        raw["validation"],
-        raw["test"],
-        encode=lambda tokens: second_half(model, tokens.to(device_of(model)), length),
+        *raw.values(),
+        encode=lambda inputs: encode(inputs.to(device_of(model))),
+        augment=augment,
         z0=lambda x: initial_state(model.cell, x),
     )
 

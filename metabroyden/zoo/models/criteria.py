@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,32 +13,6 @@ from torch import Tensor, nn
 from metabroyden.zoo.data.images import ImageData, ImageSplit, shift
 from metabroyden.zoo.data.text import TextData
 from metabroyden.zoo.models.base import LanguageModel
-
-
-class Criterion(Protocol):
-    """A supervised problem."""
-
-    @property
-    def metric(self) -> str:
-        """The name of the score."""
-        ...
-
-    @property
-    def higher(self) -> bool:
-        """Whether more of it is better."""
-        ...
-
-    def steps(self, batch: int) -> int:
-        """Losses in one epoch; ValueError where the batch is larger than the data."""
-        ...
-
-    def losses(self, model: Any, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """The losses of one epoch, one after another: take a step of the optimizer between two of them."""
-        ...
-
-    def score(self, model: Any, split: str) -> float:
-        """The metric on a split, in evaluation mode."""
-        ...
 
 
 def unaltered(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -142,6 +116,10 @@ class NextToken:
     def score(self, model: LanguageModel, split: str) -> float:
         """Bits per token; of validation at most `limit` tokens."""
         return bits_per_token(model, self.data, split, self.length, self.limit if split == "validation" else None)
+
+
+Criterion = Images | NextToken
+"""What is trained for: the `losses` of an epoch's `steps`, and the `score` on a split, in `metric`."""
 
 
 @torch.no_grad()

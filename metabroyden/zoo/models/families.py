@@ -13,15 +13,15 @@ from metabroyden.solvers.substitution import Substitution
 from metabroyden.zoo.data.digits import load_digits
 from metabroyden.zoo.data.fashion_mnist import load_fashion_mnist
 from metabroyden.zoo.data.shakespeare import load_shakespeare
-from metabroyden.zoo.models.conv import ConvClassifier, ConvClassifierConfig
+from metabroyden.zoo.models.conv import ConvClassifier
 from metabroyden.zoo.models.criteria import Criterion, Images, NextToken, unaltered
-from metabroyden.zoo.models.dense import DenseClassifier, DenseClassifierConfig
+from metabroyden.zoo.models.dense import DenseClassifier
 from metabroyden.zoo.models.fit import Training
-from metabroyden.zoo.models.mlp import MLPClassifier, MLPClassifierConfig
-from metabroyden.zoo.models.monotone_classifier import MonotoneClassifier, MonotoneClassifierConfig
-from metabroyden.zoo.models.multiscale import MultiscaleClassifier, MultiscaleClassifierConfig
-from metabroyden.zoo.models.transformer import DEQTransformer, DEQTransformerConfig
-from metabroyden.zoo.models.trellisnet import TrellisNet, TrellisNetConfig
+from metabroyden.zoo.models.mlp import MLPClassifier
+from metabroyden.zoo.models.monotone_classifier import MonotoneClassifier
+from metabroyden.zoo.models.multiscale import MultiscaleClassifier
+from metabroyden.zoo.models.transformer import DEQTransformer
+from metabroyden.zoo.models.trellisnet import TrellisNet
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Family:
     """One model on one data set.
 
     Attributes:
-        model: the class, an `EquilibriumModel`. config: its config.
+        model: the class, an `EquilibriumModel`.
+        config: its config.
         criterion: makes the data and what is trained for; data that is missing raises, saying how to get it.
         training: of the DEQ, and of the networks beside it.
         jacobian: weight of the Jacobian penalty in the regularised variant.
@@ -66,12 +67,13 @@ class Family:
         return replace(self, config=self.large[0], training=self.large[1])
 
 
-_IMAGE_TWINS = ("unrolled", "explicit", "flow")
+Sizes = dict[str, Any]
+Data = Callable[[], Criterion]
 # keeps image cells whose solves are hard a DEQ without a penalty (results/RESEARCH.md, 32)
-_AT_EQUILIBRIUM: dict[str, Any] = {"backward": Phantom(steps=5, damping=1.0), "rtol": 1e-2, "max_nfe": 30}
-_CONVERTED: dict[str, Any] = {"jacobian": 0.0, "solver": Substitution(), "rtol": 0.0, "twins": ()}
-_CHARACTERS: dict[str, Any] = {"vocabulary": 81, "stem": "hashed", "reach": 8, "rows": 2**17, "recent": 512}
-_WORDS: dict[str, Any] = {"vocabulary": 5001, "stem": "hashed", "reach": 3, "rows": 2**16, "recent": 512}
+_AT_EQUILIBRIUM: Sizes = {"backward": Phantom(steps=5, damping=1.0), "rtol": 1e-2, "max_nfe": 30}
+_CONVERTED: Sizes = {"jacobian": 0.0, "solver": Substitution(), "rtol": 0.0, "twins": ()}
+_CHARACTERS: Sizes = {"vocabulary": 81, "stem": "hashed", "reach": 8, "rows": 2**17, "recent": 512}
+_WORDS: Sizes = {"vocabulary": 5001, "stem": "hashed", "reach": 3, "rows": 2**16, "recent": 512}
 
 
 def _digits() -> Criterion:
@@ -98,99 +100,66 @@ def _words() -> Criterion:
     return NextToken(load_shakespeare("word"), limit=32_768)
 
 
-def _images(
-    model: type,
-    criterion: Callable[[], Criterion],
-    config: Any,
-    large: dict[str, Any],
-    training: Training,
-    **options: Any,
-) -> Family:
-    """A family of images; `large` is what the config has otherwise on a GPU."""
+def _images(model: Any, criterion: Data, sizes: Sizes, large: Sizes, training: Training, **options: Any) -> Family:
+    """A family of images; `large` is what its sizes are on a GPU."""
+    config, twins = model.config_type(**sizes), ("unrolled", "explicit", "flow")
     preset = replace(config, **large), Training(epochs=60, batch=256)
-    return Family(model, config, criterion, training, preset, **{"twins": _IMAGE_TWINS, **options})
+    return Family(model, config, criterion, training, preset, **{"twins": twins, **options})
 
 
-def _monotone(
-    criterion: Callable[[], Criterion], config: MonotoneClassifierConfig, large: int, epochs: int, depth: int = 10
-) -> Family:
+def _monotone(criterion: Data, sizes: Sizes, large: int, epochs: int, depth: int = 10) -> Family:
     """A monotone classifier, solved by the splitting that converges whatever its weights; `large` is its width on a GPU."""
     training = Training(epochs=epochs, learning_rate=5e-3)
     backward = Implicit(solver=Anderson(memory=10, damping=0.3), rtol=1e-2, max_nfe=60)
     options: dict[str, Any] = {"solver": PeacemanRachford(alpha=0.5), "backward": backward, "splitting": True}
-    return _images(MonotoneClassifier, criterion, config, {"width": large}, training, depth=depth, **options)
+    return _images(MonotoneClassifier, criterion, sizes, {"width": large}, training, depth=depth, **options)
 
 
-def _language(
-    model: type,
-    criterion: Callable[[], Criterion],
-    config: Any,
-    large: dict[str, Any],
-    training: Training,
-    **options: Any,
-) -> Family:
+def _language(model: Any, criterion: Data, sizes: Sizes, large: Sizes, training: Training, **options: Any) -> Family:
     """Most steps shallow, small and in bfloat16, the rest at the equilibrium by phantom gradients (results/RESEARCH.md)."""
-    shallow: dict[str, Any] = {"pretrain": round(0.88 * training.epochs), "least": 1, "half": True}
+    shallow: Sizes = {"pretrain": round(0.88 * training.epochs), "least": 1, "half": True}
     training = replace(training, batch=16, weight_decay=0.02, warmup=0.01, beta2=0.98, **shallow)
     on_gpu = replace(training, epochs=200, batch=64, learning_rate=1e-3, pretrain=140, depth=8)
+    config = model.config_type(**sizes)
     preset = replace(config, **large), on_gpu
     return Family(model, config, criterion, training, preset, depth=5, rtol=1e-2, pictures=True, **options)
 
 
-_PHANTOM_TRELLIS: dict[str, Any] = {
+_PHANTOM_TRELLIS: Sizes = {
     "backward": Phantom(steps=4, damping=1.0),
     "solver": Picard(),  # the equilibrium is a chain of length / dilation links, which no other solver shortens
 }
-_MULTI_TIER = MonotoneClassifierConfig("multi-tier", 8)
+_MORE_CHANNELS: Sizes = {"channels": 64, "inner": 128}
+_MULTI_TIER: Sizes = {"structure": "multi-tier", "width": 8}
+_MIXED_DEPTHS: Sizes = {"depth": 6, "least": 2}
 
 FAMILIES: dict[str, Family] = {
     "dense-digits": _images(
-        DenseClassifier,
-        _digits,
-        DenseClassifierConfig(n=64),
-        {"n": 256},
-        Training(epochs=120, learning_rate=3e-3, pretrain=40),
+        DenseClassifier, _digits, {"n": 64}, {"n": 256}, Training(epochs=120, learning_rate=3e-3, pretrain=40)
     ),
     "dense-fashion": _images(
-        DenseClassifier, _fashion, DenseClassifierConfig(n=128, side=28), {"n": 512}, Training(epochs=12, pretrain=8)
+        DenseClassifier, _fashion, {"n": 128, "side": 28}, {"n": 512}, Training(epochs=12, pretrain=8)
     ),
     "mlp-digits": _images(
-        MLPClassifier,
-        _digits,
-        MLPClassifierConfig(),
-        {"hidden": 256},
-        Training(epochs=160, learning_rate=3e-3),
-        **_CONVERTED,
+        MLPClassifier, _digits, {}, {"hidden": 256}, Training(epochs=160, learning_rate=3e-3), **_CONVERTED
     ),
     "mlp-fashion": _images(
-        MLPClassifier,
-        _fashion,
-        MLPClassifierConfig(hidden=128, side=28),
-        {"hidden": 512},
-        Training(epochs=12),
-        **_CONVERTED,
+        MLPClassifier, _fashion, {"hidden": 128, "side": 28}, {"hidden": 512}, Training(epochs=12), **_CONVERTED
     ),
-    "conv-digits": _images(
-        ConvClassifier,
-        _digits,
-        ConvClassifierConfig(),
-        {"channels": 64, "inner": 128},
-        Training(epochs=24, pretrain=12),
-        depth=8,
-    ),
+    "conv-digits": _images(ConvClassifier, _digits, {}, _MORE_CHANNELS, Training(epochs=24, pretrain=12), depth=8),
     "conv-fashion": _images(
         ConvClassifier,
         _fashion_in_parts,
-        ConvClassifierConfig(side=28, stride=2),
-        {"channels": 64, "inner": 128, "stride": 1},
-        Training(epochs=16, pretrain=2, depth=6, least=2),
+        {"side": 28, "stride": 2},
+        {**_MORE_CHANNELS, "stride": 1},
+        Training(epochs=16, pretrain=2, **_MIXED_DEPTHS),
         depth=5,
         **_AT_EQUILIBRIUM,
     ),
     "trellisnet-shakespeare": _language(
         TrellisNet,
         _characters,
-        TrellisNetConfig(dilation=4, **_CHARACTERS),
+        {"dilation": 4, **_CHARACTERS},
         {"channels": 512},
         Training(epochs=16, learning_rate=8e-3, depth=4),
         **_PHANTOM_TRELLIS,
@@ -198,7 +167,7 @@ FAMILIES: dict[str, Family] = {
     "transformer-shakespeare": _language(
         DEQTransformer,
         _characters,
-        DEQTransformerConfig(**_CHARACTERS),
+        _CHARACTERS,
         {"width": 512, "heads": 8, "inner": 2048, "memory": 64},
         Training(epochs=24, learning_rate=4e-3, depth=3),
         backward=Phantom(steps=4),
@@ -206,7 +175,7 @@ FAMILIES: dict[str, Family] = {
     "trellisnet-words": _language(
         TrellisNet,
         _words,
-        TrellisNetConfig(embedding=48, dilation=2, **_WORDS),
+        {"embedding": 48, "dilation": 2, **_WORDS},
         {"channels": 512, "embedding": 64},
         Training(epochs=10, learning_rate=5e-3, depth=4),
         **_PHANTOM_TRELLIS,
@@ -214,27 +183,27 @@ FAMILIES: dict[str, Family] = {
     "multiscale-digits": _images(
         MultiscaleClassifier,
         _digits,
-        MultiscaleClassifierConfig(),
+        {},
         {"width": 64},
-        Training(epochs=60, pretrain=10, depth=6, least=2),
+        Training(epochs=60, pretrain=10, **_MIXED_DEPTHS),
         depth=6,
         **_AT_EQUILIBRIUM,
     ),
     "multiscale-fashion": _images(
         MultiscaleClassifier,
         _fashion_in_parts,
-        MultiscaleClassifierConfig(side=28, stride=2),
+        {"side": 28, "stride": 2},
         {"width": 64, "stride": 1},
-        Training(epochs=24, pretrain=3, depth=6, least=2),
+        Training(epochs=24, pretrain=3, **_MIXED_DEPTHS),
         depth=6,
         **_AT_EQUILIBRIUM,
     ),
-    "monotone-dense-digits": _monotone(_digits, MonotoneClassifierConfig("dense", 87), 256, 40),
-    "monotone-conv-digits": _monotone(_digits, MonotoneClassifierConfig("conv", 16), 64, 16),
+    "monotone-dense-digits": _monotone(_digits, {"structure": "dense", "width": 87}, 256, 40),
+    "monotone-conv-digits": _monotone(_digits, {"structure": "conv", "width": 16}, 64, 16),
     "monotone-multitier-digits": _monotone(_digits, _MULTI_TIER, 32, 20),
-    "monotone-dense-fashion": _monotone(_fashion, MonotoneClassifierConfig("dense", 87, side=28), 256, 6),
-    "monotone-conv-fashion": _monotone(_fashion_halved, MonotoneClassifierConfig("conv", 16, side=14), 64, 8, depth=5),
-    "monotone-multitier-fashion": _monotone(_fashion_halved, replace(_MULTI_TIER, side=14), 32, 8, depth=5),
+    "monotone-dense-fashion": _monotone(_fashion, {"structure": "dense", "width": 87, "side": 28}, 256, 6),
+    "monotone-conv-fashion": _monotone(_fashion_halved, {"structure": "conv", "width": 16, "side": 14}, 64, 8, depth=5),
+    "monotone-multitier-fashion": _monotone(_fashion_halved, {**_MULTI_TIER, "side": 14}, 32, 8, depth=5),
 }
 """The families by name."""
 
