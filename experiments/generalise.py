@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
-from experiments.legacy import equilibria, transfer_report
-from experiments.legacy.equilibria import HeldOut
-from experiments.legacy.provenance import (
-    command_line,
-    config_hash,
-    plain,
-    provenance,
-    results_folder,
-    write_results,
-)
-from experiments.legacy.transfer import BROYDEN, transfer_row
+from experiments.bench import measure, problems, report, solvers
+from experiments.bench.figures import heat_map, save
+from experiments.bench.measure import Rules, stamp_of
+from experiments.bench.problems import HeldOut, of_known
+from experiments.bench.runner import Options, Row, Run, read_rows, sha256, ticks
+from experiments.bench.statistics import Field, geometric
+from experiments.bench.tables import Table, by_name, number
 from metabroyden import Broyden, load_solver, save_solver
 from metabroyden.learned.layout import Layout
 from metabroyden.learned.safeguard import BY_PROGRESS
@@ -55,11 +50,12 @@ LATE = 3
 _LONG: dict[str, Any] = {"unroll": 14, "learning_rate": 4e-3}
 _SHORT: dict[str, Any] = {"unroll": 8, **RATES}
 NOTHING = "—"
-_PLACES = ("models", "digits", "results", "runs", "fresh", "progress")
+FREE = ("models", "digits")
+TOLERANCE, BROYDEN = 1e-2, "Broyden"
 
 
 @dataclass(frozen=True)
-class Generalise:
+class Generalise(Options):
     """Train across DEQs, test on weights, widths and families never seen, write rows, report and transfer grid."""
 
     steps: int = 2400
@@ -94,22 +90,16 @@ class Generalise:
     """Where results go; those of a run with other settings than these to a trial- folder in it."""
     runs: Path = Path("runs/generalise")
     """Where unfinished work is kept, to go on from."""
-    fresh: bool = False
-    """Throw away unfinished and finished work of this configuration and start anew."""
-    progress: bool = True
-    """Show progress bars."""
 
 
 def run(config: Generalise) -> None:
     """The whole job. Interrupted, it goes on where it stopped; finished, it writes the report again."""
     job = _Job(config)
-    rows = job.rows()
-    folder = results_folder(config.results, config, _PLACES)
-    write_results(folder, rows, job.described())
+    folder = job.run.publish(job.rows(), **job.described())
     for path in job.work.glob("*.safetensors"):
         if not path.name.startswith("training-"):
             atomic_write(folder / path.name, path.read_bytes())
-    Console().print(Markdown(transfer_report.write(folder).read_text()))
+    Console().print(Markdown(write(folder).read_text()))
 
 
 class _Job:
@@ -117,87 +107,54 @@ class _Job:
 
     def __init__(self, config: Generalise) -> None:
         self.config = config
-        identity = replace(config, **{name: getattr(Generalise, name) for name in _PLACES})
-        self.work = config.runs / f"{config_hash(identity)}-{self._inputs()}"
-        if config.fresh and self.work.exists():
-            shutil.rmtree(self.work)
-        self.work.mkdir(parents=True, exist_ok=True)
-        if not (self.work / "began.json").exists():
-            atomic_write(self.work / "began.json", json.dumps(provenance(), indent=2) + "\n")
+        self.run = Run("generalise", config, free=FREE, inputs=[BY_PROGRESS, *self._inputs()])
+        self.work = self.run.work
 
-    def _inputs(self) -> str:
-        """A hash of the models that are trained and tested on, weights along training among them, and of the safeguard."""
+    def _inputs(self) -> Iterable[Path]:
+        """The models that are trained and tested on, weights along training among them."""
         names = dict.fromkeys((*self.config.trained, *self.config.unseen, *self.config.weights))
         files = [path for name in names for path in sorted((self.config.models / name).rglob("*.safetensors"))]
-        if self.config.seeds:
-            files += sorted(self.config.digits.glob("seed*/model.safetensors"))
-        digest = hashlib.sha256(repr(BY_PROGRESS).encode())
-        for path in files:
-            digest.update(path.name.encode() + path.read_bytes())
-        return digest.hexdigest()[:8]
+        return [*files, *(sorted(self.config.digits.glob("seed*/model.safetensors")) if self.config.seeds else ())]
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[Row]:
         """The rows of all parts, those that are there already read and the others made."""
-        parts: dict[str, Callable[[], list[dict[str, Any]]]] = {"families": self._families}
-        if self.config.widths:
-            parts["widths"] = self._widths
-        for family in self.config.weights:
-            parts[f"weights-{family}"] = lambda family=family: self._weights(family)  # type: ignore[misc]
-        if self.config.seeds:
-            parts["seeds"] = self._seeds
-        found: list[dict[str, Any]] = []
-        for name, make in parts.items():
-            path = self.work / f"{name}.jsonl"
-            if not path.exists():
-                atomic_write(path, "".join(json.dumps(row) + "\n" for row in make()))
-            found += [json.loads(line) for line in path.read_text().splitlines()]
-        return found
+        parts: dict[str, Callable[[], list[Row]]] = {"families": self._families}
+        parts |= {"widths": self._widths} if self.config.widths else {}
+        parts |= {f"weights-{family}": functools.partial(self._weights, family) for family in self.config.weights}
+        parts |= {"seeds": self._seeds} if self.config.seeds else {}
+        return [row for name, make in parts.items() for row in self.run.unit(name, make)]
 
-    def described(self) -> dict[str, Any]:
+    def described(self) -> Row:
         """What stands beside the rows."""
         files = [self._model_path(name) for name in (*self.config.trained, *self.config.unseen, *self.config.weights)]
+        trained = [path for path in sorted(self.work.glob("*.safetensors")) if not path.name.startswith("training-")]
         return {
-            "command": command_line("generalise", self.config, _PLACES),
-            "config": plain(self.config),
-            "models_sha256": {path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
-            "solvers": {
-                path.stem: load_solver(path).summary
-                for path in sorted(self.work.glob("*.safetensors"))
-                if not path.name.startswith("training-")
-            },
-            "began": json.loads((self.work / "began.json").read_text()),
-            "provenance": provenance(),
+            "models_sha256": {path.parent.name: sha256(path) for path in files},
+            "solvers": {path.stem: load_solver(path).summary for path in trained},
         }
 
-    def _families(self) -> list[dict[str, Any]]:
-        config = self.config
-        solvers = self._free_solvers()
-        rows: list[dict[str, Any]] = []
+    def _families(self) -> list[Row]:
+        config, free = self.config, self._free_solvers()
+        rows: list[Row] = []
         names = [*config.trained, *config.unseen]
-        with progress_bar("families", len(names), show=config.progress) as bar:
-            for number, name in enumerate(names, 1):
-                criterion = get_family(name).criterion()
-                model = load_model(self._model_path(name), warn=False).requires_grad_(False)
-                held = equilibria.held_out(model, criterion, "test", config.samples)
+        with ticks("families", len(names), show=config.progress) as done:
+            for name in names:
+                family = problems.Family(name, config.models)
                 part = "families seen" if name in config.trained else "families unseen"
-                rows += self._row(part, name, held, solvers)
-                classical = equilibria.tuned_solvers(
-                    equilibria.held_out(model, criterion, "validation", 64), config.budget
-                )
-                for known, solver in classical.items():
-                    rows.append(transfer_row(part, known, solver, NOTHING, name, held, budget=config.budget))
-                if bar is not None:
-                    bar(number, name)
+                tuned = solvers.tuned(family.problems("validation", 64), config.budget)
+                known = {key: (solver, NOTHING) for key, solver in tuned.items()}
+                rows += self._row(part, name, family.problems("test", config.samples), {**free, **known})
+                done(name)
         return rows
 
     def _widths(self) -> list[dict[str, Any]]:
         solvers, rows = self._free_solvers(), []
         for n in (16, 64, 256, 1024):
             for norm in (0.9, 1.5):
-                held = _as_held(cells.blas(self.config.samples, n, norm, seed=5, x_seed=7))
+                held = of_known(cells.blas(self.config.samples, n, norm, seed=5, x_seed=7))
                 rows += self._row("widths", f"dense, {n} wide, norm {norm:g}", held, solvers)
         for channels in (4, 16, 48):
-            held = _as_held(cells.conv(self.config.samples, channels, 8, 1.5, seed=5, x_seed=7))
+            held = of_known(cells.conv(self.config.samples, channels, 8, 1.5, seed=5, x_seed=7))
             rows += self._row("widths", f"convolution, {channels} channels, norm 1.5", held, solvers)
         return rows
 
@@ -216,7 +173,7 @@ class _Job:
         }
         rows = []
         for epoch in (*known[-2:], last):
-            held = equilibria.held_out(models[epoch], criterion, "test", config.samples)
+            held = problems.held_out(models[epoch], criterion, "test", config.samples)
             part = "weights unseen" if epoch == last else "weights seen"
             tested = f"{family}, epoch {epoch}"
             contestants = {name: (one, f"{family}, to epoch {known[-1]}") for name, one in trained.items()}
@@ -235,19 +192,19 @@ class _Job:
         solver = self._native("grouped", "seeds", both, [sets[1]], config.weights_steps, _LONG)
         rows = []
         for seed, model in enumerate(models):
-            held = equilibria.held_out(model, criterion, "test", config.samples)
+            held = problems.held_out(model, criterion, "test", config.samples)
             part = "seeds unseen" if seed == 2 else "seeds seen"
             contestants = {"grouped": (solver, "digits, seeds 0 and 1"), **self._free_solvers()}
             rows += self._row(part, f"digits, seed {seed}", held, contestants)
         return rows
 
-    def _row(self, part: str, tested: str, held: HeldOut, solvers: dict[str, tuple[Any, str]]) -> list[dict[str, Any]]:
-        budget = self.config.budget
-        every = {BROYDEN: (Broyden(budget), NOTHING), **solvers}
-        return [
-            transfer_row(part, name, one, trained, tested, held, budget=budget)
-            for name, (one, trained) in every.items()
-        ]
+    def _row(self, part: str, tested: str, held: HeldOut, every: dict[str, tuple[Any, str]]) -> list[Row]:
+        held, rows = replace(held, name=tested), []
+        for name, (solver, trained) in {BROYDEN: (Broyden(self.config.budget), NOTHING), **every}.items():
+            stamp = stamp_of(held, part=part, trained=trained)
+            rules = Rules((TOLERANCE,), self.config.budget)
+            rows += measure.measure(held, [solvers.contestant(name, solver)], rules, stamp)[:-1]  # curves are not kept
+        return rows
 
     def _free_solvers(self) -> dict[str, tuple[Any, str]]:
         """Solvers that run on any state, with the name of what they were trained on."""
@@ -352,5 +309,63 @@ class _RandomSet(TaskSet):
         super().__init__(f, x[:1], x[1:], z0=lambda x: z0[: len(x)])
 
 
-def _as_held(problem: Any) -> HeldOut:
-    return HeldOut(problem.f, problem.z0, problem.context, lambda z, index: torch.zeros(len(index)))
+_PARTS = {
+    "families unseen": "Families never seen",
+    "families seen": "Families whose weights along training were trained on (test contexts)",
+    "widths": "Random cells of many widths, never seen",
+    "weights unseen": "Later weights of a known DEQ, no adaptation",
+    "weights seen": "Weights that were trained on (test contexts)",
+    "seeds unseen": "Another seed of a known DEQ, no adaptation",
+    "seeds seen": "Seeds that were trained on (test contexts)",
+}
+
+
+def write(folder: Path) -> Path:
+    """report.md and transfer.png beside the rows of a folder, from these alone."""
+    rows, described = read_rows(folder / "rows.jsonl"), report.read_config(folder)
+    there = {row["part"] for row in rows}
+    fields = {part: Field(rows, part) for part in _PARTS if part in there}
+    words = (
+        "Median evaluations to 1e-2 on held-out test contexts (share of them solved within "
+        f"{described['config']['budget']}), ratio to Broyden's with full memory. A failure counts as the budget; where "
+        "Broyden does not get half of the samples there, no ratio. Tuned: damping, memory and ridge by grid on "
+        "validation contexts of the very family."
+    )
+    figure = save(_grid(fields), folder / "transfer.png")
+    tables = [ratio_table(_PARTS[part], field) for part, field in fields.items()]
+    return report.write(folder, "Generalisation", [report.made_by(described), words, figure, *tables])
+
+
+def over_broyden(field: Field, problem: str, solver: str) -> float:
+    """Ratio of medians; NaN where there is none, or where Broyden does not get half of the samples there."""
+    ours, theirs = (field.outcome(problem, name, TOLERANCE) for name in (solver, BROYDEN))
+    return float("nan") if ours is None or theirs is None or theirs.success < 0.5 else ours.median / theirs.median
+
+
+def ratio_table(title: str, field: Field) -> Table:
+    """Medians (success) and ratios to Broyden by problem; geometric means last."""
+
+    def cell(solver: str, problem: str) -> str:
+        found = field.outcome(problem, solver, TOLERANCE)
+        ratio = "" if solver == BROYDEN else number(over_broyden(field, problem, solver))
+        return "" if found is None else f"{found}{f' {ratio}×' if ratio else ''}"
+
+    names = field.solvers()
+    columns = [(name, functools.partial(cell, name)) for name in names]
+    means = [geometric(over_broyden(field, problem, name) for problem in field.families) for name in names]
+    table = by_name(title, field.families, [("", str), *columns])
+    return table._replace(
+        body=[*table.body, ["geometric mean", *(f"{m:.2f}×" if np.isfinite(m) else "" for m in means)]]
+    )
+
+
+def _grid(fields: dict[str, Field]) -> Any:
+    """Trained on (rows) against tested on (columns): ratio to Broyden's evaluations, of all learned solvers."""
+    learned = [(field, row) for field in fields.values() for row in field.rows if row["trained"] != NOTHING]
+    found = {
+        (f"{row['solver']}: {row['trained']}", row["family"]): over_broyden(field, row["family"], row["solver"])
+        for field, row in learned
+    }
+    names, tested = (list(dict.fromkeys(key[side] for key in found)) for side in (0, 1))
+    values = np.array([[found.get((name, problem), np.nan) for problem in tested] for name in names])
+    return heat_map(values, names, tested, "evaluations to 1e-2 over Broyden's (blue: fewer)")

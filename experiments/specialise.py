@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -11,26 +10,27 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
-from experiments.legacy import equilibria, specialise_report
-from experiments.legacy.equilibria import HeldOut
-from experiments.legacy.provenance import command_line, plain, provenance, results_folder, write_results
-from experiments.legacy.transfer import BROYDEN, transfer_row
+from experiments.bench import measure, report, runner, solvers
+from experiments.bench.figures import axes, bars, save
+from experiments.bench.measure import Rules
+from experiments.bench.problems import Family, HeldOut
+from experiments.bench.runner import Options, Row, read_rows, row_files
+from experiments.bench.statistics import Field
+from experiments.generalise import BROYDEN, TOLERANCE, over_broyden, ratio_table
 from metabroyden import Broyden, load_solver, save_solver
 from metabroyden.meta.progress import progress_bar
 from metabroyden.meta.specialise import SpecialiseConfig, specialise
 from metabroyden.state import Packing
-from metabroyden.zoo.models import load_model
 from metabroyden.zoo.models.criteria import NextToken
-from metabroyden.zoo.models.families import get_family, trained_model
 from metabroyden.zoo.models.packed import Packed
 from metabroyden.zoo.tasks import family_tasks
 
-_PLACES = ("family", "models", "results", "progress")
+FREE = ("family", "seed", "models")
 _HELD = 64  # validation contexts made beforehand with a text's training ones
 
 
 @dataclass(frozen=True)
-class Specialise:
+class Specialise(Options):
     """Adapt a solver to a family's DEQ in a few outer steps; evaluations to 1e-2 on its test contexts before and after."""
 
     family: str = "conv-fashion"
@@ -61,16 +61,14 @@ class Specialise:
     """Where the frozen models are."""
     results: Path = Path("results/specialise")
     """Where results go, a folder a family and seed in it; those of other settings to a trial- folder."""
-    progress: bool = True
-    """Show progress bars."""
+    runs: Path = Path("runs/specialise")
+    """Where the hash of a run is kept."""
 
 
 def run(config: Specialise) -> None:
     """The whole job; twenty steps are done again rather than gone on with."""
-    path, family = trained_model(config.models, config.family), get_family(config.family)
-    start = load_solver(config.start)
-    criterion = family.criterion()
-    model = load_model(path, warn=False).requires_grad_(False)
+    family, start = Family(config.family, config.models), load_solver(config.start)
+    model, criterion = family.model(), family.criterion
     settings = SpecialiseConfig(
         steps=config.steps,
         batch=config.batch,
@@ -87,19 +85,12 @@ def run(config: Specialise) -> None:
         tasks = tasks.prepared(pool, torch.Generator().manual_seed(config.seed), _HELD)
     with progress_bar(f"{config.family}, adapting", config.steps, show=config.progress) as bar:
         adapted = specialise(start, tasks, settings, progress=bar)
-    rows = _measured(config, model, criterion, start, adapted)
-    results = results_folder(config.results, config, ("seed", *_PLACES))
-    folder = results / config.family / f"seed{config.seed}"
-    described = {
-        "command": command_line(f"specialise --family {config.family}", config, _PLACES),
-        "config": plain(config),
-        "model_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "parameters": sum(p.numel() for p in adapted.parameters()),
-        "provenance": provenance(),
-    }
-    write_results(folder, rows, described)
+    job = runner.Run("specialise", config, free=FREE, shared=(), always=f"--family {config.family}")
+    folder = job.folder / config.family / f"seed{config.seed}"
+    more = {"model_sha256": runner.sha256(family.path), "parameters": sum(p.numel() for p in adapted.parameters())}
+    runner.publish(folder, _measured(config, family, start, adapted), job.described(**more))
     save_solver(adapted, folder / "solver.safetensors")
-    Console().print(Markdown(specialise_report.write(results).read_text()))
+    Console().print(Markdown(write(job.folder).read_text()))
 
 
 def _as_vector(model: Any) -> bool:
@@ -107,30 +98,45 @@ def _as_vector(model: Any) -> bool:
     return getattr(model.cell, "layout", "vector") != "pyramid"
 
 
-def _held(config: Specialise, model: Any, criterion: Any, split: str, limit: int) -> HeldOut:
+def _held(family: Family, split: str, limit: int) -> HeldOut:
     """Held-out problems in the form in which the solver was adapted to them."""
-    held = equilibria.held_out(model, criterion, split, limit)
-    if isinstance(held.z0, torch.Tensor) or not _as_vector(model):
+    held = family.problems(split, limit)
+    if isinstance(held.z0, torch.Tensor) or not _as_vector(family.model()):
         return held
     packing = Packing.of(held.z0)
-    return replace(held, f=Packed(cast(Any, held.f), packing), z0=packing.pack(held.z0))
+    f = Packed(cast(Any, held.f), packing)
+    return replace(
+        held, f=f, z0=packing.pack(held.z0), judge=lambda z, index: held.judge(packing.unpack(cast(Any, z)), index)
+    )
 
 
-def _measured(config: Specialise, model: Any, criterion: Any, start: Any, adapted: Any) -> list[dict[str, Any]]:
-    held = _held(config, model, criterion, "test", config.samples)
-    validation = _held(config, model, criterion, "validation", 64)
-    contestants = {
-        BROYDEN: Broyden(config.budget),
-        **equilibria.tuned_solvers(validation, config.budget),
-        "before": start,
-        "after": adapted,
-    }
-    rows = []
-    with progress_bar(f"{config.family}, measuring", len(contestants), show=config.progress) as bar:
-        for number, (name, solver) in enumerate(contestants.items(), 1):
-            rows.append(
-                transfer_row("specialised", name, solver, config.start, config.family, held, budget=config.budget)
-            )
-            if bar is not None:
-                bar(number, name)
-    return rows
+def _measured(config: Specialise, family: Family, start: Any, adapted: Any) -> list[Row]:
+    tuned = solvers.tuned(_held(family, "validation", 64), config.budget)
+    every = {BROYDEN: Broyden(config.budget), **tuned, "before": start, "after": adapted}
+    everyone = [solvers.contestant(name, solver) for name, solver in every.items()]
+    held = _held(family, "test", config.samples)
+    held = replace(held, predict=None)
+    return measure.measure(held, everyone, Rules((TOLERANCE,), config.budget), progress=config.progress)
+
+
+def write(folder: Path) -> Path:
+    """report.md and specialise.png over all families and seeds in a folder, from rows alone."""
+    words = (
+        "`python -m experiments specialise --family NAME`: a few outer steps on a DEQ's training contexts. Median "
+        "evaluations to 1e-2 on its test contexts (share solved), ratio to Broyden's with full memory; before: the solver "
+        "that was adapted."
+    )
+    rows, runs = [], []
+    for path in row_files(folder, "*/*/rows.jsonl"):
+        described = report.read_config(path.parent)
+        config, commit = described["config"], described["provenance"]["commit"]
+        name = f"{config['family']}, {config['steps']} steps from {config['start']}, seed {config['seed']}"
+        rows += [{**row, "tested": name, "family": name} for row in read_rows(path)]
+        runs.append(f"- {name}: `{described['command']}`, {described['parameters']:,} parameters, commit {commit}")
+    field = Field(rows)
+    figure, place = axes(max(6.4, 1.2 * len(field.families)), ylabel="evaluations to 1e-2 over Broyden's")
+    bars(place, field.families, ("before", "after"), lambda family, name: over_broyden(field, family, name))
+    place.axhline(1, color="0.4", linewidth=1)
+    place.legend(frameon=False)
+    drawn = save(figure, folder / "specialise.png")
+    return report.write(folder, "Specialisation", [words, "\n".join(runs), ratio_table("", field), drawn])

@@ -11,7 +11,8 @@ import torch
 import metabroyden as mb
 from experiments import generalise, specialise
 from experiments.bench.runner import read_rows
-from experiments.legacy.transfer import BROYDEN, Transfer
+from experiments.bench.statistics import Field
+from experiments.generalise import BROYDEN
 from metabroyden.checkpoint import CheckpointError
 from metabroyden.learned.layout import Layout
 from metabroyden.meta import MetaConfig, TaskSet
@@ -120,7 +121,7 @@ def test_generalise_writes_what_it_promises_and_goes_on(tmp_path, monkeypatch, c
     monkeypatch.setattr(generalise._Job, "_seeds", interrupted)
     monkeypatch.setattr(generalise._Job, "_widths", lambda self: [])
     monkeypatch.setattr(generalise, "KINDS", ("dense",))
-    monkeypatch.setattr(generalise.equilibria, "tuned_solvers", lambda held, budget: {"tuned Anderson": mb.Anderson()})
+    monkeypatch.setattr(generalise.solvers, "tuned", lambda held, budget: {"tuned Anderson": mb.Anderson()})
     with pytest.raises(KeyboardInterrupt):
         generalise.run(config)
     assert not config.results.exists()
@@ -133,30 +134,31 @@ def test_generalise_writes_what_it_promises_and_goes_on(tmp_path, monkeypatch, c
     assert trial.name.startswith("trial-"), "other settings than the usual ones"
     names = {path.name for path in trial.iterdir()}
     assert names == {
-        "rows.jsonl.gz", "config.json", "report.md", "transfer.png", "universal.safetensors", "coordinatewise.safetensors",
+        "rows.jsonl.gz", "config.json", "report.md", "transfer.png", "transfer.pdf", "universal.safetensors", "coordinatewise.safetensors",
         "grouped-conv-digits.safetensors", "meta-broyden-conv-digits.safetensors", "grouped-seeds.safetensors",
     }  # fmt: skip
     rows = read_rows(trial / "rows.jsonl")
-    unseen = Transfer(rows, "families unseen")
-    assert unseen.problems == ["multiscale-digits"]
-    assert unseen.ratio(BROYDEN, "multiscale-digits") == 1
-    assert {row["tested"] for row in rows if row["part"] == "seeds unseen"} == {"digits, seed 2"}
-    assert "Universal over Broyden" in capsys.readouterr().out
+    unseen = Field(rows, "families unseen")
+    assert unseen.families == ["multiscale-digits"]
+    assert generalise.over_broyden(unseen, "multiscale-digits", BROYDEN) == 1
+    assert {row["family"] for row in rows if row["part"] == "seeds unseen"} == {"digits, seed 2"}
+    assert "Families never seen" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="experiments models --family dense-digits"):
-        generalise.run(replace(config, models=tmp_path, fresh=True))
+        generalise.run(replace(config, models=tmp_path, overwrite=True))
 
 
 @pytest.mark.parametrize("family", ["conv-digits", "mlp-digits"])
 def test_specialise_measures_before_and_after(tmp_path, family, capsys):
     config = specialise.Specialise(
         family=family, steps=2, batch=4, unroll=3, rank=4, initializer_width=8, samples=6, budget=20, progress=False,
-        results=tmp_path,
+        results=tmp_path / "results", runs=tmp_path / "runs",
     )  # fmt: skip
     specialise.run(config)
-    (trial,) = tmp_path.iterdir()
+    (trial,) = config.results.iterdir()
     folder = trial / family / "seed0"
     rows = read_rows(folder / "rows.jsonl")
-    assert [row["solver"] for row in rows] == [
+    solves = [row for row in rows if row["row"] == "solve"]
+    assert [row["solver"] for row in solves] == [
         BROYDEN,
         "tuned Picard",
         "tuned Anderson",
@@ -164,14 +166,14 @@ def test_specialise_measures_before_and_after(tmp_path, family, capsys):
         "before",
         "after",
     ]
-    assert all(len(row["nfe"]) == 6 for row in rows)
+    assert all(len(row["evaluations"]) == 6 for row in solves)
     assert mb.load_solver(folder / "solver.safetensors").summary["specialised"]["steps"] == 2
     assert "2 steps from universal" in (trial / "report.md").read_text()
     assert (trial / "specialise.png").exists()
     specialise.run(replace(config, seed=1))
     assert len(list(trial.glob("*/*/rows.jsonl.gz"))) == 2
     specialise.run(replace(config, start=str(folder / "solver.safetensors")))
-    assert len(list(tmp_path.glob("trial-*"))) == 2
+    assert len(list(config.results.glob("trial-*"))) == 2
 
 
 def test_other_models_are_other_work(tmp_path):
