@@ -134,7 +134,8 @@ def test_generalise_writes_what_it_promises_and_goes_on(tmp_path, monkeypatch, c
     assert trial.name.startswith("trial-"), "other settings than the usual ones"
     names = {path.name for path in trial.iterdir()}
     assert names == {
-        "rows.jsonl.gz", "config.json", "report.md", "transfer.png", "transfer.pdf", "universal.safetensors", "coordinatewise.safetensors",
+        "rows.jsonl.gz", "config.json", "report.md", "transfer.png", "transfer.pdf",
+        "universal.safetensors", "coordinatewise.safetensors",
         "grouped-conv-digits.safetensors", "meta-broyden-conv-digits.safetensors", "grouped-seeds.safetensors",
     }  # fmt: skip
     rows = read_rows(trial / "rows.jsonl")

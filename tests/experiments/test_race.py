@@ -11,7 +11,7 @@ import torch
 
 import metabroyden as mb
 from experiments import meta, race
-from experiments.bench import measure, problems, solvers
+from experiments.bench import measure, problems, solvers, statistics
 from experiments.bench.measure import Rules
 from experiments.bench.problems import of_known
 from experiments.bench.solvers import Contestant
@@ -205,6 +205,7 @@ def test_a_tiny_race_runs_goes_on_and_reports(tmp_path, capsys, monkeypatch):
     few = {"NORMS": (1.5,), "WIDTHS": (16,), "BUSES": (14,), "CHANGES": {"noisy": problems.noisy}}
     for name, value in few.items():
         monkeypatch.setattr(problems, name, value)
+    monkeypatch.setattr(statistics, "RESAMPLES", 50)
     for name, value in {"RATES": (1e-3,), "STEPS": 4, "LOOKS": 2, "POOL": 64}.items():
         monkeypatch.setattr(hyper_deq, name, value)
     place = ("dense-digits", "meta-broyden")

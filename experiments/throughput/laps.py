@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.legacy.equilibria import Row
-from experiments.legacy.metrics import bits_of, short
-from experiments.legacy.model_scores import EXACT, solved_to
+from experiments.bench.measure import solved_to
+from experiments.bench.problems import bits_of
+from experiments.bench.runner import Row
+from experiments.bench.tables import short
 from metabroyden.compare import Comparison, SolverResult
 from metabroyden.deq import initial_state
 from metabroyden.fixed import FixedBudget
@@ -36,6 +37,8 @@ from metabroyden.state import gather
 from metabroyden.zoo.models.criteria import Criterion, Images, NextToken
 from metabroyden.zoo.tasks import read_on, text_windows
 
+EXACT = 1e-5
+"""What the reference is solved to."""
 MOST = 4
 """Times as many rounds as asked for, at most, where they are short."""
 _SECONDS = 20.0  # of all solvers' rounds at one batch size, where more rounds than asked for are made
@@ -64,7 +67,7 @@ class Inputs:
 
 
 def raw_inputs(model: Any, criterion: Criterion, count: int) -> Inputs:
-    """What `equilibria.held_out(model, criterion, "test", count)` is made of; the model itself solves a text's memory."""
+    """What `problems.held_out(model, criterion, "test", count)` is made of; the model itself solves a text's memory."""
     if isinstance(criterion, Images):
         test = criterion.data.test
         return Inputs((test.images[:count],), test.labels[:count])
