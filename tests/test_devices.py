@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import metabroyden as mb
-from experiments.legacy import equilibria, meta_rows
+from experiments.bench import measure, problems
+from experiments.bench.solvers import Contestant
 from metabroyden.learned.layout import Layout
 from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet
 from metabroyden.meta.fit import make_learned
@@ -70,16 +71,21 @@ def test_contexts_made_beforehand_are_on_the_device(device):
 def test_measurements_are_made_on_the_device(device):
     tasks, solver = setting(device)
     z0, x = tasks.problems("test")
-    held = equilibria.HeldOut(tasks.f, z0, x, lambda z, index: torch.ones(len(index), device=z.device))
-    star, known = meta_rows.double_equilibria(tasks.f, held)
+    held = problems.HeldOut(tasks.f, z0, x, lambda z, index: torch.ones(len(index), device=z.device))
+    star, known = problems.double_equilibria(tasks.f, held)
     assert star.device.type == device
     assert star.dtype == torch.float64
     assert known.all()
-    rows = meta_rows.solve_rows("ours", solver, held, star, known, budget=30, tolerances=(1e-2, 1e-3))
-    assert max(rows[1]["distance"]) < 0.1
-    rows = equilibria.depth_rows("cell", held, solver=solver, depths=(1, 4))
+    contestants = [Contestant("ours", "learned", solver), Contestant("Broyden", "classical", mb.Broyden())]
+    rules = measure.Rules((1e-2, 1e-3), budget=30, block=8, rounds=2, weighed=True)
+    rows = measure.measure(replace(held, star=star, known=known), contestants, rules)
+    solves = [row for row in rows if row["row"] == "solve"]
+    assert len(solves) == 4
+    assert max(solves[-2]["distance"]) < 0.1
+    for row in solves:
+        for seconds in row["seconds"]:
+            assert seconds["total"] > 0
+            assert device != "cpu" or 0 < seconds["f"] < seconds["total"]  # a GPU is not asked within a solve
+    assert all(row["peak_bytes"] > 0 for row in solves[-2:])
+    rows = measure.depth_rows(held, solver, (1, 4))
     assert rows[1]["residual"][1] < rows[0]["residual"][1]
-    solvers = {"ours": solver, "Broyden": mb.Broyden()}
-    clocks = meta_rows.clock_rows(solvers, held, tolerances=(1e-2,), budget=30, batch=8, repeats=2)
-    for row in clocks:
-        assert all(0 < inside < total for inside, total in zip(row["in_f"], row["total"], strict=True))
