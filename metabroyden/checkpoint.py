@@ -44,13 +44,18 @@ class _LearnedHeader:
     summary: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class _ClassicalHeader:
-    config: dict[str, Any]
-
-
 def write(path: str | Path, kind: str, tensors: dict[str, Tensor], header: dict[str, Any]) -> Path:
-    """Write a checkpoint of this kind, atomically and with a checksum. The header must be JSON."""
+    """Write a checkpoint, atomically and with a checksum.
+
+    Args:
+        path: the file.
+        kind: what it holds, as "solver/universal".
+        tensors: by name.
+        header: what else there is to say, as JSON takes it.
+
+    Returns:
+        The path.
+    """
     described = json.dumps({"schema": SCHEMA, "kind": kind, **header}, sort_keys=True)
     flat = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     metadata = {_KEY: described, _CHECKSUM: _checksum(flat, described)}
@@ -242,8 +247,7 @@ def load_solver(path_or_name: str | Path) -> Any:
 
 
 def _classical(name: str, header: dict[str, Any], path: Path) -> Any:
-    check(header, _ClassicalHeader, path)
-    check(header["config"], solver_types(learned=False)[name], path)
+    check(header.get("config"), solver_types(learned=False)[name], path)
     try:
         return get_solver(name, **header["config"])
     except MISFITS as error:
@@ -260,11 +264,7 @@ def _check_sizes(shape: Any, path: Path) -> None:
 def list_pretrained() -> tuple[str, ...]:
     """Names of the trained solvers shipped with the package, for `load_solver`."""
     folder = resources.files("metabroyden") / "pretrained"
-    return tuple(sorted(item.name.removesuffix(".safetensors") for item in folder.iterdir() if _is_shipped(item.name)))
-
-
-def _is_shipped(name: str) -> bool:
-    return name.endswith(".safetensors")
+    return tuple(sorted(Path(item.name).stem for item in folder.iterdir() if item.name.endswith(".safetensors")))
 
 
 def _resolve(path_or_name: str | Path) -> Path:

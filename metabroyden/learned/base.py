@@ -85,11 +85,14 @@ class LearnedSolver(SolverBase, nn.Module):
         options: fields of `config_type`, where `layout` may be a `Layout`.
 
     Attributes:
-        config: as given. fingerprint: hash of the f it was fitted to, or None. summary: what meta-training reported.
+        config: as given.
+        fingerprint: hash of the f it was fitted to, or None.
+        summary: what meta-training reported.
 
-    >>> import metabroyden as mb
-    >>> mb.GroupedLSTM(layout=mb.Layout("image", (16, 8, 8)), rank=8).config.shape
-    (16, 8, 8)
+    Examples:
+        >>> import metabroyden as mb
+        >>> mb.GroupedLSTM(layout=mb.Layout("image", (16, 8, 8)), rank=8).config.shape
+        (16, 8, 8)
     """
 
     is_learned = True
@@ -131,14 +134,14 @@ class LearnedSolver(SolverBase, nn.Module):
         return self.config.safeguard.fallback(), 2
 
     def context_feature(self, problem: Any, shape: tuple[int, ...]) -> Tensor:
-        """The context feature (R, C', *S): f(z0) (evaluated and counted at the start), or the native context."""
+        """The context feature (R, C', *S): f(z0) (evaluated and counted at the start), or the context itself."""
         if self.config.conditioning == "initial_value":
             return self.layout.canonical(problem.origin(), shape)
         context = problem.context[0] if isinstance(problem.context, tuple) and problem.context else problem.context
         wanted = f"a context tensor with {self.context_channels} channels and the state's layout {self.layout.kind!r}"
         if not isinstance(context, Tensor):
             raise ValueError(
-                f"this solver was fitted with its native context: it needs {wanted}, got {type(context).__name__}; one "
+                f"this solver was fitted with conditioning='input': it needs {wanted}, got {type(context).__name__}; one "
                 "fitted with conditioning='initial_value' needs none"
             )
         extents = self.layout.extents(shape)
@@ -152,8 +155,9 @@ class LearnedSolver(SolverBase, nn.Module):
         """The first iterate, (R, n): the learned one, but for samples whose z0 is close to a solution already.
 
         Those go on from f(z0), since the start is learned for cold starts. A cold start of zeros has a relative residual
-        of one and is none of them, at no evaluation. With a native context another z0 costs one evaluation, and is trusted
-        where there are no decisions on the host (`FixedBudget`); in an unroll that records gradients every start is learned.
+        of one and is none of them, at no evaluation. Where conditioning is "input" another z0 costs one evaluation, and is
+        trusted where there are no decisions on the host (`FixedBudget`). In an unroll that records gradients every start is
+        learned.
         """
         self.check_dtype(z0)
         shape = self.layout.resolve(problem.shape)

@@ -29,7 +29,10 @@ class StepSchedule(nn.Module):
     semi-iteration are.
 
     Args:
-        layout: of the states. steps: rows K. rank: inner channels k. damping: the step size before training.
+        layout: of the states.
+        steps: rows K.
+        rank: inner channels k.
+        damping: the step size before training.
     """
 
     def __init__(self, layout: Layout, steps: int, rank: int, damping: float) -> None:
@@ -78,7 +81,10 @@ class StepLSTM(nn.Module):
     gates, correction, step size and momentum of the place. The step size has a learned constant for each channel, too.
 
     Args:
-        layout: of the states. hidden: width. rank: inner channels k. damping: the step size before training.
+        layout: of the states.
+        hidden: width.
+        rank: inner channels k.
+        damping: the step size before training.
     """
 
     def __init__(self, layout: Layout, hidden: int, rank: int, damping: float) -> None:

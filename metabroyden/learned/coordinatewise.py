@@ -158,7 +158,7 @@ class CoordinatewiseLSTM(LearnedSolver):
         if isinstance(context, Tensor) and tuple(context.shape[1:]) == tuple(shape):
             return context.flatten(1)
         raise ValueError(
-            "this solver was fitted with its native context: it needs a tensor shaped like the state, "
+            "this solver was fitted with conditioning='input': it needs a tensor shaped like the state, "
             f"{tuple(shape)} a sample; use conditioning='initial_value'"
         )
 
@@ -172,9 +172,10 @@ def _scale(value: Tensor, layout: Layout, shape: Any) -> Tensor:
 def log_sign(value: Tensor, p: float = 10.0) -> Tensor:
     """(…, 2): (log|v|/p, sign v) where |v| ≥ e⁻ᵖ, else (−1, eᵖv); Andrychowicz et al. (2016), appendix A.
 
-    >>> log_sign(torch.tensor([-1.0, 0.0]))
-    tensor([[ 0., -1.],
-            [-1.,  0.]])
+    Examples:
+        >>> log_sign(torch.tensor([-1.0, 0.0]))
+        tensor([[ 0., -1.],
+                [-1.,  0.]])
     """
     size = value.abs()
     large = size >= math.exp(-p)

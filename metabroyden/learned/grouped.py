@@ -127,8 +127,11 @@ def direction_features(stack: Tensor, scale: Tensor, previous: Tensor, first: Te
     """(R, F, G): log sizes, correlations and means of directions over each group, log s and its last change.
 
     Args:
-        stack: (R, G, K, P) the directions. scale, previous: this step's residual scale s and the last one's, (R, 1, …).
-        first: where given, features are even and of degree zero in the problem: no means, and log s relative to this one.
+        stack: (R, G, K, P) the directions.
+        scale: this step's residual scale s and the last one's, (R, 1, …).
+        previous: this step's residual scale s and the last one's, (R, 1, …).
+        first: where given, features are even and of degree zero in the problem: no means, and log s relative to this
+            one.
     """
     gram = stack @ stack.transpose(2, 3) / stack.shape[3]
     root = (torch.diagonal(gram, dim1=2, dim2=3) + 1e-8).sqrt()

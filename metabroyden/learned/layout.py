@@ -36,8 +36,9 @@ class Layout:
             other channel counts.
         reverse: whether time runs backwards, as it does for the cotangents of a sequence.
 
-    >>> Layout("image", (16, 8, 8)).channels
-    16
+    Examples:
+        >>> Layout("image", (16, 8, 8)).channels
+        16
     """
 
     kind: str
@@ -259,8 +260,9 @@ def guess_layout(shape: Any) -> Layout:
     One axis: a vector; three: an image. Several tensors: a pyramid, where they are images that fit together; else one vector
     of all of them, if that has at most `LARGEST_PACKED` coordinates.
 
-    >>> guess_layout((16, 8, 8)).kind, guess_layout(((8, 8, 8), (16, 4, 4))).kind, guess_layout(((3,), (4, 5)))
-    ('image', 'pyramid', Layout(kind='vector', shape=(23,)))
+    Examples:
+        >>> guess_layout((16, 8, 8)).kind, guess_layout(((8, 8, 8), (16, 4, 4))).kind, guess_layout(((3,), (4, 5)))
+        ('image', 'pyramid', Layout(kind='vector', shape=(23,)))
     """
     if _several(shape):
         shapes = tuple(tuple(part) for part in shape)

@@ -44,7 +44,7 @@ class LearnedStart(LearnedSolver):
     its error where residuals do not show it. Validation, and so the choice of the weights kept, runs the solver itself.
     A meta-training is cut between segments: only the first trains the start.
 
-    Untrained it is the classical solver, from z0 with a native context and from f(z0) else.
+    Untrained it is the classical solver, from z0 where conditioning is "input" and from f(z0) else.
     """
 
     config_type = LearnedStartConfig

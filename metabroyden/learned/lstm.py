@@ -14,7 +14,10 @@ class SharedLSTM(nn.Module):
     (channels of an image) have a bias each.
 
     Args:
-        inputs: F. hidden: H. outputs: read-out rows O. identities: 1, or G.
+        inputs: F.
+        hidden: H.
+        outputs: read-out rows O.
+        identities: 1, or G.
     """
 
     def __init__(self, inputs: int, hidden: int, outputs: int, identities: int = 1) -> None:

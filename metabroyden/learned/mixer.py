@@ -16,8 +16,14 @@ from metabroyden.learned.layout import Layout
 class Mixer(nn.Module):
     """A linear map over canonical states that mixes channels and, by layout, near neighbours.
 
-    A convolution of odd width `kernel` for images (3×3), a causal one for sequences, a dense map for vectors. `dilation` is
-    the distance of a convolution's taps; ValueError where there are none, or parts of several resolutions.
+    Args:
+        layout: of the states: images have a convolution, sequences a causal one, vectors a dense map.
+        inputs: channels.
+        outputs: channels.
+        kernel: odd width of the convolution.
+        bias: whether it adds a learned constant.
+        zero: whether its weights begin at zero.
+        dilation: distance of the convolution's taps; 1 for vectors and pyramids.
     """
 
     def __init__(

@@ -24,7 +24,8 @@ class NeuralFixedPointConfig(LearnedConfig):
 
     Attributes:
         form: "delta", a free correction; or "secant", a gate between Picard's step and a secant one.
-        memory: secant pairs kept. ridge: of the least squares over them, relative to each. Both of form "secant".
+        memory: secant pairs kept.
+        ridge: of the least squares over them, relative to each. Both of form "secant".
     """
 
     hidden: int = 16

@@ -82,12 +82,13 @@ class Universal(LearnedSolver):
     With an initializer or a preconditioner P it is bound to one layout, as `specialised` makes it: the start is learned and
     P is added to 1 + σh.
 
-    >>> import metabroyden as mb
-    >>> from metabroyden.zoo.testbed import make_problem
-    >>> problem = make_problem("tanh_symmetric_1.5", dtype=torch.float32)
-    >>> solver = mb.load_solver("universal")
-    >>> bool(mb.solve(problem.f, problem.z0, problem.context, solver=solver, rtol=1e-3).converged.all())
-    True
+    Examples:
+        >>> import metabroyden as mb
+        >>> from metabroyden.zoo.testbed import make_problem
+        >>> problem = make_problem("tanh_symmetric_1.5", dtype=torch.float32)
+        >>> solver = mb.load_solver("universal")
+        >>> bool(mb.solve(problem.f, problem.z0, problem.context, solver=solver, rtol=1e-3).converged.all())
+        True
     """
 
     config_type = UniversalConfig
@@ -199,7 +200,19 @@ def specialised(
     rank: int = 64,
     initializer_width: int = 64,
 ) -> Universal:
-    """A copy of the solver with an initializer and a preconditioner for states of this layout, both zero-initialised."""
+    """A copy of the solver with an initializer and a preconditioner for states of one layout, both zero-initialised.
+
+    Args:
+        solver: without parts of its own.
+        layout: of the states.
+        conditioning: as in `LearnedConfig`.
+        context_channels: as in `LearnedConfig`.
+        rank: inner channels of the preconditioner.
+        initializer_width: inner channels of the initializer.
+
+    Returns:
+        A solver that takes the steps of the given one until it is trained.
+    """
     config = replace(
         solver.config,
         layout=layout.kind,

@@ -185,7 +185,7 @@ def test_a_flattened_state_is_recognised():
 def test_a_native_context_that_is_missing_or_misshapen_is_refused():
     solver = make_learned("grouped", Layout("image", (4, 5, 5)), conditioning="input")
     z0 = torch.zeros(2, 4, 5, 5)
-    with pytest.raises(ValueError, match="native context"):
+    with pytest.raises(ValueError, match="conditioning='input'"):
         mb.solve(lambda z: 0.5 * z, z0 + 1, solver=solver)
     with pytest.raises(ValueError, match=r"needs a context tensor with 4 channels.*got shape \(2, 7, 5, 5\)"):
         mb.solve(lambda z, x: 0.5 * z, z0 + 1, torch.ones(2, 7, 5, 5), solver=solver)
