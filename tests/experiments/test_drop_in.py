@@ -12,8 +12,7 @@ import torch
 import metabroyden as mb
 from experiments import drop_in as experiment
 from experiments.bench.runner import read_rows
-from experiments.legacy import drop_in_report
-from experiments.legacy.drop_in import CallRecord
+from experiments.drop_in import CallRecord, against
 from metabroyden.integrations.torchdeq import register
 from metabroyden.meta.trainer import MetaTrainer
 from tests.integrations.test_torchdeq import Cell
@@ -56,25 +55,26 @@ def test_drop_in_resumes_after_an_interruption_and_writes_what_it_promises(tmp_p
     experiment.run(config)
     assert begun == [2]
     assert model.stat().st_mtime_ns == trained
-    written = {path.name for path in config.results.iterdir()}
-    assert written == {"rows.jsonl.gz", "config.json", "report.md", "drop_in.png"}
-    rows = read_rows(config.results / "rows.jsonl")
+    (folder,) = config.results.iterdir()
+    written = {path.name for path in folder.iterdir()}
+    assert written == {"rows.jsonl.gz", "config.json", "report.md", "drop_in.png", "drop_in.pdf"}
+    rows = read_rows(folder / "rows.jsonl")
     names = ["learned", *experiment.OWN, "our Broyden", "our tuned Anderson", "our tuned Picard"]
     assert [(row["solver"], row["rtol"]) for row in rows] == [(name, rtol) for rtol in (1e-2, 1e-3) for name in names]
     for row in rows:
         assert len(row["nfe"]) == len(row["reached"]) == 20
         assert row["rows"] == 20 * row["calls"]
         assert row["calls"] <= 12 + (row["solver"] == "torchdeq Broyden")  # theirs makes one call more than max_iter
-    described = json.loads((config.results / "config.json").read_text())
+    described = json.loads((folder / "config.json").read_text())
     assert described["config"]["steps"] == 3
     assert described["seeds"]["0"]["provenance"]["versions"]["torchdeq"] == "0.1.0"
-    assert "nan" not in (config.results / "report.md").read_text().replace("torchdeq", "").lower().split("## what")[1]
-    assert "the learned solver against torchdeq Broyden" in capsys.readouterr().out
-    before = (config.results / "rows.jsonl.gz").read_bytes()
+    assert "nan" not in (folder / "report.md").read_text().replace("torchdeq", "").lower().split("the fit: ")[1]
+    assert "An unmodified torchdeq model" in capsys.readouterr().out
+    before = (folder / "rows.jsonl.gz").read_bytes()
     experiment.run(config)  # a third run has nothing left to do
-    assert (config.results / "rows.jsonl.gz").read_bytes() == before
+    assert (folder / "rows.jsonl.gz").read_bytes() == before
     assert begun == [2]
-    experiment.run(replace(config, fresh=True))
+    experiment.run(replace(config, overwrite=True))
     assert begun == [2, 0]
 
 
@@ -95,7 +95,7 @@ def test_calls_are_counted_from_outside_and_evaluations_by_sample():
     assert record.calls == len(record.residuals)  # no longer counting
 
 
-def test_verdicts_say_what_the_rows_say():
+def test_the_table_says_what_the_rows_say():
     def row(solver, calls, seconds, accuracy):
         return {"row": "drop-in", "solver": solver, "rtol": 1e-2, "seed": 0, "calls": calls, "seconds": seconds,
                 "accuracy": accuracy, "nfe": [calls, calls], "reached": [True, True]}  # fmt: skip
@@ -106,6 +106,6 @@ def test_verdicts_say_what_the_rows_say():
         row("torchdeq Anderson", 5, 0.1, 0.97),
         row("torchdeq fixed point", 10, 0.3, 0.9),
     ]
-    said = drop_in_report.verdicts(rows)
-    assert "torchdeq Broyden: 0.25× the calls of f, 0.50× the time, 10 evaluations against 40" in said
-    assert "accuracy -1.00 points; torchdeq Anderson: 2.00× the calls of f, 3.00× the time" in said
+    (theirs, anderson, _) = against(rows).body
+    assert theirs == ["torchdeq Broyden", "0.25×, 0.50×, 10 / 40, -1.00 points"]
+    assert anderson[1].startswith("2.00×, 3.00×")
