@@ -3,9 +3,10 @@
 from metabroyden.meta.adjoint import AdjointMap, fit_adjoint
 from metabroyden.meta.config import MetaConfig
 from metabroyden.meta.episodes import EpisodeConfig, EpisodeSet, EpisodeTrainer
-from metabroyden.meta.fit import fit_solver, make_learned
+from metabroyden.meta.fit import fit_solver
 from metabroyden.meta.objectives import ResidualObjective
 from metabroyden.meta.online import OnlineConfig, OnlineMetaTrainer
+from metabroyden.meta.plan import Plan, make_learned, plan
 from metabroyden.meta.tasks import TaskSet
 from metabroyden.meta.trainer import MetaTrainer, MultiTaskTrainer
 from metabroyden.meta.unroll import unroll
@@ -20,10 +21,12 @@ __all__ = [
     "MultiTaskTrainer",
     "OnlineConfig",
     "OnlineMetaTrainer",
+    "Plan",
     "ResidualObjective",
     "TaskSet",
     "fit_adjoint",
     "fit_solver",
     "make_learned",
+    "plan",
     "unroll",
 ]

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import math
 import warnings
 from collections.abc import Callable
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,74 +11,24 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metabroyden.compare import UNTUNED, Comparison, by_sample, compare_solvers
+from metabroyden.compare import Comparison, by_sample, compare_solvers
 from metabroyden.deprecated import old_options
 from metabroyden.learned.fingerprint import fingerprint
-from metabroyden.learned.layout import Layout
 from metabroyden.meta.config import MetaConfig
-from metabroyden.meta.defaults import (
-    LOOK,
-    RATES,
-    SHORT,
-    SOLVER_STEPS,
-    best_damping,
-    context_options,
-    dilations,
-    gated_steps,
-    schedule,
-    state_layout,
-)
+from metabroyden.meta.defaults import state_layout
+from metabroyden.meta.plan import as_solved, measure_classical, plan, room
+from metabroyden.meta.plan import make_learned as make_learned
 from metabroyden.meta.progress import progress_bar
 from metabroyden.meta.target import ModelMap, Target, check_start, target_of
 from metabroyden.meta.tasks import TaskSet, count, rows, sampled
 from metabroyden.meta.trainer import MetaTrainer
 from metabroyden.shared import bare
 from metabroyden.solution import State
-from metabroyden.solve import check_methods
-from metabroyden.solvers.broyden import Broyden
-from metabroyden.solvers.classical import offers, splitting_solvers, tuned_solvers
-from metabroyden.solvers.registry import list_solvers, solver_types
-from metabroyden.solvers.splitting import PeacemanRachford
-from metabroyden.solvers.tuning import tune
+from metabroyden.solvers.registry import list_solvers
 from metabroyden.state import Packing, check_context
 
-ALIASES = {"metabroyden": "meta-broyden"}
-"""Names of presets."""
-TUNED_ON = 32
-"""Validation problems on which the classical solvers are tuned, at most."""
-ROOM = 2**20
-"""Coordinates solved at once in the comparison: Broyden keeps two states for each evaluation."""
-
-
-def make_learned(
-    kind: str,
-    layout: Layout,
-    *,
-    seed: int = 0,
-    conditioning: str = "initial_value",
-    context_channels: int = 0,
-    **options: Any,
-) -> Any:
-    """An untrained solver: the registered learned one of this name, or a name in `ALIASES`; ValueError for others."""
-    name = ALIASES.get(kind, kind)
-    known = solver_types(learned=True)
-    if name not in known:
-        raise ValueError(f"unknown learned solver {kind!r}: known are {', '.join(sorted({*known, *ALIASES}))}")
-    cls = known[name]
-    unknown = set(options) - {item.name for item in fields(cls.config_type)}
-    if unknown:
-        raise TypeError(f"unknown options for {kind!r}: {', '.join(sorted(unknown))}")
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.manual_seed(seed)
-        return cls(
-            cls.config_type(
-                layout=layout.kind,
-                shape=tuple(layout.shape),
-                conditioning=conditioning,
-                context_channels=context_channels,
-                **options,
-            )
-        )
+MAX_NFE = 60
+"""Evaluations allowed for each problem, on validation and in the comparison."""
 
 
 @old_options
@@ -103,6 +50,7 @@ def fit_solver(
     progress: bool = True,
     checkpoint: str | Path | None = None,
     score: Callable[[State, Any], Any] | None = None,
+    return_report: bool = False,
 ) -> Any:
     """Meta-train a root finder for the fixed points of f(z, x), without labels, and see whether it pays.
 
@@ -115,6 +63,7 @@ def fit_solver(
     ratio of paired solves), and neither goes to another equilibrium more often nor scores lower than they do. Else the
     fastest of those is returned, with a warning that gives the reasons.
 
+    Three steps: `plan` chooses how the solver is made and trained, `MetaTrainer` trains it, `compare_solvers` measures it.
     All figures are in the fitted solver's `summary["held_out"]`. With `higher` installed the unroll runs through it, else by
     plain autograd, with the same gradients.
 
@@ -149,8 +98,11 @@ def fit_solver(
             mean, which is then asked for sample by sample. Labels may travel in x_train, beside what f reads. A column of
             the comparison, and a reason to refuse.
 
+        return_report: whether to return the comparison too.
+
     Returns:
-        A learned solver in evaluation mode, or a classical one; both for `solve`, `DEQ`, `register` and `save_solver`.
+        A learned solver in evaluation mode, or a classical one; both for `solve`, `DEQ`, `register` and `save_solver`. With
+        return_report a pair of it and the `Comparison`, also after a fallback; `fitted.solver` is the fitted one.
 
     Raises:
         ValueError, TypeError: bad input, saying what was given and what is wanted.
@@ -164,90 +116,37 @@ def fit_solver(
     check_contexts(x_train, zeros=target.z0 is None)
     if solver in list_solvers(adjoint=True):
         raise ValueError("the adjoint solver is for backward passes: fit_adjoint(cell, x_train) fits it")
-    kind = ALIASES.get(solver, solver)
-    ours = kind in ("meta-broyden", "meta-splitting")
-    config = MetaConfig(
-        steps=1 if steps is None else steps,
-        seed=seed,
-        backend="higher" if importlib.util.find_spec("higher") else "native",
-        validation_rtol=rtol,
-        patience=patience,
-        seconds=seconds,
-        **(RATES if ours else {}),
-    )
+    training: dict[str, Any] = {"seed": seed, "validation_rtol": rtol, "validation_nfe": MAX_NFE, "patience": patience}
+    MetaConfig(**training, steps=1 if steps is None else steps)  # refuses what cannot be used before anything is solved
     if device is not None:
         x_train = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device), x_train)
     with target.at_rest():
-        return _fit(
-            target, _split(target, x_train, seed), config, solver, kind, steps=steps, layout=layout,
-            conditioning=conditioning, fallback=fallback, progress=progress, checkpoint=checkpoint, score=score,
+        tasks = _split(target, x_train, seed)
+        z0s, _ = tasks.problems("validation")
+        _check_starts(z0s, count(tasks.split("validation")))
+        if score is not None:  # a score that cannot be used is refused before the training, not after it
+            by_sample(score, tasks.split("validation"))(z0s)
+        classical = measure_classical(tasks, state_layout(target.f, z0s, layout), rtol=rtol, max_nfe=MAX_NFE)
+        made = plan(
+            tasks, classical, solver=solver, layout=layout, conditioning=conditioning, steps=steps, seconds=seconds,
+            training=training,
         )  # fmt: skip
-
-
-def _fit(
-    target: Target,
-    tasks: TaskSet,
-    config: MetaConfig,
-    solver: str,
-    kind: str,
-    *,
-    steps: int | None,
-    layout: str | None,
-    conditioning: str,
-    fallback: bool,
-    progress: bool,
-    checkpoint: str | Path | None,
-    score: Callable[[State, Any], Any] | None,
-) -> Any:
-    f, seed, rtol, seconds = target.f, config.seed, config.validation_rtol, config.seconds
-    ours = kind in ("meta-broyden", "meta-splitting")
-    start, x = tasks.problems("validation")
-    where = _checked_layout(f, start, count(tasks.split("validation")), layout)
-    first = start if isinstance(start, Tensor) else start[0]
-    options = context_options(f, where, start, x, conditioning)
-    if solver == "coordinatewise" and options.get("context_channels", where.channels) != where.channels:
-        options = context_options(f, where, start, x, "initial_value" if conditioning == "auto" else conditioning)
-    if kind == "meta-broyden" and options["conditioning"] == "input" and offers(f, PeacemanRachford):
-        kind = "meta-splitting"
-    if kind == "meta-splitting":
-        check_methods(f, PeacemanRachford())
-    known = _as_solved(f, *tasks.prepare(rows(tasks.split("validation"), slice(_room(where, TUNED_ON)))))
-    budget = config.validation_nfe
-    if score is not None:  # a score that cannot be used is refused before the training, not after it
-        by_sample(score, tasks.split("validation"))(start)
-    classical: dict[str, Any] = {UNTUNED: Broyden()}
-    classical |= tuned_solvers(*known, budget=budget, tolerances=(rtol,))
-    classical |= splitting_solvers(*known, budget=budget, tolerances=(rtol,))
-    judged: dict[str, Any] = {"tolerances": (rtol,), "max_nfe": budget}
-    fewest = math.exp(tune(classical.values(), *known, **judged)[0][1])
-    long = kind == "meta-broyden" and (seconds is None or seconds >= SHORT)
-    unroll, segments = schedule(fewest, 2 if long else 1)
-    whole = steps or max(1, SOLVER_STEPS // (unroll * segments))
-    every = max(1, min(whole // 8, LOOK // (unroll * segments)))
-    config = replace(config, unroll=unroll, segments=segments, steps=whole, validate_every=every)
-    if ours:
-        options |= {**gated_steps(segments * unroll, where.kind), "dilations": dilations(f, where.kind)}
-
-    def make(**more: Any) -> Any:
-        return make_learned(kind, where, seed=seed, **options, **more).to(device=first.device, dtype=first.dtype)
-
-    if kind == "meta-splitting":
-        learned = make(alpha=classical["Peaceman-Rachford"].alpha)
-    else:
-        learned = make(**({"damping": best_damping(make, *known, **judged)} if ours else {}))
-    with progress_bar("meta-training", whole, show=progress) as report:
-        trainer = MetaTrainer(learned, tasks, config, checkpoint=checkpoint)
-        trainer.run(report)
-    _warn_of_skipped(trainer)
-    learned.fingerprint = fingerprint(f.model if isinstance(f, ModelMap) else f)
-    raw = rows(tasks.split("test"), slice(_room(where)))
-    held = _as_solved(f, *tasks.prepare(raw))
-    scored = None if score is None else by_sample(score, raw)
-    result = compare_solvers(*held, solver, {**classical, solver: learned}, rtol=rtol, max_nfe=budget, score=scored)
-    learned.summary["held_out"] = result.summary()
+        learned = made.build(z0s)
+        with progress_bar("meta-training", made.training.steps, show=progress) as report:
+            trainer = MetaTrainer(learned, tasks, made.training, checkpoint=checkpoint)
+            trainer.run(report)
+        _warn_of_skipped(trainer)
+        learned.fingerprint = fingerprint(target.f.model if isinstance(target.f, ModelMap) else target.f)
+        raw = rows(tasks.split("test"), slice(room(made.layout)))
+        comparison = compare_solvers(
+            *as_solved(target.f, *tasks.prepare(raw)), solver, {**classical.solvers, solver: learned}, rtol=rtol,
+            max_nfe=MAX_NFE, score=None if score is None else by_sample(score, raw),
+        )  # fmt: skip
+    learned.summary["held_out"] = comparison.summary()
     if progress:
-        result.show()
-    return learned if not fallback or not result.failed_criteria else _refused(result)
+        comparison.show()
+    found = learned if not fallback or not comparison.failed_criteria else _refused(comparison)
+    return (found, comparison) if return_report else found
 
 
 def _warn_of_skipped(trainer: MetaTrainer) -> None:
@@ -271,18 +170,8 @@ def _refused(result: Comparison) -> Any:
     return best
 
 
-def _room(layout: Layout, most: int = ROOM) -> int:
-    """How many problems may be solved at once, at most."""
-    return min(most, max(16, ROOM // (layout.channels * math.prod(layout.extents(layout.shape)))))
-
-
-def _as_solved(f: Callable[..., State], z0: State, x: Any) -> tuple[Callable[..., State], State, Any]:
-    """(f, z0, context) as solvers will meet them: inside a torchdeq model f is a closure, without a context."""
-    return (lambda z: f(z, x), z0, None) if isinstance(f, ModelMap) else (f, z0, x)
-
-
-def _checked_layout(f: Callable[..., State], start: Any, size: int, layout: str | None) -> Layout:
-    """The layout of a start that has a row for each of `size` contexts; ValueError or TypeError for what is none."""
+def _check_starts(start: Any, size: int) -> None:
+    """ValueError or TypeError for a start that has no row for each of `size` contexts."""
     check_start(start)
     packing = Packing.of(start, "z0(x)")
     there = len(start if isinstance(start, Tensor) else start[0])
@@ -293,7 +182,6 @@ def _checked_layout(f: Callable[..., State], start: Any, size: int, layout: str 
         )
     if any(not shape for shape in packing.shapes):
         raise ValueError("a state needs an axis besides the samples': give x_train (or z0) as (N, 1)")
-    return state_layout(f, start, layout)
 
 
 def _check_arguments(target: Target, seconds: Any, score: Any) -> None:

@@ -20,8 +20,9 @@ from metabroyden.integrations.torchdeq import FixedPointMap
 from metabroyden.learned import MetaBroyden, MetaSplitting
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.layout import LARGEST_PACKED
-from metabroyden.meta.defaults import context_options, schedule, state_layout
+from metabroyden.meta.defaults import DAMPINGS, SOLVER_STEPS, context_options, schedule, state_layout
 from metabroyden.meta.fit import _split
+from metabroyden.meta.plan import measure_classical, plan
 from metabroyden.meta.target import Inside, Target
 from metabroyden.meta.tasks import TaskSet, count, rows
 from metabroyden.solvers import clock
@@ -888,3 +889,57 @@ def test_a_solver_is_fitted_to_contexts_that_share_a_tensor():
     )
     held = {"x": torch.randn(9, 6), "w": mb.Shared(w)}
     assert mb.solve(f, torch.zeros(9, 6), held, solver=solver).converged.all()
+
+
+# --- the plan
+
+
+def planned(f=None, **options):
+    f = f or Cell()
+    tasks = TaskSet(f, contexts(20), contexts(8, 1))
+    classical = measure_classical(tasks, state_layout(f, contexts(2), None), rtol=1e-3, max_nfe=60)
+    return plan(tasks, classical, **options), classical
+
+
+def test_a_plan_is_what_fit_solver_trains_by():
+    made, classical = planned(steps=3)
+    assert (made.solver, made.layout.kind) == ("meta-broyden", "image")
+    assert (made.options["conditioning"], made.options["context_channels"]) == ("input", 3)
+    assert (made.training.unroll, made.training.segments) == schedule(classical.fewest, 2)
+    assert made.options["schedule_length"] == made.training.unroll * made.training.segments
+    assert made.options["damping"] in DAMPINGS
+    assert made.build(contexts(2)).config.damping == made.options["damping"]
+
+
+def test_overrides_take_the_place_of_choices_and_what_follows_from_them_follows():
+    flat = {
+        "unroll": 4,
+        "segments": 6,
+        "learning_rate": 2e-3,
+        "damping": 0.5,
+        "rank": 6,
+        "conditioning": "initial_value",
+    }
+    made, _ = planned(overrides=flat)
+    training = made.training
+    assert (training.unroll, training.segments, training.learning_rate) == (4, 6, 2e-3)
+    assert training.steps == SOLVER_STEPS // 24
+    assert (made.options["schedule_length"], made.options["learned_steps"]) == (24, 36)
+    assert (made.options["rank"], made.options["damping"]) == (6, 0.5)
+    assert made.options["conditioning"] == "initial_value"
+    other, _ = planned(overrides={"solver": "grouped", "hidden": 5})
+    assert (other.solver, other.training.learning_rate, other.options["hidden"]) == ("grouped", 2e-3, 5)
+    with pytest.raises(TypeError, match="unknown options for 'grouped': depth"):
+        planned(overrides={"solver": "grouped", "depth": 5})[0].build(contexts(2))
+
+
+def test_the_report_is_returned_also_after_a_fallback():
+    f, x = (lambda z, x: x - 0.2 * z), torch.randn(60, 4)
+    with pytest.warns(UserWarning, match="does not beat"):
+        solver, report = mb.fit_solver(f, x, steps=1, progress=False, return_report=True)
+    assert solver == report.results[report.best].solver
+    assert (
+        report.failed_criteria
+        == report.summary()["failed_criteria"]
+        == report.fitted.solver.summary["held_out"]["failed_criteria"]
+    )

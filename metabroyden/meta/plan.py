@@ -1,0 +1,229 @@
+"""How a solver is made and meta-trained: one plan, for `fit_solver` and for experiments, which override parts of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils import _pytree as pytree
+
+from metabroyden.compare import UNTUNED
+from metabroyden.learned.layout import Layout
+from metabroyden.meta.config import MetaConfig
+from metabroyden.meta.defaults import (
+    LOOK,
+    RATES,
+    SHORT,
+    SOLVER_STEPS,
+    best_damping,
+    context_options,
+    dilations,
+    gated_steps,
+    schedule,
+    state_layout,
+)
+from metabroyden.meta.target import ModelMap
+from metabroyden.meta.tasks import TaskSet, rows
+from metabroyden.solution import State
+from metabroyden.solve import check_methods
+from metabroyden.solvers.broyden import Broyden
+from metabroyden.solvers.classical import offers, splitting_solvers, tuned_solvers
+from metabroyden.solvers.registry import solver_types
+from metabroyden.solvers.splitting import PeacemanRachford
+from metabroyden.solvers.tuning import tune
+
+ALIASES = {"metabroyden": "meta-broyden"}
+"""Names of presets."""
+OURS = ("meta-broyden", "meta-splitting")
+"""Solvers whose rates, dilations, learned steps and first step length are planned."""
+TUNED_ON = 32
+"""Validation problems on which the classical solvers are tuned, at most."""
+ROOM = 2**20
+"""Coordinates solved at once: Broyden keeps two states for each evaluation."""
+
+
+class Classical(NamedTuple):
+    """What was measured of the classical solvers.
+
+    Attributes:
+        solvers: by name, tuned on `problems`, and the untuned Broyden.
+        fewest: evaluations of the best one, in the geometric mean.
+        problems: (f, z0, x) of validation, as solvers meet them.
+        judged: tolerances and budget, as for `tune`.
+    """
+
+    solvers: dict[str, Any]
+    fewest: float
+    problems: tuple[Any, State, Any]
+    judged: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One solver and its meta-training.
+
+    Attributes:
+        solver: registered name.
+        layout: of the states.
+        options: of the solver's config, its conditioning and context_channels included.
+        training: unroll, segments, steps, rates and all else, see `MetaConfig`.
+    """
+
+    solver: str
+    layout: Layout
+    options: dict[str, Any]
+    training: MetaConfig
+
+    def build(self, z: State) -> Any:
+        """The untrained solver, with dtype and device of states like z."""
+        first = pytree.tree_leaves(z)[0]
+        learned = make_learned(self.solver, self.layout, seed=self.training.seed, **self.options)
+        return learned.to(device=first.device, dtype=first.dtype)
+
+
+def make_learned(
+    kind: str,
+    layout: Layout,
+    *,
+    seed: int = 0,
+    conditioning: str = "initial_value",
+    context_channels: int = 0,
+    **options: Any,
+) -> Any:
+    """An untrained solver: the registered learned one of this name, or a name in `ALIASES`; ValueError for others."""
+    name = ALIASES.get(kind, kind)
+    known = solver_types(learned=True)
+    if name not in known:
+        raise ValueError(f"unknown learned solver {kind!r}: known are {', '.join(sorted({*known, *ALIASES}))}")
+    cls = known[name]
+    unknown = set(options) - {item.name for item in fields(cls.config_type)}
+    if unknown:
+        raise TypeError(f"unknown options for {kind!r}: {', '.join(sorted(unknown))}")
+    seen = {"conditioning": conditioning, "context_channels": context_channels}
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(seed)
+        return cls(cls.config_type(layout=layout.kind, shape=tuple(layout.shape), **seen, **options))
+
+
+def measure_classical(tasks: TaskSet, layout: Layout, *, rtol: float, max_nfe: int) -> Classical:
+    """Tune the classical solvers on at most `TUNED_ON` validation problems."""
+    raw = rows(tasks.split("validation"), slice(room(layout, TUNED_ON)))
+    problems = as_solved(tasks.f, *tasks.prepare(raw))
+    solvers: dict[str, Any] = {UNTUNED: Broyden()}
+    for tuned in (tuned_solvers, splitting_solvers):
+        solvers |= tuned(*problems, budget=max_nfe, tolerances=(rtol,))
+    judged: dict[str, Any] = {"tolerances": (rtol,), "max_nfe": max_nfe}
+    return Classical(solvers, math.exp(tune(solvers.values(), *problems, **judged)[0][1]), problems, judged)
+
+
+def plan(
+    tasks: TaskSet,
+    classical: Classical,
+    *,
+    solver: str = "meta-broyden",
+    layout: str | None = None,
+    conditioning: str = "auto",
+    steps: int | None = None,
+    seconds: float | None = None,
+    training: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Choose what nobody has chosen, by the problems and by what was measured of the classical solvers.
+
+    - layout: f's attribute `layout`, else guessed from the shape of a state.
+    - conditioning: "input" where x has the state's extents, which saves an evaluation, else "initial_value".
+    - solver: a MetaBroyden becomes a MetaSplitting where f offers its parts, whose map converges for monotone f.
+    - unroll: half the evaluations of the best classical solver, from 6 to 14: later iterates are there already.
+    - segments: 2 for a MetaBroyden that needs more than 14 steps and trains at least `SHORT` seconds, else 1: more steps.
+    - steps: `SOLVER_STEPS` solver steps' worth; validate_every: an eighth of them, or `LOOK` solver steps.
+    - learning_rate, orthogonal_rate: `RATES` for `OURS`, else those of `MetaConfig`.
+    - backend: "higher" where it is installed, else "native"; the gradients are the same.
+    - learned_steps, schedule_length, dilations: those of the unroll and of f, see `gated_steps` and `dilations`.
+    - damping (alpha on splitting): the best of the untrained solver on validation, so that an unroll does not diverge.
+
+    Args:
+        tasks: the problems.
+        classical: from `measure_classical`.
+        solver, layout, conditioning, steps, seconds: as for `fit_solver`.
+        training: other fields of `MetaConfig`.
+        overrides: by flat name, what takes the place of a choice: "solver", "layout", "conditioning", a field of
+            `MetaConfig`, or an option of the solver. What depends on it is chosen accordingly.
+
+    Raises:
+        ValueError, TypeError: a choice that does not fit the problems.
+    """
+    given = dict(overrides or {})
+    solver, layout, conditioning = (
+        given.pop(name, value)
+        for name, value in (("solver", solver), ("layout", layout), ("conditioning", conditioning))
+    )
+    known = {item.name for item in fields(MetaConfig)}
+    told = {name: value for name, value in given.items() if name in known}
+    options = {name: value for name, value in given.items() if name not in known}
+    z0, x = tasks.problems("validation")
+    where = state_layout(tasks.f, z0, layout)
+    name, seen = _conditioned(ALIASES.get(solver, solver), tasks.f, where, z0, x, conditioning)
+    long = name == "meta-broyden" and (seconds is None or seconds >= SHORT)
+    config = _training(name, classical.fewest, long, {**(training or {}), "steps": steps, "seconds": seconds} | told)
+    made = Plan(name, where, {**seen, **options}, config)
+    return _with_options(made, tasks.f, classical, z0) if name in OURS else made
+
+
+def _conditioned(name: str, f: Any, layout: Layout, z0: State, x: Any, conditioning: str) -> tuple[str, dict[str, Any]]:
+    """(the solver's name, its options that say what it sees of x)."""
+    seen = context_options(f, layout, z0, x, conditioning)
+    if name == "coordinatewise" and seen.get("context_channels", layout.channels) != layout.channels:
+        seen = context_options(f, layout, z0, x, "initial_value" if conditioning == "auto" else conditioning)
+    if name == "meta-broyden" and seen["conditioning"] == "input" and offers(f, PeacemanRachford):
+        name = "meta-splitting"
+    if name == "meta-splitting":
+        check_methods(f, PeacemanRachford())
+    return name, seen
+
+
+def _training(name: str, fewest: float, long: bool, told: dict[str, Any]) -> MetaConfig:
+    unroll, segments = schedule(fewest, 2 if long else 1)
+    unroll, segments = told.pop("unroll", unroll), told.pop("segments", segments)
+    worth = (unroll if isinstance(unroll, int) else unroll[1]) * segments
+    steps = told.pop("steps") or max(1, SOLVER_STEPS // worth)
+    usual = {
+        "backend": "higher" if importlib.util.find_spec("higher") else "native",
+        "validate_every": max(1, min(steps // 8, LOOK // worth)),
+        **(RATES if name in OURS else {}),
+    }
+    return MetaConfig(unroll=unroll, segments=segments, steps=steps, **{**usual, **told})
+
+
+def _with_options(made: Plan, f: Any, classical: Classical, z0: State) -> Plan:
+    """A plan with the options that are chosen for one of `OURS`."""
+    config, options, kind = made.training, made.options, made.layout.kind
+    chosen: dict[str, Any] = {"dilations": dilations(f, kind)}
+    if "learned_steps" not in options:
+        longest = config.unroll if isinstance(config.unroll, int) else config.unroll[1]
+        chosen |= gated_steps(config.segments * longest, kind, options.get("coefficients", "schedule"))
+    made = replace(made, options={**chosen, **options})
+    if {"damping", "alpha"} & set(options):
+        return made
+    if made.solver == "meta-splitting":
+        first = {"alpha": classical.solvers["Peaceman-Rachford"].alpha}
+    else:
+
+        def untrained(**step: float) -> Any:
+            return replace(made, options={**made.options, **step}).build(z0)
+
+        first = {"damping": best_damping(untrained, *classical.problems, **classical.judged)}
+    return replace(made, options={**made.options, **first})
+
+
+def room(layout: Layout, most: int = ROOM) -> int:
+    """How many problems may be solved at once, at most."""
+    return min(most, max(16, ROOM // (layout.channels * math.prod(layout.extents(layout.shape)))))
+
+
+def as_solved(f: Callable[..., State], z0: State, x: Any) -> tuple[Callable[..., State], State, Any]:
+    """(f, z0, context) as solvers will meet them: inside a `ModelMap`'s model f is a closure, without a context."""
+    return (lambda z: f(z, x), z0, None) if isinstance(f, ModelMap) else (f, z0, x)
