@@ -17,7 +17,6 @@ from metabroyden.meta.unroll import unroll
 from metabroyden.zoo.testbed import make_problem
 from metabroyden.zoo.testbed.cells import dense
 from tests.conftest import tanh
-from tests.solvers.test_solvers import _apply, _copy
 
 D = torch.float64
 SOLVERS = [mb.Picard(), mb.Anderson(), mb.Broyden(), mb.Broyden(kind="bad"), mb.Broyden(line_search=True), mb.Newton()]
@@ -29,21 +28,6 @@ def perturbed(n: int, initializer: int) -> mb.GroupedLSTM:
     for parameter in solver.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     return solver.requires_grad_(False)
-
-
-@pytest.mark.parametrize("solver", SOLVERS, ids=str)
-@pytest.mark.parametrize("every", [1, 4])
-def test_f_may_write_its_value_where_it_wrote_the_last_one(solver, every):
-    problem = make_problem("nan_throwing")
-    buffer = torch.empty_like(problem.z0)
-    reusing = lambda z: buffer.copy_(problem.f(z, problem.context))  # noqa: E731
-    fresh = lambda z: problem.f(z, problem.context)  # noqa: E731
-    options = {"solver": solver, "rtol": 1e-6, "max_nfe": 40, "check_every": every, "throw": False}
-    if isinstance(solver, mb.Newton):
-        reusing = lambda z: problem.f(z, problem.context)  # noqa: E731  (forward AD and written memory do not go together)
-    ours, theirs = mb.solve(reusing, problem.z0, **options), mb.solve(fresh, problem.z0, **options)
-    assert torch.equal(ours.z, theirs.z)
-    assert torch.equal(ours.residual.nan_to_num(-1), theirs.residual.nan_to_num(-1))
 
 
 def test_a_late_look_judges_each_evaluation_by_its_own_value():
@@ -151,31 +135,6 @@ def test_newton_at_the_end_of_its_budget_does_not_depend_on_the_other_samples(bu
         alone = mb.solve(f, problem.z0[:1], (scale[i : i + 1], problem.x[i : i + 1]), **options)
         assert int(alone.nfe[0]) == int(together.nfe[i])
         torch.testing.assert_close(alone.z[0], together.z[i], rtol=1e-7, atol=1e-9)
-
-
-@pytest.mark.parametrize("kind", ["good", "bad"])
-def test_a_failed_line_search_restarts_and_the_next_secant_equation_holds(kind, monkeypatch):
-    problem = tanh(batch=3, n=8, gain=2.0)
-    solver = mb.Broyden(memory=30, kind=kind, line_search=True)
-    calls = 0
-
-    def failing_once(z, g, step, view, **options):
-        nonlocal calls
-        calls += 1
-        point = z + step
-        failed = torch.tensor([calls == 3, False, False])
-        return point, problem.f(point, problem.x) - point, failed
-
-    monkeypatch.setattr("metabroyden.solvers.broyden.backtrack", failing_once)
-    z, g = problem.z0, problem.f(problem.z0, problem.x) - problem.z0
-    state = solver.init(z, g, None)
-    for k in range(8):
-        step = solver.step(z, g, state, None)
-        after = solver.step(step.z, step.g, _copy(step.state), None).state
-        if k != 2:  # the pair of the failed step itself is forgotten with the rest, once it is known to have failed
-            torch.testing.assert_close(_apply(after, step.g - g), step.z - z, rtol=1e-7, atol=1e-9)
-        z, g, state = step.z, step.g, step.state
-    assert (state.alive[:, 3:] == 1).all()
 
 
 @pytest.mark.parametrize("every", [1, 2, 4])
@@ -311,7 +270,7 @@ def test_solutions_never_require_gradients_though_f_takes_some(way):
         found = mb.FixedBudget(f, mb.Broyden(), max_nfe=5, compiled=False)(z0, x)
     else:
         found = mb.solve(f, z0, x, solver=mb.Broyden(), snapshots=(1, 2), keep_inverse=True, throw=False)
-        assert not found.inverse.transpose(x).requires_grad
+        assert not found.inverse.rmatvec(x).requires_grad
     assert not any(t.requires_grad for t in (found.z, found.residual, found.trace.residual, *found.snapshots))
     assert not z0.requires_grad
 
@@ -464,7 +423,8 @@ def test_complex_states_are_refused_with_the_way_out():
 @pytest.mark.parametrize("factor", [0.5, 3.0], ids=["vanishes", "blows up"])
 def test_a_solver_under_which_z_vanishes_or_blows_up_hands_over_with_its_best_iterate(factor):
     class Guarded(mb.Picard):
-        safeguard = type("Plan", (), {"plan": lambda self, s: BY_PROGRESS.phases(s)})()
+        def phases(self):
+            return BY_PROGRESS.phases(self)
 
     f = lambda z, x: factor * z + x  # noqa: E731
     z0, x = torch.ones(2, 3, dtype=D), torch.zeros(2, 3, dtype=D)

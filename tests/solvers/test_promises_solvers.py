@@ -179,9 +179,6 @@ CASES = [
 ]
 
 
-UNSEARCHED = [case for case in CASES if case[1] is not searched]
-
-
 @pytest.mark.parametrize("name", PROBLEMS)
 @pytest.mark.parametrize(("solver", "reference", "options"), CASES, ids=[str(case[0]) for case in CASES])
 def test_every_evaluation_is_where_the_formula_puts_it(name, solver, reference, options):
@@ -199,20 +196,6 @@ def test_every_evaluation_is_where_the_formula_puts_it(name, solver, reference, 
         measured = [np.linalg.norm(g(z)) for z in points]
         trace = solution.trace.absolute[:, sample]
         np.testing.assert_allclose(trace[~trace.isnan()].numpy(), measured, rtol=1e-8, atol=1e-13)
-
-
-@pytest.mark.parametrize("name", PROBLEMS)
-@pytest.mark.parametrize(("solver", "reference", "options"), UNSEARCHED, ids=[str(case[0]) for case in UNSEARCHED])
-def test_a_fixed_budget_evaluates_at_the_same_points(name, solver, reference, options):
-    f, (z0, x) = Recorded(PROBLEMS[name]), inputs()
-    run = mb.FixedBudget(f, solver, max_nfe=12, rtol=1e-9, compiled=False)
-    solution = run(z0, x)
-    for sample in range(2, 5):
-        g = residual_of(f.f, x[sample])
-        expected = [z for z, _ in zip(reference(g, z0[sample].numpy(), *options), range(12), strict=False)]
-        np.testing.assert_allclose(f.points[sample], expected, rtol=1e-7, atol=1e-7)
-        sizes = [np.linalg.norm(g(z)) for z in f.points[sample]]
-        np.testing.assert_allclose(solution.trace.absolute[:, sample].numpy(), sizes, rtol=1e-9, atol=1e-14)
 
 
 @pytest.mark.parametrize("damping", [1.0, 0.7])
