@@ -14,10 +14,9 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from experiments.bench.peers import TorchDEQSolver, available
-from experiments.bench.runner import write_rows
+from experiments.bench.runner import config_hash, plain, provenance, write_rows
 from experiments.legacy import benchmark, report
 from experiments.legacy.family_report import FamilyReport, read_folders
-from experiments.legacy.provenance import config_hash, plain, provenance
 from metabroyden import Anderson, Broyden, Implicit, load_solver, save_solver
 from metabroyden.learned import LearnedStart
 from metabroyden.learned.fingerprint import fingerprint
@@ -78,7 +77,7 @@ class Digits:
     """Where results go: a folder for this seed, and a report over all seeds found there."""
     runs: Path = Path("runs/digits")
     """Where unfinished work is kept, to go on from."""
-    fresh: bool = False
+    overwrite: bool = False
     """Throw away unfinished and finished work of this configuration and start anew."""
     progress: bool = True
     """Show progress bars."""
@@ -88,9 +87,9 @@ def run(config: Digits) -> None:
     """The whole job. Interrupted, it goes on where it stopped; finished, it only shows its results again."""
     console = Console()
     began = time.perf_counter()
-    identity = replace(config, results=Path(), runs=Path(), fresh=False, progress=True)
+    identity = replace(config, results=Path(), runs=Path(), overwrite=False, progress=True)
     work = config.runs / f"seed{config.seed}-{config_hash(identity)}"
-    if config.fresh and work.exists():
+    if config.overwrite and work.exists():
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
 

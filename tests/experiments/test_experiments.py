@@ -74,7 +74,7 @@ def test_digits_resumes_after_an_interruption_and_writes_what_it_promises(tmp_pa
     before = (folder / "rows.jsonl.gz").read_bytes()
     digits.run(config)  # a third run has nothing left to do
     assert (folder / "rows.jsonl.gz").read_bytes() == before
-    digits.run(replace(config, fresh=True, epochs=1))
+    digits.run(replace(config, overwrite=True, epochs=1))
     assert len(read_rows(folder / "rows.jsonl")) == len(rows)
 
 

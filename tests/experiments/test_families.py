@@ -12,8 +12,10 @@ import torch
 import metabroyden as mb
 from experiments import models
 from experiments.bench.runner import read_rows
-from experiments.legacy import equilibria, models_report, texts
-from experiments.legacy.ngram import NGram, Recent
+from experiments.legacy import equilibria
+from experiments.models import report as models_report
+from experiments.models import texts
+from experiments.models.ngram import NGram, Recent
 from metabroyden.zoo.data.text import TextData, TextSplit
 from metabroyden.zoo.models import (
     DenseClassifier,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.legacy.ngram import NGram, Recent
+from experiments.models.ngram import NGram, Recent
 
 
 def text(count: int = 400, size: int = 4, seed: int = 0) -> np.ndarray:

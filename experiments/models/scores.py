@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from experiments.bench.clock import LiveBytes
+from experiments.bench.tables import short
 from experiments.legacy.equilibria import Row
-from experiments.legacy.metrics import short
 from metabroyden.deq import DEQ
 from metabroyden.zoo.models.criteria import Criterion, NextToken, device_of
 from metabroyden.zoo.models.fit import Stage, Training

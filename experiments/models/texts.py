@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from experiments.bench.problems import bits_of
+from experiments.bench.tables import short
 from experiments.legacy.equilibria import Row, held_out
-from experiments.legacy.metrics import bits_of, short
-from experiments.legacy.model_scores import solved_to
-from experiments.legacy.ngram import NGram, Recent
+from experiments.models.ngram import NGram, Recent
+from experiments.models.scores import solved_to
 from metabroyden.state import gather
 from metabroyden.zoo.models.criteria import NextToken, device_of
 from metabroyden.zoo.tasks import second_half, text_windows

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from experiments.bench.report import made_by, read_config
 from experiments.bench.runner import read_rows, row_files
-from experiments.legacy import models_plots
-from experiments.legacy.metrics import summarise
-from experiments.legacy.report import made_by, table
+from experiments.bench.tables import markdown as table
+from experiments.models import plots
 from metabroyden.storage import atomic_write
 
 Row = dict[str, Any]
@@ -32,7 +31,7 @@ class FamilyResults:
     def __init__(self, folder: Path) -> None:
         self.name = folder.name
         self.rows: list[Row] = read_rows(folder / "rows.jsonl")
-        self.described: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        self.described: dict[str, Any] = read_config(folder)
 
     def of(self, kind: str, **wanted: Any) -> list[Row]:
         """Rows of a kind with these values."""
@@ -67,7 +66,12 @@ class FamilyResults:
 
     def summary(self, row: Row, tolerance: str) -> dict[str, float]:
         """Median, 90th percentile and success of a row of difficulty."""
-        return summarise(np.array(row["nfe"][tolerance]), np.array(row["reached"][tolerance]))
+        spent, reached = (np.array(row[key][tolerance]) for key in ("nfe", "reached"))
+        return {
+            "median": float(np.median(spent)),
+            "p90": float(np.percentile(spent, 90)),
+            "success": float(reached.mean()),
+        }
 
     def best(self, way: str, tolerance: str = "0.01") -> tuple[str, dict[str, float]]:
         """The solver with the fewest evaluations (mean of medians and 90th percentiles, failures at the budget)."""
@@ -86,14 +90,14 @@ class FamilyResults:
 def write_family(folder: Path) -> Path:
     """Write a family's report.md and its figures, from its rows and config.json."""
     results = FamilyResults(folder)
-    figures = models_plots.draw(results, folder)
+    figures = plots.draw(results, folder)
     shown = {path.stem: f"![{path.stem}]({path.name})" for path in figures}
     described = results.described
     training = ", ".join(f"{key} {value}" for key, value in described["training"].items())
     hashes = "\n".join(f"- `{name}`: sha256 `{value}`" for name, value in described["sha256"].items())
     sections = [
         f"# {results.name}",
-        made_by(described["command"], described["provenance"]),
+        made_by(described),
         "## Quality",
         quality_table(results),
         *([ngram_line(results)] if results.of("ngram") else []),

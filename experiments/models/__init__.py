@@ -15,9 +15,9 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
-from experiments.bench.runner import read_rows
-from experiments.legacy import equilibria, model_scores, models_report, texts
-from experiments.legacy.provenance import config_hash, plain, provenance, write_results
+from experiments.bench.runner import Options, config_hash, plain, provenance, publish, read_rows
+from experiments.legacy import equilibria
+from experiments.models import report, scores, texts
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.meta.progress import progress_bar
 from metabroyden.solvers import Anderson, Broyden, Picard
@@ -33,7 +33,7 @@ DEQ, REGULARISED = "DEQ", "DEQ, Jacobian penalty"
 
 
 @dataclass(frozen=True)
-class Models:
+class Models(Options):
     """Train a family's DEQ and its twins, measure them, and write results/models/FAMILY/ and the report over all."""
 
     family: str = "all"
@@ -56,10 +56,6 @@ class Models:
     """Where results go."""
     runs: Path = Path("runs/models")
     """Where unfinished work is kept, to go on from."""
-    fresh: bool = False
-    """Throw away unfinished and finished work of this configuration and start anew."""
-    progress: bool = True
-    """Show progress bars."""
 
 
 def run(config: Models) -> None:
@@ -69,9 +65,9 @@ def run(config: Models) -> None:
         raise ValueError(f'preset must be "cpu" or "gpu", got {config.preset!r}')
     for name in FAMILIES if config.family == "all" else [config.family]:
         _Job(name, config).run()
-        models_report.write_family(config.results / name)
+        report.write_family(config.results / name)
         console.print(f"{name}: {config.results / name}")
-    console.print(Markdown(models_report.write(config.results).read_text()))
+    console.print(Markdown(report.write(config.results).read_text()))
 
 
 class _Job:
@@ -85,10 +81,10 @@ class _Job:
         self.device = auto if config.device == "auto" else config.device
         self.criterion: Criterion = self.family.criterion()
         self.work = config.runs / f"{name}-{_recipe_hash(self.family, self.criterion)}"
-        if config.fresh and self.work.exists():
+        if config.overwrite and self.work.exists():
             shutil.rmtree(self.work)
         self.work.mkdir(parents=True, exist_ok=True)
-        identity = replace(config, family=name, results=Path(), runs=Path(), fresh=False, progress=True, device="")
+        identity = replace(config, family=name, results=Path(), runs=Path(), overwrite=False, progress=True, device="")
         self.measured = self.work / f"measured-{config_hash(identity)}"
         started = self.work / "trained.json"
         if not started.exists():
@@ -100,7 +96,7 @@ class _Job:
         """Everything."""
         models = {way: self._trained(way, build) for way, build in self._ways().items()}
         if not (self.measured / "rows.jsonl.gz").exists():
-            write_results(self.measured, self._measured(models), self._described(models))
+            publish(self.measured, self._measured(models), self._described(models))
         self._publish()
 
     def _ways(self) -> dict[str, Callable[[], Any]]:
@@ -129,14 +125,14 @@ class _Job:
         with progress_bar(f"{self.name}, {way}", training.epochs, show=self.config.progress) as bar:
             show = by_epoch(bar, self.criterion.metric)
 
-            def report(now: EpochEnd, model: Any) -> None:
+            def noted(now: EpochEnd, model: Any) -> None:
                 if way == DEQ:
                     self.episodes.note(now.epoch, model, self.work)
                     if now.epoch == training.pretrain + 1:  # the checkpoint is that of the epoch before
                         self._begin(REGULARISED)
                 show(now, model)
 
-            model = train(build, self.criterion, training, path=self._at(way), device=self.device, report=report)
+            model = train(build, self.criterion, training, path=self._at(way), device=self.device, report=noted)
         model = model.cpu().requires_grad_(False)
         if way in (DEQ, REGULARISED):
             described = {"family": self.name, "way": way, "training": asdict(training)}
@@ -162,7 +158,7 @@ class _Job:
             for way, model in models.items():
                 past = history(self._at(way))
                 rows += [{"row": "epoch", "way": way, **asdict(epoch)} for epoch in past]
-                rows.append(model_scores.quality_row(way, model, criterion, past[-1].seconds))
+                rows.append(scores.quality_row(way, model, criterion, past[-1].seconds))
                 tick(f"score, {way}")
             parts = {
                 way: equilibria.held_out(models[way], criterion, "test", config.samples)
@@ -182,12 +178,12 @@ class _Job:
             if isinstance(criterion, NextToken):
                 rows += texts.token_rows(DEQ, models[DEQ], criterion)
                 rows += texts.ngram_rows(criterion)
-                rows += texts.leak_rows(DEQ, models[DEQ], criterion, tolerances=(family.rtol, model_scores.EXACT))
+                rows += texts.leak_rows(DEQ, models[DEQ], criterion, tolerances=(family.rtol, scores.EXACT))
             tick("tokens")
             for model in models.values():
                 model.requires_grad_(True)
             trainings = {way: self._training(way) for way in models}
-            rows += model_scores.step_rows(models, trainings, criterion, repeats=config.repeats)
+            rows += scores.step_rows(models, trainings, criterion, repeats=config.repeats)
             tick("training steps")
         return rows
 
@@ -237,7 +233,7 @@ class _Job:
                 atomic_write(folder / name, data)
         described["episodes"] = episodes_in(self.episodes.collect(self.work, folder / "episodes.safetensors"))
         rows = read_rows(self.measured / "rows.jsonl")
-        write_results(folder, rows, described)
+        publish(folder, rows, described)
 
 
 def _recipe_hash(family: Family, criterion: Criterion) -> str:

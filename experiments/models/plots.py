@@ -11,10 +11,11 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import ScalarFormatter
 
-from experiments.legacy.plots import new_axes, save_figure
+from experiments.bench.figures import axes as new_axes
+from experiments.bench.figures import save as save_figure
 
 if TYPE_CHECKING:
-    from experiments.legacy.models_report import FamilyResults
+    from experiments.models.report import FamilyResults
 
 _WAYS = {
     "DEQ": ("#D55E00", "-"),
