@@ -65,6 +65,7 @@ def test_meta_training_beats_broyden_on_held_out_contexts():
         {"backend": "higher"},
         {"backend": "native"},
         {"unroll": (2, 8), "start_noise": 0.5},
+        {"orthogonal_rate": 0.05},
         {"detach_features": True, "checkpoint_steps": True, "half": True, "segments": 2},
     ],
     ids=lambda options: ", ".join(options),
@@ -76,7 +77,9 @@ def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path, options):
     MetaTrainer(grouped(), tasks(), config, checkpoint=path).run(until=5)
     resumed = MetaTrainer(grouped(seed=9), tasks(), config, checkpoint=path)
     assert resumed.step == 5
+    assert bool(resumed.optimizer.matrices) == ("orthogonal_rate" in options)
     again = resumed.run()
+    assert MetaTrainer(grouped(), tasks(), config, checkpoint=path).stopped == "steps"
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
     scores = [[entry["score"] for entry in solver.summary["validation"]] for solver in (whole, again)]
@@ -195,22 +198,6 @@ def test_after_many_of_them_training_returns_to_the_best_weights_with_half_the_r
     trainer.run()
     assert rates[9] == pytest.approx(SMALL.learning_rate * cosine(8 / 12) / 2)
     assert "back to the best weights with half the learning rate after step 7" in in_words(trainer.incidents.describe())
-
-
-def test_orthogonal_momentum_goes_on_bit_for_bit(tmp_path):
-    config = replace(SMALL, orthogonal_rate=0.05)
-    whole = MetaTrainer(grouped(), tasks(), config)
-    whole.run()
-    path = tmp_path / "training.safetensors"
-    begun = MetaTrainer(grouped(), tasks(), config, checkpoint=path)
-    assert begun.optimizer.matrices
-    begun.run(until=5)
-    resumed = MetaTrainer(grouped(), tasks(), config, checkpoint=path)
-    assert resumed.step == 5
-    resumed.run()
-    for name, value in whole.solver.state_dict().items():
-        assert torch.equal(value, resumed.solver.state_dict()[name]), name
-    assert MetaTrainer(grouped(), tasks(), config, checkpoint=path).stopped == "steps"
 
 
 def test_a_training_that_leaves_what_works_goes_back_to_it(monkeypatch):

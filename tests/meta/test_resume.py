@@ -144,6 +144,17 @@ def test_a_file_without_checksum_and_list_of_moments_still_serves(files, tmp_pat
     RESUME[name](path)
 
 
+def test_a_file_from_before_a_setting_was_renamed_goes_on(files, tmp_path):
+    path = copied(files, "meta", tmp_path)
+
+    def earlier(_, header):
+        del header["config"]["decay"]
+        header["config"]["budget_seconds"] = header["config"].pop("seconds")
+
+    changed(path, earlier)
+    assert trainer(path).step == 4
+
+
 def changed(path: Path, change: Callable[[dict, dict], Any]) -> None:
     """Write the file with other content, checksum included: what is checked then is the content."""
     tensors, header = checkpoint.read(path)
