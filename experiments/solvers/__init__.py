@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,16 +12,15 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from experiments.bench.peers import ScipySolver, TorchDEQSolver, XitorchSolver, available
-from experiments.legacy import solver_rows, solvers_report
-from experiments.legacy.provenance import plain, provenance, write_results
+from experiments.bench.runner import Options, Row, Run, ticks
+from experiments.solvers import report, rows
 from metabroyden import Anderson, Broyden, Newton, Picard
-from metabroyden.meta.progress import progress_bar
 from metabroyden.zoo.testbed import PROBLEMS, KnownProblem
 from metabroyden.zoo.testbed.cells import blas, conv
 
 
 @dataclass(frozen=True)
-class Solvers:
+class Solvers(Options):
     """Race the classical solvers against the published libraries' and write results/solvers/."""
 
     repeats: int = 7
@@ -38,34 +36,24 @@ class Solvers:
     compiled: bool = True
     """Compile a fixed budget too (a minute or two)."""
     results: Path = Path("results/solvers")
-    """Where rows, figures and the report go."""
-    progress: bool = True
-    """Show a progress bar."""
+    """Where rows, figures and the report go; those of other settings to a trial- folder in it."""
+    runs: Path = Path("runs/solvers")
+    """Where unfinished work is kept, to go on from."""
 
 
 def run(config: Solvers) -> None:
     """The whole job; what it wrote before is replaced at the end."""
     if not available("torchdeq"):
         raise SystemExit("python -m experiments solvers needs torchdeq: pip install torchdeq==0.1.0")
-    console = Console()
-    began = time.perf_counter()
+    job = Run("solvers", config)
+    found: list[Row] = []
     jobs = _jobs(config)
-    rows: list[dict[str, Any]] = []
-    with progress_bar("racing", len(jobs), show=config.progress) as bar:
-        for number, (words, job) in enumerate(jobs):
-            rows += job()
-            if bar is not None:
-                bar(number + 1, words)
-    described = {
-        "command": "python -m experiments solvers",
-        "config": plain(config),
-        "seconds": round(time.perf_counter() - began),
-        "provenance": provenance(),
-    }
-    write_results(config.results, rows, described)
-    report = solvers_report.write(config.results, rows, described)
-    console.print(Markdown(solvers_report.verdicts(rows)))
-    console.print(f"Figures and report: {report} ({described['seconds']} s)")
+    with ticks("racing", len(jobs), show=config.progress) as done:
+        for number, (words, make) in enumerate(jobs):
+            found += job.unit(f"{number}-{words}", make)
+            done(words)
+    folder = job.publish(found)
+    Console().print(Markdown(report.write(folder).read_text()))
 
 
 def _jobs(config: Solvers) -> list[tuple[str, Callable[[], list[dict[str, Any]]]]]:
@@ -75,19 +63,14 @@ def _jobs(config: Solvers) -> list[tuple[str, Callable[[], list[dict[str, Any]]]
     options = {"budget": config.budget, "repeats": config.repeats}
     jobs: list[tuple[str, Callable[[], list[dict[str, Any]]]]] = [
         *((name, partial(_race, config, name, cell, rtol)) for name, cell in cells.items() for rtol in (1e-3, 1e-5)),
-        *(
-            ("anatomy", partial(solver_rows.anatomy_rows, name, cell, rtol=1e-5, **options))
-            for name, cell in easy.items()
-        ),
-        ("overhead", partial(solver_rows.gap_rows, (1, 8, 64, 512), (2, 5, 10, 20, 40), repeats=config.repeats)),
-        ("limited memory", partial(solver_rows.limited_rows, rtols=(1e-3, 1e-5), seeds=config.seeds)),
+        *(("anatomy", partial(rows.anatomy_rows, name, cell, rtol=1e-5, **options)) for name, cell in easy.items()),
+        ("overhead", partial(rows.gap_rows, (1, 8, 64, 512), (2, 5, 10, 20, 40), repeats=config.repeats)),
+        ("limited memory", partial(rows.limited_rows, rtols=(1e-3, 1e-5), seeds=config.seeds)),
         *((name, partial(_registry, config, name)) for name in PROBLEMS),
     ]
     if config.compiled:
         dense = _dense(config, "gaussian", 1.5)
-        compiled = partial(
-            solver_rows.compiled_rows, dense, "dense gaussian 1.5", budget=12, repeats=3 * config.repeats
-        )
+        compiled = partial(rows.compiled_rows, dense, "dense gaussian 1.5", budget=12, repeats=3 * config.repeats)
         jobs.append(("compiling", compiled))
     return jobs
 
@@ -124,7 +107,7 @@ def _race(config: Solvers, name: str, cell: Callable[..., KnownProblem], rtol: f
         other.f, other.z0, other.context, tolerances=(rtol,), max_nfe=config.budget
     )
     problems = [cell(x_seed=1 + seed) for seed in range(config.seeds)]
-    return solver_rows.race_rows(name, problems, contestants, rtol=rtol, budget=config.budget, repeats=config.repeats)
+    return rows.race_rows(name, problems, contestants, rtol=rtol, budget=config.budget, repeats=config.repeats)
 
 
 def _registry(config: Solvers, name: str) -> list[dict[str, Any]]:
@@ -145,4 +128,4 @@ def _registry(config: Solvers, name: str) -> list[dict[str, Any]]:
         "scipy hybr": ScipySolver("hybr"),
     }
     tolerances = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
-    return solver_rows.registry_rows([name], solvers, tolerances=tolerances, budget=200, batch=config.problems)
+    return rows.registry_rows([name], solvers, tolerances=tolerances, budget=200, batch=config.problems)

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from experiments.bench.clock import Stopwatch
 from experiments.bench.peers import ScipySolver, TorchDEQSolver, XitorchSolver, solve_state
-from experiments.legacy.metrics import short
-from experiments.legacy.stopwatch import Stopwatch
+from experiments.bench.tables import short
 from metabroyden.fixed import FixedBudget
 from metabroyden.solution import Trace
 from metabroyden.solve import solve

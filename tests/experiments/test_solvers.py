@@ -1,0 +1,46 @@
+"""The classical solvers against their peers."""
+
+from __future__ import annotations
+
+import metabroyden as mb
+from experiments.bench.peers import ScipySolver, TorchDEQSolver
+from experiments.bench.report import read_config
+from experiments.bench.runner import publish, read_rows
+from experiments.solvers import report
+from experiments.solvers import rows as solver_rows
+from metabroyden.zoo.testbed.cells import blas
+
+
+def test_the_race_of_classical_solvers_tells_what_happened():
+    cell = blas(6, 12, 1.2)
+    other = blas(6, 12, 1.2, x_seed=2)
+    contestants = {"Broyden": {"ours": mb.Broyden(), "torchdeq": TorchDEQSolver("broyden")}}
+    rows = solver_rows.race_rows("tiny", [cell, other], contestants, rtol=1e-4, budget=30, repeats=2)
+    ours, theirs = rows
+    assert ours["samples"] == 12
+    assert ours["success"] == theirs["success"] == 1
+    assert abs(ours["median"] - theirs["median"]) <= 1
+    assert theirs["ratio_overhead"] == theirs["ratio_total"] == 1
+    assert 0 < ours["overhead"] < ours["total"]
+    expected = mb.solve(cell.f, cell.z0, cell.context, solver=mb.Broyden(), rtol=1e-4, max_nfe=30)
+    assert ours["calls"] == int(expected.nfe.max())
+    anatomy = solver_rows.anatomy_rows("tiny", cell, rtol=1e-4, budget=30, repeats=1)
+    assert all(min(row["f"], row["step"], row["driver"]) > 0 for row in anatomy)
+    gaps = solver_rows.gap_rows((2,), (2,), repeats=1, steps=8)
+    assert {row["by"] for row in gaps} == {"step", "batch", "memory"}
+    samples = solver_rows.registry_rows(
+        ["two_tensors", "logistic"],
+        {"ours": mb.Anderson(), "hybr": ScipySolver("hybr")},
+        tolerances=(1e-2, 1e-5),
+        budget=60,
+        batch=2,
+    )
+    assert len(samples) == 2 * 2 * 2
+    assert all(row["reached"]["1e-05"] for row in samples)
+
+
+def test_the_report_is_remade_from_the_published_rows_cell_for_cell(tmp_path):
+    published = Path("results/solvers")
+    publish(tmp_path, read_rows(published / "rows.jsonl"), read_config(published))
+    made, before = (path.read_text().splitlines() for path in (report.write(tmp_path), published / "report.md"))
+    assert [line for line in made if line.startswith("|")] == [line for line in before if line.startswith("|")]
