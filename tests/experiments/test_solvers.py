@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import metabroyden as mb
 from experiments.bench.peers import ScipySolver, TorchDEQSolver
 from experiments.bench.report import read_config
