@@ -47,7 +47,7 @@ def compared(table: Table, lines: list[list[str]]) -> tuple[int, list[str]]:
 
 def main() -> None:
     """Print how many cells there are, and which differ; exit status 1 where some do."""
-    total, differ = 0, []
+    total, differ = 0, list[str]()
     for experiment, table in remade():
         count, words = compared(table, published(experiment))
         total, differ = total + count, [*differ, *words]
