@@ -121,27 +121,27 @@ def comparison(ours: Field, theirs: Field) -> str:
     """
     if ours.budget != theirs.budget:
         raise ValueError(f"runs can be compared at the same budget, got {ours.budget} and {theirs.budget}")
-    body, count = [], 0
-    for family in ours.families:
-        for solver in ours.solvers(family):
-            for tolerance in ours.tolerances:
-                one, other = ours.must(family, solver, tolerance), theirs.outcome(family, solver, tolerance)
-                if other is None:
-                    continue
-                sizes = [side.evaluations.shape[1] for side in (one, other)]
-                if sizes[0] != sizes[1]:
-                    raise ValueError(
-                        f"runs can be compared on the same samples; {family} has {sizes[0]} and {sizes[1]}"
-                    )
-                count += 1
-                found, (won, lost) = ratio(one, other), alone(one, other)
-                if not found.low <= 1 <= found.high or won != lost:
-                    body.append([family, solver, f"{tolerance:g}", f"{found}", f"{won} : {lost}"])
+    shared = [
+        (family, solver, at) for family in ours.families for solver in ours.solvers(family) for at in ours.tolerances
+    ]
+    shared = [place for place in shared if theirs.outcome(*place) is not None]
+    body = [row for place in shared if (row := _differing(place, ours.must(*place), theirs.must(*place)))]
+    count = len(shared)
     if not count:
         raise ValueError("the two runs have no family and solver in common")
     head = ["family", "solver", "tolerance", "evaluations, first over second", "only one solves"]
     words = f"{count} pairs of a family, a solver and a tolerance; {len(body)} differ."
     return words + ("\n\n" + markdown(head, body) if body else "")
+
+
+def _differing(place: tuple[str, str, float], one: Outcome, other: Outcome) -> list[str]:
+    """A row of the comparison; empty where nothing differs."""
+    sizes = [side.evaluations.shape[1] for side in (one, other)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"runs can be compared on the same samples; {place[0]} has {sizes[0]} and {sizes[1]}")
+    found, (won, lost) = ratio(one, other), alone(one, other)
+    differs = not found.low <= 1 <= found.high or won != lost
+    return [place[0], place[1], f"{place[2]:g}", f"{found}", f"{won} : {lost}"] if differs else []
 
 
 def main_table(at: At) -> Table:
