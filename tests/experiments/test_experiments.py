@@ -37,7 +37,16 @@ def tiny(tmp_path) -> digits.Digits:
     )
 
 
+def few_images(monkeypatch, module):
+    """Let an experiment train on eighty digits."""
+    data = module.load_digits()
+    splits = (data.train, data.validation)
+    few = [ImageSplit(*(part[:80] for part in (one.images, one.labels, one.indices))) for one in splits]
+    monkeypatch.setattr(module, "load_digits", lambda: ImageData(*few, data.test))
+
+
 def test_digits_resumes_after_an_interruption_and_writes_what_it_promises(tmp_path, monkeypatch, capsys):
+    few_images(monkeypatch, digits)
     config = tiny(tmp_path)
     original = MetaTrainer.run
 
@@ -165,9 +174,7 @@ def test_alternate_resumes_and_writes_what_it_promises(tmp_path, capsys, monkeyp
 
 
 def test_gradients_writes_what_it_promises(tmp_path, capsys, monkeypatch):
-    data = gradients.load_digits()
-    train = ImageSplit(*(part[:60] for part in (data.train.images, data.train.labels, data.train.indices)))
-    monkeypatch.setattr(gradients, "load_digits", lambda: ImageData(train, train, data.test))
+    few_images(monkeypatch, gradients)
     config = gradients.Gradients(
         seeds=(0,),
         steps=1,
