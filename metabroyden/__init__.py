@@ -1,8 +1,9 @@
 """metabroyden learns the root finder of deep equilibrium models.
 
->>> import metabroyden as mb
->>> mb.list_solvers(learned=False, splitting=False)
-['anderson', 'broyden', 'newton', 'picard', 'substitution']
+Examples:
+    >>> import metabroyden as mb
+    >>> mb.list_solvers(learned=False, splitting=False)
+    ['anderson', 'broyden', 'newton', 'picard', 'substitution']
 """
 
 from metabroyden import integrations

@@ -52,31 +52,35 @@ class DEQ(nn.Module):
     `torch.compile` breaks the graph around it.
 
     Args:
-        cell: any callable `f(z, x)`, batch first, samples independent of one another. A module becomes a submodule of the
-            layer. Tensors that another callable reads are not parameters of the layer.
+        cell: any callable `f(z, x)`, batch first, samples independent of one another. A module becomes a submodule of
+            the layer. Tensors that another callable reads are not parameters of the layer.
         solver: any of our solvers, learned ones included (default `Broyden()`); may be reassigned at any time.
-        backward: gradient mode (default `Implicit()`; `Phantom`, `JacobianFree`, `Unroll`); used only where gradients are
-            enabled.
-        rtol, atol, max_nfe: as in `solve`.
+        backward: gradient mode (default `Implicit()`; `Phantom`, `JacobianFree`, `Unroll`); used only where gradients
+            are enabled.
+        rtol: as in `solve`.
+        atol: as in `solve`.
+        max_nfe: as in `solve`.
         warn: warn when samples fail, forward or backward: once for each status, and again when twice the share fails.
 
     Attributes:
         hooks: list of functions `hook(f, context, z)`, called with each equilibrium that gets gradients (see `Hook`).
 
     Raises:
-        TypeError, ValueError: a bad cell, solver, gradient mode or tolerance.
+        TypeError: a bad cell, solver, gradient mode or tolerance.
+        ValueError: a bad cell, solver, gradient mode or tolerance.
 
-    >>> import torch, metabroyden as mb
-    >>> class Cell(torch.nn.Module):
-    ...     def __init__(self):
-    ...         super().__init__()
-    ...         self.w = torch.nn.Parameter(0.5 * torch.eye(4))
-    ...     def forward(self, z, x):
-    ...         return torch.tanh(z @ self.w + x)
-    >>> deq = mb.DEQ(Cell(), rtol=1e-5)
-    >>> z = deq(torch.ones(2, 4))
-    >>> bool(deq.last_solution.converged.all())
-    True
+    Examples:
+        >>> import torch, metabroyden as mb
+        >>> class Cell(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.w = torch.nn.Parameter(0.5 * torch.eye(4))
+        ...     def forward(self, z, x):
+        ...         return torch.tanh(z @ self.w + x)
+        >>> deq = mb.DEQ(Cell(), rtol=1e-5)
+        >>> z = deq(torch.ones(2, 4))
+        >>> bool(deq.last_solution.converged.all())
+        True
     """
 
     solves_its_cell = True  # see `check_map`

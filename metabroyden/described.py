@@ -68,8 +68,9 @@ def require(facts: dict[str, bool], path: Any) -> None:
 def fits(value: Any, hint: Any) -> bool:
     """Whether a value as JSON gives it is of an annotated type; a list counts as a tuple, a number that is whole as a float.
 
-    >>> fits([1, 2.5], tuple[float, float]), fits(True, int), fits(math.nan, float), fits({"a": [1]}, dict[str, list[int]])
-    (True, False, False, True)
+    Examples:
+        >>> fits([1, 2.5], tuple[float, float]), fits(True, int), fits(math.nan, float), fits({"a": [1]}, dict[str, list])
+        (True, False, False, True)
     """
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any:

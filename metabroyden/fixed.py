@@ -34,7 +34,9 @@ class FixedBudget:
         f: batch-first map, f(z) or f(z, context), as for `solve`.
         solver: any solver whose steps cost a number of evaluations known beforehand (not `Newton`, no line search).
         max_nfe: evaluations of f for every sample.
-        rtol, atol, f_dtype: as for `solve`.
+        rtol: as for `solve`.
+        atol: as for `solve`.
+        f_dtype: as for `solve`.
         compiled: False runs the same code eagerly; so does, with a warning, a failure to compile.
         mode: passed to `torch.compile`, for instance "reduce-overhead" for CUDA graphs.
 
@@ -42,13 +44,15 @@ class FixedBudget:
         compile_seconds: wall-clock seconds of the calls that compiled, in sum, with the call of f before each.
 
     Raises:
-        ValueError, TypeError: bad input, naming what was given and what is wanted.
+        ValueError: bad input, naming what was given and what is wanted.
+        TypeError: bad input, naming what was given and what is wanted.
 
-    >>> import metabroyden as mb
-    >>> run = mb.FixedBudget(torch.cos, mb.Anderson(), max_nfe=10, compiled=False)
-    >>> solution = run(torch.zeros(3, 1))
-    >>> solution.nfe.tolist(), bool(solution.converged.all())
-    ([10, 10, 10], True)
+    Examples:
+        >>> import metabroyden as mb
+        >>> run = mb.FixedBudget(torch.cos, mb.Anderson(), max_nfe=10, compiled=False)
+        >>> solution = run(torch.zeros(3, 1))
+        >>> solution.nfe.tolist(), bool(solution.converged.all())
+        ([10, 10, 10], True)
     """
 
     def __init__(

@@ -130,8 +130,11 @@ class GuardedFunction:
     small tensors in host memory, else a sum of all bits).
 
     Args:
-        f: in its surroundings. packing: of the state. f_dtype: dtype that f takes; what it returns comes back in z's.
-        attached: what f returns keeps its graph; else it is detached, and z as well should f have asked for its gradient.
+        f: in its surroundings.
+        packing: of the state.
+        f_dtype: dtype that f takes; what it returns comes back in z's.
+        attached: what f returns keeps its graph; else it is detached, and z as well should f have asked for its
+            gradient.
         guarded: whether f is looked at, which a compiler cannot: by default, unless one is tracing now.
     """
 

@@ -32,7 +32,9 @@ class Problem(ABC):
         context: the context of these rows, in the dtype of the iterates (None where f takes none).
         shape: per-sample shape of the state, or a tuple of shapes for a state of several tensors.
         steps_left: no row can make more steps than this.
-        alive, budget, affordable_jvps: see `CountedProblem`; where a solver may decide on the host only.
+        alive: see `CountedProblem`; where a solver may decide on the host only.
+        budget: evaluations each row can still afford, likewise.
+        affordable_jvps: Jacobian products each row can still afford, likewise.
     """
 
     decides_on_host = False

@@ -80,8 +80,12 @@ def restore(
     """Give a module, its optimizer and a generator what `save` kept; returns the best weights ({} where none are kept).
 
     Args:
-        tensors, header, path: of the file, from `checkpoint.read`; or what `pack` gave, and a name for it.
-        module, optimizer, generator: as `save` had them.
+        tensors: of the file, from `checkpoint.read`; or what `pack` gave, and a name for it.
+        header: of the same file.
+        path: its name, for messages.
+        module: as `save` had them.
+        optimizer: as `save` had them.
+        generator: as `save` had them.
         taken: updates that the optimizer has made at least, since it was last cleared.
         best: whether best weights are kept.
 

@@ -21,11 +21,12 @@ class Shared:
     Args:
         tensor: what all samples share. TypeError for anything but a tensor.
 
-    >>> import torch, metabroyden as mb
-    >>> w, x = 0.1 * torch.ones(4, 4), torch.ones(3, 4)
-    >>> solution = mb.solve(lambda z, c: z @ c[1] + c[0], 0 * x, (x, mb.Shared(w)), solver=mb.Broyden())
-    >>> bool(torch.allclose(solution.z, torch.full((3, 4), 1 / 0.6), atol=1e-2))
-    True
+    Examples:
+        >>> import torch, metabroyden as mb
+        >>> w, x = 0.1 * torch.ones(4, 4), torch.ones(3, 4)
+        >>> solution = mb.solve(lambda z, c: z @ c[1] + c[0], 0 * x, (x, mb.Shared(w)), solver=mb.Broyden())
+        >>> bool(torch.allclose(solution.z, torch.full((3, 4), 1 / 0.6), atol=1e-2))
+        True
     """
 
     tensor: Tensor

@@ -162,8 +162,9 @@ def relative(g_norm: Tensor, f_norm: Tensor) -> Tensor:
 def relative_residual(z: Tensor, fz: Tensor) -> Tensor:
     """The relative residual ‖f(z)−z‖₂ / ‖f(z)‖₂ per sample, for z and fz of any equal batch-first shape; (B,).
 
-    >>> relative_residual(torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0]]))
-    tensor([0.5000])
+    Examples:
+        >>> relative_residual(torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0]]))
+        tensor([0.5000])
     """
     size = fz.shape[0], math.prod(fz.shape[1:])
     flat = fz.reshape(size)

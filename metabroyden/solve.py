@@ -49,34 +49,38 @@ def solve(
             another (no batch norm in training mode). With a context, f sees only the rows still active. It must change
             neither z nor its context, see `GuardedFunction` for how far that is checked.
         z0: start, (B, ...) floating and finite, or a tuple of such tensors. An empty batch has an empty solution.
-        context: any pytree of batch-first tensors, dense or sparse COO, and plain values; a tensor that has no batch axis is
-            marked, `Shared(tensor)`. None where f takes z alone (then f sees the full batch always).
+        context: any pytree of batch-first tensors, dense or sparse COO, and plain values; a tensor that has no batch
+            axis is marked, `Shared(tensor)`. None where f takes z alone (then f sees the full batch always).
         solver: `Picard`, `Anderson`, `Broyden`, `Newton`, or a learned solver.
-        rtol, atol: a sample has converged once ‖f(z)−z‖₂ ≤ atol + rtol·‖f(z)‖₂ (2-norms over all its coordinates).
+        rtol: a sample has converged once ‖f(z)−z‖₂ ≤ atol + rtol·‖f(z)‖₂ (2-norms over all its coordinates).
+        atol: absolute part of the same test.
         max_nfe: evaluations of f each sample may cost, Jacobian products and verification included.
         throw: raise `SolveError` when a sample fails; its `.solution` holds the result. Else look at `Solution.status`.
         check_every: steps between two looks at the outcome, each of which waits for the device. With more than one a
             sample may make up to check_every − 1 steps after it converged; their evaluations are counted, its result is
             the same. A learned solver's hand-over may come as much later, too.
-        f_dtype: dtype that f is called in, torch.bfloat16 say; the context is the caller's to cast. Iterates, norms, the
-            solver's memory and the context as a learned solver sees it are in z0's dtype. Rounding sets a floor under the
-            residual: see tolerances from 1e-2.
-        snapshots: rising numbers of evaluations; `Solution.snapshots` then holds each sample's best iterate once so many
-            were spent (or the last there was). At the end of a step, where a step costs several.
+        f_dtype: dtype that f is called in, torch.bfloat16 say; the context is the caller's to cast. Iterates, norms,
+            the solver's memory and the context as a learned solver sees it are in z0's dtype. Rounding sets a floor
+            under the residual: see tolerances from 1e-2.
+        snapshots: rising numbers of evaluations; `Solution.snapshots` then holds each sample's best iterate once so
+            many were spent (or the last there was). At the end of a step, where a step costs several.
         keep_inverse: keep what the solver knows of the inverse Jacobian, in `Solution.inverse`; copies its memory.
-        trace: write down every evaluation, some 50 bytes for a sample and an evaluation; False: `Solution.trace` is empty.
+        trace: write down every evaluation, some 50 bytes for a sample and an evaluation; False: `Solution.trace` is
+            empty.
 
     Returns:
         A `Solution` of detached tensors, since the solve runs under no_grad.
 
     Raises:
-        ValueError, TypeError: bad input, naming what was given and what is wanted.
+        ValueError: bad input, naming what was given and what is wanted.
+        TypeError: bad input, naming what was given and what is wanted.
         SolveError: samples failed and throw is True.
 
-    >>> import torch, metabroyden as mb
-    >>> solution = mb.solve(torch.cos, torch.zeros(3, 1), solver=mb.Broyden(), rtol=1e-6)
-    >>> bool(torch.allclose(solution.z, torch.full((3, 1), 0.739085), atol=1e-5)), int(solution.nfe.max()) < 10
-    (True, True)
+    Examples:
+        >>> import torch, metabroyden as mb
+        >>> solution = mb.solve(torch.cos, torch.zeros(3, 1), solver=mb.Broyden(), rtol=1e-6)
+        >>> bool(torch.allclose(solution.z, torch.full((3, 1), 0.739085), atol=1e-5)), int(solution.nfe.max()) < 10
+        (True, True)
     """
     packing = Packing.of(z0)
     solver = check_options(f, solver, rtol, atol, max_nfe, check_every, f_dtype)

@@ -25,7 +25,9 @@ class PairCell(nn.Module):
     Bai, Kolter & Koltun, Deep Equilibrium Models, NeurIPS 2019, theorem 2: stacking DEQs adds nothing to a single one.
 
     Args:
-        first, second, between: as for `compose`; the cells are shared, not copied.
+        first: as for `compose`; the cells are shared, not copied.
+        second: as for `compose`; the cells are shared, not copied.
+        between: as for `compose`; the cells are shared, not copied.
     """
 
     def __init__(self, first: DEQ | Readout, second: DEQ | Readout, between: Callable[..., Any] | None = None) -> None:
@@ -83,11 +85,12 @@ def compose(
     second state much smaller than the first wants a tighter rtol.
 
     Args:
-        first, second: a `DEQ`, whose output is its state, or what `to_deq` or `compose` made.
+        first: a `DEQ`, whose output is its state, or what `to_deq` or `compose` made.
+        second: the same, reading the first one's output.
         between: maps the first's output to the second's context, samples apart; a module's parameters are trained too.
-        deq_options: of `DEQ`. Defaults: the smaller rtol (of a DEQ beside a converted network, the DEQ's) and atol, the
-            sum of their max_nfe; their solver and gradient mode where they agree, else `Broyden()` and `Implicit()`. A
-            learned solver, fitted to another f, is never taken over.
+            deq_options: of `DEQ`. Defaults: the smaller rtol (of a DEQ beside a converted network, the DEQ's) and atol,
+            the sum of their max_nfe; their solver and gradient mode where they agree, else `Broyden()` and
+            `Implicit()`. A learned solver, fitted to another f, is never taken over.
 
     Returns:
         A module; its `deq` is the `DEQ` of both states.
@@ -95,12 +98,13 @@ def compose(
     Raises:
         TypeError: an argument of another kind.
 
-    >>> import torch, metabroyden as mb
-    >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
-    >>> head = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Softplus())
-    >>> both, x = mb.compose(mb.to_deq(net), mb.to_deq(head)), torch.randn(5, 3)
-    >>> bool(torch.allclose(both(x), head(net(x)), atol=1e-5))
-    True
+    Examples:
+        >>> import torch, metabroyden as mb
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> head = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Softplus())
+        >>> both, x = mb.compose(mb.to_deq(net), mb.to_deq(head)), torch.randn(5, 3)
+        >>> bool(torch.allclose(both(x), head(net(x)), atol=1e-5))
+        True
     """
     for name, given in (("first", first), ("second", second)):
         if not isinstance(given, (DEQ, Readout)):

@@ -31,7 +31,8 @@ class StackCell(nn.Module):
         stages: nn.ModuleList of the L stages, each an nn.Sequential of the network's own layers.
 
     Raises:
-        TypeError, ValueError: a network that cannot be converted, naming the layer and the reason; see `to_deq`.
+        TypeError: a network that cannot be converted, naming the layer and the reason; see `to_deq`.
+        ValueError: a layer's options are not supported.
     """
 
     def __init__(self, network: nn.Sequential) -> None:
@@ -123,11 +124,12 @@ def to_deq(network: nn.Sequential, **deq_options: Any) -> ConvertedNetwork:
         ValueError: a layer whose settings, dtype or mode forbid it (batch norm and dropout in training mode, at each call
             as well); max_nfe of L or less. Every message names the layer.
 
-    >>> import torch, metabroyden as mb
-    >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-    >>> deq, x = mb.to_deq(net), torch.randn(5, 3)
-    >>> bool(torch.allclose(deq(x), net(x), atol=1e-5)), [len(part[0]) for part in deq.cell.initial_state(x)]
-    (True, [8, 2])
+    Examples:
+        >>> import torch, metabroyden as mb
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> deq, x = mb.to_deq(net), torch.randn(5, 3)
+        >>> bool(torch.allclose(deq(x), net(x), atol=1e-5)), [len(part[0]) for part in deq.cell.initial_state(x)]
+        (True, [8, 2])
     """
     cell = StackCell(network)
     depth = len(cell.stages)

@@ -38,13 +38,14 @@ class Implicit(GradientMode):
     gradients but z and the context; otherwise a RuntimeError.
 
     Attributes:
-        solver: solves the adjoint system. A learned one must be homogeneous in v (`AdjointLSTM`); it gets a context with
-            the equilibrium (R, n) under "z".
-        rtol, max_nfe: its tolerance and its budget of products. Where the cell computed in half precision, the tolerance
-            is at least four roundings of that type.
-        precondition: reuse the forward solve's inverse Jacobian, transposed, as start and as initial inverse Jacobian of
-            the adjoint's Broyden (SHINE, Ramzi et al. 2022, in its refined form). Needs a forward solver that has one,
-            `Broyden` or `GroupedLSTM`, and a Broyden here.
+        solver: solves the adjoint system. A learned one must be homogeneous in v (`AdjointLSTM`); it gets a context
+            with the equilibrium (R, n) under "z".
+        rtol: tolerance of the adjoint solve. Where the cell computed in half precision, the tolerance is at
+            least four roundings of that type.
+        max_nfe: products with Jᵀ that the adjoint solve may take.
+        precondition: reuse the forward solve's inverse Jacobian, transposed, as start and as initial inverse Jacobian
+            of the adjoint's Broyden (SHINE, Ramzi et al. 2022, in its refined form). Needs a forward solver that has
+            one, `Broyden` or `GroupedLSTM`, and a Broyden here.
     """
 
     solver: Any = field(default_factory=lambda: Broyden(memory=30))

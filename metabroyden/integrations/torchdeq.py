@@ -49,7 +49,8 @@ def register(
         name: what torchdeq shall call it; a name registered before is taken over.
         solver: any of our solvers. A learned one needs no context, and unflattens a flattened state by its layout.
         replace: allow the name of one of torchdeq's own solvers.
-        check_every, f_dtype: as in `solve`.
+        check_every: as in `solve`.
+        f_dtype: as in `solve`.
 
     Returns:
         The function that was registered. It raises TypeError for options it does not know (torchdeq's solvers ignore
@@ -57,7 +58,8 @@ def register(
 
     Raises:
         ImportError: torchdeq is not installed.
-        TypeError, ValueError: a bad solver, name or option.
+        TypeError: a bad solver, name or option.
+        ValueError: a bad solver, name or option.
     """
     check_options(torch.cos, solver, 0.0, 0.0, 1, check_every, f_dtype)
     if not isinstance(name, str) or not name:

@@ -35,9 +35,10 @@ def fixed_point_correction(
         ValueError: no states, unknown weights, gamma out of range, or a criterion that is no scalar.
         TypeError: a bare tensor of states.
 
-    >>> import torch, metabroyden as mb
-    >>> fixed_point_correction(torch.sum, [torch.ones(2), torch.ones(2)], gamma=0.5)  # 0.5 · 2 + 1 · 2
-    tensor(3.)
+    Examples:
+        >>> import torch, metabroyden as mb
+        >>> fixed_point_correction(torch.sum, [torch.ones(2), torch.ones(2)], gamma=0.5)  # 0.5 · 2 + 1 · 2
+        tensor(3.)
     """
     if weights not in _WEIGHTS:
         raise ValueError(f"weights must be one of {sorted(_WEIGHTS)}, got {weights!r}")

@@ -31,11 +31,12 @@ class VariationalDropout(nn.Module):
     Raises:
         ValueError: p or shape out of range; at a call, an input that the mask does not fit.
 
-    >>> import torch, metabroyden as mb
-    >>> channels = mb.VariationalDropout(0.5, (4, 1, 1))
-    >>> dropped = channels(torch.ones(2, 4, 3, 3))
-    >>> bool((dropped == dropped[:, :, :1, :1]).all()), sorted(dropped.unique().tolist())
-    (True, [0.0, 2.0])
+    Examples:
+        >>> import torch, metabroyden as mb
+        >>> channels = mb.VariationalDropout(0.5, (4, 1, 1))
+        >>> dropped = channels(torch.ones(2, 4, 3, 3))
+        >>> bool((dropped == dropped[:, :, :1, :1]).all()), sorted(dropped.unique().tolist())
+        (True, [0.0, 2.0])
     """
 
     def __init__(self, p: float, shape: Sequence[int]) -> None:
@@ -99,11 +100,12 @@ def held_masks(module: nn.Module, batch: int, device: torch.device | str | None 
         batch: number of samples.
         device: of the state; None: of the module's parameters.
 
-    >>> import torch, metabroyden as mb
-    >>> layer = mb.VariationalDropout(0.5, (100,))
-    >>> with mb.nn.held_masks(layer, 3):
-    ...     bool((layer(torch.ones(3, 100)) == layer(torch.ones(3, 100))).all())
-    True
+    Examples:
+        >>> import torch, metabroyden as mb
+        >>> layer = mb.VariationalDropout(0.5, (100,))
+        >>> with mb.nn.held_masks(layer, 3):
+        ...     bool((layer(torch.ones(3, 100)) == layer(torch.ones(3, 100))).all())
+        True
     """
     if device is None:
         device = next((p.device for p in module.parameters()), "cpu")

@@ -43,12 +43,14 @@ def jacobian_penalty(
         A scalar, 0 for an empty batch.
 
     Raises:
-        ValueError, TypeError: a bad state, fewer than one probe, or f does not return what z is shaped like.
+        ValueError: a bad state, fewer than one probe, or f does not return what z is shaped like.
+        TypeError: an argument is of another type than that.
 
-    >>> import torch, metabroyden as mb
-    >>> w = torch.tensor([[0.0, 2.0], [0.0, 0.0]])
-    >>> jacobian_penalty(lambda z: z @ w, torch.zeros(5, 2))  # ‖w‖_F² / 2
-    tensor(2.)
+    Examples:
+        >>> import torch, metabroyden as mb
+        >>> w = torch.tensor([[0.0, 2.0], [0.0, 0.0]])
+        >>> jacobian_penalty(lambda z: z @ w, torch.zeros(5, 2))  # ‖w‖_F² / 2
+        tensor(2.)
     """
     if probes < 1:
         raise ValueError(f"probes must be at least 1, got {probes}")

@@ -37,10 +37,11 @@ def normalise(module: M, kind: str = "spectral", *, skip: Sequence[str] = (), ma
     Raises:
         ValueError: an unknown kind or name, no layer to normalise, one normalised already, a bad max_norm.
 
-    >>> import torch, metabroyden as mb
-    >>> layer = mb.normalise(torch.nn.Linear(8, 8)).eval()
-    >>> bool((torch.linalg.matrix_norm(layer.weight, 2) - 1).abs() < 0.1)
-    True
+    Examples:
+        >>> import torch, metabroyden as mb
+        >>> layer = mb.normalise(torch.nn.Linear(8, 8)).eval()
+        >>> bool((torch.linalg.matrix_norm(layer.weight, 2) - 1).abs() < 0.1)
+        True
     """
     if kind not in _KINDS:
         raise ValueError(f"kind must be one of {_KINDS}, got {kind!r}")

@@ -33,12 +33,14 @@ def spectral_radius(f: Callable[..., State], z: State, context: Any = None, *, i
         (B,), in the dtype of z.
 
     Raises:
-        ValueError, TypeError: a bad state, fewer than one iteration, or f does not return what z is shaped like.
+        ValueError: a bad state, fewer than one iteration, or f does not return what z is shaped like.
+        TypeError: an argument is of another type than that.
 
-    >>> import torch, metabroyden as mb
-    >>> rotation = 0.9 * torch.tensor([[0.0, 1.0], [-1.0, 0.0]])  # eigenvalues ±0.9i
-    >>> spectral_radius(lambda z: z @ rotation, torch.zeros(3, 2))
-    tensor([0.9000, 0.9000, 0.9000])
+    Examples:
+        >>> import torch, metabroyden as mb
+        >>> rotation = 0.9 * torch.tensor([[0.0, 1.0], [-1.0, 0.0]])  # eigenvalues ±0.9i
+        >>> spectral_radius(lambda z: z @ rotation, torch.zeros(3, 2))
+        tensor([0.9000, 0.9000, 0.9000])
     """
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")

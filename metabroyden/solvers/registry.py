@@ -56,8 +56,9 @@ def list_solvers(
     Returns:
         The names that `get_solver` takes.
 
-    >>> list_solvers(learned=False, splitting=False)
-    ['anderson', 'broyden', 'newton', 'picard', 'substitution']
+    Examples:
+        >>> list_solvers(learned=False, splitting=False)
+        ['anderson', 'broyden', 'newton', 'picard', 'substitution']
     """
     return sorted(solver_types(learned=learned, splitting=splitting, adjoint=adjoint))
 
@@ -67,8 +68,9 @@ def get_solver(name: str, **options: Any) -> Any:
 
     ValueError for an unknown name, which lists the known ones.
 
-    >>> get_solver("picard", damping=0.5)
-    Picard(damping=0.5)
+    Examples:
+        >>> get_solver("picard", damping=0.5)
+        Picard(damping=0.5)
     """
     if name not in _REGISTRY:
         words = ", ".join(list_solvers(splitting=False)), ", ".join(list_solvers(splitting=True))
@@ -79,7 +81,8 @@ def get_solver(name: str, **options: Any) -> Any:
 def name_of(solver: Any) -> str | None:
     """The registered name of a solver's class; None for anything else, subclasses of registered classes too.
 
-    >>> name_of(get_solver("picard"))
-    'picard'
+    Examples:
+        >>> name_of(get_solver("picard"))
+        'picard'
     """
     return next((name for name, cls in _REGISTRY.items() if cls is type(solver)), None)

@@ -27,8 +27,9 @@ _WORD = re.compile(rf"(?<!\w)'(?:{_ELISIONS})\b|\w+(?:'\w+)*|-{{2,}}|\n|[^\w\s]"
 def words_of(text: str) -> list[str]:
     """Words, marks and line ends of a text, in order; other white space is gone.
 
-    >>> words_of("Stand, ho!\\nWho's there--'tis he.")
-    ['Stand', ',', 'ho', '!', '\\n', "Who's", 'there', '--', "'tis", 'he', '.']
+    Examples:
+        >>> words_of("Stand, ho!\\nWho's there--'tis he.")
+        ['Stand', ',', 'ho', '!', '\\n', "Who's", 'there', '--', "'tis", 'he', '.']
     """
     return _WORD.findall(text)
 
@@ -131,7 +132,8 @@ def split_works(
 
     Args:
         works: title → text.
-        validation, test: titles held out.
+        validation: titles held out.
+        test: titles held out.
         unit: "character": the vocabulary is every character of the training works, sorted. "word": their `words` most
             frequent words (see `words_of`; ties in alphabetical order), after `UNKNOWN`.
         words: size of a word vocabulary, `UNKNOWN` not counted.

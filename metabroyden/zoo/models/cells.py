@@ -46,9 +46,10 @@ def make_cell(name: str, *, dtype: torch.dtype = torch.float32, batch: int = 2, 
 
     Both follow from the seed alone; the dtype rounds them. ValueError for an unknown name.
 
-    >>> cell, x = make_cell("dense", batch=3)
-    >>> cell(torch.zeros_like(x), x).shape
-    torch.Size([3, 12])
+    Examples:
+        >>> cell, x = make_cell("dense", batch=3)
+        >>> cell(torch.zeros_like(x), x).shape
+        torch.Size([3, 12])
     """
     if name not in CELLS:
         raise ValueError(f"unknown cell {name!r}: known are {', '.join(CELLS)}")

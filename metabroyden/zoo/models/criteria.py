@@ -80,9 +80,10 @@ class NextToken:
     """Prediction of the token that follows, in nats for training and in bits for the score.
 
     Attributes:
-        length: tokens of a segment. segments: consecutive ones in a stretch, each with the memory of the one before; the
-            first has that of a text's beginning. stretches: of an epoch, each from random places; long ones let a model
-            live in the plays at hand.
+        length: tokens of a segment.
+        segments: consecutive ones in a stretch, each with the memory of the one before; the first has that of a text's
+            beginning.
+        stretches: of an epoch, each from random places; long ones let a model live in the plays at hand.
         limit: validation tokens that are looked at, rounded up to whole batches of segments.
     """
 

@@ -35,7 +35,10 @@ class Family:
         training: of the DEQ, and of the networks beside it.
         jacobian: weight of the Jacobian penalty in the regularised variant.
         depth: layers of the unrolled and of the explicit network.
-        solver, backward, rtol, max_nfe: the DEQ's in training, and what is called converged afterwards.
+        solver: the DEQ's in training.
+        backward: its gradient mode in training.
+        rtol: tolerance of its solves, and what is called converged afterwards.
+        max_nfe: evaluations of a sample in one of its solves.
         large: (config, training) for a GPU.
         twins: which networks are trained beside the DEQ.
         splitting: whether the cell offers what operator splitting needs.

@@ -31,12 +31,17 @@ class Training:
     """How a model is trained: AdamW, a cosine schedule after a linear warm-up, clipped gradients.
 
     Attributes:
-        epochs: passes, as the criterion counts them. batch, learning_rate, weight_decay, clip: as usual.
+        epochs: passes, as the criterion counts them.
+        batch: as usual.
+        learning_rate: as usual.
+        weight_decay: as usual.
+        clip: as usual.
         warmup: share of all steps in which the learning rate rises.
         beta2: AdamW's decay of squared gradients.
-        pretrain: epochs at first in which a DEQ is trained as the weight-tied network of so many layers, `depth`: shallow
-            steps are cheap (Bai, Kolter & Koltun 2019, section 4). least: where given, the depth of each of those steps
-            is drawn from least, …, depth, so that no single depth is the one that the weights suit.
+        pretrain: epochs at first in which a DEQ is trained as the weight-tied network of so many layers, `depth`:
+            shallow steps are cheap (Bai, Kolter & Koltun 2019, section 4).
+        least: where given, the depth of each of those steps is drawn from least, …, depth, so that no single depth is
+            the one that the weights suit.
         half: whether those epochs compute in bfloat16 where that is safe (autocast), whatever the model.
         jacobian: weight of the Jacobian penalty at the equilibrium (`jacobian_penalty`).
         seed: of weights, order and augmentation.

@@ -92,7 +92,8 @@ class MultiscaleClassifierConfig(ImageConfig):
 
     Attributes:
         width: channels of the finest scale; each coarser one has `growth` times those of the scale before.
-        scales: at least two. groups: of the group norms.
+        scales: at least two.
+        groups: of the group norms.
         stride: of the stem's second convolution.
     """
 

@@ -16,7 +16,8 @@ class Packed(nn.Module):
     The same fixed points, by the same evaluations; what is lost is the layout of each tensor.
 
     Args:
-        cell: with a state of one tensor or several. packing: of that state (`Packing.of(z0)`).
+        cell: with a state of one tensor or several.
+        packing: of that state (`Packing.of(z0)`).
     """
 
     layout = "vector"

@@ -24,12 +24,15 @@ class KnownProblem:
     """f(z, context) with its start, its answer, and what a correct solver does on it. B samples.
 
     Attributes:
-        f, z0, context: as `metabroyden.solve` takes them.
+        f: as `metabroyden.solve` takes them.
+        z0: as `metabroyden.solve` takes them.
+        context: as `metabroyden.solve` takes them.
         correct: a sentence: what a correct solver does.
         star: the fixed points, shaped like z0; None where there are none, or none is singled out.
-        rtol, max_nfe: what to ask for in float64.
-        expects: outcome by solver name ("picard", "anderson", "broyden", "newton"): "solves" all samples to rtol, "fails"
-            on all of them and says so, or "open". Solvers that are not named: "solves".
+        rtol: what to ask for in float64.
+        max_nfe: what to ask for in float64.
+        expects: outcome by solver name ("picard", "anderson", "broyden", "newton"): "solves" all samples to rtol,
+            "fails" on all of them and says so, or "open". Solvers that are not named: "solves".
         distance: largest relative distance ‖z − z*‖ / ‖z*‖ of a solved sample.
         contractive: f is a contraction near the paths of all solvers, so that rounding does not change them.
     """
@@ -65,11 +68,12 @@ def register(name: str) -> Callable[[Maker], Maker]:
 def make_problem(name: str, *, dtype: torch.dtype = torch.float64, batch: int = 8, seed: int = 0) -> KnownProblem:
     """The registered problem of this name, with so many samples; ValueError for an unknown one.
 
-    >>> import metabroyden as mb
-    >>> problem = make_problem("linear_normal")
-    >>> solution = mb.solve(problem.f, problem.z0, problem.context, solver=mb.Broyden(), rtol=problem.rtol)
-    >>> bool(torch.allclose(solution.z, problem.star))
-    True
+    Examples:
+        >>> import metabroyden as mb
+        >>> problem = make_problem("linear_normal")
+        >>> solution = mb.solve(problem.f, problem.z0, problem.context, solver=mb.Broyden(), rtol=problem.rtol)
+        >>> bool(torch.allclose(solution.z, problem.star))
+        True
     """
     if name not in PROBLEMS:
         raise ValueError(f"unknown problem {name!r}: known are {', '.join(PROBLEMS)}")
