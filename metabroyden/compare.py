@@ -228,7 +228,11 @@ def compare_solvers(
     problem it then comes nearer, at another equilibrium it stays away.
 
     Args:
-        f, z0, context, rtol, max_nfe: as for `solve`.
+        f: as for `solve`.
+        z0: as for `solve`.
+        context: as for `solve`.
+        rtol: as for `solve`.
+        max_nfe: as for `solve`.
         name: a key of `solvers`.
         solvers: by name.
         score: see `by_sample`.
@@ -266,7 +270,8 @@ def by_sample(score: Callable[[State, Any], Any], x: Any) -> Score:
     """Make (z, x) → (B,) or mean score into states → (B,) scores; a mean is computed for each sample alone.
 
     Raises:
-        ValueError, TypeError: when called, if the score gives anything else.
+        ValueError: when called, if the score gives anything else.
+        TypeError: when called, if the score gives anything else.
     """
 
     def scored(z: State, x: Any) -> Tensor:

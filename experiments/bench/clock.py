@@ -31,13 +31,16 @@ class Stopwatch:
     """Seconds spent in f and in a solver while these run through it. What f takes inside of a solver's step is f's.
 
     Attributes:
-        f, solver: seconds. calls: of f.
+        f: seconds.
+        solver: seconds.
+        calls: of f.
 
-    >>> import torch, metabroyden as mb
-    >>> watch = Stopwatch(torch.device("cpu"))
-    >>> found = mb.solve(watch.of_f(torch.cos), torch.zeros(1, 1), solver=watch.of_solver(mb.Picard()), rtol=0.1)
-    >>> watch.calls == int(found.nfe), watch.f > 0, watch.solver > 0
-    (True, True, True)
+    Examples:
+        >>> import torch, metabroyden as mb
+        >>> watch = Stopwatch(torch.device("cpu"))
+        >>> found = mb.solve(watch.of_f(torch.cos), torch.zeros(1, 1), solver=watch.of_solver(mb.Picard()), rtol=0.1)
+        >>> watch.calls == int(found.nfe), watch.f > 0, watch.solver > 0
+        (True, True, True)
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -103,14 +106,16 @@ class LiveBytes(TorchDispatchMode):
     tensor on it is gone. What a kernel allocates inside itself, and numpy's arrays, are not seen.
 
     Attributes:
-        now: bytes alive. peak: the most there were at once since the start or the last `mark`.
+        now: bytes alive.
+        peak: the most there were at once since the start or the last `mark`.
 
-    >>> with LiveBytes() as live:
-    ...     a = torch.ones(10)
-    ...     b = a.view(2, 5) + 1
-    ...     del a
-    >>> live.now, live.peak
-    (40, 80)
+    Examples:
+        >>> with LiveBytes() as live:
+        ...     a = torch.ones(10)
+        ...     b = a.view(2, 5) + 1
+        ...     del a
+        >>> live.now, live.peak
+        (40, 80)
     """
 
     def __init__(self, outside: Iterable[Tensor] = ()) -> None:

@@ -48,9 +48,13 @@ class Rules:
     """What is the same for all contestants.
 
     Attributes:
-        tolerances: each with a solve of its own. budget: evaluations a sample. block: samples solved as one batch.
-        rounds: timed ones of a block to the `clocked` tolerances; to the others there is one, or none where this is zero.
-        clocked: None means all. weighed: whether memory is measured, in the first block to the last clocked tolerance.
+        tolerances: each with a solve of its own.
+        budget: evaluations a sample.
+        block: samples solved as one batch.
+        rounds: timed ones of a block to the `clocked` tolerances; to the others there is one, or none where this is
+            zero.
+        clocked: None means all.
+        weighed: whether memory is measured, in the first block to the last clocked tolerance.
     """
 
     tolerances: tuple[float, ...]

@@ -39,10 +39,14 @@ class HeldOut:
     """Fixed-point problems of a trained model on a part of a split.
 
     Attributes:
-        f: pinned, f(z, x). z0, x: starts and contexts, batch first.
+        f: pinned, f(z, x).
+        z0: starts and contexts, batch first.
+        x: starts and contexts, batch first.
         judge: (states, index) ↦ (B,) scores of these samples: 1 or 0 for a right or wrong class, or bits a token.
-        predict: states ↦ classes (B,) or (B, T). name: of the problem set. star: float64 equilibria (N, n). known: (N,)
-            where these were found.
+        predict: states ↦ classes (B,) or (B, T).
+        name: of the problem set.
+        star: float64 equilibria (N, n).
+        known: (N,) where these were found.
     """
 
     f: Callable[..., State]
@@ -87,7 +91,9 @@ class Family:
     """A family of trained models with its frozen weights.
 
     Attributes:
-        name: of the family. models: folder of trained models. device: where it runs.
+        name: of the family.
+        models: folder of trained models.
+        device: where it runs.
     """
 
     name: str

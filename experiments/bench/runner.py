@@ -51,7 +51,8 @@ class Run:
     """One run of an experiment.
 
     Args:
-        name: of the experiment. config: its options.
+        name: of the experiment.
+        config: its options.
         free: options that change no figure beside those of `Options`; any other one that is not the usual one makes the
             run a trial, which replaces no published figure.
         shared: options that finished units do not depend on; default: the free ones.
@@ -59,7 +60,8 @@ class Run:
         always: options that the command line shows in any case, in words.
 
     Attributes:
-        folder: of the results. work: of unfinished work.
+        folder: of the results.
+        work: of unfinished work.
 
     Raises:
         ValueError: If a count among the options is below one.
@@ -171,14 +173,15 @@ def plain(config: Any) -> Row:
 def command_line(name: str, config: Any, places: Iterable[str]) -> str:
     """The command that runs an experiment with this config: its options but for those that say where things are.
 
-    >>> from dataclasses import dataclass
-    >>> @dataclass
-    ... class Config:
-    ...     some_steps: int = 3
-    ...     names: tuple[str, ...] = ("a",)
-    ...     widths: bool = True
-    >>> command_line("race", Config(4, ("a", "b"), False), ())
-    'python -m experiments race --some-steps 4 --names a b --no-widths'
+    Examples:
+        >>> from dataclasses import dataclass
+        >>> @dataclass
+        ... class Config:
+        ...     some_steps: int = 3
+        ...     names: tuple[str, ...] = ("a",)
+        ...     widths: bool = True
+        >>> command_line("race", Config(4, ("a", "b"), False), ())
+        'python -m experiments race --some-steps 4 --names a b --no-widths'
     """
     words = [f"python -m experiments {name}"]
     for item in fields(config):

@@ -31,8 +31,10 @@ class Contestant:
     """One solver in a comparison.
 
     Attributes:
-        name: in tables and figures. kind: "classical" (ours), "started" (the same from a learned start), "learned", or
-            "peer" (another library's). solver: one for `solve`, or a peer's for `solve_state`. options: in words.
+        name: in tables and figures.
+        kind: "classical" (ours), "started" (the same from a learned start), "learned", or "peer" (another library's).
+        solver: one for `solve`, or a peer's for `solve_state`.
+        options: in words.
         seed: of a learned solver; None for others.
     """
 

@@ -128,7 +128,9 @@ class Field:
         part: only rows with this "part"; None: all.
 
     Attributes:
-        rows: of the part. families: names of problem sets, in the order of the rows. tolerances: the loosest first.
+        rows: of the part.
+        families: names of problem sets, in the order of the rows.
+        tolerances: the loosest first.
         budget: evaluations a sample.
 
     Raises:

@@ -35,12 +35,13 @@ def pivot(
 ) -> Table:  # fmt: skip
     """Rows by an index and a column key, both in the order in which they come; a cell from the rows at its place.
 
-    >>> rows = [{"family": "a", "solver": "x", "nfe": 3}, {"family": "b", "solver": "y", "nfe": 5}]
-    >>> print(pivot("", rows, lambda r: r["family"], lambda r: r["solver"], lambda found: str(found[0]["nfe"])))
-    |  | x | y |
-    | --- | --- | --- |
-    | a | 3 |  |
-    | b |  | 5 |
+    Examples:
+        >>> rows = [{"family": "a", "solver": "x", "nfe": 3}, {"family": "b", "solver": "y", "nfe": 5}]
+        >>> print(pivot("", rows, lambda r: r["family"], lambda r: r["solver"], lambda found: str(found[0]["nfe"])))
+        |  | x | y |
+        | --- | --- | --- |
+        | a | 3 |  |
+        | b |  | 5 |
     """
     places: dict[tuple[str, str], list[Any]] = {}
     for row in rows:

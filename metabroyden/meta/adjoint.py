@@ -78,7 +78,10 @@ def fit_adjoint(
         x_train: contexts of N ≥ 10 samples, as for `fit_solver`.
         cotangents: (N, ...) shaped like the states: gradients of the loss at the equilibria; default standard normal.
         layout: as in `fit_solver`.
-        rtol: tolerance at which it is judged. steps: outer steps. unroll: inner ones. seed: of weights and batches.
+        rtol: tolerance at which it is judged.
+        steps: outer steps.
+        unroll: inner ones.
+        seed: of weights and batches.
         progress: show a bar (needs rich). options: of `AdjointConfig`.
 
     Raises:

@@ -60,7 +60,9 @@ class Unrolling:
             (truncated backpropagation through time), their gradients added up. With 1 backpropagation is full.
         clip: of the gradient's norm.
         objective: see `metabroyden.meta.objectives`.
-        detach_features, checkpoint_steps, half: see `metabroyden.meta.unroll.unroll`.
+        detach_features: see `metabroyden.meta.unroll.unroll`.
+        checkpoint_steps: see `metabroyden.meta.unroll.unroll`.
+        half: see `metabroyden.meta.unroll.unroll`.
     """
 
     segments: int = count(1)
@@ -83,27 +85,29 @@ class MetaConfig(Unrolling):
 
     Attributes:
         steps: outer (Adam) steps.
-        unroll: solver steps K that are backpropagated through together; a pair (low, high): K is drawn anew for each outer
-            step, log-uniformly from low to high.
+        unroll: solver steps K that are backpropagated through together; a pair (low, high): K is drawn anew for each
+            outer step, log-uniformly from low to high.
         batch: fixed-point problems a step, over all processes.
         learning_rate: peak rate of Adam.
         orthogonal_rate: peak rate of the matrices, by `OrthogonalAdam`, or 0: Adam for them too.
         decay: of both rates to zero, "cosine" or "linear".
-        estimator: of the gradient, "backprop" or "pes" (see `metabroyden.meta.estimators`). With the latter an outer step
-            is one segment, and `segments` of them in a row one unroll.
-        sigma, particles: size of the perturbations of "pes", and pairs of them.
+        estimator: of the gradient, "backprop" or "pes" (see `metabroyden.meta.estimators`). With the latter an outer
+            step is one segment, and `segments` of them in a row one unroll.
+        sigma: size of the perturbations of "pes", and pairs of them.
+        particles: size of the perturbations of "pes", and pairs of them.
         backend: of the unroll that is backpropagated through.
         seed: of all that is drawn.
         start_noise: size of normal noise on the start states of training, relative to the root mean square of f(z0).
         validate_every: outer steps between looks at validation; the weights with the best score are kept.
-        validation_size, validation_rtol, validation_nfe: problems of a look, their tolerance and budget; the score is the
-            mean number of evaluations, a failure counting twice the budget.
+        validation_size: problems of a look at validation.
+        validation_rtol: tolerance they are solved to.
+        validation_nfe: budget of each; the score is the mean number of evaluations, a failure counting twice this.
         patience: looks at validation without improvement after which the training stops; None: never.
-        seconds: time after which it stops, looks at validation and earlier sittings included; None: no limit. The rates go
-            by whichever share is the larger, of the steps or of the time, so that they end at zero either way.
+        seconds: time after which it stops, looks at validation and earlier sittings included; None: no limit. The rates
+            go by whichever share is the larger, of the steps or of the time, so that they end at zero either way.
         budget_clock: what `seconds` are of, "wall" or "cpu" (of this process, all its threads).
-        rollback_after: steps in a row without a finite gradient after which training returns to the best weights with half
-            the learning rate.
+        rollback_after: steps in a row without a finite gradient after which training returns to the best weights with
+            half the learning rate.
         rollback_above: a score this many times the best has the same effect.
         max_rollbacks: how often at most; past that, steps without a gradient end the training.
     """

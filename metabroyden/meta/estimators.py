@@ -147,9 +147,13 @@ def backpropagate(
     Where f or the steps blow up, the norm is not finite, and neither is the gradient.
 
     Args:
-        module: an `UnrolledLoss`, or that in a DistributedDataParallel, which then reduces once, after the last segment.
-        f, z0, context: the problems.
-        config, backend: of the unroll.
+        module: an `UnrolledLoss`, or that in a DistributedDataParallel, which then reduces once, after the last
+            segment.
+        f: the problems.
+        z0: the problems.
+        context: the problems.
+        config: of the unroll.
+        backend: of the unroll.
         steps: K of each segment.
         done: how far the training has got, in [0, 1].
     """

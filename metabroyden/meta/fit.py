@@ -68,36 +68,39 @@ def fit_solver(
     plain autograd, with the same gradients.
 
     Args:
-        f: z⁺ = f(z, x), batch first, differentiable; a module's parameters are left as they are. Or a `DEQ`, which stands
-            for its cell; or a model with one `DEQ` in it, ours or torchdeq's: x are then the model's inputs, see `Inside`
-            and `ModelMap`. Layer and model are in evaluation mode while the fit lasts. Along a sequence the solver
-            looks by steps of f's attribute `dilation`, the tokens that one evaluation carries news (1 where it has none).
-        x_train: contexts of N ≥ 10 samples, on any device: a tensor (N, ...), or a pytree (dicts, tuples, lists) of such
-            tensors, as `solve` takes them.
-        z0: x → start, a tensor or a tuple of several; default `f.initial_state` where f has one, else zeros like x. Of a
-            model with a `DEQ` of ours, x is here what its DEQ is called with, and the default is where that starts.
-        layout: which axes of the state are channels, space, time: "vector", "nct", "ntc", "image", or of several tensors
-            "pyramid" (see `Layout`) or "vector", one vector of all. Default f's own attribute `layout`, else a guess where
-            that is unambiguous.
-        conditioning: what the solver sees of x. "initial_value": f(z0, x). "input": x itself (of a tuple its first tensor),
-            which saves an evaluation but must then be given to every solve. "auto": "input" where that has the state's
-            extents and f is no torchdeq model. For solves without a context, f(z), and those of torchdeq, say
+        f: z⁺ = f(z, x), batch first, differentiable; a module's parameters are left as they are. Or a `DEQ`, which
+            stands for its cell; or a model with one `DEQ` in it, ours or torchdeq's: x are then the model's inputs, see
+            `Inside` and `ModelMap`. Layer and model are in evaluation mode while the fit lasts. Along a sequence the
+            solver looks by steps of f's attribute `dilation`, the tokens that one evaluation carries news (1 where it
+            has none).
+        x_train: contexts of N ≥ 10 samples, on any device: a tensor (N, ...), or a pytree (dicts, tuples, lists) of
+            such tensors, as `solve` takes them.
+        z0: x → start, a tensor or a tuple of several; default `f.initial_state` where f has one, else zeros like x. Of
+            a model with a `DEQ` of ours, x is here what its DEQ is called with, and the default is where that starts.
+        layout: which axes of the state are channels, space, time: "vector", "nct", "ntc", "image", or of several
+            tensors "pyramid" (see `Layout`) or "vector", one vector of all. Default f's own attribute `layout`, else a
+            guess where that is unambiguous.
+        conditioning: what the solver sees of x. "initial_value": f(z0, x). "input": x itself (of a tuple its first
+            tensor), which saves an evaluation but must then be given to every solve. "auto": "input" where that has the
+            state's extents and f is no torchdeq model. For solves without a context, f(z), and those of torchdeq, say
             "initial_value".
-        solver: "metabroyden", or another of `list_solvers(learned=True, adjoint=False)`. On a cell that offers its parts,
-            with its native context, a MetaBroyden steps on Peaceman–Rachford's map instead of f: see `MetaSplitting`.
+        solver: "metabroyden", or another of `list_solvers(learned=True, adjoint=False)`. On a cell that offers its
+            parts, with its native context, a MetaBroyden steps on Peaceman–Rachford's map instead of f: see
+            `MetaSplitting`.
         rtol: tolerance at which solvers are judged.
-        steps: outer steps at most; None: 11,200 solver steps' worth. An unroll has half the steps that the best classical
-            solver has evaluations on validation problems, see `schedule`.
-        seconds: of training at most, tuning and comparison not included. patience: looks at validation (one every eighth of
-            the steps, or 1,400 solver steps) without gain after which it stops early; None: never.
+        steps: outer steps at most; None: 11,200 solver steps' worth. An unroll has half the steps that the best
+            classical solver has evaluations on validation problems, see `schedule`.
+        seconds: of training at most, tuning and comparison not included.
+        patience: looks at validation (one every eighth of the steps, or 1,400 solver steps) without gain after which it
+            stops early; None: never.
         fallback: False to get the fitted solver whatever it is worth.
-        seed: of weights, batches and the split. device: where to train; default that of x_train.
+        seed: of weights, batches and the split.
+        device: where to train; default that of x_train.
         progress: show a bar (needs rich), and print the comparison.
         checkpoint: file for the training's state, from which the same call goes on after an interruption.
-        score: (z, x) → how good the states z are for the samples x of x_train, higher being better: a tensor (B,), or the
-            mean, which is then asked for sample by sample. Labels may travel in x_train, beside what f reads. A column of
-            the comparison, and a reason to refuse.
-
+        score: (z, x) → how good the states z are for the samples x of x_train, higher being better: a tensor (B,), or
+            the mean, which is then asked for sample by sample. Labels may travel in x_train, beside what f reads. A
+            column of the comparison, and a reason to refuse.
         return_report: whether to return the comparison too.
 
     Returns:
@@ -105,7 +108,8 @@ def fit_solver(
         return_report a pair of it and the `Comparison`, also after a fallback; `fitted.solver` is the fitted one.
 
     Raises:
-        ValueError, TypeError: bad input, saying what was given and what is wanted.
+        ValueError: bad input, saying what was given and what is wanted.
+        TypeError: bad input, saying what was given and what is wanted.
         RuntimeError: inference mode or autocast is on.
     """
     refuse_inference("fit_solver")

@@ -65,11 +65,16 @@ class OnlineMetaTrainer:
             keep_up.step()
 
     Args:
-        deq: the layer, with a cell of one tensor. forward, backward: learned solvers of its two directions, trained in
-            place; None leaves a direction as it is. config: see `OnlineConfig`. seed: of the problems that are drawn.
+        deq: the layer, with a cell of one tensor.
+        forward: learned solver of its forward pass, trained in place; None leaves that as it is.
+        backward: the same of its backward pass, an `AdjointLSTM`.
+        config: see `OnlineConfig`.
+        seed: of the problems that are drawn.
 
     Attributes:
-        steps: meta-steps made. skipped: those whose gradient was not finite. losses: the last loss of either solver.
+        steps: meta-steps made.
+        skipped: those whose gradient was not finite.
+        losses: the last loss of either solver.
     """
 
     def __init__(

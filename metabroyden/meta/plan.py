@@ -148,13 +148,18 @@ def plan(
     Args:
         tasks: the problems.
         classical: from `measure_classical`.
-        solver, layout, conditioning, steps, seconds: as for `fit_solver`.
+        solver: as for `fit_solver`.
+        layout: as for `fit_solver`.
+        conditioning: as for `fit_solver`.
+        steps: as for `fit_solver`.
+        seconds: as for `fit_solver`.
         training: other fields of `MetaConfig`.
         overrides: by flat name, what takes the place of a choice: "solver", "layout", "conditioning", a field of
             `MetaConfig`, or an option of the solver. What depends on it is chosen accordingly.
 
     Raises:
-        ValueError, TypeError: a choice that does not fit the problems.
+        ValueError: a choice that does not fit the problems.
+        TypeError: a choice that does not fit the problems.
     """
     given = dict(overrides or {})
     solver, layout, conditioning = (

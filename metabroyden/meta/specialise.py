@@ -24,7 +24,8 @@ class SpecialiseConfig(MetaConfig):
     """One adaptation: `MetaConfig` with other defaults; the rates fall linearly. `unroll` is one number.
 
     Attributes:
-        rank, initializer_width: of the parts that a universal solver is given; their matrices move by `orthogonal_rate`.
+        rank: inner channels of a universal solver's new preconditioner; their matrices move by `orthogonal_rate`.
+        initializer_width: width of its start.
     """
 
     steps: int = count(20)

@@ -34,7 +34,8 @@ class Target(NamedTuple):
     """A family of fixed-point problems.
 
     Attributes:
-        f: z⁺ = f(z, x). encode: what is given for a problem → the context x; None: that is x.
+        f: z⁺ = f(z, x).
+        encode: what is given for a problem → the context x; None: that is x.
         z0: x → start; None: zeros like x.
         whole: the module that is in evaluation mode while the fit lasts; None: f is taken as it is.
     """
@@ -56,7 +57,8 @@ def target_of(f: Any) -> Target:
     for a model whose inputs are given for contexts: see `Inside` and `ModelMap`.
 
     Raises:
-        TypeError: no callable. ValueError: a model with several DEQs.
+        TypeError: no callable.
+        ValueError: a model with several DEQs.
     """
     if not callable(f):
         raise TypeError(f"f must be callable, got {type(f).__name__}")

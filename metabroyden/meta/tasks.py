@@ -53,10 +53,11 @@ class TaskSet:
     """The fixed-point problems z = f(z, x) of one trained DEQ.
 
     Args:
-        f: callable f(z, x), or a `DEQ`, which stands for its cell; the parameters of a module are frozen while tasks are
-            trained on.
-        train, validation, test: raw contexts of each split, such as images (N, ...): a tensor, or a pytree of tensors with
-            the samples first; test may be None.
+        f: callable f(z, x), or a `DEQ`, which stands for its cell; the parameters of a module are frozen while tasks
+            are trained on.
+        train: raw contexts to train on, such as images (N, ...): a tensor, or a pytree of tensors with the samples first.
+        validation: others, on which weights are chosen.
+        test: others, untouched in training, or None.
         encode: raw contexts → the context x that f takes, such as the DEQ's injection; default the identity.
         augment: (raw, generator) → raw, applied to training draws only.
         z0: x → start; default zeros like x.

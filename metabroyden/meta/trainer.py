@@ -316,7 +316,8 @@ class MetaTrainer(Trainer):
         solver: a `LearnedSolver`; trained in place.
         tasks: the fixed-point problems; the test split is never touched.
         config: see `MetaConfig`.
-        checkpoint, save_every: see `Trainer`.
+        checkpoint: see `Trainer`.
+        save_every: see `Trainer`.
     """
 
     def __init__(

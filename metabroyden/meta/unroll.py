@@ -127,16 +127,18 @@ def unroll(
     """Run `steps` steps of a solver and keep the graph: exact backpropagation through time, unless told otherwise.
 
     Args:
-        solver: a solver whose steps cost a known number of evaluations (a safeguard plays no part here). Gradients through
-            the secants of a classical one are exact, and tend to explode with the number of steps.
-        f, z0, context: the fixed-point problem, as in `solve`; the parameters of f should not require gradients.
+        solver: a solver whose steps cost a known number of evaluations (a safeguard plays no part here). Gradients
+            through the secants of a classical one are exact, and tend to explode with the number of steps.
+        f: as in `solve`; its parameters should not require gradients.
+        z0: start, as in `solve`.
+        context: of f, as in `solve`.
         steps: K ≥ 1.
-        backend: "higher" (the iterate is the fast weight of a module, the solver a differentiable optimizer) or "native"
-            (a plain loop). Both give the same numbers and gradients.
+        backend: "higher" (the iterate is the fast weight of a module, the solver a differentiable optimizer) or
+            "native" (a plain loop). Both give the same numbers and gradients.
         begin: (iterate (B, n), solver's state) to go on from, see `Rollout.carry`; None: the solver's own start.
         detach_features: drop the gradients along what the solver sees of iterates and residuals, see `FeatureDetached`.
-        checkpoint_steps: keep the inputs of each evaluation and of each step alone, and compute both again in the backward
-            pass: the same gradients, memory for one step's graph, a third more time.
+        checkpoint_steps: keep the inputs of each evaluation and of each step alone, and compute both again in the
+            backward pass: the same gradients, memory for one step's graph, a third more time.
         half: f computes under bfloat16 autocast, iterates and residual norms stay float32. Safe where residuals above
             some 1e-2 are what is trained for: below, they are rounding. ValueError for states that are not float32.
     """
