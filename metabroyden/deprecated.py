@@ -31,8 +31,13 @@ OPTIONS = {
     "rows": "schedule_length",
     "weighing": "coefficients",
     "refuse": "fallback",
+    "burst": "warmup_steps",
+    "budget_seconds": "seconds",
+    "return_above": "rollback_above",
+    "return_after": "rollback_after",
+    "returns": "max_rollbacks",
 }
-"""Options of learned solvers and of `fit_solver`."""
+"""Options of learned solvers, of `fit_solver` and of meta-training."""
 PUBLIC = {
     "KeepUp": "OnlineMetaTrainer",
     "KeepUpConfig": "OnlineConfig",
@@ -86,6 +91,13 @@ def old_options(function: F) -> F:
         return function(*values, **{current(name, OPTIONS): value for name, value in options.items()})
 
     return called  # type: ignore[return-value]
+
+
+class OldOptions(type):
+    """Metaclass of configs: keywords of `OPTIONS` are taken for those of today."""
+
+    def __call__(cls, *values: Any, **options: Any) -> Any:
+        return old_options(super().__call__)(*values, **options)
 
 
 def public(name: str, namespace: dict[str, Any]) -> Any:

@@ -11,6 +11,7 @@ import torch
 import metabroyden as mb
 from metabroyden import deprecated
 from metabroyden.learned import GroupedConfig
+from metabroyden.meta import MetaConfig, OnlineConfig
 from metabroyden.meta.defaults import state_layout
 
 
@@ -64,6 +65,26 @@ def test_old_words_of_layouts_and_options_are_taken():
         assert state_layout(Cell(), state, None).kind == "pyramid"
     with pytest.warns(DeprecationWarning, match="'vector'"):
         assert GroupedConfig(layout="nd", shape=(3,)).layout == "vector"
+
+
+LAYOUT = {"layout": "vector", "shape": (3,)}
+RETURNS = {"returns": 1, "return_after": 2, "return_above": 3.0, "budget_seconds": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "old", "options"),
+    [
+        (GroupedConfig, {"context": "input", "initializer": 4}, LAYOUT),
+        (OnlineConfig, {"burst": 0}, {}),
+        (MetaConfig, RETURNS, {}),
+    ],
+)
+def test_old_options_of_configs_are_taken(config, old, options):
+    with pytest.warns(DeprecationWarning, match="is now called") as said:
+        found = config(**old, **options)
+    assert [str(one.message).split("'")[1] for one in said] == list(old)
+    assert {one.filename for one in said} == {__file__}
+    assert found == config(**{deprecated.OPTIONS[name]: value for name, value in old.items()}, **options)
 
 
 @pytest.mark.filterwarnings("ignore:.* is now called:DeprecationWarning")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metabroyden.deprecated import OPTIONS, current
+from metabroyden.deprecated import OldOptions, current
 from metabroyden.evaluator import to_host
 from metabroyden.learned.initializer import Initializer
 from metabroyden.learned.layout import Layout
@@ -26,7 +26,7 @@ def is_warm(z0: Tensor, image: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class LearnedConfig:
+class LearnedConfig(metaclass=OldOptions):
     """Sizes and habits common to learned solvers.
 
     Attributes:
@@ -124,7 +124,6 @@ class LearnedSolver(SolverBase, nn.Module):
     @classmethod
     def make_config(cls, **options: Any) -> Any:
         """The config with these fields; `layout` may be a `Layout`, which gives the shape too."""
-        options = {current(name, OPTIONS): value for name, value in options.items()}
         if isinstance(options.get("layout"), Layout):
             options |= {"layout": options["layout"].kind, "shape": tuple(options["layout"].shape)}
         return cls.config_type(**options)

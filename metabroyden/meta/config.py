@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from metabroyden.deprecated import OldOptions
 from metabroyden.meta.objectives import Objective, ResidualObjective
 from metabroyden.meta.unroll import BACKENDS
 
@@ -52,7 +53,7 @@ def choice(default: str, known: tuple[str, ...]) -> Any:
 
 
 @dataclass(frozen=True)
-class Unrolling:
+class Unrolling(metaclass=OldOptions):
     """How the unroll of a solver is differentiated. ValueError for a field that cannot be used, here and in subclasses.
 
     Attributes:

@@ -13,7 +13,7 @@ from metabroyden.meta.tasks import TaskSet
 from metabroyden.state import Packing
 from metabroyden.zoo.data.text import TextData, TextSplit
 from metabroyden.zoo.models.base import LanguageModel, Memory
-from metabroyden.zoo.models.criteria import Criterion, Images, device_of
+from metabroyden.zoo.models.criteria import Criterion, Images, NextToken, device_of
 from metabroyden.zoo.models.packed import Packed
 
 _WINDOWS = {"train": 8192, "validation": 256, "test": 256}
@@ -29,6 +29,9 @@ def family_tasks(model: Any, criterion: Criterion, *, packed: bool = False) -> T
         model: from `load_model`, or any `EquilibriumModel`.
         criterion: of its family (`get_family(name).criterion()`).
         packed: whether a state of several tensors is handed out as one vector, where no layout is known of it.
+
+    Raises:
+        TypeError: another criterion.
     """
     tasks = _tasks(model, criterion)
     if not packed:
@@ -41,9 +44,11 @@ def _tasks(model: Any, criterion: Criterion) -> TaskSet:
     if isinstance(criterion, Images):
         raw = {name: getattr(criterion.data, name).images for name in _WINDOWS}
         encode, augment = model.inject, criterion.augment
-    else:
+    elif isinstance(criterion, NextToken):
         raw = {name: text_windows(criterion.data, name, criterion.length, model.stem.back)[0] for name in _WINDOWS}
         encode, augment = (lambda tokens: second_half(model, tokens, criterion.length)), None
+    else:
+        raise TypeError(f"criterion must be Images or NextToken, got {type(criterion).__name__}")
     return TaskSet(
         model.cell,
         *raw.values(),

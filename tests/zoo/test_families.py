@@ -97,6 +97,8 @@ def test_tasks_of_a_family_of_texts_carry_the_memory_of_the_segment_before():
     torch.testing.assert_close(second_half(model, windows[:3], 12)[0], injection)
     solved = mb.solve(tasks.f, z0, (injection, memory), solver=mb.Broyden(), rtol=1e-5)
     assert solved.converged.all()
+    with pytest.raises(TypeError, match="criterion must be Images or NextToken, got Training"):
+        family_tasks(model, Training())
 
 
 def test_bits_per_token_are_those_of_the_model_read_in_segments():
