@@ -88,7 +88,7 @@ def test_old_options_of_configs_are_taken(config, old, options):
 
 
 @pytest.mark.filterwarnings("ignore:.* is now called:DeprecationWarning")
-def test_fit_solver_takes_its_old_keywords():
+def test_fit_solver_takes_its_old_keywords(quick_fits):
     x = torch.randn(20, 3)
     solver = mb.fit_solver(lambda z, x: torch.tanh(0.5 * z + x), x, context="f0", steps=1, refuse=False, progress=False)
     assert solver.config.conditioning == "initial_value"

@@ -25,9 +25,12 @@ from metabroyden.meta.fit import _split
 from metabroyden.meta.plan import measure_classical, plan
 from metabroyden.meta.target import Inside, Target
 from metabroyden.meta.tasks import TaskSet, count, rows
-from metabroyden.solvers import clock
+from metabroyden.solvers import classical, clock
 from metabroyden.solvers.classical import splitting_solvers, tuned_solvers
 from tests.meta.test_meta import Cell, contexts
+
+pytestmark = pytest.mark.usefixtures("quick_fits")
+EVERY = classical.grids
 
 
 class Counted(Cell):
@@ -49,6 +52,7 @@ def by_calls(monkeypatch, f: Counted) -> None:
 
 
 def test_a_solver_that_wins_is_returned_and_serves_as_a_drop_in(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(classical, "grids", EVERY)
     cell = Counted()
     by_calls(monkeypatch, cell)
     solver = mb.fit_solver(cell, contexts(120), steps=45, seconds=100, progress=True)
