@@ -97,6 +97,7 @@ class OldOptions(type):
     """Metaclass of configs: keywords of `OPTIONS` are taken for those of today."""
 
     def __call__(cls, *values: Any, **options: Any) -> Any:
+        """The instance."""
         return old_options(super().__call__)(*values, **options)
 
 
