@@ -175,3 +175,14 @@ def test_a_solver_without_the_base_class_works_with_every_type_of_problem():
     for wrong in (Own, mb.Broyden, object(), "broyden"):
         with pytest.raises(TypeError, match="solver must be an instance with start, init and step"):
             mb.solve(f, z0, x, solver=wrong)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e22, 1e30])
+def test_norms_neither_overflow_nor_underflow_in_single_precision(scale):
+    known = tanh(dtype=torch.float32)
+    f = lambda z, x: scale * known.f(z / scale, x)  # noqa: E731
+    star = mb.solve(known.f, known.z0, known.x, solver=mb.Picard(), rtol=1e-6, max_nfe=200).z
+    solution = mb.solve(f, known.z0, known.x, solver=mb.Picard(), rtol=1e-5, max_nfe=200)
+    torch.testing.assert_close(solution.z / scale, star, rtol=1e-3, atol=1e-3)
+    again = mb.relative_residual(solution.z, f(solution.z, known.x))
+    torch.testing.assert_close(again, solution.residual, rtol=1e-2, atol=1e-7)

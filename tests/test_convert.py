@@ -559,3 +559,13 @@ def test_a_composition_can_be_copied_and_called_with_other_weights():
     other = {name: torch.zeros_like(p) for name, p in both.named_parameters()}
     assert not torch.func.functional_call(both, other, (x,)).any()
     torch.testing.assert_close(both(x), output)
+
+
+def test_a_fixed_budget_solves_a_converted_network_by_substitution():
+    net, x = mlp().requires_grad_(False), torch.randn(4, 5)
+    deq = mb.to_deq(net).deq
+    stages = len(deq.cell.stages)
+    run = mb.FixedBudget(deq.cell, deq.solver, max_nfe=stages + 5, rtol=0.0, compiled=False)
+    found = run(deq.cell.initial_state(x), x)
+    assert found.converged.all()
+    torch.testing.assert_close(found.z[-1], net(x))

@@ -10,7 +10,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import metabroyden as mb
+from metabroyden.function import FunctionWrapper
 from metabroyden.meta.unroll import unroll
+from metabroyden.shared import WATCH, owner_of
 from metabroyden.state import concatenate, gather
 
 
@@ -143,3 +145,14 @@ def test_a_tensor_that_went_with_another_batch_before_is_warned_of(earlier):
         run(f, torch.randn(5, 5), torch.randn(5, 5))  # another tensor
         run(lambda z, c: 0.5 * z, torch.randn(5, 5), w)  # another f
         run(f, torch.randn(5, 5), mb.Shared(w))
+
+
+def test_the_owner_of_a_wrapped_map_is_its_cell():
+    class Inside(FunctionWrapper):
+        def __init__(self, inner):
+            self.inner = inner
+
+    cell = Cell()
+    assert owner_of(Inside(Inside(cell.forward))) is cell
+    with pytest.warns(UserWarning, match="is the parameter 'w' of f"):
+        WATCH.check(Inside(cell), [cell.w], stacklevel=1)
