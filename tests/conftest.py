@@ -73,13 +73,12 @@ def _seeded() -> None:
 def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Grids of classical solvers thinned out, for commands that are to show what they write and not who wins."""
     from experiments import drop_in, gradients
-    from experiments.legacy import benchmark
     from metabroyden.solvers import classical
 
     def thinned(candidates: Any, *arguments: Any, **options: Any) -> Any:
         return tune(list(candidates)[::8], *arguments, **options)
 
-    for module in (benchmark, classical, drop_in, gradients):
+    for module in (classical, drop_in, gradients):
         monkeypatch.setattr(module, "tune", thinned)
 
 

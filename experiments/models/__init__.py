@@ -15,9 +15,9 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
-from experiments.bench.runner import Options, config_hash, plain, provenance, publish, read_rows
-from experiments.legacy import equilibria
-from experiments.models import report, scores, texts
+from experiments.bench import measure, problems, solvers
+from experiments.bench.runner import Options, Row, config_hash, plain, provenance, publish, read_rows, ticks
+from experiments.models import report, rows, texts
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.meta.progress import progress_bar
 from metabroyden.solvers import Anderson, Broyden, Picard
@@ -108,9 +108,8 @@ class _Job:
         twins = {
             "unrolled": lambda: unrolled_twin(family.build(), family.depth),
             "explicit": lambda: explicit_twin(family.model, family.config, family.depth),
-            "flow": lambda: flow_twin(
-                family.build(), steps=max(1, round(family.depth / 4))
-            ),  # about as many evaluations
+            # about as many evaluations
+            "flow": lambda: flow_twin(family.build(), steps=max(1, round(family.depth / 4))),
         }
         return ways | {name: twins[name] for name in family.twins}
 
@@ -145,61 +144,53 @@ class _Job:
         if self.family.jacobian and self.family.training.pretrain and not self._at(way).exists():
             atomic_write(self._at(way), self._at(DEQ).read_bytes())
 
-    def _measured(self, models: dict[str, Any]) -> list[dict[str, Any]]:
-        config, criterion, family = self.config, self.criterion, self.family
-        rows: list[dict[str, Any]] = []
-        stages = iter(range(1, 100))
-        with progress_bar(f"{self.name}, measuring", len(models) + 6, show=config.progress) as bar:
-
-            def tick(words: str) -> None:
-                if bar is not None:
-                    bar(next(stages), words)
-
+    def _measured(self, models: dict[str, Any]) -> list[Row]:
+        config, criterion = self.config, self.criterion
+        parts = [way for way in (DEQ, REGULARISED, "unrolled") if way in models]
+        found: list[Row] = []
+        with ticks(f"{self.name}, measuring", len(models) + len(parts) + 2, show=config.progress) as tick:
             for way, model in models.items():
                 past = history(self._at(way))
-                rows += [{"row": "epoch", "way": way, **asdict(epoch)} for epoch in past]
-                rows.append(scores.quality_row(way, model, criterion, past[-1].seconds))
+                found += [{"row": "epoch", "way": way, **asdict(epoch)} for epoch in past]
+                found.append(rows.quality_row(way, model, criterion, past[-1].seconds))
                 tick(f"score, {way}")
-            parts = {
-                way: equilibria.held_out(models[way], criterion, "test", config.samples)
-                for way in (DEQ, REGULARISED, "unrolled")
-                if way in models
-            }
-            for way, held in parts.items():
-                if way != "unrolled":
-                    rows += self._examined(way, models[way], held)
-                rows += equilibria.depth_rows(way, held)
-                if family.pictures and way != REGULARISED:
-                    rows += equilibria.unit_rows(way, held, solver=Broyden(memory=200))
+            for way in parts:
+                found += self._examined(way, models[way])
                 tick(f"equilibria, {way}")
-            if isinstance(parts[DEQ].z0, tuple):
-                rows += equilibria.part_rows(DEQ, parts[DEQ])
-            tick("pictures")
             if isinstance(criterion, NextToken):
-                rows += texts.token_rows(DEQ, models[DEQ], criterion)
-                rows += texts.ngram_rows(criterion)
-                rows += texts.leak_rows(DEQ, models[DEQ], criterion, tolerances=(family.rtol, scores.EXACT))
+                found += texts.token_rows(DEQ, models[DEQ], criterion)
+                found += texts.ngram_rows(criterion)
+                tolerances = (self.family.rtol, rows.EXACT)
+                found += measure.leak_rows(models[DEQ], criterion, {"way": DEQ}, tolerances=tolerances)
             tick("tokens")
             for model in models.values():
                 model.requires_grad_(True)
             trainings = {way: self._training(way) for way in models}
-            rows += scores.step_rows(models, trainings, criterion, repeats=config.repeats)
+            found += rows.step_rows(models, trainings, criterion, repeats=config.repeats)
             tick("training steps")
-        return rows
+        return found
 
-    def _examined(self, way: str, model: Any, held: equilibria.HeldOut) -> list[dict[str, Any]]:
-        """How hard the equilibria of a DEQ are to find, and what the score is on the way there."""
-        validation = equilibria.held_out(model, self.criterion, "validation", 64)
-        solvers: dict[str, Any] = {"Picard": Picard(), "Anderson": Anderson(), "Broyden": Broyden(self.config.budget)}
-        solvers |= equilibria.tuned_solvers(validation, self.config.budget)
-        splitting = equilibria.splitting_solvers(validation, self.config.budget) if self.family.splitting else {}
-        rows = equilibria.difficulty_rows(way, held, solvers | splitting, budget=self.config.budget)
+    def _examined(self, way: str, model: Any) -> list[Row]:
+        """How hard the equilibria are to find, what the score is on the way there, and what pictures show."""
+        held = problems.held_out(model, self.criterion, "test", self.config.samples)
+        found = [] if way == "unrolled" else self._raced(way, model, held)
+        found += rows.depth_rows(way, held)
+        if self.family.pictures and way != REGULARISED:
+            found += rows.unit_rows(way, held, solver=Broyden(memory=200))
+        return found + (rows.part_rows(way, held) if way == DEQ and isinstance(held.z0, tuple) else [])
+
+    def _raced(self, way: str, model: Any, held: problems.HeldOut) -> list[Row]:
+        """Classical solvers, as they are and tuned, on a DEQ's equilibria."""
+        budget, validation = self.config.budget, problems.held_out(model, self.criterion, "validation", 64)
+        known: dict[str, Any] = {"Picard": Picard(), "Anderson": Anderson(), "Broyden": Broyden(budget)}
+        known |= solvers.tuned(validation, budget, splitting=self.family.splitting)
+        splitting = {name: known[name] for name in ("forward-backward", "Peaceman-Rachford") if name in known}
+        found = rows.difficulty_rows(way, held, known, budget=budget)
         if splitting:
-            everything = equilibria.held_out(model, self.criterion, "test", sys.maxsize)
-            rows += equilibria.guarantee_rows(way, everything, splitting)
+            everything = problems.held_out(model, self.criterion, "test", sys.maxsize)
+            found += rows.guarantee_rows(way, everything, splitting)
         sure = splitting.get("Peaceman-Rachford", Broyden(memory=100))
-        rows += equilibria.spectrum_rows(way, held, solver=sure)
-        return rows + equilibria.depth_rows(way, held, solver=self.family.solver)
+        return found + rows.spectrum_rows(way, held, solver=sure) + rows.depth_rows(way, held, self.family.solver)
 
     def _described(self, models: dict[str, Any]) -> dict[str, Any]:
         command = f"python -m experiments models --family {self.name}"
@@ -232,8 +223,7 @@ class _Job:
                 described["sha256"][name] = hashlib.sha256(data).hexdigest()
                 atomic_write(folder / name, data)
         described["episodes"] = episodes_in(self.episodes.collect(self.work, folder / "episodes.safetensors"))
-        rows = read_rows(self.measured / "rows.jsonl")
-        publish(folder, rows, described)
+        publish(folder, read_rows(self.measured / "rows.jsonl"), described)
 
 
 def _recipe_hash(family: Family, criterion: Criterion) -> str:

@@ -25,7 +25,7 @@ class FamilyResults:
     """The rows of one family's folder, and what is read off them.
 
     Attributes:
-        name: the family. rows: as `experiments.legacy.equilibria` makes them. described: its config.json.
+        name: the family. rows: as `experiments.models.rows` makes them. described: its config.json.
     """
 
     def __init__(self, folder: Path) -> None:

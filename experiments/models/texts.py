@@ -1,4 +1,4 @@
-"""What a language model does token by token: rows "tokens", "leak", "ngram" and "recent" (see equilibria)."""
+"""What a language model does token by token: rows "tokens", "ngram" and "recent"."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.bench.problems import bits_of
+from experiments.bench.problems import bits_of, held_out
+from experiments.bench.runner import Row
 from experiments.bench.tables import short
-from experiments.legacy.equilibria import Row, held_out
 from experiments.models.ngram import NGram, Recent
-from experiments.models.scores import solved_to
-from metabroyden.state import gather
-from metabroyden.zoo.models.criteria import NextToken, device_of
-from metabroyden.zoo.tasks import second_half, text_windows
+from metabroyden.zoo.models.criteria import NextToken
+from metabroyden.zoo.tasks import text_windows
 
 
 @torch.no_grad()
@@ -35,7 +33,7 @@ def token_rows(
     rows: list[Row] = []
     for window in torch.linspace(0, len(tokens) - 1, passages + 2).long()[1:-1].tolist():
         index = torch.tensor([window])
-        z, x = gather(held.z0, index), gather(held.x, index)
+        z, x = held.take(index)
         settled = torch.ones(length, dtype=torch.long)
         for k in range(1, budget + 1):
             image = held.f(z, x)
@@ -58,30 +56,6 @@ def token_rows(
             }
         )
     return rows
-
-
-@torch.no_grad()
-def leak_rows(
-    way: str, model: Any, criterion: NextToken, *, tolerances: Sequence[float], windows: int = 24, last: int = 8
-) -> list[Row]:
-    """By how many bits the predictions of a segment's tokens change when the last few are replaced, at each tolerance.
-
-    Those before are asked alone: a causal model's equilibrium has no change there, a solve that stops before may.
-    """
-    length = criterion.length
-    tokens, targets = (part[:windows] for part in text_windows(criterion.data, "test", length, model.stem.back))
-    tokens, targets = tokens.to(device_of(model)), targets.to(device_of(model))
-    changed = tokens.clone()
-    changed[:, -last:] = (changed[:, -last:] + 1) % len(criterion.data.vocabulary)
-    rows: list[Row] = []
-    for tolerance in tolerances:
-        with solved_to(model, tolerance):
-            solved = (model.deq(second_half(model, read, length)) for read in (tokens, changed))
-            before, after = (bits_of(model.classify(z), targets) for z in solved)
-        bits = (after - before)[:, :-last].abs()
-        row = {"row": "leak", "way": way, "tolerance": tolerance, "mean": float(bits.mean()), "most": float(bits.max())}
-        rows.append(row)
-    return short(rows)
 
 
 def ngram_rows(

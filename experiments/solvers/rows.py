@@ -143,29 +143,21 @@ def race_rows(
     return rows
 
 
+def _gaps(problem: KnownProblem, entries: dict[str, Any], repeats: int, steps: int) -> dict[str, np.ndarray]:
+    """Seconds between consecutive calls of f by solver: medians over repeats in turns, after one that warms up."""
+    runs: dict[str, list[np.ndarray]] = {label: [] for label in entries}
+    for _ in range(repeats + 1):
+        for label, solver in entries.items():
+            runs[label].append(timed(solver, problem, 0.0, steps).gaps)
+    return {
+        label: np.median(np.stack([gap[: min(map(len, gaps[1:]))] for gap in gaps[1:]]), axis=0)
+        for label, gaps in runs.items()
+    }
+
+
 def gap_rows(batches: Iterable[int], memories: Iterable[int], *, repeats: int, steps: int = 60) -> list[Row]:
     """Time outside f per evaluation: by step with full memory, by batch, by memory; dense norm-3 cells, D = 256."""
     from metabroyden.zoo.testbed.cells import blas
-
-    rows: list[Row] = []
-
-    def measure(what: str, value: int, problem: KnownProblem, entries: dict[str, Any], skip: int) -> None:
-        runs: dict[str, list[np.ndarray]] = {label: [] for label in entries}
-        for repeat in range(repeats + 1):
-            for label, solver in entries.items():
-                run = timed(solver, problem, 0.0, steps)
-                if repeat:
-                    runs[label].append(run.gaps)
-        for label, gaps in runs.items():
-            middle = np.median(np.stack([gap[: min(map(len, gaps))] for gap in gaps]), axis=0)
-            if what == "step":
-                rows.extend(
-                    {"row": "gap", "by": what, "value": k + 2, "solver": label, "seconds": short(float(gap))}
-                    for k, gap in enumerate(middle)
-                )
-            else:
-                seconds = short(float(np.median(middle[min(skip, len(middle) - 1) :])))
-                rows.append({"row": "gap", "by": what, "value": value, "solver": label, "seconds": seconds})
 
     full = {
         "Broyden": Broyden(memory=steps),
@@ -175,13 +167,23 @@ def gap_rows(batches: Iterable[int], memories: Iterable[int], *, repeats: int, s
         "Picard": Picard(),
         "torchdeq Picard": TorchDEQSolver("fixed_point_iter"),
     }
-    measure("step", 0, blas(64, 256, 3.0), full, 0)
+    rows = [
+        {"row": "gap", "by": "step", "value": k + 2, "solver": label, "seconds": short(float(gap))}
+        for label, middle in _gaps(blas(64, 256, 3.0), full, repeats, steps).items()
+        for k, gap in enumerate(middle)
+    ]
+
+    def add(what: str, value: int, problem: KnownProblem, entries: dict[str, Any], skip: int) -> None:
+        for label, middle in _gaps(problem, entries, repeats, steps).items():
+            seconds = short(float(np.median(middle[min(skip, len(middle) - 1) :])))
+            rows.append({"row": "gap", "by": what, "value": value, "solver": label, "seconds": seconds})
+
     for batch in batches:
         entries = full | {
             "Broyden": Broyden(memory=10),
             "torchdeq Broyden": TorchDEQSolver("broyden", (("LBFGS_thres", 10),)),
         }
-        measure("batch", batch, blas(batch, 256, 3.0), entries, 11)
+        add("batch", batch, blas(batch, 256, 3.0), entries, 11)
     for memory in memories:
         entries = {
             "Broyden": Broyden(memory=memory),
@@ -189,7 +191,7 @@ def gap_rows(batches: Iterable[int], memories: Iterable[int], *, repeats: int, s
             "Anderson": Anderson(memory=memory),
             "torchdeq Anderson": TorchDEQSolver("anderson", (("m", memory + 1),)),
         }
-        measure("memory", memory, blas(64, 256, 3.0), entries, memory + 2)
+        add("memory", memory, blas(64, 256, 3.0), entries, memory + 2)
     return rows
 
 

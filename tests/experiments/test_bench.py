@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import metabroyden as mb
-from experiments.bench import check_page, measure, report, runner, solvers
+from experiments.bench import batch, check_page, measure, report, runner, solvers
 from experiments.bench.clock import Stopwatch
 from experiments.bench.figures import plt
 from experiments.bench.measure import Rules
@@ -138,6 +138,25 @@ def test_evaluations_to_a_tolerance():
     assert spent.tolist() == [2, 2, 10]
     assert reached.tolist() == [True, True, False]
     assert trace().evaluations_to(0.85, 4)[0].tolist() == [1, 1, 4]  # five evaluations are over that budget
+
+
+def test_seconds_to_a_tolerance_are_those_of_the_first_time():
+    assert batch.seconds_to(trace(), 0.1).tolist() == [0.2, 0.2, np.inf]
+
+
+def test_whole_batches_are_clocked_against_a_reference_and_parts_against_f():
+    problem = tanh(batch=20, n=10, gain=1.2)
+    held = HeldOut(problem.f, problem.z0, problem.x, lambda z, index: torch.zeros(len(index)), name="tanh")
+    lstm = make_learned("grouped", Layout("vector", (10,))).double()
+    racers = solvers.contestants(lstm=lstm, Broyden=mb.Broyden()) + solvers.torchdeq("Broyden")
+    options = {"tolerance": 1e-2, "budget": 30, "repeats": 2, "reference": "Broyden"}
+    rows = {row["solver"]: row for row in batch.clock_rows(held, racers, measure.stamp_of(held), **options)}
+    assert set(rows) == {"lstm", "Broyden", "torchdeq Broyden"}
+    assert rows["Broyden"]["ratios"] == [1, 1, 1]
+    assert all(row["seconds"] == sorted(row["seconds"]) and 0 < row["outside_f"] < 1 for row in rows.values())
+    parts = {(row["solver"], row["part"]): row["f_equivalents"] for row in batch.part_rows(held, racers[:1], repeats=2)}
+    assert parts["f", "f"] == 1
+    assert set(parts) == {("f", "f"), *(("lstm", part) for part in ("start", "init", "step"))}
 
 
 def test_residual_after_so_many_evaluations_is_the_best_so_far():

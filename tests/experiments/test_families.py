@@ -11,9 +11,11 @@ import torch
 
 import metabroyden as mb
 from experiments import models
+from experiments.bench import measure
+from experiments.bench.problems import held_out
 from experiments.bench.runner import read_rows
-from experiments.legacy import equilibria
 from experiments.models import report as models_report
+from experiments.models import rows as model_rows
 from experiments.models import texts
 from experiments.models.ngram import NGram, Recent
 from metabroyden.zoo.data.text import TextData, TextSplit
@@ -137,16 +139,16 @@ def test_the_penalty_makes_equilibria_easier_to_find():
         training = Training(epochs=8, batch=32, jacobian=weight)
         criterion = Images(small_digits())
         model = train(lambda: DenseClassifier(DenseClassifierConfig(n=16), warn=False), criterion, training)
-        held = equilibria.held_out(model.requires_grad_(False), criterion, "validation", 32)
-        radius[weight] = np.median(equilibria.spectrum_rows("DEQ", held, solver=mb.Broyden(memory=80))[0]["radius"])
+        held = held_out(model.requires_grad_(False), criterion, "validation", 32)
+        radius[weight] = np.median(model_rows.spectrum_rows("DEQ", held, solver=mb.Broyden(memory=80))[0]["radius"])
     assert radius[5.0] < 0.8 * radius[0.0]
 
 
 def test_depth_rows_tell_the_score_and_the_residual_after_each_depth():
     criterion = Images(small_digits())
     model = tiny_dense().build().requires_grad_(False)
-    held = equilibria.held_out(model, criterion, "test", 16)
-    rows = equilibria.depth_rows("DEQ", held, depths=(1, 3, 30))
+    held = held_out(model, criterion, "test", 16)
+    rows = model_rows.depth_rows("DEQ", held, depths=(1, 3, 30))
     z = held.z0
     for _ in range(3):
         z = held.f(z, held.x)
@@ -155,7 +157,7 @@ def test_depth_rows_tell_the_score_and_the_residual_after_each_depth():
     residual = mb.relative_residual(z, held.f(z, held.x)).sort().values
     assert residual[7] * 0.999 <= rows[1]["residual"][1] <= residual[8] * 1.001
     assert rows[0]["residual"][1] > rows[2]["residual"][1]
-    solved = equilibria.depth_rows("DEQ", held, solver=mb.Anderson(), depths=(1, 3, 30))
+    solved = model_rows.depth_rows("DEQ", held, solver=mb.Anderson(), depths=(1, 3, 30))
     assert solved[-1]["residual"][1] < 1e-3
 
 
@@ -200,7 +202,7 @@ def test_what_a_solve_short_of_the_equilibrium_tells_of_the_future_is_measured()
         for parameter in model.parameters():
             parameter.mul_(2)
     criterion = NextToken(text(), length=12)
-    loose, exact = texts.leak_rows("DEQ", model, criterion, tolerances=(0.1, 1e-6), windows=4, last=3)
+    loose, exact = measure.leak_rows(model, criterion, {}, tolerances=(0.1, 1e-6), windows=4, last=3)
     assert exact["most"] < 1e-5
     assert loose["most"] > 1e-3
     assert (model.deq.rtol, model.deq.max_nfe) == (trellis().deq.rtol, 30)
@@ -209,7 +211,7 @@ def test_what_a_solve_short_of_the_equilibrium_tells_of_the_future_is_measured()
 def test_one_sample_that_diverges_has_an_infinite_residual_alone():
     z = torch.ones(3, 2)
     z[1] = 1e38
-    found = equilibria._residual(lambda z, x: 10 * z, z, None)
+    found = measure._residual(lambda z, x: 10 * z, z, None)
     assert torch.isinf(found[1])
     torch.testing.assert_close(found[[0, 2]], torch.full((2,), 0.9))
 

@@ -1,1 +1,0 @@
-"""Benchmarks that make rows, and figures and reports made from rows alone."""
