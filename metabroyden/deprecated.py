@@ -46,6 +46,8 @@ PUBLIC = {
     "pretrained": "list_pretrained",
 }
 """Names in `metabroyden`."""
+MEMBERS = {"transposed": "rmatvec", "parts": "required_methods"}
+"""Members of a user's own solver; beside them, `safeguard.plan(solver)` is now its method `phases`."""
 REGISTRIES: dict[str, dict[str, bool]] = {
     "SOLVERS": {"learned": False, "splitting": False},
     "SPLITTING": {"learned": False, "splitting": True},

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from metabroyden.deprecated import warn
+
 
 class FinalInverse:
     """B ≈ (J − I)⁻¹ at the end of a solve, sample by sample, for J the Jacobian of f; B samples, n coordinates.
@@ -34,6 +36,11 @@ class FinalInverse:
         for part, solver, frozen in self._parts:
             result = result.index_copy(0, part, solver.rmatvec(whole.index_select(0, part), frozen))
         return result if samples is None else result.index_select(0, samples)
+
+    def transpose(self, w: Tensor, samples: Tensor | None = None) -> Tensor:
+        """The old name of `rmatvec`."""
+        warn("transpose", "rmatvec")
+        return self.rmatvec(w, samples)
 
 
 class TransposedInverse:

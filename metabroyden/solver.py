@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from metabroyden.deprecated import MEMBERS, warn
 from metabroyden.problem import Problem
 from metabroyden.state import gather
 
@@ -110,6 +111,13 @@ class _Adapter(SolverBase):
         for name in vars(SolverBase):
             if not name.startswith("_") and hasattr(solver, name):
                 setattr(self, name, getattr(solver, name))
+        for old, new in MEMBERS.items():
+            if hasattr(solver, old) and not hasattr(solver, new):
+                warn(f"{old} of a solver", new)
+                setattr(self, new, getattr(solver, old))
+        if getattr(solver, "safeguard", None) is not None and not hasattr(solver, "phases"):
+            warn("safeguard.plan of a solver", "phases")
+            self.phases = lambda: solver.safeguard.plan(solver)  # type: ignore[method-assign]
 
     def __repr__(self) -> str:
         return repr(self.solver)

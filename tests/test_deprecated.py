@@ -10,9 +10,11 @@ import torch
 
 import metabroyden as mb
 from metabroyden import deprecated
+from metabroyden.inverse import FinalInverse
 from metabroyden.learned import GroupedConfig
 from metabroyden.meta import MetaConfig, OnlineConfig
 from metabroyden.meta.defaults import state_layout
+from metabroyden.solver import Phase, as_solver
 
 
 @pytest.mark.parametrize(("old", "new"), deprecated.PUBLIC.items())
@@ -92,3 +94,35 @@ def test_fit_solver_takes_its_old_keywords(quick_fits):
     x = torch.randn(20, 3)
     solver = mb.fit_solver(lambda z, x: torch.tanh(0.5 * z + x), x, context="f0", steps=1, refuse=False, progress=False)
     assert solver.config.conditioning == "initial_value"
+
+
+def test_old_members_of_solvers_and_inverses_are_taken():
+    class Own:
+        parts = ("cos",)
+
+        def __init__(self):
+            self.safeguard = self
+
+        def start(self, z0, problem):
+            return z0
+
+        init = step = inverse = start
+
+        def transposed(self, w, frozen):
+            return 2 * w
+
+        def plan(self, solver):
+            return [Phase(mb.Picard(), horizon=2), Phase(mb.Broyden())]
+
+    with pytest.warns(DeprecationWarning, match="is now called") as said:
+        own = as_solver(Own())
+    news = [str(one.message).split("is now called ")[1] for one in said]
+    assert news == ["rmatvec", "required_methods", "phases"]
+    assert own.required_methods == ("cos",)
+    assert own.has_inverse
+    assert own.rmatvec(3, None) == 6
+    assert [phase.horizon for phase in own.phases()] == [2, None]
+    inverse, w = FinalInverse(2), torch.randn(2, 3)
+    inverse.add(torch.tensor([1]), own, None)
+    with pytest.warns(DeprecationWarning, match="transpose is now called rmatvec"):
+        assert torch.equal(inverse.transpose(w), inverse.rmatvec(w))
