@@ -41,6 +41,8 @@ def problem_of(kind: str, batch: int = 5, gain: float = 0.7, dtype: torch.dtype 
 
 
 BY_LSTM = "meta-broyden by LSTM"
+by_both = pytest.mark.parametrize("name", ["meta-broyden", BY_LSTM])
+of_each_layout = pytest.mark.parametrize("kind", SHAPES)
 LEARNED = mb.list_solvers(learned=True, splitting=False, adjoint=False)
 EVERY = [*LEARNED, BY_LSTM]
 CASES = [(name, kind) for name in EVERY for kind in SHAPES]
@@ -54,6 +56,14 @@ def made(name, layout, *, learned_steps=None, **options):
         reach = (1, 1) if layout.kind in ("vector", "pyramid") else (1, 2)
         options = {"coefficients": coefficients, "dilations": reach, **given, **options}
     return make_learned("meta-broyden" if name == BY_LSTM else name, layout, **options)
+
+
+def perturbed(solver, size: float, seed: int = 2):
+    """The solver, with noise of this size on its weights."""
+    generator = torch.Generator()
+    for parameter in solver.parameters():
+        parameter.data += size * torch.randn(parameter.shape, generator=generator.manual_seed(seed))
+    return solver
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -71,9 +81,7 @@ def test_untrained_it_is_a_classical_solver(name, kind, conditioning):
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_with_any_weights_it_hands_over_and_converges(name, kind):
     layout, f, z0, x = problem_of(kind)
-    solver = made(name, layout)
-    for parameter in solver.parameters():
-        parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+    solver = perturbed(made(name, layout), 1.0)
     solution = mb.solve(f, z0, x, solver=solver, rtol=1e-5, max_nfe=120)
     assert (solution.trace.phase > 0).any(), "weights this bad must be handed over"
     assert torch.isfinite(solution.z).all()
@@ -148,9 +156,7 @@ def test_a_sequence_solver_does_not_look_ahead():
         for name in EVERY:
             if name in ("hyper-anderson", "universal"):  # weights of the whole sample: they do, as Anderson's do
                 continue
-            solver = made(name, layout, learned_steps=3, safeguard=Safeguard(horizon=50, patience=None))
-            for parameter in solver.parameters():
-                parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+            solver = perturbed(made(name, layout, learned_steps=3, safeguard=Safeguard(horizon=50, patience=None)), 0.1)
             changed = x.clone()
             time = 2 if kind == "nct" else 1
             changed.narrow(time, 4, 2).add_(1)
@@ -218,7 +224,7 @@ def test_bad_sizes_are_refused(options):
         GroupedConfig(layout="vector", shape=(3,), rank=0)
 
 
-@pytest.mark.parametrize("name", ["meta-broyden", BY_LSTM])
+@by_both
 @pytest.mark.parametrize("kind", [*SHAPES, "pyramid"])
 def test_what_metabroyden_hands_over_is_the_inverse_that_it_stepped_with(kind, name):
     """B₀ of Broyden: the step of a table of one row, or the first one of an LSTM that says nothing; and its transpose."""
@@ -311,18 +317,17 @@ def test_states_of_several_scales_are_solved(name):
     z0 = torch.zeros(5, 2, 4, 4), torch.zeros(5, 3, 2, 2)
     native = {} if name == "coordinatewise" else {"conditioning": "input", "context_channels": 8}
     for options in ({}, native):
-        solver = make_learned(name, SCALES, **options)
-        for parameter in solver.parameters():
-            parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+        solver = perturbed(make_learned(name, SCALES, **options), 0.02)
         found = mb.solve(several_scales, z0, x, solver=solver, rtol=1e-5, max_nfe=100)
         wanted = mb.solve(several_scales, z0, x, solver=mb.Broyden(), rtol=1e-6, max_nfe=100)
         for ours, theirs in zip(found.z, wanted.z, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("learned", [3, 6])
-@pytest.mark.parametrize("kind", SHAPES)
-def test_the_secant_phase_is_andersons_on_the_pairs_of_the_learned_steps(kind, learned):
+# with 6 there are as many pairs as a token has coordinates: ill-conditioned
+@pytest.mark.parametrize(("learned", "rtol", "atol"), [(3, 1e-4, 1e-6), (6, 1e-3, 3e-4)])
+@of_each_layout
+def test_the_secant_phase_is_andersons_on_the_pairs_of_the_learned_steps(kind, learned, rtol, atol):
     """Untrained, B₀ = −I: each late step must be the multisecant one, of all pairs up to each token for sequences."""
     layout, f, z0, x = problem_of(kind, gain=0.9, dtype=torch.float64)
     solver = make_learned("meta-broyden", layout, learned_steps=learned, memory=4, initializer_width=0).double()
@@ -338,31 +343,22 @@ def test_the_secant_phase_is_andersons_on_the_pairs_of_the_learned_steps(kind, l
         for b in range(len(z0)):
             tokens = range(layout.extents(layout.shape)[0]) if layout.causal else (None,)
             for t in tokens:
-                keep = torch.ones(layout.shape, dtype=torch.bool)
-                here = keep.clone()
+                keep = here = torch.ones(layout.shape, dtype=torch.bool).flatten()
                 if t is not None:
                     place = torch.arange(len(tokens)).unsqueeze(1) if kind == "ntc" else torch.arange(len(tokens))
-                    keep, here = (place <= t).expand(layout.shape), (place == t).expand(layout.shape)
-                keep, here = keep.flatten(), here.flatten()
-                gamma = torch.linalg.lstsq(dg[:, b, keep].T, g[b, keep].unsqueeze(1), driver="gelsd").solution.squeeze(
-                    1
-                )
-                wanted = (z[b] + g[b] - gamma @ (dz[:, b] + dg[:, b]))[here]
-                close = {3: (1e-4, 1e-6), 6: (1e-3, 3e-4)}[
-                    learned
-                ]  # as many pairs as a token has coordinates: ill-conditioned
-                torch.testing.assert_close(iterates[k][b][here], wanted, rtol=close[0], atol=close[1])
+                    keep, here = (mask.expand(layout.shape).flatten() for mask in (place <= t, place == t))
+                gamma = torch.linalg.lstsq(dg[:, b, keep].T, g[b, keep].unsqueeze(1), driver="gelsd").solution
+                wanted = (z[b] + g[b] - gamma.squeeze(1) @ (dz[:, b] + dg[:, b]))[here]
+                torch.testing.assert_close(iterates[k][b][here], wanted, rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("name", ["meta-broyden", BY_LSTM])
-@pytest.mark.parametrize("kind", SHAPES)
+@by_both
+@of_each_layout
 @pytest.mark.parametrize("steps", [2, 7])
 def test_the_transposed_inverse_is_that_of_the_step(kind, steps, name):
     """⟨Bg, w⟩ = ⟨g, Bᵀw⟩ with B read off the quasi-Newton step itself, and early on B = B₀."""
     layout, f, z0, x = problem_of(kind, batch=3, gain=0.9, dtype=torch.float64)
-    solver = made(name, layout, learned_steps=3, memory=4).double()
-    for parameter in solver.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+    solver = perturbed(made(name, layout, learned_steps=3, memory=4).double(), 0.1)
 
     class Problem:
         shape = layout.shape
@@ -397,13 +393,13 @@ def test_the_transposed_inverse_is_that_of_the_step(kind, steps, name):
                 g=noted.g - noted.residuals[:, (noted.steps - 2) % 4])), problem).z, rtol=1e-7, atol=1e-9)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["meta-broyden", BY_LSTM])
+@by_both
 @pytest.mark.parametrize("memory", [1, 3])
 def test_a_sample_goes_its_way_whoever_else_is_in_the_batch(memory, name):
     """Samples that leave at different times take their rows of the trail, and of the secants, along."""
-    solver = made(name, Layout("vector", (8,)), conditioning="input", learned_steps=5, memory=memory).double()
-    for parameter in solver.parameters():
-        parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+    solver = perturbed(
+        made(name, Layout("vector", (8,)), conditioning="input", learned_steps=5, memory=memory).double(), 0.05
+    )
     x = torch.randn(9, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rate = torch.linspace(0.05, 0.95, 9, dtype=torch.float64).unsqueeze(1)
 
@@ -425,7 +421,7 @@ def test_a_sample_goes_its_way_whoever_else_is_in_the_batch(memory, name):
         )
 
 
-@pytest.mark.parametrize("name", ["meta-broyden", BY_LSTM])
+@by_both
 def test_gates_are_set_anew_at_every_step(name):
     solver = made(name, Layout("vector", (8,)), initializer_width=0)
     with torch.no_grad():
@@ -527,8 +523,7 @@ def test_the_last_row_of_a_table_goes_on():
 
 def astray(solver):
     """The solver with a start that is far from any solution."""
-    for parameter in solver.initializer.parameters():
-        parameter.data += 0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4))
+    perturbed(solver.initializer, 0.5, seed=4)
     return solver.eval().requires_grad_(False)
 
 
@@ -601,7 +596,7 @@ def walked(solver, f, z, x, steps):
     return z, g, state, problem
 
 
-@pytest.mark.parametrize("name", ["meta-broyden", BY_LSTM])
+@by_both
 def test_samples_that_leave_in_several_goes_take_their_own_pairs_along(name):
     layout, f, z0, x = problem_of("vector", batch=6, dtype=torch.float64)
     solver = (

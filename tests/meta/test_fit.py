@@ -25,12 +25,22 @@ from metabroyden.meta.fit import _split
 from metabroyden.meta.plan import measure_classical, plan
 from metabroyden.meta.target import Inside, Target
 from metabroyden.meta.tasks import TaskSet, count, rows
+from metabroyden.meta.trainer import MetaTrainer
 from metabroyden.solvers import classical, clock
 from metabroyden.solvers.classical import splitting_solvers, tuned_solvers
 from tests.meta.test_meta import Cell, contexts
 
 pytestmark = pytest.mark.usefixtures("quick_fits")
 EVERY = classical.grids
+
+
+def fitted(f, x, **options):
+    """What `fit_solver` makes, whether it pays or not."""
+    return mb.fit_solver(f, x, **{"steps": 1, "progress": False, "fallback": False} | options)
+
+
+def same_weights(one, other) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
 class Counted(Cell):
@@ -91,9 +101,9 @@ def test_a_solver_that_does_not_pay_is_refused_and_the_best_classical_one_serves
     deq = mb.DEQ(cell, solver=solver, rtol=1e-5)
     torch.testing.assert_close(deq(x), x / 1.2, rtol=1e-3, atol=1e-3)
     assert mb.solve(cell, 0 * x, x, solver=solver).nfe.float().mean() <= 4
-    fitted = mb.fit_solver(cell, x, steps=1, progress=False, fallback=False)  # a warning would be an error here
-    assert isinstance(fitted, MetaBroyden)
-    assert fitted.summary["held_out"]["failed_criteria"]
+    refused = fitted(cell, x)  # a warning would be an error here
+    assert isinstance(refused, MetaBroyden)
+    assert refused.summary["held_out"]["failed_criteria"]
 
 
 def standing(nfe, seconds, solved=None, solver=None) -> SolverResult:
@@ -105,9 +115,9 @@ def standing(nfe, seconds, solved=None, solver=None) -> SolverResult:
 def test_the_verdict_asks_for_success_evaluations_and_time_and_pairs_the_rounds():
     slow, quick = [2.0, 4.0, 6.0], [1.0, 2.0, 3.0]
 
-    def failed_criteria(fitted, *classical):
+    def failed_criteria(ours, *classical):
         names = [f"rival {number}" for number in range(len(classical))]
-        return Comparison("ours", {"ours": fitted, **dict(zip(names, classical, strict=True))}, 1e-3).failed_criteria
+        return Comparison("ours", {"ours": ours, **dict(zip(names, classical, strict=True))}, 1e-3).failed_criteria
 
     assert failed_criteria(standing([3, 4], quick), standing([6, 8], slow)) == []
     assert failed_criteria(standing([3, 4], slow), standing([6, 8], quick)) == [
@@ -162,7 +172,7 @@ def test_a_classical_solver_that_fails_on_a_few_more_by_chance_is_a_rival_still(
 def test_the_figures_are_those_of_solves_on_a_share_that_chose_nothing(monkeypatch):
     cell, x = Counted(), contexts(60)
     by_calls(monkeypatch, cell)
-    solver = mb.fit_solver(cell, x, steps=2, rtol=1e-2, progress=False, fallback=False)
+    solver = fitted(cell, x, steps=2, rtol=1e-2)
     held = solver.summary["held_out"]
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
     group = torch.unique(x.reshape(60, -1), dim=0, return_inverse=True)[1]
@@ -212,7 +222,7 @@ def test_on_such_a_cell_what_is_fitted_steps_on_the_splittings_map(context, kind
     with torch.no_grad():
         for parameter in cell.parameters():
             parameter *= 2
-    solver = mb.fit_solver(cell, x, steps=2, conditioning=context, progress=False, fallback=False)
+    solver = fitted(cell, x, steps=2, conditioning=context)
     assert type(solver) is kind
     held = solver.summary["held_out"]["solvers"]
     if kind is MetaSplitting:
@@ -276,7 +286,7 @@ def test_a_race_lasts_a_few_seconds_and_at_least_three_rounds(monkeypatch):
 
 def test_training_ends_with_its_time_and_short_ones_unroll_less():
     began = time.perf_counter()
-    solver = mb.fit_solver(Cell(), contexts(30), steps=100_000, seconds=1.0, progress=False, fallback=False)
+    solver = fitted(Cell(), contexts(30), steps=100_000, seconds=1.0)
     assert time.perf_counter() - began < 30
     assert solver.summary["stopped"] == "budget"
     assert 1 <= solver.summary["seconds"] < 10
@@ -285,21 +295,24 @@ def test_training_ends_with_its_time_and_short_ones_unroll_less():
     assert solver.trained_for == training["unroll"]
 
 
-def test_an_unroll_has_half_of_the_steps_that_the_best_classical_solver_needs():
+def test_an_unroll_has_half_of_the_steps_that_the_best_classical_solver_needs(monkeypatch):
     assert schedule(3.0) == (6, 1)
     assert schedule(13.2) == schedule(13.2, 2) == (7, 1)
     assert schedule(28.0, 2) == (14, 1)
     assert schedule(28.1, 2) == schedule(120.0, 2) == (14, 2)
     assert schedule(120.0) == (14, 1)
-    solver = mb.fit_solver(Cell(), contexts(40), patience=1, progress=False, fallback=False)
-    training, best = solver.summary["meta_training"], solver.summary["held_out"]["solvers"]
+    seen, run = [], MetaTrainer.run
+    monkeypatch.setattr(classical, "grids", EVERY)
+    monkeypatch.setattr(MetaTrainer, "run", lambda self, report: (seen.append(self.config), run(self, report, until=1)))
+    best = fitted(Cell(), contexts(40), steps=None).summary["held_out"]["solvers"]
     fewest = min(row["mean_evaluations"] for row in best.values() if "Meta" not in row["config"])
-    assert abs(2 * training["unroll"] - max(fewest, 12)) <= 3
-    assert training["steps"] == 11_200 // (training["unroll"] * training["segments"])
+    (training,) = seen
+    assert abs(2 * training.unroll - max(fewest, 12)) <= 3
+    assert training.steps == 11_200 // (training.unroll * training.segments)
 
 
 def test_training_stops_early_where_nothing_is_gained():
-    solver = mb.fit_solver(lambda z, x: 0 * z + x, torch.randn(20, 2), steps=40, progress=False, fallback=False)
+    solver = fitted(lambda z, x: 0 * z + x, torch.randn(20, 2), steps=40)
     assert solver.summary["stopped"] == "patience"
     assert solver.summary["steps"] == 20, "four looks, one every eighth of the steps"
 
@@ -331,7 +344,7 @@ def test_a_cells_own_layout_is_taken():
         def forward(self, z, x):
             return 0.3 * z + x
 
-    solver = mb.fit_solver(Sequence(), torch.randn(20, 3, 5), steps=1, progress=False, fallback=False)
+    solver = fitted(Sequence(), torch.randn(20, 3, 5))
     assert (solver.config.layout, solver.config.conditioning) == ("nct", "input")
     with pytest.raises(
         ValueError, match=r"it needs a context tensor with 3 .*got NoneType; .* conditioning='initial_value' needs none"
@@ -353,7 +366,7 @@ def test_a_state_of_scales_keeps_its_scales():
         return torch.zeros_like(x), x.new_zeros(len(x), 2, 2, 2)
 
     x = torch.randn(30, 2, 4, 4)
-    solver = mb.fit_solver(f, x, z0=start, steps=2, progress=False, fallback=False)
+    solver = fitted(f, x, z0=start, steps=2)
     assert solver.config.layout == "pyramid"
     assert solver.config.shape == ((2, 4, 4), (2, 2, 2))
     assert (solver.config.conditioning, solver.config.context_channels) == ("input", 8)
@@ -372,7 +385,7 @@ def test_another_tuple_is_one_vector_and_the_solver_still_takes_the_tuple(tmp_pa
         return torch.zeros_like(x), x.new_zeros(len(x), 3, 2)
 
     x = torch.randn(30, 3)
-    solver = mb.fit_solver(f, x, z0=start, steps=2, progress=False, fallback=False)
+    solver = fitted(f, x, z0=start, steps=2)
     assert (solver.config.layout, solver.config.shape) == ("vector", (9,))
     loaded = mb.load_solver(mb.save_solver(solver, tmp_path / "solver.safetensors"))
     found = mb.solve(f, start(x), x, solver=loaded, rtol=1e-4)
@@ -455,22 +468,18 @@ def test_fit_solver_refuses_bad_input(change, error, words):
 def test_f_may_compute_in_another_precision_and_no_grad_may_surround_the_fit():
     cell = Cell()
     with torch.no_grad():
-        solver = mb.fit_solver(
-            lambda z, x: cell(z, x).bfloat16(), contexts(20), rtol=3e-2, steps=2, progress=False, fallback=False
-        )
+        solver = fitted(lambda z, x: cell(z, x).bfloat16(), contexts(20), rtol=3e-2, steps=2)
     assert solver.summary["skipped_steps"] == 0
 
 
 def test_a_fit_whose_gradients_blow_up_says_so():
     with pytest.warns(UserWarning, match="6 of 6 steps were skipped because their gradient was not finite"):
-        mb.fit_solver(
-            lambda z, x: 1e30 * (z + x) ** 3, contexts(20), steps=6, patience=None, progress=False, fallback=False
-        )
+        fitted(lambda z, x: 1e30 * (z + x) ** 3, contexts(20), steps=6, patience=None)
 
 
 def test_equal_contexts_stay_on_one_side_of_the_split():
     doubled = contexts(20).repeat(2, 1, 1, 1)
-    solver = mb.fit_solver(Cell(), doubled, steps=1, progress=False, fallback=False)
+    solver = fitted(Cell(), doubled)
     assert solver.summary["held_out"]["samples"] == 8
 
 
@@ -500,7 +509,7 @@ def test_contexts_may_be_any_pytree_that_solve_takes(form):
     }[form]
     into, out = pack
     f = lambda z, c: gated(z, out(c))  # noqa: E731
-    solver = mb.fit_solver(f, into(c), z0=lambda c: starts(out(c)), steps=2, progress=False, fallback=False)
+    solver = fitted(f, into(c), z0=lambda c: starts(out(c)), steps=2)
     assert solver.config.conditioning == ("input" if form == "tuple" else "initial_value")
     assert solver.summary["held_out"]["samples"] == 8
     assert mb.solve(f, starts(c), into(c), solver=solver).converged.all()
@@ -587,17 +596,15 @@ class Network(torch.nn.Module):
         return self.head(z)
 
 
-@pytest.mark.parametrize("given", ["deq", "forward", "compiled"])
-def test_a_deq_is_fitted_for_its_cell(given):
-    deq, x = mb.DEQ(Small()).train(), torch.randn(40, 4)
-    c = x, torch.ones(40, 1)
-    f = {"deq": deq, "forward": deq.forward, "compiled": torch.compile(deq, backend="eager")}[given]
-    solver = mb.fit_solver(f, c, steps=2, progress=False, fallback=False)
-    same = mb.fit_solver(deq.cell, c, steps=2, progress=False, fallback=False)
-    assert all(torch.equal(a, b) for a, b in zip(solver.parameters(), same.parameters(), strict=True))
-    assert solver.fingerprint == fingerprint(deq.cell)
-    assert deq.training
-    assert deq.cell.training
+def test_a_deq_is_fitted_for_its_cell():
+    deq, c = mb.DEQ(Small()).train(), (torch.randn(40, 4), torch.ones(40, 1))
+    same = fitted(deq.cell, c, steps=2)
+    for f in (deq, deq.forward, torch.compile(deq, backend="eager")):
+        solver = fitted(f, c, steps=2)
+        assert same_weights(solver, same)
+        assert solver.fingerprint == fingerprint(deq.cell)
+        assert deq.training
+        assert deq.cell.training
 
 
 @pytest.mark.parametrize("start", [False, True])
@@ -607,12 +614,13 @@ def test_a_model_is_fitted_for_the_deq_inside_it(start, monkeypatch):
     asked = []
     usual = Small.forward
     monkeypatch.setattr(Small, "forward", lambda self, z, c: (asked.append((z, c)), usual(self, z, c))[1])
-    solver = mb.fit_solver(model, x, steps=2, progress=False, fallback=False)
+    solver = fitted(model, x, steps=2)
     z, c = asked[0]
     monkeypatch.undo()
     assert float(z[0, 0]) == pytest.approx(1.0 if start else 0.1)
     assert c[1].shape == (len(c[0]), 1)
     assert (solver.config.conditioning, solver.config.context_channels) == ("input", 4)
+    assert same_weights(solver, fitted(model.forward, x, steps=2)), "a model's own forward is the model"
     assert solver.fingerprint == fingerprint(model.deq.cell)
     assert model.training
     assert model.seen == 0, "nothing behind the DEQ runs"
@@ -629,7 +637,7 @@ def test_a_model_is_fitted_for_the_deq_inside_it(start, monkeypatch):
 
 def test_models_that_other_functions_make_are_fitted_too():
     inner = mb.to_deq(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)))
-    solver = mb.fit_solver(inner, torch.randn(30, 4), steps=1, layout="vector", progress=False, fallback=False)
+    solver = fitted(inner, torch.randn(30, 4), layout="vector")
     assert solver.fingerprint == fingerprint(inner.cell)
 
 
@@ -658,7 +666,7 @@ def test_a_map_with_a_deq_inside_is_not_taken_for_a_model_in_silence():
     f, x = Nested(), torch.randn(20, 4)
     with pytest.raises(TypeError, match=r"Nested holds a DEQ \(deq\).*give `lambda z, x: f\(z, x\)`"):
         mb.fit_solver(f, x, steps=1, progress=False)
-    mb.fit_solver(lambda z, x: f(z, x), x, steps=1, progress=False, fallback=False)
+    fitted(lambda z, x: f(z, x), x)
 
 
 def test_task_sets_take_a_deq_for_its_cell():
@@ -732,15 +740,8 @@ def test_an_honest_residual_on_an_ill_conditioned_problem_is_not_another_equilib
 
 
 def test_only_samples_that_both_solve_are_compared():
-    one = SolverResult(
-        None,
-        60,
-        np.full(4, 9),
-        np.ones(4, bool),
-        np.ones(3),
-        np.array([1, 1, 0, 0], bool),
-        np.array([0, 1, 1, 1], bool),
-    )
+    elsewhere, both = np.array([[1, 1, 0, 0], [0, 1, 1, 1]], bool)
+    one = replace(standing([9] * 4, [1.0]), elsewhere=elsewhere, both=both)
     assert one.apart == pytest.approx(1 / 3)
     assert replace(one, both=np.zeros(4, bool)).apart == 0
 
@@ -768,7 +769,7 @@ def test_a_fit_reports_the_score_on_what_was_held_out_with_labels_that_travel_al
         seen.append(c["label"])
         return -(z - gated(z, c)).norm(dim=1)
 
-    solver = mb.fit_solver(gated, c, z0=starts, steps=1, progress=False, fallback=False, score=score)
+    solver = fitted(gated, c, z0=starts, score=score)
     held = solver.summary["held_out"]
     assert all(-0.1 < row["score"] <= 0 for row in held["solvers"].values())
     assert len(seen) == 1 + len(held["solvers"])  # once before the training
@@ -819,7 +820,7 @@ class Inputs(torch.nn.Module):
 
 def test_what_a_subclass_of_the_layer_makes_of_its_inputs_is_what_its_solver_is_fitted_to():
     x = torch.randn(40, 4)
-    alone = mb.fit_solver(Shift(Small()), x, steps=1, progress=False, fallback=False)
+    alone = fitted(Shift(Small()), x)
     assert alone.config.context_channels == 4  # the first tensor of the tuple that forward makes
     for layer in (Shift(Small()), torch.nn.Sequential(Shift(Small()))):
         got = Inside(layer).context(x)
@@ -827,16 +828,10 @@ def test_what_a_subclass_of_the_layer_makes_of_its_inputs_is_what_its_solver_is_
         assert torch.equal(got[1], x[:, :1].exp())
 
 
-def test_a_models_own_forward_is_the_model():
-    model, x = Network(), torch.randn(40, 3)
-    solvers = [mb.fit_solver(f, x, steps=2, progress=False, fallback=False) for f in (model, model.forward)]
-    assert all(torch.equal(a, b) for a, b in zip(*(solver.parameters() for solver in solvers), strict=True))
-
-
 def test_a_models_inputs_and_a_score_see_what_samples_share_without_its_mark():
     inputs = {"x": torch.randn(40, 4), "w": mb.Shared(0.5 * torch.eye(4))}
     score = lambda z, c: (z @ c["w"]).sum(1)  # noqa: E731
-    solver = mb.fit_solver(Inputs(), inputs, steps=1, progress=False, fallback=False, score=score)
+    solver = fitted(Inputs(), inputs, score=score)
     assert solver.config.conditioning == "input"
     assert all("score" in row for row in solver.summary["held_out"]["solvers"].values())
 
@@ -848,7 +843,7 @@ def test_what_samples_share_may_be_of_any_shape_and_layout_and_stand_first(gain)
 
     zeros = lambda c: torch.zeros_like(c[1])  # noqa: E731
     x = (mb.Shared(gain), torch.randn(40, 4))
-    assert mb.fit_solver(f, x, z0=zeros, steps=1, progress=False, fallback=False).config.conditioning == "initial_value"
+    assert fitted(f, x, z0=zeros).config.conditioning == "initial_value"
 
 
 @pytest.mark.parametrize(
@@ -864,11 +859,11 @@ def test_contexts_without_rows_are_refused_by_name(x, words):
         mb.fit_solver(lambda z, c: 0.5 * z, x, z0=lambda c: torch.zeros(20, 4), steps=1, progress=False)
 
 
-@pytest.mark.parametrize("fitted", [mb.fit_solver, mb.fit_adjoint])
-def test_a_layer_in_half_precision_is_told_to_be_fitted_before(fitted):
+@pytest.mark.parametrize("fit_one", [mb.fit_solver, mb.fit_adjoint])
+def test_a_layer_in_half_precision_is_told_to_be_fitted_before(fit_one):
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), mb.DEQ(Plain()))
     with pytest.raises(ValueError, match=r"in torch.bfloat16.*fit it before the layer or model is taken to half"):
-        fitted(model.bfloat16(), torch.randn(20, 3).bfloat16(), progress=False)
+        fit_one(model.bfloat16(), torch.randn(20, 3).bfloat16(), progress=False)
 
 
 def test_a_model_that_makes_several_samples_of_one_is_told_what_to_hand_over():
@@ -883,14 +878,7 @@ def test_a_model_that_makes_several_samples_of_one_is_told_what_to_hand_over():
 def test_a_solver_is_fitted_to_contexts_that_share_a_tensor():
     w, x = 0.5 * torch.eye(6), torch.randn(60, 6)
     f = lambda z, c: torch.tanh(z @ c["w"] + c["x"])  # noqa: E731
-    solver = mb.fit_solver(
-        f,
-        {"x": x, "w": mb.Shared(w)},
-        z0=lambda c: torch.zeros_like(c["x"] @ c["w"]),
-        steps=3,
-        fallback=False,
-        progress=False,
-    )
+    solver = fitted(f, {"x": x, "w": mb.Shared(w)}, z0=lambda c: torch.zeros_like(c["x"] @ c["w"]), steps=3)
     held = {"x": torch.randn(9, 6), "w": mb.Shared(w)}
     assert mb.solve(f, torch.zeros(9, 6), held, solver=solver).converged.all()
 
