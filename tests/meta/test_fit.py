@@ -115,41 +115,29 @@ def standing(nfe, seconds, solved=None, solver=None) -> SolverResult:
 def test_the_verdict_asks_for_success_evaluations_and_time_and_pairs_the_rounds():
     slow, quick = [2.0, 4.0, 6.0], [1.0, 2.0, 3.0]
 
-    def failed_criteria(ours, *classical):
+    def failed(ours, *classical):
         names = [f"rival {number}" for number in range(len(classical))]
         return Comparison("ours", {"ours": ours, **dict(zip(names, classical, strict=True))}, 1e-3).failed_criteria
 
-    assert failed_criteria(standing([3, 4], quick), standing([6, 8], slow)) == []
-    assert failed_criteria(standing([3, 4], slow), standing([6, 8], quick)) == [
-        "it takes 2.00 times as long as rival 0"
-    ]
-    assert failed_criteria(standing([6, 8], quick), standing([3, 4], slow)) == [
-        "it needs 7.0 evaluations in the mean, rival 0 3.5"
-    ]
-    less = failed_criteria(standing([3, 60], quick, [True, False]), standing([6, 8], slow))
+    assert failed(standing([3, 4], quick), standing([6, 8], slow)) == []
+    assert failed(standing([3, 4], slow), standing([6, 8], quick)) == ["it takes 2.00 times as long as rival 0"]
+    more = "it needs 7.0 evaluations in the mean, rival 0 3.5"
+    assert failed(standing([6, 8], quick), standing([3, 4], slow)) == [more]
+    less = failed(standing([3, 60], quick, [True, False]), standing([6, 8], slow))
     assert less[0] == "it solves 50.0%, rival 0 100.0%"
     assert less[1] == "it needs 61.5 evaluations in the mean, rival 0 7.0"
     # a quicker one that fails more does not count; as good is not better
-    assert (
-        failed_criteria(standing([3, 4], quick), standing([6, 8], slow), standing([2, 60], [0.1] * 3, [True, False]))
-        == []
-    )
-    assert len(failed_criteria(standing([3, 4], quick), standing([3, 4], quick))) == 2
+    frail = standing([2, 60], [0.1] * 3, [True, False])
+    assert failed(standing([3, 4], quick), standing([6, 8], slow), frail) == []
+    assert len(failed(standing([3, 4], quick), standing([3, 4], quick))) == 2
     # by the rounds' ratios 0.9, 0.9, 3: the medians of the times alone would say the contrary
-    assert failed_criteria(standing([3], [0.9, 9.0, 6.0]), standing([6], [1.0, 10.0, 2.0])) == []
+    assert failed(standing([3], [0.9, 9.0, 6.0]), standing([6], [1.0, 10.0, 2.0])) == []
 
 
 def test_the_best_classical_solver_is_the_fastest_of_those_that_solve_most():
-    race = Comparison(
-        "ours",
-        {
-            "ours": standing([9, 9], [1.0]),
-            "frail": standing([2, 60], [0.1], [True, False]),
-            "quick": standing([8, 8], [2.0]),
-            "frugal": standing([4, 4], [3.0]),
-        },
-        1e-3,
-    )
+    frail = standing([2, 60], [0.1], [True, False])
+    others = {"frail": frail, "quick": standing([8, 8], [2.0]), "frugal": standing([4, 4], [3.0])}
+    race = Comparison("ours", {"ours": standing([9, 9], [1.0]), **others}, 1e-3)
     assert race.best == "quick"
     assert set(race.rivals) == {"quick", "frugal"}
     assert race.failed_criteria == ["it needs 9.0 evaluations in the mean, frugal 4.0"]
