@@ -400,6 +400,12 @@ def test_torchdeqs_own_names_are_given_away_only_on_request():
         torchdeq.register_solver("broyden", theirs)
 
 
+def test_a_solver_can_be_swapped_in_a_deq_that_is_there():
+    deq = torchdeq.get_deq(f_solver="anderson", f_tol=1e-6).eval()
+    deq.f_solver = register("test", mb.Broyden())
+    assert "nfe" in deq(torch.cos, torch.zeros(2, 3))[1]
+
+
 def test_without_torchdeq_the_package_imports_and_says_what_to_install():
     code = """
 import sys
