@@ -1,4 +1,4 @@
-"""`solve`: the only solver loop. Stopping, counting, freezing, hand-over and the trace live here and nowhere else."""
+"""`solve`: the only solver loop. It stops, freezes rows and hands them over; `Evaluator` counts and keeps the best."""
 
 from __future__ import annotations
 
