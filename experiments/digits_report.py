@@ -196,7 +196,7 @@ def by_evaluations(results: Results, folder: Path) -> Path:
 
 def by_time(results: Results, folder: Path) -> Path:
     """Median residual of the first seed's batch by time."""
-    words = {"xlabel": "milliseconds, whole batch", "ylabel": "median relative residual (best so far)"}
+    words: dict[str, Any] = {"xlabel": "milliseconds, whole batch", "ylabel": "median relative residual (best so far)"}
     figure, place = figures.axes(yscale="log", title=f"Wall-clock, seed {results.seeds[0]}", **words)
     for row in results.of("curve", seed=results.seeds[0]):
         if row["solver"] in SHOWN:

@@ -184,7 +184,9 @@ class _Job:
         budget, validation = self.config.budget, problems.held_out(model, self.criterion, "validation", 64)
         known: dict[str, Any] = {"Picard": Picard(), "Anderson": Anderson(), "Broyden": Broyden(budget)}
         known |= solvers.tuned(validation, budget, splitting=self.family.splitting)
-        splitting = {name: known[name] for name in ("forward-backward", "Peaceman-Rachford") if name in known}
+        splitting: dict[str, Any] = {
+            name: known[name] for name in ("forward-backward", "Peaceman-Rachford") if name in known
+        }
         found = rows.difficulty_rows(way, held, known, budget=budget)
         if splitting:
             everything = problems.held_out(model, self.criterion, "test", sys.maxsize)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,8 +14,10 @@ from metabroyden.solve import solve
 LEAST, MOST = 3, 15
 """Rounds of `race` at least and at most."""
 
+T = TypeVar("T")
 
-def turns(names: Sequence[str], rounds: int) -> Iterator[str]:
+
+def turns(names: Sequence[T], rounds: int) -> Iterator[T]:
     """Every name once a round, another one first each round."""
     for number in range(rounds):
         first = number % len(names)
