@@ -11,7 +11,7 @@ import numpy as np
 from experiments.bench import report
 from experiments.bench.figures import axes, colour, grid, line, log_ticks, profiles, save
 from experiments.bench.runner import Row, read_rows
-from experiments.bench.statistics import Outcome, profile
+from experiments.bench.statistics import Outcome, geometric, profile
 from experiments.bench.tables import Table, pivot
 
 _PROFILED = (
@@ -46,7 +46,7 @@ def write(folder: Path) -> Path:
     drawn = {name: save(draw(rows), folder / f"{name}.png") for name, draw in figures.items()}
     sections: list[report.Section] = [
         report.made_by(described, "torchdeq", "xitorch", "scipy"), words,
-        *(race_table(rows, method) for method in ("Broyden", "Anderson", "Picard")),
+        means_table(rows), *(race_table(rows, method) for method in ("Broyden", "Anderson", "Picard")),
         drawn["anatomy"], anatomy_table(rows),
         "Time outside f before the k-th call, on dense norm-3 cells (nothing converges, so that all samples are at work):",
         drawn["overhead_by_history"], "and by batch (memory 10) and memory (batch 64), once the memory is full:",
@@ -82,6 +82,20 @@ def race_table(rows: Sequence[Row], method: str) -> Table:
     ]
     header = ["problem", "rtol", "solver", "evaluations: median / p90 / success", "calls", "total", "in f", "overhead"]
     return Table(f"Race: {method}", [*header, "overhead ratio", "total ratio"], body)
+
+
+def means_table(rows: Sequence[Row]) -> Table:
+    """Each method against torchdeq's of the same name, over all problems and tolerances."""
+    body = []
+    for method in ("Broyden", "Anderson", "Picard"):
+        theirs = {(row["problem"], row["rtol"]): row for row in _of(rows, "race", method=method, solver="torchdeq")}
+        ours = _of(rows, "race", method=method, solver="ours")
+        light = [row for row in ours if theirs[row["problem"], row["rtol"]]["f_share"] < 0.5]
+        times = [row["ratio_total"] for row in light]
+        overhead = f"{geometric(row['ratio_overhead'] for row in ours):.2f}×"
+        body.append([method, overhead, *([f"{geometric(times):.2f}×", f"{max(times):.2f}×"] if times else ["", ""])])
+    head = ["geometric mean", "overhead", "total time where f is less than half of torchdeq's", "worst"]
+    return Table("Against torchdeq's solver of the same name", head, body)
 
 
 def anatomy_table(rows: Sequence[Row]) -> Table:
