@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +34,29 @@ def standard_error(success: float, count: int) -> float:
     """Standard error of a success rate over `count` samples, with one success and one failure added."""
     smoothed = (success * count + 1) / (count + 2)
     return float((smoothed * (1 - smoothed) / count) ** 0.5)
+
+
+class HasSuccess(Protocol):
+    """What solved a share of some samples."""
+
+    @property
+    def success(self) -> float:
+        """The share."""
+        ...
+
+    @property
+    def error(self) -> float:
+        """Its standard error."""
+        ...
+
+
+R = TypeVar("R", bound=HasSuccess)
+
+
+def able(results: Mapping[str, R]) -> dict[str, R]:
+    """Those whose success is at most a standard error below the highest."""
+    top = max(results.values(), key=lambda one: one.success)
+    return {name: one for name, one in results.items() if one.success >= top.success - top.error}
 
 
 @dataclass(frozen=True)
@@ -81,6 +104,11 @@ class SolverResult:
     def success(self) -> float:
         """Share of the problems that were solved."""
         return float(self.solved.mean())
+
+    @property
+    def error(self) -> float:
+        """Standard error of that share."""
+        return standard_error(self.success, len(self.solved))
 
     def time_over(self, other: SolverResult) -> float:
         """Time relative to another solver: the median ratio of paired rounds."""
@@ -130,9 +158,7 @@ class Comparison:
     @property
     def rivals(self) -> dict[str, SolverResult]:
         """The classical solvers whose success is within one standard error of the highest."""
-        classical = {name: one for name, one in self.results.items() if name != self.name}
-        top, count = max(one.success for one in classical.values()), len(self.fitted.nfe)
-        return {name: one for name, one in classical.items() if one.success >= top - standard_error(top, count)}
+        return able({name: one for name, one in self.results.items() if name != self.name})
 
     @property
     def best(self) -> str:

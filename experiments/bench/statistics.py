@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.bench.runner import Row
-from metabroyden.compare import standard_error
+from metabroyden.compare import able, standard_error
 
 RESAMPLES = 4000
 HEADLINE = 12
@@ -100,12 +100,6 @@ def _spent(row: Row) -> np.ndarray:
 def _solved(row: Row) -> np.ndarray:
     """(N,) bool, from a letter a sample, or from the list of older rows."""
     return np.asarray(row["reached"]) if "reached" in row else np.array([letter == "C" for letter in row["status"]])
-
-
-def able(outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
-    """Those whose success is at most a standard error below the highest."""
-    top = max(outcomes.values(), key=lambda one: one.success)
-    return {name: one for name, one in outcomes.items() if one.success >= top.success - top.error}
 
 
 def best(outcomes: Mapping[str, Outcome]) -> str:
