@@ -85,29 +85,6 @@ def dense_broyden(problem, steps: int, memory: int | None = None) -> list[torch.
     return points
 
 
-@pytest.mark.parametrize("memory", [40, 5, 2, 1])
-def test_broyden_is_dense_broyden_before_and_after_its_memory_is_full(memory):
-    problem = tanh(n=10, gain=1.5)
-    # up to fifteen iterates: further on, rounding decides which of two nearly equal paths is taken
-    ours = iterates(mb.Broyden(memory=memory), problem, 15)
-    dense = dense_broyden(problem, 15, memory)
-    torch.testing.assert_close(torch.stack(ours), torch.stack(dense), rtol=1e-6, atol=1e-9)
-
-
-def test_broyden_walks_as_scipys_does():
-    problem = tanh(n=10, gain=1.2)
-    points: list[np.ndarray] = []
-
-    def g(z):
-        points.append(z.copy())
-        return (problem.f(torch.from_numpy(z)[None], problem.x[:1])[0]).numpy() - z
-
-    with pytest.raises(optimize.NoConvergence):
-        optimize.broyden1(g, np.zeros(10), alpha=1.0, line_search=None, maxiter=8, f_tol=1e-14)
-    ours = torch.stack(iterates(mb.Broyden(), problem, 8)).numpy()
-    np.testing.assert_allclose(ours, np.array(points[: len(ours)]), rtol=1e-6, atol=1e-9)
-
-
 @pytest.mark.parametrize("kind", ["good", "bad"])
 @pytest.mark.parametrize("damping", [1.0, 0.6])
 def test_broyden_keeps_the_newest_secant_equation_for_ever(damping, kind):
@@ -240,15 +217,21 @@ def dense_bad_broyden(problem, steps: int, memory: int | None = None) -> list[to
     return points
 
 
+KINDS = {"good": (dense_broyden, optimize.broyden1), "bad": (dense_bad_broyden, optimize.broyden2)}
+
+
 @pytest.mark.parametrize("memory", [40, 5, 2, 1])
-def test_bad_broyden_is_dense_bad_broyden_before_and_after_its_memory_is_full(memory):
+@pytest.mark.parametrize("kind", KINDS)
+def test_broyden_is_dense_broyden_before_and_after_its_memory_is_full(kind, memory):
     problem = tanh(n=10, gain=1.5)
-    ours = iterates(mb.Broyden(memory=memory, kind="bad"), problem, 15)
-    dense = dense_bad_broyden(problem, 15, memory)
+    # up to fifteen iterates: further on, rounding decides which of two nearly equal paths is taken
+    ours = iterates(mb.Broyden(memory=memory, kind=kind), problem, 15)
+    dense = KINDS[kind][0](problem, 15, memory)
     torch.testing.assert_close(torch.stack(ours), torch.stack(dense), rtol=1e-6, atol=1e-9)
 
 
-def test_bad_broyden_walks_as_scipys_second_method_does():
+@pytest.mark.parametrize("kind", KINDS)
+def test_broyden_walks_as_scipys_does(kind):
     problem = tanh(n=10, gain=1.2)
     points: list[np.ndarray] = []
 
@@ -257,8 +240,8 @@ def test_bad_broyden_walks_as_scipys_second_method_does():
         return (problem.f(torch.from_numpy(z)[None], problem.x[:1])[0]).numpy() - z
 
     with pytest.raises(optimize.NoConvergence):
-        optimize.broyden2(g, np.zeros(10), alpha=1.0, line_search=None, maxiter=8, f_tol=1e-14)
-    ours = torch.stack(iterates(mb.Broyden(kind="bad"), problem, 8)).numpy()
+        KINDS[kind][1](g, np.zeros(10), alpha=1.0, line_search=None, maxiter=8, f_tol=1e-14)
+    ours = torch.stack(iterates(mb.Broyden(kind=kind), problem, 8)).numpy()
     np.testing.assert_allclose(ours, np.array(points[: len(ours)]), rtol=1e-6, atol=1e-9)
 
 
