@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Sequence
+from typing import Any, get_type_hints
 
 import tyro
 
@@ -18,14 +19,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
         print(USAGE)
-        for name, (config_type, _) in EXPERIMENTS.items():
+        for name in EXPERIMENTS:
             with contextlib.suppress(SystemExit):  # tyro leaves once it has shown its help
-                tyro.cli(config_type, args=["--help"], prog=f"python -m experiments {name}")
-        return
-    if given[0] not in EXPERIMENTS:
+                _options(name, ["--help"])
+    elif given[0] not in EXPERIMENTS:
         sys.exit(f"unknown experiment {given[0]!r}: known are {', '.join(EXPERIMENTS)}")
-    config_type, run = EXPERIMENTS[given[0]]
-    run(tyro.cli(config_type, args=given[1:], prog=f"python -m experiments {given[0]}"))
+    else:
+        EXPERIMENTS[given[0]](_options(given[0], given[1:]))
+
+
+def _options(name: str, words: Sequence[str]) -> Any:
+    """The config of an experiment from the words behind its name."""
+    config_type = get_type_hints(EXPERIMENTS[name])["config"]
+    return tyro.cli(config_type, args=words, prog=f"python -m experiments {name}")
 
 
 if __name__ == "__main__":

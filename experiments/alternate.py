@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.markdown import Markdown
 from torch import Tensor, nn
 
 from experiments.bench import figures, report
-from experiments.bench.runner import Options, Row, Run, read_rows, ticks
+from experiments.bench.options import Budgeted
+from experiments.bench.runner import Row, Run, read_rows, ticks
 from experiments.bench.statistics import geometric
 from experiments.bench.tables import Table
 from metabroyden import Anderson, Broyden, EquilibriumCache, Implicit
@@ -33,7 +32,7 @@ PARTS = ("forward", "backward", "update", "meta")
 
 
 @dataclass(frozen=True)
-class Alternate(Options):
+class Alternate(Budgeted, command="alternate", budget=50):
     """Train the same DEQ with Broyden, with Anderson, and with solvers that learn on the way; results/alternate/."""
 
     seeds: int = 3
@@ -50,8 +49,6 @@ class Alternate(Options):
     """Peak of Adam's learning rate, with a cosine schedule."""
     rtol: float = 1e-2
     """Tolerance of both directions, the same for all."""
-    budget: int = 50
-    """Evaluations a sample may cost, in either direction."""
     memory: int = 30
     """Memory of Broyden's method; Anderson's is 6."""
     warmup_steps: int = 40
@@ -68,20 +65,15 @@ class Alternate(Options):
     """LSTM width, preconditioner rank and initializer width of the learned solvers."""
     images: int | None = None
     """Use only so many training images."""
-    results: Path = Path("results/alternate")
-    """Where rows, figures and the report go; those of other settings than these to a trial- folder in it."""
-    runs: Path = Path("runs/alternate")
-    """Where finished seeds are kept until all are."""
 
 
 def run(config: Alternate) -> None:
     """The whole job; a seed that was finished before is not trained again."""
-    job, rows, began = Run("alternate", config), [], time.perf_counter()
+    job, rows = Run(config), []
     with ticks("training", config.seeds * config.epochs, show=config.progress) as done:
         for seed in range(config.seeds):
             rows += job.unit(f"seed{seed}", lambda: _seed(config, seed, done))  # noqa: B023 (called at once)
-    folder = job.publish(rows, seconds=round(time.perf_counter() - began))
-    Console().print(Markdown(write(folder).read_text()))
+    job.finish(rows, write)
 
 
 def _seed(config: Alternate, seed: int, done: Callable[..., None]) -> list[Row]:

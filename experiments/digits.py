@@ -15,9 +15,10 @@ from rich.markdown import Markdown
 from experiments.bench import measure
 from experiments.bench import solvers as known
 from experiments.bench.batch import clock_rows, part_rows
+from experiments.bench.options import Budgeted, Seeded, Timed, Unrolled
 from experiments.bench.peers import available
 from experiments.bench.problems import double_equilibria, held_out
-from experiments.bench.runner import Options, Row, config_hash, plain, provenance, ticks, write_rows
+from experiments.bench.runner import Row, config_hash, plain, provenance, ticks, write_rows
 from experiments.bench.tables import Table
 from experiments.digits_report import (
     COORDINATEWISE,
@@ -60,11 +61,9 @@ LEARNED: dict[str, tuple[str, Row]] = {
 
 
 @dataclass(frozen=True)
-class Digits(Options):
+class Digits(Seeded, Unrolled, Budgeted, Timed, command="digits", repeats=7):
     """Train a DEQ on digits, meta-train its root finder, compare it with the classical solvers."""
 
-    seed: int = 0
-    """Seed of the DEQ, of both meta-trainings and of their batches; the data split is always the same."""
     epochs: int = 16
     """Epochs of the DEQ's training."""
     grouped_steps: int = 600
@@ -73,18 +72,8 @@ class Digits(Options):
     """Outer steps of the coordinatewise LSTM's meta-training."""
     unroll: int = 14
     """Solver steps in each unroll, full backpropagation through time."""
-    backend: str = "higher"
-    """Unroll by "higher", or by plain autograd ("native"): the same gradients."""
-    budget: int = 60
-    """Evaluations each sample may cost in the comparison."""
-    repeats: int = 7
-    """Interleaved timing repeats."""
     test_samples: int = 300
     """Held-out images used (of 300)."""
-    results: Path = Path("results/digits")
-    """Where results go: a folder for this seed, and a report over all seeds found there."""
-    runs: Path = Path("runs/digits")
-    """Where unfinished work is kept, to go on from."""
 
 
 def run(config: Digits) -> None:

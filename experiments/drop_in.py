@@ -10,15 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.markdown import Markdown
 from torch import Tensor, nn
 
 import metabroyden as mb
 from experiments.bench import figures, report
+from experiments.bench.options import Budgeted, Seeded, Timed
 from experiments.bench.peers import available
 from experiments.bench.problems import HeldOut, double_equilibria
-from experiments.bench.runner import Options, Row, Run, provenance, read_rows, ticks
+from experiments.bench.runner import Row, Run, provenance, read_rows, ticks
 from experiments.bench.statistics import Outcome
 from experiments.bench.tables import Table, pivot, short
 from metabroyden import checkpoint
@@ -38,11 +37,9 @@ OWN = {REFERENCE: "broyden", "torchdeq Anderson": "anderson", "torchdeq fixed po
 
 
 @dataclass(frozen=True)
-class DropIn(Options):
+class DropIn(Seeded, Budgeted, Timed, command="drop-in", results=Path("results/torchdeq")):
     """Train a torchdeq classifier on digits, fit a root finder to it, put that in, and compare with torchdeq's own."""
 
-    seed: int = 0
-    """First seed, of the model and of the fit; the data split is always the same."""
     seeds: int = 1
     """Models trained, fitted to and compared."""
     channels: int = 32
@@ -51,18 +48,10 @@ class DropIn(Options):
     """Epochs of the model's training."""
     steps: int = 400
     """Outer steps of fit_solver (its default)."""
-    budget: int = 60
-    """max_iter of every solver in the comparison."""
-    repeats: int = 5
-    """Interleaved timing repeats."""
     test_samples: int = 300
     """Held-out images used (of 300)."""
     tune_samples: int = 100
     """Validation images on which Picard and Anderson are tuned."""
-    results: Path = Path("results/torchdeq")
-    """Where rows, figure and report go; those of other settings than these to a trial- folder in it."""
-    runs: Path = Path("runs/drop-in")
-    """Where unfinished work is kept, to go on from."""
 
 
 class CallRecord:
@@ -121,12 +110,12 @@ def run(config: DropIn) -> None:
     notes: dict[str, Row] = {}
     free = ("seed", "seeds")
     for seed in range(config.seed, config.seed + config.seeds):
-        job = Run("drop-in", replace(config, seed=seed, seeds=1), free=free, shared=())
+        job = Run(replace(config, seed=seed, seeds=1), free=free, shared=())
         note, *found = job.unit("evaluation", lambda: _evaluated(config, seed, job.work))  # noqa: B023 (called at once)
         rows += [{"seed": seed, **row} for row in found]
         notes[str(seed)] = note
-    job = Run("drop-in", config, free=free, shared=(), always=f"--seed {config.seed} --seeds {config.seeds}")
-    Console().print(Markdown(write(job.publish(rows, seeds=notes)).read_text()))
+    job = Run(config, free=free, shared=(), always=f"--seed {config.seed} --seeds {config.seeds}")
+    job.finish(rows, write, seeds=notes)
 
 
 def _trained(config: DropIn, seed: int, work: Path) -> Classifier:

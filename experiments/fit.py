@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.markdown import Markdown
 
 import metabroyden as mb
 from experiments.bench import report
+from experiments.bench.options import OnFamily, Seeded
 from experiments.bench.problems import Family
-from experiments.bench.runner import Options, Row, Run, publish, read_rows, row_files, sha256
+from experiments.bench.runner import Row, Run, publish, read_rows, row_files, sha256, show
 from experiments.bench.tables import Table
 from metabroyden.zoo.models.criteria import Images
 
@@ -21,25 +20,15 @@ HEAD = ["", "rtol", "fitted, mean", "solved", "fewest evaluations", "fastest", "
 
 
 @dataclass(frozen=True)
-class Fit(Options):
+class Fit(Seeded, OnFamily, command="fit"):
     """Fit a root finder to a family of images by one call of fit_solver; the comparison it makes goes to the report."""
 
-    family: str = "conv-fashion"
-    """A family of images in metabroyden.zoo.models.FAMILIES."""
     rtol: float = 1e-3
     """Tolerance at which solvers are judged."""
     contexts: int = 2000
     """Training images given to it, at most."""
     steps: int | None = None
     """Outer steps, at most; None: fit_solver's own number."""
-    seed: int = 0
-    """Of weights, batches and the split."""
-    models: Path = Path("results/models")
-    """Where the frozen models are."""
-    results: Path = Path("results/fit")
-    """Where results go, a folder a family, tolerance and seed in it; those of other settings to a trial- folder."""
-    runs: Path = Path("runs/fit")
-    """Where finished fits are kept."""
 
 
 def run(config: Fit) -> None:
@@ -47,11 +36,11 @@ def run(config: Fit) -> None:
     family = Family(config.family, config.models)
     always = f"--family {config.family} --rtol {config.rtol:g} --seed {config.seed}"
     free = ("family", "rtol", "seed", "models")
-    job = Run("fit", config, free=free, shared=("models",), inputs=(family.path,), always=always)
+    job = Run(config, free=free, shared=("models",), inputs=(family.path,), always=always)
     rows = job.unit("fit", lambda: [fitted(config, family)])
     folder = job.folder / f"{config.family}-{config.rtol:g}-seed{config.seed}"
     publish(folder, rows, job.described(model_sha256=sha256(family.path)))
-    Console().print(Markdown(write(job.folder).read_text()))
+    show(write(job.folder))
 
 
 def fitted(config: Fit, family: Family) -> Row:

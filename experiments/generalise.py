@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.markdown import Markdown
 
 from experiments.bench import measure, problems, report, solvers
 from experiments.bench.figures import heat_map, save
 from experiments.bench.measure import Rules, stamp_of
+from experiments.bench.options import Compared, OnModels, Seeded
 from experiments.bench.problems import HeldOut, of_known
-from experiments.bench.runner import Options, Row, Run, read_rows, sha256, ticks
+from experiments.bench.runner import Row, Run, read_rows, sha256, show, ticks
 from experiments.bench.statistics import Field, geometric
 from experiments.bench.tables import Table, by_name, number
 from metabroyden import Broyden, load_solver, save_solver
@@ -55,7 +54,7 @@ TOLERANCE, BROYDEN = 1e-2, "Broyden"
 
 
 @dataclass(frozen=True)
-class Generalise(Options):
+class Generalise(Seeded, Compared, OnModels, command="generalise", samples=128):
     """Train across DEQs, test on weights, widths and families never seen, write rows, report and transfer grid."""
 
     steps: int = 2400
@@ -74,22 +73,10 @@ class Generalise(Options):
     """Test on random cells of many widths, too."""
     seeds: bool = True
     """Train on two seeds of the digits DEQ (`experiments digits`) and test on the third, too."""
-    budget: int = 60
-    """Evaluations each sample may cost in the comparison."""
-    samples: int = 128
-    """Held-out problems used."""
     batch: int = 24
     """Problems of an outer step."""
-    seed: int = 0
-    """Seed of solvers and batches."""
-    models: Path = Path("results/models")
-    """Where the frozen models are."""
     digits: Path = Path("results/digits")
     """Where the seeds of the digits DEQ are."""
-    results: Path = Path("results/generalise")
-    """Where results go; those of a run with other settings than these to a trial- folder in it."""
-    runs: Path = Path("runs/generalise")
-    """Where unfinished work is kept, to go on from."""
 
 
 def run(config: Generalise) -> None:
@@ -99,7 +86,7 @@ def run(config: Generalise) -> None:
     for path in job.work.glob("*.safetensors"):
         if not path.name.startswith("training-"):
             atomic_write(folder / path.name, path.read_bytes())
-    Console().print(Markdown(write(folder).read_text()))
+    show(write(folder))
 
 
 class _Job:
@@ -107,7 +94,7 @@ class _Job:
 
     def __init__(self, config: Generalise) -> None:
         self.config = config
-        self.run = Run("generalise", config, free=FREE, inputs=[BY_PROGRESS, *self._inputs()])
+        self.run = Run(config, free=FREE, inputs=[BY_PROGRESS, *self._inputs()])
         self.work = self.run.work
 
     def _inputs(self) -> Iterable[Path]:

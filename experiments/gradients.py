@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.markdown import Markdown
 from torch import Tensor, nn
 
 from experiments.bench import figures, report
-from experiments.bench.runner import Options, Row, Run, read_rows
+from experiments.bench.options import Compared, OnModels, Timed
+from experiments.bench.runner import Row, Run, read_rows
 from experiments.bench.tables import pivot
 from metabroyden import (
     DEQ,
@@ -39,7 +38,7 @@ from metabroyden.zoo.models import load_model
 
 
 @dataclass(frozen=True)
-class Gradients(Options):
+class Gradients(Compared, Timed, OnModels, command="gradients", samples=300, models=Path("results/digits")):
     """Compare gradient modes and adjoint solvers on the digits DEQs of results/digits/; results/gradients/."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -48,30 +47,14 @@ class Gradients(Options):
     """Outer steps of the adjoint solver's meta-training."""
     rtols: tuple[float, ...] = (1e-1, 1e-2, 1e-3)
     """Tolerances of the adjoint."""
-    budget: int = 60
-    """Products a sample may cost."""
-    samples: int = 300
-    """Held-out images."""
-    repeats: int = 5
-    """Interleaved timing repeats."""
-    models: Path = Path("results/digits")
-    """Where the trained DEQs and their forward solvers are."""
-    results: Path = Path("results/gradients")
-    """Where rows, the figure and the report go; those of other settings than these to a trial- folder in it."""
-    runs: Path = Path("runs/gradients")
-    """Where the rows of finished seeds are kept, to go on from."""
 
 
 def run(config: Gradients) -> None:
     """The whole job. Interrupted, it goes on with the next seed."""
-    began = time.perf_counter()
-    job = Run("gradients", config, free=("models",))
+    job = Run(config, free=("models",))
     units = [job.unit(f"seed{seed}", lambda: _one(config, seed)) for seed in config.seeds]  # noqa: B023
-    folder = job.publish(
-        [{"seed": seed, **row} for seed, rows in zip(config.seeds, units, strict=True) for row in rows],
-        seconds=round(time.perf_counter() - began),
-    )
-    Console().print(Markdown(write(folder).read_text()))
+    rows = [{"seed": seed, **row} for seed, rows in zip(config.seeds, units, strict=True) for row in rows]
+    job.finish(rows, write)
 
 
 def _one(config: Gradients, seed: int) -> list[Row]:

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markdown import Markdown
-
 import metabroyden as mb
 from experiments.bench import report
-from experiments.bench.runner import Options, Row, Run, known, read_rows, ticks
+from experiments.bench.options import Options
+from experiments.bench.runner import Row, Run, known, read_rows, ticks
 from experiments.bench.tables import Table
 from metabroyden.zoo.testbed.base import KnownProblem
 from metabroyden.zoo.testbed.cells import blas, conv
@@ -24,7 +22,7 @@ _FAR = 100  # seeds of cells that nothing was fitted to
 
 
 @dataclass(frozen=True)
-class Lost(Options):
+class Lost(Options, command="lost"):
     """Fit MetaBroyden to random cells, solve with it on other ones, and count what only Broyden's method solves."""
 
     kinds: tuple[str, ...] = ("dense", "conv")
@@ -45,22 +43,18 @@ class Lost(Options):
     """Evaluations a sample."""
     rtol: float = 1e-3
     """Tolerance."""
-    results: Path = Path("results/lost")
-    """Where results go; those of a run with other settings than these to a trial- folder in it."""
-    runs: Path = Path("runs/lost")
-    """Where finished fits' rows are kept, to go on from."""
 
 
 def run(config: Lost) -> None:
     """The whole job, a few minutes. Interrupted, it goes on with the next fit."""
     known("kinds", config.kinds, ("dense", "conv"))
-    job, rows = Run("lost", config), []
+    job, rows = Run(config), []
     fits = [(kind, seed) for kind in config.kinds for seed in range(config.seeds)]
     with ticks("fitting and solving", len(fits), show=config.progress) as done:
         for kind, seed in fits:
             rows += job.unit(f"{kind}-seed{seed}", lambda: _fit(kind, seed, config))  # noqa: B023 (called at once)
             done(f"{kind}, seed {seed}")
-    Console().print(Markdown(write(job.publish(rows)).read_text()))
+    job.finish(rows, write)
 
 
 def _fit(kind: str, seed: int, config: Lost) -> Iterator[Row]:

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markdown import Markdown
-
 from experiments import steps
 from experiments.bench import figures, report
-from experiments.bench.runner import Options, Row, Run, read_rows, ticks
+from experiments.bench.options import Seeded, Timed
+from experiments.bench.runner import Row, Run, read_rows, ticks
 from experiments.bench.tables import Table
 
 _MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Memory(Options):
+class Memory(Seeded, Timed, command="memory", repeats=3):
     """Measure training steps, implicit and unrolled, at several numbers of evaluations and write results/memory/."""
 
     evaluations: tuple[int, ...] = (10, 30, 100)
@@ -42,29 +39,19 @@ class Memory(Options):
     """Products with the transposed Jacobian in the implicit backward pass."""
     gain: float = 5.0
     """What initial weight matrices are multiplied with, so that no sample comes to rest within the evaluations."""
-    seed: int = 0
-    """Of weights, injection and loss."""
-    repeats: int = 3
-    """Interleaved timing repeats."""
     resident: bool = True
     """Measure resident sizes too, each in a process of its own."""
-    results: Path = Path("results/memory")
-    """Where rows, figures and the report go; those of other settings than these to a trial- folder in it."""
-    runs: Path = Path("runs/memory")
-    """Where finished readings are kept, to go on from."""
 
 
 def run(config: Memory) -> None:
     """The whole job. Interrupted, it goes on with the next cell."""
-    began, rows = time.perf_counter(), []
-    job = Run("memory", config)
+    job, rows = Run(config), []
     shapes = {"conv": (config.channels, config.side), "causal": (config.width, config.tokens)}
     count = len(shapes) * (len(steps.WAYS) * len(config.evaluations) * (1 + config.resident) + 1)
     with ticks("measuring", count, show=config.progress) as done:
         for cell, (channels, extent) in shapes.items():
             rows += job.unit(cell, partial(_measured, config, cell, channels, extent, done))
-    folder = job.publish(rows, seconds=round(time.perf_counter() - began))
-    Console().print(Markdown(write(folder).read_text()))
+    job.finish(rows, write)
 
 
 def _measured(config: Memory, cell: str, channels: int, extent: int, done: Callable[..., None]) -> Iterator[Row]:

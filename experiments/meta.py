@@ -16,8 +16,9 @@ from rich.markdown import Markdown
 
 from experiments.bench import measure, problems, report, runner, solvers
 from experiments.bench.measure import Rules, stamp_of
+from experiments.bench.options import Compared, OnDevice, OnFamily, Options, Seeded, Timed, Unrolled
 from experiments.bench.problems import Family
-from experiments.bench.runner import Options, Row, at_least_one, known, read_rows, row_files, write_rows
+from experiments.bench.runner import Row, at_least_one, known, read_rows, row_files, write_rows
 from experiments.bench.statistics import Field
 from experiments.bench.tables import Table, by_name, middle
 from experiments.configs.recipes import HELD, OWN, RECIPES, TEXT, Recipe
@@ -40,15 +41,11 @@ BUDGETS = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40)
 
 
 @dataclass(frozen=True)
-class Meta(Options):
+class Meta(Seeded, Unrolled, Compared, Timed, OnFamily, OnDevice, command="meta"):
     """Meta-train a solver on a family, compare it with the tuned classical ones on held-out problems, write the report."""
 
-    family: str = "conv-fashion"
-    """A family of metabroyden.zoo.models.FAMILIES."""
     solver: str = "meta-broyden"
     """A learned solver, or "classical" for the rows of the classical ones."""
-    seed: int = 0
-    """Seed of the solver's weights and of the batches."""
     steps: int | None = None
     """Outer steps, instead of the recipe's."""
     patience: int | None = None
@@ -61,22 +58,6 @@ class Meta(Options):
     """What is minimised, instead of the recipe's: a name of metabroyden.meta.objectives.OBJECTIVES."""
     conditioning: str = "input"
     """What the solver knows of x: its injection ("input") or the first evaluation ("initial_value")."""
-    budget: int = 60
-    """Evaluations each sample may cost in the comparison."""
-    samples: int = 256
-    """Held-out problems used."""
-    repeats: int = 5
-    """Interleaved timing repeats."""
-    backend: str = "higher"
-    """Unroll by "higher", or by plain autograd ("native"): the same gradients."""
-    models: Path = Path("results/models")
-    """Where the frozen models are."""
-    device: str = "auto"
-    """Where to train and measure: auto (a GPU where there is one), cpu, cuda, cuda:N."""
-    results: Path = Path("results/meta")
-    """Where results go; those of a run with other settings than these to a trial- folder in it, with a report of its own."""
-    runs: Path = Path("runs/meta")
-    """Where unfinished work is kept, to go on from."""
 
 
 def run(config: Meta) -> None:

@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.markdown import Markdown
 
 from experiments.bench import figures, report
+from experiments.bench.options import OnFamily, Seeded
 from experiments.bench.problems import Family
-from experiments.bench.runner import Options, Row, Run, read_rows
+from experiments.bench.runner import Row, Run, read_rows
 from experiments.bench.tables import Table
 from metabroyden import load_solver, save_solver
 from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet, unroll
@@ -33,11 +32,9 @@ SMALL: dict[str, Any] = {"hidden": 8, "initializer_width": 0, "safeguard": None}
 
 
 @dataclass(frozen=True)
-class Pes(Options):
+class Pes(Seeded, OnFamily, command="pes", family="conv-digits", results=Path("results/meta/pes")):
     """From one solver trained on short unrolls, go on over long ones in three ways at equal CPU time."""
 
-    family: str = "conv-digits"
-    """A family of metabroyden.zoo.models.FAMILIES, of images."""
     solver: str = "grouped"
     """A learned solver; small and without a safeguard, so that what it does late is its own."""
     unroll: int = 10
@@ -56,23 +53,15 @@ class Pes(Options):
     """Of all ways."""
     batch: int = 16
     """Problems a step."""
-    seed: int = 0
-    """Of weights and draws."""
     lengths: tuple[int, ...] = (5, 10, 20, 40, 60, 90, 120)
     """Unrolls whose gradients are measured at the beginning."""
-    models: Path = Path("results/models")
-    """Where the frozen models are."""
-    results: Path = Path("results/meta/pes")
-    """Where rows, the figure and the report go; of a run with other settings than these to a trial- folder in it."""
-    runs: Path = Path("runs/pes")
-    """Where the rows of finished ways are kept, to go on from."""
 
 
 def run(config: Pes) -> None:
     """The whole job. Interrupted, it goes on with the next way."""
     family = Family(config.family, config.models)
     tasks = family_tasks(family.model(), family.criterion)
-    job = Run("pes", config, free=("models",), inputs=(family.path,))
+    job = Run(config, free=("models",), inputs=(family.path,))
     total, begin = config.unroll * config.segments, job.work / "short.safetensors"
     common = MetaConfig(
         steps=1_000_000, unroll=config.unroll, batch=config.batch, learning_rate=config.learning_rate, seed=config.seed,
@@ -96,8 +85,7 @@ def run(config: Pes) -> None:
     rows = job.unit("short", short)
     for way in WAYS:
         rows += job.unit(way, lambda: _trained(way, settings[way], load_solver(begin), tasks, config))  # noqa: B023
-    folder = job.publish(rows)
-    Console().print(Markdown(write(folder).read_text()))
+    job.finish(rows, write)
 
 
 def _trained(way: str, meta: MetaConfig, solver: Any, tasks: TaskSet, config: Pes) -> Iterator[Row]:

@@ -1,44 +1,13 @@
-"""The experiments by name: (config type, run)."""
+"""The experiments by name: `run` of the module of that name, whose config's type is the command line."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
-from experiments import (
-    alternate,
-    digits,
-    drop_in,
-    fit,
-    generalise,
-    gradients,
-    lost,
-    memory,
-    meta,
-    models,
-    pes,
-    race,
-    solvers,
-    specialise,
-    throughput,
-    tune_hyper,
-)
-
-EXPERIMENTS: dict[str, tuple[type, Callable[[Any], None]]] = {
-    "digits": (digits.Digits, digits.run),
-    "solvers": (solvers.Solvers, solvers.run),
-    "gradients": (gradients.Gradients, gradients.run),
-    "memory": (memory.Memory, memory.run),
-    "drop-in": (drop_in.DropIn, drop_in.run),
-    "alternate": (alternate.Alternate, alternate.run),
-    "models": (models.Models, models.run),
-    "meta": (meta.Meta, meta.run),
-    "fit": (fit.Fit, fit.run),
-    "tune-hyper": (tune_hyper.TuneHyper, tune_hyper.run),
-    "pes": (pes.Pes, pes.run),
-    "generalise": (generalise.Generalise, generalise.run),
-    "race": (race.Race, race.run),
-    "lost": (lost.Lost, lost.run),
-    "specialise": (specialise.Specialise, specialise.run),
-    "throughput": (throughput.Throughput, throughput.run),
+_NAMES = ("digits", "solvers", "gradients", "memory", "drop_in", "alternate", "models", "meta", "fit", "tune_hyper", "pes",
+          "generalise", "race", "lost", "specialise", "throughput")  # fmt: skip
+EXPERIMENTS: dict[str, Callable[[Any], None]] = {
+    name.replace("_", "-"): importlib.import_module(f"experiments.{name}").run for name in _NAMES
 }

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from rich.console import Console
-from rich.markdown import Markdown
 
 from experiments.bench import measure, report, runner, solvers
 from experiments.bench.figures import axes, bars, save
 from experiments.bench.measure import Rules
+from experiments.bench.options import Compared, OnFamily, Seeded
 from experiments.bench.problems import Family, HeldOut
-from experiments.bench.runner import Options, Row, read_rows, row_files
+from experiments.bench.runner import Row, read_rows, row_files
 from experiments.bench.statistics import Field
 from experiments.generalise import BROYDEN, TOLERANCE, over_broyden, ratio_table
 from metabroyden import Broyden, load_solver, save_solver
@@ -30,11 +29,9 @@ _HELD = 64  # validation contexts made beforehand with a text's training ones
 
 
 @dataclass(frozen=True)
-class Specialise(Options):
+class Specialise(Seeded, Compared, OnFamily, command="specialise"):
     """Adapt a solver to a family's DEQ in a few outer steps; evaluations to 1e-2 on its test contexts before and after."""
 
-    family: str = "conv-fashion"
-    """A family of metabroyden.zoo.models.FAMILIES."""
     start: str = "universal"
     """What is adapted: a shipped solver's name or the path of a learned solver that fits the family."""
     steps: int = 20
@@ -51,18 +48,6 @@ class Specialise(Options):
     """Inner channels of the preconditioner that a universal solver is given."""
     initializer_width: int = 64
     """Width of the initializer that it is given."""
-    budget: int = 60
-    """Evaluations each sample may cost in the comparison."""
-    samples: int = 256
-    """Held-out problems used."""
-    seed: int = 0
-    """Seed of the new parts and of the batches."""
-    models: Path = Path("results/models")
-    """Where the frozen models are."""
-    results: Path = Path("results/specialise")
-    """Where results go, a folder a family and seed in it; those of other settings to a trial- folder."""
-    runs: Path = Path("runs/specialise")
-    """Where the hash of a run is kept."""
 
 
 def run(config: Specialise) -> None:
@@ -85,12 +70,12 @@ def run(config: Specialise) -> None:
         tasks = tasks.prepared(pool, torch.Generator().manual_seed(config.seed), _HELD)
     with progress_bar(f"{config.family}, adapting", config.steps, show=config.progress) as bar:
         adapted = specialise(start, tasks, settings, progress=bar)
-    job = runner.Run("specialise", config, free=FREE, shared=(), always=f"--family {config.family}")
+    job = runner.Run(config, free=FREE, shared=(), always=f"--family {config.family}")
     folder = job.folder / config.family / f"seed{config.seed}"
     more = {"model_sha256": runner.sha256(family.path), "parameters": sum(p.numel() for p in adapted.parameters())}
     runner.publish(folder, _measured(config, family, start, adapted), job.described(**more))
     save_solver(adapted, folder / "solver.safetensors")
-    Console().print(Markdown(write(job.folder).read_text()))
+    runner.show(write(job.folder))
 
 
 def _as_vector(model: Any) -> bool:

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.markdown import Markdown
 
 from experiments.bench import measure, report, runner, solvers
 from experiments.bench.measure import Rules
-from experiments.bench.runner import Options, Row, at_least_one, known, read_rows, row_files, write_rows
+from experiments.bench.options import Compared, OnFamily, Seeded, Unrolled
+from experiments.bench.runner import Row, at_least_one, known, read_rows, row_files, write_rows
 from experiments.bench.statistics import Outcome
 from experiments.bench.tables import Table
 from experiments.configs.recipes import RECIPES, Recipe
@@ -61,30 +61,13 @@ VARIANTS: dict[str, Variant] = dict(_variants())
 
 
 @dataclass(frozen=True)
-class TuneHyper(Options):
+class TuneHyper(Seeded, Unrolled, Compared, OnFamily, command="tune-hyper", results=Path("results/meta")):
     """Try HyperAnderson's configurations on the validation problems of a family; the test split is not read."""
 
-    family: str = "conv-fashion"
-    """A family of metabroyden.zoo.models.FAMILIES."""
     steps: int = 600
     """Outer steps of 10 solver iterations each; longer unrolls get as many iterations in fewer steps."""
     only: tuple[str, ...] = ()
     """Names of the configurations to try; all where none is given."""
-    seed: int = 0
-    """Seed of the solver's weights and of the batches."""
-    budget: int = 60
-    """Evaluations each sample may cost."""
-    samples: int = 256
-    """Validation problems used."""
-    backend: str = "higher"
-    """Unroll by "higher", or by plain autograd ("native"): the same gradients."""
-    models: Path = Path("results/models")
-    """Where the frozen models are."""
-    results: Path = Path("results/meta")
-    """Where hyper-anderson-tuning.md goes, over all families tried, and the rows, to hyper-anderson-tuning/ in it; those of
-    a run with other settings than these to a trial- folder in it."""
-    runs: Path = Path("runs/tune-hyper")
-    """Where unfinished work is kept, to go on from."""
 
 
 def run(config: TuneHyper) -> None:
@@ -93,14 +76,14 @@ def run(config: TuneHyper) -> None:
     at_least_one(config, "steps")
     if config.overwrite:
         shutil.rmtree(config.runs / config.family, ignore_errors=True)
-    job = runner.Run("tune-hyper", config, free=FREE, always=f"--family {config.family}")
+    job = runner.Run(config, free=FREE, always=f"--family {config.family}")
     folder, rows = job.folder / "hyper-anderson-tuning" / config.family, []
     for number, name in enumerate(config.only or VARIANTS, 1):
         rows += _rows(config, name)
         runner.publish(folder, rows, job.described())
         path = write(job.folder)
         Console().print(f"{config.family}: {number} of {len(config.only or VARIANTS)} configurations: {name}")
-    Console().print(Markdown(path.read_text()))
+    runner.show(path)
 
 
 def _rows(config: TuneHyper, name: str) -> list[Row]:

@@ -1,4 +1,4 @@
-"""What every experiment shares: options, folders, rows that are kept as they are made, and what is written beside them.
+"""What every experiment shares: folders, rows that are kept as they are made, and what is written beside them.
 
 A *row* is a JSON object of one measurement. A *unit* is a piece of an experiment whose rows are made in one go and kept in
 the folder of unfinished work, so that an interrupted experiment goes on with the next unit.
@@ -15,15 +15,19 @@ import platform
 import shlex
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.markdown import Markdown
 
+from experiments.bench.options import Options
 from metabroyden.meta.progress import progress_bar
 from metabroyden.storage import atomic_write
 
@@ -33,26 +37,11 @@ _PACKAGES = ("metabroyden", "torch", "higher", "numpy", "scikit-learn", "torchde
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-@dataclass(frozen=True)
-class Options:
-    """Options of every experiment."""
-
-    results: Path = Path("results")
-    """Where results go; those of a run with other settings than the usual ones to a trial- folder in it."""
-    runs: Path = Path("runs")
-    """Where unfinished work is kept, to go on from."""
-    overwrite: bool = False
-    """Throw away unfinished and finished work of this configuration and start anew."""
-    progress: bool = True
-    """Show progress bars."""
-
-
 class Run:
     """One run of an experiment.
 
     Args:
-        name: of the experiment.
-        config: its options.
+        config: the options of an experiment.
         free: options that change no figure beside those of `Options`; any other one that is not the usual one makes the
             run a trial, which replaces no published figure.
         shared: options that finished units do not depend on; default: the free ones.
@@ -68,11 +57,12 @@ class Run:
     """
 
     def __init__(
-        self, name: str, config: Any, *, free: Sequence[str] = (), shared: Sequence[str] | None = None,
+        self, config: Any, *, free: Sequence[str] = (), shared: Sequence[str] | None = None,
         inputs: Iterable[Any] = (), always: str = "",
     ) -> None:  # fmt: skip
         places = tuple(item.name for item in fields(Options))
-        self.name, self.config, self.always = name, config, always
+        self.config, self.always = config, always
+        self._began = time.perf_counter()
         self.free = (*free, *places)
         usual = {item.name: item.default for item in fields(config)}
         kept = {key: usual[key] for key in (*(free if shared is None else shared), *places) if key in usual}
@@ -92,13 +82,24 @@ class Run:
 
     def described(self, **more: Any) -> Row:
         """How the rows were made: command, options, versions, machine, commit."""
-        command = command_line(" ".join([self.name, self.always]).strip(), self.config, self.free)
+        command = command_line(" ".join([self.config.command, self.always]).strip(), self.config, self.free)
         began = json.loads((self.work / "began.json").read_text())
-        return {"command": command, "config": plain(self.config), "began": began, "provenance": provenance(), **more}
+        seconds = round(time.perf_counter() - self._began)
+        return {"command": command, "config": plain(self.config), "began": began, "provenance": provenance(),
+                "seconds": seconds, **more}  # fmt: skip
 
     def publish(self, rows: Iterable[Row], **more: Any) -> Path:
         """Write rows.jsonl.gz and config.json into the folder of the results."""
         return publish(self.folder, rows, self.described(**more))
+
+    def finish(self, rows: Iterable[Row], write: Callable[[Path], Path], **more: Any) -> None:
+        """Publish the rows, and print the report that write(folder) makes of them."""
+        show(write(self.publish(rows, **more)))
+
+
+def show(path: Path) -> None:
+    """Print a report in the terminal."""
+    Console().print(Markdown(path.read_text()))
 
 
 def publish(folder: Path, rows: Iterable[Row], described: Row) -> Path:

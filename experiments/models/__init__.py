@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from experiments.bench import measure, problems, solvers
-from experiments.bench.runner import Options, Row, config_hash, plain, provenance, publish, read_rows, ticks
+from experiments.bench.options import Compared, OnDevice, Seeded, Timed
+from experiments.bench.runner import Row, config_hash, plain, provenance, publish, read_rows, ticks
 from experiments.models import report, rows, texts
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.meta.progress import progress_bar
@@ -33,29 +34,15 @@ DEQ, REGULARISED = "DEQ", "DEQ, Jacobian penalty"
 
 
 @dataclass(frozen=True)
-class Models(Options):
+class Models(Seeded, Compared, Timed, OnDevice, command="models"):
     """Train a family's DEQ and its twins, measure them, and write results/models/FAMILY/ and the report over all."""
 
     family: str = "all"
     """A family of metabroyden.zoo.models.FAMILIES, or "all", one after another."""
     preset: str = "cpu"
     """"cpu", at most half an hour a model on two cores, or "gpu", larger."""
-    seed: int = 0
-    """Seed of weights, batches and augmentation; the data splits are always the same."""
     epochs: int | None = None
     """Epochs of every training, instead of the family's own; pretraining is shortened alike."""
-    budget: int = 60
-    """Evaluations each sample may cost where solvers are compared."""
-    samples: int = 256
-    """Held-out samples on which equilibria are examined; the score is that of the whole test split."""
-    repeats: int = 5
-    """Interleaved repeats of the timed training steps."""
-    device: str = "auto"
-    """Where to train: "cpu", "cuda", or "auto", a GPU where there is one."""
-    results: Path = Path("results/models")
-    """Where results go."""
-    runs: Path = Path("runs/models")
-    """Where unfinished work is kept, to go on from."""
 
 
 def run(config: Models) -> None:

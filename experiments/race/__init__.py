@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
-from experiments.bench.runner import Options, Run, at_least_one, digest, known, read_rows, threads
+from experiments.bench.options import Budgeted, OnDevice, OnModels
+from experiments.bench.runner import Run, at_least_one, digest, known, read_rows, show, threads
 from experiments.bench.statistics import Field
 from experiments.race import ablation, hyper_deq, report, schema
 from experiments.race.units import Setting, Unit, beyond, cells, family
@@ -22,7 +23,7 @@ FREE = ("models", "meta", "device", "compare")
 
 
 @dataclass(frozen=True)
-class Race(Options):
+class Race(Budgeted, OnModels, OnDevice, command="race"):
     """Race all solvers on all families and write results/race/. Interrupted, it goes on with the next family."""
 
     families: tuple[str, ...] = tuple(FAMILIES)
@@ -34,25 +35,14 @@ class Race(Options):
     """Held-out images of a family, in blocks of half as many."""
     segments: int = 128
     """Held-out segments of a text, in four blocks."""
-    budget: int = 60
-    """Evaluations each sample may cost."""
     threads: int = 1
     """Of the CPU."""
     rounds: int = 3
     """Timed rounds of a block, to 1e-2 and 1e-3."""
-    models: Path = Path("results/models")
-    """Where the frozen models are."""
     meta: Path = Path("results/meta")
     """Where the trained solvers are."""
-    device: str = "auto"
-    """Where to run: auto (a GPU where there is one), cpu, cuda, cuda:N."""
     compare: tuple[Path, Path] | None = None
     """Two folders of earlier runs: solve nothing, print where they differ, with paired intervals."""
-    results: Path = Path("results/race")
-    """Where results go; those of a run with other settings than these to a trial- folder in it, those of a GPU to gpu/race
-    beside it."""
-    runs: Path = Path("runs/race")
-    """Where unfinished work is kept, to go on from."""
 
 
 def run(config: Race) -> None:
@@ -68,7 +58,7 @@ def run(config: Race) -> None:
     device = distributed.resolve(config.device)
     if device.type != "cpu":
         config = replace(config, results=config.results.with_name("gpu") / config.results.name)
-    job = Run("race", config, free=FREE, shared=(*FREE, "families", "cells"), inputs=[device.type])
+    job = Run(config, free=FREE, shared=(*FREE, "families", "cells"), inputs=[device.type])
     setting = Setting(config, device, digest(job.work.name))
     with threads(config.threads):
         paths = [(unit.name, _rows(unit, job.work / unit.key)) for unit in pieces(setting)]
@@ -79,7 +69,7 @@ def run(config: Race) -> None:
         (job.folder / "rows" / f"{name}.jsonl").unlink(missing_ok=True)
     atomic_write(job.folder / "config.json", json.dumps(described, indent=2) + "\n")
     atomic_write(job.folder / "schema.json", schema.PATH.read_text())
-    Console().print(Markdown(report.write(job.folder).read_text()))
+    show(report.write(job.folder))
 
 
 def pieces(setting: Setting) -> list[Unit]:

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markdown import Markdown
-
+from experiments.bench.options import Budgeted, Timed
 from experiments.bench.peers import ScipySolver, TorchDEQSolver, XitorchSolver, available
-from experiments.bench.runner import Options, Row, Run, ticks
+from experiments.bench.runner import Row, Run, ticks
 from experiments.solvers import report, rows
 from metabroyden import Anderson, Broyden, Newton, Picard
 from metabroyden.zoo.testbed import PROBLEMS, KnownProblem
@@ -20,13 +17,9 @@ from metabroyden.zoo.testbed.cells import blas, conv
 
 
 @dataclass(frozen=True)
-class Solvers(Options):
+class Solvers(Budgeted, Timed, command="solvers", budget=61, repeats=7):
     """Race the classical solvers against the published libraries' and write results/solvers/."""
 
-    repeats: int = 7
-    """Interleaved timing repeats."""
-    budget: int = 61
-    """Evaluations each sample may cost in the race."""
     batch: int = 64
     """Samples in a batch of the dense cells; the convolutional ones have half as many."""
     seeds: int = 4
@@ -35,25 +28,20 @@ class Solvers(Options):
     """Samples of each registered problem."""
     compiled: bool = True
     """Compile a fixed budget too (a minute or two)."""
-    results: Path = Path("results/solvers")
-    """Where rows, figures and the report go; those of other settings to a trial- folder in it."""
-    runs: Path = Path("runs/solvers")
-    """Where unfinished work is kept, to go on from."""
 
 
 def run(config: Solvers) -> None:
     """The whole job; what it wrote before is replaced at the end."""
     if not available("torchdeq"):
         raise SystemExit("python -m experiments solvers needs torchdeq: pip install torchdeq==0.1.0")
-    job = Run("solvers", config)
+    job = Run(config)
     found: list[Row] = []
     jobs = _jobs(config)
     with ticks("racing", len(jobs), show=config.progress) as done:
         for number, (words, make) in enumerate(jobs):
             found += job.unit(f"{number}-{words}", make)
             done(words)
-    folder = job.publish(found)
-    Console().print(Markdown(report.write(folder).read_text()))
+    job.finish(found, report.write)
 
 
 def _jobs(config: Solvers) -> list[tuple[str, Callable[[], list[dict[str, Any]]]]]:

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.markdown import Markdown
 
 import metabroyden as mb
 from experiments.bench import report, runner, solvers
 from experiments.bench.figures import axes, log_ticks, save
+from experiments.bench.options import Budgeted, OnFamily
 from experiments.bench.problems import Family
-from experiments.bench.runner import Options, Row, at_least_one, read_rows, row_files, ticks
+from experiments.bench.runner import Row, at_least_one, read_rows, row_files, ticks
 from experiments.bench.tables import Table
 from experiments.throughput.laps import Throughput as Measurement
 from experiments.throughput.laps import raw_inputs
@@ -26,11 +25,9 @@ _TUNED_ON = 64  # validation problems
 
 
 @dataclass(frozen=True)
-class Throughput(Options):
+class Throughput(Budgeted, OnFamily, command="throughput"):
     """Run a trained DEQ with its trained solver and with tuned classical ones: samples per second and score."""
 
-    family: str = "conv-fashion"
-    """A family of metabroyden.zoo.models.FAMILIES."""
     solver: str = "meta-broyden-seed0"
     """A folder of a trained solver in results/meta/FAMILY, or a shipped solver's name, such as universal."""
     rtol: float = 1e-2
@@ -41,20 +38,12 @@ class Throughput(Options):
     """Test samples; all of a round's solvers see the same ones, the rounds together all that fill a batch."""
     rounds: int = 8
     """Timed rounds of a batch size; up to four times as many where they are short."""
-    budget: int = 60
-    """Evaluations each sample may cost."""
     threads: int = 1
     """Of the CPU."""
     compiled: bool = False
     """Time compiled solves with a fixed budget, too; compiling takes half a minute a solver and batch size."""
-    models: Path = Path("results/models")
-    """Where the frozen models are."""
     meta: Path = Path("results/meta")
     """Where the trained solvers are."""
-    results: Path = Path("results/throughput")
-    """Where results go, a folder a family in it; those of other settings than these to a trial- folder."""
-    runs: Path = Path("runs/throughput")
-    """Where tuned classical solvers are kept."""
 
 
 def run(config: Throughput) -> None:
@@ -63,9 +52,7 @@ def run(config: Throughput) -> None:
     if min(config.batches, default=0) < 1:
         raise ValueError(f"batches must be of at least 1 sample, got {config.batches}")
     family, learned = Family(config.family, config.models), _learned(config)
-    job = runner.Run(
-        "throughput", config, free=FREE, shared=(), inputs=[family.path], always=f"--family {config.family}"
-    )
+    job = runner.Run(config, free=FREE, shared=(), inputs=[family.path], always=f"--family {config.family}")
     with runner.threads(config.threads):
         inputs = raw_inputs(family.model(), family.criterion, config.samples)
         if max(config.batches) > len(inputs):
@@ -80,7 +67,7 @@ def run(config: Throughput) -> None:
         more = {"metric": family.criterion.metric, "model_sha256": runner.sha256(family.path)}
         described = job.described(**more)
     runner.publish(job.folder / config.family, [{"family": config.family, **row} for row in rows], described)
-    Console().print(Markdown(write(job.folder).read_text()))
+    runner.show(write(job.folder))
 
 
 def _learned(config: Throughput) -> Any:

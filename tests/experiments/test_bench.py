@@ -16,6 +16,7 @@ from experiments.bench import batch, check_page, measure, report, runner, solver
 from experiments.bench.clock import Stopwatch
 from experiments.bench.figures import plt
 from experiments.bench.measure import Rules
+from experiments.bench.options import Options
 from experiments.bench.peers import ScipySolver, TorchDEQSolver, XitorchSolver
 from experiments.bench.problems import HeldOut, double_equilibria, of_known
 from experiments.bench.solvers import contestant
@@ -464,7 +465,7 @@ def test_a_report_holds_its_sections_and_what_a_person_concluded(tmp_path):
 
 
 @dataclass(frozen=True)
-class Counted(runner.Options):
+class Counted(Options, command="count"):
     """Options of an experiment."""
 
     count: int = 3
@@ -476,7 +477,7 @@ def test_a_run_keeps_units_sends_trials_aside_and_starts_anew_where_asked(tmp_pa
     made: list[int] = []
 
     def rows(config, **options):
-        job = runner.Run("count", config, free=("family",), shared=(), **options)
+        job = runner.Run(config, free=("family",), shared=(), **options)
         job.publish(job.unit("one", lambda: made.append(1) or [{"row": "solve", "value": 0.1}]))
         return job
 

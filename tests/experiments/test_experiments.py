@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -110,9 +111,9 @@ def test_solvers_races_and_writes_what_it_promises(tmp_path, capsys, monkeypatch
 def test_help_shows_every_experiment_with_its_options(capsys):
     cli.main(["--help"])
     shown = capsys.readouterr().out
-    for name, (config_type, _) in EXPERIMENTS.items():
+    for name, run in EXPERIMENTS.items():
         assert f"python -m experiments {name}" in shown
-        for option in config_type.__dataclass_fields__:
+        for option in get_type_hints(run)["config"].__dataclass_fields__:
             assert f"--{option.replace('_', '-')}" in shown
 
 
