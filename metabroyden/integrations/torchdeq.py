@@ -9,14 +9,13 @@ from __future__ import annotations
 import itertools
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metabroyden.meta.target import ADAPTERS, ModelMap
+from metabroyden.meta.target import ADAPTERS, ModelMap, frozen, resting, run_until
 from metabroyden.solution import Solution, Status
 from metabroyden.solve import check_options, solve
 from metabroyden.state import Packing
@@ -156,7 +155,7 @@ class FixedPointMap(ModelMap):
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         """f(z, x), shaped like z."""
         f, _ = self._problem(x)
-        with _at_rest(self.model):
+        with resting(self.model), frozen(self.model):
             return f(z)
 
     def initial_state(self, x: Tensor) -> Tensor:
@@ -176,19 +175,10 @@ class FixedPointMap(ModelMap):
         return self._captured[2], self._captured[3]
 
     def _capture(self, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-        attributes = self._deq[0].__dict__  # an entry here hides a module of that name, too
-        usual = {name: attributes[name] for name in ("f_solver",) if name in attributes}
-        attributes["f_solver"] = _leave
-        try:
-            with torch.inference_mode(False), torch.no_grad(), _at_rest(self.model):
-                self.model(x)
-        except _Captured as captured:
-            f, z0, _ = _single(captured.func, captured.x0)
-            return f, z0.detach()
-        finally:
-            del attributes["f_solver"]
-            attributes.update(usual)
-        raise ValueError(f"{type(self.model).__name__} did not call its torchdeq DEQ when run on x in evaluation mode")
+        with frozen(self.model):
+            (func, *rest), options = run_until(self._deq[0], "f_solver", self.model, x, "torchdeq DEQ")
+        f, z0, _ = _single(func, rest[0] if rest else options["x0"])
+        return f, z0.detach()
 
 
 def holds_deq(f: Any) -> bool:
@@ -200,18 +190,6 @@ def holds_deq(f: Any) -> bool:
 
 
 ADAPTERS.append(lambda f: FixedPointMap(f) if holds_deq(f) else None)
-
-
-class _Captured(BaseException):
-    """The way out of a model once its DEQ calls the solver. No Exception: those a model may catch."""
-
-    def __init__(self, func: Callable[[Any], Any], x0: Any) -> None:
-        super().__init__()
-        self.func, self.x0 = func, x0
-
-
-def _leave(func: Callable[[Any], Any], x0: Any, *_: Any, **__: Any) -> None:
-    raise _Captured(func, x0)
 
 
 def _library() -> Any:
@@ -288,21 +266,3 @@ def _statistics(solution: Solution, lost: Tensor) -> Any:
         converged=solution.converged & ~lost,
         status=torch.where(lost, int(Status.NON_FINITE), status),
     )
-
-
-@contextmanager
-def _at_rest(model: nn.Module) -> Iterator[None]:
-    """While it lasts the model is in evaluation mode and its parameters ask for no gradients."""
-    training = [module for module in model.modules() if module.training]
-    wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for module in training:
-        module.training = False
-    for parameter in wanting:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-        for parameter in wanting:
-            parameter.requires_grad_(True)

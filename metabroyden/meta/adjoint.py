@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -92,75 +91,53 @@ def fit_adjoint(
     target = target_of(cell)
     check_contexts(x_train)
     f: Any = target.f
-    whole = target.whole or module_of(f)
-    with nullcontext() if whole is None else resting(whole):
+    config = MetaConfig(steps=steps, unroll=unroll, seed=seed, validation_rtol=rtol, backend="native")
+    with resting(target.whole or module_of(f)):
         if target.encode is not None:
             x_train = target.encode(x_train)
         z0 = initial_state(f, x_train) if target.z0 is None else target.z0(bare(x_train))
-        return _fit(f, z0, x_train, cotangents, layout, rtol, steps, unroll, seed, progress, options)
-
-
-def _fit(
-    cell: Any,
-    z0: Any,
-    x_train: Any,
-    cotangents: Tensor | None,
-    layout: str | None,
-    rtol: float,
-    steps: int,
-    unroll: int,
-    seed: int,
-    progress: bool,
-    options: dict[str, Any],
-) -> AdjointLSTM:
-    check_start(z0)
-    if not isinstance(z0, Tensor):
-        raise ValueError("fit_adjoint takes states of one tensor")
-    star = solve(cell, z0, x_train, solver=Broyden(memory=60), rtol=1e-4, max_nfe=100, throw=False).z
-    assert isinstance(star, Tensor)
-    if cotangents is not None and not isinstance(cotangents, Tensor):
-        raise TypeError(f"cotangents must be a tensor, got {type(cotangents).__name__}")
-    if cotangents is None:
-        noise = torch.randn(
-            star.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu"
+        check_start(z0)
+        if not isinstance(z0, Tensor):
+            raise ValueError("fit_adjoint takes states of one tensor")
+        star: Any = solve(f, z0, x_train, solver=Broyden(memory=60), rtol=1e-4, max_nfe=100, throw=False).z
+        v = _cotangents(cotangents, star, seed)
+        shape = tuple(star.shape[1:])
+        where = guess_layout(shape) if layout is None else Layout(layout, shape)
+        learned = make_learned("adjoint", where, seed=seed, **options).to(star)
+        known = {"z": star.flatten(1), "x": x_train, "v": v.flatten(1)}
+        order = torch.randperm(len(star), generator=torch.Generator().manual_seed(seed), device="cpu").unsqueeze(1)
+        held = max(1, min(256, len(star) // 5))
+        system = AdjointMap(f, shape)
+        tasks = TaskSet(
+            system,
+            order[held:],
+            order[:held],
+            encode=lambda rows: gather(known, rows.squeeze(1).to(star.device)),
+            z0=lambda context: context["v"],
         )
-        cotangents = noise.to(star)
-    if cotangents.shape != star.shape:
-        raise ValueError(
-            f"cotangents must be shaped like the states, {tuple(star.shape)}, got {tuple(cotangents.shape)}"
-        )
-    if cotangents.dtype != star.dtype or not bool(cotangents.isfinite().all()):
-        raise ValueError(f"cotangents must be finite and {star.dtype} like the states, got {cotangents.dtype}")
-    shape = tuple(star.shape[1:])
-    where = guess_layout(shape) if layout is None else Layout(layout, shape)
-    learned = make_learned("adjoint", where, seed=seed, **options).to(star)
-    known = {"z": star.flatten(1), "x": x_train, "v": cotangents.flatten(1)}
-    order = torch.randperm(len(star), generator=torch.Generator().manual_seed(seed), device="cpu").unsqueeze(1)
-    held = max(1, min(256, len(star) // 5))
-    system = AdjointMap(cell, shape)
-    tasks = TaskSet(
-        system,
-        order[held:],
-        order[:held],
-        encode=lambda rows: gather(known, rows.squeeze(1).to(star.device)),
-        z0=lambda context: context["v"],
-    )
-    config = MetaConfig(steps=steps, unroll=unroll, seed=seed, validation_rtol=rtol, backend="native")
-    with progress_bar("meta-training the adjoint", steps, show=progress) as report:
-        MetaTrainer(learned, tasks, config).run(report)
-    learned.fingerprint = fingerprint(cell.model if isinstance(cell, ModelMap) else cell)
-    learned.summary["held_out"] = _held_out(learned, tasks, config)
+        with progress_bar("meta-training the adjoint", steps, show=progress) as report:
+            MetaTrainer(learned, tasks, config).run(report)
+        learned.fingerprint = fingerprint(f.model if isinstance(f, ModelMap) else f)
+        learned.summary["held_out"] = {
+            "rtol": rtol,
+            "max_nfe": config.validation_nfe,
+            "mean_evaluations": mean_evaluations(learned, tasks, rtol=rtol),
+            "mean_evaluations_broyden": mean_evaluations(Broyden(memory=60), tasks, rtol=rtol),
+            "samples": held,
+        }
     system.forget()
     return learned
 
 
-def _held_out(learned: Any, tasks: TaskSet, config: MetaConfig) -> dict[str, Any]:
-    """What a fitted solver gained over Broyden on the validation problems."""
-    rtol = config.validation_rtol
-    return {
-        "rtol": rtol,
-        "max_nfe": config.validation_nfe,
-        "mean_evaluations": mean_evaluations(learned, tasks, rtol=rtol),
-        "mean_evaluations_broyden": mean_evaluations(Broyden(memory=60), tasks, rtol=rtol),
-        "samples": len(tasks.split("validation")),
-    }
+def _cotangents(given: Any, star: Tensor, seed: int) -> Tensor:
+    """The cotangents given, checked, or standard normal ones."""
+    if given is None:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(star.shape, generator=generator, dtype=torch.float64, device="cpu").to(star)
+    if not isinstance(given, Tensor):
+        raise TypeError(f"cotangents must be a tensor, got {type(given).__name__}")
+    if given.shape != star.shape:
+        raise ValueError(f"cotangents must be shaped like the states, {tuple(star.shape)}, got {tuple(given.shape)}")
+    if given.dtype != star.dtype or not bool(given.isfinite().all()):
+        raise ValueError(f"cotangents must be finite and {star.dtype} like the states, got {given.dtype}")
+    return given

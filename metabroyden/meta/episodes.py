@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from metabroyden.meta.config import MetaConfig, choice, flag, positive
 from metabroyden.meta.config import count as count_field
-from metabroyden.meta.estimators import frozen
 from metabroyden.meta.inner import UPDATES, InnerUpdate, Weights
+from metabroyden.meta.target import frozen
 from metabroyden.meta.tasks import TaskSet, count, rows
 from metabroyden.meta.trainer import Trainer
 from metabroyden.meta.unroll import unroll
@@ -118,12 +118,7 @@ class EpisodeTrainer(Trainer):
     config: EpisodeConfig
 
     def __init__(
-        self,
-        solver: nn.Module,
-        episodes: EpisodeSet,
-        config: EpisodeConfig,
-        *,
-        checkpoint: str | Path | None = None,
+        self, solver: nn.Module, episodes: EpisodeSet, config: EpisodeConfig, *, checkpoint: str | Path | None = None
     ) -> None:
         solver.requires_grad_(True)
         self.episodes = episodes
@@ -161,38 +156,25 @@ class EpisodeTrainer(Trainer):
 
     def loss(self, episode: Episode, inner: int | None = None) -> Tensor:
         """The loss on D_test after so many inner updates on D_train (default: all of the episode's batches)."""
-        batches = episode.train if inner is None else episode.train[:inner]
-        if self.inner is None:
-            learner = self.learner.clone()
-            for batch in batches:
-                learner.adapt(self.loss_of(learner.module, episode.f, batch))
-            return self.loss_of(learner.module, episode.f, episode.test)
-        weights = self._adapted(episode.f, batches, create_graph=not self.config.first_order)
+        weights = self._adapted(episode.f, episode.train[:inner], create_graph=not self.config.first_order)
         return self._loss_with(weights, episode.f, episode.test)
-
-    def loss_value(self, episode: Episode, inner: int | None = None) -> float:
-        """`loss` as a number."""
-        with frozen(episode.f), torch.enable_grad():
-            return float(self.loss(episode, inner).detach())
 
     def adapted(self, f: Any, batches: Sequence[tuple[Any, Any]]) -> Any:
         """A copy of the solver with its weights adapted to f on these batches (z0, x), in evaluation mode."""
         made = copy.deepcopy(self.solver)
         with frozen(f), torch.enable_grad():
-            if self.inner is None:
-                learner = self.learner.clone()
-                for batch in batches:
-                    learner.adapt(self.loss_of(learner.module, f, batch))
-                weights = dict(learner.module.named_parameters())
-            else:
-                weights = self._adapted(f, batches, create_graph=False)
+            weights = self._adapted(f, batches, create_graph=False)
         with torch.no_grad():
             for name, parameter in made.named_parameters():
                 parameter.copy_(weights[name])
         return made.eval().requires_grad_(False)
 
     def _adapted(self, f: Any, batches: Sequence[tuple[Any, Any]], *, create_graph: bool) -> Weights:
-        assert self.inner is not None
+        if self.inner is None:
+            learner = self.learner.clone()
+            for batch in batches:
+                learner.adapt(self.loss_of(learner.module, f, batch))
+            return dict(learner.module.named_parameters())
         weights: Weights = dict(self.solver.named_parameters())
         memory = self.inner.begin(weights)
         for batch in batches:

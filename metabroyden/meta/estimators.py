@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from metabroyden.learned.fingerprint import module_of
 from metabroyden.meta import distributed
 from metabroyden.meta.config import MetaConfig, Unrolling
+from metabroyden.meta.target import frozen
 from metabroyden.meta.tasks import Source, TaskSet
 from metabroyden.meta.unroll import unroll
 from metabroyden.shared import bare
@@ -289,19 +289,3 @@ def equilibria(f: Any, z0: Any, context: Any, *, rtol: float = 1e-4, max_nfe: in
     """(B, n): where Broyden's method ends, for objectives that need z*; what did not converge is the best it saw."""
     found = solve(f, z0, context, solver=Broyden(memory=max_nfe), rtol=rtol, max_nfe=max_nfe, throw=False)
     return Packing.of(found.z).pack(found.z)
-
-
-class frozen:
-    """While it lasts, the parameters of f (where it is a module) do not require gradients."""
-
-    def __init__(self, f: Any) -> None:
-        module = module_of(f)
-        self.parameters = [] if module is None else [p for p in module.parameters() if p.requires_grad]
-
-    def __enter__(self) -> None:
-        for parameter in self.parameters:
-            parameter.requires_grad_(False)
-
-    def __exit__(self, *_: object) -> None:
-        for parameter in self.parameters:
-            parameter.requires_grad_(True)

@@ -19,7 +19,7 @@ from metabroyden.meta.defaults import state_layout
 from metabroyden.meta.plan import as_solved, measure_classical, plan, room
 from metabroyden.meta.plan import make_learned as make_learned
 from metabroyden.meta.progress import progress_bar
-from metabroyden.meta.target import ModelMap, Target, check_start, target_of
+from metabroyden.meta.target import ModelMap, Target, check_start, resting, target_of
 from metabroyden.meta.tasks import TaskSet, count, rows, sampled
 from metabroyden.meta.trainer import MetaTrainer
 from metabroyden.shared import bare
@@ -124,7 +124,7 @@ def fit_solver(
     MetaConfig(**training, steps=1 if steps is None else steps)  # refuses what cannot be used before anything is solved
     if device is not None:
         x_train = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device), x_train)
-    with target.at_rest():
+    with resting(target.whole):
         tasks = _split(target, x_train, seed)
         z0s, _ = tasks.problems("validation")
         _check_starts(z0s, count(tasks.split("validation")))

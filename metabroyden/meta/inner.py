@@ -37,11 +37,6 @@ def _unit(grads: Weights) -> Weights:
     return {name: grad / size for name, grad in grads.items()}
 
 
-def _opening(probability: float) -> float:
-    """The argument at which a sigmoid has this value."""
-    return math.log(probability / (1 - probability))
-
-
 _OPEN = 9.0  # a forget gate begins at 1 − 1e-4
 
 

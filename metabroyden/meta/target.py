@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -44,10 +44,6 @@ class Target(NamedTuple):
     encode: Callable[[Any], Any] | None = None
     z0: Callable[[Any], State] | None = None
     whole: nn.Module | None = None
-
-    def at_rest(self) -> Any:
-        """A context in which the model is in evaluation mode."""
-        return nullcontext() if self.whole is None else resting(self.whole)
 
 
 def target_of(f: Any) -> Target:
@@ -137,45 +133,66 @@ class Inside:
         return z0 if same and z0 is not None else initial_state(self.deq.cell, context)
 
     def _call(self, inputs: Any) -> tuple[Any, State | None]:
-        attributes = self.deq.__dict__  # where an entry hides a method of that name
-        attributes["_equilibrium"] = opaque(_leave)  # what forward and states, and those of subclasses, come to
-        try:
-            with torch.inference_mode(False), torch.no_grad(), resting(self.model):
-                self.model(bare(inputs))
-        except _Called as called:
-            return called.x, called.z0
+        try:  # what forward and states, and those of subclasses, come to
+            (x, z0, _), _ = run_until(self.deq, "_equilibrium", self.model, bare(inputs), f"DEQ ({self.name})")
         except TypeError as error:
             raise TypeError(
                 f"{type(self.model).__name__} holds a DEQ ({self.name}), so that it is taken for a model and called with x "
                 f"alone: {error}. For a map f(z, x) with a DEQ inside give `lambda z, x: f(z, x)`, for a model of several "
                 "inputs a module that takes them as one"
             ) from error
-        finally:
-            del attributes["_equilibrium"]
-        raise ValueError(
-            f"{type(self.model).__name__} did not call its DEQ ({self.name}) when run on x in evaluation mode"
-        )
+        return x, z0
 
 
 class _Called(BaseException):
-    """The way out of a model once it calls its DEQ. No Exception: those a model may catch."""
-
-    def __init__(self, x: Any, z0: State | None) -> None:
-        super().__init__()
-        self.x, self.z0 = x, z0
+    """The way out of a model. No Exception: those a model may catch."""
 
 
-def _leave(x: Any, z0: State | None, _: Any) -> Any:
-    raise _Called(x, z0)
+def _leave(*arguments: Any, **options: Any) -> Any:
+    raise _Called(arguments, options)
+
+
+def run_until(deq: nn.Module, name: str, model: nn.Module, inputs: Any, known_as: str) -> Any:
+    """(arguments, keywords) of the first call of `deq.name` where the model runs on these inputs, in evaluation mode.
+
+    ValueError where it is not called.
+    """
+    attributes = deq.__dict__  # where an entry hides a method or a module of that name
+    usual = {name: attributes[name]} if name in attributes else {}
+    attributes[name] = opaque(_leave)
+    try:
+        with torch.inference_mode(False), torch.no_grad(), resting(model):
+            model(inputs)
+    except _Called as called:
+        return called.args
+    finally:
+        del attributes[name]
+        attributes.update(usual)
+    raise ValueError(f"{type(model).__name__} did not call its {known_as} when run on x in evaluation mode")
 
 
 @contextmanager
-def resting(module: nn.Module) -> Iterator[None]:
-    """While it lasts the module is in evaluation mode."""
-    busy = [part for part in module.modules() if part.training]
-    module.eval()
+def resting(module: nn.Module | None) -> Iterator[None]:
+    """While it lasts the module, if any, is in evaluation mode."""
+    busy = [] if module is None else [part for part in module.modules() if part.training]
+    if module is not None:
+        module.eval()
     try:
         yield
     finally:
         for part in busy:
             part.training = True
+
+
+@contextmanager
+def frozen(f: Any) -> Iterator[None]:
+    """While it lasts, the parameters of f (where it is a module) do not require gradients."""
+    module = module_of(f)
+    parameters = [] if module is None else [p for p in module.parameters() if p.requires_grad]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)

@@ -18,8 +18,6 @@ from metabroyden.shared import bare, is_shared
 from metabroyden.solution import State
 from metabroyden.state import concatenate, gather
 
-SPLITS = ("train", "validation", "test")
-
 
 def sampled(tree: Any) -> list[Tensor]:
     """The tensors of a pytree of contexts that have a row for each sample: those of which `gather` takes rows."""

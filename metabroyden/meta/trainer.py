@@ -200,11 +200,8 @@ class Trainer:
         """Geometric mean over the validation sets of mean evaluations, as the first process finds it."""
         config, score = self.config, math.nan
         if distributed.rank() == 0:
-            limits: dict[str, Any] = {
-                "limit": config.validation_size,
-                "rtol": config.validation_rtol,
-                "max_nfe": config.validation_nfe,
-            }
+            limit, rtol, max_nfe = config.validation_size, config.validation_rtol, config.validation_nfe
+            limits: dict[str, Any] = {"limit": limit, "rtol": rtol, "max_nfe": max_nfe}
             counts = [mean_evaluations(self.solver, tasks, **limits) for tasks in self.validation]
             score = counts[0] if len(counts) == 1 else math.exp(sum(map(math.log, counts)) / len(counts))
         return distributed.from_first([score])[0]

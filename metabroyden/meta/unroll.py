@@ -12,11 +12,10 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from metabroyden.function import Given, GuardedFunction, part_of
-from metabroyden.meta.modes import Checkpointed, FeatureDetached
 from metabroyden.problem import Problem, seen_context
 from metabroyden.solution import State, relative, residual_norms
 from metabroyden.solve import begin as begin_solve
-from metabroyden.solver import as_solver
+from metabroyden.solver import SolverBase, Step, as_solver
 from metabroyden.state import Packing
 
 BACKENDS = ("higher", "native")
@@ -50,8 +49,8 @@ class Rollout(NamedTuple):
 class UnrolledProblem(Problem):
     """The problem of `unroll`, without counter or no_grad. R rows, n coordinates.
 
-    half: whether f computes under bfloat16 autocast; what it returns comes back in z's dtype. twice: whether evaluations
-    by `measure` keep z alone and are made once more in the backward pass.
+    half: whether f computes under bfloat16 autocast; what it returns comes back in z's dtype. twice: whether what is `run`
+    keeps its inputs alone and is computed once more in the backward pass.
     """
 
     def __init__(
@@ -77,7 +76,11 @@ class UnrolledProblem(Problem):
         if g is not None:
             _, g_norm, f_norm = residual_norms(z, z + g)
             return g, relative(g_norm, f_norm)
-        return checkpoint(self._measure, z, use_reentrant=False) if self._twice else self._measure(z)
+        return self.run(self._measure, z)
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """function(*arguments), an evaluation or a step."""
+        return checkpoint(function, *arguments, use_reentrant=False) if self._twice else function(*arguments)
 
     def _measure(self, z: Tensor) -> tuple[Tensor, Tensor]:
         g, g_norm, f_norm = residual_norms(z, self.evaluate(z))
@@ -155,52 +158,60 @@ def unroll(
             f"{detach_features}, {checkpoint_steps}, {half}"
         )
     problem = UnrolledProblem(f, z0, context, half=half, twice=checkpoint_steps)
-    if detach_features:
-        solver = FeatureDetached(solver)
-    if checkpoint_steps:
-        solver = Checkpointed(solver)
-    return (_unroll_higher if backend == "higher" else _unroll_native)(solver, problem, steps, begin)
+    run = _unroll_higher if backend == "higher" else _unroll_native
+    return _rollout(*run(FeatureDetached(solver) if detach_features else solver, problem, steps, begin))
 
 
-class _Recorder:
-    """Collects what a `Rollout` is made of."""
+class FeatureDetached(SolverBase):
+    """A learned solver whose features are constants of its parameters: ∂z⁺/∂z = I, and ∂u/∂(z, g) = 0 for its update u.
 
-    def __init__(self) -> None:
-        self.residuals: list[Tensor] = []
-        self.iterates: list[Tensor] = []
-        self.extra: list[Tensor] = []
-        self.state: Any = None
+    The assumption of Andrychowicz et al. (2016), section 2 (edges from the gradients to the optimizer are dropped, those
+    of its own state are kept): what a parameter does to later residuals is felt along z⁺ = z + u and through the
+    solver's memory, not through what the solver sees of later iterates. Cheaper, and it does not explode with
+    ∂u/∂g; biased. Values are those of the solver.
+    """
 
-    def update(self, z: Tensor, residual: Tensor, state: Any = None) -> None:
-        """An iterate, its relative residual (B,), and the solver's state after the step that led there."""
-        self.residuals.append(residual)
-        self.iterates.append(z)
-        self.state = state
-        extra = getattr(state, "extra", None)
-        if extra is not None:
-            self.extra.append(extra)
+    def __init__(self, solver: SolverBase) -> None:
+        self.solver = solver
 
-    def rollout(self) -> Rollout:
-        """All of it."""
-        return Rollout(torch.stack(self.residuals), tuple(self.iterates), tuple(self.extra), self.state)
+    def start(self, z0: Tensor, problem: Any) -> Tensor | Step:
+        """The solver's."""
+        return self.solver.start(z0, problem)
+
+    def init(self, z: Tensor, g: Tensor, problem: Any) -> Any:
+        """The solver's, at a constant."""
+        return self.solver.init(z.detach(), g.detach(), problem)
+
+    def step(self, z: Tensor, g: Tensor, state: Any, problem: Any) -> Step:
+        """The solver's, at a constant, with the identity towards z."""
+        fixed = z.detach()
+        step = self.solver.step(fixed, g.detach(), state, problem)
+        return step._replace(z=step.z + (z - fixed))
 
 
-def _unroll_native(solver: Any, problem: UnrolledProblem, steps: int, begin: Any) -> Rollout:
-    recorder = _Recorder()
+Trail = list[tuple[Tensor, Tensor, Any]]
+"""Each iterate with its relative residual (B,) and the `extra` of the solver's state after the step that led there."""
+
+
+def _rollout(trail: Trail, state: Any) -> Rollout:
+    iterates, residuals, extra = zip(*trail, strict=True)
+    return Rollout(torch.stack(residuals), iterates, tuple(value for value in extra if value is not None), state)
+
+
+def _unroll_native(solver: SolverBase, problem: UnrolledProblem, steps: int, begin: Any) -> tuple[Trail, Any]:
     z, state, g = _begun(solver, problem, begin)
     g, residual = problem.measure(z, g)
-    recorder.update(z, residual)
+    trail: Trail = [(z, residual, None)]
     if state is None:
         state = solver.init(z, g, problem)
     for _ in range(steps):
-        step = solver.step(z, g, state, problem)
-        z, state = step.z, step.state
-        g, residual = problem.measure(z, step.g)
-        recorder.update(z, residual, state)
-    return recorder.rollout()
+        z, state, g = problem.run(solver.step, z, g, state, problem)
+        g, residual = problem.measure(z, g)
+        trail.append((z, residual, getattr(state, "extra", None)))
+    return trail, state
 
 
-def _begun(solver: Any, problem: UnrolledProblem, carried: Any) -> tuple[Tensor, Any, Tensor | None]:
+def _begun(solver: SolverBase, problem: UnrolledProblem, carried: Any) -> tuple[Tensor, Any, Tensor | None]:
     """(z, state, g) where an unroll begins; state and g are None where the solver, or f, has yet to tell."""
     if carried is not None:
         return carried[0].detach(), carried[1], None
@@ -224,32 +235,26 @@ class _Carrier(torch.optim.SGD):
     """Names our differentiable optimizer to `higher`; never steps itself."""
 
 
-def _unroll_higher(solver: Any, problem: UnrolledProblem, steps: int, begin: Any) -> Rollout:
+def _unroll_higher(solver: SolverBase, problem: UnrolledProblem, steps: int, begin: Any) -> tuple[Trail, Any]:
     import higher
 
     _register_with_higher()
-    recorder = _Recorder()
     module = _Iterate(problem.z0.detach().clone())
     with higher.innerloop_ctx(module, _Carrier(module.parameters(), lr=1.0), copy_initial_weights=False) as (net, opt):
         z, state, g = _begun(solver, problem, begin)
         net.update_params([z.requires_grad_()])
         z, g, residual = net(problem, g)
-        recorder.update(z, residual)
+        trail: Trail = [(z, residual, None)]
         # The solver is no optimizer setting (those are deep-copied) but an attribute of the inner loop.
         opt.solver, opt.problem = solver, problem
         opt.solver_state = solver.init(z, g, problem) if state is None else state
         for _ in range(steps):
-            live = g
-
-            def negative_residual(_: Any, live: Tensor = live) -> list[Tensor]:
-                return [-live]
-
             # A loss that does not touch f: the optimizer's "gradient" is the live residual, with its graph.
             loss = (z if z.requires_grad else z.detach().requires_grad_()).sum()
-            opt.step(loss, grad_callback=negative_residual)
+            opt.step(loss, grad_callback=lambda _, live=g: [-live])
             z, g, residual = net(problem, opt.known)
-            recorder.update(z, residual, opt.solver_state)
-        return recorder.rollout()
+            trail.append((z, residual, getattr(opt.solver_state, "extra", None)))
+        return trail, opt.solver_state
 
 
 def _register_with_higher() -> None:
@@ -270,8 +275,7 @@ def _register_with_higher() -> None:
 
         def _update(self, grouped_grads: Any, **_: Any) -> None:
             group = self.param_groups[0]
-            step = self.solver.step(group["params"][0], -grouped_grads[0][0], self.solver_state, self.problem)
-            self.solver_state, self.known = step.state, step.g
-            group["params"][0] = step.z
+            arguments = group["params"][0], -grouped_grads[0][0], self.solver_state, self.problem
+            group["params"][0], self.solver_state, self.known = self.problem.run(self.solver.step, *arguments)
 
     higher.register_optim(_Carrier, LearnedUpdate)
