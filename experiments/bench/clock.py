@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -16,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from metabroyden.function import FunctionWrapper, rewrap
 from metabroyden.solution import State
 from metabroyden.solver import Phase
+from metabroyden.solvers.clock import turns
 
+K = TypeVar("K")
 _WORK = ("start", "init", "step", "gather")
 
 
@@ -25,6 +28,20 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def laps(jobs: Mapping[K, Callable[[], Any]], rounds: int) -> dict[K, np.ndarray]:
+    """(rounds, …) readings of jobs that take turns, after a round that warms up.
+
+    A job's reading is the number or the tuple of numbers that it returns; of one that returns anything else, its seconds.
+    """
+    found: dict[K, list[Any]] = {key: [] for key in jobs}
+    for key in turns(list(jobs), rounds + 1):
+        began = time.perf_counter()
+        reading = jobs[key]()
+        seconds = time.perf_counter() - began
+        found[key].append(reading if isinstance(reading, float | tuple) else seconds)
+    return {key: np.array(values[1:]) for key, values in found.items()}
 
 
 class Stopwatch:
@@ -145,3 +162,29 @@ class LiveBytes(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self.now -= self._known.pop(key)
+
+
+def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor] = ()) -> int:
+    """Bytes that autograd saves for the backward pass of forward().
+
+    Every distinct storage counts once; the parameters' do not count, the inputs' do where they are saved. What a
+    checkpoint keeps by other means is not seen.
+
+    Examples:
+        >>> x = torch.ones(10, requires_grad=True)
+        >>> saved_bytes(lambda: (x * x).sum())
+        40
+    """
+    without = {parameter.untyped_storage()._cdata for parameter in parameters}
+    seen: dict[int, torch.UntypedStorage] = {}  # kept, so that no other storage can come to stand at its address
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in without:
+            seen[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = forward()
+    del kept
+    return sum(storage.nbytes() for storage in seen.values())

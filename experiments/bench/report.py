@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import base64
+import functools
 import html
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.bench.runner import Row, read_rows
 from experiments.bench.tables import Table, inline
 from metabroyden.storage import atomic_write
 
 CONCLUSION = "conclusion.md"
 """Kept beside a report and put into it: code states figures, a person draws conclusions."""
 Section = str | Table | Path
+Sections = Callable[[list[Row], Row, Path], list[Section]]
 _PAGE = Path(__file__).with_name("page.html")
 _LINK = r"\[([^]]+)\]\([^)]+\)"
 
@@ -33,6 +36,24 @@ def made_by(described: dict[str, Any], *packages: str) -> str:
 def read_config(folder: Path) -> dict[str, Any]:
     """How the rows of a folder were made: its config.json."""
     return json.loads((folder / "config.json").read_text())
+
+
+def of_rows(title: str, *packages: str) -> Callable[[Sections], Callable[[Path], Path]]:
+    """Turn sections(rows, described, folder) into write(folder), which makes report.md of a folder's rows and config.json.
+
+    The report begins with the command that made the rows, and the versions of torch and of these packages.
+    """
+
+    def decorated(sections: Sections) -> Callable[[Path], Path]:
+        @functools.wraps(sections)
+        def written(folder: Path) -> Path:
+            described = read_config(folder)
+            found = sections(read_rows(folder / "rows.jsonl"), described, folder)
+            return write(folder, title, [made_by(described, *packages), *found])
+
+        return written
+
+    return decorated
 
 
 def write(folder: Path, title: str, sections: Sequence[Section], *, name: str = "report") -> Path:

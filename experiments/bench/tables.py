@@ -5,9 +5,11 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 
 class Table(NamedTuple):
@@ -51,9 +53,37 @@ def pivot(
     return Table(words, [corner, *heads], body)
 
 
+def listed(words: str, items: Iterable[T], columns: Sequence[tuple[str, str | Callable[[T], object]]]) -> Table:
+    """A row an item, which is a row of measurements, a name or whatever; a cell from a format of keys, or a function.
+
+    Examples:
+        >>> rows = [{"solver": "x", "seconds": 0.25}, {"solver": "y", "seconds": 2}]
+        >>> print(listed("", rows, [("solver", "{solver}"), ("time", lambda row: f"{1e3 * row['seconds']:.0f} ms")]))
+        | solver | time |
+        | --- | --- |
+        | x | 250 ms |
+        | y | 2000 ms |
+    """
+
+    def cell(of: str | Callable[[T], object], item: T) -> str:
+        return of.format_map(item) if isinstance(of, str) else str(of(item))  # type: ignore[arg-type]
+
+    return Table(words, [head for head, _ in columns], [[cell(of, item) for _, of in columns] for item in items])
+
+
 def by_name(words: str, names: Iterable[str], columns: Sequence[tuple[str, Callable[[str], object]]]) -> Table:
     """A row a name (a family, a solver, a problem); the cells of a column from its function of the name."""
     return Table(words, [head for head, _ in columns], [[str(cell(name)) for _, cell in columns] for name in names])
+
+
+def chosen(rows: Iterable[dict[str, Any]], kind: str, **wanted: Any) -> list[dict[str, Any]]:
+    """Rows of one kind with these values."""
+    return [row for row in rows if row["row"] == kind and all(row[key] == value for key, value in wanted.items())]
+
+
+def mean(rows: Sequence[dict[str, Any]], key: str) -> float:
+    """Of one number of every row."""
+    return float(np.mean([row[key] for row in rows]))
 
 
 def markdown(head: Sequence[object], body: Iterable[Sequence[object]]) -> str:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from experiments import memory
-from experiments.bench.clock import LiveBytes
-from experiments.bench.runner import read_rows, write_rows
-from experiments.steps import Training, byte_row, resident_bytes, saved_bytes
+from experiments.bench.clock import LiveBytes, saved_bytes
+from experiments.bench.runner import read_rows
+from experiments.memory import WAYS, Memory, Step, bytes_of, resident_bytes
 
-SMALL = {"batch": 4, "channels": 8, "extent": 16, "backward_nfe": 10}
+TINY = Memory(batch=2, width=4, tokens=6, memory=2, backward=4)
 
 
 def test_saved_bytes_counts_each_storage_once_and_no_parameter():
@@ -58,7 +59,7 @@ def test_live_bytes_sees_the_backward_pass():
 
 def test_nothing_of_a_step_is_left_behind():
     for way in ("implicit", "unrolled", "unrolled, checkpoints"):
-        step = Training("causal", way, 5, 2, 4, 6, memory=2, backward_nfe=4).build()
+        step = Step(TINY, "causal", way, 5)
         step.take()
         with LiveBytes(step.given) as live:
             step.take()
@@ -67,8 +68,10 @@ def test_nothing_of_a_step_is_left_behind():
 
 @pytest.mark.parametrize("cell", ["conv", "causal"])
 def test_implicit_training_needs_the_same_memory_at_any_depth_and_unrolled_training_does_not(cell):
-    def at(way, **options):
-        rows = [byte_row(Training(cell, way, n, **SMALL, **options)) for n in (10, 30)]
+    config = Memory(batch=4, channels=8, side=16, width=8, tokens=16, backward=10)
+
+    def at(way):
+        rows = [bytes_of(Step(config, cell, way, n)) for n in (10, 30)]
         assert [row["spent"] for row in rows] == [10, 30]
         return rows
 
@@ -88,8 +91,8 @@ def test_implicit_training_needs_the_same_memory_at_any_depth_and_unrolled_train
 
 def test_every_way_of_training_gives_the_gradients_of_the_same_equilibrium():
     gradients = {}
-    for way in ("implicit", "implicit, full memory", "unrolled", "unrolled, checkpoints"):
-        step = Training("causal", way, 60, 2, 4, 6, backward_nfe=40, gain=1.0).build()
+    for way in WAYS:
+        step = Step(replace(TINY, memory=6, backward=40, gain=1.0), "causal", way, 60)
         step.forward().backward()
         gradients[way] = torch.cat([tensor.grad.flatten() for tensor in step.given[:-1]])
     for way, gradient in gradients.items():
@@ -97,19 +100,20 @@ def test_every_way_of_training_gives_the_gradients_of_the_same_equilibrium():
 
 
 def test_a_fresh_process_grows_by_more_for_a_deeper_network():
-    few, many = (resident_bytes(Training("conv", "unrolled", n, 16, 16, 16, gain=1.0), returning=True) for n in (2, 20))
+    config = Memory(batch=16, channels=16, gain=1.0)
+    few, many = (resident_bytes(config, "conv", "unrolled", n, returning=True) for n in (2, 20))
     assert many - few >= 0.8 * 18 * 16 * 16 * 16 * 16 * 4  # a state a layer, at the very least
 
 
 def test_unknown_cells_and_ways_are_refused():
     with pytest.raises(ValueError, match="cell must be one of conv, causal"):
-        Training("dense", "implicit", 10)
+        Step(TINY, "dense", "implicit", 10)
     with pytest.raises(ValueError, match="way one of"):
-        Training("conv", "rolled", 10)
+        Step(TINY, "conv", "rolled", 10)
 
 
 def test_the_experiment_writes_what_it_promises(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("experiments.steps.resident_bytes", lambda training, returning=False: 2**20)
+    monkeypatch.setattr(memory, "resident_bytes", lambda *step: 2**20)
     config = memory.Memory(
         evaluations=(10, 20), batch=2, channels=4, side=6, width=4, tokens=8, memory=4, backward=6, repeats=1,
         results=tmp_path / "results", runs=tmp_path / "runs", progress=False,
@@ -129,9 +133,4 @@ def test_the_experiment_writes_what_it_promises(tmp_path, capsys, monkeypatch):
     assert described["provenance"]["versions"]["torch"]
     assert "saved + solver" in capsys.readouterr().out
     assert "nan" not in (trial / "report.md").read_text()
-    before = (trial / "report.md").read_text()
-    write_rows(trial / "rows.jsonl.gz", [row for row in rows if row["row"] != "resident"])
-    memory.write(trial)
-    after = (trial / "report.md").read_text()
-    assert "1 (1)" in before
-    assert "1 (1)" not in after
+    assert "1 (1)" in (trial / "report.md").read_text()
