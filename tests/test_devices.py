@@ -15,7 +15,7 @@ from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet
 from metabroyden.meta.fit import make_learned
 from metabroyden.meta.objectives import DistanceObjective
 from metabroyden.meta.trainer import mean_evaluations
-from tests.meta.test_meta import Cell, contexts
+from tests.helpers import ConvTanh, contexts
 
 GPU = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
@@ -24,7 +24,7 @@ CONFIG = MetaConfig(steps=4, unroll=3, batch=4, validate_every=2, validation_nfe
 
 def setting(device: str):
     """Raw contexts on the host, the model and the solver on the device."""
-    cell = Cell().to(device)
+    cell = ConvTanh().to(device)
     encode, z0 = (lambda raw: 2 * raw.to(device)), torch.zeros_like
     tasks = TaskSet(cell, contexts(30), contexts(8, 1), contexts(8, 2), encode=encode, z0=z0)
     solver = make_learned(
