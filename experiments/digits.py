@@ -2,62 +2,39 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.markdown import Markdown
 
-from experiments.bench import measure
+import metabroyden as mb
+from experiments.bench import batch, figures, measure, problems, report
 from experiments.bench import solvers as known
-from experiments.bench.batch import clock_rows, part_rows
 from experiments.bench.options import Budgeted, Seeded, Timed, Unrolled
-from experiments.bench.peers import available
-from experiments.bench.problems import double_equilibria, held_out
-from experiments.bench.runner import Row, config_hash, plain, provenance, ticks, write_rows
-from experiments.bench.tables import Table
-from experiments.digits_report import (
-    COORDINATEWISE,
-    GROUPED,
-    SHOWN,
-    Results,
-    claims_table,
-    evaluations_table,
-    write_report,
-)
-from metabroyden import Anderson, Broyden, Implicit, load_solver, save_solver
-from metabroyden.learned import LearnedStart
+from experiments.bench.runner import Row, Run, publish, read_rows, show
+from experiments.bench.statistics import Field, Outcome
+from experiments.bench.tables import Table, by_name, pivot
 from metabroyden.learned.fingerprint import fingerprint
-from metabroyden.learned.layout import Layout
-from metabroyden.meta import MetaConfig, MetaTrainer
 from metabroyden.meta.fit import make_learned
 from metabroyden.meta.progress import progress_bar
 from metabroyden.storage import atomic_write
+from metabroyden.zoo import models
 from metabroyden.zoo.data.digits import load_digits
-from metabroyden.zoo.models import (
-    ConvClassifier,
-    ConvClassifierConfig,
-    Images,
-    Training,
-    accuracy,
-    load_model,
-    save_model,
-    train,
-)
 from metabroyden.zoo.models.fit import by_epoch
 from metabroyden.zoo.tasks import family_tasks
 
+LEARNED: dict[str, Row] = {"grouped LSTM": {"hidden": 20, "rank": 32}, "coordinatewise LSTM": {"hidden": 6}}
+"""By their names in the report, the options of the learned solvers."""
+GROUPED, REFERENCE = "grouped LSTM", "Broyden"
+SHOWN = (*LEARNED, "Broyden", "Anderson", "Picard")
+"""In the figure, and in the table of accuracy."""
 TOLERANCES, CLOCKED = (1e-1, 1e-2, 1e-3, 1e-4), (1e-2, 1e-3)
 BUDGETS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 40, 60)
-LEARNED: dict[str, tuple[str, Row]] = {
-    GROUPED: ("grouped", {"hidden": 20, "rank": 32}),
-    COORDINATEWISE: ("coordinatewise", {"hidden": 6}),
-}
-"""By name in the report: kind and options."""
 
 
 @dataclass(frozen=True)
@@ -78,135 +55,193 @@ class Digits(Seeded, Unrolled, Budgeted, Timed, command="digits", repeats=7):
 
 def run(config: Digits) -> None:
     """The whole job. Interrupted, it goes on where it stopped; finished, it only shows its results again."""
-    console, began = Console(), time.perf_counter()
-    identity = replace(config, results=Path(), runs=Path(), overwrite=False, progress=True)
-    work = config.runs / f"seed{config.seed}-{config_hash(identity)}"
-    if config.overwrite:
-        shutil.rmtree(work, ignore_errors=True)
-    model = _trained_model(config, work / "model.safetensors")
-    console.print(f"DEQ trained: {work / 'model.safetensors'}")
-    learned = {name: _meta_trained(config, name, model, work) for name in LEARNED}
-    if not (work / "rows.jsonl.gz").exists():
-        rows, notes = _compared(config, model, learned)
-        atomic_write(work / "evaluation.json", json.dumps({**notes, "provenance": provenance()}, indent=2))
-        write_rows(work / "rows.jsonl.gz", rows)
-    _publish(config, work)
-    _show(config, console)
-    console.print(f"This sitting took {time.perf_counter() - began:.0f} s.")
+    job = Run(config, free=("seed",), shared=(), always=f"--seed {config.seed}")
+    model = _trained(config, job.work / "model.safetensors")
+    learned = {name: _meta_trained(config, name, model, job.work) for name in LEARNED}
+    rows = job.unit("compared", lambda: _compared(config, model, learned))
+    tuned = {row["solver"]: row["options"] for row in _of(rows, "solve", kind="classical")}
+    folder = publish(job.folder / f"seed{config.seed}", rows, job.described(tuned=tuned))
+    for name in ("model", *map(_kind, LEARNED)):
+        atomic_write(folder / f"{name}.safetensors", (job.work / f"{name}.safetensors").read_bytes())
+    show(write(folder, [folder]))
+    console = Console()
+    console.print(Markdown(f"## The saved solver, reloaded into the reloaded DEQ\n\n{_reloaded(folder)}"))
+    over_all = write(job.folder, sorted(job.folder.glob("seed*/")))
+    console.print(f"Figures and report: {folder / 'report.md'}; over all seeds: {over_all}")
 
 
-def _trained_model(config: Digits, path: Path) -> Any:
-    """a. The DEQ: forward root solve by Anderson, backward by implicit differentiation."""
+def _kind(name: str) -> str:
+    return name.removesuffix(" LSTM")
+
+
+def _trained(config: Digits, path: Path) -> Any:
+    """The DEQ: forward root solve by Anderson, backward by implicit differentiation."""
     if path.exists():
-        return load_model(path)
-    solver, data = Anderson(memory=5), load_digits()
-    backward = Implicit(solver=solver, rtol=1e-2, max_nfe=20)
+        return models.load_model(path)
+    solver, data = mb.Anderson(memory=5), load_digits()
     # most early solves stop at the budget, which is what training wants: gradients need no more
+    backward = mb.Implicit(solver=solver, rtol=1e-2, max_nfe=20)
     options: Row = {"solver": solver, "backward": backward, "rtol": 1e-3, "max_nfe": 40, "warn": False}
-    training = Training(epochs=config.epochs, seed=config.seed)
+    training, kept = models.Training(epochs=config.epochs, seed=config.seed), path.with_suffix(".training.safetensors")
     with progress_bar("training the DEQ", config.epochs, show=config.progress) as bar:
-        model = train(
-            lambda: ConvClassifier(ConvClassifierConfig(), **options), Images(data), training,
-            path=path.with_suffix(".training.safetensors"), report=by_epoch(bar, "accuracy"),
+        model = models.train(
+            lambda: models.ConvClassifier(models.ConvClassifierConfig(), **options),
+            models.Images(data), training, path=kept, report=by_epoch(bar, "accuracy"),
         )  # fmt: skip
-    save_model(model, path, {"validation_accuracy": accuracy(model, data.validation), "training": asdict(training)})
+    found = {"validation_accuracy": models.accuracy(model, data.validation), "training": asdict(training)}
+    models.save_model(model, path, found)
     return model
 
 
 def _meta_trained(config: Digits, name: str, model: Any, work: Path) -> Any:
-    """b. A learned solver, trained through unrolled solves, chosen on validation."""
-    kind, options = LEARNED[name]
+    """A learned solver, trained through unrolled solves, chosen on validation."""
+    kind, shape = _kind(name), (model.config.channels, model.config.side, model.config.side)
     path, steps = work / f"{kind}.safetensors", getattr(config, f"{kind}_steps")
     if path.exists():
-        return load_solver(path)
-    shape = (model.config.channels, model.config.side, model.config.side)
-    solver = make_learned(kind, Layout("image", shape), seed=config.seed, conditioning="input", **options)
-    meta = MetaConfig(steps=steps, unroll=config.unroll, backend=config.backend, seed=config.seed)
-    tasks = family_tasks(model, Images(load_digits()))
-    trainer = MetaTrainer(solver, tasks, meta, checkpoint=path.with_suffix(".training.safetensors"))
+        return mb.load_solver(path)
+    solver = make_learned(kind, mb.Layout("image", shape), seed=config.seed, conditioning="input", **LEARNED[name])
+    meta = mb.MetaConfig(steps=steps, unroll=config.unroll, backend=config.backend, seed=config.seed)
+    tasks, kept = family_tasks(model, models.Images(load_digits())), path.with_suffix(".training.safetensors")
     with progress_bar(f"meta-training, {kind}", steps, show=config.progress) as bar:
-        trainer.run(bar)
+        mb.MetaTrainer(solver, tasks, meta, checkpoint=kept).run(bar)
     solver.fingerprint = fingerprint(model.cell)
-    save_solver(solver, path)
+    mb.save_solver(solver, path)
     return solver
 
 
-def _compared(config: Digits, model: Any, learned: dict[str, Any]) -> tuple[list[Row], Row]:
-    """c. Baselines tuned on validation, then everything once on the test split."""
-    criterion, budget = Images(load_digits()), config.budget
-    model.requires_grad_(False)
-    held = replace(held_out(model, criterion, "test", config.test_samples), name="digits")
-    tuned = known.tuned(held_out(model, criterion, "validation", config.test_samples), budget)
-    anderson, broyden = tuned["tuned Anderson"], tuned["tuned Broyden"]
-    solvers = {
-        **learned,
-        "Picard": tuned["tuned Picard"],
-        "Anderson": anderson,
-        "Broyden": Broyden(memory=budget),
-        "tuned Broyden": broyden,
-        "Anderson + learned start": LearnedStart.of(learned[GROUPED], anderson),
-        "Broyden + learned start": LearnedStart.of(learned[GROUPED], broyden),
-    }
-    contestants = known.contestants(**solvers) + (
-        known.torchdeq("Anderson", "Broyden") if available("torchdeq") else []
-    )
-    contestants = [replace(one, seed=config.seed) for one in contestants]
-    star, found = double_equilibria(model.cell, held)
+def _compared(config: Digits, model: Any, learned: dict[str, Any]) -> list[Row]:
+    """Baselines tuned on validation, then everything once on the test split."""
+    criterion, budget, count = models.Images(load_digits()), config.budget, config.test_samples
+    tuned = known.tuned(problems.held_out(model.requires_grad_(False), criterion, "validation", count), budget)
+    picard, anderson, broyden = (tuned[f"tuned {name}"] for name in ("Picard", "Anderson", "Broyden"))
+    solvers = {"Picard": picard, "Anderson": anderson, "Broyden": mb.Broyden(memory=budget), "tuned Broyden": broyden,
+               "Anderson + learned start": mb.LearnedStart.of(learned[GROUPED], anderson),
+               "Broyden + learned start": mb.LearnedStart.of(learned[GROUPED], broyden)}  # fmt: skip
+    every = known.contestants(**learned, **solvers) + known.torchdeq("Anderson", "Broyden")
+    contestants = [replace(one, seed=config.seed) for one in every]
+    held = replace(problems.held_out(model, criterion, "test", count), name="digits")
+    star, found = problems.double_equilibria(model.cell, held)
     held, stamp = replace(held, star=star, known=found), measure.stamp_of(held)
-    rules = measure.Rules(TOLERANCES, budget, block=len(held))
+    rules, depths = measure.Rules(TOLERANCES, budget, block=len(held)), [depth for depth in BUDGETS if depth <= budget]
     rows = measure.measure(held, contestants, rules, stamp, progress=config.progress)
-    with ticks("comparing", len(SHOWN) + len(CLOCKED) + 1, show=config.progress) as tick:
-        for one in (one for one in contestants if one.name in SHOWN):
-            depths = [count for count in BUDGETS if count <= budget]
-            rows += [{**stamp(one), **row} for row in measure.depth_rows(held, one.solver, depths)]
-            tick(f"accuracy, {one.name}")
-        for tolerance in CLOCKED:
-            options: Row = {"tolerance": tolerance, "budget": budget, "repeats": config.repeats, "reference": "Broyden"}
-            rows += clock_rows(held, contestants, stamp, **options)
-            tick(f"wall-clock to {tolerance:g}")
-        parts = part_rows(held, [one for one in contestants if one.name in learned], repeats=3 * config.repeats)
-        rows += [{"seed": config.seed, **row} for row in parts]
-        tick("parts")
-    return rows, {
-        "tuned": {name: repr(solver) for name, solver in tuned.items()},
-        "equilibria_known": float(found.float().mean()),
-        "test_samples": len(held),
-        "solver_parameters": {name: sum(p.numel() for p in solver.parameters()) for name, solver in learned.items()},
-        "model_parameters": sum(p.numel() for p in model.parameters()),
-        "meta_training_seconds": {name: solver.summary.get("seconds") for name, solver in learned.items()},
-    }
+    for one in (one for one in contestants if one.name in SHOWN):
+        rows += [{**stamp(one), **row} for row in measure.depth_rows(held, one.solver, depths)]
+    for tolerance in CLOCKED:
+        options: Row = {"budget": budget, "repeats": config.repeats, "reference": REFERENCE}
+        rows += batch.clock_rows(held, contestants, stamp, tolerance=tolerance, **options)
+    parts = batch.part_rows(held, [one for one in contestants if one.name in learned], repeats=3 * config.repeats)
+    return rows + [{"seed": config.seed, **row} for row in parts]
 
 
-def _publish(config: Digits, work: Path) -> None:
-    """d. Copy what a person wants to results/, and write the reports: one for the seed, one over all seeds."""
-    folder = config.results / f"seed{config.seed}"
-    for name in ("rows.jsonl.gz", "model.safetensors", "grouped.safetensors", "coordinatewise.safetensors"):
-        atomic_write(folder / name, (work / name).read_bytes())
-    command = f"python -m experiments digits --seed {config.seed}"
-    notes = json.loads((work / "evaluation.json").read_text())
-    described = {"command": command, "config": plain(config), **notes}
-    atomic_write(folder / "config.json", json.dumps(described, indent=2) + "\n")
-    write_report(folder, [folder])
-    write_report(config.results, sorted(config.results.glob("seed*/")))
-
-
-def _show(config: Digits, console: Console) -> None:
-    """e. The tables, where the figures are, and the saved solver at work inside the reloaded DEQ."""
-    folder = config.results / f"seed{config.seed}"
-    results, test = Results([folder]), load_digits().test
-    console.print(Markdown("## Evaluations to a tolerance: median / 90th percentile / success"))
-    console.print(Markdown(str(evaluations_table(results))))
-    console.print(Markdown(str(claims_table(results))))
-    saved, body = load_solver(folder / "grouped.safetensors"), []
+def _reloaded(folder: Path) -> Table:
+    """The saved solver at work inside the reloaded DEQ."""
+    saved, body = mb.load_solver(folder / "grouped.safetensors"), []
     for words, solver, budget in (
-        ("Broyden to 1e-3", Broyden(memory=60), 60),
+        ("Broyden to 1e-3", mb.Broyden(memory=60), 60),
         ("saved solver to 1e-3", saved, 60),
         ("saved solver, 8 evaluations at most", saved, 8),
     ):
-        model = load_model(folder / "model.safetensors", solver=solver, rtol=1e-3, max_nfe=budget, warn=False)
-        right = accuracy(model, test)
-        spent = model.deq.last_solution.nfe.float()
+        model = models.load_model(folder / "model.safetensors", solver=solver, rtol=1e-3, max_nfe=budget, warn=False)
+        right, spent = models.accuracy(model, load_digits().test), model.deq.last_solution.nfe.float()
         body.append([words, f"{right:.2%}", f"{spent.mean():.1f}", f"{spent.median():g}"])
-    console.print(Markdown("## The saved solver, reloaded into the reloaded DEQ"))
-    console.print(Markdown(str(Table("", ["forward solve", "test accuracy", "mean evaluations", "median"], body))))
-    console.print(f"Figures and report: {folder / 'report.md'}; over all seeds: {config.results / 'report.md'}")
+    return Table("", ["forward solve", "test accuracy", "mean evaluations", "median"], body)
+
+
+def _of(rows: list[Row], kind: str, **wanted: Any) -> list[Row]:
+    return [row for row in rows if row["row"] == kind and all(row[key] == wanted[key] for key in wanted)]
+
+
+def _mean(rows: list[Row], key: str) -> Any:
+    """Over seeds, of a number or of each of several."""
+    return np.mean([row[key] for row in rows], axis=0)
+
+
+def _by_solver(rows: list[Row], column: str, cell: Callable[[list[Row]], str]) -> Table:
+    return pivot("", rows, lambda row: row["solver"], lambda row: f"{row[column]}", cell, corner="solver")
+
+
+def _spread(rows: list[Row]) -> str:
+    return "{0.median:g} / {0.p90:g} / {0.success:.1%}".format(Outcome.of(rows))
+
+
+def _clock(rows: list[Row]) -> str:
+    pairs = zip(1e3 * _mean(rows, "seconds"), _mean(rows, "ratios"), strict=True)
+    return " / ".join(f"{ms:.0f} ms ({ratio:.2f}×)" for ms, ratio in pairs) + f", {_mean(rows, 'outside_f'):.0%}"
+
+
+def claims(rows: list[Row], learned: str) -> Table:
+    """A learned solver against Broyden's method and the best classical one, each seed and all together."""
+    seeds, body = sorted({row["seed"] for row in rows}), []
+    fields = {str(seed): Field(_of(rows, "solve", seed=seed)) for seed in seeds if len(seeds) > 1}
+    fields["all"] = Field(_of(rows, "solve"))
+    for tolerance, seed in product(TOLERANCES, fields):
+        best = fields[seed].best("digits", tolerance)
+        ours, *others = (fields[seed].must("digits", name, tolerance) for name in (learned, REFERENCE, best))
+        first, second, third = (f"{one.median:g} ({one.success:.1%})" for one in (ours, *others))
+        ratios = [f"{ours.median / one.median:.2f}×" for one in others]
+        fewer = f"{np.median(others[0].evaluations / ours.evaluations):.2f}"
+        body.append([f"{tolerance:g}", seed, first, second, ratios[0], fewer, f"{third}, {best}", ratios[1]])
+    head = ["tolerance", "seed", learned, REFERENCE, "ratio", "times fewer, median image", "best classical", "ratio"]
+    return Table("", head, body)
+
+
+def equilibria(rows: list[Row]) -> Table:
+    """What each solver returned when asked for the tightest tolerance."""
+    last = {
+        row["solver"]: _of(rows, "solve", solver=row["solver"], tolerance=TOLERANCES[-1]) for row in _of(rows, "solve")
+    }
+
+    def joined(name: str, key: str) -> np.ndarray:
+        return np.array([value for row in last[name] for value in row[key] if value is not None])
+
+    return by_name("", last, [
+        ("solver", str),
+        ("median distance", lambda name: f"{np.median(joined(name, 'distance')):.1e}"),
+        ("90th percentile", lambda name: f"{np.percentile(joined(name, 'distance'), 90):.1e}"),
+        ("same class as at z*", lambda name: f"{joined(name, 'agrees').mean():.2%}"),
+        ("accuracy", lambda name: f"{joined(name, 'score').mean():.2%}"),
+        ("handed over", lambda name: f"{_mean(last[name], 'handed_over') / len(last[name][0]['status']):.1%}"),
+    ])  # fmt: skip
+
+
+def curves(folder: Path) -> Path:
+    """Of a seed, residual by evaluations (median, middle half) and by time (median), and accuracy by evaluations."""
+    figure, (spent, timed, right) = figures.grid(3, 3, (4.6, 3.8))
+    rows = read_rows(folder / "rows.jsonl")
+    for name in SHOWN:
+        (curve,), depths, words = _of(rows, "curve", solver=name), _of(rows, "depth", solver=name), _kind(name)
+        figures.line(spent, words, curve["evaluations"], curve["median"], (curve["low"], curve["high"]))
+        figures.line(timed, words, [1e3 * second for second in curve["seconds"]], curve["by_time"])
+        figures.line(right, words, [row["evaluations"] for row in depths], [100 * row["score"] for row in depths])
+    spent.set(xlabel="evaluations of f", ylabel="relative residual (best so far)", yscale="log")
+    timed.set(xlabel="milliseconds, whole batch", ylabel="relative residual (best so far)", yscale="log")
+    right.set(xlabel="evaluations of f allowed", ylabel="accuracy on held-out images (%)", xscale="log")
+    figures.legend(figure, [spent])
+    return figures.save(figure, folder / "curves.png")
+
+
+def write(folder: Path, seeds: Sequence[Path]) -> Path:
+    """Write report.md into a folder and figures into those of the seeds, from their rows and config.json."""
+    rows = [row for seed in seeds for row in read_rows(seed / "rows.jsonl")]
+    commands = "\n".join(report.read_config(seed)["command"] for seed in seeds)
+    return report.write(folder, "Digits: learned root finders against classical ones", [
+        f"A convolutional DEQ on 8×8 digits; {len(seeds)} seed(s) of DEQ and meta-training; held-out test samples, read "
+        "once a run. A sample that does not get there within the budget counts as the budget. Settings of the tuned "
+        f"solvers, machine and commit: config.json of each seed. Made by\n\n```\n{commands}\n```",
+        "## Evaluations to a tolerance\n\nMedian / 90th percentile / success rate.",
+        _by_solver(_of(rows, "solve"), "tolerance", _spread), *map(curves, seeds),
+        "## Learned against classical\n\nMedian evaluations (success rate). Best classical: among ours whose success is "
+        "within a standard error of the highest, the one of the smallest median.",
+        *(claims(rows, name) for name in LEARNED),
+        f"## Wall-clock\n\nUntil half / 90% / all of the batch of {_of(rows, 'clock')[0]['batch']} are done, interleaved "
+        f"repeats in one process, medians; in brackets the ratio to {REFERENCE}, below one is faster; then the time outside "
+        "f. torchdeq stops a batch when its worst sample is done.", _by_solver(_of(rows, "clock"), "tolerance", _clock),
+        "What each learned part costs on the whole batch (start: initializer, once a solve; init: gates, once a solve; "
+        "step: once an evaluation). In brackets f-equivalents: times of one evaluation of f on the same batch.",
+        _by_solver(_of(rows, "part"), "part", lambda found:
+                   f"{1e3 * _mean(found, 'seconds'):.2f} ms ({_mean(found, 'f_equivalents'):.2f})"),
+        "## Same equilibrium\n\nRelative distance to the float64 equilibrium of what each solver returned when asked for "
+        "the tightest tolerance; whether the class is the one predicted there; accuracy; samples the safeguard handed to "
+        "Broyden.", equilibria(rows), "## Accuracy against evaluations",
+        _by_solver(_of(rows, "depth"), "evaluations", lambda found: f"{_mean(found, 'score'):.2%}"),
+    ])  # fmt: skip
