@@ -147,8 +147,8 @@ def _reloaded(folder: Path) -> Table:
     return Table("", ["forward solve", "test accuracy", "mean evaluations", "median"], body)
 
 
-def _of(rows: list[Row], kind: str, **wanted: Any) -> list[Row]:
-    return [row for row in rows if row["row"] == kind and all(row[key] == wanted[key] for key in wanted)]
+def _of(rows: list[Row], row_kind: str, **wanted: Any) -> list[Row]:
+    return [row for row in rows if row["row"] == row_kind and all(row[key] == wanted[key] for key in wanted)]
 
 
 def _mean(rows: list[Row], key: str) -> Any:
@@ -215,21 +215,23 @@ def curves(folder: Path) -> Path:
         figures.line(right, words, [row["evaluations"] for row in depths], [100 * row["score"] for row in depths])
     spent.set(xlabel="evaluations of f", ylabel="relative residual (best so far)", yscale="log")
     timed.set(xlabel="milliseconds, whole batch", ylabel="relative residual (best so far)", yscale="log")
-    right.set(xlabel="evaluations of f allowed", ylabel="accuracy on held-out images (%)", xscale="log")
+    right.set(xlabel="evaluations of f allowed", ylabel="accuracy on held-out images (%)")
+    figures.log_ticks(right, (1, 3, 10, 30))
     figures.legend(figure, [spent])
     return figures.save(figure, folder / "curves.png")
 
 
 def write(folder: Path, seeds: Sequence[Path]) -> Path:
-    """Write report.md into a folder and figures into those of the seeds, from their rows and config.json."""
+    """Write report.md into a folder, from the rows and config.json of the seeds; a seed's own has its figure drawn."""
     rows = [row for seed in seeds for row in read_rows(seed / "rows.jsonl")]
     commands = "\n".join(report.read_config(seed)["command"] for seed in seeds)
+    drawn = [curves(seed) if seed == folder else seed / "curves.png" for seed in seeds]
     return report.write(folder, "Digits: learned root finders against classical ones", [
         f"A convolutional DEQ on 8×8 digits; {len(seeds)} seed(s) of DEQ and meta-training; held-out test samples, read "
         "once a run. A sample that does not get there within the budget counts as the budget. Settings of the tuned "
         f"solvers, machine and commit: config.json of each seed. Made by\n\n```\n{commands}\n```",
         "## Evaluations to a tolerance\n\nMedian / 90th percentile / success rate.",
-        _by_solver(_of(rows, "solve"), "tolerance", _spread), *map(curves, seeds),
+        _by_solver(_of(rows, "solve"), "tolerance", _spread), *drawn,
         "## Learned against classical\n\nMedian evaluations (success rate). Best classical: among ours whose success is "
         "within a standard error of the highest, the one of the smallest median.",
         *(claims(rows, name) for name in LEARNED),
