@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,47 +17,38 @@ from experiments.bench.options import Compared, OnFamily, Seeded, Unrolled
 from experiments.bench.runner import Row, at_least_one, known, read_rows, row_files, write_rows
 from experiments.bench.statistics import Outcome
 from experiments.bench.tables import Table
-from experiments.configs.recipes import RECIPES, Recipe
+from experiments.configs.recipes import RECIPES
 from experiments.meta import Job, Meta
 
 JUDGED = (1e-2, 1e-3)
-USUAL = RECIPES["hyper-anderson"]
+USUAL: dict[str, Any] = {**RECIPES["hyper-anderson"], "memory": 5, "gram": False, "hidden": 32}
 _PER_STEP = 10  # solver iterations
 FREE = ("family", "only", "backend", "models")
 """Options that do not make a trial of a run: the others change no figure."""
 
 
-@dataclass(frozen=True)
-class Variant:
-    """What is tried: the loss (a name of OBJECTIVES), Adam's rate, steps in an unroll, options of `HyperAndersonConfig`."""
-
-    objective: str = "residual"
-    learning_rate: float = 1e-3
-    unroll: int = 10
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def recipe(self, iterations: int) -> Recipe:
-        """The recipe that spends so many solver iterations."""
-        parts = {item.name: getattr(self, item.name) for item in fields(self)}
-        parts["options"] = {**USUAL.options, "memory": 5, "gram": False, "hidden": 32, **self.options}
-        return replace(USUAL, steps=max(1, round(iterations / self.unroll)), **parts)
-
-
-def _variants() -> Iterator[tuple[str, Variant]]:
+def _variants() -> Iterator[tuple[str, dict[str, Any]]]:
     for loss, objective in (("published loss", "hyper"), ("log residual", "residual")):
         for memory in (3, 5, 8):
             for gram in (False, True):
                 name = f"{loss}, m = {memory}" + ", Gram" * gram
-                yield name, Variant(objective, options={"memory": memory, "gram": gram})
+                yield name, {"objective": objective, "memory": memory, "gram": gram}
         for rate in (3e-4, 3e-3):
-            yield f"{loss}, rate {rate:g}", Variant(objective, learning_rate=rate)
-        yield f"{loss}, unroll 14", Variant(objective, unroll=14)
-        yield f"{loss}, hidden 64", Variant(objective, options={"hidden": 64})
-        yield f"{loss}, published initialisation", Variant(objective, options={"zero_output": False})
+            yield f"{loss}, rate {rate:g}", {"objective": objective, "learning_rate": rate}
+        yield f"{loss}, unroll 14", {"objective": objective, "unroll": 14}
+        yield f"{loss}, hidden 64", {"objective": objective, "hidden": 64}
+        yield f"{loss}, published initialisation", {"objective": objective, "zero_output": False}
 
 
-VARIANTS: dict[str, Variant] = dict(_variants())
-"""Losses × memory × Gram matrix, and of either loss with m = 5 what else may matter, one change at a time."""
+VARIANTS: dict[str, dict[str, Any]] = dict(_variants())
+"""What is other than `USUAL`, and the loss, a name of OBJECTIVES. Losses × memory × Gram matrix, and of either loss with
+m = 5 what else may matter, one change at a time."""
+
+
+def overrides(name: str, iterations: int) -> dict[str, Any]:
+    """The recipe of a variant that spends so many solver iterations."""
+    found = {**USUAL, **VARIANTS[name]}
+    return {**found, "steps": max(1, round(iterations / found["unroll"]))}
 
 
 @dataclass(frozen=True)
@@ -88,13 +79,14 @@ def run(config: TuneHyper) -> None:
 
 def _rows(config: TuneHyper, name: str) -> list[Row]:
     """One configuration, trained and measured; from the file of an earlier sitting where it is there."""
-    recipe = VARIANTS[name].recipe(_PER_STEP * config.steps)
+    recipe = overrides(name, _PER_STEP * config.steps)
+    objective = recipe.pop("objective")
     meta = Meta(
         family=config.family, solver="hyper-anderson", seed=config.seed, budget=config.budget, samples=config.samples,
-        backend=config.backend, models=config.models, runs=config.runs, progress=config.progress,
+        objective=objective, backend=config.backend, models=config.models, runs=config.runs, progress=config.progress,
     )  # fmt: skip
     job = Job(meta, recipe)
-    path = job.work / "validation.jsonl"
+    path = job.run.work / "validation.jsonl"
     if not path.exists():
         one = solvers.contestant(name, job.trained(), config.seed)
         held = job.family.problems("validation", config.samples)
@@ -103,7 +95,7 @@ def _rows(config: TuneHyper, name: str) -> list[Row]:
             "row": "trained",
             "solver": name,
             "config": asdict(one.solver.config),
-            "recipe": asdict(recipe),
+            "recipe": {"objective": objective, "steps": recipe["steps"], "unroll": recipe["unroll"]},
             **taken,
         }
         write_rows(path, [trained, *measure.measure(held, [one], Rules(JUDGED, config.budget))])

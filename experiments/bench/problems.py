@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from metabroyden import checkpoint
 from metabroyden.gradients.base import parts_of
+from metabroyden.meta import TaskSet
 from metabroyden.nn.pin import pin
 from metabroyden.solution import State
 from metabroyden.solve import solve
@@ -126,6 +127,11 @@ class Family:
     def model(self, **options: Any) -> Any:
         """The frozen model; options: of `load_model`, such as solver."""
         return load_model(self.path, **options, warn=False).requires_grad_(False).to(self.device)
+
+    def tasks(self, seed: int, *, pool: int = 1024, held: int = 128, packed: bool = False) -> TaskSet:
+        """What solvers are trained on; of texts, whose contexts are solves of their own, `pool` made beforehand."""
+        tasks = family_tasks(self.model(), self.criterion, packed=packed)
+        return tasks.prepared(pool, torch.Generator().manual_seed(seed), held) if self.texts else tasks
 
     def problems(self, split: str = "test", limit: int = 256, change: Any = None) -> HeldOut:
         """The first `limit` problems of a split, see `held_out`."""

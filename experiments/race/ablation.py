@@ -84,20 +84,6 @@ def _changed(solver: MetaBroyden, **options: Any) -> MetaBroyden:
     return changed.eval()
 
 
-class _Ablated(meta.Job):
-    """MetaBroyden's usual training, but for what a variant leaves out."""
-
-    def __init__(self, config: meta.Meta, variant: Variant) -> None:
-        self.variant = variant
-        super().__init__(config)
-
-    def altered_options(self) -> dict[str, Any]:
-        return self.variant.options
-
-    def altered(self, solver: Any) -> Any:
-        return self.variant.prepared(solver)
-
-
 def _train(setting: Setting, family: str, words: str) -> MetaBroyden:
     """The trained variant; training goes on where it was interrupted."""
     config = setting.config
@@ -105,7 +91,8 @@ def _train(setting: Setting, family: str, words: str) -> MetaBroyden:
         family=family, seed=SEED, models=config.models, device=config.device, progress=config.progress,
         runs=config.runs / "ablation" / digest(TRAINED[words].words), overwrite=config.overwrite,
     )  # fmt: skip
-    return _Ablated(usual, TRAINED[words]).trained()
+    variant = TRAINED[words]
+    return meta.Job(usual, variant.options, variant.prepared).trained()
 
 
 def unit(setting: Setting, name: str) -> Unit:

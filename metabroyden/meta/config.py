@@ -144,3 +144,8 @@ class MetaConfig(Unrolling):
             raise ValueError(
                 f"{type(self).__name__}: detach_features and checkpoint_steps are of backpropagation, estimator is 'pes'"
             )
+
+    @property
+    def worth(self) -> int:
+        """Solver steps of an unroll, its segments together, at most."""
+        return self.segments * (self.unroll if isinstance(self.unroll, int) else self.unroll[1])

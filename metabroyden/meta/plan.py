@@ -6,7 +6,8 @@ import importlib.util
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
@@ -32,7 +33,7 @@ from metabroyden.solution import State
 from metabroyden.solve import check_methods
 from metabroyden.solvers.broyden import Broyden
 from metabroyden.solvers.classical import offers, splitting_solvers, tuned_solvers
-from metabroyden.solvers.registry import solver_types
+from metabroyden.solvers.registry import get_solver, list_solvers
 from metabroyden.solvers.splitting import PeacemanRachford
 from metabroyden.solvers.tuning import tune
 
@@ -46,20 +47,33 @@ ROOM = 2**20
 """Coordinates solved at once: Broyden keeps two states for each evaluation."""
 
 
-class Classical(NamedTuple):
-    """What was measured of the classical solvers.
+@dataclass
+class Classical:
+    """Classical solvers on validation problems, tuned when they are first asked for.
 
     Attributes:
-        solvers: by name, tuned on `problems`, and the untuned Broyden.
-        fewest: evaluations of the best one, in the geometric mean.
         problems: (f, z0, x) of validation, as solvers meet them.
         judged: tolerances and budget, as for `tune`.
+        tuned: makes the solvers; default: tuned on `problems`.
     """
 
-    solvers: dict[str, Any]
-    fewest: float
     problems: tuple[Any, State, Any]
     judged: dict[str, Any]
+    tuned: Callable[[], dict[str, Any]] | None = None
+
+    @cached_property
+    def solvers(self) -> dict[str, Any]:
+        """By name, and the untuned Broyden."""
+        if self.tuned is not None:
+            return self.tuned()
+        options = {"budget": self.judged["max_nfe"], "tolerances": self.judged["tolerances"]}
+        tuned = tuned_solvers(*self.problems, **options) | splitting_solvers(*self.problems, **options)
+        return {UNTUNED: Broyden(), **tuned}
+
+    @cached_property
+    def fewest(self) -> float:
+        """Evaluations of the best one, in the geometric mean."""
+        return math.exp(tune(self.solvers.values(), *self.problems, **self.judged)[0][1])
 
 
 @dataclass(frozen=True)
@@ -85,39 +99,20 @@ class Plan:
         return learned.to(device=first.device, dtype=first.dtype)
 
 
-def make_learned(
-    kind: str,
-    layout: Layout,
-    *,
-    seed: int = 0,
-    conditioning: str = "initial_value",
-    context_channels: int = 0,
-    **options: Any,
-) -> Any:
-    """An untrained solver: the registered learned one of this name, or a name in `ALIASES`; ValueError for others."""
-    name = ALIASES.get(kind, kind)
-    known = solver_types(learned=True)
+def make_learned(kind: str, layout: Layout, *, seed: int = 0, **options: Any) -> Any:
+    """`get_solver` of a learned one, or of a name in `ALIASES`, with weights drawn from a seed; ValueError for others."""
+    name, known = ALIASES.get(kind, kind), list_solvers(learned=True)
     if name not in known:
         raise ValueError(f"unknown learned solver {kind!r}: known are {', '.join(sorted({*known, *ALIASES}))}")
-    cls = known[name]
-    unknown = set(options) - {item.name for item in fields(cls.config_type)}
-    if unknown:
-        raise TypeError(f"unknown options for {kind!r}: {', '.join(sorted(unknown))}")
-    seen = {"conditioning": conditioning, "context_channels": context_channels}
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
-        return cls(cls.config_type(layout=layout.kind, shape=tuple(layout.shape), **seen, **options))
+        return get_solver(name, layout=layout, **options)
 
 
 def measure_classical(tasks: TaskSet, layout: Layout, *, rtol: float, max_nfe: int) -> Classical:
-    """Tune the classical solvers on at most `TUNED_ON` validation problems."""
+    """The classical solvers on at most `TUNED_ON` validation problems."""
     raw = rows(tasks.split("validation"), slice(room(layout, TUNED_ON)))
-    problems = as_solved(tasks.f, *tasks.prepare(raw))
-    solvers: dict[str, Any] = {UNTUNED: Broyden()}
-    for tuned in (tuned_solvers, splitting_solvers):
-        solvers |= tuned(*problems, budget=max_nfe, tolerances=(rtol,))
-    judged: dict[str, Any] = {"tolerances": (rtol,), "max_nfe": max_nfe}
-    return Classical(solvers, math.exp(tune(solvers.values(), *problems, **judged)[0][1]), problems, judged)
+    return Classical(as_solved(tasks.f, *tasks.prepare(raw)), {"tolerances": (rtol,), "max_nfe": max_nfe})
 
 
 def plan(
@@ -169,11 +164,11 @@ def plan(
     known = {item.name for item in fields(MetaConfig)}
     told = {name: value for name, value in given.items() if name in known}
     options = {name: value for name, value in given.items() if name not in known}
-    z0, x = tasks.problems("validation")
+    _, z0, x = classical.problems
     where = state_layout(tasks.f, z0, layout)
     name, seen = _conditioned(ALIASES.get(solver, solver), tasks.f, where, z0, x, conditioning)
     long = name == "meta-broyden" and (seconds is None or seconds >= SHORT)
-    config = _training(name, classical.fewest, long, {**(training or {}), "steps": steps, "seconds": seconds} | told)
+    config = _training(name, classical, long, {**(training or {}), "steps": steps, "seconds": seconds} | told)
     made = Plan(name, where, {**seen, **options}, config)
     return _with_options(made, tasks.f, classical, z0) if name in OURS else made
 
@@ -190,17 +185,19 @@ def _conditioned(name: str, f: Any, layout: Layout, z0: State, x: Any, condition
     return name, seen
 
 
-def _training(name: str, fewest: float, long: bool, told: dict[str, Any]) -> MetaConfig:
-    unroll, segments = schedule(fewest, 2 if long else 1)
-    unroll, segments = told.pop("unroll", unroll), told.pop("segments", segments)
-    worth = (unroll if isinstance(unroll, int) else unroll[1]) * segments
+def _training(name: str, classical: Classical, long: bool, told: dict[str, Any]) -> MetaConfig:
+    if "unroll" not in told:
+        told["unroll"] = schedule(classical.fewest)[0]
+    if "segments" not in told:
+        told["segments"] = schedule(classical.fewest, 2)[1] if long else 1
+    worth = MetaConfig(unroll=told["unroll"], segments=told["segments"]).worth
     steps = told.pop("steps") or max(1, SOLVER_STEPS // worth)
     usual = {
         "backend": "higher" if importlib.util.find_spec("higher") else "native",
         "validate_every": max(1, min(steps // 8, LOOK // worth)),
         **(RATES if name in OURS else {}),
     }
-    return MetaConfig(unroll=unroll, segments=segments, steps=steps, **{**usual, **told})
+    return MetaConfig(steps=steps, **{**usual, **told})
 
 
 def _with_options(made: Plan, f: Any, classical: Classical, z0: State) -> Plan:
@@ -208,8 +205,7 @@ def _with_options(made: Plan, f: Any, classical: Classical, z0: State) -> Plan:
     config, options, kind = made.training, made.options, made.layout.kind
     chosen: dict[str, Any] = {"dilations": dilations(f, kind)}
     if "learned_steps" not in options:
-        longest = config.unroll if isinstance(config.unroll, int) else config.unroll[1]
-        chosen |= gated_steps(config.segments * longest, kind, options.get("coefficients", "schedule"))
+        chosen |= gated_steps(config.worth, kind, options.get("coefficients", "schedule"))
     made = replace(made, options={**chosen, **options})
     if {"damping", "alpha"} & set(options):
         return made

@@ -13,6 +13,7 @@ import metabroyden as mb
 from experiments import __main__ as cli
 from experiments import alternate, digits, gradients, meta, solvers
 from experiments.bench.runner import read_rows
+from experiments.configs import recipes
 from experiments.registry import EXPERIMENTS
 from metabroyden.meta.trainer import MetaTrainer
 from metabroyden.zoo.data.images import ImageData, ImageSplit
@@ -191,14 +192,13 @@ def test_gradients_writes_what_it_promises(tmp_path, capsys, monkeypatch):
 def test_meta_trains_measures_and_goes_on(tmp_path, family, monkeypatch):
     """A short run on a frozen model, cut off in the middle of training, ends as one that was not."""
     text = family == "trellisnet-words"
-    monkeypatch.setitem(
-        meta.RECIPES, "grouped", meta.Recipe(unroll=2, segments=2, batch=4, pool=8, options={"rank": 4})
-    )
-    monkeypatch.setattr(meta, "TEXT", {"": {"batch": 2}})
+    monkeypatch.setitem(recipes.RECIPES, "grouped", {"unroll": 2, "segments": 2, "batch": 4, "rank": 4})
+    monkeypatch.setattr(recipes, "TEXT", {"": {"batch": 2}})
+    monkeypatch.setattr(meta, "POOL", 8)
     monkeypatch.setattr(meta, "HELD", 4)
     monkeypatch.setattr(MetaTrainer.__init__, "__kwdefaults__", {"checkpoint": None, "save_every": 1})
     config = meta.Meta(
-        family=family, solver="grouped", steps=3, samples=4, budget=12, repeats=1, backend="native", progress=False,
+        family=family, solver="grouped", steps=3, samples=4, budget=12, backend="native", progress=False,
         results=tmp_path / "results", runs=tmp_path / "runs",
     )  # fmt: skip
     whole = replace(config, results=tmp_path / "whole", runs=tmp_path / "whole-runs")
@@ -225,7 +225,7 @@ def test_meta_trains_measures_and_goes_on(tmp_path, family, monkeypatch):
         assert torch.equal(a, b)
     rows = read_rows(folder / "rows.jsonl")
     kinds = {row["row"] for row in rows}
-    assert kinds == {"solve", "curve", "depth", "horizon"} | ({"leak"} if text else set())
+    assert kinds == {"solve", "curve", "horizon"}
     for row in rows:
         if row["row"] == "solve":
             assert len(row["evaluations"]) == len(row["status"]) == 4
@@ -236,7 +236,7 @@ def test_meta_trains_measures_and_goes_on(tmp_path, family, monkeypatch):
         assert "| family | grouped | best classical |" in report
         assert list(config.results.iterdir()) == [trial]
         described = json.loads((folder / "config.json").read_text())
-        assert described["command"].endswith("--steps 3 --budget 12 --samples 4 --repeats 1 --backend native")
+        assert described["command"].endswith("--budget 12 --samples 4 --backend native --steps 3")
 
 
 def test_meta_names_what_it_does_not_know(tmp_path):
@@ -265,7 +265,8 @@ def test_meta_names_what_it_does_not_know(tmp_path):
 def test_secants_take_over_some_time_after_an_unroll_or_where_the_family_says(
     tmp_path, family, coefficients, rows, gated, dilations
 ):
-    options = meta.Job(meta.Meta(family=family, runs=tmp_path)).recipe.options
+    job = meta.Job(meta.Meta(family=family, runs=tmp_path), {"damping": 1.0})
+    options = job.plan(job.family.tasks(0, pool=1, held=1))[0].options
     assert options.get("coefficients", "schedule") == coefficients
     assert options.get("schedule_length") == rows
     assert options["learned_steps"] == gated

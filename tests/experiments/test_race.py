@@ -16,6 +16,7 @@ from experiments.bench.measure import Rules
 from experiments.bench.problems import of_known
 from experiments.bench.solvers import Contestant
 from experiments.bench.statistics import Field, ratio
+from experiments.configs import recipes
 from experiments.race import ablation, figures, hyper_deq, report, schema, units
 from experiments.race.report import At
 from metabroyden.learned.coefficients import StepLSTM, StepSchedule
@@ -190,9 +191,9 @@ def test_transfer_holds_solvers_against_the_best_classical_one_of_the_family():
 
 def test_an_lstm_for_the_table_has_no_last_row_that_goes_on(tmp_path):
     usual = meta.Meta(family="conv-digits", runs=tmp_path)
-    table, lstm = (
-        ablation._Ablated(usual, ablation.TRAINED[name]).recipe.options for name in ("no P", "LSTM for table")
-    )
+    variants = (ablation.TRAINED[name].options for name in ("no P", "LSTM for table"))
+    jobs = [meta.Job(usual, {**options, "damping": 1.0}) for options in variants]
+    table, lstm = (job.plan(job.family.tasks(0))[0].options for job in jobs)
     assert (table["schedule_length"], table["learned_steps"]) == (28, 42)
     assert (lstm["schedule_length"], lstm["learned_steps"], lstm["coefficients"]) == (28, 28, "lstm")
 
@@ -209,7 +210,7 @@ def test_a_tiny_race_runs_goes_on_and_reports(tmp_path, capsys, monkeypatch):
     for name, value in {"RATES": (1e-3,), "STEPS": 4, "LOOKS": 2, "POOL": 64}.items():
         monkeypatch.setattr(hyper_deq, name, value)
     place = ("dense-digits", "meta-broyden")
-    monkeypatch.setitem(meta.OWN, place, {**meta.OWN[place], "steps": 8})
+    monkeypatch.setitem(recipes.OWN, place, {**recipes.OWN[place], "steps": 8})
     monkeypatch.setattr(ablation, "TRAINED", {"no P": ablation.TRAINED["no P"]})
     race.run(config)
     (trial,) = config.results.iterdir()
@@ -223,7 +224,7 @@ def test_a_tiny_race_runs_goes_on_and_reports(tmp_path, capsys, monkeypatch):
         "figures/paths.png",
     } <= names
     text = (trial / "report.md").read_text()
-    assert "python -m experiments race --families dense-digits --images 6 --budget 30 --rounds 1" in text
+    assert "python -m experiments race --budget 30 --families dense-digits --images 6 --rounds 1" in text
     rows = schema.read(trial / "rows")
     outside = Field(rows, "outside")
     assert outside.families == ["dense, norm 1.5", "dense, 16 wide", "power flow, 14 buses", "dense-digits, noisy"]

@@ -779,4 +779,4 @@ def test_overrides_take_the_place_of_choices_and_what_follows_from_them_follows(
     other, _ = planned(overrides={"solver": "grouped", "hidden": 5})
     assert (other.solver, other.training.learning_rate, other.options["hidden"]) == ("grouped", 2e-3, 5)
     wrong, _ = planned(overrides={"solver": "grouped", "depth": 5})
-    refused("unknown options for 'grouped': depth", lambda: wrong.build(contexts(2)), TypeError)
+    refused("unexpected keyword argument 'depth'", lambda: wrong.build(contexts(2)), TypeError)
