@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ import torch
 from experiments.bench import figures, report
 from experiments.bench.options import OnFamily, Seeded
 from experiments.bench.problems import Family
-from experiments.bench.runner import Row, Run, read_rows
-from experiments.bench.tables import Table
+from experiments.bench.runner import Row, Run
+from experiments.bench.tables import chosen, listed
 from metabroyden import load_solver, save_solver
 from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet, unroll
 from metabroyden.meta.defaults import tasks_layout
@@ -122,54 +122,43 @@ def _length_rows(solver: Any, tasks: TaskSet, meta: MetaConfig, config: Pes) -> 
             yield {"row": "length", "unroll": length, "norms": norms}
 
 
-def write(folder: Path) -> Path:
+@report.of_rows("Meta-training over long unrolls")
+def write(rows: list[Row], described: Row, folder: Path) -> list[report.Section]:
     """report.md and pes.png, from rows alone."""
-    rows, described = read_rows(folder / "rows.jsonl"), report.read_config(folder)
     config = described["config"]
     total = config["unroll"] * config["segments"]
-    lengths = [
-        [str(row["unroll"]), f"{np.median(row['norms']):.3g}", f"{np.max(row['norms']):.3g}"]
-        for row in rows
-        if row["row"] == "length"
-    ]
-    sections: list[report.Section] = [
-        report.made_by(described),
+    curves = {row["way"]: row["residual"][1] for row in chosen(rows, "curve")}
+    return [
         f"{config['family']}, {config['solver']} without a safeguard, meta-trained on unrolls of {config['unroll']} steps "
         f"(short), then for {config['seconds']:g} CPU seconds in each of three ways on unrolls of {total}: by full "
         f"backpropagation; by backpropagation truncated to segments of {config['unroll']}; by persistent evolution "
         f"strategies over such segments, {config['particles']} antithetic pairs, σ = {config['sigma']:g}.",
-        _figure(rows, total, folder / "pes.png"),
-        _ways(rows, total),
+        _figure(rows, curves, total, folder / "pes.png"),
+        listed("", chosen(rows, "way"), [
+            ("way", "{way}"), ("outer steps", "{steps}"), ("evaluations", "{score:.1f}"),
+            (f"residual at {total}", lambda row: f"{curves[row['way']][total]:.2g}"),
+            (f"at {2 * total}", lambda row: f"{curves[row['way']][2 * total]:.2g}"),
+            ("gradient norm, median / 90% / largest", "{norms[1]:.3g} / {norms[2]:.3g} / {norms[3]:.3g}"),
+            ("incidents", lambda row: in_words(row["incidents"]) or "none"),
+        ]),
         "Evaluations: mean on validation to 1e-4, a failure counting twice the budget; residuals: medians on validation, of "
         "the weights that did best there. Gradient norms: of all outer steps, before clipping.",
         "The exact gradient's norm from the short solver's weights, by the length of the unroll, median and largest of "
         "five batches:",
-        Table("", ["unroll", "median", "largest"], lengths),
-    ]
-    return report.write(folder, "Meta-training over long unrolls", sections)
-
-
-def _ways(rows: Sequence[Row], total: int) -> Table:
-    curves = {row["way"]: row["residual"][1] for row in rows if row["row"] == "curve"}
-    body = [
-        [row["way"], str(row["steps"]), f"{row['score']:.1f}",
-         *(f"{curves[row['way']][steps]:.2g}" for steps in (total, 2 * total)),
-         " / ".join(f"{value:.3g}" for value in row["norms"][1:]), in_words(row["incidents"]) or "none"]
-        for row in rows if row["row"] == "way"
+        listed("", chosen(rows, "length"), [
+            ("unroll", "{unroll}"), ("median", lambda row: f"{np.median(row['norms']):.3g}"),
+            ("largest", lambda row: f"{max(row['norms']):.3g}"),
+        ]),
     ]  # fmt: skip
-    head = ["way", "outer steps", "evaluations", f"residual at {total}", f"at {2 * total}"]
-    return Table("", [*head, "gradient norm, median / 90% / largest", "incidents"], body)
 
 
-def _figure(rows: Sequence[Row], total: int, path: Path) -> Path:
+def _figure(rows: list[Row], curves: dict[str, list[float]], total: int, path: Path) -> Path:
     """Evaluations on validation by CPU time, and residuals by step."""
     figure, (left, right) = figures.grid(2, 2, (5, 4.2))
-    for number, way in enumerate(("short", *WAYS)):
-        mine = [row for row in rows if row.get("way") == way]
-        looks = [row for row in mine if row["row"] == "look"]
-        if way != "short":
+    for number, (way, curve) in enumerate(curves.items()):
+        looks = chosen(rows, "look", way=way)
+        if way in WAYS:
             figures.line(left, way, [r["cpu_seconds"] for r in looks], [r["score"] for r in looks], number=number)
-        (curve,) = (row["residual"][1] for row in mine if row["row"] == "curve")
         figures.line(right, way, range(len(curve)), curve, number=number)
     left.set(xlabel="CPU seconds on long unrolls", ylabel="evaluations to 1e-4 on validation")
     right.axvline(total, color="#999999", linewidth=0.8)

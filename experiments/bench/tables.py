@@ -5,11 +5,15 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
 T = TypeVar("T")
+
+
+Cell: TypeAlias = str | Callable[[T], object]
+"""How a cell is made of an item: a format of its keys, or a function."""
 
 
 class Table(NamedTuple):
@@ -32,28 +36,27 @@ class Table(NamedTuple):
 
 
 def pivot(
-    words: str, rows: Sequence[Any], index: Callable[[Any], str], columns: Callable[[Any], str],
-    cell: Callable[[list[Any]], str], *, corner: str = "",
-) -> Table:  # fmt: skip
+    words: str, rows: Sequence[T], index: Cell[T], columns: Cell[T], cell: Callable[[list[T]], str], *, corner: str = ""
+) -> Table:
     """Rows by an index and a column key, both in the order in which they come; a cell from the rows at its place.
 
     Examples:
         >>> rows = [{"family": "a", "solver": "x", "nfe": 3}, {"family": "b", "solver": "y", "nfe": 5}]
-        >>> print(pivot("", rows, lambda r: r["family"], lambda r: r["solver"], lambda found: str(found[0]["nfe"])))
+        >>> print(pivot("", rows, "{family}", "{solver}", lambda found: str(found[0]["nfe"])))
         |  | x | y |
         | --- | --- | --- |
         | a | 3 |  |
         | b |  | 5 |
     """
-    places: dict[tuple[str, str], list[Any]] = {}
+    places: dict[tuple[str, str], list[T]] = {}
     for row in rows:
-        places.setdefault((index(row), columns(row)), []).append(row)
+        places.setdefault((_text(index, row), _text(columns, row)), []).append(row)
     names, heads = (list(dict.fromkeys(place[side] for place in places)) for side in (0, 1))
     body = [[name, *(cell(places[name, head]) if (name, head) in places else "" for head in heads)] for name in names]
     return Table(words, [corner, *heads], body)
 
 
-def listed(words: str, items: Iterable[T], columns: Sequence[tuple[str, str | Callable[[T], object]]]) -> Table:
+def listed(words: str, items: Iterable[T], columns: Sequence[tuple[str, Cell[T]]]) -> Table:
     """A row an item, which is a row of measurements, a name or whatever; a cell from a format of keys, or a function.
 
     Examples:
@@ -64,16 +67,16 @@ def listed(words: str, items: Iterable[T], columns: Sequence[tuple[str, str | Ca
         | x | 250 ms |
         | y | 2000 ms |
     """
-
-    def cell(of: str | Callable[[T], object], item: T) -> str:
-        return of.format_map(item) if isinstance(of, str) else str(of(item))  # type: ignore[arg-type]
-
-    return Table(words, [head for head, _ in columns], [[cell(of, item) for _, of in columns] for item in items])
+    return Table(words, [head for head, _ in columns], [[_text(of, item) for _, of in columns] for item in items])
 
 
 def by_name(words: str, names: Iterable[str], columns: Sequence[tuple[str, Callable[[str], object]]]) -> Table:
     """A row a name (a family, a solver, a problem); the cells of a column from its function of the name."""
     return Table(words, [head for head, _ in columns], [[str(cell(name)) for _, cell in columns] for name in names])
+
+
+def _text(of: Cell[T], item: T) -> str:
+    return of.format_map(item) if isinstance(of, str) else str(of(item))  # type: ignore[arg-type]
 
 
 def chosen(rows: Iterable[dict[str, Any]], kind: str, **wanted: Any) -> list[dict[str, Any]]:
