@@ -50,7 +50,7 @@ class Outcome(NamedTuple):
             seeds.setdefault(row.get("seed"), []).append(row)
         spent = np.array([np.concatenate([_spent(row) for row in found]) for found in seeds.values()])
         solved = np.array([np.concatenate([_solved(row) for row in found]) for found in seeds.values()])
-        seconds = [[[lap["total"] for lap in row.get("seconds", ())] for row in found] for found in seeds.values()]
+        seconds = [[_laps(row) for row in found] for found in seeds.values()]
         return cls(spent, solved, np.array(seconds))
 
     @property
@@ -100,6 +100,12 @@ def _spent(row: Row) -> np.ndarray:
 def _solved(row: Row) -> np.ndarray:
     """(N,) bool, from a letter a sample, or from the list of older rows."""
     return np.asarray(row["reached"]) if "reached" in row else np.array([letter == "C" for letter in row["status"]])
+
+
+def _laps(row: Row) -> list[float]:
+    """Seconds of whole solves, by round, where the row has them."""
+    laps = row.get("seconds")
+    return [lap["total"] for lap in laps] if isinstance(laps, list) else []
 
 
 def best(outcomes: Mapping[str, Outcome]) -> str:
