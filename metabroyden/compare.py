@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from metabroyden.gradients.base import parts_of
 from metabroyden.shared import bare
-from metabroyden.solution import Solution, State
+from metabroyden.solution import Cell, Solution, State
 from metabroyden.solve import solve
 from metabroyden.solvers.broyden import Broyden
 from metabroyden.solvers.clock import race
@@ -237,7 +237,7 @@ class Comparison:
 
 
 def compare_solvers(
-    f: Callable[..., State],
+    f: Cell,
     z0: State,
     context: Any,
     name: str,

@@ -20,7 +20,7 @@ from metabroyden.nn.dropout import stochastic_layers
 from metabroyden.nn.pin import pin
 from metabroyden.opaque import opaque
 from metabroyden.shared import bare
-from metabroyden.solution import Solution, State
+from metabroyden.solution import Cell, Solution, State
 from metabroyden.solve import check_options, solve
 from metabroyden.solver import as_solver
 from metabroyden.solvers.broyden import Broyden
@@ -28,7 +28,7 @@ from metabroyden.solvers.broyden import Broyden
 _ROUNDINGS = 8  # no warning of a residual of so few roundings
 _HALF = (torch.float16, torch.bfloat16)
 
-Hook = Callable[[Callable[..., State], Any, State], None]
+Hook = Callable[[Cell, Any, State], None]
 """Called with the map f that was solved (weights and masks pinned), its context and the equilibrium with its graph."""
 
 
@@ -89,7 +89,7 @@ class DEQ(nn.Module):
 
     def __init__(
         self,
-        cell: Callable[..., State],
+        cell: Cell,
         *,
         solver: Any = None,
         backward: GradientMode | None = None,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metabroyden.function import Given, GuardedFunction, part_of, rewrap
-from metabroyden.solution import State, Trace, scaled_norm
+from metabroyden.solution import Cell, Trace, scaled_norm
 from metabroyden.state import Packing, gather
 
 _HOST_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}  # of states
@@ -77,7 +77,7 @@ class Evaluator:
 
     def __init__(
         self,
-        f: Callable[..., State],
+        f: Cell,
         packing: Packing,
         z0: Tensor,
         context: Any,
@@ -201,7 +201,7 @@ class Evaluator:
             raise ValueError("a solver that uses parts of f needs a context: f(z, context), not f(z)")
         return rewrap(self.f, method)
 
-    def evaluate_method(self, part: Callable[..., State], z: Tensor, rows: Rows) -> Tensor:
+    def evaluate_method(self, part: Cell, z: Tensor, rows: Rows) -> Tensor:
         """part(z, context) at z (R, n) for the given rows, flat (R, n): counts as one evaluation of f."""
         self.spend(rows)
         return self.function(z, self._given_to(rows), part)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from metabroyden.function import Given, GuardedFunction, in_caller_mode
 from metabroyden.problem import Problem
-from metabroyden.solution import Solution, State, Status, Trace, relative, scaled_norm
+from metabroyden.solution import Cell, Solution, State, Status, Trace, relative, scaled_norm
 from metabroyden.solve import check_options, nothing
 from metabroyden.state import Packing, check_context, in_dtype_of
 
@@ -57,7 +56,7 @@ class FixedBudget:
 
     def __init__(
         self,
-        f: Callable[..., State],
+        f: Cell,
         solver: Any,
         *,
         max_nfe: int,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metabroyden.shared import bare
-from metabroyden.solution import State
+from metabroyden.solution import Cell, State
 from metabroyden.state import Packing
 
 _COMPARED = (
@@ -66,7 +66,7 @@ def check_map(f: Any) -> None:
 class CallerMode(FunctionWrapper):
     """f run as the caller would run it, under autocast or inference mode, whatever the solver's own arithmetic runs in."""
 
-    def __init__(self, f: Callable[..., State], device: str) -> None:
+    def __init__(self, f: Cell, device: str) -> None:
         self.f = self.inner = f
         self.device = device
         compiling = torch.compiler.is_compiling()  # a graph records no gradients anyway
@@ -93,7 +93,7 @@ class CallerMode(FunctionWrapper):
         return twin
 
 
-def in_caller_mode(f: Callable[..., State], device: str) -> Callable[..., State]:
+def in_caller_mode(f: Cell, device: str) -> Cell:
     """f as the caller would run it; f itself where the caller is in neither mode."""
     wrapped = CallerMode(f, device)
     return wrapped if wrapped.inference or wrapped.autocast else f
@@ -140,7 +140,7 @@ class GuardedFunction:
 
     def __init__(
         self,
-        f: Callable[..., State],
+        f: Cell,
         packing: Packing,
         *,
         f_dtype: torch.dtype | None = None,
@@ -153,12 +153,7 @@ class GuardedFunction:
         self._calls = 0  # whose memory was compared
 
     def __call__(
-        self,
-        z: Tensor,
-        given: Given = NOTHING,
-        function: Callable[..., State] | None = None,
-        *,
-        differentiable: bool = False,
+        self, z: Tensor, given: Given = NOTHING, function: Cell | None = None, *, differentiable: bool = False
     ) -> Tensor:
         """f (or a function in its place) at z (R, n) and the context given, packed; `differentiable`: for forward AD.
 

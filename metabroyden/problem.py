@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from metabroyden.evaluator import Evaluator, Rows
 from metabroyden.function import part_of, rewrap
-from metabroyden.solution import State
+from metabroyden.solution import Cell
 from metabroyden.state import AugmentedContext, in_dtype_of
 
 
@@ -61,7 +60,7 @@ class Problem(ABC):
         """J_f(z) v for z, v of shape (R, n) and fz = f(z): one evaluation."""
         raise NotImplementedError
 
-    def method(self, name: str, *settings: Any) -> Callable[..., State]:
+    def method(self, name: str, *settings: Any) -> Cell:
         """The cell's method of this name, or, with settings, the map that the method makes of them, at no evaluation.
 
         The weights are f's own, pinned ones where there are any. TypeError where the cell has no such method, ValueError
@@ -69,7 +68,7 @@ class Problem(ABC):
         """
         raise NotImplementedError
 
-    def evaluate_method(self, method: Callable[..., State], z: Tensor) -> Tensor:
+    def evaluate_method(self, method: Cell, z: Tensor) -> Tensor:
         """method(z, context) at z (R, n), packed: counts as an evaluation of f."""
         raise NotImplementedError
 
@@ -181,12 +180,12 @@ class CountedProblem(Problem):
             return product
         return product.new_zeros(len(self._rows), product.shape[1]).index_copy(0, index, product)
 
-    def method(self, name: str, *settings: Any) -> Callable[..., State]:
+    def method(self, name: str, *settings: Any) -> Cell:
         """See `Problem`."""
         method = self._evaluator.method(name)
         return rewrap(self._evaluator.f, method(*settings)) if settings else method
 
-    def evaluate_method(self, method: Callable[..., State], z: Tensor) -> Tensor:
+    def evaluate_method(self, method: Cell, z: Tensor) -> Tensor:
         """method(z, context) at z (R, n), packed: one counted evaluation on each live row, zero elsewhere."""
         value = self._evaluator.evaluate_method(method, self._live_of(z), self.live_rows)
         return self._spread(value, z)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 State = Tensor | tuple[Tensor, ...]
 """A DEQ state as the user sees it: one batch-first tensor, or several (a tuple of scales)."""
+Cell = Callable[..., State]
+"""A fixed-point map, f(z) or f(z, context): batch first, samples independent of one another."""
 
 
 class Status(enum.IntEnum):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from numbers import Integral
 from typing import Any
 
@@ -16,7 +16,7 @@ from metabroyden.function import check_map, in_caller_mode, method_of
 from metabroyden.inverse import FinalInverse
 from metabroyden.opaque import opaque
 from metabroyden.problem import CountedProblem
-from metabroyden.solution import Solution, SolveError, State, Status, Trace
+from metabroyden.solution import Cell, Solution, SolveError, State, Status, Trace
 from metabroyden.solver import Phase, SolverBase, as_solver
 from metabroyden.state import Packing, check_context
 
@@ -27,7 +27,7 @@ _NONE = np.zeros(1, dtype=bool)  # no row, however many there are
 
 @opaque
 def solve(
-    f: Callable[..., State],
+    f: Cell,
     z0: State,
     context: Any = None,
     *,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from metabroyden.shared import bare
-from metabroyden.solution import Solution, State
+from metabroyden.solution import Cell, Solution, State
 from metabroyden.state import like
 
 Report = Callable[[Solution], None]
@@ -27,9 +27,7 @@ class GradientMode:
         """Whether the forward solve is to keep its inverse Jacobian, in `Solution.inverse`."""
         return False
 
-    def attach(
-        self, cell: Callable[..., State], solution: Solution, context: Any, report: Report | None = None
-    ) -> State:
+    def attach(self, cell: Cell, solution: Solution, context: Any, report: Report | None = None) -> State:
         """The equilibrium `solution.z`, to the last bit, with gradients towards the cell's parameters and the context.
 
         Args:
@@ -40,9 +38,7 @@ class GradientMode:
         """
         raise NotImplementedError
 
-    def run(
-        self, cell: Callable[..., State], z0: State, context: Any, *, rtol: float, atol: float
-    ) -> tuple[State, Solution | None]:
+    def run(self, cell: Cell, z0: State, context: Any, *, rtol: float, atol: float) -> tuple[State, Solution | None]:
         """(z with its graph, its `Solution`), from z0, in place of the solve."""
         raise NotImplementedError
 
@@ -52,16 +48,14 @@ def parts_of(z: State) -> tuple[Tensor, ...]:
     return (z,) if isinstance(z, Tensor) else tuple(z)
 
 
-def evaluate(
-    cell: Callable[..., State], parts: tuple[Tensor, ...], state_type: type, context: Any
-) -> tuple[Tensor, ...]:
+def evaluate(cell: Cell, parts: tuple[Tensor, ...], state_type: type, context: Any) -> tuple[Tensor, ...]:
     """The tensors of cell(z) or cell(z, context), in the dtype of the state; `state_type` is the type of the state."""
     z = like(parts, state_type)
     image = cell(z) if context is None else cell(z, bare(context))
     return tuple(value.to(part.dtype) for value, part in zip(parts_of(image), parts, strict=True))
 
 
-def damped_steps(cell: Callable[..., State], z: State, context: Any, steps: int, damping: float) -> tuple[Tensor, ...]:
+def damped_steps(cell: Cell, z: State, context: Any, steps: int, damping: float) -> tuple[Tensor, ...]:
     """The tensors of z after so many steps z ← z + damping·(f(z) − z)."""
     parts = parts_of(z)
     for _ in range(steps):

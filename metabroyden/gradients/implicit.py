@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from metabroyden.gradients.adjoint import AdjointSolve
 from metabroyden.gradients.base import GradientMode, Replace, Report, parts_of
 from metabroyden.gradients.frozen import Frozen, Graph, Map, Parts, pull
 from metabroyden.gradients.transforms import refuse_batched
-from metabroyden.solution import Solution, State
+from metabroyden.solution import Cell, Solution, State
 from metabroyden.solve import check_options, solve
 from metabroyden.solvers.broyden import Broyden
 from metabroyden.state import Packing, like
@@ -70,9 +70,7 @@ class Implicit(GradientMode):
         """Whether the forward solve is to keep its inverse Jacobian."""
         return self.precondition
 
-    def attach(
-        self, cell: Callable[..., State], solution: Solution, context: Any, report: Report | None = None
-    ) -> State:
+    def attach(self, cell: Cell, solution: Solution, context: Any, report: Report | None = None) -> State:
         """z* with implicit gradients; `report` receives the adjoint's `Solution`."""
         final = solution.inverse if self.precondition else None
         if self.precondition and final is None:

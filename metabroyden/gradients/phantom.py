@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metabroyden.gradients.base import FirstOrder, GradientMode, Replace, Report, damped_steps, parts_of
-from metabroyden.solution import Solution, State
+from metabroyden.solution import Cell, Solution, State
 from metabroyden.solvers.base import check_number
 from metabroyden.state import like
 
@@ -39,9 +38,7 @@ class Phantom(GradientMode):
         check_number("Phantom", "steps", self.steps, 0, 10**6, whole=True)
         check_number("Phantom", "damping", self.damping, 0, 1)
 
-    def attach(
-        self, cell: Callable[..., State], solution: Solution, context: Any, report: Report | None = None
-    ) -> State:
+    def attach(self, cell: Cell, solution: Solution, context: Any, report: Report | None = None) -> State:
         """z* with phantom gradients; `report` is not called."""
         star = parts_of(solution.z)
         with torch.enable_grad():

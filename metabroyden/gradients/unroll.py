@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from metabroyden.gradients.base import GradientMode, damped_steps
 from metabroyden.gradients.transforms import transform_of
-from metabroyden.solution import Solution, State
+from metabroyden.solution import Cell, Solution, State
 from metabroyden.solve import solve
 from metabroyden.solvers.base import check_number
 from metabroyden.solvers.picard import Picard
@@ -41,9 +40,7 @@ class Unroll(GradientMode):
         check_number("Unroll", "steps", self.steps, 0, 10**6, whole=True)
         check_number("Unroll", "damping", self.damping, 0, 1)
 
-    def run(
-        self, cell: Callable[..., State], z0: State, context: Any, *, rtol: float, atol: float
-    ) -> tuple[State, Solution | None]:
+    def run(self, cell: Cell, z0: State, context: Any, *, rtol: float, atol: float) -> tuple[State, Solution | None]:
         """(z with its graph, its `Solution`, None under a transform of torch.func); z0 may require gradients."""
         parts = damped_steps(cell, z0, context, self.steps, self.damping)
         z = like(parts, type(z0))

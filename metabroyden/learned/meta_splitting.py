@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from metabroyden.learned.base import is_warm
 from metabroyden.learned.meta_broyden import MetaBroyden, MetaBroydenConfig, MetaBroydenState
-from metabroyden.solution import State
+from metabroyden.solution import Cell
 from metabroyden.solver import Phase, Step
 from metabroyden.solvers.base import check_number
 from metabroyden.solvers.registry import register
@@ -39,7 +38,7 @@ class MetaSplittingState(NamedTuple):
     u: Tensor  # (R, n) where the resolvent was used last
     move: Tensor | None  # (R, n) T(u) − u; None before the first use
     learned: MetaBroydenState | None  # of the steps in u; None before the first use
-    resolvent: Callable[..., State]  # (v, x) ↦ V(v + αx)
+    resolvent: Cell  # (v, x) ↦ V(v + αx)
 
 
 @register("meta-splitting")

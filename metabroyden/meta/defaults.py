@@ -12,7 +12,7 @@ from metabroyden.deprecated import WORDS, current
 from metabroyden.learned.layout import KINDS, Layout, guess_layout, packed_layout
 from metabroyden.meta.target import ModelMap
 from metabroyden.meta.tasks import TaskSet
-from metabroyden.solution import State
+from metabroyden.solution import Cell, State
 from metabroyden.solvers.tuning import tune
 
 CONDITIONINGS = ("auto", "initial_value", "input")
@@ -30,7 +30,7 @@ DAMPINGS = (1.0, 0.5, 0.25, 0.12)
 """Step lengths of the iteration that a `MetaBroyden` is before training; the best is taken."""
 
 
-def state_layout(f: Callable[..., State], z: State, kind: str | None) -> Layout:
+def state_layout(f: Cell, z: State, kind: str | None) -> Layout:
     """The layout of states like z: of the kind given, else of the cell's own attribute `layout`, else guessed.
 
     ValueError where the kind does not fit, or nothing can be guessed.
@@ -62,7 +62,7 @@ def tasks_layout(tasks: TaskSet) -> tuple[Layout, int]:
     return layout, layout.context_channels(x, layout.shape)
 
 
-def context_options(f: Callable[..., State], layout: Layout, z: State, x: Any, conditioning: str) -> dict[str, Any]:
+def context_options(f: Cell, layout: Layout, z: State, x: Any, conditioning: str) -> dict[str, Any]:
     """Options of a learned solver that say what it sees of x; ValueError where it cannot see what is asked for.
 
     A native context needs a tensor (of a tuple the first) of the state's dtype and device with its spatial or time extents,
@@ -96,7 +96,7 @@ def _described(seen: Any) -> str:
     )
 
 
-def best_damping(make: Callable[..., Any], f: Callable[..., State], z0: State, x: Any, **options: Any) -> float:
+def best_damping(make: Callable[..., Any], f: Cell, z0: State, x: Any, **options: Any) -> float:
     """The damping with which the untrained `make(damping=…)` needs fewest evaluations; the smallest if none solves any.
 
     An unroll has to begin as an iteration that does not diverge: where f has large negative eigenvalues, with small steps.
@@ -106,7 +106,7 @@ def best_damping(make: Callable[..., Any], f: Callable[..., State], z0: State, x
     return float(tune(candidates, f, z0, x, **options)[0][0].config.damping)
 
 
-def dilations(f: Callable[..., State], layout: str) -> tuple[int, int]:
+def dilations(f: Cell, layout: str) -> tuple[int, int]:
     """Of a `MetaBroyden`'s two maps, so that no token within eight evaluations of f is left out, see `Preconditioner`.
 
     f's own attribute `dilation` is the distance in tokens that an evaluation carries news; 1 where it has none.

@@ -19,7 +19,7 @@ from metabroyden.meta.target import frozen
 from metabroyden.meta.tasks import Source, TaskSet
 from metabroyden.meta.unroll import unroll
 from metabroyden.shared import bare
-from metabroyden.solution import State
+from metabroyden.solution import Cell, State
 from metabroyden.solve import solve
 from metabroyden.solvers.broyden import Broyden
 from metabroyden.state import Packing
@@ -125,7 +125,7 @@ class UnrolledLoss(nn.Module):
         self.solver = solver
 
     def forward(
-        self, f: Callable[..., State], z0: State, context: Any, star: Tensor | None, begin: Any, steps: int, done: float,
+        self, f: Cell, z0: State, context: Any, star: Tensor | None, begin: Any, steps: int, done: float,
         config: Unrolling, backend: str,
     ) -> tuple[Tensor, Any]:  # fmt: skip
         """(the loss, where the next segment begins)."""

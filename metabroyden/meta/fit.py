@@ -23,7 +23,7 @@ from metabroyden.meta.target import ModelMap, Target, check_start, resting, targ
 from metabroyden.meta.tasks import TaskSet, count, rows, sampled
 from metabroyden.meta.trainer import MetaTrainer
 from metabroyden.shared import bare
-from metabroyden.solution import State
+from metabroyden.solution import Cell, State
 from metabroyden.solvers.registry import list_solvers
 from metabroyden.state import Packing, check_context
 
@@ -33,7 +33,7 @@ MAX_NFE = 60
 
 @old_options
 def fit_solver(
-    f: Callable[..., State],
+    f: Cell,
     x_train: Any,
     *,
     z0: Callable[[Any], State] | None = None,

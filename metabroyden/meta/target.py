@@ -14,7 +14,7 @@ from metabroyden.deq import DEQ, initial_state
 from metabroyden.learned.fingerprint import module_of
 from metabroyden.opaque import opaque
 from metabroyden.shared import bare
-from metabroyden.solution import State
+from metabroyden.solution import Cell, State
 
 
 class ModelMap(nn.Module):
@@ -40,7 +40,7 @@ class Target(NamedTuple):
         whole: the module that is in evaluation mode while the fit lasts; None: f is taken as it is.
     """
 
-    f: Callable[..., State]
+    f: Cell
     encode: Callable[[Any], Any] | None = None
     z0: Callable[[Any], State] | None = None
     whole: nn.Module | None = None

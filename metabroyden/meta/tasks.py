@@ -15,7 +15,7 @@ from metabroyden.deq import DEQ
 from metabroyden.learned.fingerprint import module_of, named_fingerprint
 from metabroyden.meta.target import target_of
 from metabroyden.shared import bare, is_shared
-from metabroyden.solution import State
+from metabroyden.solution import Cell, State
 from metabroyden.state import concatenate, gather
 
 
@@ -65,7 +65,7 @@ class TaskSet:
 
     def __init__(
         self,
-        f: Callable[..., State],
+        f: Cell,
         train: Any,
         validation: Any,
         test: Any = None,

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from metabroyden.function import Given, GuardedFunction, part_of
 from metabroyden.problem import Problem, seen_context
-from metabroyden.solution import State, relative, residual_norms
+from metabroyden.solution import Cell, State, relative, residual_norms
 from metabroyden.solve import begin as begin_solve
 from metabroyden.solver import SolverBase, Step, as_solver
 from metabroyden.state import Packing
@@ -53,9 +53,7 @@ class UnrolledProblem(Problem):
     keeps its inputs alone and is computed once more in the backward pass.
     """
 
-    def __init__(
-        self, f: Callable[..., State], z0: State, context: Any, *, half: bool = False, twice: bool = False
-    ) -> None:
+    def __init__(self, f: Cell, z0: State, context: Any, *, half: bool = False, twice: bool = False) -> None:
         self.f, self._given, self._half, self._twice = f, Given(context), half, twice
         self.packing = Packing.of(z0)
         self.shape = self.packing.shape
@@ -90,12 +88,12 @@ class UnrolledProblem(Problem):
         """See `Problem`."""
         return self.evaluate(z) - z
 
-    def method(self, name: str, *settings: Any) -> Callable[..., State]:
+    def method(self, name: str, *settings: Any) -> Cell:
         """See `Problem`."""
         method = part_of(self.f, name)
         return method(*settings) if settings else method
 
-    def evaluate_method(self, method: Callable[..., State], z: Tensor) -> Tensor:
+    def evaluate_method(self, method: Cell, z: Tensor) -> Tensor:
         """See `Problem`."""
         return self._call(z, self._given, method)
 
@@ -116,7 +114,7 @@ class UnrolledProblem(Problem):
 
 def unroll(
     solver: Any,
-    f: Callable[..., State],
+    f: Cell,
     z0: State,
     context: Any = None,
     *,

@@ -13,17 +13,12 @@ from torch.utils import _pytree as pytree
 
 from metabroyden.function import check_map
 from metabroyden.shared import bare
-from metabroyden.solution import State
+from metabroyden.solution import Cell, State
 from metabroyden.state import Packing, like
 
 
 def jacobian_penalty(
-    f: Callable[..., State],
-    z: State,
-    context: Any = None,
-    *,
-    probes: int = 1,
-    generator: torch.Generator | None = None,
+    f: Cell, z: State, context: Any = None, *, probes: int = 1, generator: torch.Generator | None = None
 ) -> Tensor:
     """Hutchinson's estimate of ‖J_f(z)‖_F² / n, averaged over the batch, to be added to the loss.
 
@@ -65,7 +60,7 @@ def jacobian_penalty(
     return total / probes
 
 
-def pullback(f: Callable[..., State], z: State, context: Any) -> tuple[Tensor, Callable[..., Tensor]]:
+def pullback(f: Cell, z: State, context: Any) -> tuple[Tensor, Callable[..., Tensor]]:
     """z packed, (B, n), and v ↦ J_f(z)ᵀv, sample by sample, on such matrices: one evaluation of f, whose graph is kept.
 
     In inference mode, too: f is then evaluated outside it, on copies of what was made within.

@@ -12,13 +12,11 @@ from torch.utils import _pytree as pytree
 from metabroyden.function import FunctionWrapper
 from metabroyden.nn.dropout import VariationalDropout, dropouts
 from metabroyden.nn.hold import holding, parametrizations
-from metabroyden.solution import State
+from metabroyden.solution import Cell, State
 from metabroyden.state import AugmentedContext, check_state
 
 
-def pin(
-    cell: Callable[..., State], context: Any, z0: State, *, dtype: torch.dtype | None = None
-) -> tuple[Callable[..., State], Any]:
+def pin(cell: Cell, context: Any, z0: State, *, dtype: torch.dtype | None = None) -> tuple[Cell, Any]:
     """(f, context) to solve with instead of (cell, context): the same ones where the cell has nothing to pin.
 
     Parametrized weights (`normalise`) are computed here, once, in the caller's grad mode. f uses these tensors in the solve
@@ -51,7 +49,7 @@ class Pinned(FunctionWrapper):
 
     def __init__(
         self,
-        cell: Callable[..., State],
+        cell: Cell,
         weights: list[Tensor],
         made: list[nn.Module],
         layers: list[VariationalDropout],
@@ -66,7 +64,7 @@ class Pinned(FunctionWrapper):
         """f(z) or f(z, context), for the rows whose masks are in the context."""
         return self.call(self.cell, self.weights, z, context)
 
-    def call(self, cell: Callable[..., State], weights: Sequence[Tensor], z: State, context: Any) -> State:
+    def call(self, cell: Cell, weights: Sequence[Tensor], z: State, context: Any) -> State:
         """f with these weights, and with `cell` in the place of the module."""
         if self.dtype is not None:
             z = pytree.tree_map(lambda part: part.to(self.dtype), z)

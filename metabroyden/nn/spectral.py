@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from metabroyden.nn.jacobian import pullback
-from metabroyden.solution import State
+from metabroyden.solution import Cell, State
 
 
-def spectral_radius(f: Callable[..., State], z: State, context: Any = None, *, iterations: int = 30) -> Tensor:
+def spectral_radius(f: Cell, z: State, context: Any = None, *, iterations: int = 30) -> Tensor:
     """Per-sample estimate (B,) of ρ(J_f(z)), the largest |eigenvalue| of the Jacobian.
 
     Arnoldi's method (Arnoldi 1951; Saad, Numerical methods for large eigenvalue problems, chapter 6) on Jᵀ, which has

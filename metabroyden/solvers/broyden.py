@@ -10,15 +10,7 @@ from torch import Tensor
 
 from metabroyden.problem import Problem
 from metabroyden.solver import SolverBase, Step
-from metabroyden.solvers.base import (
-    check_number,
-    combine,
-    first_scale,
-    gather_ring,
-    into,
-    own,
-    ring_size,
-)
+from metabroyden.solvers.base import check_number, combine, first_scale, gather_ring, into, own, ring_size
 from metabroyden.solvers.line_search import backtrack
 from metabroyden.solvers.registry import register
 from metabroyden.state import gather

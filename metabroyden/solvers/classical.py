@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 from metabroyden.function import method_of
-from metabroyden.solution import State
+from metabroyden.solution import Cell, State
 from metabroyden.solvers.anderson import Anderson
 from metabroyden.solvers.broyden import Broyden
 from metabroyden.solvers.picard import Picard
@@ -16,12 +15,7 @@ from metabroyden.solvers.tuning import tune
 
 
 def tuned_solvers(
-    f: Callable[..., State],
-    z0: State,
-    context: Any = None,
-    *,
-    budget: int,
-    tolerances: tuple[float, ...] = (1e-2, 1e-3),
+    f: Cell, z0: State, context: Any = None, *, budget: int, tolerances: tuple[float, ...] = (1e-2, 1e-3)
 ) -> dict[str, Any]:
     """The best Picard, Anderson and Broyden of the `grids`; f, z0 and context as for `solve`, the rest as for `tune`."""
     return {
@@ -43,12 +37,7 @@ def grids(budget: int) -> dict[str, list[Any]]:
 
 
 def splitting_solvers(
-    f: Callable[..., State],
-    z0: State,
-    context: Any = None,
-    *,
-    budget: int,
-    tolerances: tuple[float, ...] = (1e-2, 1e-3),
+    f: Cell, z0: State, context: Any = None, *, budget: int, tolerances: tuple[float, ...] = (1e-2, 1e-3)
 ) -> dict[str, Any]:
     """Tuned forward–backward (with a margin) and Peaceman–Rachford, where f offers its parts; none where it does not."""
     options: dict[str, Any] = {"tolerances": tolerances, "max_nfe": budget}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 
-from metabroyden.solution import Solution, State
+from metabroyden.solution import Cell, Solution, State
 from metabroyden.solve import solve
 
 LEAST, MOST = 3, 15
@@ -25,14 +25,7 @@ def turns(names: Sequence[T], rounds: int) -> Iterator[T]:
 
 
 def race(
-    f: Callable[..., State],
-    z0: State,
-    context: Any,
-    solvers: dict[str, Any],
-    *,
-    rtol: float,
-    max_nfe: int,
-    seconds: float = 3.0,
+    f: Cell, z0: State, context: Any, solvers: dict[str, Any], *, rtol: float, max_nfe: int, seconds: float = 3.0
 ) -> tuple[dict[str, Solution], dict[str, list[float]]]:
     """(solutions, seconds by round) of solvers that take turns on one batch; entries of a round belong together.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metabroyden.problem import Problem
-from metabroyden.solution import State
+from metabroyden.solution import Cell, State
 from metabroyden.solver import SolverBase, Step
 from metabroyden.solvers.base import check_number
 from metabroyden.solvers.registry import register
@@ -35,7 +34,7 @@ class Picard(SolverBase):
         check_number("Picard", "damping", self.damping, 0, 2)
 
     @classmethod
-    def tuned(cls, f: Callable[..., State], z0: State, context: Any = None, **options: Any) -> Picard:
+    def tuned(cls, f: Cell, z0: State, context: Any = None, **options: Any) -> Picard:
         """Picard with the best constant damping on validation problems; f, z0, context and options as for `tune`.
 
         Twenty dampings from 0.1 to 2, then two refinements around the best.

@@ -9,7 +9,6 @@ a step, or the use of a part, has made.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from metabroyden.problem import Problem
-from metabroyden.solution import State
+from metabroyden.solution import Cell, State
 from metabroyden.solver import SolverBase, Step
 from metabroyden.solvers.base import check_number
 from metabroyden.solvers.registry import register
@@ -52,9 +51,7 @@ class ForwardBackward(SolverBase):
         check_number("ForwardBackward", "alpha", self.alpha, 0, 10)
 
     @classmethod
-    def tuned(
-        cls, f: Callable[..., State], z0: State, context: Any, *, margin: float = 1.0, **options: Any
-    ) -> ForwardBackward:
+    def tuned(cls, f: Cell, z0: State, context: Any, *, margin: float = 1.0, **options: Any) -> ForwardBackward:
         """`margin` times the best α in [1/16, 2] on validation problems; f, z0, context and options as for `tune`.
 
         The best one lies at the edge of what converges, and other samples may lie beyond: of 10,000 held-out images 124
@@ -81,7 +78,7 @@ class PeacemanRachfordState(NamedTuple):
     """What Peaceman–Rachford carries."""
 
     u: Tensor  # (R, n)
-    resolvent: Callable[..., State]  # (v, x) ↦ V(v + αx)
+    resolvent: Cell  # (v, x) ↦ V(v + αx)
 
 
 @register("peaceman-rachford")
@@ -105,7 +102,7 @@ class PeacemanRachford(SolverBase):
         check_number("PeacemanRachford", "alpha", self.alpha, 0, 1000)
 
     @classmethod
-    def tuned(cls, f: Callable[..., State], z0: State, context: Any, **options: Any) -> PeacemanRachford:
+    def tuned(cls, f: Cell, z0: State, context: Any, **options: Any) -> PeacemanRachford:
         """The best α in [1/16, 16] on validation problems; f, z0, context and options as for `tune`."""
         return _tuned(cls, -4, 4, f, z0, context, options)
 
@@ -128,7 +125,7 @@ class PeacemanRachford(SolverBase):
         return Step(z, PeacemanRachfordState(u, state.resolvent), g)
 
 
-def resolved(u: Tensor, resolvent: Callable[..., State], alpha: float, problem: Any) -> tuple[Tensor, Tensor, Tensor]:
+def resolved(u: Tensor, resolvent: Cell, alpha: float, problem: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(z, f(z) − z, u⁺), all (R, n), of a step of Peaceman–Rachford from u (R, n): one use of the resolvent.
 
     As that makes (1 + α)z − αWz = u' + αx, it gives Wz + x = ((1 + α)z − u') / α and with it f(z) at no further cost.
@@ -139,9 +136,7 @@ def resolved(u: Tensor, resolvent: Callable[..., State], alpha: float, problem: 
     return z, problem.record_residual(z, problem.elementwise("prox", linear)), 2 * z - reflected
 
 
-def _tuned(
-    cls: type[S], low: int, high: int, f: Callable[..., State], z0: State, context: Any, options: dict[str, Any]
-) -> S:
+def _tuned(cls: type[S], low: int, high: int, f: Cell, z0: State, context: Any, options: dict[str, Any]) -> S:
     """The best of α = 2^low, …, 2^high, then two refinements around it."""
     best, spacing = cls(), 1.0
     grid = [2.0**k for k in range(low, high + 1)]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import numpy as np
 
-from metabroyden.solution import State, Trace
+from metabroyden.solution import Cell, State, Trace
 from metabroyden.solve import solve
 
 S = TypeVar("S")
@@ -15,7 +15,7 @@ S = TypeVar("S")
 
 def tune(
     candidates: Iterable[S],
-    f: Callable[..., State],
+    f: Cell,
     z0: State,
     context: Any = None,
     *,
