@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,25 +36,8 @@ def standard_error(success: float, count: int) -> float:
     return float((smoothed * (1 - smoothed) / count) ** 0.5)
 
 
-class HasSuccess(Protocol):
-    """What solved a share of some samples."""
-
-    @property
-    def success(self) -> float:
-        """The share."""
-        ...
-
-    @property
-    def error(self) -> float:
-        """Its standard error."""
-        ...
-
-
-R = TypeVar("R", bound=HasSuccess)
-
-
-def able(results: Mapping[str, R]) -> dict[str, R]:
-    """Those whose success is at most a standard error below the highest."""
+def able(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Those whose `success` is at most its standard error, `error`, below the highest."""
     top = max(results.values(), key=lambda one: one.success)
     return {name: one for name, one in results.items() if one.success >= top.success - top.error}
 
@@ -253,15 +236,7 @@ def compare_solvers(
     method to a hundredth of the tolerance. A solution that is far from them is continued as well: on an ill-conditioned
     problem it then comes nearer, at another equilibrium it stays away.
 
-    Args:
-        f: as for `solve`.
-        z0: as for `solve`.
-        context: as for `solve`.
-        rtol: as for `solve`.
-        max_nfe: as for `solve`.
-        name: a key of `solvers`.
-        solvers: by name.
-        score: see `by_sample`.
+    f, z0, context, rtol and max_nfe as for `solve`; `name` is a key of `solvers`; score: see `by_sample`.
     """
     found, taken = race(f, z0, context, solvers, rtol=rtol, max_nfe=max_nfe)
     solved = {key: found[key].converged.cpu().numpy() for key in solvers}
@@ -295,9 +270,7 @@ def compare_solvers(
 def by_sample(score: Callable[[State, Any], Any], x: Any) -> Score:
     """Make (z, x) → (B,) or mean score into states → (B,) scores; a mean is computed for each sample alone.
 
-    Raises:
-        ValueError: when called, if the score gives anything else.
-        TypeError: when called, if the score gives anything else.
+    ValueError or TypeError, when called, if the score gives anything else.
     """
 
     def scored(z: State, x: Any) -> Tensor:
@@ -350,6 +323,5 @@ def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) 
     for row in rows:
         table.add_row(*row)
     terminal = Console()
-    (terminal if terminal.is_terminal else Console(width=200)).print(
-        table
-    )  # a file or notebook has no width of its own
+    # a file or notebook has no width of its own
+    (terminal if terminal.is_terminal else Console(width=200)).print(table)

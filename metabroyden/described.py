@@ -58,13 +58,6 @@ def damaged(path: Any, why: object) -> CheckpointError:
     return CheckpointError(f"{path}: its description is damaged: {why}")
 
 
-def require(facts: dict[str, bool], path: Any) -> None:
-    """`CheckpointError` with the first complaint that is justified: its fact does not hold."""
-    for complaint, holds in facts.items():
-        if not holds:
-            raise damaged(path, complaint)
-
-
 def fits(value: Any, hint: Any) -> bool:
     """Whether a value as JSON gives it is of an annotated type; a list counts as a tuple, a number that is whole as a float.
 

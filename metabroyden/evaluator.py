@@ -142,11 +142,7 @@ class Evaluator:
         self.nfe[rows.pick] += 1
         self.most += 1
 
-    def context_of(self, rows: Rows) -> Any:
-        """The context of some samples, in the caller's form."""
-        return self._given_to(rows).context
-
-    def _given_to(self, rows: Rows) -> Given:
+    def given_to(self, rows: Rows) -> Given:
         """What f is given beside the state of these rows: their context, gathered; the one gathered before is let go."""
         if rows.index is None or self._given.context is None:
             return self._given
@@ -163,7 +159,7 @@ class Evaluator:
         if rows.index is None:
             return self.function(z, self._given, differentiable=differentiable)
         if self._given.context is not None:
-            return self.function(z, self._given_to(rows), differentiable=differentiable)
+            return self.function(z, self.given_to(rows), differentiable=differentiable)
         whole = self.best_z.index_copy(0, rows.index, z)
         return self.function(whole, differentiable=differentiable).index_select(0, rows.index)
 
@@ -204,7 +200,7 @@ class Evaluator:
     def evaluate_method(self, part: Cell, z: Tensor, rows: Rows) -> Tensor:
         """part(z, context) at z (R, n) for the given rows, flat (R, n): counts as one evaluation of f."""
         self.spend(rows)
-        return self.function(z, self._given_to(rows), part)
+        return self.function(z, self.given_to(rows), part)
 
     def origin(self) -> Tensor | None:
         """f(z0), (B, n), where it has been evaluated; in memory of ours, for f may use its own again."""

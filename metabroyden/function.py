@@ -14,9 +14,8 @@ from metabroyden.shared import bare
 from metabroyden.solution import Cell, State
 from metabroyden.state import Packing
 
-_COMPARED = (
-    2  # calls of a solve after which z's memory itself is compared: a first z is often zero, which hides factors
-)
+# calls of a solve after which z's memory itself is compared: a first z is often zero, which hides factors
+_COMPARED = 2
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 _SMALL = 1 << 16  # bytes up to which a tensor in host memory is compared by a copy
 

@@ -103,7 +103,7 @@ class CountedProblem(Problem):
     @property
     def context(self) -> Any:
         """See `Problem`."""
-        return seen_context(self._evaluator.context_of(self._rows), self._evaluator.z0)
+        return seen_context(self._evaluator.given_to(self._rows).context, self._evaluator.z0)
 
     @property
     def alive(self) -> np.ndarray:

@@ -22,20 +22,6 @@ class _Moments:
     moments: list[str] | None = None
 
 
-def save(
-    path: str | Path,
-    kind: str,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    header: dict[str, Any],
-    *,
-    generator: torch.Generator | None = None,
-    best: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Write all that a training of this kind, such as "meta", needs to go on bit for bit; the rest as for `pack`."""
-    checkpoint.write(path, f"training/{kind}", *pack(module, optimizer, header, generator=generator, best=best))
-
-
 def pack(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -44,7 +30,7 @@ def pack(
     generator: torch.Generator | None = None,
     best: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, header) of all that a training needs to go on bit for bit; not a copy.
+    """(tensors, header) of all that a training needs to go on bit for bit, for `checkpoint.write`; not a copy.
 
     Args:
         module: its weights are kept.
@@ -77,15 +63,13 @@ def restore(
     generator: torch.Generator | None = None,
     best: bool = False,
 ) -> dict[str, Tensor]:
-    """Give a module, its optimizer and a generator what `save` kept; returns the best weights ({} where none are kept).
+    """Give a module, its optimizer and a generator what `pack` gave; returns the best weights ({} where none are kept).
 
     Args:
-        tensors: of the file, from `checkpoint.read`; or what `pack` gave, and a name for it.
-        header: of the same file.
-        path: its name, for messages.
-        module: as `save` had them.
-        optimizer: as `save` had them.
-        generator: as `save` had them.
+        tensors: what `pack` gave, of a file by `checkpoint.read`.
+        header: likewise.
+        path: the file's name, for messages.
+        module: like the one that was packed; so optimizer and generator.
         taken: updates that the optimizer has made at least, since it was last cleared.
         best: whether best weights are kept.
 

@@ -117,9 +117,5 @@ def _place(tensor: Tensor) -> int:
     """Where a tensor's memory begins; a number of its own for one without memory that can be told."""
     try:
         return tensor.untyped_storage().data_ptr() or id(tensor)
-    except (
-        NotImplementedError,
-        RuntimeError,
-        ValueError,
-    ):  # sparse, not yet initialised, inside torch.func's transforms
+    except (NotImplementedError, RuntimeError, ValueError):  # sparse, not initialised, inside torch.func's transforms
         return id(tensor)

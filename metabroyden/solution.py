@@ -78,13 +78,6 @@ class Trace:
     phase: Tensor
     absolute: Tensor | None = None
 
-    @classmethod
-    def empty(cls, z: Tensor) -> Trace:
-        """The trace of no call, for a state z (B, n)."""
-        none = torch.zeros(0, len(z))
-        size = none.to(z)
-        return cls(size, none.long(), torch.zeros(0, dtype=torch.float64), none.to(torch.int8), size.clone())
-
     def evaluations_to(self, tolerance: float, budget: int) -> tuple[np.ndarray, np.ndarray]:
         """(evaluations, reached), (B,) each: what a sample had spent when its residual first reached the tolerance.
 

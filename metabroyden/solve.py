@@ -118,7 +118,8 @@ def nothing(packing: Packing, z: Tensor, *, snapshots: int = 0, keep_inverse: bo
     kept = tuple(packing.unpack(z.clone()) for _ in range(snapshots))
     inverse = FinalInverse(0) if keep_inverse else None
     z, done = z.clone(), torch.zeros(0, dtype=torch.bool, device=z.device)
-    trace = Trace.empty(z)
+    none, seconds = z.new_zeros(0, 0), torch.zeros(0, dtype=torch.float64)
+    trace = Trace(none, number.view(0, 0), seconds, number.view(0, 0).to(torch.int8), none.clone())
     return Solution(packing.unpack(z), size, number, number.clone(), done, number.clone(), trace, kept, inverse)
 
 
@@ -278,27 +279,22 @@ class _Driver:
         self.inverse: FinalInverse | None = None
         self._joint: tuple[list[Rows], Rows] | None = None
 
-    def _run(self) -> None:
-        """Drive every sample to a status."""
-        z0 = self.evaluator.z0
-        first = _Cohort(self.evaluator, self.plan, 0, np.arange(len(z0)))
+    def solution(self) -> Solution:
+        """Drive every sample to a status; what came of it."""
+        evaluator, z0 = self.evaluator, self.evaluator.z0
+        first = _Cohort(evaluator, self.plan, 0, np.arange(len(z0)))
         first.z, first.state, first.g = begin(first.phase.solver, z0, first.problem)
         self.cohorts = [first]
-        if self.evaluator.nfe.any():  # start has looked at f: some samples may be done
+        if evaluator.nfe.any():  # start has looked at f: some samples may be done
             self._check_convergence()
         if first.g is not None:
             self._keep_due()
         while self.cohorts:
             self._round()
-        self.kept += [self.evaluator.best_z.clone() for _ in self.due]
-
-    def solution(self) -> Solution:
-        """What came of every sample, once all have been driven to a status."""
-        self._run()
-        evaluator, unpack = self.evaluator, self.evaluator.packing.unpack
-        z = evaluator.best_z
+        self.kept += [evaluator.best_z.clone() for _ in self.due]
+        z, unpack = evaluator.best_z, evaluator.packing.unpack
         return Solution(
-            z=unpack(z.clone() if z is evaluator.z0 else z),
+            z=unpack(z.clone() if z is z0 else z),
             residual=torch.from_numpy(evaluator.best_residual).to(z),
             nfe=torch.from_numpy(evaluator.nfe),
             steps=torch.from_numpy(self.steps),
@@ -323,7 +319,8 @@ class _Driver:
         self._evaluate([cohort for cohort in self.cohorts if cohort.g is None])
         self.unseen += 1
         due = bool(self.due) and self.evaluator.nfe.max() >= self.due[0]
-        if due or self.unseen == self.check_every or any(map(self._check_due, self.cohorts)):
+        ends = (cohort.phase.horizon == cohort.steps or self._spent(cohort).any() for cohort in self.cohorts)
+        if due or self.unseen == self.check_every or any(ends):
             self._check_convergence()
         self._keep_due()
 
@@ -332,10 +329,6 @@ class _Driver:
         while self.due and self.evaluator.nfe.max() >= self.due[0]:
             self.kept.append(self.evaluator.best_z.clone())
             del self.due[0]
-
-    def _check_due(self, cohort: _Cohort) -> bool:
-        """Whether a phase or somebody's budget has come to its end."""
-        return cohort.phase.horizon == cohort.steps or bool(self._spent(cohort).any())
 
     def _spent(self, cohort: _Cohort) -> np.ndarray:
         """Which live rows cannot afford another step."""

@@ -83,9 +83,9 @@ class Frozen:
     def same(self, image: Parts, before: Iterable[Tensor]) -> bool:
         """Whether this evaluation finds what the forward pass did: else a write through `.data`, or to a module that the
         cell hides from us, has gone unnoticed."""
-        tolerance = max(_SAME, 8 * self.rounding)
-        if not all(_close(new, old, tolerance) for new, old in zip(image, before, strict=True)):
-            self._moved = True
+        tolerance = max(_SAME, 8 * self.rounding)  # of all samples together; what is not finite agrees
+        for new, old in zip(image, before, strict=True):
+            self._moved |= bool((new - old).detach().norm() > tolerance * old.detach().norm())
         return not self._moved
 
     def has_graph(self, point: Parts) -> bool:
@@ -146,12 +146,6 @@ def pull(values: Parts, towards: Sequence[Tensor], cotangents: Parts, **options:
         return tuple(torch.zeros_like(tensor) for tensor in towards)
     images, given = zip(*live, strict=True)
     return torch.autograd.grad(images, towards, given, materialize_grads=True, **options)
-
-
-def _close(new: Tensor, old: Tensor, tolerance: float) -> bool:
-    """Whether two tensors agree, all samples together, up to this relative difference; what is not finite agrees."""
-    change = (new - old).detach().norm()
-    return not bool(change > tolerance * old.detach().norm())
 
 
 @dataclass(frozen=True)

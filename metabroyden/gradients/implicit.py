@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metabroyden.gradients.adjoint import AdjointSolve
 from metabroyden.gradients.base import GradientMode, Replace, Report, parts_of
-from metabroyden.gradients.frozen import Frozen, Graph, Map, Parts, pull
+from metabroyden.gradients.frozen import Frozen, Graph, Parts, pull
 from metabroyden.gradients.transforms import refuse_batched
 from metabroyden.solution import Cell, Solution, State
 from metabroyden.solve import check_options, solve
@@ -117,7 +117,13 @@ class _Adjoint(torch.autograd.Function):
         live, tensors = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         if isinstance(function, Frozen):
             _refuse_hidden(function, ctx.graph.image, live, tensors)
-        adjoint_map = _AdjointMap(function, count, len(tensors))
+
+        def adjoint_map(u: Parts, everything: Sequence[Tensor]) -> Parts:
+            """u ↦ Jᵀu + v as a map of u that depends on z*, on what the cell depends on, and on v."""
+            point, rest, v = tuple(everything[:count]), everything[count:-count], everything[-count:]
+            pulled = pull(function(point, rest), point, u, create_graph=True)
+            return tuple(a + b for a, b in zip(pulled, v, strict=True))
+
         found = _fixed_point(adjoint_map, (*live, *tensors, *grads), u, ctx.adjoint.plain())
         wanted = [number for number, tensor in enumerate(tensors) if tensor.requires_grad]
         partial = [tensor.view_as(tensor) for tensor in tensors]  # z* depends on the tensors too: not that way
@@ -127,21 +133,6 @@ class _Adjoint(torch.autograd.Function):
             for number, gradient in zip(wanted, pulled, strict=True):
                 towards[number] = gradient
         return (None, None, *[None] * count, *towards)
-
-
-@dataclass(frozen=True)
-class _AdjointMap:
-    """u ↦ Jᵀu + v as a map of u that depends on z*, on what the cell depends on, and on v."""
-
-    function: Map
-    count: int
-    others: int
-
-    def __call__(self, u: Parts, tensors: Sequence[Tensor]) -> Parts:
-        live, rest = tuple(tensors[: self.count]), tensors[self.count : self.count + self.others]
-        v = tensors[self.count + self.others :]
-        pulled = pull(self.function(live, rest), live, u, create_graph=True)
-        return tuple(a + b for a, b in zip(pulled, v, strict=True))
 
 
 def _refuse_hidden(function: Frozen, before: Parts, live: Parts, tensors: Sequence[Tensor]) -> None:

@@ -100,7 +100,9 @@ class LearnedSolver(SolverBase, nn.Module):
 
     def __init__(self, config: LearnedConfig | None = None, **options: Any) -> None:
         super().__init__()
-        self.config = config = self.make_config(**options) if config is None else config
+        if isinstance(options.get("layout"), Layout):
+            options |= {"layout": options["layout"].kind, "shape": tuple(options["layout"].shape)}
+        self.config = config = self.config_type(**options) if config is None else config
         self.layout = Layout(config.layout, tuple(config.shape))
         self.context_channels = config.context_channels or self.layout.channels
         self.fingerprint: str | None = None
@@ -120,13 +122,6 @@ class LearnedSolver(SolverBase, nn.Module):
     def safeguarded(self) -> list[Phase]:
         """The learned steps and what they are handed over to, see `Safeguard`."""
         return self.config.safeguard.phases(self)
-
-    @classmethod
-    def make_config(cls, **options: Any) -> Any:
-        """The config with these fields; `layout` may be a `Layout`, which gives the shape too."""
-        if isinstance(options.get("layout"), Layout):
-            options |= {"layout": options["layout"].kind, "shape": tuple(options["layout"].shape)}
-        return cls.config_type(**options)
 
     def fallback(self) -> tuple[Any, int]:
         """The classical solver that a sample ends with, from z0, and the number of its phase in the plan."""

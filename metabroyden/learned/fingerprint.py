@@ -98,11 +98,6 @@ def _of_values(tensors: list[Tensor], dtype: torch.dtype) -> str:
     return hashlib.sha256(b"".join(sorted(found))).hexdigest()[:16]
 
 
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was written to; inference mode counts nothing."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
 def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
@@ -120,7 +115,8 @@ class FingerprintWatch:
         wanted, module = getattr(solver, "fingerprint", None), module_of(f)
         if wanted is None or module is None or self._warned:
             return
-        seen = tuple((id(p), _version(p)) for p in (*module.parameters(), *module.buffers()))
+        held = (*module.parameters(), *module.buffers())
+        seen = tuple((id(p), 0 if p.is_inference() else p._version) for p in held)
         if seen == self._seen:
             return
         self._seen = seen

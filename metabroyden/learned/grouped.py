@@ -66,7 +66,8 @@ class GroupedLSTM(LearnedSolver):
         config = self.config
         self.preconditioner = Preconditioner(self.layout, self.context_channels, config.rank)
         bias = not self.homogeneous
-        inputs = feature_count(_DIRECTIONS, homogeneous=self.homogeneous)
+        pairs = _DIRECTIONS * (_DIRECTIONS - 1) // 2
+        inputs = _DIRECTIONS + pairs + bias * _DIRECTIONS + 2  # rows of `direction_features`
         self.lstm = SharedLSTM(inputs, config.hidden, _DIRECTIONS + bias, self.layout.identities)
         base = torch.tensor([[1.0], [1.0], [0.0], [0.0], [0.0]])[: _DIRECTIONS + bias]
         self.register_buffer("_base", base, persistent=False)
@@ -117,21 +118,14 @@ class GroupedLSTM(LearnedSolver):
         return -(w + LearnedInverse(self).rmatvec(w, inverse))
 
 
-def feature_count(directions: int, *, homogeneous: bool = False) -> int:
-    """Rows F of `direction_features`."""
-    means = 0 if homogeneous else directions
-    return directions + directions * (directions - 1) // 2 + means + 2
-
-
 def direction_features(stack: Tensor, scale: Tensor, previous: Tensor, first: Tensor | None = None) -> Tensor:
     """(R, F, G): log sizes, correlations and means of directions over each group, log s and its last change.
 
     Args:
         stack: (R, G, K, P) the directions.
-        scale: this step's residual scale s and the last one's, (R, 1, …).
-        previous: this step's residual scale s and the last one's, (R, 1, …).
-        first: where given, features are even and of degree zero in the problem: no means, and log s relative to this
-            one.
+        scale: this step's residual scale s, (R, 1, …).
+        previous: the last step's.
+        first: where given, features are even and of degree zero in the problem: no means, log s relative to this one.
     """
     gram = stack @ stack.transpose(2, 3) / stack.shape[3]
     root = (torch.diagonal(gram, dim1=2, dim2=3) + 1e-8).sqrt()

@@ -69,11 +69,8 @@ class LearnedStart(LearnedSolver):
     def start(self, z0: Tensor, problem: Any) -> Tensor | Step:  # type: ignore[override]
         """The learned first iterate, (R, n), or the first step from there of a classical solver that begins with one."""
         z = super().start(z0, problem)
-        return (
-            z
-            if torch.is_grad_enabled() or self.config.conditioning == "initial_value"
-            else self.config.classical.start(z, problem)
-        )
+        begun = torch.is_grad_enabled() or self.config.conditioning == "initial_value"
+        return z if begun else self.config.classical.start(z, problem)
 
     def init(self, z: Tensor, g: Tensor, problem: Any) -> Any:
         """The classical solver's state; none where gradients are recorded."""

@@ -65,9 +65,7 @@ class MetaBroydenState(NamedTuple):
     step_size: Tensor  # of that step, see `StepCoefficients`
     before: Tensor  # (R, n) the iterate before this one
     memory: Any  # of the coefficients
-    trail: tuple[
-        tuple[Tensor, Tensor, Tensor | None], ...
-    ]  # (iterates, residuals, our rows in them) of the learned steps
+    trail: tuple[Any, ...]  # (iterates, residuals, our rows in them or None) of the learned steps
     secants: SecantState | None  # made of the trail when first wanted
     steps: int
 
@@ -223,7 +221,4 @@ class MetaBroyden(LearnedSolver):
         wc = self.layout.canonical(w, shape)
         learned = self.layout.parts(self.layout.flat(self.preconditioner.transpose(wc, gates)), shape)
         back = -self.layout.joined(self._add_diagonal(self.layout.parts(w, shape), step_size, learned))
-        if pairs is None:
-            return back
-        residuals, moves, gram = pairs
-        return back + self.secants.transposed(w, back, residuals, moves, gram, shape)
+        return back if pairs is None else back + self.secants.transposed(w, back, pairs, shape)

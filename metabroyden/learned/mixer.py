@@ -44,7 +44,7 @@ class Mixer(nn.Module):
             )
         self.past = (kernel - 1) * dilation if layout.causal else 0
         self.dilation = dilation
-        self.map: nn.Module
+        self.map: Any
         if layout.spatial:
             self.map = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2 * dilation, dilation=dilation, bias=bias)
         elif layout.causal:
@@ -59,13 +59,9 @@ class Mixer(nn.Module):
     def forward(self, *parts: Tensor) -> Tensor:
         """(R, inputs, *S) → (R, outputs, *S), for a value or what its channels are made of, in order, without joining it."""
         parts = tuple(part for part in parts if part.shape[1])
-        weights = self._weight.split([part.shape[1] for part in parts], dim=1)
+        weights = self.map.weight.split([part.shape[1] for part in parts], dim=1)
         biases = [self.map.bias, *[None] * (len(parts) - 1)]
         return functools.reduce(torch.add, map(self._mapped, parts, weights, biases))
-
-    @property
-    def _weight(self) -> Any:
-        return self.map.weight
 
     def _mapped(self, part: Tensor, weight: Tensor, bias: Any) -> Tensor:
         if self.layout.spatial:
@@ -83,20 +79,20 @@ class Mixer(nn.Module):
         """The map (without bias) of a canonical value that comes in `Layout.parts`, which need not be brought together."""
         if len(parts) == 1:
             return self(parts[0])
-        weights = self._weight.split(self.layout.coarse_channels, dim=1)
+        weights = self.map.weight.split(self.layout.coarse_channels, dim=1)
         return functools.reduce(torch.add, map(_strided, parts, weights, self.layout.factors))
 
     def to_parts(self, value: Tensor) -> list[Tensor]:
         """The map (without bias) of a value, as `Layout.parts` of the canonical one."""
         if self.layout.kind != "pyramid":
             return [self(value)]
-        maps = zip(self._weight.split(self.layout.coarse_channels, dim=0), self.layout.factors, strict=True)
+        maps = zip(self.map.weight.split(self.layout.coarse_channels, dim=0), self.layout.factors, strict=True)
         found = [(functional.conv2d(value, weight, padding=weight.shape[-1] // 2), n) for weight, n in maps]
         return [functional.pixel_shuffle(mapped, n) if n > 1 else mapped for mapped, n in found]
 
     def transpose(self, value: Tensor) -> Tensor:
         """The transposed linear map (its bias left out), (R, outputs, *S) → (R, inputs, *S)."""
-        weight = self._weight
+        weight = self.map.weight
         if self.layout.spatial:
             padding = weight.shape[-1] // 2 * self.dilation
             return functional.conv_transpose2d(value, weight, padding=padding, dilation=self.dilation)

@@ -15,8 +15,6 @@ from metabroyden.learned.secants import Secants, SecantState
 from metabroyden.solver import Step
 from metabroyden.solvers.registry import register
 
-FORMS = ("delta", "secant")
-
 
 @dataclass(frozen=True)
 class NeuralFixedPointConfig(LearnedConfig):
@@ -35,7 +33,7 @@ class NeuralFixedPointConfig(LearnedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_choice("form", *FORMS)
+        self._check_choice("form", "delta", "secant")
         self._check_least(memory=1)
         self._check_share("ridge")
 

@@ -53,9 +53,8 @@ class Secants:
             row = self._inner(residuals[:, :used], residuals[:, slot], shape).double()
             gram[:, :, slot, :used] = row
             gram[:, :, :used, slot] = row
-            gram[:, :, slot, slot] = torch.where(
-                row[..., slot] > 0, row[..., slot] * (1 + ridge), 1.0
-            )  # a zero pair: none
+            size = row[..., slot]
+            gram[:, :, slot, slot] = torch.where(size > 0, size * (1 + ridge), 1.0)  # a zero pair: none
         return SecantState(residuals, moves, gram, z, g, state.steps + 1)
 
     def project(self, g: Tensor, state: SecantState, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -70,10 +69,9 @@ class Secants:
             gamma = torch.nan_to_num(gamma, 0.0, 0.0, 0.0).to(g.dtype)
         return self._combine(gamma, moves, shape), g - self._combine(gamma, residuals, shape)
 
-    def transposed(
-        self, w: Tensor, back: Tensor, residuals: Tensor, moves: Tensor, gram: Tensor, shape: tuple[int, ...]
-    ) -> Tensor:
-        """What the pairs add to B₀ᵀw (R, n), `back`, to make Bᵀw of it: ΔG⁺ᵀ(ΔZᵀw − ΔGᵀB₀ᵀw)."""
+    def transposed(self, w: Tensor, back: Tensor, pairs: tuple[Tensor, ...], shape: tuple[int, ...]) -> Tensor:
+        """What the pairs (ΔG, ΔZ, Gram) add to B₀ᵀw (R, n), `back`, to make Bᵀw of it: ΔG⁺ᵀ(ΔZᵀw − ΔGᵀB₀ᵀw)."""
+        residuals, moves, gram = pairs
         right = self._inner(moves, w, shape, local=True) - self._inner(residuals, back, shape, local=True)
         found, _ = torch.linalg.solve_ex(gram, right.double())
         found = torch.nan_to_num(found, 0.0, 0.0, 0.0).to(w.dtype)

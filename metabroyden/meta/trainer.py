@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metabroyden import checkpoint, resume
-from metabroyden.described import check, damaged, require
+from metabroyden.described import check, damaged
 from metabroyden.meta import distributed
 from metabroyden.meta.config import MetaConfig
 from metabroyden.meta.estimators import ESTIMATORS, MixedDraws, TaskDraws
 from metabroyden.meta.orthogonal import OrthogonalAdam, make_optimizer
-from metabroyden.meta.schedule import STOPS, Clock, StepGuard, cosine, reason_to_stop, share
+from metabroyden.meta.schedule import STOPS, Clock, StepGuard, reason_to_stop, share
 from metabroyden.meta.tasks import Source, TaskSet
 from metabroyden.solve import solve
 from metabroyden.state import gather
@@ -158,7 +158,8 @@ class Trainer:
         done = share(config, self.step, self._spent())
         with torch.enable_grad():
             loss, norm = (float(value) for value in self.estimator(self.step, done))
-        rate = (cosine(done) if config.decay == "cosine" else 1 - done) * 0.5 ** len(self.incidents.returned)
+        fall = 0.5 * (1 + math.cos(math.pi * done)) if config.decay == "cosine" else 1 - done
+        rate = fall * 0.5 ** len(self.incidents.returned)
         # an evolution strategy's gradients are long by nature: they grow with the number of weights
         clip = config.clip if config.estimator == "backprop" else math.inf
         if self.incidents.accept(self.step, loss, norm, clip):
@@ -234,7 +235,7 @@ class Trainer:
             "seconds": round(self.clock.read()[0], 1),
             "cpu_seconds": round(self.clock.read()[1], 1),
             "skipped_steps": self.skipped,
-            "incidents": self.incidents.describe(),
+            "incidents": asdict(self.incidents),
             "validation": [{key: _jsonable(value) for key, value in entry.items()} for entry in self.history],
         }
 
@@ -248,12 +249,13 @@ class Trainer:
         header = self._facts() | {
             "step": self.step,
             "seconds": self.clock.read(),
-            "incidents": self.incidents.describe(),
+            "incidents": asdict(self.incidents),
             "stopped": self.stopped,
             "best_score": repr(self.best_score),
             "history": [{key: repr(value) for key, value in entry.items()} for entry in self.history],
         }
-        resume.save(self.path, "meta", self.module, self.optimizer, header, generator=self._generator, best=self.best)
+        kept = resume.pack(self.module, self.optimizer, header, generator=self._generator, best=self.best)
+        checkpoint.write(self.path, "training/meta", *kept)
 
     def _facts(self) -> dict[str, Any]:
         """What must be the same for a training to go on."""
@@ -302,7 +304,9 @@ class Trainer:
             "its history has scores that are not finite": all(map(math.isfinite, scores)),
             f"best_score is {best_score}, its history has another": best_score == min(scores, default=math.inf),
         }
-        require(sound, path)
+        for complaint, holds in sound.items():
+            if not holds:
+                raise damaged(path, complaint)
         return history, best_score
 
 

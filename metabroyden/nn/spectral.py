@@ -46,7 +46,12 @@ def spectral_radius(f: Cell, z: State, context: Any = None, *, iterations: int =
         raise ValueError(f"iterations must be at least 1, got {iterations}")
     point, pull = pullback(f, z, context)
     with torch.no_grad():
-        return _radius(_hessenberg(pull, point, min(iterations, point.shape[1])))
+        h = _hessenberg(pull, point, min(iterations, point.shape[1]))
+        finite = torch.isfinite(h).flatten(1).all(dim=1)
+        # small matrices: LAPACK on the host
+        matrices = torch.where(finite[:, None, None], h, 0.0).double().cpu()
+        radius = torch.linalg.eigvals(matrices).abs().amax(dim=1).to(h)
+        return torch.where(finite, radius, torch.nan)
 
 
 def _hessenberg(product: Callable[[Tensor], Tensor], like: Tensor, size: int) -> Tensor:
@@ -74,12 +79,3 @@ def _hessenberg(product: Callable[[Tensor], Tensor], like: Tensor, size: int) ->
         h[:, k + 1, k] = torch.where(goes_on, left, 0.0).squeeze(1)
         v = torch.where(goes_on, w / torch.where(goes_on, left, 1.0), 0.0)
     return h
-
-
-def _radius(h: Tensor) -> Tensor:
-    """Largest |eigenvalue| of each of (B, k, k); NaN for what is not finite."""
-    finite = torch.isfinite(h).flatten(1).all(dim=1)
-    # small matrices: LAPACK on the host
-    matrices = torch.where(finite[:, None, None], h, 0.0).double().cpu()
-    radius = torch.linalg.eigvals(matrices).abs().amax(dim=1).to(h)
-    return torch.where(finite, radius, torch.nan)

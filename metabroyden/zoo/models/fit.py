@@ -158,7 +158,7 @@ def train(
             report(now, model)
         if path is not None:
             header = {"config": described, "model": what, "history": past}
-            resume.save(path, "model", model, optimizer, header, generator=generator)
+            checkpoint.write(path, "training/model", *resume.pack(model, optimizer, header, generator=generator))
     return model.eval()
 
 
