@@ -57,17 +57,14 @@ class DEQ(nn.Module):
         solver: any of our solvers, learned ones included (default `Broyden()`); may be reassigned at any time.
         backward: gradient mode (default `Implicit()`; `Phantom`, `JacobianFree`, `Unroll`); used only where gradients
             are enabled.
-        rtol: as in `solve`.
-        atol: as in `solve`.
-        max_nfe: as in `solve`.
+        rtol: as in `solve`; so are atol and max_nfe.
         warn: warn when samples fail, forward or backward: once for each status, and again when twice the share fails.
 
     Attributes:
         hooks: list of functions `hook(f, context, z)`, called with each equilibrium that gets gradients (see `Hook`).
 
     Raises:
-        TypeError: a bad cell, solver, gradient mode or tolerance.
-        ValueError: a bad cell, solver, gradient mode or tolerance.
+        TypeError, ValueError: a bad cell, solver, gradient mode or tolerance.
 
     Examples:
         >>> import torch, metabroyden as mb

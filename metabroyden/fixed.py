@@ -32,10 +32,7 @@ class FixedBudget:
     Args:
         f: batch-first map, f(z) or f(z, context), as for `solve`.
         solver: any solver whose steps cost a number of evaluations known beforehand (not `Newton`, no line search).
-        max_nfe: evaluations of f for every sample.
-        rtol: as for `solve`.
-        atol: as for `solve`.
-        f_dtype: as for `solve`.
+        max_nfe: evaluations of f for every sample; rtol, atol and f_dtype as for `solve`.
         compiled: False runs the same code eagerly; so does, with a warning, a failure to compile.
         mode: passed to `torch.compile`, for instance "reduce-overhead" for CUDA graphs.
 
@@ -43,8 +40,7 @@ class FixedBudget:
         compile_seconds: wall-clock seconds of the calls that compiled, in sum, with the call of f before each.
 
     Raises:
-        ValueError: bad input, naming what was given and what is wanted.
-        TypeError: bad input, naming what was given and what is wanted.
+        ValueError, TypeError: bad input, naming what was given and what is wanted.
 
     Examples:
         >>> import metabroyden as mb

@@ -72,8 +72,7 @@ def solve(
         A `Solution` of detached tensors, since the solve runs under no_grad.
 
     Raises:
-        ValueError: bad input, naming what was given and what is wanted.
-        TypeError: bad input, naming what was given and what is wanted.
+        ValueError, TypeError: bad input, naming what was given and what is wanted.
         SolveError: samples failed and throw is True.
 
     Examples:

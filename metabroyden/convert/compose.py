@@ -25,9 +25,7 @@ class PairCell(nn.Module):
     Bai, Kolter & Koltun, Deep Equilibrium Models, NeurIPS 2019, theorem 2: stacking DEQs adds nothing to a single one.
 
     Args:
-        first: as for `compose`; the cells are shared, not copied.
-        second: as for `compose`; the cells are shared, not copied.
-        between: as for `compose`; the cells are shared, not copied.
+        first: as for `compose`, as are second and between; the cells are shared, not copied.
     """
 
     def __init__(self, first: DEQ | Readout, second: DEQ | Readout, between: Callable[..., Any] | None = None) -> None:
@@ -81,16 +79,16 @@ def compose(
 ) -> ComposedDEQ:
     """One DEQ with the output and the gradients of second(between(first(x))), see `PairCell`; the parameters are shared.
 
-    One solve finds both states together. Tolerances hold for the joint state, so that a
-    second state much smaller than the first wants a tighter rtol.
+    One solve finds both states together. Tolerances hold for the joint state, so that a second state much smaller than the
+    first wants a tighter rtol.
 
     Args:
         first: a `DEQ`, whose output is its state, or what `to_deq` or `compose` made.
         second: the same, reading the first one's output.
         between: maps the first's output to the second's context, samples apart; a module's parameters are trained too.
-            deq_options: of `DEQ`. Defaults: the smaller rtol (of a DEQ beside a converted network, the DEQ's) and atol,
-            the sum of their max_nfe; their solver and gradient mode where they agree, else `Broyden()` and
-            `Implicit()`. A learned solver, fitted to another f, is never taken over.
+        deq_options: of `DEQ`. Defaults: the smaller rtol (of a DEQ beside a converted network, the DEQ's) and atol, the sum
+            of their max_nfe; their solver and gradient mode where they agree, else `Broyden()` and `Implicit()`. A learned
+            solver, fitted to another f, is never taken over.
 
     Returns:
         A module; its `deq` is the `DEQ` of both states.

@@ -48,8 +48,7 @@ def register(
         name: what torchdeq shall call it; a name registered before is taken over.
         solver: any of our solvers. A learned one needs no context, and unflattens a flattened state by its layout.
         replace: allow the name of one of torchdeq's own solvers.
-        check_every: as in `solve`.
-        f_dtype: as in `solve`.
+        check_every: as in `solve`; so is f_dtype.
 
     Returns:
         The function that was registered. It raises TypeError for options it does not know (torchdeq's solvers ignore
@@ -57,8 +56,7 @@ def register(
 
     Raises:
         ImportError: torchdeq is not installed.
-        TypeError: a bad solver, name or option.
-        ValueError: a bad solver, name or option.
+        TypeError, ValueError: a bad solver, name or option.
     """
     check_options(torch.cos, solver, 0.0, 0.0, 1, check_every, f_dtype)
     if not isinstance(name, str) or not name:

@@ -18,8 +18,7 @@ class Mixer(nn.Module):
 
     Args:
         layout: of the states: images have a convolution, sequences a causal one, vectors a dense map.
-        inputs: channels.
-        outputs: channels.
+        inputs: channels; so are outputs.
         kernel: odd width of the convolution.
         bias: whether it adds a learned constant.
         zero: whether its weights begin at zero.

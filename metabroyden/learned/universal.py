@@ -205,8 +205,7 @@ def specialised(
     Args:
         solver: without parts of its own.
         layout: of the states.
-        conditioning: as in `LearnedConfig`.
-        context_channels: as in `LearnedConfig`.
+        conditioning: as in `LearnedConfig`; so is context_channels.
         rank: inner channels of the preconditioner.
         initializer_width: inner channels of the initializer.
 

@@ -61,9 +61,7 @@ class Unrolling(metaclass=OldOptions):
             (truncated backpropagation through time), their gradients added up. With 1 backpropagation is full.
         clip: of the gradient's norm.
         objective: see `metabroyden.meta.objectives`.
-        detach_features: see `metabroyden.meta.unroll.unroll`.
-        checkpoint_steps: see `metabroyden.meta.unroll.unroll`.
-        half: see `metabroyden.meta.unroll.unroll`.
+        detach_features: see `metabroyden.meta.unroll.unroll`, as for checkpoint_steps and half.
     """
 
     segments: int = count(1)
@@ -94,8 +92,8 @@ class MetaConfig(Unrolling):
         decay: of both rates to zero, "cosine" or "linear".
         estimator: of the gradient, "backprop" or "pes" (see `metabroyden.meta.estimators`). With the latter an outer
             step is one segment, and `segments` of them in a row one unroll.
-        sigma: size of the perturbations of "pes", and pairs of them.
-        particles: size of the perturbations of "pes", and pairs of them.
+        sigma: size of the perturbations of "pes".
+        particles: pairs of them.
         backend: of the unroll that is backpropagated through.
         seed: of all that is drawn.
         start_noise: size of normal noise on the start states of training, relative to the root mean square of f(z0).

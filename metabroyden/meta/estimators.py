@@ -146,16 +146,8 @@ def backpropagate(
 
     Where f or the steps blow up, the norm is not finite, and neither is the gradient.
 
-    Args:
-        module: an `UnrolledLoss`, or that in a DistributedDataParallel, which then reduces once, after the last
-            segment.
-        f: the problems.
-        z0: the problems.
-        context: the problems.
-        config: of the unroll.
-        backend: of the unroll.
-        steps: K of each segment.
-        done: how far the training has got, in [0, 1].
+    `module` is an `UnrolledLoss`, or that in a DistributedDataParallel, which then reduces once, after the last segment;
+    each segment has K = `steps`, and `done` in [0, 1] is how far the training has got.
     """
     parameters = list(module.parameters())
     for parameter in parameters:

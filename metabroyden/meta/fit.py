@@ -108,8 +108,7 @@ def fit_solver(
         return_report a pair of it and the `Comparison`, also after a fallback; `fitted.solver` is the fitted one.
 
     Raises:
-        ValueError: bad input, saying what was given and what is wanted.
-        TypeError: bad input, saying what was given and what is wanted.
+        ValueError, TypeError: bad input, saying what was given and what is wanted.
         RuntimeError: inference mode or autocast is on.
     """
     refuse_inference("fit_solver")

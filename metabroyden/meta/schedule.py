@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 STOPS = {
@@ -80,6 +80,10 @@ class StepGuard:
         counts = {"skipped": self.count, "exploded": len(self.exploded), "returns to the best": len(self.returned)}
         return "".join(f", {count} {what}" for what, count in counts.items() if count)
 
+    def describe(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
     def before(self, step: int) -> bool:
         """Whether all that is recorded can have happened in so many steps."""
         recorded = [*self.exploded, *self.returned, *(number for steps in self.skipped.values() for number in steps)]
@@ -87,7 +91,7 @@ class StepGuard:
 
 
 def in_words(incidents: dict[str, Any]) -> str:
-    """A sentence on a `StepGuard` as a dict; "" where nothing happened."""
+    """A sentence on what `StepGuard.describe` gives; "" where nothing happened."""
     parts = [f"{_steps(steps)} skipped ({why})" for why, steps in incidents["skipped"].items()]
     if incidents["exploded"]:
         parts.append(f"{_steps(incidents['exploded'])} taken with a gradient {EXPLODED:g} times what it was clipped to")
@@ -105,6 +109,11 @@ def share(config: Any, step: int, spent: Sequence[float]) -> float:
     """How far the training has got, in [0, 1]: the larger of the shares of steps and of the time budget."""
     steps = step / config.steps
     return steps if config.seconds is None else min(1.0, max(steps, _of_budget(config, spent)))
+
+
+def cosine(done: float) -> float:
+    """Share of the peak learning rate: 1 at done = 0, falling to zero at done = 1."""
+    return 0.5 * (1 + math.cos(math.pi * done))
 
 
 def reason_to_stop(

@@ -21,7 +21,7 @@ from metabroyden.meta import distributed
 from metabroyden.meta.config import MetaConfig
 from metabroyden.meta.estimators import ESTIMATORS, MixedDraws, TaskDraws
 from metabroyden.meta.orthogonal import OrthogonalAdam, make_optimizer
-from metabroyden.meta.schedule import STOPS, Clock, StepGuard, reason_to_stop, share
+from metabroyden.meta.schedule import STOPS, Clock, StepGuard, cosine, reason_to_stop, share
 from metabroyden.meta.tasks import Source, TaskSet
 from metabroyden.solve import solve
 from metabroyden.state import gather
@@ -158,8 +158,7 @@ class Trainer:
         done = share(config, self.step, self._spent())
         with torch.enable_grad():
             loss, norm = (float(value) for value in self.estimator(self.step, done))
-        fall = 0.5 * (1 + math.cos(math.pi * done)) if config.decay == "cosine" else 1 - done
-        rate = fall * 0.5 ** len(self.incidents.returned)
+        rate = (cosine(done) if config.decay == "cosine" else 1 - done) * 0.5 ** len(self.incidents.returned)
         # an evolution strategy's gradients are long by nature: they grow with the number of weights
         clip = config.clip if config.estimator == "backprop" else math.inf
         if self.incidents.accept(self.step, loss, norm, clip):
@@ -235,7 +234,7 @@ class Trainer:
             "seconds": round(self.clock.read()[0], 1),
             "cpu_seconds": round(self.clock.read()[1], 1),
             "skipped_steps": self.skipped,
-            "incidents": asdict(self.incidents),
+            "incidents": self.incidents.describe(),
             "validation": [{key: _jsonable(value) for key, value in entry.items()} for entry in self.history],
         }
 
@@ -249,7 +248,7 @@ class Trainer:
         header = self._facts() | {
             "step": self.step,
             "seconds": self.clock.read(),
-            "incidents": asdict(self.incidents),
+            "incidents": self.incidents.describe(),
             "stopped": self.stopped,
             "best_score": repr(self.best_score),
             "history": [{key: repr(value) for key, value in entry.items()} for entry in self.history],

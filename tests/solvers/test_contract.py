@@ -18,7 +18,7 @@ from metabroyden.evaluator import Evaluator
 from metabroyden.solution import relative_residual
 from metabroyden.state import Packing
 from metabroyden.zoo.testbed import PROBLEMS, KnownProblem, make_problem
-from metabroyden.zoo.testbed.base import OUTCOMES, distance
+from metabroyden.zoo.testbed.base import distance
 
 SOLVERS = {
     "picard": mb.Picard(),
@@ -84,7 +84,7 @@ def test_every_solver_does_what_the_problem_says_a_correct_one_does(name, name_o
         throw=False,
     )
     expected = problem.expected(name_of_solver.split("-")[0]) if name_of_solver in CLASSICAL else "open"
-    assert expected in OUTCOMES
+    assert expected in ("solves", "fails", "open")
     if expected == "solves":
         assert solution.converged.all(), solution.failures()
     if expected == "fails":

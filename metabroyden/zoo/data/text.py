@@ -115,10 +115,6 @@ class TextData:
         symbols = [self.vocabulary[token] for token in numbers]
         return "".join(symbols) if self.unit == "character" else _join(symbols)
 
-    def unknown_rate(self, split: TextSplit) -> float:
-        """The share of a split's tokens that are `UNKNOWN`; zero for characters."""
-        return float((split.tokens == 0).double().mean()) if self.unit == "word" else 0.0
-
 
 def split_works(
     works: Mapping[str, str],
@@ -132,8 +128,7 @@ def split_works(
 
     Args:
         works: title → text.
-        validation: titles held out.
-        test: titles held out.
+        validation: titles held out, as those of test.
         unit: "character": the vocabulary is every character of the training works, sorted. "word": their `words` most
             frequent words (see `words_of`; ties in alphabetical order), after `UNKNOWN`.
         words: size of a word vocabulary, `UNKNOWN` not counted.

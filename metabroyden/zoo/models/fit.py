@@ -32,10 +32,7 @@ class Training:
 
     Attributes:
         epochs: passes, as the criterion counts them.
-        batch: as usual.
-        learning_rate: as usual.
-        weight_decay: as usual.
-        clip: as usual.
+        clip: of the gradient's norm.
         warmup: share of all steps in which the learning rate rises.
         beta2: AdamW's decay of squared gradients.
         pretrain: epochs at first in which a DEQ is trained as the weight-tied network of so many layers, `depth`:

@@ -42,7 +42,9 @@ class MultiscaleCell(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1, bias=False) for width in widths)
         scales = range(len(widths))
         self.fusion = nn.ModuleList(nn.ModuleList(_path(j, i, self.widths) for j in scales) for i in scales)
-        self.norms1, self.norms2, self.norms3 = (_norms(self.widths, groups) for _ in range(3))
+        self.norms1, self.norms2, self.norms3 = (
+            nn.ModuleList(nn.GroupNorm(groups, width) for width in self.widths) for _ in range(3)
+        )
         # Only ways down start large: what drives a scale, the injection or the finer ones, outweighs what it adds itself.
         small = [*self.convs, *(self.fusion[i][j] for i in scales for j in scales if j >= i)]  # type: ignore[index]
         for conv in small:
@@ -66,10 +68,6 @@ class MultiscaleCell(nn.Module):
             total = sum(sent, x) if i == 0 else sum(sent[1:], sent[0])
             images.append(self.norms3[i](torch.relu(part + self.norms2[i](total))))
         return tuple(images)
-
-
-def _norms(widths: tuple[int, ...], groups: int) -> nn.ModuleList:
-    return nn.ModuleList(nn.GroupNorm(groups, width) for width in widths)
 
 
 def _path(source: int, target: int, widths: tuple[int, ...]) -> nn.Conv2d:

@@ -34,10 +34,9 @@ class TokenStem(nn.Module):
         outputs: of the injection.
         kind: one of `STEMS`.
         reach: taps of the convolution, or the longest n-gram.
-        rows: of the table, and coordinates of each.
-        row: of the table, and coordinates of each.
-        drop: see above.
-        recent: see above.
+        rows: of the table.
+        row: coordinates of each.
+        drop: see above, as for recent.
 
     ValueError for an unknown kind, or sizes that are not positive (`reach` at least 2 for n-grams, `recent` at least 0).
     """

@@ -13,7 +13,6 @@ from metabroyden.solution import State
 
 Maker = Callable[[torch.dtype, int, int], "KnownProblem"]
 PROBLEMS: dict[str, Maker] = {}
-OUTCOMES = ("solves", "fails", "open")
 _CLASSICAL = ("picard", "anderson", "broyden", "newton")
 ALL_OPEN = dict.fromkeys(_CLASSICAL, "open")
 ALL_FAIL = dict.fromkeys(_CLASSICAL, "fails")
@@ -24,13 +23,10 @@ class KnownProblem:
     """f(z, context) with its start, its answer, and what a correct solver does on it. B samples.
 
     Attributes:
-        f: as `metabroyden.solve` takes them.
-        z0: as `metabroyden.solve` takes them.
-        context: as `metabroyden.solve` takes them.
+        f: as `metabroyden.solve` takes it, with z0 and context.
         correct: a sentence: what a correct solver does.
         star: the fixed points, shaped like z0; None where there are none, or none is singled out.
-        rtol: what to ask for in float64.
-        max_nfe: what to ask for in float64.
+        rtol: what to ask for in float64, as max_nfe.
         expects: outcome by solver name ("picard", "anderson", "broyden", "newton"): "solves" all samples to rtol,
             "fails" on all of them and says so, or "open". Solvers that are not named: "solves".
         distance: largest relative distance ‖z − z*‖ / ‖z*‖ of a solved sample.

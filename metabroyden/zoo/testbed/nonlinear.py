@@ -46,19 +46,7 @@ def _system(
     max_nfe: int = 300,
     distance: float = 1e-5,
 ) -> Callable[[System], System]:
-    """Decorator: registers z − c·F(z) of a system F under a name.
-
-    Args:
-        name: of the problem.
-        start: (n,), the first sample's; the others start around it.
-        c: size of the step.
-        correct: what a correct solver does.
-        star: (n,), the answer, where there is a closed form.
-        expects: outcomes by solver, as `KnownProblem` has them.
-        spread: standard deviation of the other starts.
-        max_nfe: what to allow in float64.
-        distance: largest relative distance of a solved sample.
-    """
+    """Decorator: registers z − c·F(z) of a system F; the first sample starts at `start` (n,), the others around it."""
 
     def add(system: System) -> System:
         @register(name)
