@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 from experiments.bench.options import Budgeted, Timed
@@ -14,6 +15,25 @@ from experiments.solvers import report, rows
 from metabroyden import Anderson, Broyden, Newton, Picard
 from metabroyden.zoo.testbed import PROBLEMS, KnownProblem
 from metabroyden.zoo.testbed.cells import blas, conv
+
+KINDS = (("gaussian", 0.95), ("symmetric", 0.95), ("symmetric", 1.5), ("gaussian", 3.0))
+"""Cells that are raced on: easy, symmetric and of norm 3."""
+BATCHES, MEMORIES = (1, 8, 64, 512), (2, 5, 10, 20, 40)
+"""At which the overhead is measured."""
+REGISTRY: dict[str, Any] = {
+    "Picard": Picard(),
+    "Anderson": Anderson(),
+    "Broyden": Broyden(memory=200),  # full memory, as the peers have
+    "bad Broyden": Broyden(memory=200, kind="bad"),
+    "Broyden, memory 10": Broyden(memory=10),
+    "Broyden, line search": Broyden(memory=200, line_search=True),
+    "Newton": Newton(),
+    "torchdeq Picard": TorchDEQSolver("fixed_point_iter"),
+    "torchdeq Anderson": TorchDEQSolver("anderson"),
+    "torchdeq Broyden": TorchDEQSolver("broyden"),
+    **{f"scipy {name}": ScipySolver(name) for name in ("broyden1", "anderson", "krylov", "hybr")},
+}
+"""Who solves the registered problems."""
 
 
 @dataclass(frozen=True)
@@ -31,89 +51,57 @@ class Solvers(Budgeted, Timed, command="solvers", budget=61, repeats=7):
 
 
 def run(config: Solvers) -> None:
-    """The whole job; what it wrote before is replaced at the end."""
+    """The whole job. Interrupted, it goes on with the next piece."""
     if not available("torchdeq"):
         raise SystemExit("python -m experiments solvers needs torchdeq: pip install torchdeq==0.1.0")
-    job = Run(config)
+    job, pieces = Run(config), list(_pieces(config))
     found: list[Row] = []
-    jobs = _jobs(config)
-    with ticks("racing", len(jobs), show=config.progress) as done:
-        for number, (words, make) in enumerate(jobs):
+    with ticks("racing", len(pieces), show=config.progress) as done:
+        for number, (words, make) in enumerate(pieces):
             found += job.unit(f"{number}-{words}", make)
             done(words)
     job.finish(found, report.write)
 
 
-def _jobs(config: Solvers) -> list[tuple[str, Callable[[], list[dict[str, Any]]]]]:
+def _pieces(config: Solvers) -> Iterator[tuple[str, Callable[[], Iterator[Row]]]]:
     """What there is to do, with a word for each."""
-    cells = _cells(config)
-    easy = {name: cell() for name, cell in cells.items() if "gaussian 0.95" in name}
-    options = {"budget": config.budget, "repeats": config.repeats}
-    jobs: list[tuple[str, Callable[[], list[dict[str, Any]]]]] = [
-        *((name, partial(_race, config, name, cell, rtol)) for name, cell in cells.items() for rtol in (1e-3, 1e-5)),
-        *(("anatomy", partial(rows.anatomy_rows, name, cell, rtol=1e-5, **options)) for name, cell in easy.items()),
-        ("overhead", partial(rows.gap_rows, (1, 8, 64, 512), (2, 5, 10, 20, 40), repeats=config.repeats)),
-        ("limited memory", partial(rows.limited_rows, rtols=(1e-3, 1e-5), seeds=config.seeds)),
-        *((name, partial(_registry, config, name)) for name in PROBLEMS),
-    ]
+    options: dict[str, Any] = {"budget": config.budget, "repeats": config.repeats}
+    cells = {f"{word} {kind} {norm:g}": (word, kind, norm) for word, (kind, norm) in product(("dense", "conv"), KINDS)}
+    for name, rtol in product(cells, (1e-3, 1e-5)):
+        yield name, partial(_race, config, name, cells[name], rtol)
+    for name, cell in cells.items():
+        if "gaussian 0.95" in name:
+            yield "anatomy", partial(rows.anatomy_rows, name, _cell(config, *cell), rtol=1e-5, **options)
+    yield "overhead", partial(rows.gap_rows, BATCHES, MEMORIES, repeats=config.repeats)
+    yield "limited memory", partial(rows.limited_rows, rtols=(1e-3, 1e-5), seeds=config.seeds)
+    for name in PROBLEMS:
+        yield name, partial(rows.registry_rows, name, REGISTRY, budget=200, batch=config.problems)
     if config.compiled:
-        dense = _dense(config, "gaussian", 1.5)
-        compiled = partial(rows.compiled_rows, dense, "dense gaussian 1.5", budget=12, repeats=3 * config.repeats)
-        jobs.append(("compiling", compiled))
-    return jobs
+        dense = _cell(config, "dense", "gaussian", 1.5)
+        yield (
+            "compiling",
+            partial(rows.compiled_rows, dense, "dense gaussian 1.5", budget=12, repeats=3 * config.repeats),
+        )
 
 
-def _dense(config: Solvers, kind: str, norm: float, x_seed: int = 1) -> KnownProblem:
-    return blas(config.batch, 256, norm, symmetric=kind == "symmetric", x_seed=x_seed)
-
-
-def _conv(config: Solvers, kind: str, norm: float, x_seed: int = 1) -> KnownProblem:
+def _cell(config: Solvers, word: str, kind: str, norm: float, x_seed: int = 1) -> KnownProblem:
+    if word == "dense":
+        return blas(config.batch, 256, norm, symmetric=kind == "symmetric", x_seed=x_seed)
     return conv(config.batch // 2, 16, 32, norm, symmetric=kind == "symmetric", x_seed=x_seed)
 
 
-def _cells(config: Solvers) -> dict[str, Callable[..., KnownProblem]]:
-    """Easy, symmetric and norm-3 cells, dense and convolutional; each made when called, with contexts of an x_seed."""
-    kinds = (("gaussian", 0.95), ("symmetric", 0.95), ("symmetric", 1.5), ("gaussian", 3.0))
-    makers = (("dense", _dense), ("conv", _conv))
-    return {
-        f"{word} {kind} {norm:g}": partial(maker, config, kind, norm) for word, maker in makers for kind, norm in kinds
-    }
-
-
-def _race(config: Solvers, name: str, cell: Callable[..., KnownProblem], rtol: float) -> list[dict[str, Any]]:
+def _race(config: Solvers, name: str, cell: tuple[str, str, float], rtol: float) -> Iterator[Row]:
+    other = _cell(config, *cell, x_seed=1000)  # validation: the same weights, other samples
+    given = other.f, other.z0, other.context
     contestants: dict[str, dict[str, Any]] = {
         "Broyden": {"ours": Broyden(memory=config.budget), "torchdeq": TorchDEQSolver("broyden")},
         "Anderson": {"ours": Anderson(memory=5), "torchdeq": TorchDEQSolver("anderson", (("m", 6),))},
-        "Picard": {"ours": Picard(), "torchdeq": TorchDEQSolver("fixed_point_iter")},
-    }
+        "Picard": {"ours": Picard(), "torchdeq": TorchDEQSolver("fixed_point_iter"),
+                   "ours, tuned damping": Picard.tuned(*given, tolerances=(rtol,), max_nfe=config.budget)},
+    }  # fmt: skip
     if available("xitorch"):
         options = (("alpha", -1.0), ("line_search", False), ("max_rank", config.budget))
         contestants["Broyden"]["xitorch"] = XitorchSolver("broyden1", options)
         contestants["Anderson"]["xitorch"] = XitorchSolver("anderson_acc", (("msize", 6),))
-    other = cell(x_seed=1000)  # validation: the same weights, other samples
-    contestants["Picard"]["ours, tuned damping"] = Picard.tuned(
-        other.f, other.z0, other.context, tolerances=(rtol,), max_nfe=config.budget
-    )
-    problems = [cell(x_seed=1 + seed) for seed in range(config.seeds)]
+    problems = [_cell(config, *cell, x_seed=1 + seed) for seed in range(config.seeds)]
     return rows.race_rows(name, problems, contestants, rtol=rtol, budget=config.budget, repeats=config.repeats)
-
-
-def _registry(config: Solvers, name: str) -> list[dict[str, Any]]:
-    solvers: dict[str, Any] = {
-        "Picard": Picard(),
-        "Anderson": Anderson(),
-        "Broyden": Broyden(memory=200),  # full memory, as the peers have
-        "bad Broyden": Broyden(memory=200, kind="bad"),
-        "Broyden, memory 10": Broyden(memory=10),
-        "Broyden, line search": Broyden(memory=200, line_search=True),
-        "Newton": Newton(),
-        "torchdeq Picard": TorchDEQSolver("fixed_point_iter"),
-        "torchdeq Anderson": TorchDEQSolver("anderson"),
-        "torchdeq Broyden": TorchDEQSolver("broyden"),
-        "scipy broyden1": ScipySolver("broyden1"),
-        "scipy anderson": ScipySolver("anderson"),
-        "scipy krylov": ScipySolver("krylov"),
-        "scipy hybr": ScipySolver("hybr"),
-    }
-    tolerances = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
-    return rows.registry_rows([name], solvers, tolerances=tolerances, budget=200, batch=config.problems)

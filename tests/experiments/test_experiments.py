@@ -86,17 +86,25 @@ def test_digits_resumes_after_an_interruption_and_writes_what_it_promises(tmp_pa
 
 
 def test_solvers_races_and_writes_what_it_promises(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(solvers, "PROBLEMS", dict.fromkeys(("cosine", "logistic", "tanh_symmetric_1.5")))
+    few = {
+        "PROBLEMS": ("cosine", "tanh_symmetric_1.5"),
+        "KINDS": (("gaussian", 0.95),),
+        "BATCHES": (1,),
+        "MEMORIES": (2,),
+    }
+    for name, value in few.items():
+        monkeypatch.setattr(solvers, name, value)
     config = solvers.Solvers(
-        repeats=1, budget=9, batch=2, seeds=1, problems=2, compiled=False, results=tmp_path, progress=False
-    )
+        repeats=1, budget=9, batch=2, seeds=1, problems=2, compiled=False, results=tmp_path / "results",
+        runs=tmp_path / "runs", progress=False,
+    )  # fmt: skip
     solvers.run(config)
-    (folder,) = tmp_path.glob("trial-*")  # other settings than the published ones
+    (folder,) = config.results.glob("trial-*")  # other settings than the published ones
     drawn = ("overhead_by_history", "overhead_by_size", "anatomy", "performance_profiles", "work_precision")
     figures = {f"{name}.{kind}" for name in drawn for kind in ("png", "pdf")}
     assert {path.name for path in folder.iterdir()} == {"rows.jsonl.gz", "config.json", "report.md", *figures}
     rows = read_rows(folder / "rows.jsonl")
-    assert {row["row"] for row in rows} == {"race", "anatomy", "gap", "limited", "sample"}
+    assert {row["row"] for row in rows} == {"race", "anatomy", "gap", "limited", "solve"}
     described = json.loads((folder / "config.json").read_text())
     assert described["config"]["budget"] == 9
     assert described["provenance"]["versions"]["torchdeq"] == "0.1.0"
