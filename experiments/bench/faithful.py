@@ -20,7 +20,7 @@ def remade() -> Iterable[tuple[str, Table]]:
     """(experiment, table): the race's medians, ratios and means, two of other experiments."""
     field = Field(schema.read(RESULTS / "race" / "rows"), "families")
     for tolerance in race.SHOWN:
-        yield "race", race.main_table(race.At(field, tolerance))
+        yield "race", race.main_table(field, tolerance)
     yield "race", race.means_table(field)
     rows = read_rows(RESULTS / "solvers" / "rows.jsonl")
     yield from (("solvers", solvers.race_table(rows, method)) for method in ("Broyden", "Anderson", "Picard"))

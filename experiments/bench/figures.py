@@ -105,6 +105,21 @@ def grid(count: int, columns: int = 4, size: tuple[float, float] = (3.3, 2.5)) -
     return figure, every[:count]
 
 
+def panels(
+    items: Sequence[Any], draw: Callable[[Any, Any], None], xlabel: str = "", ylabel: str = "", *, title: str = "{}",
+    columns: int = 4, size: tuple[float, float] = (3.3, 2.5),
+) -> Any:  # fmt: skip
+    """A figure of small plots under one legend, an item each, which draw(place, item) draws; title: its format."""
+    figure, places = grid(len(items), columns, size)
+    for place, item in zip(places, items, strict=True):
+        place.set_title(title.format(item), fontsize=8)
+        draw(place, item)
+    figure.supxlabel(xlabel, fontsize=9)
+    figure.supylabel(ylabel, fontsize=9)
+    legend(figure, places)
+    return figure
+
+
 def line(
     place: Any, name: str, x: Sequence[float], y: Sequence[float],
     band: tuple[Sequence[float], Sequence[float]] | None = None, *, number: int = 0, marked: bool = False, **more: Any,

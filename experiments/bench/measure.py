@@ -4,7 +4,6 @@ Rows say what they are under the key "row":
   solve    one solver on one block of samples to one tolerance: by sample evaluations (the budget where it failed), smallest
            residual, status, distance to the float64 equilibrium, score, agreement of predictions; seconds of whole solves
   curve    quartiles over samples of the smallest residual so far, by evaluations; its median by time
-  path     where one solve goes, in a plane shared by all paths
   depth    the task's mean score after so many evaluations
   pace     seconds of solves that stop after so many evaluations
   horizon  a learned solver against its own fallback, far beyond the steps that it was trained on
@@ -309,33 +308,6 @@ def curve_rows(
         for one in contestants
         if (trace := traces[one.key]) is not None
     ]
-
-
-@torch.no_grad()
-def path_rows(held: HeldOut, contestants: Sequence[Contestant], budget: int, stamp: Stamp) -> list[Row]:
-    """Iterates of solvers that call f, on the first sample to 1e-4, in the plane of their two principal components.
-
-    The first sample's float64 equilibrium is the origin.
-    """
-    assert held.star is not None, "paths are drawn round an equilibrium"
-    z0, x = held.take(torch.zeros(1, dtype=torch.long, device=held.device))
-    paths, residuals = [], []
-    for one in contestants:
-        visited: list[Tensor] = []
-
-        def f(z: State, context: Any, seen: list[Tensor] = visited) -> State:
-            seen.append(packed(z)[0].double())
-            return held.f(z, context)
-
-        found = solve(f, z0, x, solver=one.solver, rtol=1e-4, max_nfe=budget, throw=False)
-        paths.append(torch.stack(visited) - held.star[0])
-        residuals.append(_numbers(found.trace.residual[: len(visited), 0].tolist()))
-    plane = torch.linalg.svd(torch.cat(paths), full_matrices=False)[2][:2]
-    rows = []
-    for one, path, residual in zip(contestants, paths, residuals, strict=True):
-        along, across = (path @ plane.T).T.tolist()
-        rows.append({"row": "path", **stamp(one), "along": short(along), "across": short(across), "residual": residual})
-    return rows
 
 
 @torch.no_grad()

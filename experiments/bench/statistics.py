@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.bench.runner import Row
+from experiments.bench.tables import grouped
 from metabroyden.compare import able, standard_error
 
 RESAMPLES = 4000
@@ -173,6 +174,19 @@ class Field:
             self._outcomes[key] = Outcome.of(rows) if rows else None
         return self._outcomes[key]
 
+    def shown(self, family: str, solver: str, tolerance: float) -> str:
+        """Median evaluations (share solved); nothing where it did not run."""
+        return str(self.outcome(family, solver, tolerance) or "")
+
+    def ran(self, solver: str) -> list[str]:
+        """Families on which a solver ran."""
+        return [family for family in self.families if solver in self.solvers(family)]
+
+    def samples(self, family: str, solver: str, tolerance: float, key: str) -> np.ndarray:
+        """(S, N) values that the solves have under a key, by sample; NaN for None."""
+        rows = sorted(self.of("solve", family, solver, tolerance=tolerance), key=lambda row: row["block"])
+        return np.array([np.concatenate([row[key] for row in of]) for of in grouped(rows, "seed")], dtype=float)
+
     def must(self, family: str, solver: str, tolerance: float) -> Outcome:
         """The same; KeyError where it did not run."""
         found = self.outcome(family, solver, tolerance)
@@ -210,7 +224,9 @@ class Field:
 
     def ratio(self, family: str, solver: str, rival: str, tolerance: float, *, time: bool = False) -> Interval:
         """Median evaluations of one over those of another, samples and seeds drawn again; or the median over blocks, rounds
-        and seeds of the ratio of times of one round, these drawn again."""
+        and seeds of the ratio of times of one round, these drawn again. NaN where either did not run."""
+        if None in (self.outcome(family, solver, tolerance), self.outcome(family, rival, tolerance)):
+            return NOTHING
         return interval(self.draws(family, solver, rival, tolerance, time=time))
 
     def mean_ratio(

@@ -89,6 +89,14 @@ def mean(rows: Sequence[dict[str, Any]], key: str) -> float:
     return float(np.mean([row[key] for row in rows]))
 
 
+def grouped(rows: Iterable[dict[str, Any]], *keys: str) -> list[list[dict[str, Any]]]:
+    """Rows that agree under these keys, in the order in which they come."""
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return list(found.values())
+
+
 def markdown(head: Sequence[object], body: Iterable[Sequence[object]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *body]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,7 +13,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from experiments.bench.options import Budgeted, OnDevice, OnModels
-from experiments.bench.runner import Run, at_least_one, digest, known, read_rows, show, threads
+from experiments.bench.runner import Row, Run, at_least_one, digest, known, show, threads, write_rows
 from experiments.bench.statistics import Field
 from experiments.race import ablation, hyper_deq, report, schema
 from experiments.race.units import Setting, Unit, beyond, cells, family
@@ -19,7 +21,7 @@ from metabroyden.meta import distributed
 from metabroyden.storage import atomic_write
 from metabroyden.zoo.models import FAMILIES
 
-FREE = ("models", "meta", "device", "compare")
+FREE = ("models", "meta", "device", "compare", "report")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Race(Budgeted, OnModels, OnDevice, command="race"):
     """Where the trained solvers are."""
     compare: tuple[Path, Path] | None = None
     """Two folders of earlier runs: solve nothing, print where they differ, with paired intervals."""
+    report: bool = False
+    """Solve nothing: make figures and report again from the rows that are there."""
 
 
 def run(config: Race) -> None:
@@ -59,17 +63,28 @@ def run(config: Race) -> None:
     if device.type != "cpu":
         config = replace(config, results=config.results.with_name("gpu") / config.results.name)
     job = Run(config, free=FREE, shared=(*FREE, "families", "cells"), inputs=[device.type])
-    setting = Setting(config, device, digest(job.work.name))
+    if not config.report:
+        _measure(job, Setting(config, device, digest(job.work.name)))
+    show(report.write(job.folder))
+
+
+def _measure(job: Run, setting: Setting) -> None:
+    """Make the rows that are not there yet; publish all."""
+    config, device = setting.config, setting.device
     with threads(config.threads):
-        paths = [(unit.name, _rows(unit, job.work / unit.key)) for unit in pieces(setting)]
+        rows = {
+            unit.name: job.unit(unit.key, partial(_checked, unit, job.work), strict=True) for unit in pieces(setting)
+        }
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         described = job.described(settings=setting.digest, device=name)
-    for name, path in paths:
-        schema.write(job.folder / "rows" / f"{name}.jsonl.gz", read_rows(path))
-        (job.folder / "rows" / f"{name}.jsonl").unlink(missing_ok=True)
+    for unit, found in rows.items():
+        write_rows(job.folder / "rows" / f"{unit}.jsonl.gz", found, strict=True)
     atomic_write(job.folder / "config.json", json.dumps(described, indent=2) + "\n")
     atomic_write(job.folder / "schema.json", schema.PATH.read_text())
-    show(report.write(job.folder))
+
+
+def _checked(unit: Unit, work: Path) -> Iterator[Row]:
+    return map(schema.check, unit.make(work / unit.key))
 
 
 def pieces(setting: Setting) -> list[Unit]:
@@ -81,14 +96,5 @@ def pieces(setting: Setting) -> list[Unit]:
     found += [cells(setting)] if setting.device.type == "cpu" else []  # that is where their problems are
     for name in config.families:
         found.append(beyond(setting, name))
-        found += [hyper_deq.unit(setting, name)] if name in hyper_deq.FAMILIES else []
-        found += [ablation.unit(setting, name)] if name in ablation.FAMILIES else []
+        found += [part.unit(setting, name) for part in (hyper_deq, ablation) if name in part.FAMILIES]
     return found
-
-
-def _rows(unit: Unit, work: Path) -> Path:
-    """The file of a unit's rows, made where it is not there yet."""
-    path = work / "rows.jsonl"
-    if not path.exists():
-        schema.write(path, unit.make(work))
-    return path

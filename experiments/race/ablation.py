@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from experiments import meta
-from experiments.bench.problems import Family
 from experiments.bench.runner import Row, digest
 from experiments.bench.solvers import Contestant, contestant
 from experiments.race.units import Setting, Unit
@@ -21,96 +21,70 @@ FAMILIES = ("dense-digits", "conv-digits", "trellisnet-words")
 """A vector, an image and a text, none of them solved by splitting."""
 SEED = 0
 """Of what is trained without a piece."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """MetaBroyden trained without a piece, by the recipe of the whole.
-
-    Attributes:
-        words: what is left out. options: of its config, other than the recipe's.
-        masks: solver ↦ {parameter: mask (1 or 0) of its shape}, entries that are zero and stay zero.
-    """
-
-    words: str = "nothing"
-    options: dict[str, Any] = field(default_factory=dict)
-    masks: Callable[[MetaBroyden], dict[Tensor, Tensor]] = lambda solver: {}
-
-    def differs(self, whole: MetaBroyden) -> bool:
-        """Whether there is something to leave out."""
-        return not self.options or any(getattr(whole.config, name) != value for name, value in self.options.items())
-
-    def prepared(self, solver: MetaBroyden) -> MetaBroyden:
-        """The untrained solver, its masked weights zero; their gradients will be zero, too."""
-        for parameter, mask in self.masks(solver).items():
-            with torch.no_grad():
-                parameter.mul_(mask)
-            parameter.register_hook(lambda gradient, mask=mask: gradient * mask)
-        return solver
-
-
-def _no_preconditioner(solver: MetaBroyden) -> dict[Tensor, Tensor]:
-    return {weight: torch.zeros_like(weight) for weight in solver.preconditioner.outward.parameters()}
-
-
-TRAINED = {
-    "no learned start": Variant("the initializer", options={"initializer_width": 0}),
-    "no P": Variant("P: B₀ is a weight of the residual by step and channel", masks=_no_preconditioner),
-    "LSTM for table": Variant(
-        "the table: an LSTM that sees residuals and gates weighs the first steps", options={"coefficients": "lstm"}
-    ),
-    "no dilations": Variant("the distance of P's taps", options={"dilations": (1, 1)}),
+NO_P = "no P"
+TRAINED: dict[str, dict[str, Any]] = {
+    "no learned start": {"initializer_width": 0},
+    NO_P: {},
+    "LSTM for table": {"coefficients": "lstm"},
+    "no dilations": {"dilations": (1, 1)},
 }
-"""Trained anew, where the whole has it. P's gates where a solve begins depend on its context in all of them."""
+"""Options with which it is trained anew, by the recipe of the whole, where the whole has others. P's gates where a solve
+begins depend on its context in all of them; without P, B₀ is a weight of the residual by step and channel."""
 
 
-def without_secants(solver: MetaBroyden, budget: int) -> MetaBroyden:
-    """The same weights; the table's last row goes on where secants would take over, and only a hand-over uses any."""
-    return _changed(solver, learned_steps=budget, schedule_length=solver.trained_for)
+def missing(words: str, whole: MetaBroyden) -> bool:
+    """Whether the whole has what is left out."""
+    return words == NO_P or any(getattr(whole.config, name) != value for name, value in TRAINED[words].items())
 
 
-def without_safeguard(solver: MetaBroyden, budget: int) -> MetaBroyden:
-    """The same weights and steps, nothing handed over."""
-    return _changed(solver, safeguard=None)
+def prepared(words: str, solver: MetaBroyden) -> MetaBroyden:
+    """The untrained solver; without P, P's last layer is zero and stays so."""
+    for weight in solver.preconditioner.outward.parameters() if words == NO_P else ():
+        nn.init.zeros_(weight)
+        weight.register_hook(torch.zeros_like)
+    return solver
 
 
-RUN = {"no secants": without_secants, "no safeguard": without_safeguard}
-"""The whole solver's weights, run without."""
-
-
-def _changed(solver: MetaBroyden, **options: Any) -> MetaBroyden:
-    changed = MetaBroyden(replace(solver.config, **options)).to(next(solver.parameters()))
-    changed.load_state_dict(solver.state_dict())
-    return changed.eval()
-
-
-def _train(setting: Setting, family: str, words: str) -> MetaBroyden:
+def trained(setting: Setting, family: str, words: str) -> MetaBroyden:
     """The trained variant; training goes on where it was interrupted."""
     config = setting.config
     usual = meta.Meta(
         family=family, seed=SEED, models=config.models, device=config.device, progress=config.progress,
-        runs=config.runs / "ablation" / digest(TRAINED[words].words), overwrite=config.overwrite,
+        runs=config.runs / "ablation" / digest(words), overwrite=config.overwrite,
     )  # fmt: skip
-    variant = TRAINED[words]
-    return meta.Job(usual, variant.options, variant.prepared).trained()
+    return meta.Job(usual, TRAINED[words], partial(prepared, words)).trained()
+
+
+def lighter(whole: MetaBroyden, budget: int) -> dict[str, MetaBroyden]:
+    """The same weights run without secants, and without the safeguard.
+
+    Without secants the table's last row goes on where they would take over, and only a hand-over uses any.
+    """
+    options: dict[str, dict[str, Any]] = {
+        "no secants": {"learned_steps": budget, "schedule_length": whole.trained_for},
+        "no safeguard": {"safeguard": None},
+    }
+    made = {words: MetaBroyden(replace(whole.config, **changed)) for words, changed in options.items()}
+    for solver in made.values():
+        solver.to(next(whole.parameters())).load_state_dict(whole.state_dict())
+    return {words: solver.eval() for words, solver in made.items()}
 
 
 def unit(setting: Setting, name: str) -> Unit:
-    """Ablations on one family."""
-    one = setting.family(name)
-    described = repr(([(name, one.words) for name, one in TRAINED.items()], sorted(RUN), SEED))
-    files = [one.path, *setting.files(name)]
-    return setting.unit(f"ablation-{name}", lambda work: _rows(setting, one), files, described)
+    """The whole with all its seeds, without each piece, and Broyden's method, on one family."""
 
+    def rows(_: Path) -> list[Row]:
+        family, budget = setting.family(name), setting.config.budget
+        whole = setting.learned(name)
+        everyone = list(whole)
+        for one in whole:
+            everyone += [
+                replace(one, name=words, solver=solver) for words, solver in lighter(one.solver, budget).items()
+            ]
+        for words in (words for words in TRAINED if missing(words, whole[0].solver)):
+            solver = trained(setting, name, words).to(setting.device)
+            everyone.append(Contestant(words, "learned", solver, f"trained anew, seed {SEED}", SEED))
+        everyone.append(contestant("Broyden", Broyden(budget)))
+        return setting.briefly("ablation", family, setting.held(family), everyone)
 
-def _rows(setting: Setting, family: Family, train: Any = _train) -> list[Row]:
-    """The whole with all its seeds, without each piece, and Broyden's method."""
-    budget = setting.config.budget
-    held = family.problems("test", setting.count(family))
-    everyone = whole = setting.learned(family.name)
-    for words, change in RUN.items():
-        everyone = [*everyone, *(replace(one, name=words, solver=change(one.solver, budget)) for one in whole)]
-    for words in (name for name, variant in TRAINED.items() if variant.differs(whole[0].solver)):
-        anew = train(setting, family.name, words).to(setting.device)
-        everyone = [*everyone, Contestant(words, "learned", anew, f"trained anew, seed {SEED}", SEED)]
-    return setting.briefly("ablation", family, [*everyone, contestant("Broyden", Broyden(budget))], held)
+    return setting.unit(f"ablation-{name}", rows, setting.files(name), repr((TRAINED, SEED)))

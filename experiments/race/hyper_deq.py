@@ -12,7 +12,6 @@ import importlib.metadata
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +29,6 @@ from metabroyden.nn.pin import pin
 from metabroyden.solve import solve
 from metabroyden.solvers import Broyden
 from metabroyden.state import Packing, gather
-from metabroyden.zoo.tasks import family_tasks
 
 FAMILIES = ("dense-digits", "dense-fashion")
 """Whose state is one vector, which is what it is made for, and whose context is one tensor."""
@@ -52,12 +50,21 @@ class _Map(nn.Module):
         return self.f(z)
 
 
+def network(size: int, condition: int) -> Any:
+    """An untrained one, for states (B, size) and contexts (B, condition)."""
+    from silva_networks.solver_learning import SILVAHyperDEQ
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return SILVAHyperDEQ(size, condition, transition=_Map(), learned_steps=UNROLL)
+
+
 class HyperDEQ:
     """A trained one as a peer for `solve_state`: stopped by our rule, since it has none but a number of steps."""
 
     conditioned = True
 
-    def __init__(self, network: Any, options: str) -> None:
+    def __init__(self, network: Any, options: str = "") -> None:
         self.network, self.options = network, options
 
     def __repr__(self) -> str:
@@ -71,17 +78,17 @@ class HyperDEQ:
         recorder = Recorder(f, rtol=rtol, max_calls=max_nfe, keep=keep)
         self.network.transition.f = recorder
         with contextlib.suppress(Enough):
-            self.network(flat_context(condition), learned_steps=max_nfe)
+            self.network(_flat(condition), learned_steps=max_nfe)
         return z0 if recorder.last is None else recorder.last, recorder
 
 
-def flat_context(x: Any) -> Tensor:
-    """(B, d): what a HyperDEQ sees of a context, of a pinned one the user's."""
+def _flat(x: Any) -> Tensor:
+    """(B, d): what it sees of a context, of a pinned one the user's."""
     return getattr(x, "context", x).flatten(1)
 
 
-class Trained(NamedTuple):
-    """A training's outcome: its score on validation, and after how many outer steps."""
+class Look(NamedTuple):
+    """A look at validation in a training: the score there, outer steps, the rate, the weights."""
 
     score: float
     steps: int
@@ -89,72 +96,47 @@ class Trained(NamedTuple):
     weights: dict[str, Tensor]
 
 
-def train(family: Family, validation: HeldOut, budget: int) -> tuple[Trained, float]:
-    """(the best look at validation of trainings with all `RATES`, CPU seconds of all of them together)."""
-    began = time.process_time()
-    model, generator = family.model(), torch.Generator().manual_seed(0)
-    tasks = family_tasks(model, family.criterion)
+def looks(family: Family, validation: HeldOut, budget: int) -> Iterator[Look]:
+    """All looks of trainings on augmented contexts and on others, with all `RATES`."""
+    tasks, generator = family.tasks(0), torch.Generator().manual_seed(0)
     raw = tasks.split("train")
     plain = raw[torch.randperm(len(raw), generator=generator)[:POOL]]
-    tried: list[Trained] = []
     for z0, x in (tasks.draw(POOL, generator), tasks.prepare(plain)):
-        f, x = pin(model.cell, x, z0)
-        target, solved = _equilibria(f, z0, x)
-        x, target = gather(x, solved), target[solved]
+        f, x = pin(tasks.f, x, z0)
+        held = HeldOut(f, z0, x, validation.judge)
+        options: dict[str, Any] = {"rtol": 1e-4, "max_nfe": 120, "throw": False}
+        found = [solve(f, start, context, solver=Broyden(120), **options) for start, context, _ in held.chunks(128)]
+        # what was not found to 1e-4 teaches nothing
+        solved = torch.cat([one.converged for one in found]).nonzero()[:, 0]
+        target, x = torch.cat([packed(one.z) for one in found])[solved], gather(x, solved)
         for rate in RATES:
-            tried += _training(rate, f, Packing.of(z0), x, target, validation, budget)
-    return min(tried, key=lambda look: look.score), time.process_time() - began
-
-
-def _equilibria(f: Any, z0: Any, x: Any) -> tuple[Tensor, Tensor]:
-    """(equilibria to 1e-4 (N, n), the indices of those that were found): others teach nothing."""
-    targets, found = [], []
-    for index in torch.arange(len(packed(z0)), device=packed(z0).device).split(128):
-        start, context = gather(z0, index), gather(x, index)
-        solution = solve(f, start, context, solver=Broyden(120), rtol=1e-4, max_nfe=120, throw=False)
-        targets.append(packed(solution.z))
-        found.append(index[solution.converged])
-    return torch.cat(targets), torch.cat(found)
+            yield from _training(rate, f, Packing.of(z0), x, target, validation, budget)
 
 
 def _training(
     rate: float, f: Any, packing: Packing, x: Any, target: Tensor, validation: HeldOut, budget: int
-) -> Iterator[Trained]:
-    network = _network(target.shape[1], flat_context(x).shape[1]).to(target)
-    optimizer = torch.optim.Adam(network.parameters(), lr=rate)
+) -> Iterator[Look]:
+    from silva_networks.solver_learning import silva_hyper_deq_loss
+
+    model = network(target.shape[1], _flat(x).shape[1]).to(target)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     generator, began = torch.Generator().manual_seed(0), time.process_time()
     step, looked = 0, 0
     while looked < LOOKS:
         index = torch.randint(len(target), (BATCH,), generator=generator).to(target.device)
         context = gather(x, index)
-        network.transition.f = lambda z: packing.pack(f(packing.unpack(z), context))  # noqa: B023 (called at once)
-        loss = _loss(network(flat_context(context)), target[index])
+        model.transition.f = lambda z: packing.pack(f(packing.unpack(z), context))  # noqa: B023 (called at once)
         optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        silva_hyper_deq_loss(model(_flat(context)), target[index], task_weight=0.0).total.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step += 1
         share = max(step / STEPS, (time.process_time() - began) / SECONDS)
         optimizer.param_groups[0]["lr"] = 0.5 * rate * (1 + math.cos(math.pi * min(share, 1.0)))
         if share * LOOKS >= looked + 1:
             looked += 1
-            score = solvers.peer_score(HyperDEQ(network, ""), validation, budget)
-            weights = {name: value.clone() for name, value in network.state_dict().items()}
-            yield Trained(score, step, rate, weights)
-
-
-def _network(size: int, condition: int) -> Any:
-    from silva_networks.solver_learning import SILVAHyperDEQ
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return SILVAHyperDEQ(size, condition, transition=_Map(), learned_steps=UNROLL)
-
-
-def _loss(found: Any, target: Tensor) -> Tensor:
-    from silva_networks.solver_learning import silva_hyper_deq_loss
-
-    return silva_hyper_deq_loss(found, target, task_weight=0.0).total
+            weights = {name: value.clone() for name, value in model.state_dict().items()}
+            yield Look(solvers.peer_score(HyperDEQ(model), validation, budget), step, rate, weights)
 
 
 def unit(setting: Setting, name: str) -> Unit:
@@ -163,34 +145,31 @@ def unit(setting: Setting, name: str) -> Unit:
         raise ImportError(f"HyperDEQ comes with {PACKAGE}: pip install {PACKAGE}==1.2.2, or leave it out by --no-cells")
     version = importlib.metadata.version(PACKAGE)
     also = repr((version, "augmented and plain", RATES, STEPS, SECONDS, LOOKS, UNROLL, BATCH, POOL))
-    one = setting.family(name)
-    return setting.unit(
-        f"hyper-deq-{name}", lambda work: _rows(setting, one, work), [one.path, *setting.files(name)], also
-    )
 
+    def rows(work: Path) -> list[Row]:
+        """Both, Broyden's method and torchdeq's Anderson beside them."""
+        family, budget = setting.family(name), setting.config.budget
+        peer, taken = _trained(work / "hyper-deq.safetensors", family, budget)
+        theirs = Contestant("HyperDEQ", "peer", peer, peer.options, 0)
+        classical = [solvers.contestant("Broyden", Broyden(budget)), *solvers.torchdeq("Anderson")]
+        held = setting.held(family)
+        everyone, rules = [*setting.learned(name), theirs, *classical], setting.rules(family, held, weighed=False)
+        found = setting.measure("hyper-deq", held, everyone, rules)
+        return [*found, {"row": "training", **setting.stamp("hyper-deq", name)(theirs), **taken}]
 
-def _rows(setting: Setting, family: Family, work: Path) -> list[Row]:
-    """Both, Broyden's method and torchdeq's Anderson beside them."""
-    budget = setting.config.budget
-    peer, taken = _trained(work / "hyper-deq.safetensors", family, budget)
-    held = family.problems("test", setting.count(family))
-    theirs = Contestant("HyperDEQ", "peer", peer, peer.options, 0)
-    broyden = solvers.contestant("Broyden", Broyden(budget))
-    everyone = [*setting.learned(family.name), theirs, broyden, *solvers.torchdeq("Anderson")]
-    stamp = setting.stamp("hyper-deq", family.name)
-    rows = setting.measure(held, everyone, replace(setting.rules(family, held), weighed=False), stamp)
-    return [*rows, {"row": "training", **stamp(theirs), **taken}]
+    return setting.unit(f"hyper-deq-{name}", rows, setting.files(name), also)
 
 
 def _trained(path: Path, family: Family, budget: int) -> tuple[HyperDEQ, Row]:
     """Trained once, and kept; with CPU seconds and outer steps."""
     validation = family.problems("validation", 64)
     if not path.exists():
-        found, seconds = train(family, validation, budget)
-        header = {"rate": found.rate, "cpu_seconds": round(seconds, 1), "steps": found.steps}
-        checkpoint.write(path, "race/hyper-deq", found.weights, header)
+        began = time.process_time()
+        best = min(looks(family, validation, budget), key=lambda look: look.score)
+        taken = {"cpu_seconds": round(time.process_time() - began, 1), "steps": best.steps}
+        checkpoint.write(path, "race/hyper-deq", best.weights, {"rate": best.rate, **taken})
     tensors, kept = checkpoint.read(path, "race")
-    network = _network(packed(validation.z0).shape[1], flat_context(validation.x).shape[1])
-    network.load_state_dict(tensors)
+    model = network(packed(validation.z0).shape[1], _flat(validation.x).shape[1])
+    model.load_state_dict(tensors)
     options = f"{PACKAGE} {importlib.metadata.version(PACKAGE)}, rate {kept['rate']:g}, {kept['steps']} steps"
-    return HyperDEQ(network.to(family.device), options), {name: kept[name] for name in ("cpu_seconds", "steps")}
+    return HyperDEQ(model.to(family.device), options), {name: kept[name] for name in ("cpu_seconds", "steps")}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +27,6 @@ DEPTHS = range(1, 41)
 PACES = (1, 2, 3, 5, 8, 12, 20, 30)
 """Evaluations after which solves are stopped to be timed, of the solvers that figures show."""
 TIMED = (FLAGSHIP, "grouped", "hyper-anderson", "tuned Picard", "tuned Anderson", "Broyden", "Peaceman-Rachford")
-PATHS = (FLAGSHIP, "Broyden", "tuned Anderson")
-"""Solvers whose iterates are drawn."""
 NEAR = {"accuracy": 0.005, "bits": 0.01}
 """How far from the equilibrium's score counts as equal."""
 FAR, FEW, FINEST = 4, 64, 1e-6
@@ -62,6 +60,19 @@ class Setting:
         """A family of trained models, where the race runs."""
         return Family(name, self.config.models, self.device)
 
+    def files(self, *names: str) -> list[Path]:
+        """The model of the first family, and the solvers trained on any of these."""
+        trained = (path for name in names for path in solvers.solver_files(self.config.meta, name))
+        return [self.family(names[0]).path, *trained]
+
+    def learned(self, family: str, names: Sequence[str] = (FLAGSHIP,)) -> list[Contestant]:
+        """Solvers trained on a family, with all seeds that are there."""
+        return solvers.learned(self.config.meta, family, names, self.device)
+
+    def held(self, family: Family) -> HeldOut:
+        """Test problems of a family."""
+        return family.problems("test", self.config.segments if family.texts else self.config.images)
+
     def stamp(self, part: str, family: str) -> Stamp:
         """What every row of a contestant begins with."""
         commit = runner.provenance()["commit"]
@@ -70,32 +81,19 @@ class Setting:
             "config": self.digest, "commit": commit,
         }  # fmt: skip
 
-    def count(self, family: Family) -> int:
-        """Held-out problems."""
-        return self.config.segments if family.texts else self.config.images
-
-    def rules(self, family: Family, held: HeldOut) -> Rules:
+    def rules(self, family: Family, held: HeldOut, **changes: Any) -> Rules:
         """Those of the protocol, in blocks of a text's quarter or of half of the images."""
-        block = max(1, len(held) // (4 if family.texts else 2))
-        return Rules(TOLERANCES, self.config.budget, block, self.config.rounds, CLOCKED, weighed=True)
+        block, config = max(1, len(held) // (4 if family.texts else 2)), self.config
+        return replace(Rules(TOLERANCES, config.budget, block, config.rounds, CLOCKED, weighed=True), **changes)
 
-    def briefly(self, part: str, family: Family, everyone: Sequence[Contestant], held: HeldOut) -> list[Row]:
+    def measure(self, part: str, held: HeldOut, everyone: Sequence[Contestant], rules: Rules) -> list[Row]:
+        """Rows of solves, and curves at the end."""
+        return measure.measure(held, everyone, rules, self.stamp(part, held.name), progress=self.config.progress)
+
+    def briefly(self, part: str, family: Family, held: HeldOut, everyone: Sequence[Contestant]) -> list[Row]:
         """Solves of a part beside the race: the clocked tolerances, one timed round, no equilibria, no memory, no curves."""
-        rules = replace(self.rules(family, held), tolerances=CLOCKED, rounds=1, weighed=False)
-        rows = self.measure(held, everyone, rules, self.stamp(part, family.name))
-        return [row for row in rows if row["row"] == "solve"]
-
-    def measure(self, held: HeldOut, everyone: Sequence[Contestant], rules: Rules, stamp: Stamp) -> list[Row]:
-        """`measure.measure`, with a bar where it is shown."""
-        return measure.measure(held, everyone, rules, stamp, progress=self.config.progress)
-
-    def learned(self, family: str, names: tuple[str, ...] = (FLAGSHIP,)) -> list[Contestant]:
-        """Solvers trained on a family, with all seeds that are there."""
-        return solvers.learned(self.config.meta, family, names, self.device)
-
-    def files(self, family: str) -> list[Path]:
-        """Of the solvers trained on a family."""
-        return solvers.solver_files(self.config.meta, family)
+        rules = self.rules(family, held, tolerances=CLOCKED, rounds=1, weighed=False)
+        return [row for row in self.measure(part, held, everyone, rules) if row["row"] == "solve"]
 
 
 def family(setting: Setting, name: str) -> Unit:
@@ -104,87 +102,73 @@ def family(setting: Setting, name: str) -> Unit:
     if one.texts:  # the second text domain: missing, it is asked for before any work is done
         load_bible(one.criterion.data)  # type: ignore[arg-type]
     also = problems.BIBLE if one.texts else ""
-    return setting.unit(name, lambda work: _family_rows(setting, one, work), [one.path, *setting.files(name)], also)
+    return setting.unit(name, lambda work: list(_family_rows(setting, one, work)), setting.files(name), also)
 
 
-def _family_rows(setting: Setting, family: Family, work: Path) -> list[Row]:
-    config, stamp = setting.config, setting.stamp("families", family.name)
-    validation = family.problems("validation", 64)
-    ours = solvers.classical(validation, config.budget, splitting=family.splitting)
-    trained = setting.learned(family.name, solvers.LEARNED)
-    learned, peers = [*trained, solvers.universal(setting.device)], solvers.peers(validation, config.budget)
+def _family_rows(setting: Setting, family: Family, work: Path) -> Iterator[Row]:
+    budget, stamp = setting.config.budget, setting.stamp("families", family.name)
+    validation, held = family.problems("validation", 64), setting.held(family)
+    ours = solvers.classical(validation, budget, splitting=family.splitting)
+    trained, peers = setting.learned(family.name, solvers.LEARNED), solvers.peers(validation, budget)
+    learned = [*trained, solvers.universal(setting.device)]
     everyone = [*ours, *solvers.started(learned[0], ours), *learned, *peers]
     sure = tuple(one.solver for one in ours if one.name == "Peaceman-Rachford")
-    held = family.problems("test", setting.count(family))
     held = problems.with_equilibria(work / "equilibria.safetensors", family.model().cell, held, sure)
     rules = setting.rules(family, held)
-    star = _star_row(family, held, stamp)
-    rows = [*_tuned_rows(validation, ours, config.budget, stamp), star]
-    rows += setting.measure(held, everyone, rules, stamp)
+    yield from _tuned_rows(validation, ours, budget, stamp)
+    yield (star := _star_row(family, held, stamp))
+    yield from setting.measure("families", held, everyone, rules)
     near = NEAR["bits" if family.texts else "accuracy"]
-    rows += _metric_rows(held, everyone, float(np.mean(star["score"])), near, rules, stamp)
+    yield from _metric_rows(held, everyone, float(np.mean(star["score"])), near, rules, stamp)
     for one in trained:
-        rows.append({"row": "training", **stamp(one), **{k: one.solver.summary[k] for k in ("cpu_seconds", "steps")}})
-        rows += measure.horizon_rows(held, one, stamp, steps=FAR * getattr(one.solver, "trained_for", 14))
-    shown = [one for one in everyone if one.name in PATHS and not one.seed and not one.parts]
-    rows += measure.path_rows(held, shown, config.budget, stamp) if held.known is not None and held.known[0] else []
+        yield {"row": "training", **stamp(one), **{key: one.solver.summary[key] for key in ("cpu_seconds", "steps")}}
     for one in everyone if family.texts else ():
         if not one.peer:
             model = family.model(solver=one.solver)
-            rows += measure.leak_rows(model, family.criterion, stamp(one), tolerances=CLOCKED)  # type: ignore[arg-type]
+            yield from measure.leak_rows(model, family.criterion, stamp(one), tolerances=CLOCKED)  # type: ignore[arg-type]
     few = [*ours, *learned, *(one for one in peers if one.name in ("torchdeq Broyden", "tuned torchdeq Anderson"))]
-    once = replace(rules, tolerances=CLOCKED, rounds=1, weighed=False)
-    for other in problems.outside(family, setting.count(family)):
-        rows += setting.measure(other, few, once, setting.stamp("outside", other.name))
-    return rows
+    for other in problems.outside(family, len(held)):
+        yield from setting.briefly("outside", family, other, few)
 
 
-def _tuned_rows(validation: HeldOut, ours: Sequence[Contestant], budget: int, stamp: Stamp) -> list[Row]:
+def _tuned_rows(validation: HeldOut, ours: Sequence[Contestant], budget: int, stamp: Stamp) -> Iterator[Row]:
     """How ours did on the problems that they were tuned on: which families are headline ones follows from that."""
-    (z0, x), rows = validation.first(), []
+    z0, x = validation.first()
     for one in ours:
         found = solve(validation.f, z0, x, solver=one.solver, rtol=min(TOLERANCES), max_nfe=budget, throw=False)
         for tolerance in TOLERANCES:
             spent, reached = found.trace.evaluations_to(tolerance, budget)
             figures = {"median": float(np.median(spent)), "success": float(reached.mean())}
-            rows.append({"row": "tuned", **stamp(one), "options": one.options, "tolerance": tolerance, **figures})
-    return rows
+            yield {"row": "tuned", **stamp(one), "options": one.options, "tolerance": tolerance, **figures}
 
 
 def _star_row(family: Family, held: HeldOut, stamp: Stamp) -> Row:
     assert held.star is not None
     assert held.known is not None
-    index = torch.arange(len(held), device=held.device)
-    return {
-        "row": "star",
-        **stamp(Contestant("float64", "classical", None)),
-        "samples": len(held),
-        "known": int(held.known.sum()),
-        "score": short(held.judge(held.states(held.star), index).tolist()),
-        "higher_is_better": not family.texts,
-    }
+    scores = held.judge(held.states(held.star), torch.arange(len(held), device=held.device))
+    counts = {"samples": len(held), "known": int(held.known.sum()), "score": short(scores.tolist())}
+    who = stamp(Contestant("float64", "classical", None))
+    return {"row": "star", **who, **counts, "higher_is_better": not family.texts}
 
 
 def _metric_rows(
     held: HeldOut, everyone: Sequence[Contestant], goal: float, near: float, rules: Rules, stamp: Stamp
-) -> list[Row]:
+) -> Iterator[Row]:
     """Score by evaluations, and the time of as many as bring it to the goal, the equilibrium's, for good."""
-    rows: list[Row] = []
     timed: list[tuple[Contestant, int, bool]] = []
     depths = [k for k in DEPTHS if k <= rules.budget]
     for one in everyone:
         if one.peer or one.solver.min_nfe > 1:  # no state after every evaluation
             continue
-        scores = measure.depth_rows(held, one.solver, depths)
-        for row in scores:
-            figures = {key: row[key] for key in ("evaluations", "score")}
-            rows.append({"row": "depth", **stamp(one), "samples": len(held), **figures})
-        far = max((row["evaluations"] for row in scores if abs(row["score"] - goal) > near), default=0)
+        scores = {row["evaluations"]: row["score"] for row in measure.depth_rows(held, one.solver, depths)}
+        for k, score in scores.items():
+            yield {"row": "depth", **stamp(one), "samples": len(held), "evaluations": k, "score": score}
+        far = max((k for k, score in scores.items() if abs(score - goal) > near), default=0)
         enough = [k for k in depths if k > far][:1]
         timed += [(one, k, True) for k in enough]
         if one.name in TIMED and not one.seed:
             timed += [(one, k, False) for k in PACES if k in depths and k not in enough]
-    return [*rows, *measure.pace_rows(held, timed, rules, stamp)]
+    yield from measure.pace_rows(held, timed, rules, stamp)
 
 
 def cells(setting: Setting) -> Unit:
@@ -193,48 +177,41 @@ def cells(setting: Setting) -> Unit:
     The universal solver was trained on random cells, dense ones of 16 to 128 units and norms 0.4 to 3 among them: here only
     the wider ones and power flow are new to it.
     """
-    return setting.unit("cells", lambda work: _cells_rows(setting))
 
+    def rows(_: Path) -> list[Row]:
+        config, found = setting.config, list[Row]()
+        everyone = [*solvers.untuned(config.budget), solvers.universal(), *solvers.torchdeq()]
+        for held in problems.random_cells(max(1, config.images // 4)):
+            found += setting.measure("outside", held, everyone, Rules(CLOCKED, config.budget, len(held), config.rounds))
+        return found
 
-def _cells_rows(setting: Setting) -> list[Row]:
-    config, rows = setting.config, []
-    everyone = [*solvers.untuned(config.budget), solvers.universal(), *solvers.torchdeq()]
-    for held in problems.random_cells(max(1, config.images // 4)):
-        rules = Rules(CLOCKED, config.budget, len(held), config.rounds)
-        rows += setting.measure(held, everyone, rules, setting.stamp("outside", held.name))
-    return rows
+    return setting.unit("cells", rows)
 
 
 def beyond(setting: Setting, name: str) -> Unit:
     """On one family: the solvers of other families that fit its states, and long curves of its own solvers."""
     others = [other for other in FAMILIES if other != name]
-    files = [setting.family(name).path, *(path for one in (name, *others) for path in setting.files(one))]
-    return setting.unit(f"beyond-{name}", lambda work: _beyond_rows(setting, setting.family(name), others), files)
+
+    def rows(_: Path) -> list[Row]:
+        held = setting.held(setting.family(name))
+        # under the name of the family that they were trained on
+        found = [
+            replace(one, name=f"{FLAGSHIP} of {of}") for of in others for one in setting.learned(of) if fits(one, held)
+        ]
+        rows = setting.briefly("transfer", setting.family(name), held, found) if found else []
+        own = [one for one in setting.learned(name, solvers.LEARNED) if not one.seed]
+        for steps in [FAR * one.solver.trained_for for one in own if one.name == FLAGSHIP]:
+            stamp, everyone = setting.stamp("horizon", name), [*own, solvers.contestant("Broyden", Broyden(steps))]
+            rows += measure.curve_rows(held, everyone, FEW, FINEST, steps, stamp)
+        return rows
+
+    return setting.unit(f"beyond-{name}", rows, setting.files(name, *others))
 
 
-def _beyond_rows(setting: Setting, family: Family, others: Sequence[str]) -> list[Row]:
-    held = family.problems("test", setting.count(family))
-    # under the name of the family that they were trained on
-    found = [
-        replace(one, name=f"{FLAGSHIP} of {other}")
-        for other in others
-        for one in setting.learned(other)
-        if _fits(one.solver, held)
-    ]
-    rows = setting.briefly("transfer", family, found, held) if found else []
-    own = [one for one in setting.learned(family.name, solvers.LEARNED) if not one.seed]
-    flagship = [one.solver for one in own if one.name == FLAGSHIP]
-    if flagship:
-        steps = FAR * flagship[0].trained_for
-        own.append(solvers.contestant("Broyden", Broyden(steps)))
-        rows += measure.curve_rows(held, own, FEW, FINEST, steps, setting.stamp("horizon", family.name))
-    return rows
-
-
-def _fits(solver: Any, held: HeldOut) -> bool:
+def fits(one: Contestant, held: HeldOut) -> bool:
     """Whether a solver takes these states: one that does not says so by a ValueError or TypeError."""
     try:
-        solve(held.f, *held.first(), solver=solver, max_nfe=2, throw=False)
+        solve(held.f, *held.first(), solver=one.solver, max_nfe=2, throw=False)
     except (ValueError, TypeError):
         return False
     return True
