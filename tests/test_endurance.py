@@ -15,8 +15,7 @@ import metabroyden as mb
 from metabroyden.meta.config import MetaConfig
 from metabroyden.meta.tasks import TaskSet
 from metabroyden.meta.trainer import MetaTrainer
-from tests.solvers.test_contract import FAMILIES, _random_map
-from tests.test_function import _learned
+from tests.helpers import FAMILIES, moved, random_map
 
 SAFEGUARDED = ("grouped", "coordinatewise", "hyper-anderson", "meta-broyden", "neural-fixed-point", "universal")
 
@@ -33,9 +32,9 @@ SAFEGUARDED = ("grouped", "coordinatewise", "hyper-anderson", "meta-broyden", "n
 def test_what_broyden_solves_a_safeguarded_solver_solves_given_what_it_had_spent_before(
     name, family, n, gain, rtol, seed
 ):
-    f, dtype = _random_map(family, n, gain, seed), torch.float64
+    f, dtype = random_map(family, n, gain, seed), torch.float64
     x = torch.randn(6, n, generator=torch.Generator().manual_seed(seed + 1), dtype=dtype)
-    solver, budget, more = _learned(name, n, dtype), 40, 500
+    solver, budget, more = moved(name, n, dtype), 40, 500
     fallback = solver.config.safeguard.fallback()
     plain = mb.solve(f, torch.zeros_like(x), x, solver=fallback, rtol=rtol, max_nfe=budget, throw=False)
     ours = mb.solve(f, torch.zeros_like(x), x, solver=solver, rtol=rtol, max_nfe=budget + more, throw=False)
@@ -75,8 +74,8 @@ class Cell(torch.nn.Module):
 
 @pytest.mark.parametrize("name", ["broyden", "meta-broyden"])
 def test_solves_leave_nothing_behind(name):
-    solver = mb.Broyden() if name == "broyden" else _learned(name, 6, torch.float32)
-    f, x = _random_map("tanh", 6, 0.9, 0), torch.randn(8, 6)
+    solver = mb.Broyden() if name == "broyden" else moved(name, 6, torch.float32)
+    f, x = random_map("tanh", 6, 0.9, 0), torch.randn(8, 6)
     assert _grown(lambda: mb.solve(f, torch.zeros_like(x), x, solver=solver, throw=False), 100) <= 0
 
 
@@ -94,9 +93,9 @@ def test_training_steps_of_a_layer_leave_nothing_behind():
 
 @pytest.mark.parametrize("backend", ["higher", "native"])
 def test_outer_steps_of_meta_training_leave_nothing_behind(backend):
-    f, x = _random_map("tanh", 6, 0.9, 0), torch.randn(40, 6)
+    f, x = random_map("tanh", 6, 0.9, 0), torch.randn(40, 6)
     tasks = TaskSet(f, x[:20], x[20:30], x[30:])
-    solver = _learned("meta-broyden", 6, torch.float32)
+    solver = moved("meta-broyden", 6, torch.float32)
     counts = []
     for steps in (4, 24):
         config = MetaConfig(steps=steps, unroll=4, batch=4, validate_every=4, backend=backend)

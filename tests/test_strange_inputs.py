@@ -10,37 +10,6 @@ import metabroyden as mb
 from metabroyden.nn.jacobian import jacobian_penalty
 
 EXACT = mb.Implicit(rtol=1e-10, max_nfe=200)
-CONTEXTS = {
-    "conjugated": (torch.complex64, lambda x: x.conj(), torch.real),
-    "negated": (torch.complex64, lambda x: x.conj().imag, lambda x: x),
-    "float8": (torch.float32, lambda x: x.to(torch.float8_e4m3fn), torch.Tensor.float),
-    "complex32": (torch.complex64, lambda x: x.to(torch.complex32), lambda x: x.to(torch.complex64).real),
-    "quantized": (torch.float32, lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), torch.dequantize),
-}
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")  # torch: complex32 is experimental
-@pytest.mark.parametrize("width", [4, 20_000])
-@pytest.mark.parametrize("kind", CONTEXTS)
-@pytest.mark.parametrize("budget", [False, True])
-def test_a_context_may_be_of_any_dtype_and_lazily_conjugated(kind, width, budget):
-    dtype, make, read = CONTEXTS[kind]
-    x = make(torch.randn(3, width, dtype=dtype))
-    f = lambda z, x: 0.5 * z + read(x)[:, :4]  # noqa: E731
-    if budget:
-        z = mb.FixedBudget(f, mb.Broyden(), max_nfe=5, compiled=False)(torch.zeros(3, 4), x).z
-    else:
-        z = mb.solve(f, torch.zeros(3, 4), x, solver=mb.Broyden(), rtol=1e-5).z
-    torch.testing.assert_close(z, 2 * read(x)[:, :4], rtol=1e-4, atol=1e-4)
-
-
-def test_a_write_to_the_memory_of_a_conjugated_context_is_seen():
-    def f(z, x):
-        x.data.add_(1)
-        return 0.5 * z + x.real
-
-    with pytest.raises(ValueError, match="changed its context"):
-        mb.solve(f, torch.zeros(3, 4), torch.randn(3, 4, dtype=torch.complex64).conj(), solver=mb.Broyden())
 
 
 def test_the_penalty_of_an_empty_batch_is_zero():
