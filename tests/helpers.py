@@ -94,7 +94,7 @@ def random_map(family: str, n: int, gain: float, seed: int):
 
 
 @cache
-def moved(name: str, n: int, dtype: torch.dtype = DOUBLEOUBLE, **options: Any):
+def moved(name: str, n: int, dtype: torch.dtype = DOUBLE, **options: Any):
     """A learned solver of vectors that is not at its neutral start."""
     options = {"classical": mb.Anderson(memory=3)} | options if name == "started" else options
     solver = perturbed(make_learned(name, Layout("vector", (n,)), seed=n, **options), 0.03, seed=n)
@@ -105,7 +105,7 @@ def contraction(z: Tensor, x: Tensor) -> Tensor:
     return 0.4 * z.roll(1, 1) - 0.1 * z + x
 
 
-def inputs(batch: int = 5, n: int = 4, dtype: torch.dtype = DOUBLEOUBLE) -> tuple[Tensor, Tensor]:
+def inputs(batch: int = 5, n: int = 4, dtype: torch.dtype = DOUBLE) -> tuple[Tensor, Tensor]:
     """(z0, x) of `contraction`: sample 0 is solved at once, sample 1 soon."""
     x = normal(batch, n, seed=2, dtype=DOUBLE)
     x[0], x[1] = 0, 1e-2 * x[1]
