@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 from torch.utils import _pytree as pytree
 
 import metabroyden as mb
@@ -59,7 +60,7 @@ def test_gradients_flow_to_a_shared_tensor_through_a_layer(mode):
     deq = mb.DEQ(cell, backward=mode, rtol=1e-6, max_nfe=80)
     (ours,) = torch.autograd.grad(deq((x, mb.Shared(w))).square().sum(), w)
     (theirs,) = torch.autograd.grad(_plain(x, w), w)
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 def _plain(x, w):
@@ -79,7 +80,7 @@ def test_an_adjoint_that_goes_on_with_some_samples_keeps_it_whole():
     z = torch.zeros_like(x)
     for _ in range(300):
         z = torch.tanh(z @ w + x)
-    torch.testing.assert_close(ours, torch.autograd.grad(z.sum(), w)[0], rtol=1e-2, atol=1e-3)
+    assert_close(ours, torch.autograd.grad(z.sum(), w)[0], rtol=1e-2, atol=1e-3)
 
 
 def test_a_solver_that_sees_x_sees_it_without_marks():

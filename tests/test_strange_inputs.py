@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
 import metabroyden as mb
 from metabroyden.nn.jacobian import jacobian_penalty
@@ -38,7 +39,7 @@ def test_a_cell_may_be_torchscript(whole):
     parameters = list(cell.parameters())
     given = torch.autograd.grad(z.square().sum(), parameters)
     wanted = torch.autograd.grad(expected.square().sum(), parameters)
-    torch.testing.assert_close(given, wanted, rtol=1e-6, atol=1e-8)
+    assert_close(given, wanted, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -101,7 +102,7 @@ def test_the_adjoint_sees_the_weights_of_the_forward_pass_wherever_a_cell_keeps_
         cell.layer.weight.data = 0.1 * cell.layer.weight.data
     given = torch.autograd.grad(z.pow(3).sum(), weights)
     wanted = torch.autograd.grad(unrolled(x, *copies).pow(3).sum(), copies)
-    torch.testing.assert_close(given, wanted, rtol=1e-6, atol=1e-8)
+    assert_close(given, wanted, rtol=1e-6, atol=1e-8)
 
 
 def test_twice_through_weights_whose_data_was_swapped_is_refused():
@@ -122,7 +123,7 @@ def test_second_derivatives_see_modules_in_dicts_hooks_and_behind_getattr(way):
     for value, towards in ((z, weights), (unrolled(x, *copies), copies)):
         first = torch.autograd.grad(value.pow(3).sum(), towards, create_graph=True)
         seconds.append(torch.autograd.grad(sum(part.square().sum() for part in first), towards))
-    torch.testing.assert_close(*seconds, rtol=1e-5, atol=1e-7)
+    assert_close(*seconds, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,7 @@ def test_newton_solves_an_adjoint_of_which_few_samples_are_left(seed):
     exact = torch.linalg.solve((torch.eye(2) - a).mT, torch.ones(9, 2))
     solved = reports[0].converged
     assert solved.sum() >= 6
-    torch.testing.assert_close(u[solved], exact[solved], rtol=1e-3, atol=1e-3)
+    assert_close(u[solved], exact[solved], rtol=1e-3, atol=1e-3)
 
 
 class Plain(nn.Module):
@@ -175,7 +176,7 @@ def test_a_compiled_cell_has_gradients_of_first_and_second_order_and_a_penalty(w
         cell.compile(backend="aot_eager")
     else:
         cell = torch.compile(cell, backend="aot_eager")
-    torch.testing.assert_close(twice(cell, x, weight), wanted, rtol=1e-3, atol=1e-4)
+    assert_close(twice(cell, x, weight), wanted, rtol=1e-3, atol=1e-4)
     if whole == "cell":
         jacobian_penalty(cell, torch.zeros(6, 4), x).backward()
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
 import metabroyden as mb
 from metabroyden.gradients.view import seen_with
@@ -68,7 +69,7 @@ def test_two_threads_may_train_one_layer(kind):
         for _ in range(10):
             for number, part in enumerate(gradient(rows)):
                 if kind in ("plain", "normalised"):
-                    torch.testing.assert_close(part, want[rows][number])
+                    assert_close(part, want[rows][number])
                 assert bool(part.isfinite().all())
                 assert float(part.abs().sum()) > 0
 
@@ -188,7 +189,7 @@ def test_a_view_sees_other_tensors_and_its_module_keeps_its_own():
     view = seen_with(module, places)
     seen = []
     handle = view.inner.register_forward_hook(lambda *_: seen.append(1))
-    torch.testing.assert_close(view(x), want(x))
+    assert_close(view(x), want(x))
     handle.remove()
     assert len(seen) == 2
     assert Counting.instances == subclasses
@@ -216,4 +217,4 @@ def test_a_view_evaluates_what_was_compiled_or_scripted():
     inner = net.compiled._orig_mod
     view = seen_with(net, {(id(inner), "weight"): w, (id(net.also), "weight"): w})
     for value in view(x):
-        torch.testing.assert_close(value, x @ w.T)
+        assert_close(value, x @ w.T)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.testing import assert_close
 
 from metabroyden.zoo.data import bible, fashion_mnist, text
 from metabroyden.zoo.data.bible import load_bible
@@ -71,7 +72,7 @@ def test_a_smaller_side_averages_pixels(tmp_path):
     folder = folder_of(tmp_path)
     whole, half = load_idx(folder, validation=5), load_idx(folder, validation=5, side=2)
     assert half.train.images.shape == (15, 1, 2, 2)
-    torch.testing.assert_close(half.train.images[:, 0, 1, 0], whole.train.images[:, 0, 2:, :2].mean((1, 2)))
+    assert_close(half.train.images[:, 0, 1, 0], whole.train.images[:, 0, 2:, :2].mean((1, 2)))
     with pytest.raises(ValueError, match="got 3 for 4×4"):
         load_idx(folder, validation=5, side=3)
 

@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from torch.testing import assert_close
 
 import metabroyden as mb
 from metabroyden.checkpoint import LARGEST
@@ -93,8 +94,8 @@ def test_tasks_of_a_family_of_texts_carry_the_memory_of_the_segment_before():
     assert z0.shape == (3, 12, 12)
     before, first, _ = windows[:3].split([back, 12, 12], dim=1)
     first = model.deq(model.inject(first, model.beginning(3)._replace(tokens=before)))
-    torch.testing.assert_close(memory, first[:, :, -4:])
-    torch.testing.assert_close(second_half(model, windows[:3], 12)[0], injection)
+    assert_close(memory, first[:, :, -4:])
+    assert_close(second_half(model, windows[:3], 12)[0], injection)
     solved = mb.solve(tasks.f, z0, (injection, memory), solver=mb.Broyden(), rtol=1e-5)
     assert solved.converged.all()
     with pytest.raises(TypeError, match="criterion must be Images or NextToken, got Training"):
@@ -155,7 +156,7 @@ def test_episodes_lie_closer_in_the_beginning_and_keep_half_precision_where_they
     rounded = load_episodes(episodes.collect(tmp_path, tmp_path / "half.safetensors"))[2]
     for wanted, a, b in zip(model.parameters(), exact.parameters(), rounded.parameters(), strict=True):
         assert torch.equal(a, wanted)
-        torch.testing.assert_close(b, wanted, rtol=1e-3, atol=1e-6)
+        assert_close(b, wanted, rtol=1e-3, atol=1e-6)
     with pytest.raises(mb.CheckpointError, match="wanted a 'model'"):
         load_model(tmp_path / "all.safetensors")
     many = Episodes(9, 9)

@@ -9,6 +9,7 @@ from itertools import product
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
 import metabroyden as mb
 from metabroyden.zoo.models import (
@@ -67,7 +68,7 @@ def test_the_trellis_cell_is_what_its_docstring_says():
             i, f, g, o = a[:3], a[3:6], a[6:9], a[9:]
             c = torch.sigmoid(f) * before[:3] + torch.sigmoid(i) * torch.tanh(g)
             h = torch.sigmoid(o) * torch.tanh(c)
-            torch.testing.assert_close(found[b, :, t], torch.cat([c, h]))
+            assert_close(found[b, :, t], torch.cat([c, h]))
 
 
 def test_the_transformer_cell_is_what_its_docstring_says():
@@ -97,7 +98,7 @@ def test_the_transformer_cell_is_what_its_docstring_says():
                 heard.append(sum(weight * values[j][part] for j, weight in enumerate(weights)))
             y = cell.norm1(z[b, t] + x[b, t, :6] + cell.out(torch.cat(heard)))
             wanted = cell.norm2(y + cell.ff2(nn.functional.gelu(cell.ff1(y))))
-            torch.testing.assert_close(found[b, t], wanted)
+            assert_close(found[b, t], wanted)
 
 
 def test_the_relative_shift_brings_every_distance_to_its_key():
@@ -109,7 +110,7 @@ def test_the_relative_shift_brings_every_distance_to_its_key():
         for j in range(position + 1):
             assert by_key[0, i, j] == position - j
     assert torch.equal(sinusoids(length, 4, like=by_key)[-1], torch.tensor([0.0, 0, 1, 1]))
-    torch.testing.assert_close(sinusoids(length, 4, like=by_key)[0, 2], torch.tensor(6.0).cos())
+    assert_close(sinusoids(length, 4, like=by_key)[0, 2], torch.tensor(6.0).cos())
 
 
 @pytest.mark.parametrize("stem", STEMS)
@@ -130,9 +131,9 @@ def test_nothing_looks_ahead_in_one_evaluation_or_at_the_equilibrium(name, stem)
         before, after = model.cell(z, context), model.cell(z_later, model.inject(later, memory))
         kept = position * before.shape[3 - time]  # of both, token by token
         before, after = (v.movedim(time, 1).flatten(1) for v in (before, after))
-        torch.testing.assert_close(after[:, :kept], before[:, :kept], rtol=0, atol=1e-12)
+        assert_close(after[:, :kept], before[:, :kept], rtol=0, atol=1e-12)
         changed = model.classify(equilibrium(model, later, memory))
-        torch.testing.assert_close(changed[:, :position], logits[:, :position], rtol=0, atol=1e-9)
+        assert_close(changed[:, :position], logits[:, :position], rtol=0, atol=1e-9)
         assert (changed[:, position] - logits[:, position]).abs().max() > 1e-4
 
 
@@ -149,12 +150,12 @@ def test_a_segment_influences_the_next_through_memory_alone(name):
             "both parts tell something"
         )
     beginning = equilibrium(model, second, model.beginning(len(second)))
-    torch.testing.assert_close(beginning, alone, rtol=0, atol=0)
+    assert_close(beginning, alone, rtol=0, atol=0)
     _, kept = model.inject(second, memory)
     assert torch.equal(kept, memory.states)
     assert not model.remember(z.requires_grad_(), first).states.requires_grad
     other = read(model, first[:1])  # a sample alone: the rest of a batch tells nothing
-    torch.testing.assert_close(equilibrium(model, second[:1], other), after[:1], rtol=0, atol=1e-9)
+    assert_close(equilibrium(model, second[:1], other), after[:1], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("stem", STEMS)
@@ -167,7 +168,7 @@ def test_trellisnets_segments_end_to_end_have_the_equilibrium_of_the_whole(dilat
     for segment in inputs.split([2, SEGMENT, SEGMENT - 2], dim=1):
         pieces.append(equilibrium(model, segment, memory))
         memory = model.remember(pieces[-1], segment, memory)
-    torch.testing.assert_close(torch.cat(pieces, dim=2), whole, rtol=0, atol=1e-10)
+    assert_close(torch.cat(pieces, dim=2), whole, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -181,7 +182,7 @@ def test_memory_is_the_last_tokens_there_are_of_this_segment_and_those_before(na
     for piece, segment in zip(z.split([1, 3, 4], dim=time), inputs.split([1, 3, 4], dim=1), strict=True):
         memory = model.remember(piece, segment, memory)
         assert memory.states.shape[time] == size
-    torch.testing.assert_close(memory.states, z.narrow(time, 8 - size, size), rtol=0, atol=0)
+    assert_close(memory.states, z.narrow(time, 8 - size, size), rtol=0, atol=0)
     assert torch.equal(memory.tokens, inputs[:, -3:])
     early = model.remember(z.narrow(time, 0, 1), inputs[:, :1])
     assert float(early.states.narrow(time, 0, size - 1).abs().max()) == 0
@@ -214,7 +215,7 @@ def test_an_equilibrium_is_found_under_autocast(name):
         logits = model(inputs)
     assert bool(model.deq.last_solution.converged.all())
     model.deq.rtol = 1e-4
-    torch.testing.assert_close(logits.float(), model(inputs), rtol=0, atol=0.3)
+    assert_close(logits.float(), model(inputs), rtol=0, atol=0.3)
 
 
 def test_the_transformer_may_have_no_memory():
@@ -249,8 +250,8 @@ def test_a_hashed_stem_knows_the_last_few_tokens_and_no_more():
         changed[:, 5 - back] = (changed[:, 5 - back] + 1) % TOKENS
         assert torch.equal(stem(changed)[:, 5], out[:, 5]) == (back >= 3)
     alone = torch.cat([stem(text[:, :4]), stem(text[:, 2:])[:, 2:]], dim=1)  # what stands before 3 tokens is not seen
-    torch.testing.assert_close(alone, out)
-    torch.testing.assert_close(stem(text[:, 2:], text[:, :2]), out[:, 2:])
+    assert_close(alone, out)
+    assert_close(stem(text[:, 2:], text[:, :2]), out[:, 2:])
     assert not torch.equal(stem.train()(text), stem(text)), "rows are left out in training"
     pairs = torch.cartesian_prod(torch.arange(TOKENS), torch.arange(TOKENS))
     keys = stem._keys(pairs)[:, 1, 0]

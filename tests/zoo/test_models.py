@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 import metabroyden as mb
 from metabroyden.deq import initial_state
@@ -75,9 +76,9 @@ def test_the_conv_cell_is_what_its_docstring_says():
     conv = lambda v, w: torch.nn.functional.conv2d(v, w, padding=1)  # noqa: E731
     y = norm(torch.relu(conv(z, cell.conv1.weight)))
     wanted = norm(torch.relu(z + norm(x + conv(y, cell.conv2.weight))))
-    torch.testing.assert_close(cell(z, x), wanted)
+    assert_close(cell(z, x), wanted)
     alone = cell(z[:1], x[:1])
-    torch.testing.assert_close(cell(z, x)[:1], alone)
+    assert_close(cell(z, x)[:1], alone)
 
 
 def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path):
@@ -178,7 +179,7 @@ def test_the_example_of_a_cell_is_small_keeps_shape_and_dtype_and_follows_from_i
     assert sum(part[0].numel() for part in parts_of(z)) <= 60
     assert [(y.shape, y.dtype) for y in parts_of(cell(z, x))] == [(part.shape, dtype) for part in parts_of(z)]
     again, x_again = make_cell(name, dtype=dtype, batch=3, seed=1)
-    torch.testing.assert_close(again(z, x_again), cell(z, x), rtol=0, atol=0)
+    assert_close(again(z, x_again), cell(z, x), rtol=0, atol=0)
     _, other = make_cell(name, dtype=dtype, batch=3, seed=2)
     assert not torch.equal(parts_of(x)[0], parts_of(other)[0])
 
@@ -188,7 +189,7 @@ def test_the_example_of_a_cell_is_small_keeps_shape_and_dtype_and_follows_from_i
 def test_a_cell_has_a_fixed_point_at_its_initial_weights(name, seed):
     cell, x = make_cell(name, dtype=torch.float64, batch=4, seed=seed)
     solution = mb.solve(cell, initial_state(cell, x), x, solver=mb.Broyden(memory=150), rtol=1e-6, max_nfe=150)
-    torch.testing.assert_close(cell(solution.z, x), solution.z, rtol=0, atol=1e-4)
+    assert_close(cell(solution.z, x), solution.z, rtol=0, atol=1e-4)
     assert all(float(part.std()) > 0.05 for part in parts_of(solution.z))
     assert int(solution.nfe.min()) > 5
 
@@ -201,7 +202,7 @@ def test_a_cell_treats_samples_apart_and_depends_on_all_that_it_is_given(name):
     for part in given:
         part.requires_grad_()
     one = torch.tensor([1])
-    torch.testing.assert_close(gather(cell(z, x), one), cell(gather(z, one), gather(x, one)))
+    assert_close(gather(cell(z, x), one), cell(gather(z, one), gather(x, one)))
     value = sum((part * torch.randn_like(part)).sum() for part in parts_of(cell(z, x)))
     for gradient in torch.autograd.grad(value, [*given, *cell.parameters()]):
         assert float(gradient.abs().max()) > 1e-4
@@ -214,7 +215,7 @@ def test_a_packed_cell_has_the_same_fixed_points_by_the_same_evaluations():
     options = {"solver": mb.Broyden(), "rtol": 1e-8, "max_nfe": 200}
     wanted, found = mb.solve(cell, z0, x, **options), mb.solve(packed, packed.initial_state(x), x, **options)
     assert torch.equal(found.nfe, wanted.nfe)
-    torch.testing.assert_close(found.z, packed.packing.pack(wanted.z))
+    assert_close(found.z, packed.packing.pack(wanted.z))
 
 
 @pytest.mark.parametrize(("width", "dilation"), [(2, 1), (3, 2)])
@@ -226,7 +227,7 @@ def test_the_causal_cell_carries_nothing_from_the_future_to_the_past(width, dila
         later_z[:, :, position:] = torch.randn(3, 6, 12 - position).double()
         later_x[:, :, position:] = torch.randn(3, 6, 12 - position).double()
         before, after = cell(z, x), cell(later_z, later_x)
-        torch.testing.assert_close(after[:, :, :position], before[:, :, :position], rtol=0, atol=1e-12)
+        assert_close(after[:, :, :position], before[:, :, :position], rtol=0, atol=1e-12)
         assert not torch.allclose(after[:, :, position], before[:, :, position])
 
 
@@ -247,9 +248,9 @@ def test_the_causal_and_the_dense_cell_are_what_their_docstrings_say():
     w, u, v = cell.conv.weight, cell.inject.weight[:, :, 0], cell.out.weight[:, :, 0]
     both = w[:, :, 0] @ before + w[:, :, 1] @ z + u @ x + cell.inject.bias[:, None]
     h = torch.tanh(both[:, :5]) * torch.sigmoid(both[:, 5:])
-    torch.testing.assert_close(cell(z, x), norm(z + norm(x + v @ h)))
+    assert_close(cell(z, x), norm(z + norm(x + v @ h)))
     cell, x = make_cell("dense", dtype=torch.float64)
     z = torch.randn_like(x)
     wanted = torch.tanh(torch.nn.functional.layer_norm(z @ cell.linear.weight.T + x, (12,)))
-    torch.testing.assert_close(cell(z, x), wanted)
+    assert_close(cell(z, x), wanted)
     assert float(torch.linalg.matrix_norm(cell.linear.weight.detach(), 2)) == pytest.approx(0.8, abs=1e-6)

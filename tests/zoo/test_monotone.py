@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 import metabroyden as mb
 from metabroyden.deq import initial_state
@@ -115,15 +116,15 @@ def test_weights_are_what_their_docstrings_say():
     a, b = cell.parametrizations.weight.original
     z = torch.randn_like(x)
     wanted = (1 - M) * z - z @ a.T @ a + z @ b.T - z @ b + x
-    torch.testing.assert_close(cell.linear(z, x), wanted)
-    torch.testing.assert_close(cell(z, x), torch.relu(wanted))
+    assert_close(cell.linear(z, x), wanted)
+    assert_close(cell(z, x), torch.relu(wanted))
     for name in ("conv", "conv, odd side"):
         cell, x = problem(name)
         a, b = cell.parametrizations.weight.original
         z = torch.randn_like(x)
         ata = convolve_transposed(convolve(z, a), a)
         wanted = (1 - M) * z - ata + convolve(z, b) - convolve_transposed(z, b) + x
-        torch.testing.assert_close(cell.linear(z, x), wanted)
+        assert_close(cell.linear(z, x), wanted)
     # A is block lower bidiagonal: the energy of Az and the skew part of W say so of the tiers
     cell, x = problem("three tiers")
     z = tuple(map(torch.randn_like, x))
@@ -144,7 +145,7 @@ def test_the_transposed_convolution_is_the_adjoint(stride):
     kernel, z = torch.randn(3, 2, 3, 3).double(), torch.randn(4, 2, 6, 6).double()
     a = torch.randn(4, 3, 6 // stride, 6 // stride).double()
     there, back = convolve(z, kernel, stride), convolve_transposed(a, kernel, stride)
-    torch.testing.assert_close((there * a).sum(), (z * back).sum())
+    assert_close((there * a).sum(), (z * back).sum())
 
 
 @every_structure
@@ -155,7 +156,7 @@ def test_the_resolvent_solves_its_equation(name, alpha):
     z = flat(cell.resolvent(alpha)(v, x))
     w = matrix(cell, x)
     left = (1 + alpha) * z - alpha * z @ w.T
-    torch.testing.assert_close(left, flat(v) + alpha * flat(x), rtol=0, atol=1e-10)
+    assert_close(left, flat(v) + alpha * flat(x), rtol=0, atol=1e-10)
 
 
 @every_structure
@@ -174,8 +175,8 @@ def test_splitting_converges_where_it_must_and_finds_what_broyden_finds_while_pi
     for solver in splitting:
         found = mb.solve(cell, zeros(x), x, solver=solver, max_nfe=4000, **options)
         assert found.converged.all(), (solver, found.failures())
-        torch.testing.assert_close(flat(found.z), flat(wanted.z), rtol=0, atol=3e-6)
-        torch.testing.assert_close(recomputed(cell, found, x), found.residual, rtol=1e-6, atol=1e-14)
+        assert_close(flat(found.z), flat(wanted.z), rtol=0, atol=3e-6)
+        assert_close(recomputed(cell, found, x), found.residual, rtol=1e-6, atol=1e-14)
 
 
 @every_split
@@ -191,9 +192,9 @@ def test_evaluations_are_the_uses_of_a_sample_and_the_residual_is_true(name, sol
     assert solution.converged.all(), solution.failures()
     np.testing.assert_array_equal(solution.nfe.numpy(), np.bincount(torch.cat(counted.seen).numpy(), minlength=7))
     assert len(solution.nfe.unique()) > 1
-    torch.testing.assert_close(solution.nfe, solution.steps + 1)  # f(z0) or a first step, then one use a step
+    assert_close(solution.nfe, solution.steps + 1)  # f(z0) or a first step, then one use a step
     assert counted.resolvents == isinstance(solver, mb.PeacemanRachford)
-    torch.testing.assert_close(recomputed(cell, solution, x), solution.residual, rtol=1e-6, atol=1e-14)
+    assert_close(recomputed(cell, solution, x), solution.residual, rtol=1e-6, atol=1e-14)
     seen = solution.trace.residual
     assert (seen.isfinite().sum(dim=0) == solution.nfe).all()
 
@@ -206,7 +207,7 @@ def test_a_sample_alone_and_among_others_takes_the_same_way(solver):
     for i in (0, 3, 6):
         alone = mb.solve(cell, zeros(x[i : i + 1]), x[i : i + 1], solver=solver, rtol=1e-8, max_nfe=400)
         assert abs(int(alone.nfe[0]) - int(together.nfe[i])) <= 1
-        torch.testing.assert_close(alone.z[0], together.z[i], rtol=1e-6, atol=1e-8)
+        assert_close(alone.z[0], together.z[i], rtol=1e-6, atol=1e-8)
 
 
 @every_split
@@ -216,7 +217,7 @@ def test_the_budget_is_kept_to_and_looking_less_often_changes_nothing(solver, bu
     solution = mb.solve(cell, zeros(x), x, solver=solver, rtol=0.0, max_nfe=budget, throw=False)
     assert (solution.nfe == budget).all()
     seldom = mb.solve(cell, zeros(x), x, solver=solver, rtol=0.0, max_nfe=budget, throw=False, check_every=3)
-    torch.testing.assert_close(seldom.z, solution.z, rtol=0, atol=0)
+    assert_close(seldom.z, solution.z, rtol=0, atol=0)
 
 
 def test_steps_are_those_of_the_paper():
@@ -230,7 +231,7 @@ def test_steps_are_those_of_the_paper():
         found = mb.solve(
             cell, z0, x, solver=mb.ForwardBackward(alpha), max_nfe=1 + steps, snapshots=[1 + steps], **options
         )
-        torch.testing.assert_close(found.trace.residual[steps], mb.relative_residual(z, cell(z, x).detach()))
+        assert_close(found.trace.residual[steps], mb.relative_residual(z, cell(z, x).detach()))
     v = torch.linalg.inv((1 + alpha) * torch.eye(12).double() - alpha * w)
     start = torch.randn_like(x)
     u = start + alpha * (start @ w.T + x - start)
@@ -239,7 +240,7 @@ def test_steps_are_those_of_the_paper():
         half = (reflected + alpha * x) @ v.T
         u = 2 * half - reflected
         found = mb.solve(cell, start, x, solver=mb.PeacemanRachford(alpha), max_nfe=1 + steps, **options)
-        torch.testing.assert_close(found.trace.residual[steps], mb.relative_residual(half, cell(half, x).detach()))
+        assert_close(found.trace.residual[steps], mb.relative_residual(half, cell(half, x).detach()))
 
 
 @pytest.mark.parametrize("name", ["dense", "conv"])
@@ -269,7 +270,7 @@ def test_a_deq_trains_with_a_splitting_solver_and_has_the_gradients_of_broyden(n
         gradients.append(torch.autograd.grad(loss, [*given, *cell.parameters()]))
     for ours, wanted in zip(*gradients, strict=True):
         assert float(wanted.abs().max()) > 1e-3
-        torch.testing.assert_close(ours, wanted, rtol=1e-7, atol=1e-8)
+        assert_close(ours, wanted, rtol=1e-7, atol=1e-8)
 
 
 @every_split
@@ -302,7 +303,7 @@ def test_weights_are_computed_once_a_call_and_pinned_masks_reach_every_part(solv
     z = deq(x)
     assert computed == 1
     assert deq.last_solution.converged.all()
-    torch.testing.assert_close(seen[0].detach(), deq.last_solution.residual, rtol=1e-3, atol=1e-12)
+    assert_close(seen[0].detach(), deq.last_solution.residual, rtol=1e-3, atol=1e-12)
     assert not torch.allclose(z, deq(x))  # other masks
 
 
@@ -312,7 +313,7 @@ def test_inference_mode_does_not_matter():
         plain = mb.solve(cell, zeros(x), x, solver=solver, rtol=1e-8, max_nfe=300)
         with torch.inference_mode():
             other = mb.solve(cell, zeros(x), x, solver=solver, rtol=1e-8, max_nfe=300)
-        torch.testing.assert_close(flat(other.z), flat(plain.z), rtol=0, atol=0)
+        assert_close(flat(other.z), flat(plain.z), rtol=0, atol=0)
 
 
 @every_split

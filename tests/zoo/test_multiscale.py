@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional
+from torch.testing import assert_close
 
 import metabroyden as mb
 from metabroyden.zoo.models import (
@@ -62,7 +63,7 @@ def test_the_cell_is_what_its_docstring_says():
     )
     assert cell.fusion[2][0].weight.shape == (6, 2, 5, 5)
     for i, found in enumerate(cell(z, x)):
-        torch.testing.assert_close(found, norm(cell.norms3[i], torch.relu(z[i] + norm(cell.norms2[i], sums[i]))))
+        assert_close(found, norm(cell.norms3[i], torch.relu(z[i] + norm(cell.norms2[i], sums[i]))))
 
 
 def test_scales_tell_one_another_and_only_the_finest_is_told_of_the_injection():
@@ -85,8 +86,8 @@ def test_it_has_an_equilibrium_that_all_solvers_agree_on():
         mb.solve(cell, cell.initial_state(x), x, solver=solver, **options).z for solver in (mb.Broyden(), mb.Anderson())
     ]
     for z, image, other in zip(found[0], cell(found[0], x), found[1], strict=True):
-        torch.testing.assert_close(z, image, rtol=0, atol=1e-6)
-        torch.testing.assert_close(z, other, rtol=0, atol=1e-5)
+        assert_close(z, image, rtol=0, atol=1e-6)
+        assert_close(z, other, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("side", [7, 8, 14, 28])

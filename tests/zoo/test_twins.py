@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 from torchdiffeq import odeint
 
 import metabroyden as mb
@@ -56,7 +57,7 @@ def count(module: nn.Module) -> int:
 def test_the_weight_tied_network_of_great_depth_is_the_deq():
     cell, x = make_cell("dense", dtype=torch.float64)
     z = mb.DEQ(cell, rtol=1e-12, max_nfe=200)(x)
-    torch.testing.assert_close(Unrolled(cell, 300)(x), z, rtol=0, atol=1e-10)
+    assert_close(Unrolled(cell, 300)(x), z, rtol=0, atol=1e-10)
     assert not torch.allclose(Unrolled(cell, 2)(x), z, rtol=0, atol=1e-3)
 
 
@@ -75,7 +76,7 @@ def test_the_stack_of_one_cell_is_the_weight_tied_network_and_that_is_repeated_a
 def test_the_stack_applies_its_cells_in_order():
     first, second = DenseCell(4), DenseCell(4)
     x = torch.randn(2, 4)
-    torch.testing.assert_close(Stack([first, second])(x), second(first(torch.zeros(2, 4), x), x))
+    assert_close(Stack([first, second])(x), second(first(torch.zeros(2, 4), x), x))
 
 
 @pytest.mark.parametrize(
@@ -132,16 +133,16 @@ def test_the_flow_and_its_gradients_are_those_of_the_differential_equation(name)
 
     path = odeint(velocity, initial_state(cell, context), torch.tensor([0.0, 1.5]).double(), rtol=1e-9, atol=1e-9)
     wanted = tuple(part[-1] for part in path) if isinstance(path, tuple) else path[-1]
-    torch.testing.assert_close(z, wanted, rtol=0, atol=1e-7)
+    assert_close(z, wanted, rtol=0, atol=1e-7)
     for a, b in zip(found, gradients(wanted), strict=True):
         assert float(b.abs().max()) > 1e-3
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_the_flow_of_a_contraction_leads_to_the_equilibrium():
     cell, x = make_cell("dense", dtype=torch.float64)
     z = mb.DEQ(cell, rtol=1e-12, max_nfe=200)(x)
-    torch.testing.assert_close(Flow(cell, time=60.0, steps=120)(x), z, rtol=0, atol=1e-6)
+    assert_close(Flow(cell, time=60.0, steps=120)(x), z, rtol=0, atol=1e-6)
 
 
 def test_a_step_of_the_flow_costs_four_evaluations_and_its_error_is_of_order_four():
@@ -177,7 +178,7 @@ def test_pinned_weights_get_gradients_and_a_mask_is_one_through_a_call():
     grads = [torch.autograd.grad(z.sum(), list(cell.linear.parameters())) for z in (flow(x), path[-1])]
     for a, b in zip(*grads, strict=True):
         assert float(a.abs().max()) > 1e-3
-        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+        assert_close(a, b, rtol=1e-2, atol=1e-3)
 
 
 def test_a_weight_that_is_also_behind_the_context_gets_its_gradient_once():
@@ -186,9 +187,9 @@ def test_a_weight_that_is_also_behind_the_context_gets_its_gradient_once():
     found = torch.autograd.grad(flow(inputs @ cell.linear.weight).sum(), cell.linear.weight)[0]
     x = inputs @ cell.linear.weight
     path = odeint(lambda t, z: cell(z, x) - z, torch.zeros_like(x), torch.tensor([0.0, 1.0]).double())
-    torch.testing.assert_close(found, torch.autograd.grad(path[-1].sum(), cell.linear.weight)[0], rtol=1e-5, atol=1e-6)
+    assert_close(found, torch.autograd.grad(path[-1].sum(), cell.linear.weight)[0], rtol=1e-5, atol=1e-6)
     with torch.no_grad():
-        torch.testing.assert_close(flow(x), path[-1])
+        assert_close(flow(x), path[-1])
 
 
 def test_without_torchdiffeq_the_flow_says_what_is_missing(monkeypatch):
@@ -209,11 +210,11 @@ def test_twins_share_nothing_with_the_model_but_its_weights_values():
     model = DenseClassifier(DenseClassifierConfig(n=12), rtol=1e-6, max_nfe=200)
     before = model(IMAGES)
     twin = unrolled_twin(model, 200)
-    torch.testing.assert_close(twin(IMAGES), before, rtol=0, atol=1e-4)
+    assert_close(twin(IMAGES), before, rtol=0, atol=1e-4)
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.zero_()
-    torch.testing.assert_close(model(IMAGES), before)
+    assert_close(model(IMAGES), before)
     assert isinstance(model.deq, mb.DEQ)
 
 
@@ -222,7 +223,7 @@ def test_the_dense_classifier_is_injection_equilibrium_and_head():
     images = torch.rand(2, 3, 5, 5)
     x = torch.nn.functional.layer_norm(images.flatten(1) @ model.stem[0].weight.T + model.stem[0].bias, (12,))
     z = mb.solve(model.cell, torch.zeros(2, 12), x, solver=mb.Broyden(), rtol=1e-5).z
-    torch.testing.assert_close(model(images), z @ model.head.weight.T + model.head.bias)
+    assert_close(model(images), z @ model.head.weight.T + model.head.bias)
 
 
 def test_the_converted_mlp_computes_and_differentiates_what_the_network_does():
@@ -236,12 +237,11 @@ def test_the_converted_mlp_computes_and_differentiates_what_the_network_does():
     towards = list(model.parameters())
     wanted = torch.autograd.grad(training.square().sum(), towards)
     solved = model.eval()(images)
-    torch.testing.assert_close(training, a)
-    torch.testing.assert_close(solved, a)
+    assert_close(training, a)
+    assert_close(solved, a)
     assert [part.shape[1] for part in model.deq(model.inject(images))] == [20, 20, 20, 10]
     assert int(model.deq.last_solution.nfe.max()) == 5
-    for found, one in zip(torch.autograd.grad(solved.square().sum(), towards), wanted, strict=True):
-        torch.testing.assert_close(found, one)
+    assert_close(torch.autograd.grad(solved.square().sum(), towards), wanted)
 
 
 def test_a_strided_stem_halves_the_side_of_the_state():
