@@ -94,10 +94,10 @@ def random_map(family: str, n: int, gain: float, seed: int):
 
 
 @cache
-def moved(name: str, n: int, dtype: torch.dtype = DOUBLE, **options: Any):
+def moved(name: str, n: int, dtype: torch.dtype = DOUBLE, size: float = 0.03, **options: Any):
     """A learned solver of vectors that is not at its neutral start."""
     options = {"classical": mb.Anderson(memory=3)} | options if name == "started" else options
-    solver = perturbed(make_learned(name, Layout("vector", (n,)), seed=n, **options), 0.03, seed=n)
+    solver = perturbed(make_learned(name, Layout("vector", (n,)), seed=n, **options), size, seed=n)
     return solver.to(dtype).requires_grad_(False).eval()
 
 

@@ -35,7 +35,7 @@ CASES = {
     "anderson-2": mb.Anderson(memory=2),
     "broyden-search": mb.Broyden(line_search=True),
     **{f"{name}-untrained": untrained(name) for name in LEARNED},
-    **{f"{name}-moved": moved(name, N, safeguard=None) for name in LEARNED},
+    **{f"{name}-moved": moved(name, N, size=0.02, safeguard=None) for name in LEARNED},
 }
 
 
