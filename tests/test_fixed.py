@@ -101,11 +101,8 @@ class Model(torch.nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore")  # of the exporter, about its own parts
-@pytest.mark.parametrize(
-    ("solver", "strict"),
-    [(mb.Picard(), True), (mb.Anderson(memory=2), False), (mb.Broyden(memory=2), True), (mb.Broyden(memory=2), False)],
-    ids=str,
-)
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("solver", [mb.Picard(), mb.Anderson(memory=2), mb.Broyden(memory=2)], ids=str)
 def test_a_model_with_a_fixed_budget_can_be_exported_for_any_batch(solver, strict):
     model, x = Model(solver).eval(), torch.randn(3, 4)
     sizes = ({0: torch.export.Dim("batch", min=2)},)
