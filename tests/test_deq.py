@@ -16,12 +16,13 @@ from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.layout import Layout
 from metabroyden.meta.fit import make_learned
 from metabroyden.zoo.models import ConvCell, ConvClassifier, ConvClassifierConfig
+from tests.helpers import DOUBLE, refused
 
 
 class TanhCell(nn.Module):
     def __init__(self, n: int = 4) -> None:
         super().__init__()
-        self.w = nn.Parameter(0.6 * torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q)
+        self.w = nn.Parameter(0.6 * torch.linalg.qr(torch.randn(n, n, dtype=DOUBLE)).Q)
 
     def forward(self, z, x):
         return torch.tanh(z @ self.w + x)
@@ -47,6 +48,78 @@ def tight(cell, **options):
     return mb.DEQ(cell, solver=mb.Broyden(memory=60), backward=backward, rtol=1e-12, max_nfe=100, **options)
 
 
+def rows(batch: int = 2, **options) -> torch.Tensor:
+    return torch.randn(batch, 4, **{"dtype": DOUBLE} | options)
+
+
+# --- what it says
+
+
+def said(deq, *arguments) -> str:
+    """All warnings of a call, and of its backward pass where gradients are wanted."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        z = deq(*arguments)
+        if torch.is_grad_enabled():
+            z.sum().backward()
+    return " ".join(str(warning.message) for warning in caught)
+
+
+def test_failed_samples_and_a_failed_adjoint_are_said_once():
+    backward = mb.Implicit(rtol=1e-12, max_nfe=2)
+    for deq, words in (
+        (mb.DEQ(TanhCell(), rtol=1e-12, max_nfe=2), "DEQ: 2 of 2 samples did not converge: 2 × max_nfe"),
+        (mb.DEQ(TanhCell(), backward=backward), "DEQ, backward: 2 of 2 samples did not converge"),
+    ):
+        with torch.set_grad_enabled("backward" in words):
+            assert words in said(deq, rows())
+            assert said(deq, rows()) == ""
+
+
+@torch.no_grad()
+def test_a_failure_is_said_again_for_another_reason_or_twice_the_share():
+    f = lambda z, x: torch.where(x.abs() > 1, torch.where(x > 0, 1.9 * z + x, torch.nan), 0.1 * z)  # noqa: E731
+    deq = mb.DEQ(f, solver=mb.Picard(), rtol=1e-6, max_nfe=20)
+    for given, words in (
+        ((2, 0, 0, 0), "1 of 4"),
+        ((0, 2, 0, 0), ""),
+        ((0, 0, 0, 0), ""),
+        ((2, 2, 0, 0), "2 of 4"),
+        ((2, 2, 2, 0), ""),
+        ((-2, 2, 2, 0), "non_finite"),
+        ((-2, 2, 2, 2), ""),
+    ):
+        told = said(deq, torch.tensor(given, dtype=torch.float32)[:, None])
+        assert words in told if words else told == ""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("roundings", "silent"), [(4, True), (40, False)])
+def test_a_residual_at_rounding_is_no_failure(roundings, silent):
+    size = 1 + roundings * torch.finfo(torch.float32).eps
+    deq = mb.DEQ(lambda z, x: size * z + 0 * x, solver=mb.Picard(), rtol=0.0, max_nfe=3)
+    assert (said(deq, torch.ones(2, 3), torch.ones(2, 3)) == "") == silent
+    assert not deq.last_solution.converged.any()
+
+
+@torch.no_grad()
+def test_it_says_so_once_when_the_weights_have_moved_since_the_fit_and_again_of_a_new_solver():
+    cell, x, words = ConvCell(4, 4, 2), torch.randn(2, 4, 3, 3), "was fitted to other weights of f"
+    solver = make_learned("meta-broyden", Layout("image", (4, 3, 3)))
+    solver.fingerprint = fingerprint(cell)
+    deq = mb.DEQ(cell, solver=solver, warn=False)
+    assert said(deq, x) == ""
+    cell.norm3.weight.mul_(1.01)
+    other = make_learned("grouped", Layout("image", (4, 3, 3)))
+    other.fingerprint = "0123456789abcdef"
+    for deq.solver in (solver, other):
+        assert f"{type(deq.solver).__name__} {words}" in said(deq, x)
+        assert said(deq, x) == ""
+
+
+# --- what it is
+
+
 def test_a_tensor_of_the_state_that_the_cell_does_not_use_has_no_part_in_the_gradient():
     class Ends(nn.Module):
         def __init__(self) -> None:
@@ -59,93 +132,19 @@ def test_a_tensor_of_the_state_that_the_cell_does_not_use_has_no_part_in_the_gra
         def forward(self, z, x):
             return self.inner(z[0], x), torch.tanh(z[0])
 
-    deq, x = tight(Ends()), torch.randn(2, 4, dtype=torch.float64)
+    deq, x = tight(Ends()), rows()
     first, second = deq(x)
-    (ours,) = torch.autograd.grad((first + second).sum(), deq.cell.inner.w)
+    ours = torch.autograd.grad((first + second).sum(), deq.cell.inner.w)
     z = tight(deq.cell.inner)(x)
-    (wanted,) = torch.autograd.grad((z + torch.tanh(z)).sum(), deq.cell.inner.w)
-    assert_close(ours, wanted, rtol=1e-8, atol=1e-10)
-
-
-def test_a_failed_adjoint_is_said_once():
-    deq = mb.DEQ(TanhCell(), backward=mb.Implicit(rtol=1e-12, max_nfe=2))
-    x = torch.randn(2, 4, dtype=torch.float64)
-    with pytest.warns(UserWarning, match="DEQ, backward: 2 of 2 samples did not converge"):
-        deq(x).sum().backward()
-    deq(x).sum().backward()
-
-
-def test_a_failure_is_said_again_for_another_reason_or_twice_the_share():
-    class Fickle(nn.Module):
-        def forward(self, z, x):
-            return torch.where(x.abs() > 1, torch.where(x > 0, 1.9 * z + x, torch.nan), 0.1 * z)
-
-    deq = mb.DEQ(Fickle(), solver=mb.Picard(), rtol=1e-6, max_nfe=20)
-
-    def said(*x: float) -> str:
-        with warnings.catch_warnings(record=True) as caught, torch.no_grad():
-            warnings.simplefilter("always")
-            deq(torch.tensor(x, dtype=torch.float32)[:, None])
-        return " ".join(str(warning.message) for warning in caught)
-
-    assert "1 of 4" in said(2, 0, 0, 0)
-    assert said(0, 2, 0, 0) == ""
-    assert said(0, 0, 0, 0) == ""
-    assert "2 of 4" in said(2, 2, 0, 0)
-    assert said(2, 2, 2, 0) == ""
-    assert "non_finite" in said(-2, 2, 2, 0)
-    assert said(-2, 2, 2, 2) == ""
-
-
-def test_a_residual_at_rounding_is_no_failure():
-    class Rounded(nn.Module):
-        def __init__(self, roundings: float) -> None:
-            super().__init__()
-            self.size = 1 + roundings * torch.finfo(torch.float32).eps
-
-        def forward(self, z, x):
-            return self.size * z + 0 * x
-
-    x = torch.ones(2, 3)
-    for roundings, silent in ((4, True), (40, False)):
-        deq = mb.DEQ(Rounded(roundings), solver=mb.Picard(), rtol=0.0, max_nfe=3)
-        with warnings.catch_warnings(record=True) as caught, torch.no_grad():
-            warnings.simplefilter("always")
-            deq(x, torch.ones(2, 3))
-        assert not deq.last_solution.converged.any()
-        assert (not caught) == silent
+    assert_close(ours, torch.autograd.grad((z + torch.tanh(z)).sum(), deq.cell.inner.w), rtol=1e-8, atol=1e-10)
 
 
 def test_a_layer_may_be_used_twice_before_backward():
-    deq = tight(TanhCell())
-    x = torch.randn(2, 4, dtype=torch.float64)
+    deq, x = tight(TanhCell()), rows()
     (both,) = torch.autograd.grad((deq(x) + 2 * deq(2 * x)).sum(), deq.cell.w)
     (one,) = torch.autograd.grad(deq(x).sum(), deq.cell.w)
     (two,) = torch.autograd.grad(deq(2 * x).sum(), deq.cell.w)
     assert_close(both, one + 2 * two)
-
-
-def test_it_warns_once_when_samples_fail():
-    deq = mb.DEQ(TanhCell(), rtol=1e-12, max_nfe=2)
-    x = torch.randn(2, 4, dtype=torch.float64)
-    with torch.no_grad():
-        with pytest.warns(UserWarning, match="DEQ: 2 of 2 samples did not converge: 2 × max_nfe"):
-            deq(x)
-        deq(x)
-
-
-def test_it_says_so_when_the_weights_have_moved_since_the_fit():
-    cell = ConvCell(4, 4, 2)
-    x = torch.randn(30, 4, 3, 3)
-    solver = make_learned("meta-broyden", Layout("image", (4, 3, 3)))
-    solver.fingerprint = fingerprint(cell)
-    deq = mb.DEQ(cell, solver=solver, warn=False)
-    with torch.no_grad():
-        deq(x[:2])  # silent: a warning is an error here
-        cell.norm3.weight.mul_(1.01)
-        with pytest.warns(UserWarning, match="MetaBroyden was fitted to other weights of f"):
-            deq(x[:2])
-        deq(x[:2])
 
 
 def test_a_learned_solver_is_no_part_of_the_model():
@@ -162,23 +161,22 @@ def test_a_learned_solver_is_no_part_of_the_model():
 
 def test_any_callable_makes_a_layer():
     """A function's tensors are its own: gradients reach them, the layer has no parameters."""
-    cell, x = TanhCell(), torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    cell, x = TanhCell(), rows(requires_grad=True)
     deq = tight(lambda z, x: torch.tanh(z @ cell.w + x))
     assert not list(deq.parameters()) + list(deq.children())
     assert list(mb.DEQ(cell).children()) == [cell]
-    wanted = torch.autograd.grad(tight(cell)(x).square().sum(), (x, cell.w))
+    gradients = lambda f: torch.autograd.grad(f(x).square().sum(), (x, cell.w))  # noqa: E731
     for f in (deq, tight(cell.forward)):
-        assert_close(torch.autograd.grad(f(x).square().sum(), (x, cell.w)), wanted)
+        assert_close(gradients(f), gradients(tight(cell)))
     (first,) = torch.autograd.grad(tight(lambda z, x: torch.tanh(0.5 * z + x))(x).sum(), x, create_graph=True)
     torch.autograd.grad(first.square().sum(), x)
     single = mb.DEQ(lambda z: torch.cos(0.5 * z), backward=mb.JacobianFree())
     assert single.bfloat16()(None, torch.zeros(2, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
-    unrolled = mb.DEQ(torch.tanh, backward=mb.Unroll(3))
-    assert_close(unrolled(None, x), x.tanh().tanh().tanh())
+    assert_close(mb.DEQ(torch.tanh, backward=mb.Unroll(3))(None, x), x.tanh().tanh().tanh())
 
 
 def test_hooks_see_each_equilibrium_that_gets_gradients():
-    deq, x, seen = mb.DEQ(TanhCell()), torch.randn(2, 4, dtype=torch.float64), []
+    deq, x, seen = mb.DEQ(TanhCell()), rows(), []
     deq.hooks.append(lambda f, context, z: seen.append((f, context, z)))
     z = deq(x)
     with torch.no_grad():
@@ -193,104 +191,80 @@ def test_hooks_see_each_equilibrium_that_gets_gradients():
 
 def test_a_state_that_cannot_be_guessed_is_asked_for():
     deq = mb.DEQ(TanhCell())
-    with pytest.raises(ValueError, match=r"context of type dict: give z0, or give the cell a method initial_state"):
-        deq({"x": torch.ones(2, 4)})
-    with pytest.raises(ValueError, match="wanted 2 rows"):
-        deq(torch.ones(3, 4, dtype=torch.float64), torch.zeros(2, 4, dtype=torch.float64))
+    words = r"context of type dict: give z0, or give the cell a method initial_state"
+    refused(words, lambda: deq({"x": torch.ones(2, 4)}))
+    refused("wanted 2 rows", lambda: deq(rows(3), 0 * rows(2)))
 
 
 def test_a_classifier_learns_through_it():
     model = ConvClassifier(ConvClassifierConfig(channels=4, inner=4, groups=2, side=4, classes=2), warn=False)
-    images = torch.randn(32, 1, 4, 4)
+    images, losses = torch.randn(32, 1, 4, 4), []
     labels = (images.mean(dim=(1, 2, 3)) > 0).long()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    losses = []
-    with warnings.catch_warnings():
-        for _ in range(15):
-            loss = nn.functional.cross_entropy(model(images), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(float(loss.detach()))
+    for _ in range(15):
+        loss = nn.functional.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_the_layers_tolerances_are_those_of_its_solve():
-    cell, x = TanhCell(), torch.randn(5, 4, dtype=torch.float64)
-    for options in ({"rtol": 0.0, "atol": 0.3}, {"rtol": 1e-2}, {"rtol": 1e-9}):
-        deq = mb.DEQ(cell, **options, warn=False)
-        with torch.no_grad():
-            deq(x)
-        wanted = mb.solve(cell, torch.zeros_like(x), x, solver=mb.Broyden(), throw=False, **options)
-        assert torch.equal(deq.last_solution.nfe, wanted.nfe)
-        assert wanted.converged.all()
-
-
-def test_a_new_solver_is_told_again_that_it_was_fitted_to_other_weights():
-    deq, x = mb.DEQ(TanhCell().float(), warn=False), torch.randn(2, 4)
-    for _ in range(2):
-        solver = mb.GroupedLSTM(mb.learned.GroupedConfig(layout="vector", shape=(4,)))
-        solver.fingerprint = "0123456789abcdef"
-        deq.solver = solver
-        with torch.no_grad():
-            with pytest.warns(UserWarning, match="fitted to other weights of f"):
-                deq(x)
-            deq(x)
+@pytest.mark.parametrize("options", [{"rtol": 0.0, "atol": 0.3}, {"rtol": 1e-2}, {"rtol": 1e-9}])
+def test_the_layers_tolerances_are_those_of_its_solve(options):
+    cell, x = TanhCell(), rows(5)
+    deq = mb.DEQ(cell, **options, warn=False)
+    with torch.no_grad():
+        deq(x)
+    assert torch.equal(deq.last_solution.nfe, mb.solve(cell, 0 * x, x, solver=mb.Broyden(), **options).nfe)
 
 
 def test_what_is_found_without_gradients_has_none():
-    class Energy(nn.Module):
-        def forward(self, z, x):
-            with torch.enable_grad():
-                z = z.requires_grad_()
-                (g,) = torch.autograd.grad((z * z).sum() / 8 + (z * x).sum() / 2, z, create_graph=True)
-            return g
+    def energy(z, x):
+        with torch.enable_grad():
+            z = z.requires_grad_()
+            (g,) = torch.autograd.grad((z * z).sum() / 8 + (z * x).sum() / 2, z, create_graph=True)
+        return g
 
-    deq = mb.DEQ(Energy())
+    deq = mb.DEQ(energy)
     with torch.no_grad():
-        z = deq(torch.randn(3, 4))
-    assert not z.requires_grad
+        assert not deq(torch.randn(3, 4)).requires_grad
     assert not deq.last_solution.z.requires_grad
-
-
-def test_gradients_enabled_within_inference_mode_are_not_looked_for():
-    deq, x = mb.DEQ(TanhCell()), torch.randn(2, 4, dtype=torch.float64)
+    deq, x = mb.DEQ(TanhCell()), rows()
     wanted = deq(x).detach()
-    with torch.inference_mode(), torch.enable_grad():
+    with torch.inference_mode(), torch.enable_grad():  # gradients enabled within inference mode are not looked for
         z = deq(x)
     assert not z.requires_grad
     assert torch.equal(z, wanted)
 
 
-# Half precision, and moving.
+# --- half precision, and moving
+
+
+class Linear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.map, self.seen = nn.Linear(16, 16), set()
+        nn.init.orthogonal_(self.map.weight, gain=0.7)
+
+    def forward(self, z, x):
+        self.seen.add(z.dtype)
+        return torch.tanh(self.map(z) + x)
 
 
 @pytest.mark.parametrize("backward", [mb.Implicit(), mb.Phantom(), mb.JacobianFree(), mb.Unroll()])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_layer_in_half_precision_solves_in_single(dtype, backward):
-    seen = set()
-
-    class Cell(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.map = nn.Linear(16, 16)
-            nn.init.orthogonal_(self.map.weight, gain=0.7)
-
-        def forward(self, z, x):
-            seen.add(z.dtype)
-            return torch.tanh(self.map(z) + x)
-
-    single = mb.DEQ(Cell(), rtol=1e-5, backward=mb.Implicit(rtol=1e-5) if backward == mb.Implicit() else backward)
+    single = mb.DEQ(Linear(), rtol=1e-5, backward=mb.Implicit(rtol=1e-5) if backward == mb.Implicit() else backward)
     half = mb.DEQ(copy.deepcopy(single.cell), backward=backward).to(dtype)  # a warning is an error here
     x = torch.randn(8, 16)
     wanted = torch.autograd.grad(single(x).square().sum(), single.cell.map.weight)[0]
-    seen.clear()
     given = x.to(dtype).requires_grad_()
     z = half(given)
     assert z.dtype == dtype
     assert half.last_solution.z.dtype == torch.float32
     assert half.last_solution.converged.all() or isinstance(backward, mb.Unroll)
-    assert seen == {dtype}
+    assert half.cell.seen == {dtype}
     weight, towards = torch.autograd.grad(z.float().square().sum(), (half.cell.map.weight, given))
     assert (weight.dtype, towards.dtype) == (dtype, dtype)
     assert torch.nn.functional.cosine_similarity(weight.float().flatten(), wanted.flatten(), dim=0) > 0.98
@@ -300,46 +274,39 @@ def test_a_layer_in_half_precision_solves_in_single(dtype, backward):
 
 def test_a_half_precision_state_of_several_tensors_and_its_snapshots():
     deq = mb.DEQ(PairCell()).bfloat16()
-    x = torch.randn(3, 5, dtype=torch.bfloat16)
-    states = deq.states(x, after=(2,))
+    states = deq.states(torch.randn(3, 5, dtype=torch.bfloat16), after=(2,))
     assert {part.dtype for state in states for part in state} == {torch.bfloat16}
     states[-1][0].float().sum().backward()
     assert deq.cell.inner.w.grad is not None
 
 
+@torch.no_grad()
 def test_a_jacobian_product_of_a_half_precision_cell_is_not_taken_over_too_small_a_distance():
-    class Quantised(nn.Module):
-        """Without forward AD."""
-
-        def forward(self, z, x):
-            return torch.from_numpy((0.5 * torch.tanh(z) + x).float().numpy()).bfloat16()
-
-    deq = mb.DEQ(Quantised(), solver=mb.Newton(), max_nfe=100)
-    with torch.no_grad():
-        deq(torch.randn(4, 6).bfloat16())
+    quantised = lambda z, x: torch.from_numpy((0.5 * torch.tanh(z) + x).float().numpy()).bfloat16()  # noqa: E731
+    deq = mb.DEQ(quantised, solver=mb.Newton(), max_nfe=100)  # without forward AD
+    deq(torch.randn(4, 6).bfloat16())
     assert deq.last_solution.converged.all()
 
 
-def dtypes(module) -> set[torch.dtype]:
-    return {tensor.dtype for tensor in (*module.parameters(), *module.buffers())}
+def dtypes(*modules) -> set[torch.dtype]:
+    return {tensor.dtype for module in modules for tensor in (*module.parameters(), *module.buffers())}
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # untrained
 def test_learned_solvers_go_where_the_model_goes():
     forward, backward = (make_learned(kind, Layout("vector", (4,))) for kind in ("grouped", "adjoint"))
     model = nn.Sequential(nn.Linear(4, 4), mb.DEQ(TanhCell(), solver=forward, backward=mb.Implicit(solver=backward)))
-    before = {name: value.clone() for name, value in forward.state_dict().items()}
-    names = list(model.state_dict())
+    before, names = copy.deepcopy(forward.state_dict()), list(model.state_dict())
+    unchanged = lambda: all(torch.equal(value, before[name]) for name, value in forward.state_dict().items())  # noqa: E731
     model.double()
-    assert dtypes(forward) == dtypes(backward) == {torch.float64}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # untrained
-        model(torch.randn(2, 4, dtype=torch.float64)).sum().backward()
+    assert dtypes(forward, backward) == {DOUBLE}
+    model(rows()).sum().backward()
     model.bfloat16()
     assert dtypes(model) == {torch.bfloat16}
-    assert dtypes(forward) == dtypes(backward) == {torch.float32}
-    assert all(torch.equal(value, before[name]) for name, value in forward.state_dict().items())
+    assert dtypes(forward, backward) == {torch.float32}
+    assert unchanged()
     model.to_empty(device="cpu")  # forgets the model's values, not the solvers'
-    assert all(torch.equal(value, before[name]) for name, value in forward.state_dict().items())
+    assert unchanged()
     assert list(model.state_dict()) == names
     model.to("meta")
     assert {p.device.type for p in (*forward.parameters(), *backward.parameters())} == {"meta"}
@@ -392,5 +359,5 @@ TAKES_A_MAP = {
 
 @pytest.mark.parametrize("name", TAKES_A_MAP)
 def test_a_layer_is_not_taken_for_the_map_that_it_solves(name):
-    with pytest.raises(TypeError, match=r"got a DEQ that stands for its own fixed point, .*: pass its cell"):
-        TAKES_A_MAP[name](mb.DEQ(TanhCell()), torch.randn(3, 4))
+    words = r"got a DEQ that stands for its own fixed point, .*: pass its cell"
+    refused(words, lambda: TAKES_A_MAP[name](mb.DEQ(TanhCell()), torch.randn(3, 4)), TypeError)
