@@ -72,7 +72,7 @@ def write(folder: Path) -> Path:
     runs = [report.read_config(path.parent) for path in files]
     sections: list[report.Section] = [
         "One call each, with its defaults; the comparison that it makes of its own accord, on problems that chose nothing. "
-        "Mean evaluations (a failure counts twice the budget) and share solved of the fitted solver, of the classical one "
+        "Mean evaluations (a failure counts as the budget) and share solved of the fitted solver, of the classical one "
         "that needs fewest, of the fastest of those that solve as many; the fitted one's time over that one's, median of "
         "paired solves. The fitted solver is returned where it solves no fewer, needs fewer evaluations and less time.",
         Table("", HEAD, [_cells(read_rows(path)[0]) for path in files]),
