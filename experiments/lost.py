@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import metabroyden as mb
 from experiments.bench import report
 from experiments.bench.options import Options
-from experiments.bench.runner import Row, Run, known, read_rows, ticks
-from experiments.bench.tables import Table
+from experiments.bench.runner import Row, Run, known, ticks
+from experiments.bench.tables import grouped, listed
 from metabroyden.zoo.testbed.base import KnownProblem
 from metabroyden.zoo.testbed.cells import blas, conv
 
-HEAD = ["cells", "budget", "samples", "Broyden solves", "fitted solves", "lost", "gained", "worst fit loses"]
-_WIDTH, _CHANNELS, _SIDE = 64, 8, 8
 _FITTED_NORM = 1.5
 _FAR = 100  # seeds of cells that nothing was fitted to
 
@@ -49,7 +48,7 @@ def run(config: Lost) -> None:
     """The whole job, a few minutes. Interrupted, it goes on with the next fit."""
     known("kinds", config.kinds, ("dense", "conv"))
     job, rows = Run(config), []
-    fits = [(kind, seed) for kind in config.kinds for seed in range(config.seeds)]
+    fits = list(product(config.kinds, range(config.seeds)))
     with ticks("fitting and solving", len(fits), show=config.progress) as done:
         for kind, seed in fits:
             rows += job.unit(f"{kind}-seed{seed}", lambda: _fit(kind, seed, config))  # noqa: B023 (called at once)
@@ -58,72 +57,60 @@ def run(config: Lost) -> None:
 
 
 def _fit(kind: str, seed: int, config: Lost) -> Iterator[Row]:
-    """One solver, fitted to a cell, on all other cells of its kind."""
-    problem = _cell(kind, config.contexts, _FITTED_NORM, seed)
+    """One solver, fitted to a cell, on all other cells of its kind; convolutional ones on two grids."""
+    problem = _cell(kind, config.contexts, _FITTED_NORM, seed, symmetric=False, side=8)
     options: dict[str, Any] = {"steps": config.steps, "seed": seed, "rtol": config.rtol}
     solver = mb.fit_solver(problem.f, problem.context, **options, fallback=False, progress=False)
-    for norm, other, problem in _others(kind, config):
+    for norm, other in product(config.norms, range(config.others)):
+        side = 8 + 4 * (other // 2 % 2)
+        problem = _cell(kind, config.samples, norm, _FAR + other, symmetric=other % 2 == 1, side=side)
         for budget in config.budgets:
-            found = _counted(solver, problem, budget, config.rtol)
-            yield {"kind": kind, "fitted": seed, "norm": norm, "cell": other, **found}
+            options = {"rtol": config.rtol, "max_nfe": budget, "throw": False}
+            found = (
+                mb.solve(problem.f, problem.z0, problem.context, solver=one, **options)
+                for one in (solver, mb.Broyden())
+            )
+            ours, theirs = (one.converged for one in found)
+            hits = {"fitted_solves": ours, "broyden_solves": theirs, "lost": theirs & ~ours, "gained": ours & ~theirs}
+            counts = {name: int(hit.sum()) for name, hit in hits.items()}
+            where = {"kind": kind, "fitted": seed, "norm": norm, "cell": other, "budget": budget, "samples": len(ours)}
+            yield {**where, **counts}
 
 
-def _cell(kind: str, count: int, norm: float, seed: int, *, symmetric: bool = False, side: int = _SIDE) -> KnownProblem:
+def _cell(kind: str, count: int, norm: float, seed: int, *, symmetric: bool, side: int) -> KnownProblem:
     options: dict[str, Any] = {"symmetric": symmetric, "seed": seed, "x_seed": seed + 1}
-    if kind == "dense":
-        return blas(count, _WIDTH, norm, **options)
-    return conv(count, _CHANNELS, side, norm, **options)
+    return blas(count, 64, norm, **options) if kind == "dense" else conv(count, 8, side, norm, **options)
 
 
-def _others(kind: str, config: Lost) -> Iterator[tuple[float, int, KnownProblem]]:
-    """(norm, number, problem); convolutional cells on two grids."""
-    for norm in config.norms:
-        for other in range(config.others):
-            side = _SIDE + 4 * (other // 2 % 2)
-            yield norm, other, _cell(kind, config.samples, norm, _FAR + other, symmetric=other % 2 == 1, side=side)
-
-
-def _counted(solver: Any, problem: KnownProblem, budget: int, rtol: float) -> Row:
-    options: dict[str, Any] = {"rtol": rtol, "max_nfe": budget, "throw": False}
-    f, z0, x = problem.f, problem.z0, problem.context
-    ours, theirs = (mb.solve(f, z0, x, solver=one, **options).converged for one in (solver, mb.Broyden()))
-    counts = {"fitted_solves": ours, "broyden_solves": theirs, "lost": theirs & ~ours, "gained": ours & ~theirs}
-    return {"budget": budget, "samples": len(ours), **{name: int(hit.sum()) for name, hit in counts.items()}}
-
-
-def write(folder: Path) -> Path:
+@report.of_rows("What being learned costs at an equal budget")
+def write(rows: list[Row], described: Row, folder: Path) -> list[report.Section]:
     """report.md, from rows alone."""
-    rows, described = read_rows(folder / "rows.jsonl"), report.read_config(folder)
-    groups = {"all": rows} | {
-        kind: [row for row in rows if row["kind"] == kind] for kind in described["config"]["kinds"]
-    }
-    groups |= {f"norm {n:g}": [r for r in rows if r["norm"] == n] for n in sorted({row["norm"] for row in rows})}
+    groups = {"all": rows, **{of[0]["kind"]: of for of in grouped(rows, "kind")}}
+    groups |= {f"norm {of[0]['norm']:g}": of for of in grouped(rows, "norm")}
     words = (
-        "MetaBroyden solvers fitted by `fit_solver` to random cells of norm 1.5 solve problems of other random cells, to "
-        f"{described['config']['rtol']:g}. Lost: of the samples that Broyden's method solves within the budget, the share "
-        "that the fitted solver does not. Gained: the samples that only the fitted solver solves, as a share of the same."
+        f"MetaBroyden solvers fitted by `fit_solver` to random cells of norm {_FITTED_NORM} solve problems of other random "
+        f"cells, to {described['config']['rtol']:g}. Lost: of the samples that Broyden's method solves within the budget, "
+        "the share that the fitted solver does not. Gained: the samples that only the fitted solver solves, as a share of "
+        "the same."
     )
-    body = [_line(n, b, g) for n, g in groups.items() for b in sorted({row["budget"] for row in rows})]
-    title = "What being learned costs at an equal budget"
-    return report.write(folder, title, [report.made_by(described), words, Table("", HEAD, body)])
+
+    def part(key: str, of: str) -> Callable[[tuple[str, list[Row]]], str]:
+        return lambda line: f"{share(line[1], key, of):.1%}"
+
+    lines = [(name, of) for name, rows in groups.items() for of in grouped(rows, "budget")]
+    table = listed("", lines, [
+        ("cells", lambda line: line[0]),
+        ("budget", lambda line: line[1][0]["budget"]),
+        ("samples", lambda line: sum(row["samples"] for row in line[1])),
+        ("Broyden solves", part("broyden_solves", "samples")),
+        ("fitted solves", part("fitted_solves", "samples")),
+        ("lost", part("lost", "broyden_solves")),
+        ("gained", part("gained", "broyden_solves")),
+        ("worst fit loses", lambda line: f"{max(share(fit, 'lost') for fit in grouped(line[1], 'kind', 'fitted')):.1%}"),
+    ])  # fmt: skip
+    return [words, table]
 
 
-def share(rows: Sequence[Row], key: str) -> float:
-    """Of the samples that Broyden's method solves, those that a count of the rows is of."""
-    return sum(row[key] for row in rows) / max(1, sum(row["broyden_solves"] for row in rows))
-
-
-def _line(name: str, budget: int, rows: Sequence[Row]) -> list[str]:
-    mine = [row for row in rows if row["budget"] == budget]
-    samples = sum(row["samples"] for row in mine)
-    fits = {(row["kind"], row["fitted"]) for row in mine}
-    worst = max(share([row for row in mine if (row["kind"], row["fitted"]) == fit], "lost") for fit in fits)
-    solves = [f"{sum(row[key] for row in mine) / samples:.1%}" for key in ("broyden_solves", "fitted_solves")]
-    return [
-        name,
-        str(budget),
-        str(samples),
-        *solves,
-        *(f"{share(mine, k):.1%}" for k in ("lost", "gained")),
-        f"{worst:.1%}",
-    ]
+def share(rows: Sequence[Row], key: str, of: str = "broyden_solves") -> float:
+    """A count of the rows as a share of another one, of the samples that Broyden's method solves unless it is named."""
+    return sum(row[key] for row in rows) / max(1, sum(row[of] for row in rows))

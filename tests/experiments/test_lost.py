@@ -10,6 +10,7 @@ from experiments import lost
 from experiments.bench.runner import read_rows
 
 
+@pytest.mark.usefixtures("quick_fits")
 def test_lost_samples_are_counted_on_cells_that_nothing_was_fitted_to(tmp_path):
     small = {"kinds": ("dense", "conv"), "seeds": 1, "contexts": 20, "steps": 1, "norms": (0.9, 3.0), "others": 1}
     config = lost.Lost(

@@ -82,5 +82,5 @@ def test_a_failure_counts_the_budget_in_the_report():
         {"row": "solve", "solver": "one", "tolerance": at, "evaluations": [spent, 16], "status": "CB"}
         for at, spent in ((1e-2, 4), (1e-3, 16))
     ]
-    table = tune_hyper._table("family", [trained, *solves])
+    table = tune_hyper.table("family", [trained, *solves])
     assert table.body == [["one", f"{2**3.5:.2f}", "10 (50%), 10.0", "16 (50%), 16.0", "1 × 2", "3 s"]]
