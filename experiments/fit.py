@@ -12,11 +12,9 @@ import metabroyden as mb
 from experiments.bench import report
 from experiments.bench.options import OnFamily, Seeded
 from experiments.bench.problems import Family
-from experiments.bench.runner import Row, Run, publish, read_rows, row_files, sha256, show
-from experiments.bench.tables import Table
+from experiments.bench.runner import Row, Run, publish, sha256, show
+from experiments.bench.tables import listed
 from metabroyden.zoo.models.criteria import Images
-
-HEAD = ["", "rtol", "fitted, mean", "solved", "fewest evaluations", "fastest", "time over that", "returned", "training"]
 
 
 @dataclass(frozen=True)
@@ -46,20 +44,14 @@ def run(config: Fit) -> None:
 def fitted(config: Fit, family: Family) -> Row:
     """What fit_solver found."""
     model, criterion = family.model(), family.criterion
+    wanted = "wanted a family of images, whose contexts are single tensors"
     if not isinstance(criterion, Images):
-        raise ValueError(
-            f"wanted a family of images, whose contexts are single tensors; {config.family} is one of texts"
-        )
+        raise ValueError(f"{wanted}; {config.family} is one of texts")
     with torch.no_grad():
         x = model.inject(criterion.data.train.images[: config.contexts])
     if not isinstance(x, torch.Tensor):
-        raise ValueError(f"wanted a family whose contexts are single tensors; those of {config.family} are {len(x)}")
-    options: dict[str, Any] = {
-        "rtol": config.rtol,
-        "steps": config.steps,
-        "seed": config.seed,
-        "progress": config.progress,
-    }
+        raise ValueError(f"{wanted}; those of {config.family} are {len(x)}")
+    options: dict[str, Any] = {name: getattr(config, name) for name in ("rtol", "steps", "seed", "progress")}
     solver = mb.fit_solver(model.cell, x, **options, fallback=False)
     training = {key: value for key, value in solver.summary.items() if key in ("steps", "seconds", "cpu_seconds")}
     row = {"family": config.family, "seed": config.seed, "solver": type(solver).__name__, "contexts": len(x)}
@@ -68,31 +60,33 @@ def fitted(config: Fit, family: Family) -> Row:
 
 def write(folder: Path) -> Path:
     """report.md over all runs in a folder, from rows alone."""
-    files = row_files(folder, "*/rows.jsonl")
-    runs = [report.read_config(path.parent) for path in files]
+    runs = report.runs_below(folder, "*/rows.jsonl")
+    columns: list[Any] = [
+        ("", "{family}, seed {seed}"),
+        ("rtol", "{rtol:g}"),
+        ("fitted, mean", "{ours[mean_evaluations]:.1f}, {solver}"),
+        ("solved", "{ours[success]:.1%}"),
+        ("fewest evaluations", "{fewest[mean_evaluations]:.1f} ({fewest[success]:.1%}) {fewest[name]}"),
+        ("fastest", "{best[mean_evaluations]:.1f} ({best[success]:.1%}) {best[name]}"),
+        ("time over that", "{best[fitted_over_this]:.2f}×"),
+        ("returned", "{returned}"),
+        ("training", lambda row: f"{row['training'].get('cpu_seconds', row['training']['seconds']):.0f} s"),
+    ]
     sections: list[report.Section] = [
         "One call each, with its defaults; the comparison that it makes of its own accord, on problems that chose nothing. "
         "Mean evaluations (a failure counts as the budget) and share solved of the fitted solver, of the classical one "
         "that needs fewest, of the fastest of those that solve as many; the fitted one's time over that one's, median of "
         "paired solves. The fitted solver is returned where it solves no fewer, needs fewer evaluations and less time.",
-        Table("", HEAD, [_cells(read_rows(path)[0]) for path in files]),
-        *(f"- `{described['command']}`, commit {described['provenance']['commit']}" for described in runs),
+        listed("", [_against(row) for _, (row,) in runs], columns),
+        *(f"- `{described['command']}`, commit {described['provenance']['commit']}" for described, _ in runs),
     ]
     return report.write(folder, "fit_solver on trained families", sections)
 
 
-def _cells(row: Row) -> list[str]:
-    solvers = dict(row["solvers"])
-    ours, best = solvers.pop("metabroyden"), row["best_classical"]
-    fewest = min(solvers, key=lambda name: solvers[name]["mean_evaluations"])
-    rivals = [f"{solvers[n]['mean_evaluations']:.1f} ({solvers[n]['success']:.1%}) {n}" for n in (fewest, best)]
-    return [
-        f"{row['family']}, seed {row['seed']}",
-        f"{row['rtol']:g}",
-        f"{ours['mean_evaluations']:.1f}, {row['solver']}",
-        f"{ours['success']:.1%}",
-        *rivals,
-        f"{solvers[best]['fitted_over_this']:.2f}×",
-        best if row["failed_criteria"] else "**the fitted one**",
-        f"{row['training'].get('cpu_seconds', row['training']['seconds']):.0f} s",
-    ]
+def _against(row: Row) -> Row:
+    """A row with the fitted solver, the classical one of the fewest evaluations and the fastest beside it."""
+    rivals = [{**found, "name": name} for name, found in row["solvers"].items() if name != "metabroyden"]
+    fewest = min(rivals, key=lambda one: one["mean_evaluations"])
+    (best,) = (one for one in rivals if one["name"] == row["best_classical"])
+    returned = best["name"] if row["failed_criteria"] else "**the fitted one**"
+    return {**row, "ours": row["solvers"]["metabroyden"], "fewest": fewest, "best": best, "returned": returned}

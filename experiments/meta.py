@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,13 @@ from experiments.bench import measure, report, runner, solvers
 from experiments.bench.measure import Rules, stamp_of
 from experiments.bench.options import Compared, OnDevice, OnFamily, Seeded, Unrolled
 from experiments.bench.problems import Family
-from experiments.bench.runner import Row, Run, at_least_one, known, read_rows, row_files, sha256
-from experiments.bench.statistics import Field
-from experiments.bench.tables import Table, by_name, middle
+from experiments.bench.runner import Row, Run, at_least_one, known, sha256
+from experiments.bench.statistics import Field, against
+from experiments.bench.tables import Table, middle
 from experiments.configs.recipes import HELD, POOL, RECIPES, recipe
 from metabroyden import Broyden, load_solver, save_solver
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.meta import MetaTrainer, Plan, TaskSet, distributed, plan
-from metabroyden.meta.defaults import tasks_layout
 from metabroyden.meta.objectives import OBJECTIVES
 from metabroyden.meta.plan import measure_classical
 from metabroyden.meta.progress import progress_bar, tensorboard
@@ -109,7 +109,7 @@ class Job:
     def plan(self, tasks: TaskSet) -> tuple[Plan, Any]:
         """How the solver is made and trained, and its untrained self: as by `fit_solver`, but for the recipe."""
         config = self.config
-        classical = measure_classical(tasks, tasks_layout(tasks)[0], rtol=1e-3, max_nfe=config.budget)
+        classical = measure_classical(tasks, rtol=1e-3, max_nfe=config.budget)
         training = {
             "seed": config.seed,
             "validation_size": HELD if self.family.texts else 256,
@@ -174,8 +174,7 @@ def write(folder: Path) -> Path:
     """report.md over all solvers of all families in a folder, from rows alone."""
     rows: list[Row] = []
     trained: dict[tuple[str, str], list[Row]] = {}
-    for path in row_files(folder, "*/*/rows.jsonl"):
-        described = report.read_config(path.parent)
+    for described, found in report.runs_below(folder, "*/*/rows.jsonl"):
         config = described.get("config", {})
         if "solver" not in config:  # other experiments publish here, too
             continue
@@ -185,7 +184,7 @@ def write(folder: Path) -> Path:
             "seed": config["seed"],
             "kind": kind,
         }  # which older rows leave to their folder
-        rows += [{**row, **stamp} for row in read_rows(path) if row["row"] in ("solve", "horizon")]
+        rows += [{**row, **stamp} for row in found if row["row"] in ("solve", "horizon")]
         if "summary" in described:
             trained.setdefault((config["family"], config["solver"]), []).append(described)
     field = Field(rows)
@@ -193,25 +192,11 @@ def write(folder: Path) -> Path:
         "Median evaluations over held-out samples and seeds (share solved), a failure counting the whole budget, and "
         "the ratio to the best classical solver. Times, scores and other comparisons: [the race](../race/report.md)."
     )
-    tables = [*(_evaluations(field, tolerance) for tolerance in SHOWN), _horizon(field), _training(trained)]
-    return report.write(folder, "Meta-trained solvers", [words, *tables])
-
-
-def _evaluations(field: Field, tolerance: float) -> Table:
-    def rival(family: str) -> str:
-        return field.best(family, tolerance)
-
-    def cell(name: str, family: str) -> str:
-        found = field.outcome(family, name, tolerance)
-        return "" if found is None else f"{found}, {field.ratio(family, name, rival(family), tolerance)}"
-
     learned = field.solvers(None, "learned")
-    families = [family for family in field.families if field.solvers(family, "classical")]
-    columns = [(name, lambda family, name=name: cell(name, family)) for name in learned]
-    best = ("best classical", lambda family: f"{field.must(family, rival(family), tolerance)} {rival(family)}")
-    table = by_name(f"To {tolerance:g}", families, [("family", str), *columns, best])
-    means = [f"{field.mean_ratio(families, name, rival, tolerance)}" for name in learned]
-    return table._replace(body=[*table.body, ["geometric mean", *means, ""]])
+    tables = [
+        against(field, f"To {at:g}", learned, partial(field.best, tolerance=at), at, "best classical") for at in SHOWN
+    ]
+    return report.write(folder, "Meta-trained solvers", [words, *tables, _horizon(field), _training(trained)])
 
 
 def _horizon(field: Field) -> Table:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.runner import Row, read_rows
+from experiments.bench.runner import Row, read_rows, row_files
 from experiments.bench.tables import Table, inline
 from metabroyden.storage import atomic_write
 
@@ -36,6 +36,11 @@ def made_by(described: dict[str, Any], *packages: str) -> str:
 def read_config(folder: Path) -> dict[str, Any]:
     """How the rows of a folder were made: its config.json."""
     return json.loads((folder / "config.json").read_text())
+
+
+def runs_below(folder: Path, pattern: str) -> list[tuple[Row, list[Row]]]:
+    """(how they were made, rows) of every run whose rows.jsonl is at such a place below a folder."""
+    return [(read_config(path.parent), read_rows(path)) for path in row_files(folder, pattern)]
 
 
 def of_rows(title: str, *packages: str) -> Callable[[Sections], Callable[[Path], Path]]:

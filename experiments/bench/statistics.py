@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.bench.runner import Row
-from experiments.bench.tables import grouped
+from experiments.bench.tables import Table, grouped
 from metabroyden.compare import able, standard_error
 
 RESAMPLES = 4000
@@ -229,6 +229,11 @@ class Field:
             return NOTHING
         return interval(self.draws(family, solver, rival, tolerance, time=time))
 
+    def over(self, family: str, solver: str, rival: str, tolerance: float) -> Interval:
+        """The ratio of evaluations; NaN also where the rival does not solve half of the samples."""
+        theirs = self.outcome(family, rival, tolerance)
+        return NOTHING if theirs is None or theirs.success < 0.5 else self.ratio(family, solver, rival, tolerance)
+
     def mean_ratio(
         self,
         families: Sequence[str],
@@ -253,6 +258,35 @@ class Field:
             if all(self.outcome(family, one, tolerance) is not None for one in (solver, name)):
                 found.append(np.log(self.draws(family, solver, name, tolerance, time=time)))
         return interval(np.exp(np.mean(found, axis=0))) if found else NOTHING
+
+
+def against(
+    field: Field, words: str, names: Sequence[str], rival: Callable[[str], str], tolerance: float, head: str
+) -> Table:
+    """Median evaluations (share solved) by family and solver, and their ratio to the family's rival's, see `Field.over`.
+
+    The rival stands last, under `head`; the geometric means of the ratios stand below. Families on which no classical solver
+    ran are left out.
+    """
+    families = [family for family in field.families if field.solvers(family, "classical")]
+
+    def cell(name: str, family: str) -> str:
+        found, ratio = field.outcome(family, name, tolerance), field.over(family, name, rival(family), tolerance)
+        return "" if found is None else ", ".join(filter(None, (str(found), f"{ratio}")))
+
+    def mean(name: str) -> str:
+        there = [family for family in families if field.over(family, name, rival(family), tolerance).value > 0]
+        return f"{field.mean_ratio(there, name, rival, tolerance)}"
+
+    body = [
+        [
+            family,
+            *(cell(name, family) for name in names),
+            f"{field.must(family, rival(family), tolerance)} {rival(family)}",
+        ]
+        for family in families
+    ]
+    return Table(words, ["family", *names, head], [*body, ["geometric mean", *map(mean, names), ""]])
 
 
 def _named(row: Row) -> Row:

@@ -15,7 +15,6 @@ from metabroyden.compare import Comparison, by_sample, compare_solvers
 from metabroyden.deprecated import old_options
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.meta.config import MetaConfig
-from metabroyden.meta.defaults import state_layout
 from metabroyden.meta.plan import as_solved, measure_classical, plan, room
 from metabroyden.meta.plan import make_learned as make_learned
 from metabroyden.meta.progress import progress_bar
@@ -129,7 +128,7 @@ def fit_solver(
         _check_starts(z0s, count(tasks.split("validation")))
         if score is not None:  # a score that cannot be used is refused before the training, not after it
             by_sample(score, tasks.split("validation"))(z0s)
-        classical = measure_classical(tasks, state_layout(target.f, z0s, layout), rtol=rtol, max_nfe=MAX_NFE)
+        classical = measure_classical(tasks, rtol=rtol, max_nfe=MAX_NFE, layout=layout)
         made = plan(
             tasks, classical, solver=solver, layout=layout, conditioning=conditioning, steps=steps, seconds=seconds,
             training=training,

@@ -43,8 +43,8 @@ OURS = ("meta-broyden", "meta-splitting")
 """Solvers whose rates, dilations, learned steps and first step length are planned."""
 TUNED_ON = 32
 """Validation problems on which the classical solvers are tuned, at most."""
-ROOM = 2**20
-"""Coordinates solved at once: Broyden keeps two states for each evaluation."""
+ROOM, FEWEST = 2**20, 16
+"""Coordinates solved at once: Broyden keeps two states for each evaluation; and samples, at least."""
 
 
 @dataclass
@@ -109,10 +109,13 @@ def make_learned(kind: str, layout: Layout, *, seed: int = 0, **options: Any) ->
         return get_solver(name, layout=layout, **options)
 
 
-def measure_classical(tasks: TaskSet, layout: Layout, *, rtol: float, max_nfe: int) -> Classical:
+def measure_classical(tasks: TaskSet, *, rtol: float, max_nfe: int, layout: str | None = None) -> Classical:
     """The classical solvers on at most `TUNED_ON` validation problems."""
-    raw = rows(tasks.split("validation"), slice(room(layout, TUNED_ON)))
-    return Classical(as_solved(tasks.f, *tasks.prepare(raw)), {"tolerances": (rtol,), "max_nfe": max_nfe})
+    raw = tasks.split("validation")
+    z0, _ = tasks.prepare(rows(raw, slice(FEWEST)))
+    most = room(state_layout(tasks.f, z0, layout), TUNED_ON)
+    problems = as_solved(tasks.f, *tasks.prepare(rows(raw, slice(most))))
+    return Classical(problems, {"tolerances": (rtol,), "max_nfe": max_nfe})
 
 
 def plan(
@@ -222,7 +225,7 @@ def _with_options(made: Plan, f: Any, classical: Classical, z0: State) -> Plan:
 
 def room(layout: Layout, most: int = ROOM) -> int:
     """How many problems may be solved at once, at most."""
-    return min(most, max(16, ROOM // (layout.channels * math.prod(layout.extents(layout.shape)))))
+    return min(most, max(FEWEST, ROOM // (layout.channels * math.prod(layout.extents(layout.shape)))))
 
 
 def as_solved(f: Callable[..., State], z0: State, x: Any) -> tuple[Callable[..., State], State, Any]:

@@ -10,7 +10,7 @@ import torch
 
 import metabroyden as mb
 from experiments import generalise, specialise
-from experiments.bench.runner import read_rows
+from experiments.bench.runner import digest, read_rows
 from experiments.bench.statistics import Field
 from experiments.generalise import BROYDEN
 from metabroyden.checkpoint import CheckpointError
@@ -113,13 +113,13 @@ def test_generalise_writes_what_it_promises_and_goes_on(tmp_path, monkeypatch, c
         unseen=("multiscale-digits",), samples=4, budget=25, batch=2, progress=False,
         results=tmp_path / "results", runs=tmp_path / "runs",
     )  # fmt: skip
-    original = generalise._Job._seeds
+    original = generalise.seeds
 
-    def interrupted(self):
+    def interrupted(job):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generalise._Job, "_seeds", interrupted)
-    monkeypatch.setattr(generalise._Job, "_widths", lambda self: [])
+    monkeypatch.setattr(generalise, "seeds", interrupted)
+    monkeypatch.setattr(generalise, "widths", lambda job: [])
     monkeypatch.setattr(generalise, "KINDS", ("dense",))
     monkeypatch.setattr(generalise.solvers, "tuned", lambda held, budget: {"tuned Anderson": mb.Anderson()})
     with pytest.raises(KeyboardInterrupt):
@@ -127,7 +127,7 @@ def test_generalise_writes_what_it_promises_and_goes_on(tmp_path, monkeypatch, c
     assert not config.results.exists()
     kept = {path: path.stat().st_mtime_ns for path in config.runs.rglob("*.jsonl")}
     assert len(kept) == 3
-    monkeypatch.setattr(generalise._Job, "_seeds", original)
+    monkeypatch.setattr(generalise, "seeds", original)
     generalise.run(config)
     assert all(path.stat().st_mtime_ns == then for path, then in kept.items()), "finished work was done again"
     (trial,) = config.results.iterdir()
@@ -141,7 +141,7 @@ def test_generalise_writes_what_it_promises_and_goes_on(tmp_path, monkeypatch, c
     rows = read_rows(trial / "rows.jsonl")
     unseen = Field(rows, "families unseen")
     assert unseen.families == ["multiscale-digits"]
-    assert generalise.over_broyden(unseen, "multiscale-digits", BROYDEN) == 1
+    assert unseen.over("multiscale-digits", BROYDEN, BROYDEN, 1e-2).value == 1
     assert {row["family"] for row in rows if row["part"] == "seeds unseen"} == {"digits, seed 2"}
     assert "Families never seen" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="experiments models --family dense-digits"):
@@ -183,9 +183,9 @@ def test_other_models_are_other_work(tmp_path):
         trained=("dense-digits",), unseen=("mlp-digits",), weights=(), seeds=False, runs=tmp_path / "runs",
         models=tmp_path / "models",
     )  # fmt: skip
-    folders = []
+    found = []
     for content in (b"these", b"others"):
         for name in ("dense-digits", "mlp-digits"):
             atomic_write(tmp_path / "models" / name / "model.safetensors", content)
-        folders.append(generalise._Job(config).work)
-    assert folders[0] != folders[1]
+        found.append(digest(*generalise.model_files(config)))
+    assert found[0] != found[1]

@@ -756,7 +756,7 @@ def test_a_layer_in_half_precision_is_told_to_be_fitted_before(fit_one):
 
 def planned(**options):
     tasks = TaskSet(ConvTanh(), contexts(20), contexts(8, 1))
-    classical = measure_classical(tasks, state_layout(tasks.f, contexts(2), None), rtol=1e-3, max_nfe=60)
+    classical = measure_classical(tasks, rtol=1e-3, max_nfe=60)
     return plan(tasks, classical, **options), classical
 
 
