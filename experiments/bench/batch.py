@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from experiments.bench.clock import laps
 from experiments.bench.measure import Stamp, timed_solve
 from experiments.bench.problems import HeldOut, packed
 from experiments.bench.runner import Row
@@ -19,7 +19,6 @@ from metabroyden.evaluator import Evaluator
 from metabroyden.problem import CountedProblem
 from metabroyden.solution import Trace
 from metabroyden.solve import begin
-from metabroyden.solvers.clock import turns
 from metabroyden.state import Packing
 
 
@@ -37,19 +36,18 @@ def clock_rows(
 
     A failed sample finishes with the solve. "outside_f" is the share of the time that was not spent in f.
     """
-    by_name = {one.name: one for one in contestants}
-    readings: dict[str, list[list[float]]] = {name: [] for name in by_name}
-    for name in turns(list(by_name), repeats + 1):  # the first round warms up
-        found, taken = timed_solve(by_name[name], held.f, held.z0, held.x, tolerance, budget)
+
+    def lap(one: Contestant) -> tuple[float, ...]:
+        found, taken = timed_solve(one, held.f, held.z0, held.x, tolerance, budget)
         assert found.trace is not None
         done = np.sort(np.minimum(seconds_to(found.trace, tolerance), taken["total"]))
-        half, most = done[(len(done) - 1) // 2], done[int(np.ceil(0.9 * len(done))) - 1]
-        readings[name].append([half, most, taken["total"], taken["f"]])
-    every = {name: np.array(values)[1:] for name, values in readings.items()}
+        return done[(len(done) - 1) // 2], done[int(np.ceil(0.9 * len(done))) - 1], taken["total"], taken["f"]
+
+    every = laps({one.name: partial(lap, one) for one in contestants}, repeats)
     rows = []
-    for name, one in by_name.items():
-        *seconds, in_f = np.median(every[name], axis=0).tolist()
-        ratios = np.median(every[name][:, :3] / every[reference][:, :3], axis=0).tolist()
+    for one in contestants:
+        *seconds, in_f = np.median(every[one.name], axis=0).tolist()
+        ratios = np.median(every[one.name][:, :3] / every[reference][:, :3], axis=0).tolist()
         figures = {"seconds": seconds, "ratios": ratios, "outside_f": 1 - in_f / seconds[-1]}
         rows.append({"row": "clock", **stamp(one), "tolerance": tolerance, "batch": len(held), **short(figures)})
     return rows
@@ -70,12 +68,7 @@ def part_rows(held: HeldOut, learned: Sequence[Contestant], *, repeats: int) -> 
         jobs[one.name, "start"] = partial(solver.start, flat, problem)
         jobs[one.name, "init"] = partial(solver.init, z, g, problem)
         jobs[one.name, "step"] = partial(solver.step, z, g, state, problem)
-    times: dict[tuple[str, str], list[float]] = {job: [] for job in jobs}
-    for job in turns(list(jobs), repeats + 1):
-        began = time.perf_counter()
-        jobs[job]()
-        times[job].append(time.perf_counter() - began)
-    median = {job: float(np.median(values[1:])) for job, values in times.items()}
+    median = {job: float(np.median(seconds)) for job, seconds in laps(jobs, repeats).items()}
     return [
         {"row": "part", "solver": solver, "part": part, "batch": len(flat),
          **short({"seconds": value, "f_equivalents": value / median["f", "f"]})}

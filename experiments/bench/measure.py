@@ -15,16 +15,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.bench.clock import LiveBytes, Stopwatch, now
+from experiments.bench.clock import LiveBytes, Stopwatch, laps, now
 from experiments.bench.peers import solve_state
-from experiments.bench.problems import HeldOut, bits_of, packed
+from experiments.bench.problems import HeldOut, bits_of
 from experiments.bench.runner import Row, ticks
 from experiments.bench.solvers import Contestant
 from experiments.bench.tables import short
@@ -90,38 +90,22 @@ def measure(
     """
     stamp, rows = stamp or stamp_of(held), []
     traces: dict[str, list[Trace]] = {one.key: [] for one in contestants}
-    reference = _Reference.of(held)
+    predicted = None if held.star is None or held.predict is None else held.predict(held.states(held.star))
     blocks = list(torch.arange(len(held), device=held.device).split(rules.block))
     with ticks(held.name, len(blocks) * len(rules.tolerances), show=progress) as done:
         for number, index in enumerate(blocks):
             for tolerance in rules.tolerances:
                 block = _Block(held, index, number, tolerance, rules)
                 # what is found warms up what is timed
-                found = {one.key: block.solve(one) for one in contestants}
+                found = {one.key: block.run(one)[0] for one in contestants}
                 seconds = block.timed(contestants)
                 for one in contestants:
                     result = found[one.key]
                     if tolerance == rules.tolerances[-1] and result.trace is not None:
                         traces[one.key].append(result.trace)
-                    rows.append({"row": "solve", **stamp(one), **block.row(one, result, reference, seconds[one.key])})
+                    rows.append({"row": "solve", **stamp(one), **block.row(one, result, predicted, seconds[one.key])})
                 done()
     return rows + [{"row": "curve", **stamp(one), **_curve(traces[one.key], rules.budget)} for one in contestants]
-
-
-@dataclass(frozen=True)
-class _Reference:
-    """Float64 equilibria (N, n), where they are known (N,), and what is predicted there."""
-
-    star: Tensor
-    known: Tensor
-    predicted: Tensor | None
-
-    @classmethod
-    def of(cls, held: HeldOut) -> _Reference:
-        if held.star is None or held.known is None:
-            none = torch.zeros(len(held), dtype=torch.bool, device=held.device)
-            return cls(torch.zeros_like(packed(held.z0), dtype=torch.float64), none, None)
-        return cls(held.star, held.known, None if held.predict is None else held.predict(held.states(held.star)))
 
 
 @dataclass(frozen=True)
@@ -148,49 +132,34 @@ class _Block:
     def problem(self) -> tuple[State, Any]:
         return self.held.take(self.index)
 
-    def solve(self, one: Contestant, *, keep: bool = True) -> _Found:
-        return self.run(one, keep=keep)[0]
-
-    def run(self, one: Contestant, *, keep: bool) -> tuple[_Found, Row]:
+    def run(self, one: Contestant, *, keep: bool = True) -> tuple[_Found, Row]:
         return timed_solve(one, self.held.f, *self.problem, self.tolerance, self.rules.budget, keep=keep)
 
     def timed(self, contestants: Sequence[Contestant]) -> dict[str, list[Row]]:
         """Seconds of the rounds of each; in every block another one goes first."""
-        by_key, rules = {one.key: one for one in contestants}, self.rules
-        seconds: dict[str, list[Row]] = {key: [] for key in by_key}
-        keys = list(by_key)
-        first = self.number * rules.rounds % len(keys)
-        for key in turns([*keys[first:], *keys[:first]], rules.rounds_to(self.tolerance)):
-            seconds[key].append(self.run(by_key[key], keep=False)[1])
+        rounds, seconds = self.rules.rounds_to(self.tolerance), {one.key: list[Row]() for one in contestants}
+        first = self.number * self.rules.rounds % len(contestants)
+        for one in turns([*contestants[first:], *contestants[:first]], rounds):
+            seconds[one.key].append(self.run(one, keep=False)[1])
         return seconds
 
-    def row(self, one: Contestant, found: _Found, reference: _Reference, seconds: list[Row]) -> Row:
-        whole, index = _flat(found.z).isfinite().all(dim=1), self.index
-        known = reference.known[index] & whole
+    def row(self, one: Contestant, found: _Found, predicted: Any, seconds: list[Row]) -> Row:
+        held, index, whole = self.held, self.index, _flat(found.z).isfinite().all(dim=1)
+        known = whole & (torch.zeros_like(whole) if held.known is None else held.known[index])
+        agrees = distance = torch.full((len(index),), torch.nan)
+        if held.star is not None:
+            distance = (_flat(found.z).double() - held.star[index]).norm(dim=1) / held.star[index].norm(dim=1)
+        if held.predict is not None and predicted is not None:
+            agrees = (held.predict(found.z) == predicted[index]).float().reshape(len(index), -1).mean(dim=1)
         clocked = self.rules.clocked or self.rules.tolerances
         weighed = self.rules.weighed and self.number == 0 and self.tolerance == clocked[-1]
         return {
-            "options": one.options,
-            "tolerance": self.tolerance,
-            "budget": self.rules.budget,
-            "block": self.number,
-            "evaluations": found.evaluations.tolist(),
-            "residual": _numbers(found.residual),
-            "status": found.status,
-            "distance": _distance(found.z, reference.star[index], known),
-            "score": _numbers(self.held.judge(found.z, index).where(whole, torch.nan).tolist()),
-            "agrees": self._agreement(found.z, reference, known),
-            "handed_over": found.handed_over,
-            "seconds": short(seconds),
+            "options": one.options, "tolerance": self.tolerance, "budget": self.rules.budget, "block": self.number,
+            "evaluations": found.evaluations.tolist(), "residual": _numbers(found.residual), "status": found.status,
+            "distance": _numbers(_where(distance, known), 3), "score": _numbers(_where(held.judge(found.z, index), whole)),
+            "agrees": _numbers(_where(agrees, known)), "handed_over": found.handed_over, "seconds": short(seconds),
             "peak_bytes": self._peak(one) if weighed else None,
-        }
-
-    def _agreement(self, z: State, reference: _Reference, known: Tensor) -> list[float | None]:
-        """By sample, the share of predictions that are the reference's; None where the equilibrium is not known."""
-        if self.held.predict is None or reference.predicted is None:
-            return [None for _ in known]
-        same = (self.held.predict(z) == reference.predicted[self.index]).float().reshape(len(known), -1).mean(dim=1)
-        return [float(f"{v:.4g}") if there else None for v, there in zip(same.tolist(), known.tolist(), strict=True)]
+        }  # fmt: skip
 
     def _peak(self, one: Contestant) -> int:
         """Bytes of tensors alive at once in a solve beyond those that were there before it (on a GPU: the allocator's)."""
@@ -199,13 +168,13 @@ class _Block:
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
-            self.solve(one, keep=False)
+            self.run(one, keep=False)
             return torch.cuda.max_memory_allocated(device) - before
         with LiveBytes() as live:
-            self.solve(one, keep=False)  # weights and contexts are seen, and stay
+            self.run(one, keep=False)  # weights and contexts are seen, and stay
             before = live.now
             live.mark()
-            self.solve(one, keep=False)
+            self.run(one, keep=False)
             return live.peak - before
 
 
@@ -257,14 +226,13 @@ def _flat(z: State) -> Tensor:
     return torch.cat([part.flatten(1) for part in parts_of(z)], dim=1)
 
 
-def _numbers(values: list[float]) -> list[float | None]:
-    """To four digits; None for what is no number."""
-    return [float(f"{value:.4g}") if np.isfinite(value) else None for value in values]
+def _where(values: Tensor, there: Tensor) -> list[float]:
+    return values.where(there.to(values.device), torch.nan).tolist()
 
 
-def _distance(z: State, star: Tensor, known: Tensor) -> list[float | None]:
-    apart = (_flat(z).double() - star).norm(dim=1) / star.norm(dim=1)
-    return [float(f"{v:.3g}") if there else None for v, there in zip(apart.tolist(), known.tolist(), strict=True)]
+def _numbers(values: list[float], digits: int = 4) -> list[float | None]:
+    """To so many digits; None for what is no number."""
+    return [float(f"{value:.{digits}g}") if np.isfinite(value) else None for value in values]
 
 
 def residual_after(trace: Trace, budget: int) -> np.ndarray:
@@ -294,20 +262,6 @@ def _curve(traces: Sequence[Trace], budget: int) -> Row:
     bands = {"low": low[seen].tolist(), "median": median[seen].tolist(), "high": high[seen].tolist()}
     times = {"seconds": seconds[there].tolist(), "by_time": by_time[there].tolist()}
     return {"evaluations": (seen + 1).tolist(), **short({**bands, **times})}
-
-
-def curve_rows(
-    held: HeldOut, contestants: Sequence[Contestant], count: int, tolerance: float, budget: int, stamp: Stamp
-) -> list[Row]:
-    """Residual curves to a budget of their own, on the first `count` problems."""
-    index = torch.arange(min(count, len(held)), device=held.device)
-    block = _Block(held, index, 0, tolerance, Rules((tolerance,), budget))
-    traces = {one.key: block.solve(one).trace for one in contestants}
-    return [
-        {"row": "curve", **stamp(one), **_curve([trace], budget)}
-        for one in contestants
-        if (trace := traces[one.key]) is not None
-    ]
 
 
 @torch.no_grad()
@@ -359,14 +313,14 @@ def pace_rows(held: HeldOut, solves: Sequence[tuple[Contestant, int, bool]], rul
     solves: contestant, evaluations, and whether they are enough for the task.
     """
     z0, x = held.take(torch.arange(min(rules.block, len(held)), device=held.device))
-    by_key = {f"{one.key} {count}": (one, count) for one, count, _ in solves}
-    seconds: dict[str, list[float]] = {key: [] for key in by_key}
-    for key in turns(list(by_key), rules.rounds + 1):
-        one, count = by_key[key]
-        seconds[key].append(timed_solve(one, held.f, z0, x, 0.0, count, keep=False)[1]["total"])
+
+    def lap(one: Contestant, count: int) -> float:
+        return timed_solve(one, held.f, z0, x, 0.0, count, keep=False)[1]["total"]
+
+    seconds = laps({(one.key, count): partial(lap, one, count) for one, count, _ in solves}, rules.rounds)
     return [
         {"row": "pace", **stamp(one), "evaluations": count, "enough": enough,
-         "seconds": short(seconds[f"{one.key} {count}"][1:])}
+         "seconds": short(seconds[one.key, count].tolist())}
         for one, count, enough in solves
     ]  # fmt: skip
 

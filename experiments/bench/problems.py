@@ -76,6 +76,11 @@ class HeldOut:
         for index in torch.arange(len(self), device=self.device).split(size):
             yield *self.take(index), index
 
+    def head(self, count: int) -> HeldOut:
+        """The first of them, without their equilibria."""
+        z0, x = self.take(torch.arange(min(count, len(self)), device=self.device))
+        return replace(self, z0=z0, x=x, star=None, known=None)
+
     def first(self) -> tuple[State, Any]:
         """(z0, x) of the first samples, on which solvers are tuned."""
         z0, x, _ = next(iter(self.chunks()))

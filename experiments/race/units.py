@@ -202,7 +202,8 @@ def beyond(setting: Setting, name: str) -> Unit:
         own = [one for one in setting.learned(name, solvers.LEARNED) if not one.seed]
         for steps in [FAR * one.solver.trained_for for one in own if one.name == FLAGSHIP]:
             stamp, everyone = setting.stamp("horizon", name), [*own, solvers.contestant("Broyden", Broyden(steps))]
-            rows += measure.curve_rows(held, everyone, FEW, FINEST, steps, stamp)
+            long = measure.measure(held.head(FEW), everyone, Rules((FINEST,), steps, FEW), stamp)
+            rows += [row for row in long if row["row"] == "curve"]
         return rows
 
     return setting.unit(f"beyond-{name}", rows, setting.files(name, *others))
