@@ -41,8 +41,9 @@ def vector(name: str, n: int, **options: Any) -> Any:
 
 def perturbed(solver: Any, size: float = 0.1, seed: int = 2) -> Any:
     """The solver, with noise of this size on its weights."""
+    generator = torch.Generator().manual_seed(seed)
     for parameter in solver.parameters():
-        parameter.data += size * normal(*parameter.shape, seed=seed).to(parameter)
+        parameter.data += size * torch.randn(parameter.shape, generator=generator).to(parameter)
     return solver
 
 

@@ -12,19 +12,29 @@ import metabroyden as mb
 from metabroyden.learned.layout import Layout
 from metabroyden.meta.fit import make_learned
 from metabroyden.zoo.models import ConvCell
+from tests.helpers import normal, refused, same_parameters
 
-LAYOUT = Layout("image", (4, 5, 5))
+GRADIENTS = mb.Implicit(rtol=1e-2, max_nfe=60)
 
 
-def made(gain: float = 3.0, **options):
+def solvers(layout: Layout, **sizes: int):
+    """(forward, backward)."""
+    return tuple(make_learned(kind, layout, **sizes) for kind in ("grouped", "adjoint"))
+
+
+def made(gain: float = 3.0):
     """(layer, forward solver, backward solver)."""
     torch.manual_seed(0)
     cell = ConvCell(4, 8, 2)
-    with torch.no_grad():
-        for convolution in (cell.conv1, cell.conv2):
-            convolution.weight.mul_(gain)
-    deq = mb.DEQ(cell, rtol=1e-2, max_nfe=60, backward=mb.Implicit(rtol=1e-2, max_nfe=60), warn=False, **options)
-    return deq, *(make_learned(kind, LAYOUT, hidden=6, rank=12) for kind in ("grouped", "adjoint"))
+    for convolution in (cell.conv1, cell.conv2):
+        convolution.weight.data *= gain
+    deq = mb.DEQ(cell, rtol=1e-2, max_nfe=60, backward=copy.copy(GRADIENTS), warn=False)
+    return deq, *solvers(Layout("image", (4, 5, 5)), hidden=6, rank=12)
+
+
+def kept_up(deq, *arguments, **options) -> mb.OnlineMetaTrainer:
+    own = {name: options.pop(name) for name in ("forward", "backward") if name in options}
+    return mb.OnlineMetaTrainer(deq, *arguments, **own, config=mb.OnlineConfig(**options))
 
 
 class Rotating(nn.Module):
@@ -55,13 +65,9 @@ def train(deq, keep_up, steps: int, seed: int = 1, shape: tuple[int, ...] = (4, 
 
 def test_the_solvers_take_over_after_the_burst_and_need_fewer_evaluations():
     torch.manual_seed(0)
-    deq = mb.DEQ(Rotating(), rtol=1e-2, max_nfe=60, backward=mb.Implicit(rtol=1e-2, max_nfe=60), warn=False)
-    forward, backward = (
-        make_learned(kind, Layout("vector", (32,)), hidden=6, rank=32) for kind in ("grouped", "adjoint")
-    )
-    keep_up = mb.OnlineMetaTrainer(
-        deq, forward, backward, config=mb.OnlineConfig(warmup_steps=80, every=5, unroll=4, learning_rate=5e-3)
-    )
+    deq = mb.DEQ(Rotating(), rtol=1e-2, max_nfe=60, backward=copy.copy(GRADIENTS), warn=False)
+    forward, backward = solvers(Layout("vector", (32,)), hidden=6, rank=32)
+    keep_up = kept_up(deq, forward, backward, warmup_steps=80, every=5, unroll=4, learning_rate=5e-3)
     before = train(deq, keep_up, 79, shape=(32,))
     assert isinstance(deq.solver, mb.Broyden)
     assert keep_up.steps == 79
@@ -79,29 +85,24 @@ def test_training_with_it_does_to_the_model_what_training_without_it_does():
     for watched in (False, True):
         deq, forward, backward = made()
         state = torch.random.get_rng_state()
-        keep_up = (
-            mb.OnlineMetaTrainer(deq, forward, backward, config=mb.OnlineConfig(warmup_steps=50)) if watched else None
-        )
+        keep_up = kept_up(deq, forward, backward, warmup_steps=50) if watched else None
         optimizer = torch.optim.Adam(deq.parameters(), lr=1e-3)
-        generator = torch.Generator().manual_seed(3)
-        for _ in range(4):
-            x = torch.randn(6, 4, 5, 5, generator=generator)
+        for seed in range(4):
             optimizer.zero_grad()
-            deq(x).pow(3).mean().backward()
+            deq(normal(6, 4, 5, 5, seed=seed)).pow(3).mean().backward()
             optimizer.step()
             if keep_up is not None:
                 before = [p.grad.clone() for p in deq.parameters()]
                 assert keep_up.step()
                 assert all(torch.equal(p.grad, g) for p, g in zip(deq.parameters(), before, strict=True))
         assert torch.equal(torch.random.get_rng_state(), state)
-        found.append([p.detach().clone() for p in deq.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        found.append(deq)
+    assert same_parameters(*found)
 
 
 def test_meta_steps_lower_the_loss_of_both_directions_on_the_same_problem():
     deq, forward, backward = made(gain=8.0)
-    config = mb.OnlineConfig(batch=16, unroll=5, learning_rate=3e-3)
-    keep_up = mb.OnlineMetaTrainer(deq, forward, backward, config=config)
+    keep_up = kept_up(deq, forward, backward, batch=16, unroll=5, learning_rate=3e-3)
     deq(torch.randn(16, 4, 5, 5)).pow(3).sum().backward()
     keep_up.meta_step()
     first = dict(keep_up.losses)
@@ -111,38 +112,33 @@ def test_meta_steps_lower_the_loss_of_both_directions_on_the_same_problem():
 
 
 def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path):
-    config = mb.OnlineConfig(warmup_steps=2, every=2, unroll=2, batch=4)
+    options = {"warmup_steps": 2, "every": 2, "unroll": 2, "batch": 4}
 
-    def steps(deq, keep_up, seeds):
+    def steps(deq, keep_up, *seeds):
         for seed in seeds:
             train(deq, keep_up, 1, seed=seed)  # an optimizer of its own each time
 
-    deq, forward, backward = made()
-    keep_up = mb.OnlineMetaTrainer(deq, forward, backward, config=config)
-    steps(deq, keep_up, (1, 2, 3))
-    torch.save({"deq": deq.state_dict(), "keep_up": keep_up.state_dict()}, tmp_path / "state")
-    steps(deq, keep_up, (4, 5, 6))
-    other, *solvers = made()
-    resumed = mb.OnlineMetaTrainer(other, *solvers, config=config)
+    whole, again = made(), made()
+    keep_up, resumed = kept_up(*whole, **options), kept_up(*again, **options)
+    steps(whole[0], keep_up, 1, 2, 3)
+    torch.save({"deq": whole[0].state_dict(), "keep_up": keep_up.state_dict()}, tmp_path / "state")
+    steps(whole[0], keep_up, 4, 5, 6)
     saved = torch.load(tmp_path / "state")
-    other.load_state_dict(saved["deq"])
+    again[0].load_state_dict(saved["deq"])
     resumed.load_state_dict(saved["keep_up"])
-    assert other.solver is solvers[0]
-    steps(other, resumed, (4, 5, 6))
-    for ours, wanted in ((other, deq), (solvers[0], forward), (solvers[1], backward)):
-        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), wanted.parameters(), strict=True))
-    with pytest.raises(ValueError, match="not the state of a OnlineMetaTrainer"):
-        resumed.load_state_dict({"solvers": {}})
+    assert again[0].solver is again[1]
+    steps(again[0], resumed, 4, 5, 6)
+    assert all(map(same_parameters, whole, again))
+    refused("not the state of a OnlineMetaTrainer", lambda: resumed.load_state_dict({"solvers": {}}))
 
 
 def test_evaluation_between_steps_is_not_taken_for_training():
     deq, forward, backward = made()
-    keep_up = mb.OnlineMetaTrainer(deq, forward, backward, config=mb.OnlineConfig(warmup_steps=1))
+    keep_up = kept_up(deq, forward, backward, warmup_steps=1)
     with torch.no_grad():
         deq(torch.randn(3, 4, 5, 5))
     assert not keep_up.step(), "nothing was seen yet"
-    with pytest.raises(RuntimeError, match="has seen no training step of its DEQ yet"):
-        keep_up.meta_step()
+    refused("has seen no training step of its DEQ yet", keep_up.meta_step, RuntimeError)
     deq(torch.randn(5, 4, 5, 5)).sum().backward()
     with torch.no_grad():
         deq(torch.randn(3, 4, 5, 5))
@@ -154,49 +150,48 @@ def test_evaluation_between_steps_is_not_taken_for_training():
 def test_a_problem_is_kept_with_its_own_cotangent():
     """A second call of the layer that no gradient comes to does not take the place of the first."""
     deq, forward, backward = made()
-    keep_up = mb.OnlineMetaTrainer(deq, forward, backward, config=mb.OnlineConfig(warmup_steps=3))
+    keep_up = kept_up(deq, forward, backward, warmup_steps=3)
     z = deq(x=torch.randn(5, 4, 5, 5))
     deq(torch.randn(7, 4, 5, 5))
     z.sum().backward()
     assert keep_up.step()
     assert set(keep_up.losses) == {"forward", "backward"}
-    states = deq.states(torch.randn(5, 4, 5, 5), after=(2,))
-    states[-1].sum().backward()
+    deq.states(torch.randn(5, 4, 5, 5), after=(2,))[-1].sum().backward()
     assert keep_up.step()
 
 
+class Dropping(nn.Module):
+    """A normalised cell that notes its masks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = mb.normalise(nn.Linear(6, 6), max_norm=0.9)
+        self.drop, self.seen = mb.VariationalDropout(0.4, (6,)), []
+
+    def forward(self, z, x):
+        if self.drop.mask is not None:
+            self.seen.append(self.drop.mask)
+        return torch.tanh(self.map(self.drop(z)) + x)
+
+
 def test_meta_steps_leave_a_cells_normalisation_and_its_masks_alone():
-    class Cell(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.map = mb.normalise(nn.Linear(6, 6), max_norm=0.9)
-            self.drop = mb.VariationalDropout(0.4, (6,))
-            self.seen = []
-
-        def forward(self, z, x):
-            if self.drop.mask is not None:
-                self.seen.append(self.drop.mask)
-            return torch.tanh(self.map(self.drop(z)) + x)
-
-    deq = mb.DEQ(Cell(), warn=False)
-    sizes = {"hidden": 4, "rank": 6}
-    solvers = (make_learned(kind, Layout("vector", (6,)), **sizes) for kind in ("grouped", "adjoint"))
-    keep_up = mb.OnlineMetaTrainer(deq, *solvers, config=mb.OnlineConfig(unroll=3, batch=16))
+    deq, ordered = mb.DEQ(Dropping(), warn=False), lambda mask: torch.stack(sorted(mask.float(), key=str))
+    keep_up = kept_up(deq, *solvers(Layout("vector", (6,)), hidden=4, rank=6), unroll=3, batch=16)
     deq(torch.randn(16, 6)).sum().backward()
     before = {name: buffer.clone() for name, buffer in deq.named_buffers()}
-    drawn = torch.stack(sorted(deq.cell.seen[0].float(), key=str))
+    drawn = ordered(deq.cell.seen[0])
     deq.cell.seen.clear()
     state = torch.random.get_rng_state()
     keep_up.meta_step()
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(buffer, before[name]) for name, buffer in deq.named_buffers())
-    assert all(torch.equal(torch.stack(sorted(mask.float(), key=str)), drawn) for mask in deq.cell.seen)
+    assert all(torch.equal(ordered(mask), drawn) for mask in deq.cell.seen)
     assert len(deq.cell.seen) >= 4
 
 
 def test_one_direction_alone():
     deq, forward, backward = made()
-    keep_up = mb.OnlineMetaTrainer(deq, forward, config=mb.OnlineConfig(warmup_steps=0))
+    keep_up = kept_up(deq, forward, warmup_steps=0)
     assert deq.solver is forward
     train(deq, keep_up, 8)
     assert list(keep_up.losses) == ["forward"]
@@ -204,44 +199,38 @@ def test_one_direction_alone():
     keep_up.close()
     assert not any(p.requires_grad for p in forward.parameters())
     deq, _, backward = made()
-    train(deq, mb.OnlineMetaTrainer(deq, backward=backward, config=mb.OnlineConfig(warmup_steps=2)), 3)
+    train(deq, kept_up(deq, backward=backward, warmup_steps=2), 3)
     assert isinstance(deq.solver, mb.Broyden)
     assert deq.backward_mode.solver is backward
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
     deq, forward, _ = made()
-    keep_up = mb.OnlineMetaTrainer(deq, forward, config=mb.OnlineConfig(warmup_steps=5))
+    keep_up = kept_up(deq, forward, warmup_steps=5)
     deq(torch.randn(6, 4, 5, 5)).sum().backward()
-    before = copy.deepcopy(forward.state_dict())
-    with torch.no_grad():
-        deq.cell.norm3.weight.fill_(float("nan"))
+    before = copy.deepcopy(forward)
+    deq.cell.norm3.weight.data.fill_(float("nan"))
     keep_up.meta_step()
     assert keep_up.skipped == 1
-    assert all(torch.equal(value, before[name]) for name, value in forward.state_dict().items())
+    assert same_parameters(forward, before)
+
+
+def unrolled() -> mb.DEQ:
+    return mb.DEQ(nn.Linear(2, 2), backward=mb.Unroll())
 
 
 @pytest.mark.parametrize(
-    ("build", "words"),
+    ("words", "build", "error"),
     [
-        (lambda deq, f, b: mb.OnlineMetaTrainer(deq), "needs a learned solver, forward or backward"),
-        (
-            lambda deq, f, b: mb.OnlineMetaTrainer(deq, mb.Broyden()),
-            "forward must be a learned solver such as GroupedLSTM",
-        ),
-        (
-            lambda deq, f, b: mb.OnlineMetaTrainer(deq, b),
-            "forward must be a learned solver such as GroupedLSTM, got AdjointLSTM",
-        ),
-        (lambda deq, f, b: mb.OnlineMetaTrainer(deq, backward=f), "backward must be an AdjointLSTM, got GroupedLSTM"),
-        (
-            lambda deq, f, b: mb.OnlineMetaTrainer(mb.DEQ(nn.Linear(2, 2), backward=mb.Unroll()), backward=b),
-            "needs a DEQ with Implicit gradients, got Unroll",
-        ),
-        (lambda deq, f, b: mb.OnlineConfig(every=0), "every must be an integer of at least 1, got 0"),
-        (lambda deq, f, b: mb.OnlineConfig(warmup_steps=-1), "warmup_steps must be an integer of at least 0, got -1"),
+        ("needs a learned solver, forward or backward", lambda deq, f, b: kept_up(deq), ValueError),
+        ("must be a learned solver such as GroupedLSTM", lambda deq, f, b: kept_up(deq, mb.Broyden()), TypeError),
+        ("such as GroupedLSTM, got AdjointLSTM", lambda deq, f, b: kept_up(deq, b), TypeError),
+        ("backward must be an AdjointLSTM, got GroupedLSTM", lambda deq, f, b: kept_up(deq, backward=f), TypeError),
+        ("with Implicit gradients, got Unroll", lambda deq, f, b: kept_up(unrolled(), backward=b), TypeError),
+        ("be the DEQ that is trained, got ConvCell", lambda deq, f, b: kept_up(deq.cell, backward=b), TypeError),
+        ("every must be an integer of at least 1, got 0", lambda *_: mb.OnlineConfig(every=0), ValueError),
+        ("must be an integer of at least 0, got -1", lambda *_: mb.OnlineConfig(warmup_steps=-1), ValueError),
     ],
 )
-def test_bad_arguments_are_refused(build, words):
-    with pytest.raises((ValueError, TypeError), match=words):
-        build(*made())
+def test_bad_arguments_are_refused(words, build, error):
+    refused(words, lambda: build(*made()), error)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
 import torch
 
 from experiments import pes
 from experiments.bench.runner import read_rows
-from metabroyden.meta import MetaConfig, MetaTrainer
+from metabroyden.meta import MetaConfig
 from metabroyden.meta.estimators import Particles
-from tests.meta.test_meta import SMALL, grouped, tasks
+from tests.helpers import refused, same_parameters
+from tests.meta.test_meta import SMALL, grouped, trainer
 
 TARGET = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
 DRIFT = 0.9 * torch.tensor([[0.8, 0.6, 0.0], [-0.6, 0.8, 0.0], [0.0, 0.3, 0.7]], dtype=torch.float64)
@@ -69,27 +69,22 @@ PES = replace(SMALL, estimator="pes", unroll=3, segments=3, particles=2, steps=1
 
 
 def test_meta_training_by_evolution_goes_on_bit_for_bit_from_the_last_unroll_that_ended(tmp_path):
-    whole = MetaTrainer(grouped(), tasks(), PES).run()
-    path = tmp_path / "training.safetensors"
-    MetaTrainer(grouped(), tasks(), PES, checkpoint=path, save_every=2).run(until=8)
-    resumed = MetaTrainer(grouped(seed=9), tasks(), PES, checkpoint=path)
+    whole, path = trainer(PES).run(), tmp_path / "training.safetensors"
+    trainer(PES, checkpoint=path, save_every=2).run(until=8)
+    resumed = trainer(PES, seed=9, checkpoint=path)
     assert resumed.step == 6, "in between there are particles, which no file keeps"
-    again = resumed.run()
-    assert any(not torch.equal(value, grouped().state_dict()[name]) for name, value in whole.state_dict().items())
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, again.state_dict()[name]), name
+    assert same_parameters(whole, resumed.run())
+    assert not same_parameters(whole, grouped())
 
 
 def test_evolution_lowers_the_loss_of_an_unroll_in_many_segments():
-    solver = grouped()
-    config = replace(PES, steps=36, particles=4, sigma=0.02, learning_rate=1e-2, validate_every=36)
+    made = trainer(replace(PES, steps=36, particles=4, sigma=0.02, learning_rate=1e-2, validate_every=36))
     losses = []
-    trainer = MetaTrainer(solver, tasks(), config)
-    trainer.curves = lambda step, values: losses.append(values["loss"]) if "loss" in values else None
-    trainer.run()
+    made.curves = lambda step, values: losses.append(values["loss"]) if "loss" in values else None
+    made.run()
     unrolls = torch.tensor(losses).view(-1, 3).mean(dim=1)
     assert unrolls[-4:].mean() < unrolls[:4].mean() - 0.1
-    assert trainer.skipped == 0
+    assert made.skipped == 0
 
 
 def test_the_experiment_writes_what_it_promises(tmp_path):
@@ -116,5 +111,5 @@ def test_the_experiment_writes_what_it_promises(tmp_path):
 
 def test_modes_of_backpropagation_are_refused():
     for name in ("detach_features", "checkpoint_steps"):
-        with pytest.raises(ValueError, match="are of backpropagation, estimator is 'pes'"):
-            MetaConfig(estimator="pes", **{name: True})
+        words = "are of backpropagation, estimator is 'pes'"
+        refused(words, lambda: MetaConfig(estimator="pes", **{name: True}))  # noqa: B023
