@@ -6,13 +6,12 @@ import copy
 import multiprocessing
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from enum import Enum
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -50,26 +49,26 @@ def named(z: Named, x: torch.Tensor) -> Named:
     return Named(torch.tanh(0.3 * z.b.sum(1, keepdim=True) + x), torch.cos(0.3 * z.a).expand_as(z.b))
 
 
-def away(z: torch.Tensor) -> torch.Tensor:
-    return 2 * z + 1
-
-
 def solved(**options) -> mb.Solution:
     return mb.solve(Cell().requires_grad_(False), torch.zeros(3, 6), torch.ones(3, 6), solver=mb.Broyden(), **options)
 
 
-def failure(_: int = 0) -> mb.SolveError:
+def fail(_: int = 0) -> State:
+    return mb.solve(lambda z: 2 * z + 1, torch.ones(3, 2), solver=mb.Picard(), max_nfe=5).z
+
+
+def failure() -> mb.SolveError:
     with pytest.raises(mb.SolveError) as caught:
-        mb.solve(away, torch.ones(3, 2), solver=mb.Picard(), max_nfe=5)
+        fail()
     return caught.value
 
 
-def fail(_: int) -> State:
-    return mb.solve(away, torch.ones(3, 2), solver=mb.Picard(), max_nfe=5).z
+def learned(name: str):
+    return make_learned(name, Layout("vector", (6,)))
 
 
 def used_deq() -> mb.DEQ:
-    deq = mb.DEQ(Cell(), solver=make_learned("grouped", Layout("vector", (6,))))
+    deq = mb.DEQ(Cell(), solver=learned("grouped"))
     deq(torch.ones(3, 6)).sum().backward()
     return deq
 
@@ -87,15 +86,16 @@ CARRIED = {
     "MetaConfig": lambda: MetaConfig(unroll=(2, 4)),
     "OnlineConfig": mb.OnlineConfig,
     "StepGuard": lambda: StepGuard({"loss not finite": [3]}, [1], [2], 1),
-    "DEQ": lambda: mb.DEQ(Cell(), solver=make_learned("grouped", Layout("vector", (6,)))),
+    "DEQ": lambda: mb.DEQ(Cell(), solver=learned("grouped")),
     "DEQ that was used": used_deq,
     "EquilibriumCache": lambda: mb.EquilibriumCache(4),
     "VariationalDropout": lambda: mb.VariationalDropout(0.2, (8,)),
     "FixedBudget": lambda: mb.FixedBudget(Cell(), mb.Picard(), max_nfe=4, compiled=False),
     **{mode.__name__: mode for mode in (mb.Implicit, mb.JacobianFree, mb.Phantom, mb.Unroll)},
     **{name: lambda name=name: mb.get_solver(name) for name in list_solvers(learned=False)},
-    **{name: lambda name=name: make_learned(name, Layout("vector", (6,))) for name in list_solvers(learned=True)},
+    **{name: lambda name=name: learned(name) for name in list_solvers(learned=True)},
 }
+WAYS = {"pickle": lambda v: pickle.loads(pickle.dumps(v)), "copy": copy.copy, "deepcopy": copy.deepcopy}
 
 
 def same(one, other) -> bool:
@@ -125,23 +125,21 @@ def contents(one) -> dict | None:
     return vars(one) if hasattr(one, "__dict__") else None
 
 
-@pytest.mark.parametrize("way", ["pickle", "copy", "deepcopy"])
 @pytest.mark.parametrize("name", CARRIED)
-def test_what_a_program_may_send_or_copy_arrives_equal(name, way):
+def test_what_a_program_may_send_or_copy_arrives_equal(name):
     value = CARRIED[name]()
-    ways = {"pickle": lambda v: pickle.loads(pickle.dumps(v)), "copy": copy.copy, "deepcopy": copy.deepcopy}
-    assert same(ways[way](value), value)
+    for way in WAYS.values():
+        assert same(way(value), value)
 
 
 def test_the_inverse_that_a_solve_leaves_can_be_sent():
-    found = solved(keep_inverse=True).inverse
-    again = pickle.loads(pickle.dumps(found))
-    w = torch.randn(3, 6)
+    found, w = solved(keep_inverse=True).inverse, torch.randn(3, 6)
+    again = WAYS["pickle"](found)
     assert again.known == found.known > 0
     assert torch.equal(again.rmatvec(w), found.rmatvec(w))
 
 
-def test_a_solve_error_keeps_its_notes_and_its_class():
+def test_a_solve_error_keeps_its_notes_and_its_class_and_a_pool_hands_it_on():
     class Ours(mb.SolveError):
         pass
 
@@ -149,9 +147,6 @@ def test_a_solve_error_keeps_its_notes_and_its_class():
     error.add_note("on the third batch")
     assert copy.copy(error).__notes__ == ["on the third batch"]
     assert type(copy.copy(Ours("why", error.solution))) is Ours
-
-
-def test_a_pool_hands_a_solve_error_on():
     with multiprocessing.get_context("fork").Pool(1) as pool:
         result = pool.map_async(fail, [0, 1])
         with pytest.raises(mb.SolveError, match="3 of 3 samples did not converge") as caught:
@@ -159,28 +154,48 @@ def test_a_pool_hands_a_solve_error_on():
     assert caught.value.solution.nfe.tolist() == [5, 5, 5]
 
 
-@pytest.fixture
-def umask():
-    """Sets the umask; afterwards it is as before."""
-    before = os.umask(0o022)
-    yield os.umask
-    os.umask(before)
+@pytest.mark.parametrize("solver", list_solvers(learned=False, splitting=False))
+def test_a_named_tuple_comes_back_as_one(solver):
+    z0, x = Named(torch.zeros(4, 1), torch.zeros(4, 3)), torch.randn(4, 1)
+    options = {"rtol": 1e-5, "snapshots": (2,), "solver": mb.get_solver(solver)}
+    solution = mb.solve(named, z0, x, **options)
+    plain = mb.solve(lambda z, x: tuple(named(Named(*z), x)), tuple(z0), x, **options)
+    assert type(solution.z) is type(solution.snapshots[0]) is Named
+    assert type(plain.z) is tuple
+    assert all(map(torch.equal, solution.z, plain.z))
+    cache = mb.EquilibriumCache()
+    cache.store(range(4), solution.z)
+    assert torch.equal(cache.start(range(4), z0).b, solution.z.b)
+    assert type(WAYS["pickle"](solution).z) is Named
+
+
+# --- files
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
-def test_a_new_file_has_the_mode_that_the_umask_leaves(tmp_path, umask, mask):
-    umask(mask)
-    (tmp_path / "usual").touch()
-    wanted = (tmp_path / "usual").stat().st_mode
-    assert atomic_write(tmp_path / "ours", "text").stat().st_mode == wanted
-    assert mb.save_solver(mb.Picard(), tmp_path / "solver").stat().st_mode == wanted
+def test_a_new_file_has_the_mode_that_the_umask_leaves_and_one_that_is_there_keeps_its_own(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        (tmp_path / "usual").touch()
+        path, solver = atomic_write(tmp_path / "ours", "text"), mb.save_solver(mb.Picard(), tmp_path / "solver")
+        assert path.stat().st_mode == solver.stat().st_mode == (tmp_path / "usual").stat().st_mode
+        path.chmod(0o640)
+        assert atomic_write(path, "new").stat().st_mode & 0o777 == 0o640
+        assert path.read_text() == "new"
+    finally:
+        os.umask(before)
 
 
-def test_a_file_that_is_there_keeps_its_mode(tmp_path):
-    path = atomic_write(tmp_path / "a", "old")
-    path.chmod(0o640)
-    assert atomic_write(path, "new").stat().st_mode & 0o777 == 0o640
-    assert path.read_text() == "new"
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("disk full")
+
+    path = atomic_write(tmp_path / "a.txt", "old")
+    monkeypatch.setattr("os.replace", refuse)
+    with pytest.raises(OSError, match="disk full"):
+        atomic_write(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_saving_through_a_link_keeps_the_link(tmp_path):
@@ -209,30 +224,28 @@ for number in range(10**9):
 """
 
 
-def leftovers(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.suffix == ".tmp"]
+@contextmanager
+def saving(path):
+    """Another process that saves to this file again and again, until it is killed."""
+    command = [sys.executable, "-c", _SAVES, str(path), storage.__file__]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        yield process
+        process.kill()
 
 
 def test_what_killed_saves_leave_behind_goes_with_the_next_one(tmp_path):
-    path = tmp_path / "a"
-    others = [
-        tmp_path / name for name in (".a.tmp", ".a.notes.tmp", ".b.01234567.tmp", "a.01234567.tmp", ".a.original")
-    ]
+    path, names = tmp_path / "a", (".a.tmp", ".a.notes.tmp", ".b.01234567.tmp", "a.01234567.tmp", ".a.original")
+    others = {tmp_path / name for name in names}
     for other in others:
         other.write_text("somebody else's")
     for _ in range(30):  # until one is hit between the temporary file and its new name
-        process = subprocess.Popen(
-            [sys.executable, "-c", _SAVES, str(path), storage.__file__], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        process.stdout.readline()
-        process.send_signal(signal.SIGKILL)
-        process.stdout.close()
-        assert process.wait() == -signal.SIGKILL
+        with saving(path):
+            pass
         data = path.read_bytes()
         assert len(data) == 3_000_000, "the file is whole, whenever the writer was killed"
         assert len(set(data)) == 1
-        if set(leftovers(tmp_path)) - set(others):
+        if set(tmp_path.iterdir()) - others - {path}:
             break
     else:
         pytest.fail("no save was hit in the middle")
@@ -250,17 +263,13 @@ def test_savers_of_one_file_leave_each_other_alone(tmp_path):
         except OSError as error:
             faults.append(error)
 
-    command = [sys.executable, "-c", _SAVES, str(path), storage.__file__]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
+    with saving(path) as process:
         threads = [threading.Thread(target=save, args=(text,)) for text in "xyz"]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         assert process.poll() is None, "the other process goes on saving"
-        process.kill()
     assert not faults
     assert len(set(path.read_bytes())) == 1
     atomic_write(path, "last")
@@ -275,19 +284,3 @@ def test_where_files_cannot_be_locked_nothing_is_taken_for_a_leftover(tmp_path, 
     monkeypatch.undo()
     atomic_write(tmp_path / "a", "newer")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
-
-
-@pytest.mark.parametrize("solver", list_solvers(learned=False, splitting=False))
-def test_a_named_tuple_comes_back_as_one(solver):
-    z0, x = Named(torch.zeros(4, 1), torch.zeros(4, 3)), torch.randn(4, 1)
-    options = {"rtol": 1e-5, "snapshots": (2,)}
-    solution = mb.solve(named, z0, x, solver=mb.get_solver(solver), **options)
-    plain = mb.solve(lambda z, x: tuple(named(Named(*z), x)), tuple(z0), x, solver=mb.get_solver(solver), **options)
-    assert type(solution.z) is type(solution.snapshots[0]) is Named
-    assert type(plain.z) is tuple
-    for one, other in zip(solution.z, plain.z, strict=True):
-        assert torch.equal(one, other)
-    cache = mb.EquilibriumCache()
-    cache.store(range(4), solution.z)
-    assert torch.equal(cache.start(range(4), z0).b, solution.z.b)
-    assert type(pickle.loads(pickle.dumps(solution)).z) is Named
