@@ -203,8 +203,8 @@ def compared(
 ) -> Iterator[Row]:
     """Rows of the models to one tolerance; star, known: float64 equilibria, and (B,) where they were found.
 
-    Counted by a hook on the cell: `calls` of f and their `rows`; by sample `nfe`, the calls made when its residual first
-    met the tolerance, else the budget. Times are those of the whole model, in turns; nobody counts while they run.
+    Counted by a hook on the cell: `calls` of f and their `rows`; by sample the calls made when its residual
+    first met the tolerance, else the budget. Times are those of the whole model, in turns; nobody counts while they run.
     """
     counts: dict[str, Row] = {}
     wanted = models[LEARNED].head(star.to(images.dtype).flatten(1)).argmax(dim=1)
@@ -218,7 +218,8 @@ def compared(
         distance = (states[0].double() - star).flatten(1).norm(dim=1) / star.flatten(1).norm(dim=1)
         there = known.any()
         counts[name] = {
-            "calls": record.calls, "rows": record.rows, "nfe": nfe.tolist(), "reached": reached.tolist(),
+            "calls": record.calls, "rows": record.rows, "evaluations": nfe.tolist(),
+            "status": "".join("C" if hit else "B" for hit in reached),
             "accuracy": short(float((predicted == labels).float().mean())),
             "agreement": short(float((predicted == wanted)[known].float().mean())) if there else None,
             "distance": short(float(distance[known].median())) if there else None,

@@ -71,7 +71,7 @@ def write(folder: Path) -> Path:
     rows, runs = [], []
     for described, found in report.runs_below(folder, "*/*/rows.jsonl"):
         name = "{family}, {steps} steps from {start}, seed {seed}".format_map(described["config"])
-        rows += [{**row, "tested": name, "family": name} for row in found]
+        rows += [{**row, "family": name} for row in found]
         commit = described["provenance"]["commit"]
         runs.append(f"- {name}: `{described['command']}`, {described['parameters']:,} parameters, commit {commit}")
     field = Field(rows)

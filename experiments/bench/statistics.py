@@ -6,13 +6,12 @@ A failure counts as the budget in every median, quantile and mean, and the share
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments.bench.runner import Row
-from experiments.bench.tables import Table, grouped
+from experiments.bench.tables import Table, chosen, grouped
 from metabroyden.compare import able, standard_error
 
 RESAMPLES = 4000
@@ -46,13 +45,11 @@ class Outcome(NamedTuple):
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Outcome:
         """From rows of solves, of any seeds and blocks."""
-        seeds: dict[Any, list[Row]] = {}
-        for row in sorted(rows, key=lambda row: row.get("block", 0)):
-            seeds.setdefault(row.get("seed"), []).append(row)
-        spent = np.array([np.concatenate([_spent(row) for row in found]) for found in seeds.values()])
-        solved = np.array([np.concatenate([_solved(row) for row in found]) for found in seeds.values()])
-        seconds = [[_laps(row) for row in found] for found in seeds.values()]
-        return cls(spent, solved, np.array(seconds))
+        seeds = grouped(sorted(rows, key=lambda row: row.get("block", 0)), "seed")
+        spent = [np.concatenate([row["evaluations"] for row in found]) for found in seeds]
+        solved = [[letter == "C" for row in found for letter in row["status"]] for found in seeds]
+        seconds = [[_laps(row) for row in found] for found in seeds]
+        return cls(np.array(spent), np.array(solved), np.array(seconds))
 
     @property
     def median(self) -> float:
@@ -93,16 +90,6 @@ class Outcome(NamedTuple):
         return f"{self.median:g} ({self.success:.0%})"
 
 
-def _spent(row: Row) -> np.ndarray:
-    """(N,) evaluations, the budget where it failed; older rows call them "nfe"."""
-    return np.asarray(row["evaluations"] if "evaluations" in row else row["nfe"])
-
-
-def _solved(row: Row) -> np.ndarray:
-    """(N,) bool, from a letter a sample, or from the list of older rows."""
-    return np.asarray(row["reached"]) if "reached" in row else np.array([letter == "C" for letter in row["status"]])
-
-
 def _laps(row: Row) -> list[float]:
     """Seconds of whole solves, by round, where the row has them."""
     laps = row.get("seconds")
@@ -125,7 +112,7 @@ class Field:
     """Rows of solves on several problems.
 
     Args:
-        rows: of all kinds; those whose "row" is "solve" (or the older "transfer") make outcomes.
+        rows: of all kinds; those whose "row" is "solve" make outcomes.
         part: only rows with this "part"; None: all.
 
     Attributes:
@@ -139,7 +126,7 @@ class Field:
     """
 
     def __init__(self, rows: Iterable[Row], part: str | None = None) -> None:
-        self.rows = [_named(row) for row in rows if part is None or row.get("part") == part]
+        self.rows = [row for row in rows if part is None or row.get("part") == part]
         self._solves = [row for row in self.rows if row["row"] == "solve"]
         if not self._solves:
             raise ValueError("no solves among the rows" + (f" of part {part!r}" if part else ""))
@@ -149,17 +136,13 @@ class Field:
         self._outcomes: dict[tuple[str, str, float], Outcome | None] = {}
         self._draws: dict[tuple[str, str, str, float, bool], np.ndarray] = {}
 
-    @cached_property
-    def _by_place(self) -> dict[tuple[str, str], list[Row]]:
-        found: dict[tuple[str, str], list[Row]] = {}
+        self._places: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
-            found.setdefault((row["family"], row.get("solver", "")), []).append(row)
-        return found
+            self._places.setdefault((row["family"], row.get("solver", "")), []).append(row)
 
     def of(self, kind: str, family: str, solver: str, **wanted: Any) -> list[Row]:
         """Rows of one kind of a solver on a family."""
-        found = self._by_place.get((family, solver), ())
-        return [row for row in found if row["row"] == kind and all(row[key] == wanted[key] for key in wanted)]
+        return chosen(self._places.get((family, solver), ()), kind, **wanted)
 
     def solvers(self, family: str | None = None, *kinds: str) -> list[str]:
         """Those that ran on a family (None: on any), of these kinds (all where none is given)."""
@@ -208,11 +191,9 @@ class Field:
 
     def headline(self, tolerance: float) -> list[str]:
         """Families that count towards the means, by the validation problems that classical solvers were tuned on."""
-        tuned = [row for row in self.rows if row["row"] == "tuned" and row["tolerance"] == tolerance]
-        least = {
-            family: min((r["median"] for r in tuned if r["family"] == family), default=0) for family in self.families
-        }
-        return [family for family, median in least.items() if median >= HEADLINE]
+        tuned = chosen(self.rows, "tuned", tolerance=tolerance)
+        medians = {family: [row["median"] for row in tuned if row["family"] == family] for family in self.families}
+        return [family for family, found in medians.items() if min(found, default=0) >= HEADLINE]
 
     def draws(self, family: str, solver: str, rival: str, tolerance: float, *, time: bool = False) -> np.ndarray:
         """Ratios of one solver over another, see `ratio_draws` and `time_draws`; kept, since they take time."""
@@ -235,14 +216,9 @@ class Field:
         return NOTHING if theirs is None or theirs.success < 0.5 else self.ratio(family, solver, rival, tolerance)
 
     def mean_ratio(
-        self,
-        families: Sequence[str],
-        solver: str,
-        rival: str | Callable[[str], str],
-        tolerance: float,
-        *,
+        self, families: Sequence[str], solver: str, rival: str | Callable[[str], str], tolerance: float, *,
         time: bool = False,
-    ) -> Interval:
+    ) -> Interval:  # fmt: skip
         """Geometric mean of the families' ratios in each resample; families are not drawn.
 
         Args:
@@ -289,13 +265,6 @@ def against(
     return Table(words, ["family", *names, head], [*body, ["geometric mean", *map(mean, names), ""]])
 
 
-def _named(row: Row) -> Row:
-    """A row with the names of today: older ones say "transfer" and "tested"."""
-    if row["row"] != "transfer":
-        return row
-    return {**row, "row": "solve", "family": row["tested"], "kind": "classical" if row["trained"] == "—" else "learned"}
-
-
 def geometric(values: Iterable[float]) -> float:
     """Geometric mean of those that are finite; NaN where there are none."""
     found = [value for value in values if np.isfinite(value)]
@@ -309,9 +278,7 @@ def ratio(ours: Outcome, theirs: Outcome) -> Interval:
 
 def ratio_draws(ours: Outcome, theirs: Outcome) -> np.ndarray:
     """(1 + RESAMPLES,) ratios of medians, the first of them the figure itself."""
-    generator = np.random.default_rng(0)
-    samples = _drawn_samples(ours, generator)
-    return _over(ours, samples, generator, np.median) / _over(theirs, samples, generator, np.median)
+    return np.divide(*_both(ours, theirs, np.median))
 
 
 def time_draws(ours: Outcome, theirs: Outcome) -> np.ndarray:
@@ -330,10 +297,7 @@ def paired(ours: Outcome, theirs: Outcome) -> tuple[Interval, int, int]:
 
     A learned solver solves a sample where most of its seeds do.
     """
-    generator = np.random.default_rng(0)
-    samples = _drawn_samples(ours, generator)
-    draws = _over(ours, samples, generator, np.mean) - _over(theirs, samples, generator, np.mean)
-    return interval(draws), *alone(ours, theirs)
+    return interval(np.subtract(*_both(ours, theirs, np.mean))), *alone(ours, theirs)
 
 
 def alone(ours: Outcome, theirs: Outcome) -> tuple[int, int]:
@@ -341,10 +305,11 @@ def alone(ours: Outcome, theirs: Outcome) -> tuple[int, int]:
     return int((ours.mostly & ~theirs.mostly).sum()), int((theirs.mostly & ~ours.mostly).sum())
 
 
-def _drawn_samples(outcome: Outcome, generator: np.random.Generator) -> np.ndarray:
-    """(1 + RESAMPLES, N) indices, the first row all samples once."""
-    count = outcome.evaluations.shape[1]
-    return np.concatenate([np.arange(count)[None], generator.integers(count, size=(RESAMPLES, count))])
+def _both(ours: Outcome, theirs: Outcome, of: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(1 + RESAMPLES,) means or medians of both over the same drawn samples, the first over all samples once."""
+    generator, count = np.random.default_rng(0), ours.evaluations.shape[1]
+    samples = np.concatenate([np.arange(count)[None], generator.integers(count, size=(RESAMPLES, count))])
+    return _over(ours, samples, generator, of), _over(theirs, samples, generator, of)
 
 
 def _over(outcome: Outcome, samples: np.ndarray, generator: np.random.Generator, of: Any) -> np.ndarray:
@@ -368,12 +333,10 @@ def profile(outcomes: Mapping[str, Outcome], factors: np.ndarray) -> dict[str, n
 
     A performance profile (Dolan & Moré 2002); of a sample's seeds the middle one. Samples that none solves count.
     """
-    middle = {name: len(one.solved) // 2 for name, one in outcomes.items()}
     spent = {
-        name: np.sort(np.where(one.solved, one.evaluations, np.inf), axis=0)[middle[name]]
+        name: np.sort(np.where(one.solved, one.evaluations, np.inf), axis=0)[len(one.solved) // 2]
         for name, one in outcomes.items()
     }
     fewest = np.min(list(spent.values()), axis=0)
-    with np.errstate(invalid="ignore"):
-        ratios = {name: np.where(np.isfinite(values), values / fewest, np.inf) for name, values in spent.items()}
-    return {name: (found[None] <= factors[:, None] + 1e-9).mean(axis=1) for name, found in ratios.items()}
+    fewest[~np.isfinite(fewest)] = 1  # solved by none
+    return {name: (values / fewest <= factors[:, None] + 1e-9).mean(axis=1) for name, values in spent.items()}

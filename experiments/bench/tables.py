@@ -93,7 +93,7 @@ def grouped(rows: Iterable[dict[str, Any]], *keys: str) -> list[list[dict[str, A
     """Rows that agree under these keys, in the order in which they come."""
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        found.setdefault(tuple(row[key] for key in keys), []).append(row)
+        found.setdefault(tuple(row.get(key) for key in keys), []).append(row)
     return list(found.values())
 
 

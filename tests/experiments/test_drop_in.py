@@ -63,7 +63,7 @@ def test_drop_in_resumes_after_an_interruption_and_writes_what_it_promises(tmp_p
     names = ["learned", *experiment.OWN, "our Broyden", "our tuned Anderson", "our tuned Picard"]
     assert [(row["solver"], row["rtol"]) for row in rows] == [(name, rtol) for rtol in (1e-2, 1e-3) for name in names]
     for row in rows:
-        assert len(row["nfe"]) == len(row["reached"]) == 20
+        assert len(row["evaluations"]) == len(row["status"]) == 20
         assert row["rows"] == 20 * row["calls"]
         assert row["calls"] <= 12 + (row["solver"] == "torchdeq Broyden")  # theirs makes one call more than max_iter
     described = json.loads((folder / "config.json").read_text())
@@ -97,7 +97,7 @@ def test_calls_are_counted_from_outside_and_evaluations_by_sample():
 def test_the_table_says_what_the_rows_say():
     def row(solver, calls, seconds, accuracy):
         return {"row": "drop-in", "solver": solver, "rtol": 1e-2, "seed": 0, "calls": calls, "seconds": seconds,
-                "accuracy": accuracy, "nfe": [calls, calls], "reached": [True, True]}  # fmt: skip
+                "accuracy": accuracy, "evaluations": [calls, calls], "status": "CC"}  # fmt: skip
 
     rows = [
         row("learned", 10, 0.3, 0.97),
