@@ -1,42 +1,106 @@
 """What a trained family is worth beside its twins, and how hard its equilibria are to find. Rows, no pictures.
 
 Rows say what they are under the key "row", and under "way" the variant of the family that they are about:
-  quality     score on the test split, parameters, seconds of training
-  depth       score and residual after k iterations of a method, on a part of the test split (`bench.measure.depth_rows`)
-  difficulty  one solver: evaluations to each tolerance, by sample (the budget where it was not reached)
-  guarantee   one solver on a whole split: how many samples it solves, and what the last of them cost
-  spectrum    spectral radius of the Jacobian at each sample's equilibrium
-  units       a few coordinates of one sample's state by depth, and where they come to rest
-  parts       relative residual of each tensor of the state by depth
-  step        seconds and peak memory of one training step, in turns with the other variants
+  epoch      a training's history
+  quality    score on the test split, parameters, seconds of training
+  depth      score and residual after k iterations of a method, on a part of the test split (`bench.measure.depth_rows`)
+  solve      evaluations of a classical solver by sample (`bench.measure.measure`)
+  guarantee  one solver on a whole split: how many samples it solves, and what the last of them cost
+  spectrum   spectral radius of the Jacobian at each sample's equilibrium
+  units      a few coordinates of one sample's state by depth, and where they come to rest
+  step       seconds and peak memory of one training step, in turns with the other variants
+  ngram, recent  bits a token of n-gram models, and of the best of them when it may bet on what it read
+  leak       how far predictions move when later tokens are replaced (`bench.measure.leak_rows`)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from experiments.bench import measure
-from experiments.bench.clock import LiveBytes, now
+from experiments.bench import measure, problems, solvers
+from experiments.bench.clock import LiveBytes, laps, now
 from experiments.bench.problems import HeldOut
-from experiments.bench.runner import Row
+from experiments.bench.runner import Row, ticks
+from experiments.bench.statistics import Field
 from experiments.bench.tables import short
-from metabroyden.deq import DEQ
-from metabroyden.gradients.base import parts_of
+from experiments.models.ngram import NGram, Recent
+from metabroyden import solve
 from metabroyden.nn.spectral import spectral_radius
-from metabroyden.solution import relative_residual
-from metabroyden.solve import solve
+from metabroyden.solvers import Anderson, Broyden, Picard
 from metabroyden.state import Packing
 from metabroyden.zoo.models.criteria import Criterion, NextToken, device_of
-from metabroyden.zoo.models.fit import Stage, Training
+from metabroyden.zoo.models.families import Family
+from metabroyden.zoo.models.fit import Stage, Training, history
 
-TOLERANCES = (1e-2, 1e-3, 1e-4)
-DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 50, 64, 80, 100)
+DEQ, REGULARISED = "DEQ", "DEQ, Jacobian penalty"
+TOLERANCES, DEPTHS = (1e-2, 1e-3, 1e-4), (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 50, 64, 80, 100)
 EXACT = 1e-5
-"""What language models are solved to where they are scored."""
+"""What language models are solved to where they are scored: a looser solve may tell a token something of those after it."""
+
+
+def measured(
+    config: Any,
+    family: Family,
+    criterion: Criterion,
+    models: dict[str, Any],
+    trainings: dict[str, tuple[Training, Path]],
+) -> Iterator[Row]:
+    """All rows of a family, of its variants and their finished trainings."""
+    with ticks(f"{config.family}, measuring", len(models) + 2, show=config.progress) as tick:
+        for way, model in models.items():
+            past = history(trainings[way][1])
+            yield from ({"row": "epoch", "way": way, **asdict(epoch)} for epoch in past)
+            yield quality_row(way, model, criterion, past[-1].seconds)
+            if way in (DEQ, REGULARISED, "unrolled"):
+                yield from examined(config, family, criterion, way, model)
+            tick(way)
+        if isinstance(criterion, NextToken):
+            yield from ngram_rows(criterion)
+            yield from measure.leak_rows(models[DEQ], criterion, {"way": DEQ}, tolerances=(family.rtol, EXACT))
+        tick("tokens")
+        yield from step_rows(models, {way: one for way, (one, _) in trainings.items()}, criterion, config.repeats)
+        tick("training steps")
+
+
+def quality_row(way: str, model: Any, criterion: Criterion, seconds: float) -> Row:
+    """Score on the whole test split, parameters, seconds of training."""
+    with measure.solved_to(model, EXACT if isinstance(criterion, NextToken) else None):
+        score = criterion.score(model, "test")
+    scores = {"score": score, "validation": criterion.score(model, "validation"), "seconds": seconds}
+    about = {"metric": criterion.metric, "higher": criterion.higher}
+    return {
+        "row": "quality",
+        "way": way,
+        **about,
+        **short(scores),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def examined(config: Any, family: Family, criterion: Criterion, way: str, model: Any) -> Iterator[Row]:
+    """How hard the equilibria are to find, what the score is on the way there, and what pictures show."""
+    held = problems.held_out(model, criterion, "test", config.samples)
+    if way != "unrolled":
+        validation = problems.held_out(model, criterion, "validation", 64)
+        tuned = solvers.tuned(validation, config.budget, splitting=family.splitting)
+        known: dict[str, Any] = {"Picard": Picard(), "Anderson": Anderson(), "Broyden": Broyden(config.budget), **tuned}
+        yield from solve_rows(way, held, known, TOLERANCES, config.budget)
+        sure = {name: one for name, one in known.items() if name in ("forward-backward", "Peaceman-Rachford")}
+        if sure:
+            yield from guarantee_rows(way, problems.held_out(model, criterion, "test", sys.maxsize), sure)
+        yield spectrum_row(way, held, sure.get("Peaceman-Rachford", Broyden(memory=100)))
+        yield from depth_rows(way, held, family.solver)
+    yield from depth_rows(way, held)
+    if family.pictures and way != REGULARISED:
+        yield unit_row(way, held, Broyden(memory=200))
 
 
 def depth_rows(way: str, held: HeldOut, solver: Any = None, depths: Sequence[int] = DEPTHS) -> list[Row]:
@@ -45,177 +109,121 @@ def depth_rows(way: str, held: HeldOut, solver: Any = None, depths: Sequence[int
     return [{**row, "way": way, "method": method} for row in measure.depth_rows(held, solver, depths)]
 
 
-def difficulty_rows(way: str, held: HeldOut, solvers: dict[str, Any], *, budget: int) -> list[Row]:
-    """Evaluations of each solver to each of `TOLERANCES`, by sample."""
-    rows = []
-    for name, solver in solvers.items():
-        spent: dict[str, list[int]] = {f"{tolerance:g}": [] for tolerance in TOLERANCES}
-        reached: dict[str, list[bool]] = {f"{tolerance:g}": [] for tolerance in TOLERANCES}
-        for z0, x, _ in held.chunks():
-            found = solve(held.f, z0, x, solver=solver, rtol=TOLERANCES[-1], max_nfe=budget, throw=False)
-            for tolerance in TOLERANCES:
-                nfe, hit = found.trace.evaluations_to(tolerance, budget)
-                spent[f"{tolerance:g}"] += nfe.tolist()
-                reached[f"{tolerance:g}"] += hit.tolist()
-        rows.append(
-            {
-                "row": "difficulty",
-                "way": way,
-                "solver": name,
-                "config": repr(solver),
-                "budget": budget,
-                "nfe": spent,
-                "reached": reached,
-            }
-        )
-    return rows
+def solve_rows(way: str, held: HeldOut, known: dict[str, Any], tolerances: tuple[float, ...], budget: int) -> list[Row]:
+    """Solves of the bench, without what it measures beside evaluations."""
+    rows = measure.measure(
+        held, solvers.contestants(**known), measure.Rules(tolerances, budget),
+        lambda one: {"way": way, "family": way, "solver": one.name, "kind": one.kind},
+    )  # fmt: skip
+    keys = (
+        "row",
+        "way",
+        "family",
+        "solver",
+        "kind",
+        "options",
+        "tolerance",
+        "budget",
+        "block",
+        "evaluations",
+        "status",
+    )
+    return [{key: row[key] for key in keys} for row in rows if row["row"] == "solve"]
 
 
-def guarantee_rows(
-    way: str, held: HeldOut, solvers: dict[str, Any], *, tolerance: float = 1e-4, budget: int = 200
-) -> list[Row]:
-    """Whether solvers find each equilibrium there is, and with how many evaluations at most."""
-    rows = []
-    for name, solver in solvers.items():
-        found = [
-            solve(held.f, z0, x, solver=solver, rtol=tolerance, max_nfe=budget, throw=False)
-            for z0, x, _ in held.chunks()
-        ]
-        reached = torch.cat([solution.converged for solution in found])
-        rows.append(
-            {
-                "row": "guarantee",
-                "way": way,
-                "solver": name,
-                "tolerance": tolerance,
-                "budget": budget,
-                "samples": len(reached),
-                "failures": int((~reached).sum()),
-                "worst": max(int(solution.nfe.max()) for solution in found),
-            }
-        )
-    return rows
+def guarantee_rows(way: str, held: HeldOut, known: dict[str, Any]) -> Iterator[Row]:
+    """Whether solvers find each equilibrium there is to 1e-4, and with how many evaluations at most."""
+    field = Field(solve_rows(way, held, known, (1e-4,), 200))
+    for name, found in field.outcomes(way, 1e-4).items():
+        counts = {"failures": int((~found.solved).sum()), "worst": int(found.evaluations.max())}
+        yield {
+            "row": "guarantee",
+            "way": way,
+            "solver": name,
+            "tolerance": 1e-4,
+            "budget": 200,
+            "samples": len(held),
+            **counts,
+        }
 
 
-def spectrum_rows(way: str, held: HeldOut, *, solver: Any, max_nfe: int = 200, iterations: int = 40) -> list[Row]:
+def spectrum_row(way: str, held: HeldOut, solver: Any) -> Row:
     """Spectral radii at equilibria found to 1e-5 (or as closely as the budget allows: `converged` says how many were)."""
-    radii: list[float] = []
-    converged: list[bool] = []
+    radii, converged = [], []
     for z0, x, _ in held.chunks():
-        found = solve(held.f, z0, x, solver=solver, rtol=1e-5, max_nfe=max_nfe, throw=False)
-        radii += spectral_radius(held.f, found.z, x, iterations=iterations).tolist()
+        found = solve(held.f, z0, x, solver=solver, rtol=1e-5, max_nfe=200, throw=False)
+        radii += spectral_radius(held.f, found.z, x, iterations=40).tolist()
         converged += found.converged.tolist()
-    return [{"row": "spectrum", "way": way, "radius": short(radii), "converged": float(np.mean(converged))}]
+    return {"row": "spectrum", "way": way, "radius": short(radii), "converged": float(np.mean(converged))}
 
 
 @torch.no_grad()
-def unit_rows(way: str, held: HeldOut, *, solver: Any, depth: int = 60, units: int = 6, sample: int = 0) -> list[Row]:
-    """A few coordinates of one sample by depth: those that move most between the middle of the way and its end.
+def unit_row(way: str, held: HeldOut, solver: Any, *, depth: int = 60, units: int = 6) -> Row:
+    """A few coordinates of the first sample by depth: those that move most between the middle of the way and its end.
 
     The fixed point is the solver's, to 1e-6 where it gets there; `residual` says how close it came.
     """
-    index = torch.tensor([sample], device=held.device)
-    z, x = z0, x = held.take(index)
-    packing = Packing.of(z)
-    path = [packing.pack(z)[0]]
+    z, x = z0, x = held.take(torch.zeros(1, dtype=torch.long, device=held.device))
+    packing, path = Packing.of(z), [problems.packed(z)[0]]
     for _ in range(depth):
         z = held.f(z, x)
         path.append(packing.pack(z)[0])
     found = solve(held.f, z0, x, solver=solver, rtol=1e-6, max_nfe=400, throw=False)
     star, states = packing.pack(found.z)[0], torch.stack(path)
-    chosen = states[depth // 6 :].std(dim=0).argsort(descending=True)
-    chosen = chosen[: 40 * units : 40] if len(chosen) >= 40 * units else chosen[:units]
-    distance = (states - star).norm(dim=1) / star.norm()
-    return [
-        {
-            "row": "units",
-            "way": way,
-            "activations": short(states[:, chosen].T.tolist()),
-            "fixed_point": short(star[chosen].tolist()),
-            "distance": short(distance.tolist()),
-            "residual": short(float(found.residual[0])),
-        }
-    ]
-
-
-@torch.no_grad()
-def part_rows(way: str, held: HeldOut, *, depths: int = 30) -> list[Row]:
-    """Median relative residual of each tensor of a state of several, after k plain iterations."""
-    (z, x), table = held.first(), []
-    for _ in range(depths):
-        image = held.f(z, x)
-        pairs = zip(parts_of(image), parts_of(z), strict=True)
-        table.append([float(relative_residual(b, a).median()) for a, b in pairs])
-        z = image
-    return [{"row": "parts", "way": way, "residual": short(table)}]
-
-
-def quality_row(way: str, model: Any, criterion: Criterion, seconds: float) -> Row:
-    """Score on the whole test split, parameters, seconds of training.
-
-    A DEQ that reads texts is scored at equilibria found to `EXACT`: a looser solve of a whole segment may tell a token
-    something of those after it (`bench.measure.leak_rows`).
-    """
-    with measure.solved_to(model, EXACT if isinstance(criterion, NextToken) else None):
-        score = criterion.score(model, "test")
-    return {
-        "row": "quality",
-        "way": way,
-        "metric": criterion.metric,
-        "higher": criterion.higher,
-        "score": short(score),
-        "validation": short(criterion.score(model, "validation")),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "seconds": short(seconds),
-    }
+    moving = states[depth // 6 :].std(dim=0).argsort(descending=True)
+    moving = moving[: 40 * units : 40] if len(moving) >= 40 * units else moving[:units]
+    curves = {"activations": states[:, moving].T.tolist(), "fixed_point": star[moving].tolist()}
+    distance = ((states - star).norm(dim=1) / star.norm()).tolist()
+    return {"row": "units", "way": way, **short({**curves, "distance": distance, "residual": float(found.residual[0])})}
 
 
 def step_rows(
-    models: dict[str, Any], trainings: dict[str, Training], criterion: Criterion, *, repeats: int
-) -> list[Row]:
+    models: dict[str, Any], trainings: dict[str, Training], criterion: Criterion, repeats: int
+) -> Iterator[Row]:
     """Seconds and peak bytes of one training step of each model as its last epochs took them: loss, penalty, backward.
 
     Interleaved; medians. `evaluations` are those of a DEQ's solve, where the step has one.
     """
-    seconds: dict[str, list[float]] = {way: [] for way in models}
-    peaks: dict[str, int] = {}
-    nfe: dict[str, float] = {}
-    for repeat in range(repeats + 1):
-        for way, model in models.items():
-            if isinstance(model.deq, DEQ):
-                model.deq.last_solution = None
-            if repeat == 0:
-                with LiveBytes([*model.parameters()]) as live:
-                    _step(model, trainings[way], criterion)
-                peaks[way] = live.peak
-                solution = getattr(model.deq, "last_solution", None)
-                nfe[way] = float("nan") if solution is None else float(solution.nfe.float().mean())
-            else:
-                began = now(device_of(model))
-                _step(model, trainings[way], criterion)
-                seconds[way].append(now(device_of(model)) - began)
-            model.zero_grad()
-            if isinstance(model.deq, DEQ):
-                model.deq.last_solution = model.deq.last_backward_solution = None
-    return [
-        {
-            "row": "step",
-            "way": way,
-            "device": device_of(models[way]).type,
-            "batch": trainings[way].batch,
-            "seconds": short(float(np.median(seconds[way]))),
-            "peak_bytes": peaks[way],
-            "evaluations": None if np.isnan(nfe[way]) else short(nfe[way]),
-        }
-        for way in models
-    ]
+    steps = {way: partial(_step, model, trainings[way], criterion) for way, model in models.items()}
+    peaks, spent = {}, {}
+    for way, model in models.items():
+        with LiveBytes([*model.requires_grad_(True).parameters()]) as live:
+            _, spent[way] = steps[way]()
+        peaks[way] = live.peak
+    for way, found in laps(steps, repeats).items():
+        about = {"device": device_of(models[way]).type, "batch": trainings[way].batch, "peak_bytes": peaks[way]}
+        figures = {"seconds": float(np.median(found[:, 0])), "evaluations": spent[way] or None}
+        yield {"row": "step", "way": way, **about, **short(figures)}
 
 
-def _step(model: Any, training: Training, criterion: Criterion) -> None:
-    """Loss, penalty and backward of one batch of the last epoch."""
-    generator = torch.Generator().manual_seed(0)
+def _step(model: Any, training: Training, criterion: Criterion) -> tuple[float, float]:
+    """(seconds, mean evaluations of a solve) of one batch of the last epoch."""
+    generator, device = torch.Generator().manual_seed(0), device_of(model)
+    model.deq.last_solution = None
+    began = now(device)
     model.train()
     with Stage(model, training, epoch=training.epochs) as stage:
         loss = next(stage.losses(criterion, generator))
         (loss + stage.penalty(generator)).backward()
     model.eval()
+    seconds, solution = now(device) - began, model.deq.last_solution
+    model.zero_grad()
+    model.deq.last_solution = model.deq.last_backward_solution = None
+    return seconds, 0.0 if solution is None else float(solution.nfe.float().mean())
+
+
+def ngram_rows(criterion: NextToken, orders: Iterable[int] = range(1, 10), batch: int = 64) -> Iterator[Row]:
+    """Bits per token of n-gram models of the training split: on validation, and on those test tokens that models predict."""
+    data, size = criterion.data, len(criterion.data.vocabulary)
+    read = sum(targets.numel() for _, targets in data.test.streams(batch, criterion.length))
+
+    def bits(model: NGram | Recent) -> Row:
+        test, validation = (model.probabilities(part.tokens) for part in (data.test, data.validation))
+        return short({"score": -np.log2(test[1 : read + 1]).mean(), "validation": -np.log2(validation).mean()})
+
+    found = {n: bits(NGram.fit(data.train.tokens, n, size)) for n in orders if size**n < 2**63}
+    yield from ({"row": "ngram", "order": order, **scores} for order, scores in found.items())
+    best = min(found, key=lambda order: found[order]["validation"])
+    told = Recent.fit(NGram.fit(data.train.tokens, best, size), data.validation.tokens, recent=512)
+    about = {"order": best, "within": told.recent, "weights": short(told.weights[1:].tolist())}
+    yield {"row": "recent", **about, "score": bits(told)["score"]}
