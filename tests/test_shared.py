@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from torch import nn
@@ -15,14 +13,15 @@ from metabroyden.function import FunctionWrapper
 from metabroyden.meta.unroll import unroll
 from metabroyden.shared import WATCH, owner_of
 from metabroyden.state import concatenate, gather
+from tests.helpers import fixed, refused
 
 
 class Cell(nn.Module):
-    """f(z, (x, w)) = tanh(z w + x), or with w of its own."""
+    """f(z, (x, w)) = tanh(z w + x), with w of the context; and a parameter w of its own."""
 
-    def __init__(self, n: int = 5) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.w = nn.Parameter(0.3 * torch.randn(n, n) / n**0.5)
+        self.w = nn.Parameter(0.3 * torch.randn(5, 5) / 5**0.5)
         self.seen: list[torch.Tensor] = []
 
     def forward(self, z, c):
@@ -34,53 +33,49 @@ class Cell(nn.Module):
         return torch.zeros_like(c[0])
 
 
+WAYS = {
+    "solve": lambda f, z0, c: mb.solve(f, z0, c, solver=mb.Picard(), rtol=1e-5),
+    "fixed": lambda f, z0, c: fixed(f, z0, c, solver=mb.Picard(), max_nfe=30),
+    "unroll": lambda f, z0, c: unroll(mb.Picard(), f.requires_grad_(False), z0, c, steps=3, backend="native"),
+}
+
+
 @pytest.mark.parametrize("batch", [3, 5])
-@pytest.mark.parametrize("way", ["solve", "fixed", "unroll"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.filterwarnings("error")
 def test_f_receives_the_very_tensor_whatever_the_batch(batch, way):
     cell, w, x = Cell(), 0.1 * torch.randn(5, 5), torch.linspace(0.01, 2, batch)[:, None] * torch.ones(batch, 5)
-    context = (x, mb.Shared(w))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        if way == "solve":
-            assert mb.solve(cell, 0 * x, context, solver=mb.Picard(), rtol=1e-5).converged.all()
-        elif way == "fixed":
-            assert mb.FixedBudget(cell, mb.Picard(), max_nfe=30, compiled=False)(0 * x, context).converged.all()
-        else:
-            unroll(mb.Picard(), cell.requires_grad_(False), 0 * x, context, steps=3, backend="native")
+    found = WAYS[way](cell, 0 * x, (x, mb.Shared(w)))
+    assert way == "unroll" or found.converged.all()
     assert len(cell.seen) > 3
     assert all(seen is w for seen in cell.seen)
 
 
-@pytest.mark.parametrize(
-    "mode", [mb.Implicit(rtol=1e-6), mb.Unroll(30), mb.Phantom(30, 1.0)], ids=["implicit", "unroll", "phantom"]
-)
+def iterated(x, w, times=300):
+    z = torch.zeros_like(x)
+    for _ in range(times):
+        z = torch.tanh(z @ w + x)
+    return z
+
+
+MODES = {"implicit": mb.Implicit(rtol=1e-6), "unroll": mb.Unroll(30), "phantom": mb.Phantom(30, 1.0)}
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_gradients_flow_to_a_shared_tensor_through_a_layer(mode):
-    cell, x = Cell().requires_grad_(False), torch.randn(4, 5)
-    w = (0.2 * torch.randn(5, 5)).requires_grad_()
-    deq = mb.DEQ(cell, backward=mode, rtol=1e-6, max_nfe=80)
-    (ours,) = torch.autograd.grad(deq((x, mb.Shared(w))).square().sum(), w)
-    (theirs,) = torch.autograd.grad(_plain(x, w), w)
+    cell, x, w = Cell().requires_grad_(False), torch.randn(4, 5), (0.2 * torch.randn(5, 5)).requires_grad_()
+    deq = mb.DEQ(cell, backward=MODES[mode], rtol=1e-6, max_nfe=80)
+    ours, theirs = (torch.autograd.grad(z.square().sum(), w) for z in (deq((x, mb.Shared(w))), iterated(x, w)))
     assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-def _plain(x, w):
-    z = torch.zeros_like(x)
-    for _ in range(60):
-        z = torch.tanh(z @ w + x)
-    return z.square().sum()
-
-
 def test_an_adjoint_that_goes_on_with_some_samples_keeps_it_whole():
-    cell = Cell().requires_grad_(False)
     x = torch.cat([1e3 * torch.ones(6, 5), 0.1 * torch.randn(3, 5)])  # flat there: their adjoint is done at once
     w = (0.9 * torch.linalg.qr(torch.randn(5, 5))[0]).requires_grad_()
-    deq = mb.DEQ(cell, backward=mb.Implicit(rtol=1e-5, max_nfe=60), rtol=1e-6, max_nfe=90)
-    (ours,) = torch.autograd.grad(deq((x, mb.Shared(w))).sum(), w)
+    deq = mb.DEQ(Cell().requires_grad_(False), backward=mb.Implicit(rtol=1e-5, max_nfe=60), rtol=1e-6, max_nfe=90)
+    ours, theirs = (torch.autograd.grad(z.sum(), w) for z in (deq((x, mb.Shared(w))), iterated(x, w)))
     assert deq.last_backward_solution.nfe.unique().numel() > 1
-    z = torch.zeros_like(x)
-    for _ in range(300):
-        z = torch.tanh(z @ w + x)
-    assert_close(ours, torch.autograd.grad(z.sum(), w)[0], rtol=1e-2, atol=1e-3)
+    assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
 
 
 def test_a_solver_that_sees_x_sees_it_without_marks():
@@ -92,29 +87,24 @@ def test_a_solver_that_sees_x_sees_it_without_marks():
             return ()
 
     x, w = torch.randn(3, 5).bfloat16(), torch.randn(5, 5).bfloat16()
-    f = lambda z, c: 0.5 * z + c[0]  # noqa: E731
-    mb.solve(f, torch.zeros(3, 5), (x, mb.Shared(w)), solver=Curious(), throw=False, f_dtype=torch.bfloat16)
-    mb.FixedBudget(f, Curious(), max_nfe=3, f_dtype=torch.bfloat16, compiled=False)(
-        torch.zeros(3, 5), (x, mb.Shared(w))
-    )
+    given = (lambda z, c: 0.5 * z + c[0]), torch.zeros(3, 5), (x, mb.Shared(w))
+    mb.solve(*given, solver=Curious(), throw=False, f_dtype=torch.bfloat16)
+    fixed(*given, solver=Curious(), max_nfe=3, f_dtype=torch.bfloat16)
     assert len(seen) == 2
     for context in seen:
-        assert torch.equal(context[0], x.float())
-        assert torch.equal(context[1], w.float())
+        assert all(map(torch.equal, context, (x.float(), w.float())))
 
 
 def test_rows_are_taken_of_all_but_shared_tensors():
     w = torch.randn(2)
     tree = {"x": torch.arange(4), "w": mb.Shared(w), "s": 3}
     some = gather(tree, torch.tensor([2, 0]))
-    assert some["x"].tolist() == [2, 0]
-    assert some["w"].tensor is w
     both = concatenate([tree, some])
+    assert some["x"].tolist() == [2, 0]
     assert both["x"].tolist() == [0, 1, 2, 3, 2, 0]
-    assert both["w"].tensor is w
+    assert some["w"].tensor is both["w"].tensor is w
     assert pytree.tree_leaves(tree["w"])[0] is w  # whoever flattens a context meets the tensor
-    with pytest.raises(TypeError, match="Shared marks a tensor, got list"):
-        mb.Shared([1.0])
+    refused("Shared marks a tensor, got list", lambda: mb.Shared([1.0]), TypeError)
 
 
 def run(f, x, w):
@@ -132,20 +122,18 @@ def test_a_parameter_of_f_that_would_be_gathered_is_warned_of(view):
 
 
 @pytest.mark.parametrize("earlier", ["refused", "marked"])
+@pytest.mark.filterwarnings("error")
 def test_a_tensor_that_went_with_another_batch_before_is_warned_of(earlier):
-    f, w = lambda z, c: 0.5 * z + c[0], torch.randn(5, 5)
+    f, w, x = lambda z, c: 0.5 * z + c[0], torch.randn(5, 5), torch.randn(5, 5)
     if earlier == "marked":
-        run(f, torch.randn(3, 5), mb.Shared(w))
+        run(f, x[:3], mb.Shared(w))
     else:
-        with pytest.raises(ValueError, match=r"if all samples share it, pass mb\.Shared"):
-            run(f, torch.randn(3, 5), w)
+        refused(r"if all samples share it, pass mb\.Shared", lambda: run(f, x[:3], w))
     with pytest.warns(UserWarning, match=r"passed to this f before, beside a batch of another size.*mb\.Shared"):
-        run(f, torch.randn(5, 5), w)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        run(f, torch.randn(5, 5), torch.randn(5, 5))  # another tensor
-        run(lambda z, c: 0.5 * z, torch.randn(5, 5), w)  # another f
-        run(f, torch.randn(5, 5), mb.Shared(w))
+        run(f, x, w)
+    run(f, x, torch.randn(5, 5))  # another tensor
+    run(lambda z, c: 0.5 * z, x, w)  # another f
+    run(f, x, mb.Shared(w))
 
 
 def test_the_owner_of_a_wrapped_map_is_its_cell():
