@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 import metabroyden as mb
 from metabroyden.nn.jacobian import jacobian_penalty
+from tests.helpers import refused
 
 EXACT = mb.Implicit(rtol=1e-10, max_nfe=200)
 
@@ -28,26 +29,18 @@ class Scripted(nn.Module):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("whole", [False, True])
-def test_a_cell_may_be_torchscript(whole):
-    cell = Scripted().double()
+def test_a_cell_may_be_torchscript_but_is_not_differentiated_twice(whole):
+    cell, x = Scripted().double(), torch.randn(5, 4, dtype=torch.float64)
+    parameters, expected = list(cell.parameters()), x
     cell = torch.jit.script(cell) if whole else cell
-    x = torch.randn(5, 4, dtype=torch.float64)
     z = mb.DEQ(cell, rtol=1e-10, max_nfe=200, backward=EXACT)(x)
-    expected = x
     for _ in range(100):
         expected = cell(expected, x)
-    parameters = list(cell.parameters())
-    given = torch.autograd.grad(z.square().sum(), parameters)
-    wanted = torch.autograd.grad(expected.square().sum(), parameters)
+    if not whole:
+        again = lambda: torch.autograd.grad(z.sum(), parameters, create_graph=True)  # noqa: E731
+        refused("differentiate twice", again, RuntimeError)
+    given, wanted = (torch.autograd.grad(value.square().sum(), list(cell.parameters())) for value in (z, expected))
     assert_close(given, wanted, rtol=1e-6, atol=1e-8)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_what_cannot_be_differentiated_twice_in_torchscript_is_refused():
-    cell = Scripted().double()
-    z = mb.DEQ(cell, backward=EXACT)(torch.randn(5, 4, dtype=torch.float64))
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        torch.autograd.grad(z.sum(), list(cell.parameters()), create_graph=True)
 
 
 class Keeping(nn.Module):
@@ -72,11 +65,12 @@ class Keeping(nn.Module):
         return x[:, 4:] * torch.tanh(ways.get(self.way, lambda: self.layer)()(z)) + x[:, :4]
 
 
-def uneven():
+def uneven(way):
+    """A layer of a cell that keeps its modules that way, a context and a start."""
     x = torch.randn(20, 8, dtype=torch.float64)
     x[:, 4:] = 0.001
     x[:3, 4:] = 0.9
-    return x
+    return mb.DEQ(Keeping(way), rtol=1e-10, max_nfe=200, backward=EXACT), x, torch.zeros_like(x[:, :4])
 
 
 def unrolled(x, w, b):
@@ -86,41 +80,41 @@ def unrolled(x, w, b):
     return z
 
 
+def copies_of(weights):
+    return [weight.detach().clone().requires_grad_() for weight in weights]
+
+
 @pytest.mark.parametrize("way", ["plain", "dict", "closure", "alias", "hook"])
 @pytest.mark.parametrize("swap", ["functional_call", "data"])
 def test_the_adjoint_sees_the_weights_of_the_forward_pass_wherever_a_cell_keeps_its_modules(way, swap):
-    cell, x = Keeping(way), uneven()
-    deq = mb.DEQ(cell, rtol=1e-10, max_nfe=200, backward=EXACT)
-    z0 = torch.zeros(len(x), 4, dtype=x.dtype)
+    deq, x, z0 = uneven(way)
+    layer = deq.cell.layer
     if swap == "functional_call":
-        other = {f"cell.layer.{n}": (1.5 * p.detach()).requires_grad_() for n, p in cell.layer.named_parameters()}
+        other = {f"cell.layer.{n}": (1.5 * p.detach()).requires_grad_() for n, p in layer.named_parameters()}
         z, weights = torch.func.functional_call(deq, other, (x, z0)), list(other.values())
     else:
-        z, weights = deq(x, z0), list(cell.layer.parameters())
-    copies = [weight.detach().clone().requires_grad_() for weight in weights]
+        z, weights = deq(x, z0), list(layer.parameters())
+    copies = copies_of(weights)
     if swap == "data":
-        cell.layer.weight.data = 0.1 * cell.layer.weight.data
+        layer.weight.data = 0.1 * layer.weight.data
     given = torch.autograd.grad(z.pow(3).sum(), weights)
     wanted = torch.autograd.grad(unrolled(x, *copies).pow(3).sum(), copies)
     assert_close(given, wanted, rtol=1e-6, atol=1e-8)
 
 
 def test_twice_through_weights_whose_data_was_swapped_is_refused():
-    cell, x = Keeping("plain"), uneven()
-    z = mb.DEQ(cell, backward=EXACT)(x, torch.zeros(len(x), 4, dtype=x.dtype))
-    cell.layer.weight.data = 0.1 * cell.layer.weight.data
-    with pytest.raises(RuntimeError, match="inplace"):
-        torch.autograd.grad(z.sum(), [cell.layer.weight], create_graph=True)
+    deq, *given = uneven("plain")
+    z, weight = deq(*given), deq.cell.layer.weight
+    weight.data = 0.1 * weight.data
+    refused("inplace", lambda: torch.autograd.grad(z.sum(), [weight], create_graph=True), RuntimeError)
 
 
 @pytest.mark.parametrize("way", ["dict", "alias", "hook"])
 def test_second_derivatives_see_modules_in_dicts_hooks_and_behind_getattr(way):
-    cell, x = Keeping(way), uneven()
-    z = mb.DEQ(cell, rtol=1e-10, max_nfe=200, backward=EXACT)(x, torch.zeros(len(x), 4, dtype=x.dtype))
-    weights = list(cell.layer.parameters())
-    copies = [weight.detach().clone().requires_grad_() for weight in weights]
-    seconds = []
-    for value, towards in ((z, weights), (unrolled(x, *copies), copies)):
+    deq, x, z0 = uneven(way)
+    weights, seconds = list(deq.cell.layer.parameters()), []
+    copies = copies_of(weights)
+    for value, towards in ((deq(x, z0), weights), (unrolled(x, *copies), copies)):
         first = torch.autograd.grad(value.pow(3).sum(), towards, create_graph=True)
         seconds.append(torch.autograd.grad(sum(part.square().sum() for part in first), towards))
     assert_close(*seconds, rtol=1e-5, atol=1e-7)
