@@ -382,6 +382,21 @@ def test_the_tuned_peer_is_the_best_of_its_grid():
     assert scores["tuned torchdeq Broyden"] <= scores["torchdeq Broyden"] + 1e-9
 
 
+def test_their_broyden_needs_what_ours_does_within_one_evaluation():
+    known = tanh(batch=8, dtype=torch.float32)
+    z, trace = TorchDEQSolver("broyden").run(known.f, known.z0, known.x, 1e-4, 40)
+    theirs, reached = trace.evaluations_to(1e-4, 40)
+    assert reached.all()
+    assert (mb.relative_residual(z, known.f(z, known.x)) <= 1e-4).all()
+    ours = mb.solve(known.f, known.z0, known.x, solver=mb.Broyden(memory=40), rtol=1e-4, max_nfe=40)
+    assert np.abs(theirs - ours.trace.evaluations_to(1e-4, 40)[0]).max() <= 1
+
+
+def test_there_are_no_statistics_without_rows():
+    with pytest.raises(ValueError, match="no solves among the rows of part 'race'"):
+        Field([], "race")
+
+
 class Tags(HTMLParser):
     """Start tags with their attributes in order; AssertionError where an end tag closes another element."""
 

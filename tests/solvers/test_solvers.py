@@ -14,9 +14,13 @@ from torch.testing import assert_close
 
 import metabroyden as mb
 from metabroyden.solver import SolverBase
+from metabroyden.solvers.classical import tuned_solvers
 from metabroyden.solvers.tuning import tune
+from metabroyden.zoo.models import MonotoneDense
 from metabroyden.zoo.testbed.cells import blas
 from tests.conftest import linear, tanh
+from tests.helpers import solved
+from tests.zoo.test_monotone import Counted, matrix
 
 Vector = np.ndarray
 Map = Callable[[Vector], Vector]  # z ↦ f(z) − z
@@ -283,49 +287,44 @@ def test_the_inverse_jacobian_that_is_left_is_the_one_of_the_last_step(kind, mem
 # --- Newton
 
 
-@pytest.mark.parametrize("solver", [mb.Newton(), mb.Newton(0.7), mb.Newton(krylov=7)], ids=str)
-def test_newton_takes_the_exact_step_for_n_products(solver):
-    z0, x = inputs(n=7)
-    solution = mb.solve(numbered(wavy), z0, x, solver=solver, rtol=1e-9, max_nfe=34, throw=False)
-    for sample in range(2, 5):
-        z, g = z0[sample], residual_of(wavy, x[sample])
-        spent = []
-        for k in range(4):
-            spent.append(1 + 8 * k)
-            relative = np.linalg.norm(g(z.numpy())) / np.linalg.norm(g(z.numpy()) + z.numpy())
-            np.testing.assert_allclose(solution.trace.residual[k, sample], relative, rtol=1e-7, atol=1e-13)
-            jacobian = torch.autograd.functional.jacobian(lambda z, s=sample: wavy(z[None], x[s, None, :-1])[0], z)
-            z = z + solver.damping * torch.linalg.solve(torch.eye(7) - jacobian, torch.from_numpy(g(z.numpy())))
-            if relative <= 1e-9:
+def newton(f, z: Tensor, x: Tensor, solver: mb.Newton) -> Iterator[tuple[Vector, int]]:
+    """Iterates and the evaluations spent: exact steps of a small state, of a large one those of least linear residual."""
+    spent, g, n = 1, residual_of(f, x), len(z)
+    while True:
+        yield z.numpy(), spent
+        right = g(z.numpy())
+        jacobian = torch.autograd.functional.jacobian(lambda z: f(z[None], x[None, :-1])[0], z)
+        matrix, space, step = np.eye(n) - jacobian.numpy(), [right], None
+        for _ in range(min(solver.krylov, n)):
+            spent += 1
+            basis = np.linalg.qr(np.stack(space, axis=1))[0]
+            step = basis @ np.linalg.lstsq(matrix @ basis, right, rcond=None)[0]
+            if n > solver.krylov and np.linalg.norm(right - matrix @ step) <= solver.forcing * np.linalg.norm(right):
                 break
-        nfe = solution.trace.nfe[:, sample]
-        assert nfe[nfe > 0].tolist()[: len(spent)] == spent
+            space.append(matrix @ basis[:, -1])
+        if n <= solver.krylov:
+            step = np.linalg.solve(matrix, right)
+        z, spent = z + solver.damping * torch.from_numpy(step), spent + 1
 
 
-@pytest.mark.parametrize("krylov", [2, 4])
-@pytest.mark.parametrize("forcing", [1e-6, 0.3])
-def test_newton_of_a_large_state_minimises_the_linear_residual_over_a_krylov_space(krylov, forcing):
-    f, (z0, x) = PROBLEMS["rotation"], inputs()
-    solver = mb.Newton(krylov=krylov, forcing=forcing)
+@pytest.mark.parametrize(
+    ("name", "n", "solver"),
+    [
+        *(("wavy", 7, solver) for solver in (mb.Newton(), mb.Newton(0.7), mb.Newton(krylov=7))),
+        *(("rotation", SIZE, mb.Newton(1.0, krylov, forcing)) for krylov in (2, 4) for forcing in (1e-6, 0.3)),
+    ],
+)
+def test_newton_takes_the_exact_step_or_the_best_of_a_krylov_space_for_as_many_products(name, n, solver):
+    f, (z0, x) = PROBLEMS[name], inputs(n=n)
     solution = mb.solve(numbered(f), z0, x, solver=solver, rtol=1e-9, max_nfe=40, throw=False)
     assert solution.nfe[0] == 1  # no products for a sample that is finished
     for sample in range(2, 5):
-        z, nfe, g = z0[sample], 1, residual_of(f, x[sample])
-        for k in range(4):
-            size = np.linalg.norm(g(z.numpy()))
-            np.testing.assert_allclose(solution.trace.absolute[k, sample], size, rtol=1e-6, atol=1e-12)
-            assert solution.trace.nfe[k, sample] == nfe
-            jacobian = torch.autograd.functional.jacobian(lambda z, s=sample: f(z[None], x[s, None, :-1])[0], z)
-            matrix, right = np.eye(SIZE) - jacobian.numpy(), g(z.numpy())
-            space, step = [right], None
-            for _ in range(krylov):
-                nfe += 1
-                basis = np.linalg.qr(np.stack(space, axis=1))[0]
-                step = basis @ np.linalg.lstsq(matrix @ basis, right, rcond=None)[0]
-                if np.linalg.norm(right - matrix @ step) <= forcing * size:
-                    break
-                space.append(matrix @ basis[:, -1])
-            z, nfe = z + torch.from_numpy(step), nfe + 1
+        g, steps = residual_of(f, x[sample]), zip(range(4), newton(f, z0[sample], x[sample], solver), strict=False)
+        for k, (z, spent) in steps:
+            np.testing.assert_allclose(solution.trace.absolute[k, sample], np.linalg.norm(g(z)), rtol=1e-6, atol=1e-12)
+            assert solution.trace.nfe[k, sample] == spent
+            if solution.trace.residual[k, sample] <= 1e-9:
+                break
 
 
 class OneWay(torch.autograd.Function):
@@ -603,50 +602,21 @@ def test_a_solve_that_ends_early_does_not_hold_the_whole_mixing_matrix():
 # --- splitting, and tuning
 
 
-class Monotone:
-    """f(z, x) = relu(Wz + x), with its parts; I − W is strongly monotone, W not symmetric."""
-
-    def __init__(self, n: int = 6) -> None:
-        a = torch.randn(n, n, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-        self.w = 0.6 * torch.eye(n, dtype=torch.float64) - 0.1 * a @ a.T + 0.4 * (a - a.T)
-        self.used: list[str] = []
-
-    def linear(self, z: Tensor, x: Tensor) -> Tensor:
-        self.used.append("linear")
-        return z @ self.w.T + x
-
-    def prox(self, v: Tensor) -> Tensor:
-        return v.relu()
-
-    def resolvent(self, alpha: float) -> Callable[[Tensor, Tensor], Tensor]:
-        inverse = torch.linalg.inv((1 + alpha) * torch.eye(len(self.w), dtype=torch.float64) - alpha * self.w)
-
-        def apply(v: Tensor, x: Tensor) -> Tensor:
-            self.used.append("resolvent")
-            return (v + alpha * x) @ inverse.T
-
-        return apply
-
-    def __call__(self, z: Tensor, x: Tensor) -> Tensor:
-        self.used.append("f")
-        return (z @ self.w.T + x).relu()
-
-
-def forward_backward(cell: Monotone, z: Tensor, x: Tensor, alpha: float) -> Iterator[Tensor]:
+def forward_backward(w: Tensor, z: Tensor, x: Tensor, alpha: float) -> Iterator[Tensor]:
     yield z
-    z = z + alpha * ((cell.w @ z + x).relu() - z)
+    z = z + alpha * ((w @ z + x).relu() - z)
     while True:
         yield z
-        z = ((1 - alpha) * z + alpha * (cell.w @ z + x)).relu()
+        z = ((1 - alpha) * z + alpha * (w @ z + x)).relu()
 
 
-def peaceman_rachford(cell: Monotone, z: Tensor, x: Tensor, alpha: float) -> Iterator[Tensor]:
-    u = z + alpha * (cell.w @ z + x - z)
+def peaceman_rachford(w: Tensor, z: Tensor, x: Tensor, alpha: float) -> Iterator[Tensor]:
+    u = z + alpha * (w @ z + x - z)
     if z.any():
         yield z
     else:
         u = z
-    left = (1 + alpha) * torch.eye(len(z), dtype=torch.float64) - alpha * cell.w
+    left = (1 + alpha) * torch.eye(len(z), dtype=torch.float64) - alpha * w
     while True:
         reflected = 2 * u.relu() - u
         z = torch.linalg.solve(left, reflected + alpha * x)
@@ -663,19 +633,19 @@ SPLITTING = [
 @pytest.mark.parametrize("start", [0.0, 0.4])
 @pytest.mark.parametrize(("solver", "reference", "part"), SPLITTING, ids=[str(case[0]) for case in SPLITTING])
 def test_splitting_takes_its_steps_for_one_use_of_a_part_each(solver, reference, part, start):
-    cell = Monotone()
-    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    x[1] *= 1e-4
-    z0 = torch.full_like(x, start)
-    solution = mb.solve(cell, z0, x, solver=solver, rtol=1e-4, max_nfe=25, throw=False)
+    cell, x = MonotoneDense(6, 0.4).double().requires_grad_(False), linear(4, 6).x
+    used, w = [], matrix(cell, x)
+    assert (w - w.T).abs().max() > 0.01
+    counted, x[1] = Counted(cell, used), 1e-4 * x[1]
+    solution = solved(counted, torch.full_like(x, start), (torch.arange(4), x), solver=solver, rtol=1e-4, max_nfe=25)
     for sample in range(4):
-        spent = int(solution.nfe[sample])
-        points = [z for z, _ in zip(reference(cell, z0[sample], x[sample], solver.alpha), range(spent), strict=False)]
-        sizes = torch.stack([((cell.w @ z + x[sample]).relu() - z).norm() for z in points])
+        points = reference(w, torch.full_like(x[0], start), x[sample], solver.alpha)
+        spent = range(int(solution.nfe[sample]))
+        sizes = torch.stack([((w @ z + x[sample]).relu() - z).norm() for z, _ in zip(points, spent, strict=False)])
         trace = solution.trace.absolute[:, sample]
         assert_close(trace[~trace.isnan()], sizes, rtol=1e-8, atol=1e-12)
     first = {forward_backward: "f", peaceman_rachford: "linear" if start else part}[reference]
-    assert cell.used == [first] + [part] * (int(solution.nfe.max()) - 1)
+    assert used == [first] + [part] * (int(solution.nfe.max()) - 1)
 
 
 def test_options_are_chosen_by_the_mean_logarithm_of_evaluations_a_failure_being_twice_the_budget():
@@ -702,3 +672,12 @@ def test_picards_damping_is_tuned_to_the_best_constant_step():
     assert abs(best.damping - 2 / (2 - (-3.0) - 0.5)) < 0.06  # Richardson's step for a spectrum in [-3, 0.5]
     assert not mb.solve(f, z0, x, solver=mb.Picard(), max_nfe=200, throw=False).converged.any()
     mb.solve(f, z0, x, solver=best, rtol=1e-6, max_nfe=200)
+
+
+def test_the_best_of_a_grid_is_no_worse_than_the_plain_solver():
+    problem = tanh(batch=16, n=12, gain=1.2)
+    options = {"tolerances": (1e-2, 1e-3), "max_nfe": 30}
+    found = tuned_solvers(problem.f, problem.z0, problem.x, budget=30)
+    for name, plain in (("Picard", mb.Picard()), ("Anderson", mb.Anderson(5)), ("Broyden", mb.Broyden())):
+        scores = dict(tune([plain, found[f"tuned {name}"]], problem.f, problem.z0, problem.x, **options))
+        assert scores[found[f"tuned {name}"]] <= scores[plain]

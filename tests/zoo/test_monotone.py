@@ -70,20 +70,24 @@ def recomputed(cell, solution, x) -> Tensor:
 
 
 class Counted(nn.Module):
-    """A cell whose uses are counted a sample. x carries the samples' numbers in front."""
+    """A cell whose uses are counted a sample and noted by name. x carries the samples' numbers in front."""
 
-    def __init__(self, cell) -> None:
+    def __init__(self, cell, used: list[str] | None = None) -> None:
         super().__init__()
-        self.cell = cell
+        self.cell, self.used = cell, [] if used is None else used
         self.seen: list[Tensor] = []
         self.resolvents = 0
 
-    def forward(self, z, x):
+    def note(self, name: str, x) -> None:
+        self.used.append(name)
         self.seen.append(x[0])
+
+    def forward(self, z, x):
+        self.note("f", x)
         return self.cell(z, x[1])
 
     def linear(self, z, x):
-        self.seen.append(x[0])
+        self.note("linear", x)
         return self.cell.linear(z, x[1])
 
     def prox(self, v):
@@ -92,7 +96,7 @@ class Counted(nn.Module):
     def resolvent(self, alpha):
         self.resolvents += 1
         solve = self.cell.resolvent(alpha)
-        return lambda v, x: self.seen.append(x[0]) or solve(v, x[1])
+        return lambda v, x: self.note("resolvent", x) or solve(v, x[1])
 
 
 @every_structure
