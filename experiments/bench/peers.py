@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,8 +17,6 @@ from torch import Tensor
 
 from metabroyden.solution import Trace, relative, residual_norms
 from metabroyden.state import Packing
-
-Cell = Callable[[Tensor, Any], Tensor]
 
 
 class Enough(Exception):
@@ -64,8 +63,7 @@ class Recorder:
             self._calls.append((z.clone(), value))
         if self.rtol is not None:
             self.last = z
-            residual = relative(*residual_norms(z.reshape(len(z), -1), value.reshape(len(z), -1))[1:])
-            enough = bool((residual <= self.rtol).all()) or self.count == self.max_calls
+            enough = bool((_residual(z, value) <= self.rtol).all()) or self.count == self.max_calls
         self._moments.append((start, end, time.perf_counter()))
         if enough:
             raise Enough
@@ -81,24 +79,17 @@ class Recorder:
         """Seconds spent on recording and on our stopping rule."""
         return sum(on - end for _, end, on in self._moments)
 
-    @property
-    def gaps(self) -> np.ndarray:
-        """(calls − 1,) seconds of the solver's between calls."""
-        starts, _, on = np.array(self._moments).T
-        return starts[1:] - on[:-1]
-
-    def seconds(self, done: float) -> Tensor:
-        """(calls,) when the solver knew the outcome of each call: when it made the next one, or was done."""
-        known = np.array([start for start, _, _ in self._moments[1:]] + [done]) - self.began
-        return torch.from_numpy(known - np.cumsum([on - end for _, end, on in self._moments]))
-
     def trace(self) -> Trace:
-        """What the calls measured."""
-        seconds = self.seconds(time.perf_counter())
-        rows = [relative(*residual_norms(z.reshape(len(z), -1), v.reshape(len(z), -1))[1:]) for z, v in self._calls]
-        residual = torch.stack(rows)
-        nfe = torch.arange(1, len(rows) + 1)[:, None].expand(residual.shape).clone()
+        """What the calls measured, and when the solver knew each outcome: when it made the next call, or now."""
+        known = np.array([start for start, _, _ in self._moments[1:]] + [time.perf_counter()]) - self.began
+        seconds = torch.from_numpy(known - np.cumsum([on - end for _, end, on in self._moments]))
+        residual = torch.stack([_residual(z, value) for z, value in self._calls])
+        nfe = torch.arange(1, len(residual) + 1)[:, None].expand(residual.shape).clone()
         return Trace(residual, nfe, seconds, torch.zeros(nfe.shape, dtype=torch.int8))
+
+
+def _residual(z: Tensor, value: Tensor) -> Tensor:
+    return relative(*residual_norms(z.reshape(len(z), -1), value.reshape(len(z), -1))[1:])
 
 
 @dataclass(frozen=True)
@@ -123,80 +114,65 @@ class TorchDEQSolver:
             )
         return z, recorder
 
-    def run(self, f: Cell, z0: Tensor, x: Any, rtol: float, max_nfe: int) -> tuple[Tensor, Trace]:
-        """(z, trace): every call counts for every sample."""
-        z, recorder = self.solve(lambda flat: f(flat.reshape(z0.shape), x).flatten(1), z0.flatten(1), rtol, max_nfe)
-        return z.reshape(z0.shape), recorder.trace()
-
-    def clock(self, f: Cell, z0: Tensor, x: Any, rtol: float, max_nfe: int) -> Tensor:
-        """(calls,) seconds of a solve that nobody records, as in `Trace.seconds`."""
-        flat = z0.flatten(1)
-        _, recorder = self.solve(lambda z: f(z.reshape(z0.shape), x).flatten(1), flat, rtol, max_nfe, keep=False)
-        return recorder.seconds(time.perf_counter())
-
 
 @dataclass(frozen=True)
-class XitorchSolver:
-    """A solver of xitorch's `equilibrium` ("broyden1", "broyden2", "anderson_acc"): the whole batch is ONE system to it.
-
-    It is stopped by our rule, when the worst sample has met it.
-    """
+class _Stopped:
+    """A solver that is stopped by our rule, when the worst sample has met it."""
 
     name: str
     options: tuple[tuple[str, Any], ...] = ()
+    module: ClassVar[str] = ""
 
     def solve(
         self, f: Callable[[Tensor], Tensor], z0: Tensor, rtol: float, max_nfe: int, *, keep: bool = True
     ) -> tuple[Tensor, Recorder]:
         """(last point, record) on a flat state."""
-        from xitorch.optimize import equilibrium
-
-        never = {"f_tol": 1e-30, "f_rtol": 1e-30, "x_tol": 1e-30, "x_rtol": 1e-30}
+        library = importlib.import_module(self.module)
         recorder = Recorder(f, rtol=rtol, max_calls=max_nfe, keep=keep)
-        # it fails in several ways on what diverges
-        with (
-            torch.no_grad(),
-            warnings.catch_warnings(),
-            contextlib.suppress(Enough, RuntimeError, ValueError, TypeError),
-        ):
+        # they fail in several ways on what diverges
+        with torch.no_grad(), warnings.catch_warnings(), contextlib.suppress(Enough, Exception):
             warnings.simplefilter("ignore")
-            equilibrium(lambda z: recorder(z), z0, method=self.name, maxiter=max_nfe, **never, **dict(self.options))
+            self.go(library, recorder, z0, max_nfe)
         return z0 if recorder.last is None else recorder.last, recorder
 
+    def go(self, library: Any, f: Recorder, z0: Tensor, max_nfe: int) -> None:
+        """Run it, never to stop by itself."""
+        raise NotImplementedError
 
-@dataclass(frozen=True)
-class ScipySolver:
-    """A solver of scipy.optimize, one sample at a time: "broyden1", "anderson", "krylov", or MINPACK's "hybr".
 
-    It is stopped by our rule. The Jacobian's initial scale is one, natural for f(z) − z.
+class XitorchSolver(_Stopped):
+    """A solver of xitorch's `equilibrium` ("broyden1", "broyden2", "anderson_acc"): the whole batch is ONE system to it."""
+
+    module = "xitorch.optimize"
+
+    def go(self, library: Any, f: Recorder, z0: Tensor, max_nfe: int) -> None:
+        """Run it, never to stop by itself."""
+        never = {"f_tol": 1e-30, "f_rtol": 1e-30, "x_tol": 1e-30, "x_rtol": 1e-30}
+        library.equilibrium(lambda z: f(z), z0, method=self.name, maxiter=max_nfe, **never, **dict(self.options))
+
+
+class ScipySolver(_Stopped):
+    """A solver of scipy.optimize, one sample (1, n) at a time: "broyden1", "anderson", "krylov", or MINPACK's "hybr".
+
+    The Jacobian's initial scale is one, natural for f(z) − z.
     """
 
-    name: str
+    module = "scipy.optimize"
 
-    def solve(
-        self, f: Callable[[Tensor], Tensor], z0: Tensor, rtol: float, max_nfe: int, *, keep: bool = True
-    ) -> tuple[Tensor, Recorder]:
-        """(last point, record) on the flat state (1, n) of one sample."""
-        from scipy import optimize
-
-        recorder = Recorder(f, rtol=rtol, max_calls=max_nfe, keep=keep)
+    def go(self, library: Any, f: Recorder, z0: Tensor, max_nfe: int) -> None:
+        """Run it, never to stop by itself."""
 
         def g(flat: np.ndarray) -> np.ndarray:
             z = torch.from_numpy(flat.reshape(1, -1)).to(z0)
-            return (recorder(z) - z)[0].double().numpy()
+            return (f(z) - z)[0].double().numpy()
 
-        start = z0[0].double().numpy()
-        options: dict[str, Any] = {"f_tol": 1e-300, "maxiter": max_nfe}
-        # scipy raises NoConvergence and, on what diverges, several other errors
-        with torch.no_grad(), warnings.catch_warnings(), contextlib.suppress(Enough, Exception):
-            warnings.simplefilter("ignore")
-            if self.name == "hybr":
-                optimize.root(g, start, method="hybr", tol=1e-300, options={"maxfev": max_nfe})
-            elif self.name == "krylov":
-                optimize.newton_krylov(g, start, **options)
-            else:
-                getattr(optimize, self.name)(g, start, alpha=1.0, **options)
-        return z0 if recorder.last is None else recorder.last, recorder
+        start, options = z0[0].double().numpy(), {"f_tol": 1e-300, "maxiter": max_nfe}
+        if self.name == "hybr":
+            library.root(g, start, method="hybr", tol=1e-300, options={"maxfev": max_nfe})
+        elif self.name == "krylov":
+            library.newton_krylov(g, start, **options)
+        else:
+            getattr(library, self.name)(g, start, alpha=1.0, **options)
 
 
 def solve_state(
