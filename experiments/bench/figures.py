@@ -52,11 +52,6 @@ _HATCHES = ("", "///", "...", "xx", "\\\\", "oo", "++", "--")
 _MARKERS = ("o", "s", "^", "D", "v", "p", "h", "*")
 
 
-def label(name: str) -> str:
-    """How a solver is called in a figure."""
-    return LABELS.get(name, name)
-
-
 def colour(name: str, number: int = 0) -> str:
     """A solver's colour; the number-th spare one for a name without."""
     return LOOKS[name][0] if name in LOOKS else _SPARE[number % len(_SPARE)]
@@ -66,7 +61,7 @@ def look(name: str, number: int = 0) -> dict[str, Any]:
     """Colour, line style, width and label of a solver's line."""
     line = LOOKS[name][1] if name in LOOKS else "-"
     width = 2.2 if name == FLAGSHIP else 1.5
-    return {"color": colour(name, number), "linestyle": line, "linewidth": width, "label": label(name)}
+    return {"color": colour(name, number), "linestyle": line, "linewidth": width, "label": LABELS.get(name, name)}
 
 
 def marker(name: str, number: int = 0) -> str:
@@ -138,12 +133,8 @@ def bars(
     which the share solved stands where not all are."""
     width = 0.84 / len(names)
     for number, name in enumerate(names):
-        shown: dict[str, Any] = {
-            "color": colour(name, number),
-            "hatch": _HATCHES[number % len(_HATCHES)],
-            "edgecolor": "white",
-        }
-        words: str | None = label(name)
+        hatch, words = _HATCHES[number % len(_HATCHES)], LABELS.get(name, name)
+        shown: dict[str, Any] = {"color": colour(name, number), "hatch": hatch, "edgecolor": "white"}
         for at, group in enumerate(groups):
             found = height(group, name)
             if found is None:
@@ -151,7 +142,7 @@ def bars(
             tall = found.median if isinstance(found, Outcome) else found
             spot = at + (number - (len(names) - 1) / 2) * width
             place.bar(spot, tall, width, label=words, **shown)
-            words = None
+            words = ""  # once
             if isinstance(found, Outcome) and found.success < 0.995:
                 place.text(spot, tall + 0.5, f"{found.success:.0%}", ha="center", fontsize=5, rotation=90)
     place.set_xticks(range(len(groups)), groups, rotation=35, ha="right", fontsize=7)
@@ -172,7 +163,7 @@ def intervals(
         middle, low, high = np.array([one for _, one in found]).reshape(-1, 3).T
         place.errorbar(
             middle, heights, fmt=marker(name, number), color=colour(name, number), markersize=5,
-            xerr=np.array([middle - low, high - middle]), label=prefix + label(name),
+            xerr=np.array([middle - low, high - middle]), label=prefix + LABELS.get(name, name),
         )  # fmt: skip
     place.set_yticks(range(len(groups)), groups, fontsize=8)
     place.axvline(1, color="black", linewidth=0.8)

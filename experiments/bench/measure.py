@@ -270,23 +270,19 @@ def depth_rows(held: HeldOut, solver: Any, depths: Sequence[int]) -> list[Row]:
 
     A solver's state after k evaluations is the best that it has seen; without a solver it is the k-th of z ← f(z).
     """
-    scores: dict[int, list[Tensor]] = {k: [] for k in depths}
-    residuals: dict[int, list[Tensor]] = {k: [] for k in depths}
+    found: dict[int, list[tuple[Tensor, Tensor]]] = {k: [] for k in depths}
     for z0, x, index in held.chunks():
         for k, z in zip(depths, _states(held.f, z0, x, solver, depths), strict=True):
-            scores[k].append(held.judge(z, index).cpu())
-            residuals[k].append(_residual(held.f, z, x).cpu())
-    last = torch.cat(scores[depths[-1]])
+            found[k].append((held.judge(z, index).cpu(), _residual(held.f, z, x).cpu()))
+    by_depth = {k: [torch.cat(parts) for parts in zip(*found[k], strict=True)] for k in depths}
     rows = []
-    for k in depths:
-        score, residual = torch.cat(scores[k]), torch.cat(residuals[k])
-        over = score - last
+    for k, (score, residual) in by_depth.items():
+        over = score - by_depth[depths[-1]][0]
         quartiles = torch.quantile(residual, torch.tensor([0.25, 0.5, 0.75]), interpolation="nearest")
-        figures = {"score": float(score.mean()), "over_last": float(over.mean())}
-        error = float(over.std() / len(over) ** 0.5)
-        rows.append(
-            {"row": "depth", "evaluations": k, **figures, "over_last_error": error, "residual": quartiles.tolist()}
-        )
+        rows.append({
+            "row": "depth", "evaluations": k, "score": float(score.mean()), "over_last": float(over.mean()),
+            "over_last_error": float(over.std() / len(over) ** 0.5), "residual": quartiles.tolist(),
+        })  # fmt: skip
     return short(rows)
 
 
@@ -297,8 +293,7 @@ def _states(f: Callable[..., State], z0: State, x: Any, solver: Any, depths: Seq
     states, z = [], z0
     for k in range(1, depths[-1] + 1):
         z = f(z, x)
-        if k in depths:
-            states.append(z)
+        states += [z] if k in depths else []
     return states
 
 
@@ -342,15 +337,15 @@ def horizon_rows(
             nfe, hit = ours.trace.evaluations_to(tolerance, 4 * steps)
             # all of them where it never entered the phase
             before = np.where((ours.trace.phase < phase).numpy(), ours.trace.nfe.numpy(), 0).max(axis=0)
-            converged = theirs.converged.cpu().numpy()
-            counts["fallback"] += int(converged.sum())
-            counts["learned"] += int((hit & (nfe <= steps)).sum())
-            counts["lost"] += int((converged & ~(hit & (nfe <= steps))).sum())
-            counts["broken"] += int((converged & ~(hit & (nfe <= steps + before))).sum())
-            counts["triggered"] += int((ours.trace.phase > 0).any(dim=0).sum())
-        rows.append(
-            {"row": "horizon", **stamp(one), "tolerance": tolerance, "steps": steps, "samples": len(held), **counts}
-        )
+            converged, learned = theirs.converged.cpu().numpy(), hit & (nfe <= steps)
+            found = {
+                "fallback": converged, "learned": learned, "lost": converged & ~learned,
+                "broken": converged & ~(hit & (nfe <= steps + before)),
+                "triggered": (ours.trace.phase > 0).any(dim=0).numpy(),
+            }  # fmt: skip
+            counts = {key: count + int(found[key].sum()) for key, count in counts.items()}
+        about = {"tolerance": tolerance, "steps": steps, "samples": len(held)}
+        rows.append({"row": "horizon", **stamp(one), **about, **counts})
     return rows
 
 
@@ -387,6 +382,7 @@ def leak_rows(
             solved = (model.deq(second_half(model, read, length)) for read in (tokens, changed))
             before, after = (bits_of(model.classify(z), targets) for z in solved)
         bits = (after - before)[:, :-last].abs()
-        figures = {"tolerance": tolerance, "mean": float(bits.mean()), "most": float(bits.max())}
-        rows.append({"row": "leak", **stamp, **figures})
+        rows.append(
+            {"row": "leak", **stamp, "tolerance": tolerance, "mean": float(bits.mean()), "most": float(bits.max())}
+        )
     return short(rows)

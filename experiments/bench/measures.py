@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -35,15 +36,14 @@ def measures(folder: Path) -> dict[str, str]:
     lines = dict.fromkeys(ROOMS, 0)
     for path in folder.rglob("*.py"):
         name = path.relative_to(folder).as_posix()
-        room = next((room for room, starts in ROOMS.items() if name.startswith(starts)), None)
-        if room is not None:
+        for room in [room for room, starts in ROOMS.items() if name.startswith(starts)][:1]:
             lines[room] += len(path.read_text().splitlines())
     readme = (folder / "README.md").read_text()
     results = sum(path.stat().st_size for path in (folder / "results").rglob("*") if path.is_file())
-    check = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "C901", "--output-format", "concise"]
-    found = subprocess.run(
-        [*check, "--config", "lint.mccabe.max-complexity=8", "."], cwd=folder, capture_output=True, text=True
+    check = shlex.split(
+        "ruff check --isolated --select C901 --output-format concise --config lint.mccabe.max-complexity=8 ."
     )
+    found = subprocess.run([sys.executable, "-m", *check], cwd=folder, capture_output=True, text=True)
     return {
         **{room: f"{count:,} lines" for room, count in lines.items()},
         "README.md": f"{len(readme.splitlines())} lines, {len(readme.encode()) / 1e3:.0f} KB",

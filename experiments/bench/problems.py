@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -107,7 +107,7 @@ class Family:
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
 
     def __post_init__(self) -> None:
-        trained_model(self.models, self.name)  # says which command trains it
+        assert self.path  # or it says which command trains it
 
     @property
     def path(self) -> Path:
@@ -143,13 +143,6 @@ class Family:
         return replace(held_out(self.model(), self.criterion, split, limit, change), name=self.name)
 
 
-def families(
-    names: Iterable[str], *, split: str = "test", limit: int = 256, models: Path = Path("results/models")
-) -> list[HeldOut]:
-    """The problems of several families."""
-    return [Family(name, models).problems(split, limit) for name in names]
-
-
 @torch.no_grad()
 def held_out(
     model: Any, criterion: Criterion, split: str, limit: int, change: Callable[[Tensor], Tensor] | None = None
@@ -162,15 +155,14 @@ def held_out(
     z0, x = tasks.prepare(raw[chosen] if change is None else change(raw[chosen]))
     f, x = pin(model.cell, x, z0)
 
-    def classes(z: State) -> Tensor:
-        return model.classify(z).argmax(dim=1 if isinstance(criterion, Images) else 2)
-
     if isinstance(criterion, Images):
         labels = getattr(criterion.data, split).labels[chosen].to(device_of(model))
-        return HeldOut(f, z0, x, lambda z, index: (model.classify(z).argmax(dim=1) == labels[index]).float(), classes)
+        predict = lambda z: model.classify(z).argmax(dim=1)  # noqa: E731
+        return HeldOut(f, z0, x, lambda z, index: (predict(z) == labels[index]).float(), predict)
     assert isinstance(criterion, NextToken)
     targets = text_windows(criterion.data, split, criterion.length)[1][chosen].to(device_of(model))
-    return HeldOut(f, z0, x, lambda z, index: bits_of(model.classify(z), targets[index]).mean(dim=1), classes)
+    bits = lambda z, index: bits_of(model.classify(z), targets[index]).mean(dim=1)  # noqa: E731
+    return HeldOut(f, z0, x, bits, lambda z: model.classify(z).argmax(dim=2))
 
 
 def bits_of(logits: Tensor, targets: Tensor) -> Tensor:

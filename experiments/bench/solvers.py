@@ -14,6 +14,7 @@ from torch import nn
 from experiments.bench.figures import FLAGSHIP
 from experiments.bench.peers import TorchDEQSolver, solve_state
 from experiments.bench.problems import HeldOut
+from experiments.bench.runner import digest
 from metabroyden.checkpoint import load_solver
 from metabroyden.learned.learned_start import LearnedStart
 from metabroyden.solvers import Anderson, Broyden, Newton, Picard
@@ -103,10 +104,10 @@ def started(learned: Contestant, known: Iterable[Contestant]) -> list[Contestant
         return []
     return [
         Contestant(
-            f"{one.name} + start", "started", LearnedStart.of(solver, one.solver), f"{one.options} + {learned.options}"
+            f"{name} + start", "started", LearnedStart.of(solver, one.solver), f"{one.options} + {learned.options}"
         )
-        for one in known
-        if one.name in ("tuned Picard", "tuned Anderson", "tuned Broyden")
+        for name, one in ((one.name, one) for one in known)
+        if name in ("tuned Picard", "tuned Anderson", "tuned Broyden")
     ]
 
 
@@ -120,8 +121,7 @@ def learned(folder: Path, family: str, names: Iterable[str] = LEARNED, device: A
     found = []
     for path in (path for name in names for path in solver_files(folder, family, name)):
         name, _, seed = path.parent.name.rpartition("-seed")
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-        found.append(Contestant(name, "learned", load_solver(path).to(device), digest, int(seed)))
+        found.append(Contestant(name, "learned", load_solver(path).to(device), digest(path), int(seed)))
     return found
 
 
@@ -129,8 +129,8 @@ def universal(device: Any = "cpu") -> Contestant:
     """The universal solver that is shipped."""
     solver = load_solver("universal")
     weights = b"".join(value.cpu().numpy().tobytes() for value in solver.state_dict().values())
-    digest = hashlib.sha256(weights).hexdigest()[:8]
-    return Contestant("universal", "learned", solver.to(device), f"shipped, {digest}", 0)
+    made_of = hashlib.sha256(weights).hexdigest()[:8]
+    return Contestant("universal", "learned", solver.to(device), f"shipped, {made_of}", 0)
 
 
 def torchdeq(*names: str) -> list[Contestant]:
@@ -141,18 +141,11 @@ def torchdeq(*names: str) -> list[Contestant]:
 def peers(validation: HeldOut, budget: int) -> list[Contestant]:
     """torchdeq's Broyden and Anderson, as they are and tuned like ours."""
     options = itertools.product((5, 10), (1e-4, 1e-6), (0.25, 0.7, 1.0, 1.5))
+    tried = [tuple(zip(("m", "lam", "tau"), values, strict=True)) for values in options]
+    memories = (5, 10, 15, 20, 30, 40, budget)  # its line search spends calls beyond the budget
     grids = {
-        # its line search spends calls beyond the budget
-        "Broyden": [
-            TorchDEQSolver("broyden", (("LBFGS_thres", memory),)) for memory in (5, 10, 15, 20, 30, 40, budget)
-        ],
-        "Anderson": [
-            TorchDEQSolver("anderson"),
-            *(
-                TorchDEQSolver("anderson", (("m", m), ("lam", ridge), ("tau", damping)))
-                for m, ridge, damping in options
-            ),
-        ],
+        "Broyden": [TorchDEQSolver("broyden", (("LBFGS_thres", memory),)) for memory in memories],
+        "Anderson": [TorchDEQSolver("anderson", option) for option in ((), *tried)],
     }
     found = []
     for name, grid in grids.items():
