@@ -175,7 +175,7 @@ def claims(rows: list[Row], learned: str) -> Table:
     fields = {str(seed): Field(_of(rows, "solve", seed=seed)) for seed in seeds if len(seeds) > 1}
     fields["all"] = Field(_of(rows, "solve"))
     for tolerance, seed in product(TOLERANCES, fields):
-        best = fields[seed].best("digits", tolerance)
+        best = fields[seed].named("digits", "best classical", tolerance)
         ours, *others = (fields[seed].must("digits", name, tolerance) for name in (learned, REFERENCE, best))
         first, second, third = (f"{one.median:g} ({one.success:.1%})" for one in (ours, *others))
         ratios = [f"{ours.median / one.median:.2f}×" for one in others]

@@ -275,7 +275,7 @@ def write(rows: list[Row], described: Row, folder: Path) -> list[report.Section]
 def over_broyden(words: str, field: Field) -> Table:
     """Evaluations of all solvers to `TOLERANCE`, and over those of Broyden's method."""
     names = [name for name in field.solvers() if name != BROYDEN]
-    return against(field, words, names, lambda family: BROYDEN, TOLERANCE, "against")
+    return against(field, words, names, BROYDEN, TOLERANCE, "against")
 
 
 def _grid(fields: list[Field]) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from experiments.bench.measure import Rules, stamp_of
 from experiments.bench.options import Compared, OnDevice, OnFamily, Seeded, Unrolled
 from experiments.bench.problems import Family
 from experiments.bench.runner import Row, Run, at_least_one, known, sha256
-from experiments.bench.statistics import Field, against
+from experiments.bench.statistics import BEST, Field, against
 from experiments.bench.tables import Table, middle
 from experiments.configs.recipes import HELD, POOL, RECIPES, recipe
 from metabroyden import Broyden, load_solver, save_solver
@@ -193,9 +192,7 @@ def write(folder: Path) -> Path:
         "the ratio to the best classical solver. Times, scores and other comparisons: [the race](../race/report.md)."
     )
     learned = field.solvers(None, "learned")
-    tables = [
-        against(field, f"To {at:g}", learned, partial(field.best, tolerance=at), at, "best classical") for at in SHOWN
-    ]
+    tables = [against(field, f"To {at:g}", learned, BEST, at, BEST) for at in SHOWN]
     return report.write(folder, "Meta-trained solvers", [words, *tables, _horizon(field), _training(trained)])
 
 

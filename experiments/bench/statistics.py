@@ -5,7 +5,7 @@ A failure counts as the budget in every median, quantile and mean, and the share
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +32,8 @@ class Interval(NamedTuple):
         return "" if np.isnan(self.value) else f"{self.value:{spec}} ({self.low:{spec}}–{self.high:{spec}})"
 
 
+BEST, FASTEST = "best classical", "fastest classical"
+"""Names that a `Field` takes for the best and the fastest classical solver of a family, see `best` and `fastest`."""
 NOTHING = Interval(*3 * (float("nan"),))
 
 
@@ -135,6 +137,7 @@ class Field:
         self.budget = max(row["budget"] for row in self._solves)
         self._outcomes: dict[tuple[str, str, float], Outcome | None] = {}
         self._draws: dict[tuple[str, str, str, float, bool], np.ndarray] = {}
+        self._names: dict[tuple[str, str, float], str] = {}
 
         self._places: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
@@ -149,11 +152,20 @@ class Field:
         rows = (row for row in self._solves if family in (None, row["family"]))
         return list(dict.fromkeys(row["solver"] for row in rows if not kinds or row.get("kind") in kinds))
 
+    def named(self, family: str, solver: str, tolerance: float) -> str:
+        """The solver that `BEST` or `FASTEST` is; any other name as it is."""
+        rule, key = {BEST: best, FASTEST: fastest}.get(solver), (family, solver, tolerance)
+        if rule is None:
+            return solver
+        if key not in self._names:
+            self._names[key] = rule(self.outcomes(family, tolerance, "classical"))
+        return self._names[key]
+
     def outcome(self, family: str, solver: str, tolerance: float) -> Outcome | None:
         """How a solver did; None where it did not run."""
-        key = family, solver, tolerance
+        key = family, self.named(family, solver, tolerance), tolerance
         if key not in self._outcomes:
-            rows = self.of("solve", family, solver, tolerance=tolerance)
+            rows = self.of("solve", *key[:2], tolerance=tolerance)
             self._outcomes[key] = Outcome.of(rows) if rows else None
         return self._outcomes[key]
 
@@ -167,7 +179,8 @@ class Field:
 
     def samples(self, family: str, solver: str, tolerance: float, key: str) -> np.ndarray:
         """(S, N) values that the solves have under a key, by sample; NaN for None."""
-        rows = sorted(self.of("solve", family, solver, tolerance=tolerance), key=lambda row: row["block"])
+        name = self.named(family, solver, tolerance)
+        rows = sorted(self.of("solve", family, name, tolerance=tolerance), key=lambda row: row["block"])
         return np.array([np.concatenate([row[key] for row in of]) for of in grouped(rows, "seed")], dtype=float)
 
     def must(self, family: str, solver: str, tolerance: float) -> Outcome:
@@ -181,14 +194,6 @@ class Field:
         """Of all solvers of these kinds that ran on a family."""
         return {name: self.must(family, name, tolerance) for name in self.solvers(family, *kinds)}
 
-    def best(self, family: str, tolerance: float) -> str:
-        """The best classical solver."""
-        return best(self.outcomes(family, tolerance, "classical"))
-
-    def fastest(self, family: str, tolerance: float) -> str:
-        """The fastest classical solver."""
-        return fastest(self.outcomes(family, tolerance, "classical"))
-
     def headline(self, tolerance: float) -> list[str]:
         """Families that count towards the means, by the validation problems that classical solvers were tuned on."""
         tuned = chosen(self.rows, "tuned", tolerance=tolerance)
@@ -197,7 +202,7 @@ class Field:
 
     def draws(self, family: str, solver: str, rival: str, tolerance: float, *, time: bool = False) -> np.ndarray:
         """Ratios of one solver over another, see `ratio_draws` and `time_draws`; kept, since they take time."""
-        key = family, solver, rival, tolerance, time
+        key = family, solver, self.named(family, rival, tolerance), tolerance, time
         if key not in self._draws:
             both = self.must(family, solver, tolerance), self.must(family, rival, tolerance)
             self._draws[key] = (time_draws if time else ratio_draws)(*both)
@@ -216,30 +221,16 @@ class Field:
         return NOTHING if theirs is None or theirs.success < 0.5 else self.ratio(family, solver, rival, tolerance)
 
     def mean_ratio(
-        self, families: Sequence[str], solver: str, rival: str | Callable[[str], str], tolerance: float, *,
-        time: bool = False,
-    ) -> Interval:  # fmt: skip
-        """Geometric mean of the families' ratios in each resample; families are not drawn.
-
-        Args:
-            families: those on which either did not run are left out.
-            solver: its name.
-            rival: a name, or a map from a family to one.
-            tolerance: of the solves.
-            time: ratios of times instead of evaluations.
-        """
-        found = []
-        for family in families:
-            name = rival(family) if callable(rival) else rival
-            if all(self.outcome(family, one, tolerance) is not None for one in (solver, name)):
-                found.append(np.log(self.draws(family, solver, name, tolerance, time=time)))
+        self, families: Iterable[str], solver: str, rival: str, tolerance: float, *, time: bool = False
+    ) -> Interval:
+        """Geometric mean of the ratios in each resample, of families on which both ran; families are not drawn."""
+        both = [family for family in families if self.ratio(family, solver, rival, tolerance, time=time).value > 0]
+        found = [np.log(self.draws(family, solver, rival, tolerance, time=time)) for family in both]
         return interval(np.exp(np.mean(found, axis=0))) if found else NOTHING
 
 
-def against(
-    field: Field, words: str, names: Sequence[str], rival: Callable[[str], str], tolerance: float, head: str
-) -> Table:
-    """Median evaluations (share solved) by family and solver, and their ratio to the family's rival's, see `Field.over`.
+def against(field: Field, words: str, names: Sequence[str], rival: str, tolerance: float, head: str) -> Table:
+    """Median evaluations (share solved) by family and solver, and their ratio to the rival's, see `Field.over`.
 
     The rival stands last, under `head`; the geometric means of the ratios stand below. Families on which no classical solver
     ran are left out.
@@ -247,21 +238,17 @@ def against(
     families = [family for family in field.families if field.solvers(family, "classical")]
 
     def cell(name: str, family: str) -> str:
-        found, ratio = field.outcome(family, name, tolerance), field.over(family, name, rival(family), tolerance)
-        return "" if found is None else ", ".join(filter(None, (str(found), f"{ratio}")))
+        found = field.shown(family, name, tolerance)
+        return found and ", ".join(filter(None, (found, f"{field.over(family, name, rival, tolerance)}")))
 
     def mean(name: str) -> str:
-        there = [family for family in families if field.over(family, name, rival(family), tolerance).value > 0]
+        there = [family for family in families if field.over(family, name, rival, tolerance).value > 0]
         return f"{field.mean_ratio(there, name, rival, tolerance)}"
 
-    body = [
-        [
-            family,
-            *(cell(name, family) for name in names),
-            f"{field.must(family, rival(family), tolerance)} {rival(family)}",
-        ]
-        for family in families
-    ]
+    def theirs(family: str) -> str:
+        return f"{field.must(family, rival, tolerance)} {field.named(family, rival, tolerance)}"
+
+    body = [[family, *(cell(name, family) for name in names), theirs(family)] for family in families]
     return Table(words, ["family", *names, head], [*body, ["geometric mean", *map(mean, names), ""]])
 
 

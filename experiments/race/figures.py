@@ -12,10 +12,9 @@ import numpy as np
 from experiments.bench import figures as plots
 from experiments.bench.figures import FLAGSHIP, line, panels
 from experiments.bench.runner import Row
-from experiments.bench.statistics import Field, profile
+from experiments.bench.statistics import BEST, FASTEST, Field, profile
 from experiments.bench.tables import middle
 
-BEST = "best classical"
 _PROFILED = (FLAGSHIP, BEST, "universal", "tuned Anderson", "tuned Picard", "Broyden", "torchdeq Broyden",
              "tuned torchdeq Anderson")  # fmt: skip
 _OTHER = {"digits": "fashion", "fashion": "digits", "shakespeare": "words", "words": "shakespeare"}
@@ -40,11 +39,9 @@ def write_all(parts: Mapping[str, Field], far: Sequence[Row], folder: Path) -> l
 
 def _drawn(field: Field, family: str) -> dict[str, str]:
     """The flagship and what it is held against on a family: solvers, and what they are drawn as."""
-    names = dict.fromkeys(
-        (FLAGSHIP, "grouped", "hyper-anderson", field.best(family, 1e-3), "Broyden", "torchdeq Broyden")
-    )
-    there = [name for name in names if name in field.solvers(family)]
-    return {name: BEST if name == field.best(family, 1e-3) else name for name in there}
+    best = field.named(family, BEST, 1e-3)
+    names = dict.fromkeys((FLAGSHIP, "grouped", "hyper-anderson", best, "Broyden", "torchdeq Broyden"))
+    return {name: BEST if name == best else name for name in names if name in field.solvers(family)}
 
 
 def _first(rows: Sequence[Row]) -> list[Row]:
@@ -62,7 +59,7 @@ def _residuals(field: Field, by: str) -> Any:
                 line(place, drawn, [1e3 * at for at in curve["seconds"]], curve["by_time"])
             else:
                 line(place, drawn, curve["evaluations"], curve["median"], (curve["low"], curve["high"]))
-        place.set_title(f"{family} ({field.best(family, 1e-3)})", fontsize=8)
+        place.set_title(f"{family} ({field.named(family, BEST, 1e-3)})", fontsize=8)
         place.set(xlim=(0, field.budget if by == "evaluations" else None), ylim=(1e-5, 3), yscale="log")
 
     return panels(field.families, draw, _AXIS[by], _RESIDUAL)
@@ -71,16 +68,15 @@ def _residuals(field: Field, by: str) -> Any:
 def _reduction(field: Field, at: float) -> Any:
     """MetaBroyden's evaluations over those of three rivals, with intervals, by family."""
 
-    def value(family: str, rival: str) -> Any:
-        found = field.ratio(family, FLAGSHIP, field.best(family, at) if rival == BEST else rival, at)
-        return None if np.isnan(found.value) else found
-
-    families = sorted(field.ran(FLAGSHIP), key=lambda family: value(family, BEST).value)
+    families = sorted(field.ran(FLAGSHIP), key=lambda family: field.ratio(family, FLAGSHIP, BEST, at).value)
     marked = {f"{name} *" if name in field.headline(at) else name: name for name in families}
     words = f"evaluations of MetaBroyden over those of the rival, to {at:g}"
     figure, place = plots.axes(6.8, 1.2 + 0.34 * max(4, len(families)), xlabel=words, xlim=(0, 1.3))
     rivals = (BEST, "Broyden", "torchdeq Broyden")
-    plots.intervals(place, list(marked), rivals, lambda name, rival: value(marked[name], rival), "over ")
+
+    plots.intervals(
+        place, list(marked), rivals, lambda name, rival: field.ratio(marked[name], FLAGSHIP, rival, at), "over "
+    )
     place.set_title("* the best classical solver needs 12 or more", fontsize=8)
     place.legend(frameon=False, fontsize=8, loc="lower right")
     return figure
@@ -97,9 +93,8 @@ def _profiles(field: Field) -> Any:
     def draw(place: Any, at: float) -> None:
         shares: dict[str, Any] = {}
         for family in field.families:
-            names = {name: field.best(family, at) if name == BEST else name for name in _PROFILED}
-            found = {drawn: field.outcome(family, name, at) for drawn, name in names.items()}
-            for name, share in profile({k: one for k, one in found.items() if one is not None}, factors).items():
+            found = {name: field.outcome(family, name, at) for name in _PROFILED}
+            for name, share in profile({name: one for name, one in found.items() if one}, factors).items():
                 shares[name] = shares.get(name, 0) + share / len(field.families)
         plots.profiles(place, factors, shares)
 
@@ -114,10 +109,8 @@ def _metric(field: Field, by: str) -> Any:
         for name, drawn in _drawn(field, family).items():
             points = {row["evaluations"]: row["score"] for row in _first(field.of("depth", family, name))}
             if by == "time":
-                spent = {
-                    row["evaluations"]: 1e3 * middle(row["seconds"]) for row in _first(field.of("pace", family, name))
-                }
-                points = {spent[k]: score for k, score in points.items() if k in spent}
+                paces = {row["evaluations"]: row["seconds"] for row in _first(field.of("pace", family, name))}
+                points = {1e3 * middle(paces[k]): score for k, score in points.items() if k in paces}
             line(place, drawn, list(points), list(points.values()), marked=True)
         goal, higher = float(np.mean(star["score"])), star["higher_is_better"]
         place.axhline(goal, color="black", linewidth=0.8)
@@ -133,19 +126,15 @@ def _break_even(field: Field) -> Any:
     found: dict[str, float] = {}
     for family in field.ran(FLAGSHIP):
         trained = middle(row["cpu_seconds"] for row in field.of("training", family, FLAGSHIP))
-        ours, theirs = (field.must(family, name, 1e-3) for name in (FLAGSHIP, field.fastest(family, 1e-3)))
+        ours, theirs = (field.must(family, name, 1e-3) for name in (FLAGSHIP, FASTEST))
         samples = ours.evaluations.shape[1] / ours.seconds.shape[1]
         saved = float(np.median(theirs.seconds) - np.median(ours.seconds)) / samples
         found[family] = trained / saved if saved > 0 else np.inf
     paying = sorted((name for name in found if np.isfinite(found[name])), key=lambda name: -found[name])
     words = "samples solved to 1e-3 until training has paid, on one thread"
     figure, place = plots.axes(6.8, 1.2 + 0.3 * max(4, len(found)), xlabel=words, xscale="log")
-    place.bar_label(
-        place.barh(paying, [found[name] for name in paying], color=plots.colour(FLAGSHIP)),
-        fmt="{:,.0f}",
-        fontsize=7,
-        padding=3,
-    )
+    drawn = place.barh(paying, [found[name] for name in paying], color=plots.colour(FLAGSHIP))
+    place.bar_label(drawn, fmt="{:,.0f}", fontsize=7, padding=3)
     never = ", ".join(name for name in found if name not in paying)
     place.set_title(f"never, since no time is saved: {never}" if never else "on all families", fontsize=6, wrap=True)
     return figure
@@ -159,14 +148,12 @@ def transferred(parts: Mapping[str, Field], at: float) -> dict[str, dict[str, fl
     field, outside, found = parts["families"], parts.get("outside"), dict[str, dict[str, float]]()
     for family in field.ran(FLAGSHIP):
         cell, _, data = family.rpartition("-")
-        changed = (
-            [] if outside is None else [(outside, name) for name in outside.families if name.startswith(f"{family}, ")]
-        )
+        changed = [(outside, name) for name in outside.families if name.startswith(f"{family}, ")] if outside else []
         for part, problem in [(field, family), *changed]:
             ours = {"own": part.outcome(problem, FLAGSHIP, at), "universal": part.outcome(problem, "universal", at)}
             twin = f"{FLAGSHIP} of {cell}-{_OTHER.get(data)}"
             ours["of the twin on other data"] = parts["transfer"].outcome(problem, twin, at)
-            theirs = part.must(problem, field.best(family, at), at).median
+            theirs = part.must(problem, field.named(family, BEST, at), at).median
             found[problem] = {name: np.nan if one is None else one.median / theirs for name, one in ours.items()}
     return found
 

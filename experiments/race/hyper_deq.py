@@ -12,8 +12,10 @@ import importlib.metadata
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,6 @@ from metabroyden import checkpoint
 from metabroyden.nn.pin import pin
 from metabroyden.solve import solve
 from metabroyden.solvers import Broyden
-from metabroyden.state import Packing, gather
 
 FAMILIES = ("dense-digits", "dense-fashion")
 """Whose state is one vector, which is what it is made for, and whose context is one tensor."""
@@ -87,13 +88,8 @@ def _flat(x: Any) -> Tensor:
     return getattr(x, "context", x).flatten(1)
 
 
-class Look(NamedTuple):
-    """A look at validation in a training: the score there, outer steps, the rate, the weights."""
-
-    score: float
-    steps: int
-    rate: float
-    weights: dict[str, Tensor]
+Look = tuple[float, int, float, dict[str, Tensor]]
+"""A look at validation in a training: the score there, outer steps, the rate, the weights."""
 
 
 def looks(family: Family, validation: HeldOut, budget: int) -> Iterator[Look]:
@@ -104,30 +100,32 @@ def looks(family: Family, validation: HeldOut, budget: int) -> Iterator[Look]:
     for z0, x in (tasks.draw(POOL, generator), tasks.prepare(plain)):
         f, x = pin(tasks.f, x, z0)
         held = HeldOut(f, z0, x, validation.judge)
-        options: dict[str, Any] = {"rtol": 1e-4, "max_nfe": 120, "throw": False}
-        found = [solve(f, start, context, solver=Broyden(120), **options) for start, context, _ in held.chunks(128)]
+        found = [
+            solve(held.f, *problems, solver=Broyden(120), rtol=1e-4, max_nfe=120, throw=False)
+            for *problems, _ in held.chunks(128)
+        ]
         # what was not found to 1e-4 teaches nothing
         solved = torch.cat([one.converged for one in found]).nonzero()[:, 0]
-        target, x = torch.cat([packed(one.z) for one in found])[solved], gather(x, solved)
+        star = torch.cat([packed(one.z) for one in found])[solved]
+        z0, x = held.take(solved)
         for rate in RATES:
-            yield from _training(rate, f, Packing.of(z0), x, target, validation, budget)
+            yield from _training(rate, replace(held, z0=z0, x=x, star=star), validation, budget)
 
 
-def _training(
-    rate: float, f: Any, packing: Packing, x: Any, target: Tensor, validation: HeldOut, budget: int
-) -> Iterator[Look]:
+def _training(rate: float, held: HeldOut, validation: HeldOut, budget: int) -> Iterator[Look]:
     from silva_networks.solver_learning import silva_hyper_deq_loss
 
-    model = network(target.shape[1], _flat(x).shape[1]).to(target)
+    assert held.star is not None
+    model = network(held.star.shape[1], _flat(held.x).shape[1]).to(held.star)
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     generator, began = torch.Generator().manual_seed(0), time.process_time()
     step, looked = 0, 0
     while looked < LOOKS:
-        index = torch.randint(len(target), (BATCH,), generator=generator).to(target.device)
-        context = gather(x, index)
-        model.transition.f = lambda z: packing.pack(f(packing.unpack(z), context))  # noqa: B023 (called at once)
+        index = torch.randint(len(held), (BATCH,), generator=generator).to(held.device)
+        _, x = held.take(index)
+        model.transition.f = lambda z: packed(held.f(held.states(z), x))  # noqa: B023 (called at once)
         optimizer.zero_grad()
-        silva_hyper_deq_loss(model(_flat(context)), target[index], task_weight=0.0).total.backward()
+        silva_hyper_deq_loss(model(_flat(x)), held.star[index], task_weight=0.0).total.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step += 1
@@ -136,15 +134,14 @@ def _training(
         if share * LOOKS >= looked + 1:
             looked += 1
             weights = {name: value.clone() for name, value in model.state_dict().items()}
-            yield Look(solvers.peer_score(HyperDEQ(model), validation, budget), step, rate, weights)
+            yield solvers.peer_score(HyperDEQ(model), validation, budget), step, rate, weights
 
 
 def unit(setting: Setting, name: str) -> Unit:
     """HyperDEQ and MetaBroyden on one family, in turns."""
     if not available("silva_networks"):
         raise ImportError(f"HyperDEQ comes with {PACKAGE}: pip install {PACKAGE}==1.2.2, or leave it out by --no-cells")
-    version = importlib.metadata.version(PACKAGE)
-    also = repr((version, "augmented and plain", RATES, STEPS, SECONDS, LOOKS, UNROLL, BATCH, POOL))
+    also = repr((importlib.metadata.version(PACKAGE), RATES, STEPS, SECONDS, LOOKS, UNROLL, BATCH, POOL))
 
     def rows(work: Path) -> list[Row]:
         """Both, Broyden's method and torchdeq's Anderson beside them."""
@@ -165,9 +162,9 @@ def _trained(path: Path, family: Family, budget: int) -> tuple[HyperDEQ, Row]:
     validation = family.problems("validation", 64)
     if not path.exists():
         began = time.process_time()
-        best = min(looks(family, validation, budget), key=lambda look: look.score)
-        taken = {"cpu_seconds": round(time.process_time() - began, 1), "steps": best.steps}
-        checkpoint.write(path, "race/hyper-deq", best.weights, {"rate": best.rate, **taken})
+        _, steps, rate, weights = min(looks(family, validation, budget), key=itemgetter(0))
+        header = {"rate": rate, "cpu_seconds": round(time.process_time() - began, 1), "steps": steps}
+        checkpoint.write(path, "race/hyper-deq", weights, header)
     tensors, kept = checkpoint.read(path, "race")
     model = network(packed(validation.z0).shape[1], _flat(validation.x).shape[1])
     model.load_state_dict(tensors)

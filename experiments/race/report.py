@@ -14,7 +14,7 @@ import numpy as np
 from experiments.bench import report
 from experiments.bench.figures import FLAGSHIP
 from experiments.bench.runner import Row
-from experiments.bench.statistics import HEADLINE, Field, Outcome, alone, geometric, paired, ratio
+from experiments.bench.statistics import BEST, FASTEST, HEADLINE, Field, Outcome, alone, geometric, paired, ratio
 from experiments.bench.tables import Table, chosen, grouped, listed, markdown, middle, number, pivot
 from experiments.race import figures
 from experiments.race.schema import PARTS, read
@@ -58,46 +58,49 @@ def write(folder: Path) -> Path:
     return report.write(folder, "The race", [report.made_by(described, "torchdeq"), more, *drawn, *tables])
 
 
-def _over(field: Field, rival: Any, at: float, **options: Any) -> Callable[[str], str]:
-    """A column: MetaBroyden's evaluations, or its time, over those of a rival, a name or family ↦ name."""
-    named = rival if callable(rival) else lambda family: rival
-    return lambda family: f"{field.ratio(family, FLAGSHIP, named(family), at, **options)}"
-
-
 def main_table(field: Field, at: float) -> Table:
     """MetaBroyden against the best and fastest classical solver, Broyden's method and torchdeq's, by family."""
-    headline, peer, shown = field.headline(at), TORCHDEQ[0], partial(field.shown, tolerance=at)
-    best, fastest = (partial(rule, tolerance=at) for rule in (field.best, field.fastest))
+
+    def spent(solver: str) -> Callable[[str], str]:
+        return lambda family: field.shown(family, solver, at)
+
+    headline, peer, over = field.headline(at), TORCHDEQ[0], partial(_over, field, at)
     words = f"To {at:g}, by family (bold: the best classical solver needs {HEADLINE} or more on validation)"
     return listed(words, field.ran(FLAGSHIP), [
         ("family", lambda family: f"**{family}**" if family in headline else family),
-        ("MetaBroyden", partial(shown, solver=FLAGSHIP)),
-        ("best classical", lambda family: f"{shown(family, best(family))} {best(family)}"),
-        ("ratio", _over(field, best, at)),
-        ("Broyden", partial(shown, solver="Broyden")),
-        ("ratio", _over(field, "Broyden", at)),
-        ("fastest classical", fastest),
-        ("time", _over(field, fastest, at, time=True)),
-        (peer, partial(shown, solver=peer)),
-        ("ratio", _over(field, peer, at)),
-        ("time", _over(field, peer, at, time=True)),
+        ("MetaBroyden", spent(FLAGSHIP)),
+        (BEST, lambda family: f"{field.shown(family, BEST, at)} {field.named(family, BEST, at)}"),
+        ("ratio", over(BEST)),
+        ("Broyden", spent("Broyden")),
+        ("ratio", over("Broyden")),
+        (FASTEST, lambda family: field.named(family, FASTEST, at)),
+        ("time", over(FASTEST, time=True)),
+        (peer, spent(peer)),
+        ("ratio", over(peer)),
+        ("time", over(peer, time=True)),
     ])  # fmt: skip
+
+
+def _over(field: Field, at: float, rival: str, **options: Any) -> Callable[[str], str]:
+    """A column: MetaBroyden's evaluations, or its time, over those of a rival."""
+    return lambda family: f"{field.ratio(family, FLAGSHIP, rival, at, **options)}"
 
 
 def means_table(field: Field) -> Table:
     """Geometric means of the ratios over headline families and over all."""
-    names, body = ("Broyden", *TORCHDEQ, "hyper-anderson", "grouped", "universal"), []
-    for at in SHOWN:
-        best, fastest = (partial(rule, tolerance=at) for rule in (field.best, field.fastest))
-        rivals: list[tuple[str, Any, Any]] = [("the best, the fastest classical", best, fastest)]
-        for words, fewest, quickest in [*rivals, *((name, name, name) for name in names)]:
-            row = [words, f"{at:g}"]
-            for among in (field.headline(at), field.families):
-                ran = [family for family in field.ran(FLAGSHIP) if family in among]
-                ran = [family for family in ran if callable(fewest) or fewest in field.solvers(family)]
-                mean = partial(field.mean_ratio, ran, FLAGSHIP, tolerance=at)
-                row += [str(len(ran)), f"{mean(fewest)}", f"{mean(quickest, time=True)}"]
-            body.append(row)
+    names = ("Broyden", *TORCHDEQ, "hyper-anderson", "grouped", "universal")
+    rivals = {"the best, the fastest classical": (BEST, FASTEST), **{name: (name, name) for name in names}}
+
+    def cells(families: list[str], at: float, fewest: str, quickest: str) -> list[str]:
+        ran = [family for family in families if field.ratio(family, FLAGSHIP, fewest, at).value > 0]
+        mean = partial(field.mean_ratio, ran, FLAGSHIP, tolerance=at)
+        return [str(len(ran)), f"{mean(fewest)}", f"{mean(quickest, time=True)}"]
+
+    body = [
+        [words, f"{at:g}", *cells(field.headline(at), at, *over), *cells(field.families, at, *over)]
+        for at in SHOWN
+        for words, over in rivals.items()
+    ]
     figures = ["evaluations", "time"]
     head = ["MetaBroyden over", "tolerance", "headline families", *figures, "all families", *figures]
     return Table("Geometric means over families", head, body)
@@ -110,20 +113,22 @@ def every_solver(field: Field, at: float, words: str, corner: str) -> Table:
 
 
 def _over_table(field: Field, rival: str) -> Table:
-    columns = [("evaluations", {}), ("time", {"time": True})]
-    cells = [(f"{head}, {at:g}", _over(field, rival, at, **more)) for at in SHOWN for head, more in columns]
-    return listed(f"MetaBroyden over {rival}", field.families, [("family", str), *cells])
+    columns: list[Any] = [("family", str)]
+    for at in SHOWN:
+        columns.append((f"evaluations, {at:g}", _over(field, at, rival)))
+        columns.append((f"time, {at:g}", _over(field, at, rival, time=True)))
+    return listed(f"MetaBroyden over {rival}", field.families, columns)
 
 
 def _details(field: Field, at: float) -> Table:
-    def rivals(family: str) -> tuple[str, str]:
-        return FLAGSHIP, field.best(family, at)
+    def both(cell: Callable[[str, str], float], spec: str) -> Callable[[str], str]:
+        return lambda family: " / ".join(f"{cell(family, solver):{spec}}" for solver in (FLAGSHIP, BEST))
 
-    def both(cell: Callable[..., float], spec: str, **options: Any) -> Callable[[str], str]:
-        return lambda family: " / ".join(f"{cell(field, family, one, at, **options):{spec}}" for one in rivals(family))
+    def within(budget: int) -> Callable[[str], str]:
+        return both(lambda family, solver: field.must(family, solver, at).within(budget), ".0%")
 
     def outcomes(family: str) -> list[Outcome]:
-        return [field.must(family, name, at) for name in rivals(family)]
+        return [field.must(family, solver, at) for solver in (FLAGSHIP, BEST)]
 
     def success(family: str) -> str:
         every, ours = field.outcomes(family, at, "classical"), field.must(family, FLAGSHIP, at).success
@@ -132,7 +137,7 @@ def _details(field: Field, at: float) -> Table:
         return f"{mark}{ours:.1%}{mark} / {every[top].success:.1%} {top}"
 
     def farther(family: str) -> str:
-        ours, theirs = (apart(field, family, name, at) for name in rivals(family))
+        ours, theirs = (apart(field, family, solver, at) for solver in (FLAGSHIP, BEST))
         return f"{_mean(np.where(np.isfinite(ours + theirs), ours > 3 * theirs, np.nan)):.1%}"
 
     star = {row["family"]: row for row in chosen(field.rows, "star")}
@@ -146,27 +151,17 @@ def _details(field: Field, at: float) -> Table:
     return listed(words, field.ran(FLAGSHIP), [
         ("family", str),
         ("solved", success),
-        *((f"in {k}", both(within, ".0%", budget=k)) for k in (10, 20, 40, 60)),
+        *((f"in {budget}", within(budget)) for budget in (10, 20, 40, 60)),
         ("paired", lambda family: f"{paired(*outcomes(family))[0]:.1f}"),
         ("only one", lambda family: "{} : {}".format(*alone(*outcomes(family)))),
         ("known", lambda family: "{known} of {samples}".format_map(star[family])),
-        ("distance", both(lambda *place: _mean(apart(*place), np.median), ".1e")),
+        ("distance", both(lambda family, solver: _mean(apart(field, family, solver, at), np.median), ".1e")),
         ("farther", farther),
-        ("elsewhere", both(elsewhere, ".1%")),
-        ("score", both(share, ".4f", key="score")),
+        ("elsewhere", both(partial(elsewhere, field, at), ".1%")),
+        ("score", both(lambda family, solver: _mean(field.samples(family, solver, at, "score")), ".4f")),
         ("at z*", lambda family: f"{np.mean(star[family]['score']):.4f}"),
-        ("agree", both(share, ".1%", key="agrees")),
+        ("agree", both(lambda family, solver: _mean(field.samples(family, solver, at, "agrees")), ".1%")),
     ])  # fmt: skip
-
-
-def within(field: Field, family: str, solver: str, at: float, budget: int) -> float:
-    """Share solved in so many evaluations."""
-    return field.must(family, solver, at).within(budget)
-
-
-def share(field: Field, family: str, solver: str, at: float, key: str) -> float:
-    """Mean of the numbers that solves have under a key."""
-    return _mean(field.samples(family, solver, at, key))
 
 
 def apart(field: Field, family: str, solver: str, at: float) -> np.ndarray:
@@ -175,11 +170,12 @@ def apart(field: Field, family: str, solver: str, at: float) -> np.ndarray:
     return np.where(solved, field.samples(family, solver, at, "distance").mean(axis=0), np.nan)
 
 
-def elsewhere(field: Field, family: str, solver: str, at: float) -> float:
+def elsewhere(field: Field, at: float, family: str, solver: str) -> float:
     """Share of the samples solved that are far from the float64 equilibrium, and stay so when solved to less.
 
     On an ill-conditioned problem the same solver comes nearer with a smaller tolerance, at another equilibrium it does not.
     """
+    solver = field.named(family, solver, at)
     found = field.samples(family, solver, at, "distance")
     known = field.must(family, solver, at).solved & np.isfinite(found)
     for tighter in field.tolerances:
@@ -198,11 +194,13 @@ def _times(field: Field, at: float) -> Table:
     def part(key: str) -> Callable[[list[Row]], str]:
         return lambda rows: number(1e3 * middle(lap[key] for row in rows for lap in row["seconds"]), ".1f")
 
-    places = [(family, name) for family in field.ran(FLAGSHIP) for name in
-              dict.fromkeys((FLAGSHIP, field.best(family, at), field.fastest(family, at), TORCHDEQ[0]))]  # fmt: skip
-    solves = [rows for place in places if (rows := field.of("solve", *place, tolerance=at))]
+    shown = {
+        family: {field.named(family, name, at) for name in (FLAGSHIP, BEST, FASTEST, TORCHDEQ[0])}
+        for family in field.families
+    }
+    rows = [row for row in chosen(field.rows, "solve", tolerance=at) if row["solver"] in shown[row["family"]]]
     words = f"Where the time of a block goes, to {at:g} (medians; f apart from a solver that calls f alone), and peak memory"
-    return listed(words, solves, [
+    return listed(words, grouped(rows, "family", "solver"), [
         *_WHOSE,
         *((head, part(key)) for head, key in {"ms": "total", **{k: k for k in ("f", "solver", "bookkeeping")}}.items()),
         ("peak MB", lambda rows: f"{max((row['peak_bytes'] or 0) for row in rows) / 1e6:.1f}"),

@@ -34,8 +34,10 @@ FAR, FEW, FINEST = 4, 64, 1e-6
 
 
 class Unit(NamedTuple):
-    """A piece of the race: its file of rows, its name with a hash of what it is made from, and what makes its rows in a
-    folder where it may keep what is wanted again after an interruption."""
+    """A piece of the race: its name, the name with a hash of what it is made from, and what makes its rows.
+
+    That is given a folder for what is wanted again after an interruption.
+    """
 
     name: str
     key: str

@@ -57,7 +57,7 @@ def test_medians_count_failures_as_the_budget_and_ratios_are_of_medians():
     assert ours.success == pytest.approx(5 / 6)
     assert ours.within(15) == pytest.approx(4 / 6)
     assert field.ratio("one", "meta-broyden", "Broyden", 1e-2).value == 0.5
-    assert field.best("one", 1e-2) == "Picard", "as few evaluations, and one sample more"
+    assert field.named("one", "best classical", 1e-2) == "Picard", "as few evaluations, and one sample more"
     difference, won, lost = paired(ours, field.must("one", "Broyden", 1e-2))
     assert difference.value == pytest.approx(np.mean([10 - 20, 15 - 30, 40 - 60]))
     assert (won, lost) == (0, 0), "a sample that half of the seeds solve is not solved"
@@ -89,10 +89,7 @@ def test_means_over_families_are_geometric_and_headline_families_come_from_valid
     field = Field(rows)
     assert field.headline(1e-2) == ["one"]
     assert field.mean_ratio(field.families, "meta-broyden", "Broyden", 1e-2).value == pytest.approx(0.5)
-    assert (
-        field.mean_ratio(field.headline(1e-2), "meta-broyden", lambda family: field.best(family, 1e-2), 1e-2).value
-        == 0.25
-    )
+    assert field.mean_ratio(field.headline(1e-2), "meta-broyden", "best classical", 1e-2).value == 0.25
     assert np.isnan(field.mean_ratio([], "meta-broyden", "Broyden", 1e-2).value)
 
 

@@ -87,13 +87,13 @@ def test_solutions_that_differ_from_the_equilibrium_are_counted_among_those_solv
         solve_row("Broyden", (4, 8, 5, 60), "CCCB", distance=[0.05, 0.05, 0.3, 0.9]),
     ]
     field = Field(rows)
-    assert report.elsewhere(field, "one", "meta-broyden", 1e-2) == 1 / 2  # of two whose equilibrium is known
-    assert report.elsewhere(field, "one", "Broyden", 1e-2) == pytest.approx(1 / 3)
+    assert report.elsewhere(field, 1e-2, "one", "meta-broyden") == 1 / 2  # of two whose equilibrium is known
+    assert report.elsewhere(field, 1e-2, "one", "Broyden") == pytest.approx(1 / 3)
     nearer = [{**row, "tolerance": 1e-3, "distance": [0.001, 0.02, None, None]} for row in rows]
     field = Field([*rows, *nearer])
-    assert report.elsewhere(field, "one", "meta-broyden", 1e-2) == 0, "ill-conditioned, no more"
+    assert report.elsewhere(field, 1e-2, "one", "meta-broyden") == 0, "ill-conditioned, no more"
     unknown = Field([solve_row("Broyden", distance=[None, None])])
-    assert np.isnan(report.elsewhere(unknown, "one", "Broyden", 1e-2))
+    assert np.isnan(report.elsewhere(unknown, 1e-2, "one", "Broyden"))
 
 
 def meta_broyden(words=None, **options):
