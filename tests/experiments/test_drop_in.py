@@ -15,7 +15,7 @@ from experiments.drop_in import CallRecord, against
 from metabroyden.integrations.torchdeq import register
 from metabroyden.meta.trainer import MetaTrainer
 from tests.experiments.test_experiments import few_images
-from tests.integrations.test_torchdeq import Cell
+from tests.helpers import ConvTanh
 
 
 def tiny(tmp_path) -> experiment.DropIn:
@@ -78,7 +78,7 @@ def test_drop_in_resumes_after_an_interruption_and_writes_what_it_promises(tmp_p
 
 
 def test_calls_are_counted_from_outside_and_evaluations_by_sample():
-    cell, x = Cell(), torch.randn(7, 3, 4, 4)
+    cell, x = ConvTanh(), torch.randn(7, 3, 4, 4)
     solve = register("test", mb.Broyden())
     with torch.no_grad(), CallRecord(cell) as record:
         _, _, info = solve(lambda z: cell(z, x), torch.zeros_like(x), 40, 1e-3, "rel")

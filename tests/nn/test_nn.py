@@ -16,9 +16,14 @@ from metabroyden.nn import held_masks
 from metabroyden.nn.dropout import stochastic_layers
 from metabroyden.nn.pin import pin
 from metabroyden.zoo.models import ConvCell
+from tests.helpers import DOUBLE, normal, refused
 from tests.test_deq import tight
 
-DOUBLE = torch.float64
+close = torch.testing.assert_close
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=DOUBLE)
 
 
 class Cell(nn.Module):
@@ -54,35 +59,29 @@ def gradcheck(deq, x, before=lambda: None):
 
 
 def test_the_penalty_and_its_gradient_are_unbiased():
-    w = torch.randn(5, 5, dtype=DOUBLE, requires_grad=True)
-    scales = torch.tensor([1.0, 2.0, 3.0], dtype=DOUBLE)
+    w, scales, draws = random(5, 5).requires_grad_(), torch.tensor([1.0, 2.0, 3.0], dtype=DOUBLE), []
     closed = scales.square().mean() * w.square().sum() / 5
-    (slope,) = torch.autograd.grad(closed, w)
-    draws = []
+    wanted = torch.cat([closed.detach()[None], torch.autograd.grad(closed, w)[0].flatten()])
     for seed in range(400):
-        generator = torch.Generator().manual_seed(seed)
-        z = torch.zeros(3, 5, dtype=DOUBLE)
+        generator, z = torch.Generator().manual_seed(seed), torch.zeros(3, 5, dtype=DOUBLE)
         penalty = mb.jacobian_penalty(lambda z, s: s[:, None] * (z @ w), z, scales, generator=generator)
-        (gradient,) = torch.autograd.grad(penalty, w)
-        draws.append(torch.cat([penalty.detach()[None], gradient.flatten()]))
+        draws.append(torch.cat([penalty.detach()[None], torch.autograd.grad(penalty, w)[0].flatten()]))
     draws = torch.stack(draws)
-    wanted = torch.cat([closed.detach()[None], slope.flatten()])
     errors = (draws.mean(0) - wanted).abs() / (draws.std(0) / len(draws) ** 0.5)
     assert errors.max() < 4.5
     assert draws[:, 0].std() > 0.01 * closed  # or the standard error would say nothing
 
 
-def test_more_probes_cost_one_evaluation_and_scatter_less():
-    w = torch.randn(8, 8, dtype=DOUBLE)
+def counting(f):
+    """(f, a list that grows with each of its calls)."""
     calls = []
+    return lambda *z: calls.append(1) or f(*z), calls
 
-    def f(z):
-        calls.append(1)
-        return z @ w
 
-    z = torch.zeros(1, 8, dtype=DOUBLE)
-    few = torch.stack([mb.jacobian_penalty(f, z) for _ in range(100)])
-    many = torch.stack([mb.jacobian_penalty(f, z, probes=16) for _ in range(100)])
+def test_more_probes_cost_one_evaluation_and_scatter_less():
+    w, z = random(8, 8), torch.zeros(1, 8, dtype=DOUBLE)
+    f, calls = counting(lambda z: z @ w)
+    few, many = (torch.stack([mb.jacobian_penalty(f, z, probes=n) for _ in range(100)]) for n in (1, 16))
     assert len(calls) == 200
     assert many.std() < 0.5 * few.std()
 
@@ -91,30 +90,26 @@ def test_more_probes_cost_one_evaluation_and_scatter_less():
 def test_penalty_and_radius_of_simple_maps(batch):
     """Whatever the batch; 0 where f does not depend on z; a sample that is not finite spoils its own radius alone."""
     w, z, x = torch.diag(torch.arange(1.0, 5.0)), torch.zeros(batch, 4), torch.ones(batch, 4)
-    torch.testing.assert_close(mb.jacobian_penalty(lambda z: z @ w, z), torch.tensor(7.5))  # signs squared: no variance
+    close(mb.jacobian_penalty(lambda z: z @ w, z), torch.tensor(7.5))  # signs squared: no variance
     assert mb.jacobian_penalty(lambda z, x: x, z, x) == 0
     assert torch.equal(mb.spectral_radius(lambda z, x: x, z, x), torch.zeros(batch))
     scale = torch.tensor([2.0, float("nan")])
-    found = mb.spectral_radius(lambda z, s: z * s[:, None], torch.zeros(2, 3), scale)
-    torch.testing.assert_close(found, scale, equal_nan=True)
+    close(mb.spectral_radius(lambda z, s: z * s[:, None], torch.zeros(2, 3), scale), scale, equal_nan=True)
 
 
 def test_the_penalty_takes_states_of_several_tensors_and_leaves_z_alone():
     a, b = torch.ones(3, 2, requires_grad=True), torch.zeros(3, 1, 2)
     scale = torch.tensor(3.0, requires_grad=True)
     penalty = mb.jacobian_penalty(lambda z: (z[1][:, 0] * scale, 2 * z[0][:, None]), (a, b))
-    torch.testing.assert_close(penalty, torch.tensor(2 * (9 + 4) / 4))
+    close(penalty, torch.tensor(2 * (9 + 4) / 4))
     penalty.backward()
-    torch.testing.assert_close(scale.grad, torch.tensor(3.0))  # 2·9/4 → 4·s/4
+    close(scale.grad, torch.tensor(3.0))  # 2·9/4 → 4·s/4
     assert a.grad is None
 
 
 def test_the_penalty_lowers_the_spectral_radius():
-    cell = Cell()
-    x = torch.randn(8, 6, dtype=DOUBLE)
-    deq = mb.DEQ(cell)
-    optimizer = torch.optim.Adam(cell.parameters(), lr=1e-2)
-    radii = []
+    cell, x, radii = Cell(), random(8, 6), []
+    deq, optimizer = mb.DEQ(cell), torch.optim.Adam(cell.parameters(), lr=1e-2)
     for _ in range(20):
         deq(x)
         z = deq.last_solution.z
@@ -136,35 +131,32 @@ class Attention(nn.Module):
 
 def test_the_penalty_and_second_derivatives_go_through_attention():
     cell, x = Attention(), torch.randn(3, 5, 4)
-    deq = mb.DEQ(cell, rtol=1e-5, backward=mb.Implicit(rtol=1e-5))
+    deq, weight = mb.DEQ(cell, rtol=1e-5, backward=mb.Implicit(rtol=1e-5)), cell.map.weight
     deq(x)
-    penalty = mb.jacobian_penalty(cell, deq.last_solution.z, x, probes=2)
-    (gradient,) = torch.autograd.grad(penalty, cell.map.weight)
+    (gradient,) = torch.autograd.grad(mb.jacobian_penalty(cell, deq.last_solution.z, x, probes=2), weight)
     assert float(gradient.abs().sum()) > 0
-    found = []
+
+    def second(layer):
+        (first,) = torch.autograd.grad(layer(x).square().sum(), weight, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), weight)[0]
+
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        unrolled = mb.DEQ(cell, backward=mb.Unroll(40))
-        (first,) = torch.autograd.grad(unrolled(x).square().sum(), cell.map.weight, create_graph=True)
-        (wanted,) = torch.autograd.grad(first.square().sum(), cell.map.weight)
-    (first,) = torch.autograd.grad(deq(x).square().sum(), cell.map.weight, create_graph=True)
-    (found,) = torch.autograd.grad(first.square().sum(), cell.map.weight)
-    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+        wanted = second(mb.DEQ(cell, backward=mb.Unroll(40)))
+    close(second(deq), wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
 
 
 @pytest.mark.parametrize("made_within", [False, True])
 def test_penalty_and_radius_are_right_in_inference_mode(made_within):
-    cell, x, z = Cell(), torch.randn(3, 6, dtype=DOUBLE), torch.randn(3, 6, dtype=DOUBLE)
+    cell, x, z = Cell(), random(3, 6), random(3, 6)
 
-    def look() -> tuple[torch.Tensor, torch.Tensor]:
+    def look(z, x) -> tuple[torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(3)
         return mb.spectral_radius(cell, z, x), mb.jacobian_penalty(cell, z, x, generator=generator).detach()
 
-    wanted = look()
+    wanted = look(z, x)
     with torch.inference_mode():
-        if made_within:
-            z, x = z.clone(), x.clone()
-        for ours, true in zip(look(), wanted, strict=True):
-            torch.testing.assert_close(ours, true)
+        for ours, true in zip(look(*((z.clone(), x.clone()) if made_within else (z, x))), wanted, strict=True):
+            close(ours, true)
             assert float(ours.min()) > 0
 
 
@@ -172,23 +164,23 @@ def test_penalty_and_radius_are_right_in_inference_mode(made_within):
 
 
 def matrices(kind: str, batch: int = 4, n: int = 12) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(3)
-    a = torch.randn(batch, n, n, generator=generator, dtype=DOUBLE)
-    if kind == "symmetric":
-        return a + a.mT
-    if kind == "rotation":
-        return 0.9 * torch.linalg.qr(a).Q
-    if kind == "leading pair":  # ±0.95i, beside a smaller real spectrum
-        core = torch.diag_embed(torch.linspace(-0.5, 0.5, n, dtype=DOUBLE)).repeat(batch, 1, 1)
-        core[:, :2, :2] = torch.tensor([[0.0, 0.95], [-0.95, 0.0]])
-        return torch.linalg.solve(a, core @ a)
-    if kind == "low rank":
-        return a[:, :, :2] @ a[:, :2, :] / n
-    if kind == "identity":
-        return torch.eye(n, dtype=DOUBLE).repeat(batch, 1, 1)
-    if kind == "scales":  # every sample another size, one of them zero
-        return a * torch.tensor([0.0, 1e-6, 1.0, 1e6], dtype=DOUBLE)[:, None, None]
-    return a
+    a, core = normal(batch, n, n, seed=3, dtype=DOUBLE), torch.diag_embed(torch.linspace(-0.5, 0.5, n, dtype=DOUBLE))
+    core[:2, :2] = torch.tensor([[0.0, 0.95], [-0.95, 0.0]])
+    return {
+        "nonsymmetric": lambda: a,
+        "symmetric": lambda: a + a.mT,
+        "rotation": lambda: 0.9 * torch.linalg.qr(a).Q,
+        "leading pair": lambda: torch.linalg.solve(a, core @ a),  # ±0.95i, beside a smaller real spectrum
+        "low rank": lambda: a[:, :, :2] @ a[:, :2, :] / n,
+        "identity": lambda: torch.eye(n, dtype=DOUBLE).repeat(batch, 1, 1),
+        # every sample another size, one of them zero
+        "scales": lambda: a * torch.tensor([0.0, 1e-6, 1.0, 1e6], dtype=DOUBLE)[:, None, None],
+    }[kind]()
+
+
+def product(z, a):
+    """az for every sample, whatever the batch."""
+    return (a * z[:, None]).sum(2)
 
 
 KINDS = ["nonsymmetric", "symmetric", "rotation", "leading pair", "low rank", "identity", "scales"]
@@ -200,22 +192,16 @@ def test_the_spectral_radius_is_that_of_eigvals(kind, dtype):
     a = matrices(kind)
     wanted = torch.linalg.eigvals(a).abs().amax(1)
     z = torch.randn(len(a), a.shape[1], dtype=dtype)
-    found = mb.spectral_radius(lambda z, a: torch.einsum("bij,bj->bi", a, z), z, a.to(dtype))
+    found = mb.spectral_radius(product, z, a.to(dtype))
     assert found.dtype == dtype
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-9 if dtype == DOUBLE else 2e-4, atol=1e-12)
+    close(found.double(), wanted, rtol=1e-9 if dtype == DOUBLE else 2e-4, atol=1e-12)
 
 
 def test_a_small_krylov_space_finds_a_leading_complex_pair():
     """Where power iteration turns in circles: 8 products for 60 coordinates."""
-    a = matrices("leading pair", n=60)
-    calls = []
-
-    def f(z, a):
-        calls.append(1)
-        return torch.einsum("bij,bj->bi", a, z)
-
-    found = mb.spectral_radius(f, torch.zeros(4, 60, dtype=DOUBLE), a, iterations=30)
-    torch.testing.assert_close(found, torch.full((4,), 0.95, dtype=DOUBLE), rtol=1e-3, atol=0)
+    f, calls = counting(product)
+    found = mb.spectral_radius(f, torch.zeros(4, 60, dtype=DOUBLE), matrices("leading pair", n=60), iterations=30)
+    close(found, torch.full((4,), 0.95, dtype=DOUBLE), rtol=1e-3, atol=0)
     assert len(calls) == 1
 
 
@@ -229,27 +215,25 @@ def test_the_spectral_radius_takes_tuples_and_does_not_touch_the_random_state():
     a = matrices("nonsymmetric", n=5)
 
     def f(z, a):
-        image = torch.einsum("bij,bj->bi", a, torch.cat([z[0], z[1].flatten(1)], 1))
+        image = product(torch.cat([z[0], z[1].flatten(1)], 1), a)
         return image[:, :3], image[:, 3:, None]
 
     state = torch.get_rng_state()
     with torch.no_grad():
         found = mb.spectral_radius(f, (torch.zeros(4, 3, dtype=DOUBLE), torch.zeros(4, 2, 1, dtype=DOUBLE)), a)
     assert torch.equal(state, torch.get_rng_state())
-    torch.testing.assert_close(found, torch.linalg.eigvals(a).abs().amax(1))
+    close(found, torch.linalg.eigvals(a).abs().amax(1))
 
 
 def test_the_spectral_radius_of_a_sample_does_not_depend_on_the_others():
-    a = matrices("nonsymmetric")
-    f = lambda z, a: (a * z[:, None]).sum(2)  # noqa: E731
-    z = torch.zeros(4, 12, dtype=DOUBLE)
-    whole = mb.spectral_radius(f, z, a, iterations=5)
-    torch.testing.assert_close(mb.spectral_radius(f, z[2:3], a[2:3], iterations=5), whole[2:3])
+    a, z = matrices("nonsymmetric"), torch.zeros(4, 12, dtype=DOUBLE)
+    whole = mb.spectral_radius(product, z, a, iterations=5)
+    close(mb.spectral_radius(product, z[2:3], a[2:3], iterations=5), whole[2:3])
 
 
 @pytest.mark.parametrize("kind", ["spectral", "weight"])
 def test_nothing_is_made_on_the_default_device(kind):
-    cell, x = mb.normalise(Cell(p=0.3), kind), torch.randn(3, 6, dtype=DOUBLE)
+    cell, x = mb.normalise(Cell(p=0.3), kind), random(3, 6)
     deq = mb.DEQ(cell, warn=False)
     with torch.device("meta"):
         deq(x).sum().backward()
@@ -277,7 +261,7 @@ def normalised(name: str, cell: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("name", NORMALISED)
 def test_normalised_weights_are_computed_once_a_call(name):
     deq = mb.DEQ(normalised(name, Cell()).train())
-    x = torch.randn(3, 6, dtype=DOUBLE)
+    x = random(3, 6)
     computed = []
     deq.cell.first.parametrizations.weight[0].register_forward_hook(lambda *_: computed.append(1))
     deq(x).sum().backward()
@@ -291,13 +275,12 @@ def test_normalised_weights_are_computed_once_a_call(name):
 
 
 def test_the_power_iteration_runs_once_a_call_in_training_and_never_in_evaluation():
-    deq = mb.DEQ(mb.normalise(Cell()))
-    x = torch.randn(3, 6, dtype=DOUBLE)
+    deq, x = mb.DEQ(mb.normalise(Cell())), random(3, 6)
     made = deq.cell.first.parametrizations.weight
     lone = copy.deepcopy(made)
     deq(x)
     lone()  # one iteration
-    torch.testing.assert_close(made[0]._u, lone[0]._u, rtol=0, atol=0)
+    close(made[0]._u, lone[0]._u, rtol=0, atol=0)
     before = made[0]._u.clone()
     deq.eval()(x)
     assert torch.equal(made[0]._u, before)
@@ -306,13 +289,13 @@ def test_the_power_iteration_runs_once_a_call_in_training_and_never_in_evaluatio
 @pytest.mark.parametrize("name", NORMALISED)
 def test_gradients_through_normalised_weights_pass_gradcheck(name):
     deq = tight(normalised(name, Cell(4)).eval())
-    assert gradcheck(deq, torch.randn(2, 4, dtype=DOUBLE))
+    assert gradcheck(deq, random(2, 4))
 
 
 @pytest.mark.parametrize("name", NORMALISED)
 def test_gradients_reach_the_parameters_in_training_mode(name):
     deq = mb.DEQ(normalised(name, Cell()))
-    x = torch.randn(3, 6, dtype=DOUBLE)
+    x = random(3, 6)
     for _ in range(2):  # the second time round, buffers have been written to
         (deq(x) + deq(2 * x)).square().sum().backward()  # two calls keep their own weights
     originals = [p for key, p in deq.named_parameters() if "original" in key]
@@ -322,16 +305,12 @@ def test_gradients_reach_the_parameters_in_training_mode(name):
 
 def test_deep_copies_of_a_normalised_layer_keep_their_own_weights():
     """torch's own cache of parametrizations takes one for the other."""
-    cell = Cell()
-    mb.normalise(cell, "weight")
+    cell, x = mb.normalise(Cell(), "weight"), random(3, 6)
     cell.second = copy.deepcopy(cell.first)
+    cell.second.parametrizations.weight.original0.data.mul_(0.1)
+    z = mb.DEQ(cell, rtol=1e-9)(x)
     with torch.no_grad():
-        cell.second.parametrizations.weight.original0.mul_(0.1)
-    x = torch.randn(3, 6, dtype=DOUBLE)
-    deq = mb.DEQ(cell, rtol=1e-9)
-    z = deq(x)
-    with torch.no_grad():
-        torch.testing.assert_close(cell(z, x), z, rtol=1e-7, atol=1e-8)
+        close(cell(z, x), z, rtol=1e-7, atol=1e-8)
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
@@ -339,7 +318,7 @@ def test_deep_copies_of_a_normalised_layer_keep_their_own_weights():
 def test_normalised_cells_solve_where_no_gradient_is_wanted(mode, solver):
     deq = mb.DEQ(mb.normalise(Cell()).eval(), solver=solver, max_nfe=200)
     with mode():
-        deq(torch.randn(3, 6, dtype=DOUBLE))
+        deq(random(3, 6))
     assert deq.last_solution.converged.all()
 
 
@@ -354,7 +333,7 @@ def test_a_nested_layer_uses_the_weights_of_the_call_round_it():
         def forward(self, z, x):
             return 0.5 * self.inner(z + x, z)
 
-    mb.DEQ(Outer())(torch.randn(3, 6, dtype=DOUBLE)).sum().backward()
+    mb.DEQ(Outer())(random(3, 6)).sum().backward()
     assert len({id(weight) for weight in inner.cell.seen}) == 1
     assert inner.cell.first.parametrizations.weight.original.grad is not None
 
@@ -362,40 +341,39 @@ def test_a_nested_layer_uses_the_weights_of_the_call_round_it():
 def test_a_cell_is_left_as_it_was_even_when_it_raises():
     cell = mb.normalise(Cell(p=0.5))
     with pytest.raises(RuntimeError):
-        mb.DEQ(cell)(torch.randn(3, 6, dtype=DOUBLE), torch.zeros(3, 5, dtype=DOUBLE))
+        mb.DEQ(cell)(random(3, 6), torch.zeros(3, 5, dtype=DOUBLE))
     assert cell.drop.mask is None
     assert cell.first.weight is not cell.first.weight
 
 
+def orthogonal(gain: float) -> nn.Linear:
+    layer = nn.Linear(6, 6)
+    nn.init.orthogonal_(layer.weight, gain=gain)
+    return layer
+
+
 def test_spectral_normalisation_makes_weights_of_norm_one_and_max_norm_leaves_small_ones():
-    wide = nn.Linear(6, 6)
-    nn.init.orthogonal_(wide.weight, gain=3)
-    small = nn.Linear(6, 6)
-    nn.init.orthogonal_(small.weight, gain=0.1)
-    kept = small.weight.detach().clone()
     norm = lambda layer: torch.linalg.matrix_norm(layer.weight, 2)  # noqa: E731
+    wide, small = orthogonal(3), orthogonal(0.1)
+    kept = small.weight.detach().clone()
     pair = mb.normalise(nn.Sequential(wide, small), max_norm=0.8).eval()
-    torch.testing.assert_close(norm(pair[0]), torch.tensor(0.8), rtol=1e-3, atol=0)
+    close(norm(pair[0]), torch.tensor(0.8), rtol=1e-3, atol=0)
     assert torch.equal(pair[1].weight, kept)
-    small = nn.Linear(6, 6)
-    nn.init.orthogonal_(small.weight, gain=0.1)
-    torch.testing.assert_close(norm(mb.normalise(small).eval()), torch.tensor(1.0), rtol=1e-3, atol=0)
+    close(norm(mb.normalise(orthogonal(0.1)).eval()), torch.tensor(1.0), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("name", NORMALISED)
 def test_transposed_convolutions_are_normalised_over_their_outputs(name):
     layer = nn.ConvTranspose2d(3, 5, 3)
-    with torch.no_grad():
-        layer.weight.mul_(10)
+    layer.weight.data.mul_(10)
     normalised(name, layer)
     for _ in range(30):
         weight = layer.weight
-    matrix = weight.movedim(1, 0).flatten(1)
     if name == "weight":
         assert layer.parametrizations.weight.original0.shape == (1, 5, 1, 1)
     else:
-        wanted = torch.tensor(1.0 if name == "spectral" else 0.5)
-        torch.testing.assert_close(torch.linalg.matrix_norm(matrix, 2), wanted, rtol=1e-2, atol=0)
+        norm, wanted = torch.linalg.matrix_norm(weight.movedim(1, 0).flatten(1), 2), 1.0 if name == "spectral" else 0.5
+        close(norm, torch.tensor(wanted), rtol=1e-2, atol=0)
 
 
 def test_normalise_skips_what_it_is_told_and_refuses_what_it_does_not_know():
@@ -411,11 +389,9 @@ def test_normalise_skips_what_it_is_told_and_refuses_what_it_does_not_know():
         ({"max_norm": -1.0}, "max_norm must be positive"),
         ({}, "the weight of layer 'conv1' is parametrized already"),
     ):
-        with pytest.raises(ValueError, match=message):
-            mb.normalise(cell, **options)
+        refused(message, lambda: mb.normalise(cell, **options))  # noqa: B023
     assert not parametrize.is_parametrized(cell.conv2)
-    with pytest.raises(ValueError, match="no linear or convolutional layer"):
-        mb.normalise(nn.GroupNorm(1, 2))
+    refused("no linear or convolutional layer", lambda: mb.normalise(nn.GroupNorm(1, 2)))
 
 
 def test_a_normalised_cell_can_be_saved_and_loaded():
@@ -427,10 +403,8 @@ def test_a_normalised_cell_can_be_saved_and_loaded():
 def test_any_parametrization_of_torch_is_held():
     cell = Cell()
     parametrizations.orthogonal(cell.first)
-    with torch.no_grad():
-        cell.second.weight.mul_(0.5)
-    deq = mb.DEQ(cell)
-    deq(torch.randn(3, 6, dtype=DOUBLE)).sum().backward()
+    cell.second.weight.data.mul_(0.5)
+    mb.DEQ(cell)(random(3, 6)).sum().backward()
     assert len({id(weight) for weight in cell.seen}) == 1
 
 
@@ -440,10 +414,9 @@ def test_any_parametrization_of_torch_is_held():
 class Numbered(nn.Module):
     """A cell that notes, under each sample's number, the masks that its two dropout layers apply; x = {signal, number}."""
 
-    def __init__(self, n: int = 8) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.inner = Cell(n, p=0.4)
-        self.outer = mb.VariationalDropout(0.3, (n,))
+        self.inner, self.outer = Cell(8, p=0.4), mb.VariationalDropout(0.3, (8,))
         self.masks: dict[int, set[tuple]] = {}
 
     def initial_state(self, x):
@@ -456,10 +429,9 @@ class Numbered(nn.Module):
         return 0.9 * self.outer(self.inner(z, x["signal"]))
 
 
-def signals(batch: int = 5, n: int = 8) -> dict:
+def signals() -> dict:
     """Contexts of very different size, so that samples leave the solve at different times."""
-    sizes = torch.logspace(-2, 1, batch, dtype=DOUBLE)[:, None]
-    return {"signal": sizes * torch.randn(batch, n, dtype=DOUBLE), "number": torch.arange(batch)}
+    return {"signal": torch.logspace(-2, 1, 5, dtype=DOUBLE)[:, None] * random(5, 8), "number": torch.arange(5)}
 
 
 def test_a_sample_keeps_its_masks_through_the_solve_and_the_gradient():
@@ -475,97 +447,84 @@ def test_a_sample_keeps_its_masks_through_the_solve_and_the_gradient():
 
 
 def test_masks_hold_where_there_is_no_context():
-    class Alone(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.drop = mb.VariationalDropout(0.5, (6,))
-            self.seen = []
-
-        def forward(self, z):
-            self.seen.append(self.drop(torch.ones_like(z)))
-            return torch.cos(self.drop(0.5 * z))
-
-    deq = mb.DEQ(Alone())
-    deq(None, torch.zeros(3, 6))
-    assert len(deq.cell.seen) > 2
-    assert all(torch.equal(mask, deq.cell.seen[0]) for mask in deq.cell.seen)
+    drop, seen = mb.VariationalDropout(0.5, (6,)), []
+    cell = nn.Sequential(drop)
+    cell.forward = lambda z: seen.append(drop(torch.ones_like(z))) or torch.cos(drop(0.5 * z))
+    mb.DEQ(cell)(None, torch.zeros(3, 6))
+    assert len(seen) > 2
+    assert all(torch.equal(mask, seen[0]) for mask in seen)
 
 
 def test_gradients_through_a_mask_pass_gradcheck():
-    deq = tight(Cell(4, p=0.5))
-    x, found = torch.randn(3, 4, dtype=DOUBLE), []
+    deq, x, found = tight(Cell(4, p=0.5)), random(3, 4), []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         found.append(deq(x))
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
-    assert gradcheck(deq, torch.randn(2, 4, dtype=DOUBLE), before=lambda: torch.manual_seed(5))
+    assert gradcheck(deq, random(2, 4), before=lambda: torch.manual_seed(5))
 
 
 def test_evaluation_mode_drops_nothing_and_passes_the_context_as_it_is():
-    cell = Cell(p=0.5).eval()
-    x = torch.randn(3, 6, dtype=DOUBLE)
+    cell, x, z = Cell(p=0.5).eval(), random(3, 6), random(2, 6)
     f, context = pin(cell, x, x)
     assert f is cell
     assert context is x
-    z = torch.randn(2, 6)
     assert cell.drop(z) is z
 
 
 def test_dropout_keeps_the_expectation_and_its_share():
-    layer = mb.VariationalDropout(0.3, (50, 1))
-    x = torch.rand(400, 50, 4)
+    layer, x = mb.VariationalDropout(0.3, (50, 1)), torch.rand(400, 50, 4)
     dropped = layer(x)
     kept = dropped != 0
     assert abs(kept.float().mean() - 0.7) < 0.02
-    torch.testing.assert_close(dropped.mean(), x.mean(), rtol=0.03, atol=0)
+    close(dropped.mean(), x.mean(), rtol=0.03, atol=0)
     assert torch.equal(kept.all(2), kept.any(2))  # the last axis goes together
     assert layer(x.bfloat16()).dtype == torch.bfloat16
 
 
-REFUSED = {  # name: what is done, and the words of the ValueError
-    "probes": (
-        lambda: mb.jacobian_penalty(torch.tanh, torch.zeros(2, 3), probes=0),
-        "probes must be at least 1, got 0",
-    ),
-    "f of a penalty": (lambda: mb.jacobian_penalty(lambda z: z[:, :1], torch.zeros(2, 3)), "what z is shaped like"),
-    "iterations": (
-        lambda: mb.spectral_radius(torch.tanh, torch.zeros(2, 3), iterations=0),
-        "iterations must be at least 1",
-    ),
-    "p below 0": (lambda: mb.VariationalDropout(-0.1, (3,)), r"p must lie in \[0, 1\)"),
-    "p of 1": (lambda: mb.VariationalDropout(1.0, (3,)), r"p must lie in \[0, 1\)"),
-    "no shape": (lambda: mb.VariationalDropout(0.5, ()), "shape must be that of one sample's mask"),
-    "empty shape": (lambda: mb.VariationalDropout(0.5, (0, 1)), "shape must be that of one sample's mask"),
-    "no states": (lambda: mb.fixed_point_correction(torch.sum, []), "at least one state, got none"),
-    "weights": (lambda: mb.fixed_point_correction(torch.sum, [PAIR[0]], weights="cubic"), "weights must be one of"),
-    "gamma": (lambda: mb.fixed_point_correction(torch.sum, [PAIR[0]], gamma=0.0), r"gamma must lie in \(0, 1\]"),
-    "criterion": (lambda: mb.fixed_point_correction(torch.exp, [PAIR[0]]), r"must return a scalar, got shape \(2,\)"),
-    "size": (lambda: mb.EquilibriumCache(0), "size must be at least 1"),
-    "dtype": (lambda: mb.EquilibriumCache(dtype=torch.int8), "dtype must be floating"),
-}
 PAIR = torch.ones(2), torch.ones(2)
+Z = torch.zeros(2, 3)
+MASK = "shape must be that of one sample's mask"
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_bad_settings_are_refused(name):
-    build, words = REFUSED[name]
-    with pytest.raises(ValueError, match=words):
-        build()
+def corrected(criterion=torch.sum, states=PAIR[:1], **options):
+    return mb.fixed_point_correction(criterion, states, **options)
+
+
+REFUSED = [
+    ("probes must be at least 1, got 0", lambda: mb.jacobian_penalty(torch.tanh, Z, probes=0)),
+    ("what z is shaped like", lambda: mb.jacobian_penalty(lambda z: z[:, :1], Z)),
+    ("iterations must be at least 1", lambda: mb.spectral_radius(torch.tanh, Z, iterations=0)),
+    (r"p must lie in \[0, 1\)", lambda: mb.VariationalDropout(-0.1, (3,))),
+    (r"p must lie in \[0, 1\)", lambda: mb.VariationalDropout(1.0, (3,))),
+    (MASK, lambda: mb.VariationalDropout(0.5, ())),
+    (MASK, lambda: mb.VariationalDropout(0.5, (0, 1))),
+    ("at least one state, got none", lambda: corrected(states=[])),
+    ("weights must be one of", lambda: corrected(weights="cubic")),
+    (r"gamma must lie in \(0, 1\]", lambda: corrected(gamma=0.0)),
+    (r"must return a scalar, got shape \(2,\)", lambda: corrected(torch.exp)),
+    ("size must be at least 1", lambda: mb.EquilibriumCache(0)),
+    ("dtype must be floating", lambda: mb.EquilibriumCache(dtype=torch.int8)),
+]
+
+
+@pytest.mark.parametrize(("words", "build"), REFUSED)
+def test_bad_settings_are_refused(words, build):
+    refused(words, build)
 
 
 @pytest.mark.parametrize("shape", [(4,), (3, 1), (4, 2), (1, 4, 1)])
 def test_a_mask_that_torch_would_broadcast_otherwise_is_refused(shape):
-    with pytest.raises(ValueError, match=r"does not fit an input of shape \(4, 4, 1\)"):
-        mb.VariationalDropout(0.5, shape)(torch.ones(4, 4, 1))
+    words = r"does not fit an input of shape \(4, 4, 1\)"
+    refused(words, lambda: mb.VariationalDropout(0.5, shape)(torch.ones(4, 4, 1)))
     layer = mb.VariationalDropout(0.5, (4,))
-    with held_masks(layer, 1), pytest.raises(ValueError, match=r"a mask of shape \(1, 4\) does not fit"):
-        layer(torch.ones(3, 4))
+    with held_masks(layer, 1):
+        refused(r"a mask of shape \(1, 4\) does not fit", lambda: layer(torch.ones(3, 4)))
 
 
 def test_held_masks_are_shared_by_the_solve_and_the_penalty():
-    deq = mb.DEQ(Numbered())
-    x = signals()
+    deq, x = mb.DEQ(Numbered()), signals()
     with held_masks(deq, 5):
         deq(x)
         mb.jacobian_penalty(deq.cell, deq.last_solution.z, x)
@@ -576,9 +535,8 @@ def test_held_masks_are_shared_by_the_solve_and_the_penalty():
 
 
 def test_a_learned_solver_sees_the_callers_context_beside_the_masks():
-    cell = Cell(p=0.5).float()
-    config = GroupedConfig(layout="vector", shape=(6,), conditioning="input")
-    deq = mb.DEQ(cell, solver=mb.GroupedLSTM(config))
+    solver = mb.GroupedLSTM(GroupedConfig(layout="vector", shape=(6,), conditioning="input"))
+    deq = mb.DEQ(Cell(p=0.5).float(), solver=solver)
     deq(torch.randn(3, 6))
     assert deq.last_solution.converged.all()
 
@@ -652,9 +610,9 @@ def test_a_layer_that_couples_samples_or_changes_at_each_call_is_warned_of(name)
 def test_the_correction_weighs_states_as_it_says(options, wanted):
     states = [torch.zeros(2, requires_grad=True) for _ in range(3)]
     loss = mb.fixed_point_correction(lambda z: (z + 1).sum(), states, **options)
-    torch.testing.assert_close(loss, torch.tensor(2 * sum(wanted)))
+    close(loss, torch.tensor(2 * sum(wanted)))
     loss.backward()
-    torch.testing.assert_close(torch.stack([z.grad[0] for z in states]), torch.tensor(wanted))
+    close(torch.stack([z.grad[0] for z in states]), torch.tensor(wanted))
     assert mb.fixed_point_correction(lambda z: (z[0] + z[1]).sum(), (z for z in [PAIR])) == 4
 
 
@@ -662,26 +620,29 @@ def test_the_correction_weighs_states_as_it_says(options, wanted):
 
 
 def test_a_cache_gives_back_rows_where_it_has_them():
-    cache = mb.EquilibriumCache()
-    default = torch.full((3, 2, 2), -1.0)
+    cache, default = mb.EquilibriumCache(), torch.full((3, 2, 2), -1.0)
+
+    def store(**rows: float) -> None:
+        cache.store([int(index[1:]) for index in rows], torch.stack([torch.full((2, 2), v) for v in rows.values()]))
+
+    def started(*indices: int) -> list[float]:
+        return cache.start(torch.tensor(indices), default)[:, 0, 0].tolist()
+
     assert cache.start([0, 1, 2], default) is default
-    cache.store([7, 2], torch.stack([torch.full((2, 2), 7.0), torch.full((2, 2), 2.0)]))
+    store(_7=7.0, _2=2.0)
     assert len(cache) == 2
-    started = cache.start(torch.tensor([2, 900, 7]), default)
-    assert started[:, 0, 0].tolist() == [2.0, -1.0, 7.0]
-    cache.store([0], torch.full((1, 2, 2), 5.0))
-    assert cache.start([900, 0, 1], default)[:, 0, 0].tolist() == [-1.0, 5.0, -1.0]
-    cache.store([2000, 2], torch.zeros(2, 2, 2))  # grows, and replaces
-    assert cache.start([2, 2000, 7], default)[:, 0, 0].tolist() == [0.0, 0.0, 7.0]
+    assert started(2, 900, 7) == [2.0, -1.0, 7.0]
+    store(_0=5.0)
+    assert started(900, 0, 1) == [-1.0, 5.0, -1.0]
+    store(_2000=0.0, _2=0.0)  # grows, and replaces
+    assert started(2, 2000, 7) == [0.0, 0.0, 7.0]
     assert default.eq(-1).all()
 
 
 def test_what_is_stored_is_a_copy_without_a_graph():
-    cache = mb.EquilibriumCache(4)
-    z = torch.ones(2, 3, requires_grad=True) * 2
+    cache, z = mb.EquilibriumCache(4), torch.ones(2, 3, requires_grad=True) * 2
     cache.store([0, 1], z)
-    with torch.no_grad():
-        z.zero_()
+    z.data.zero_()
     started = cache.start([0, 1], torch.zeros(2, 3))
     assert not started.requires_grad
     assert started.eq(2).all()
@@ -695,18 +656,17 @@ def test_a_cache_takes_states_of_several_tensors():
     a, b = cache.start([3, 4], (torch.zeros(2, 2), torch.zeros(2, 2, 2)))
     assert a.sum(1).tolist() == [2, 0]
     assert b.sum((1, 2)).tolist() == [8, 0]
-    with pytest.raises(ValueError, match=r"default has samples of shape \[\(2,\)\], stored are"):
-        cache.start([3], torch.zeros(1, 2))
+    words = r"default has samples of shape \[\(2,\)\], stored are"
+    refused(words, lambda: cache.start([3], torch.zeros(1, 2)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rows_may_be_stored_in_half_precision_and_bad_ones_are_not(dtype):
-    cache = mb.EquilibriumCache(4, dtype=dtype, device="cpu")
-    z = torch.randn(2, 2, dtype=DOUBLE)
+    cache, z = mb.EquilibriumCache(4, dtype=dtype, device="cpu"), random(2, 2)
     cache.store([0, 3], z)
     started = cache.start([0, 3], torch.zeros_like(z))
     assert started.dtype == DOUBLE
-    torch.testing.assert_close(started, z, rtol=1e-2, atol=1e-3)
+    close(started, z, rtol=1e-2, atol=1e-3)
     assert cache.state_dict()["rows"][0].dtype == dtype
     huge = 1e300  # infinite in half precision
     cache.store([0, 0, 1, 2], torch.tensor([[5, 5], [1, torch.nan], [huge, 0], [3, 3]], dtype=DOUBLE))
@@ -717,14 +677,11 @@ def test_rows_may_be_stored_in_half_precision_and_bad_ones_are_not(dtype):
 
 @pytest.mark.parametrize("size", [None, 6])
 def test_a_cache_resumes_from_its_state(size):
-    cache = mb.EquilibriumCache(size)
+    cache, other, file, zeros = mb.EquilibriumCache(size), mb.EquilibriumCache(size), io.BytesIO(), torch.zeros(6, 3)
     cache.store([1, 4], torch.randn(2, 3))
-    file = io.BytesIO()
     torch.save(cache.state_dict(), file)
     file.seek(0)
-    other = mb.EquilibriumCache(size)
     other.load_state_dict(torch.load(file, weights_only=True))
-    zeros = torch.zeros(6, 3)
     assert torch.equal(other.start(range(6), zeros), cache.start(range(6), zeros))
     other.store([5, 1], torch.ones(2, 3))
     assert len(other) == 3
@@ -734,56 +691,50 @@ def test_a_cache_resumes_from_its_state(size):
 
 
 def test_an_empty_cache_resumes_and_a_foreign_state_is_refused():
-    cache = mb.EquilibriumCache(3)
+    cache, smaller = mb.EquilibriumCache(3), mb.EquilibriumCache(dtype=torch.float16)
     cache.load_state_dict(mb.EquilibriumCache().state_dict())
     cache.store([2], torch.ones(1, 2))
     assert len(cache) == 1
-    with pytest.raises(ValueError, match="not the state of an EquilibriumCache"):
-        cache.load_state_dict({"rows": []})
-    with pytest.raises(ValueError, match="knows sample 2, this cache has size 2"):
-        mb.EquilibriumCache(2).load_state_dict(cache.state_dict())
-    smaller = mb.EquilibriumCache(dtype=torch.float16)
+    refused("not the state of an EquilibriumCache", lambda: cache.load_state_dict({"rows": []}))
+    words = "knows sample 2, this cache has size 2"
+    refused(words, lambda: mb.EquilibriumCache(2).load_state_dict(cache.state_dict()))
     cache.store([0], torch.full((1, 2), 1e6))
     smaller.load_state_dict(cache.state_dict())
     assert len(smaller) == 1
 
 
 @pytest.mark.parametrize(
-    ("indices", "z", "error", "message"),
+    ("indices", "z", "error", "words"),
     [
-        ([0, 5], torch.zeros(2, 3), ValueError, "indices must be 0 to 4, got 5"),
-        ([-1, 0], torch.zeros(2, 3), ValueError, "indices must be 0 to 4, got -1"),
-        ([0], torch.zeros(2, 3), ValueError, r"indices must have shape \(2,\)"),
-        ([0.0, 1.0], torch.zeros(2, 3), TypeError, "indices must be integers"),
-        ([True, False], torch.zeros(2, 3), TypeError, "indices must be integers"),
+        ([0, 5], Z, ValueError, "indices must be 0 to 4, got 5"),
+        ([-1, 0], Z, ValueError, "indices must be 0 to 4, got -1"),
+        ([0], Z, ValueError, r"indices must have shape \(2,\)"),
+        ([0.0, 1.0], Z, TypeError, "indices must be integers"),
+        ([True, False], Z, TypeError, "indices must be integers"),
         ([0, 1], torch.zeros(2, 4), ValueError, r"has samples of shape \[\(4,\)\], stored are \[\(3,\)\]"),
-        ([0, 1], torch.zeros(2, 3).long(), ValueError, "must be floating, batch first"),
+        ([0, 1], Z.long(), ValueError, "must be floating, batch first"),
         ([], torch.zeros(0, 3), ValueError, "at least one sample"),
-        ([0, 1], [torch.zeros(2, 3)], TypeError, "must be a tensor or a non-empty tuple of tensors, got list"),
+        ([0, 1], [Z], TypeError, "must be a tensor or a non-empty tuple of tensors, got list"),
     ],
 )
-def test_a_cache_says_what_it_cannot_take(indices, z, error, message):
+def test_a_cache_says_what_it_cannot_take(indices, z, error, words):
     cache = mb.EquilibriumCache(5)
     cache.store([0], torch.zeros(1, 3))
     for method in (cache.start, cache.store):
-        with pytest.raises(error, match=message):
-            method(indices, z)
+        refused(words, lambda: method(indices, z), error)  # noqa: B023
 
 
 def test_warm_starts_save_evaluations_while_the_cell_moves_slowly():
-    deq = mb.DEQ(Cell(16), rtol=1e-4)
-    x = torch.randn(32, 16, dtype=DOUBLE)
+    deq, x, zeros = mb.DEQ(Cell(16), rtol=1e-4), random(32, 16), torch.zeros(8, 16, dtype=DOUBLE)
     cache, spent = mb.EquilibriumCache(32), {"cold": 0, "warm": 0}
     for epoch in range(5):
         for index in torch.randperm(32).split(8):
-            zeros = torch.zeros(8, 16, dtype=DOUBLE)
             for name, start in (("cold", zeros), ("warm", cache.start(index, zeros))):
                 with torch.no_grad():
                     deq(x[index], start)
                 if epoch:
                     spent[name] += int(deq.last_solution.nfe.sum())
             cache.store(index, deq.last_solution.z)
-        with torch.no_grad():
-            for parameter in deq.parameters():
-                parameter.add_(1e-3 * torch.randn_like(parameter))
+        for parameter in deq.parameters():
+            parameter.data.add_(1e-3 * torch.randn_like(parameter))
     assert spent["warm"] < 0.7 * spent["cold"]
