@@ -21,7 +21,7 @@ from experiments.bench.peers import available
 from experiments.bench.problems import HeldOut, double_equilibria
 from experiments.bench.runner import Row, Run, ticks
 from experiments.bench.statistics import Outcome
-from experiments.bench.tables import Table, chosen, listed, mean, pivot, short
+from experiments.bench.tables import Table, chosen, grouped, listed, mean, pivot, short
 from metabroyden import checkpoint
 from metabroyden.integrations.torchdeq import FixedPointMap, register
 from metabroyden.meta.progress import progress_bar
@@ -290,12 +290,11 @@ def against(rows: Sequence[Row]) -> Table:
 
 def _table(rows: Sequence[Row]) -> Table:
     """All solvers to a tolerance; means over seeds."""
-    found = {name: chosen(rows, "drop-in", solver=name) for name in dict.fromkeys(row["solver"] for row in rows)}
     keys = ("accuracy", "calls", "rows", "seconds", "ratio", "outside_f", "distance", "agreement")
     known = rows[0]["distance"] is not None
     items: list[Row] = []
-    for name, of in found.items():
-        one = Outcome.of(of)
+    for of in grouped(rows, "solver"):
+        one, name = Outcome.of(of), of[0]["solver"]
         items.append({
             "solver": f"**{name}**" if name == LEARNED else name,
             "evaluations": f"{one.median:g} / {one.p90:g} / {one.success:.1%}",
@@ -311,15 +310,12 @@ def _table(rows: Sequence[Row]) -> Table:
 
 def _bars(rows: Sequence[Row], path: Path) -> Path:
     """Calls of f and wall-clock by solver, a bar for each tolerance."""
-    figure, places = figures.grid(2, 2, (5, 4.2))
     words = {"calls": "calls of f, until the worst image is done", "seconds": "seconds for the model on the batch"}
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["solver"], f"to {row['rtol']:g}"), []).append(row)
+    groups = {(of[0]["solver"], f"to {of[0]['rtol']:g}"): of for of in grouped(rows, "solver", "rtol")}
     solvers, tolerances = (list(dict.fromkeys(group[side] for group in groups)) for side in (0, 1))
-    for place, (key, label) in zip(places, words.items(), strict=True):
-        heights = {group: mean(found, key) for group, found in groups.items()}
-        figures.bars(place, solvers, tolerances, lambda *group, of=heights: of[group])
-        place.set_ylabel(label)
-    figures.legend(figure, places)
-    return figures.save(figure, path)
+
+    def draw(place: Any, key: str) -> None:
+        figures.bars(place, solvers, tolerances, lambda *group: mean(groups[group], key))
+        place.set_title(words[key], fontsize=9)
+
+    return figures.save(figures.panels(list(words), draw, columns=2, size=(5, 4.2)), path)

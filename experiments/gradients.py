@@ -19,7 +19,7 @@ from experiments.bench import figures, report
 from experiments.bench.clock import laps
 from experiments.bench.options import Compared, OnModels, Timed
 from experiments.bench.runner import Row, Run
-from experiments.bench.tables import chosen, listed, mean, pivot
+from experiments.bench.tables import chosen, grouped, listed, mean, pivot
 from metabroyden import DEQ, Broyden
 from metabroyden.meta import AdjointMap
 from metabroyden.solvers.tuning import tune
@@ -144,7 +144,7 @@ def mode_rows(config: Gradients, cell: nn.Module, x: Tensor, v: Tensor, learned:
 def write(rows: list[Row], described: Row, folder: Path) -> list[report.Section]:
     """report.md and its figure, from rows alone."""
     config, modes = described["config"], chosen(rows, "mode")
-    by_mode = {name: chosen(modes, "mode", mode=name) for name in dict.fromkeys(row["mode"] for row in modes)}
+    by_mode = {of[0]["mode"]: of for of in grouped(modes, "mode")}
 
     def spent(found: Sequence[Row]) -> str:
         median, most, solved, seconds = (mean(found, key) for key in ("median", "most", "solved", "seconds"))

@@ -31,7 +31,7 @@ from experiments.bench import figures, report
 from experiments.bench.clock import LiveBytes, laps, saved_bytes
 from experiments.bench.options import Seeded, Timed
 from experiments.bench.runner import Row, Run, plain, ticks
-from experiments.bench.tables import Table, chosen, listed
+from experiments.bench.tables import Table, chosen, grouped, listed
 from metabroyden import DEQ, Broyden, Implicit, solve
 from metabroyden.solution import relative_residual
 from metabroyden.zoo.models import CausalCell, ConvCell
@@ -283,10 +283,7 @@ def _growth(rows: Sequence[Row]) -> Table:
         return {**found[0], "both": max(both) / min(both) - 1, "peak": peaks[-1] / peaks[0], "most": peaks[-1] / max(other),
                 "held": (found[-1]["held"] - found[0]["held"]) / 1024}  # fmt: skip
 
-    places = dict.fromkeys(_key(row)[:2] for row in rows)
-    found = [
-        sorted(chosen(rows, "bytes", cell=cell, way=way), key=lambda row: row["evaluations"]) for cell, way in places
-    ]
+    found = [sorted(of, key=lambda row: row["evaluations"]) for of in grouped(rows, "cell", "way")]
     words = "Growth from {} to {} evaluations".format(*(found[0][at]["evaluations"] for at in (0, -1)))
     return listed(words, map(growth, found), [
         ("cell", "{cell}"), ("way", "{way}"), ("saved + solver", "{both:.1%}"), ("peak", "{peak:.2f}×"),
@@ -296,18 +293,19 @@ def _growth(rows: Sequence[Row]) -> Table:
 
 def _panels(rows: Sequence[Row], path: Path, ylabel: str, scale: float, solid: str, dotted: str) -> Path:
     """Two readings, "KIND KEY", against evaluations, a panel a cell."""
-    figure, places = figures.grid(len(CELLS), len(CELLS), (4.9, 4.4))
-    for place, cell in zip(places, CELLS, strict=True):
+
+    def draw(place: Any, cell: str) -> None:
         for number, way in enumerate(WAYS):
             styles: dict[str, Any] = {dotted: {"linestyle": ":", "label": None}, solid: {}}
             for reading, style in styles.items():
                 kind, key = reading.split()
                 points = [(row["evaluations"], scale * row[key]) for row in chosen(rows, kind, cell=cell, way=way)]
                 figures.line(place, way, *zip(*points, strict=True), number=number, marked=True, **style)
-        place.set(yscale="log", ylabel=ylabel, xlabel="evaluations of the cell (unrolled: depth)", title=cell)
+        place.set(yscale="log")
         figures.log_ticks(place, sorted({row["evaluations"] for row in rows}))
-    figures.legend(figure, places)
-    return figures.save(figure, path)
+
+    words = "evaluations of the cell (unrolled: depth)"
+    return figures.save(figures.panels(list(CELLS), draw, words, ylabel, columns=2, size=(4.9, 4.4)), path)
 
 
 if __name__ == "__main__":

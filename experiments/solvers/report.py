@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from experiments.bench import report
-from experiments.bench.figures import axes, colour, grid, line, log_ticks, profiles, save
+from experiments.bench.figures import line, log_ticks, panels, profiles, save
 from experiments.bench.runner import Row
 from experiments.bench.statistics import Field, Outcome, geometric, profile
-from experiments.bench.tables import Table, chosen, listed
+from experiments.bench.tables import Table, chosen, grouped, listed
 
 METHODS = ("Broyden", "Anderson", "Picard")
 _PROFILED = ("Picard", "Anderson", "Broyden", "Newton", "torchdeq Picard", "torchdeq Anderson", "torchdeq Broyden",
@@ -26,8 +26,7 @@ def write(rows: list[Row], described: Row, folder: Path) -> list[report.Section]
     """report.md and its figures, from rows alone."""
     budget, batch, seeds = (described["config"][key] for key in ("budget", "batch", "seeds"))
     field = Field(chosen(rows, "solve"))
-    figures = {"anatomy": _anatomy(rows), "overhead_by_history": _history(rows), "overhead_by_size": _size(rows),
-               "performance_profiles": _profiles(field), "work_precision": _work(field)}  # fmt: skip
+    figures = {"overhead": _overhead(rows), "performance_profiles": _profiles(field), "work_precision": _work(field)}
     drawn = {name: save(figure, folder / f"{name}.png") for name, figure in figures.items()}
     return [
         "Overhead is time outside f per call of f, measured with a stopwatch round f. Contestants take turns in one "
@@ -39,15 +38,14 @@ def write(rows: list[Row], described: Row, folder: Path) -> list[report.Section]
         f"dense: batches of {batch}, 256 coordinates. conv: batches of {batch // 2}, 16×32×32. Weights of the given norm. "
         f"Evaluations on {seeds} batches, time on one of them.",
         means_table(rows), *(race_table(rows, method) for method in METHODS),
-        drawn["anatomy"],
         listed("Where the time goes", chosen(rows, "anatomy"), [
             ("problem", "{problem}"), ("solver", "{solver}"), ("f", lambda row: f"{1e6 * row['f']:.0f} µs"),
             ("the solver's own arithmetic", lambda row: f"{1e6 * row['step']:.0f} µs"),
             ("driver", lambda row: f"{1e6 * row['driver']:.0f} µs"),
         ]),
-        "Time outside f before the k-th call, on dense norm-3 cells (nothing converges, so that all samples are at work):",
-        drawn["overhead_by_history"], "and by batch (memory 10) and memory (batch 64), once the memory is full:",
-        drawn["overhead_by_size"], _limited_table(chosen(rows, "limited")),
+        "Time outside f before the k-th call, on dense norm-3 cells (nothing converges, so that all samples are at work; "
+        "batch 64, full memory, Anderson's 5), and by batch (memory 10) and memory (batch 64), once the memory is full:",
+        drawn["overhead"], _limited_table(chosen(rows, "limited")),
         "The registered problems, float64, at most 200 evaluations (Jacobian products included). Broyden has full memory "
         "unless it says otherwise. scipy solves one sample at a time. The share of samples solved within so many times the "
         "evaluations of the best solver on it:",
@@ -82,14 +80,10 @@ def means_table(rows: Sequence[Row]) -> Table:
 
 def _limited_table(rows: Sequence[Row]) -> Table:
     """Limited memory against full memory."""
-    found: dict[tuple[float, float], dict[str, Row]] = {}
-    for row in rows:
-        found.setdefault((row["norm"], row["rtol"]), {})[row["solver"]] = row
     body = []
-    for (norm, rtol), of in found.items():
-        first, *_ = of.values()
-        cells = [f"{row['kept'] / max(row['full'], 1):.1%} ({row['not_finite']})" for row in of.values()]
-        body.append([f"{norm:g}", f"{rtol:g}", f"{first['full']} of {first['samples']}", *cells])
+    for first, *more in grouped(rows, "norm", "rtol"):
+        cells = [f"{row['kept'] / max(row['full'], 1):.1%} ({row['not_finite']})" for row in (first, *more)]
+        body.append([f"{first['norm']:g}", f"{first['rtol']:g}", f"{first['full']} of {first['samples']}", *cells])
     words = (
         "Limited memory, symmetric cells: of the samples that Broyden with full memory solves within 200 evaluations, those "
         "that the solver with memory 10 solves within twice as many; in brackets samples whose last iterate was not finite"
@@ -123,81 +117,45 @@ def registry_table(field: Field, tolerance: float) -> Table:
     return listed(words, field.families, [("problem", str), *columns])
 
 
-def _history(rows: Sequence[Row]) -> Any:
-    """Time outside f before each call of f."""
-    figure, place = axes(xlabel="call of f", ylabel="microseconds outside f before it", yscale="log")
-    _gaps(place, chosen(rows, "gap", by="step"))
-    place.legend(frameon=False, fontsize=8, ncols=2)
-    place.set_title("Overhead by step: batch 64, 256 coordinates, full memory (Anderson: 5)", fontsize=10)
-    return figure
+def _overhead(rows: Sequence[Row]) -> Any:
+    """Time outside f before each call of f, by batch and by memory."""
 
-
-def _size(rows: Sequence[Row]) -> Any:
-    """Time outside f by batch and by memory."""
-    figure, places = grid(2, 2, (4.8, 4.0))
-    for place, by in zip(places, ("batch", "memory"), strict=True):
+    def draw(place: Any, by: str) -> None:
         found = chosen(rows, "gap", by=by)
-        _gaps(place, found, marked=True)
-        log_ticks(place, sorted({row["value"] for row in found}))
-        place.set(xlabel=by, yscale="log")
-    places[0].set_ylabel("microseconds outside f per call")
-    places[0].legend(frameon=False, fontsize=8)
-    return figure
+        for of in grouped(found, "solver"):
+            micro = [1e6 * row["seconds"] for row in of]
+            line(place, of[0]["solver"], [row["value"] for row in of], micro, marked=by != "step")
+        place.set(yscale="log")
+        if by != "step":
+            log_ticks(place, sorted({row["value"] for row in found}))
+
+    return panels(("step", "batch", "memory"), draw, ylabel="microseconds outside f per call", columns=3, size=(4.4, 4))
 
 
-def _gaps(place: Any, found: Sequence[Row], *, marked: bool = False) -> None:
-    for solver in dict.fromkeys(row["solver"] for row in found):
-        points = [(row["value"], 1e6 * row["seconds"]) for row in found if row["solver"] == solver]
-        line(place, solver, *zip(*points, strict=True), marked=marked)
-
-
-def _anatomy(rows: Sequence[Row]) -> Any:
-    """Stacked bars: f, arithmetic, driver."""
-    problems = list(dict.fromkeys(row["problem"] for row in chosen(rows, "anatomy")))
-    figure, places = grid(len(problems), len(problems), (4.6, 3.8))
-    parts = (("f", "f", "#999999"), ("step", "solver's arithmetic", colour("Broyden")), ("driver", "driver", "#E69F00"))
-    for place, problem in zip(places, problems, strict=True):
-        found = chosen(rows, "anatomy", problem=problem)
-        bottom = np.zeros(len(found))
-        for part, words, ink in parts:
-            height = np.array([1e6 * row[part] for row in found])
-            place.bar([row["solver"] for row in found], height, bottom=bottom, color=ink, label=words, width=0.6)
-            bottom += height
-        place.set_title(problem, fontsize=10)
-    places[0].set_ylabel("microseconds per call of f")
-    places[0].legend(frameon=False, fontsize=8)
-    return figure
-
-
-def _profiles(field: Field, tolerances: Sequence[float] = (1e-3, 1e-6)) -> Any:
+def _profiles(field: Field) -> Any:
     """Performance profiles over all samples of all problems."""
-    figure, places = grid(len(tolerances), len(tolerances), (5.0, 4.0))
     factors = np.geomspace(1, 30, 200)
-    for place, tolerance in zip(places, tolerances, strict=True):
-        every = {name: [field.must(of, name, tolerance) for of in field.families] for name in _PROFILED}
-        pooled = {
-            name: Outcome(
-                np.hstack([one.evaluations for one in found]), np.hstack([one.solved for one in found]), np.empty(0)
-            )
-            for name, found in every.items()
-        }
+
+    def draw(place: Any, tolerance: float) -> None:
+        pooled = {}
+        for name in _PROFILED:
+            found = [field.must(problem, name, tolerance) for problem in field.families]
+            spent, solved = (np.hstack([one[part] for one in found]) for part in (0, 1))
+            pooled[name] = Outcome(spent, solved, np.empty(0))
         profiles(place, factors, profile(pooled, factors))
-        place.set_title(f"to {tolerance:g}", fontsize=10)
-    places[0].set_ylabel("share of samples solved")
-    places[-1].legend(frameon=False, fontsize=7.5, loc="lower right")
-    return figure
+
+    return panels((1e-3, 1e-6), draw, ylabel="share of samples solved", title="to {:g}", columns=2, size=(5, 4))
 
 
 def _work(field: Field) -> Any:
     """Median evaluations against the tolerance reached, on four problems."""
-    figure, places = grid(4, 2, (4.8, 3.6))
-    for place, problem in zip(places, _WORK, strict=True):
+
+    def draw(place: Any, problem: str) -> None:
         for name in _PROFILED if problem in field.families else ():
             found = [(field.must(problem, name, at), at) for at in field.tolerances]
             points = [(one.median, at) for one, at in found if one.success >= 0.5]
-            if points:
-                line(place, name, *zip(*points, strict=True), marked=True)
-        place.set(title=problem, xscale="log", yscale="log", xlabel="evaluations of f (median; at least half solved)")
-    places[0].set_ylabel("relative residual")
-    places[0].legend(frameon=False, fontsize=7)
-    return figure
+            line(place, name, *(zip(*points, strict=True) if points else ((), ())), marked=True)
+        place.set(xscale="log", yscale="log")
+
+    words = "evaluations of f (median; at least half solved)"
+    return panels(_WORK, draw, words, "relative residual", columns=2, size=(4.8, 3.6))

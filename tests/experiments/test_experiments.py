@@ -100,7 +100,7 @@ def test_solvers_races_and_writes_what_it_promises(tmp_path, capsys, monkeypatch
     )  # fmt: skip
     solvers.run(config)
     (folder,) = config.results.glob("trial-*")  # other settings than the published ones
-    drawn = ("overhead_by_history", "overhead_by_size", "anatomy", "performance_profiles", "work_precision")
+    drawn = ("overhead", "performance_profiles", "work_precision")
     figures = {f"{name}.{kind}" for name in drawn for kind in ("png", "pdf")}
     assert {path.name for path in folder.iterdir()} == {"rows.jsonl.gz", "config.json", "report.md", *figures}
     rows = read_rows(folder / "rows.jsonl")
