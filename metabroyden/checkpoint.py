@@ -45,16 +45,9 @@ class _LearnedHeader:
 
 
 def write(path: str | Path, kind: str, tensors: dict[str, Tensor], header: dict[str, Any]) -> Path:
-    """Write a checkpoint, atomically and with a checksum.
+    """Write a checkpoint, atomically and with a checksum; returns the path.
 
-    Args:
-        path: the file.
-        kind: what it holds, as "solver/universal".
-        tensors: by name.
-        header: what else there is to say, as JSON takes it.
-
-    Returns:
-        The path.
+    `kind` is what it holds, as "solver/universal"; `header` what else there is to say, as JSON takes it.
     """
     described = json.dumps({"schema": SCHEMA, "kind": kind, **header}, sort_keys=True)
     flat = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}

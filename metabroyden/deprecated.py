@@ -161,11 +161,8 @@ def from_schema_1(tensors: dict[str, Tensor], header: dict[str, Any]) -> tuple[d
     kind, name = header["kind"].split("/")
     config = header.get("config")
     if kind == "solver" and isinstance(config, dict):
-        renamed = {OPTIONS.get(key, key): _word(value) for key, value in config.items()}
+        words = {key: WORDS.get(value, value) if isinstance(value, str) else value for key, value in config.items()}
+        renamed = {OPTIONS.get(key, key): value for key, value in words.items()}
         header["config"] = ABSENT.get(name, {}) | renamed
         tensors = {WEIGHTS.get(name, {}).get(key, key): value for key, value in tensors.items()}
     return tensors, header
-
-
-def _word(value: Any) -> Any:
-    return WORDS.get(value, value) if isinstance(value, str) else value

@@ -106,11 +106,7 @@ _CONTAINERS: dict[Any, Callable[[Any, tuple[Any, ...]], bool]] = {dict: _is_dict
 class Limits(TorchFunctionMode):
     """While it lasts, ValueError for code that makes more operations on tensors, or larger tensors, than it should.
 
-    What a wrong size would take is refused before it is taken.
-
-    Args:
-        operations: how many are left.
-        elements: of all tensors made, how many are left.
+    What a wrong size would take is refused before it is taken. `elements` are those of all tensors made.
     """
 
     def __init__(self, operations: int, elements: int) -> None:

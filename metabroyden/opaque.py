@@ -23,17 +23,13 @@ def opaque(function: F) -> F:
     @functools.wraps(function)
     def run(*arguments: Any, **options: Any) -> Any:
         if torch.compiler.is_compiling():
-            if _exporting():
+            exporting = getattr(torch.compiler, "is_exporting", None)  # since 2.7
+            if exporting is not None and exporting():
                 raise RuntimeError(f"torch.export cannot take {function.__qualname__}: {_REASON}")
             return _uncompiled(function, arguments, options)
         return function(*arguments, **options)
 
     return run  # type: ignore[return-value]
-
-
-def _exporting() -> bool:
-    known = getattr(torch.compiler, "is_exporting", None)  # since 2.7
-    return known is not None and known()
 
 
 def _uncompiled(function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:

@@ -343,19 +343,14 @@ class _Driver:
         if len(cohorts) == 1:
             cohorts[0].g = cohorts[0].problem.residual(cohorts[0].z)
             return
+        rows = [cohort.live_rows for cohort in cohorts]
+        if self._joint is None or self._joint[0] != rows:  # the same object while these are, to gather a context once
+            self._joint = rows, self.evaluator.rows(np.concatenate([part.host for part in rows]))
         points = [cohort.take_live(cohort.z) for cohort in cohorts]
-        parts = self.evaluator.evaluate(
-            torch.cat(points), self._together([cohort.live_rows for cohort in cohorts])
-        ).split([len(point) for point in points])
-        for cohort, g in zip(cohorts, parts, strict=True):
+        found = self.evaluator.evaluate(torch.cat(points), self._joint[1]).split([len(point) for point in points])
+        for cohort, g in zip(cohorts, found, strict=True):
             index = cohort.problem.live_index
             cohort.g = g if index is None else torch.zeros_like(cohort.z).index_copy(0, index, g)
-
-    def _together(self, parts: list[Rows]) -> Rows:
-        """The rows of several cohorts: the same object while these are, so that a context is gathered once."""
-        if self._joint is None or self._joint[0] != parts:
-            self._joint = parts, self.evaluator.rows(np.concatenate([rows.host for rows in parts]))
-        return self._joint[1]
 
     def _check_convergence(self) -> None:
         """See what has happened since the last look, and decide. The one host synchronisation."""

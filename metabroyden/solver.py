@@ -25,7 +25,7 @@ class Step(NamedTuple):
 
 
 class SolverBase:
-    """Base class of solvers: subclasses define `init` and `step`, and replace the defaults that do not fit them.
+    """Base class of solvers: subclasses define `step`, and replace the defaults that do not fit them.
 
     A step must not change z or g in place. `solve` also takes an object without this base class that has `start`, `init`
     and `step` (see `as_solver`).
@@ -55,8 +55,8 @@ class SolverBase:
         return z0
 
     def init(self, z: Tensor, g: Tensor, problem: Problem) -> Any:
-        """The state before the first step, z and g of shape (R, n)."""
-        raise NotImplementedError
+        """The state before the first step, z and g of shape (R, n): none, unless a solver has one."""
+        return ()
 
     def step(self, z: Tensor, g: Tensor, state: Any, problem: Problem) -> Step:
         """The next iterate from z and its residual g."""

@@ -96,6 +96,7 @@ class LearnedSolver(SolverBase, nn.Module):
     """
 
     is_learned = True
+    preconditioner: Any
     config_type: type[LearnedConfig] = LearnedConfig
 
     def __init__(self, config: LearnedConfig | None = None, **options: Any) -> None:
@@ -144,6 +145,11 @@ class LearnedSolver(SolverBase, nn.Module):
         if feature.dim() < 2 or feature.shape[1] != self.context_channels or wrong_extents:
             raise ValueError(f"this solver needs {wanted}, got shape {tuple(context.shape)}")
         return feature
+
+    def gates(self, z: Tensor, problem: Any) -> Tensor:
+        """The gates of the solver's preconditioner at z (R, n): (R, rank, *S)."""
+        shape = self.layout.resolve(problem.shape)
+        return self.preconditioner.gates(self.layout.canonical(z, shape), self.context_feature(problem, shape))
 
     def start(self, z0: Tensor, problem: Any) -> Tensor:
         """The first iterate, (R, n): the learned one, but for samples whose z0 is close to a solution already.

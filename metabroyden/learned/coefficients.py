@@ -80,11 +80,7 @@ class StepLSTM(nn.Module):
     It sees the inner residual A(g)/s, the gates where the solve began, the residual's scale s and its last change, and sets
     gates, correction, step size and momentum of the place. The step size has a learned constant for each channel, too.
 
-    Args:
-        layout: of the states.
-        hidden: width.
-        rank: inner channels k.
-        damping: the step size before training.
+    `hidden` is its width; layout, rank and damping as for `StepSchedule`.
     """
 
     def __init__(self, layout: Layout, hidden: int, rank: int, damping: float) -> None:

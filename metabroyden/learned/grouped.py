@@ -76,11 +76,6 @@ class GroupedLSTM(LearnedSolver):
         """As every learned solver's; Broyden carries on from the learned inverse Jacobian."""
         return self.config.safeguard.phases(self, LearnedInverse(self) if self.config.secant_start else None)
 
-    def gates(self, z: Tensor, problem: Any) -> Tensor:
-        """The preconditioner's gates at z (R, n): (R, rank, *S)."""
-        shape = self.layout.resolve(problem.shape)
-        return self.preconditioner.gates(self.layout.canonical(z, shape), self.context_feature(problem, shape))
-
     def init(self, z: Tensor, g: Tensor, problem: Any) -> GroupedState:
         """Zero memory; the preconditioner's gate is taken once."""
         shape = self.layout.resolve(problem.shape)

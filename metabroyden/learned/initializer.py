@@ -14,13 +14,7 @@ class Initializer(nn.Module):
 
     A narrow network in the spirit of Bai, Koltun & Kolter (ICLR 2022), who take two maps and a kernel of 3: convolutions
     for images, causal ones for sequences, dense maps for vectors. c is the context feature in canonical form; the base is z0
-    where c is the input, and f(z0) where c is that.
-
-    Args:
-        layout: of the states.
-        context_channels: of c.
-        width: inner channels.
-        kernels: odd, one a map, d ≥ 2 of them.
+    where c is the input, and f(z0) where c is that. It has `width` inner channels and d ≥ 2 maps, with odd `kernels`.
     """
 
     def __init__(self, layout: Layout, context_channels: int, width: int, kernels: tuple[int, ...] = (3, 3)) -> None:

@@ -11,13 +11,7 @@ class SharedLSTM(nn.Module):
 
     Features (R, F, G) and states (R, H, G) keep the groups last, so a step is one batched product and a few long
     elementwise loops. The linear read-out is zero-initialised; the forget gate starts open. Groups with an identity
-    (channels of an image) have a bias each.
-
-    Args:
-        inputs: F.
-        hidden: H.
-        outputs: read-out rows O.
-        identities: 1, or G.
+    (channels of an image) have a bias each: `identities` is 1, or G. F inputs, H hidden, O outputs.
     """
 
     def __init__(self, inputs: int, hidden: int, outputs: int, identities: int = 1) -> None:

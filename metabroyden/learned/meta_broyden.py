@@ -128,15 +128,11 @@ class MetaBroyden(LearnedSolver):
 
     def gates(self, z: Tensor, problem: Any) -> Tensor:
         """The preconditioner's gates at z (R, n) where there is no step to take them from: (R, k, *S)."""
-        return self.coefficients.final_gates(self._initial_gates(z, problem))
-
-    def _initial_gates(self, z: Tensor, problem: Any) -> Tensor:
-        shape = self.layout.resolve(problem.shape)
-        return self.preconditioner.gates(self.layout.canonical(z, shape), self.context_feature(problem, shape))
+        return self.coefficients.final_gates(super().gates(z, problem))
 
     def init(self, z: Tensor, g: Tensor, problem: Any) -> MetaBroydenState:
         """Zero memory, no pairs; the gates are taken once."""
-        gates = self._initial_gates(z, problem)
+        gates = super().gates(z, problem)
         step_size, memory = self.coefficients.begin(gates, g, self.layout.resolve(problem.shape))
         return MetaBroydenState(gates, gates, step_size, z, memory, (), None, 0)
 

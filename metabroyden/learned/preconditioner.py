@@ -22,12 +22,7 @@ class Preconditioner(nn.Module):
     The maps of sequences and images may be dilated, at no cost: the first by the distance that f carries news in one
     evaluation, say, and the second by three times as much, so that P reaches eight times as far without a gap.
 
-    Args:
-        layout: of the states.
-        context_channels: of the context feature.
-        rank: inner channels.
-        kernel: width of B.
-        dilations: of A and B.
+    It has `rank` inner channels; `dilations` are of A and B.
     """
 
     def __init__(

@@ -116,11 +116,7 @@ class Universal(LearnedSolver):
         buffer = z.new_zeros(len(z), m, z.shape[1])
         gram = torch.zeros(len(z), m, m, dtype=torch.float64, device=z.device)
         hidden, cell = self.lstm.begin(len(z), 1, z)
-        gates = z.new_zeros(len(z), 0)
-        if self.preconditioner is not None:
-            shape = self.layout.resolve(problem.shape)
-            context = self.context_feature(problem, shape)
-            gates = self.preconditioner.gates(self.layout.canonical(z, shape), context)
+        gates = z.new_zeros(len(z), 0) if self.preconditioner is None else self.gates(z, problem)
         return UniversalState(buffer, buffer.clone(), gram, z, g, g, z.new_ones(len(z), 1), gates, hidden, cell, 0)
 
     def step(self, z: Tensor, g: Tensor, state: UniversalState, problem: Any) -> Step:
@@ -202,15 +198,8 @@ def specialised(
 ) -> Universal:
     """A copy of the solver with an initializer and a preconditioner for states of one layout, both zero-initialised.
 
-    Args:
-        solver: without parts of its own.
-        layout: of the states.
-        conditioning: as in `LearnedConfig`; so is context_channels.
-        rank: inner channels of the preconditioner.
-        initializer_width: inner channels of the initializer.
-
-    Returns:
-        A solver that takes the steps of the given one until it is trained.
+    It takes the steps of the given one, which has no parts of its own, until it is trained. Rank and initializer_width are
+    inner channels of the two, conditioning and context_channels as in `LearnedConfig`.
     """
     config = replace(
         solver.config,

@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,18 +26,6 @@ from metabroyden.state import Packing
 
 Play = Callable[[Tensor, Any], tuple[Tensor, Any]]
 """(parameters (P,), state or None) → (the segment's loss, the state it ends in)."""
-
-
-class Draws(Protocol):
-    """Training problems by outer step."""
-
-    def batch(self, step: int) -> tuple[Any, State, Any]:
-        """(f, z0, x) of an outer step."""
-        ...
-
-    def length(self, step: int) -> int:
-        """Steps K of its unrolls; asked for after the batch."""
-        ...
 
 
 class TaskDraws:
@@ -62,11 +50,7 @@ class TaskDraws:
 class MixedDraws:
     """A batch of one of several sources, drawn by one generator, and a uniform length between two.
 
-    Args:
-        sources: with the weights they are drawn with.
-        batch: problems of a step.
-        lengths: the shortest and the longest K.
-        seed: of the generator.
+    Sources come with the weights they are drawn with, `lengths` are the shortest and the longest K.
     """
 
     def __init__(
@@ -86,6 +70,9 @@ class MixedDraws:
         """K of an outer step."""
         low, high = self.lengths
         return low if low == high else int(torch.randint(low, high + 1, (), generator=self.generator, device="cpu"))
+
+
+Draws = TaskDraws | MixedDraws
 
 
 def seeded(seed: int, step: int, what: str) -> torch.Generator:
@@ -129,9 +116,7 @@ class UnrolledLoss(nn.Module):
         config: Unrolling, backend: str,
     ) -> tuple[Tensor, Any]:  # fmt: skip
         """(the loss, where the next segment begins)."""
-        modes: dict[str, bool] = {
-            name: getattr(config, name) for name in ("detach_features", "checkpoint_steps", "half")
-        }
+        modes: dict[str, Any] = {key: getattr(config, key) for key in ("detach_features", "checkpoint_steps", "half")}
         rollout = unroll(self.solver, f, z0, context, steps=steps, backend=backend, begin=begin, **modes)
         loss = config.objective.loss(rollout, star, done)
         if distributed.size() > 1:  # the reduction wants every parameter's gradient, of segments that use none, too
@@ -260,13 +245,8 @@ class EvolutionEstimator:
 
         parameters = list(self.solver.parameters())
         theta = nn.utils.parameters_to_vector(parameters).detach()
-        noise = torch.randn(
-            config.particles,
-            len(theta),
-            generator=seeded(config.seed, step, "particles"),
-            dtype=torch.float64,
-            device="cpu",
-        ).to(theta)
+        drawn, size = seeded(config.seed, step, "particles"), (config.particles, len(theta))
+        noise = torch.randn(size, generator=drawn, dtype=torch.float64, device="cpu").to(theta)
         loss, gradient = self._particles.segment(theta, noise, play, distributed.mean)
         for parameter, piece in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = piece.view_as(parameter).clone()

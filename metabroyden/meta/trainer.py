@@ -8,11 +8,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from metabroyden import checkpoint, resume
@@ -30,18 +30,6 @@ Progress = Callable[[int, str], None]
 """Called with the step reached (of the time budget where that is nearer its end) and a few words."""
 Curves = Callable[[int, dict[str, float]], None]
 """Called with the number of outer steps made and numbers by name."""
-
-
-class Estimator(Protocol):
-    """What makes the gradients."""
-
-    def __call__(self, step: int, done: float) -> tuple[Tensor, Tensor]:
-        """Leave the clipped gradient of an outer step in the module's parameters; (loss, norm before clipping)."""
-        ...
-
-    def settled(self, step: int) -> bool:
-        """Whether after so many steps nothing persists beside the weights, so that a checkpoint can be written."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -67,7 +55,8 @@ class Trainer:
     Args:
         solver: a `LearnedSolver`; trained in place, left with the weights that did best on validation.
         config: see `MetaConfig`.
-        make_estimator: called when the training begins or goes back to its best weights.
+        make_estimator: called when the training begins or goes back to its best weights; makes what leaves the clipped
+            gradient of an outer step in the module's parameters, such as `BackpropEstimator`.
         validation: task sets whose validation split is looked at; the score is the geometric mean over them.
         identity: of the problems; a checkpoint of others is refused.
         module: what is trained; default the solver.
@@ -87,7 +76,7 @@ class Trainer:
         self,
         solver: Any,
         config: MetaConfig,
-        make_estimator: Callable[[], Estimator],
+        make_estimator: Callable[[], Any],
         *,
         validation: Sequence[TaskSet] = (),
         identity: str = "",
@@ -110,7 +99,7 @@ class Trainer:
         rates = config.learning_rate, config.orthogonal_rate
         self.optimizer = make_optimizer(self.module, *rates) if optimizer is None else optimizer
         self.curves: Curves | None = None
-        self._estimator: Estimator | None = None
+        self._estimator: Any = None
         if self.path is not None and self.path.exists():
             self._resume(self.path)
         distributed.agree("the outer step to begin with", self.step)
@@ -121,7 +110,7 @@ class Trainer:
         return self.incidents.count
 
     @property
-    def estimator(self) -> Estimator:
+    def estimator(self) -> Any:
         """What makes the gradients."""
         if self._estimator is None:
             self._estimator = self._make_estimator()
@@ -239,7 +228,7 @@ class Trainer:
         }
 
     def _save(self, due: bool) -> None:
-        """Write the training state where that is due; where an unroll is under way, when it has ended."""
+        """Write the training state where that is due; where an unroll is under way, when it has ended (`settled`)."""
         self._unsaved = self._unsaved or due
         ready = self.stopped is not None or (self._unsaved and self.estimator.settled(self.step))
         if self.path is None or not ready or distributed.rank() > 0:

@@ -95,7 +95,9 @@ class EquilibriumCache:
         self._grow(int(index.max()) + 1)
         stored = [part.detach().to(self.device, self.dtype) for part in parts]
         good = torch.stack([torch.isfinite(part).flatten(1).all(dim=1) for part in stored]).all(dim=0)
-        chosen = _last_of_each(index, good)
+        positions = good.nonzero().squeeze(1)
+        samples, group = torch.unique(index[positions], return_inverse=True)
+        chosen = torch.zeros_like(samples).scatter_reduce(0, group, positions, "amax", include_self=False)
         index = index[chosen]
         for rows, part in zip(self._rows, stored, strict=True):
             rows[index] = part[chosen]
@@ -152,13 +154,6 @@ class EquilibriumCache:
                 for old in (self._known, *self._rows)
             )
             self._rows = tuple(rows)
-
-
-def _last_of_each(index: Tensor, good: Tensor) -> Tensor:
-    """Positions of the last good row of every sample in `index`."""
-    positions = good.nonzero().squeeze(1)
-    samples, group = torch.unique(index[positions], return_inverse=True)
-    return torch.zeros_like(samples).scatter_reduce(0, group, positions, "amax", include_self=False)
 
 
 def _parts(z: State, name: str) -> tuple[Tensor, ...]:

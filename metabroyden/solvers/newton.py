@@ -42,28 +42,20 @@ class Newton(SolverBase):
         check_number("Newton", "krylov", self.krylov, 0, 10_000, whole=True)
         check_number("Newton", "forcing", self.forcing, 0, 1)
 
-    def init(self, z: Tensor, g: Tensor, problem: Problem) -> tuple[()]:
-        """No state."""
-        return ()
-
     def step(self, z: Tensor, g: Tensor, state: tuple[()], problem: Problem) -> Step:
         """One damped (inexact) Newton step, (R, n)."""
         directions = np.minimum(problem.affordable_jvps - 1, min(self.krylov, z.shape[1]))
         exact = problem.alive & (directions == z.shape[1])
         s = g
         if exact.any():
-            s = self._exact(z, g, problem, exact)
+            eye = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
+            columns = [problem.jvp(z, direction.expand_as(z), z + g, exact) for direction in eye]
+            s = torch.linalg.solve_ex(eye - torch.stack(columns, dim=2), g)[0]
         if (problem.alive & ~exact).any():
             inexact = self._gmres(z, g, problem, np.where(exact, 0, directions))
             s = torch.where(torch.from_numpy(exact).to(z.device)[:, None], s, inexact)
         finite = torch.isfinite(s).all(dim=1, keepdim=True)
         return Step(torch.add(z, torch.where(finite, s, g), alpha=self.damping), state)
-
-    def _exact(self, z: Tensor, g: Tensor, problem: Problem, among: np.ndarray) -> Tensor:
-        """s by the Jacobian, (R, n), of these rows."""
-        eye = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
-        columns = [problem.jvp(z, direction.expand_as(z), z + g, among) for direction in eye]
-        return torch.linalg.solve_ex(eye - torch.stack(columns, dim=2), g)[0]
 
     def _gmres(self, z: Tensor, g: Tensor, problem: Problem, allowed: np.ndarray) -> Tensor:
         """s by GMRES, (R, n), of the rows that are allowed directions."""

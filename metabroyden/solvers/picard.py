@@ -47,10 +47,6 @@ class Picard(SolverBase):
             grid = [damping for damping in (best - spacing, best, best + spacing) if 0 < damping <= 2]
         return cls(best)
 
-    def init(self, z: Tensor, g: Tensor, problem: Problem) -> tuple[()]:
-        """No state."""
-        return ()
-
     def step(self, z: Tensor, g: Tensor, state: tuple[()], problem: Problem) -> Step:
         """One damped step, (R, n)."""
         return Step(torch.add(z, g, alpha=self.damping), state)

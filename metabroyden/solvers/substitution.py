@@ -16,10 +16,6 @@ from metabroyden.solvers.registry import register
 class Substitution(SolverBase):
     """z⁺ = f(z) to the last bit, where Picard's z + (f(z) − z) rounds: a stack of L stages is exact after L evaluations."""
 
-    def init(self, z: Tensor, g: Tensor, problem: Problem) -> tuple[()]:
-        """No state."""
-        return ()
-
     def step(self, z: Tensor, g: Tensor, state: tuple[()], problem: Problem) -> Step:
         """f(z), (R, n)."""
         return Step(problem.image(z, g), state)

@@ -32,8 +32,5 @@ def _plays() -> dict[str, str]:
     files = sorted(folder.glob("**/*.md"))
     if len(files) != PLAYS:
         raise ImportError(f"{wanted} ({folder} holds {len(files)} plays, {PLAYS} are wanted)")
-    return {file.stem: _strip(file.read_text(encoding="utf-8")) for file in files}
-
-
-def _strip(markdown: str) -> str:
-    return re.sub(r"^ +| +$", "", re.sub(r"[*#_]", "", markdown), flags=re.MULTILINE)
+    plain = {file.stem: re.sub(r"[*#_]", "", file.read_text(encoding="utf-8")) for file in files}
+    return {name: re.sub(r"^ +| +$", "", text, flags=re.MULTILINE) for name, text in plain.items()}

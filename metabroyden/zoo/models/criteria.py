@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,14 +105,10 @@ class NextToken:
 
     def losses(self, model: LanguageModel, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
         """Mean cross-entropies of the segments of stretches that begin at random places in the training split."""
-        device = device_of(model)
         for _ in range(self.stretches):
-            memory = None
-            for tokens, targets in self.data.train.random_streams(batch, self.length, self.segments, generator):
-                tokens = tokens.to(device)
-                z = model.deq(model.inject(tokens, memory))
-                memory = model.remember(z, tokens, memory)
-                yield nn.functional.cross_entropy(model.classify(z).flatten(0, 1).float(), targets.to(device).flatten())
+            stretch = self.data.train.random_streams(batch, self.length, self.segments, generator)
+            for logits, targets in _read(model, stretch):
+                yield nn.functional.cross_entropy(logits.float(), targets)
 
     def score(self, model: LanguageModel, split: str) -> float:
         """Bits per token; of validation at most `limit` tokens."""
@@ -123,19 +119,25 @@ Criterion = Images | NextToken
 """What is trained for: the `losses` of an epoch's `steps`, and the `score` on a split, in `metric`."""
 
 
+def _read(model: LanguageModel, segments: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and targets, token by token, of consecutive segments, each read with the memory of the one before."""
+    memory, device = None, device_of(model)
+    for tokens, targets in segments:
+        tokens = tokens.to(device)
+        z = model.deq(model.inject(tokens, memory))
+        memory = model.remember(z, tokens, memory)
+        yield model.classify(z).flatten(0, 1), targets.to(device).flatten()
+
+
 @torch.no_grad()
 def bits_per_token(
     model: LanguageModel, data: TextData, split: str, length: int, limit: int | None = None, batch: int = 64
 ) -> float:
     """Mean −log₂ of the probabilities that the model gives the tokens of a split, read in `batch` parallel streams."""
     model.eval()
-    memory, nats, count, device = None, 0.0, 0, device_of(model)
-    for tokens, targets in getattr(data, split).streams(batch, length):
-        tokens = tokens.to(device)
-        z = model.deq(model.inject(tokens, memory))
-        memory = model.remember(z, tokens, memory)
-        logits = model.classify(z).flatten(0, 1)
-        nats += float(nn.functional.cross_entropy(logits, targets.to(device).flatten(), reduction="sum"))
+    nats, count = 0.0, 0
+    for logits, targets in _read(model, getattr(data, split).streams(batch, length)):
+        nats += float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
         count += targets.numel()
         if limit is not None and count >= limit:
             break

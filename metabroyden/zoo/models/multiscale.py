@@ -64,7 +64,9 @@ class MultiscaleCell(nn.Module):
         images = []
         for i, part in enumerate(z):
             paths: Any = self.fusion[i]
-            sent = [_repeated(path(source), part) for path, source in zip(paths, h, strict=True)]
+            sent = [path(source) for path, source in zip(paths, h, strict=True)]
+            size = part.shape[2:]  # of a coarser scale each pixel is repeated
+            sent = [y if y.shape[2:] == size else functional.interpolate(y, size=size, mode="nearest") for y in sent]
             total = sum(sent, x) if i == 0 else sum(sent[1:], sent[0])
             images.append(self.norms3[i](torch.relu(part + self.norms2[i](total))))
         return tuple(images)
@@ -77,11 +79,6 @@ def _path(source: int, target: int, widths: tuple[int, ...]) -> nn.Conv2d:
     stride = 2 ** (target - source)
     size, padding = (3, 1) if stride == 1 else (stride + 1, stride // 2)
     return nn.Conv2d(widths[source], widths[target], size, stride, padding, bias=False)
-
-
-def _repeated(y: Tensor, like: Tensor) -> Tensor:
-    """Each pixel repeated up to the other's resolution, or y itself."""
-    return y if y.shape[2:] == like.shape[2:] else functional.interpolate(y, size=like.shape[2:], mode="nearest")
 
 
 @dataclass(frozen=True)
