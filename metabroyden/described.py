@@ -32,13 +32,9 @@ class CheckpointError(ValueError):
 def check(values: Any, record: type, path: Any, **hints: Any) -> None:
     """Compare a JSON object with a dataclass: `CheckpointError` where a field is missing or of another type.
 
-    A field with a default may be missing, and other keys than the fields are left alone.
-
-    Args:
-        values: what JSON gave; a field of a tuple type wants a list, one of a dataclass type an object. Floats are finite.
-        record: the dataclass.
-        path: the file, for the message.
-        hints: types of fields, by name, that take the place of their annotations.
+    A field with a default may be missing, and other keys than the fields are left alone. A field of a tuple type wants a
+    list, one of a dataclass type an object; floats are finite. `hints` are types of fields, by name, that take the place of
+    their annotations; the path is for the message.
     """
     if not isinstance(values, dict):
         raise damaged(path, f"wanted an object with the fields of {record.__name__}, got {values!r:.80}")

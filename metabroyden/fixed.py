@@ -22,12 +22,10 @@ class FixedBudget:
     """`solve` without looking: every sample gets the same number of evaluations, on the full batch, in one graph.
 
     Nothing is frozen or gathered and nothing is read back until the end, so that `torch.compile` can fuse the solver's
-    arithmetic with f, and a GPU never waits. Every sample costs what the whole batch costs. The iterate returned is, as in
-    `solve`, the first that reached the tolerance, else the best one, and f is called as there: in the caller's mode, and
-    neither z nor the context may be changed by it. A learned solver runs its learned steps only: there is no hand-over
-    here. Recompiles for every new shape of z0 or of the context; since a graph cannot tell whether f changes what it is
-    given, f is called once more then, uncompiled and uncounted, and looked at. Uncompiled, it can be exported
-    (`torch.export`) as a part of a model, without these checks.
+    arithmetic with f, and a GPU never waits. Every sample costs what the whole batch costs. f is called and the iterate
+    returned as in `solve`. A learned solver runs its learned steps only: there is no hand-over here. Recompiles for every
+    new shape of z0 or of the context; since a graph cannot tell whether f changes what it is given, f is called once more
+    then, uncompiled and uncounted. Uncompiled, it can be exported (`torch.export`) as a part of a model, without that check.
 
     Args:
         f: batch-first map, f(z) or f(z, context), as for `solve`.

@@ -32,12 +32,8 @@ def pack(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, header) of all that a training needs to go on bit for bit, for `checkpoint.write`; not a copy.
 
-    Args:
-        module: its weights are kept.
-        optimizer: of all of the module's parameters, in their order; its moments are kept.
-        header: what else the trainer must know, as JSON.
-        generator: its state is kept.
-        best: the best weights so far.
+    Kept are the module's weights, the moments of the optimizer (of all of its parameters, in their order), the generator's
+    state, the best weights so far, and a header of what else the trainer must know, as JSON.
     """
     tensors = {f"module.{name}": value for name, value in module.state_dict().items()}
     tensors |= {f"best.{name}": value for name, value in (best or {}).items()}
@@ -65,13 +61,8 @@ def restore(
 ) -> dict[str, Tensor]:
     """Give a module, its optimizer and a generator what `pack` gave; returns the best weights ({} where none are kept).
 
-    Args:
-        tensors: what `pack` gave, of a file by `checkpoint.read`.
-        header: likewise.
-        path: the file's name, for messages.
-        module: like the one that was packed; so optimizer and generator.
-        taken: updates that the optimizer has made at least, since it was last cleared.
-        best: whether best weights are kept.
+    Tensors and header are what `pack` gave, of a file by `checkpoint.read`; the path is for messages. The optimizer has made
+    `taken` updates at least, since it was last cleared; `best` says whether best weights are kept.
 
     Raises:
         CheckpointError: something is missing, of another shape or dtype, not finite, or too much. Nothing was changed.

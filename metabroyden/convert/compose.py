@@ -23,9 +23,7 @@ class PairCell(nn.Module):
 
     Where a state is a tuple itself, the pair's is the flat tuple of all their tensors.
     Bai, Kolter & Koltun, Deep Equilibrium Models, NeurIPS 2019, theorem 2: stacking DEQs adds nothing to a single one.
-
-    Args:
-        first: as for `compose`, as are second and between; the cells are shared, not copied.
+    Arguments are as for `compose`; the cells are shared, not copied.
     """
 
     def __init__(self, first: DEQ | Readout, second: DEQ | Readout, between: Callable[..., Any] | None = None) -> None:

@@ -11,11 +11,7 @@ from metabroyden.solution import State
 
 
 class Readout(nn.Module):
-    """y = cell.output(z*) with z* = cell(z*, x).
-
-    Args:
-        cell: a cell with a method `output(z)`, what is read from a state.
-        deq_options: of `DEQ`.
+    """y = cell.output(z*) with z* = cell(z*, x); the options are those of `DEQ`.
 
     Attributes:
         deq: the `DEQ`; `deq(x)` gives the whole state, `deq.last_solution` what it cost.

@@ -21,12 +21,9 @@ _CACHE = "_metabroyden_view"  # in a class: the class of its views
 def seen_with(module: nn.Module, values: Mapping[tuple[int, str], Tensor]) -> nn.Module:
     """A view of a module, with these tensors in the place of its parameters and buffers.
 
-    Plain attributes are the module's own, written to as well as read. Modules that stand in several places have one
-    view. TorchScript modules are left as they are, and those that `torch.compile` made are seen as they were before.
-
-    Args:
-        module: the root of the tree.
-        values: the tensors, by the id of the module that holds one and its name there.
+    `values` has them by the id of the module that holds one and its name there. Plain attributes are the module's own,
+    written to as well as read. Modules that stand in several places have one view. TorchScript modules are left as they
+    are, and those that `torch.compile` made are seen as they were before.
     """
     return _seen(module, values, {})
 

@@ -53,25 +53,20 @@ def fit_solver(
 ) -> Any:
     """Meta-train a root finder for the fixed points of f(z, x), without labels, and see whether it pays.
 
+    Three steps: `plan` chooses how the solver is made and trained, `MetaTrainer` trains it, `compare_solvers` measures it.
     Of x_train a fifth (at most 256 samples) chooses weights, when to stop, and the options of the classical solvers; another
     fifth (at most 128, fewer where states are large) is left alone until the end. On that one the fitted solver is held
     against Picard, Anderson and Broyden, tuned to rtol (and operator splitting where f offers its parts), at 60 evaluations
-    a sample: evaluations, success, whole solves of one batch, in turns on the clock, and whether it finds the same
-    equilibria. It is returned where it solves no fewer samples than any of them, against each that solves most, give or take
-    a standard error, needs fewer evaluations in the mean (a failure counts twice the budget) and less time (by the median
-    ratio of paired solves), and neither goes to another equilibrium more often nor scores lower than they do. Else the
-    fastest of those is returned, with a warning that gives the reasons.
-
-    Three steps: `plan` chooses how the solver is made and trained, `MetaTrainer` trains it, `compare_solvers` measures it.
-    All figures are in the fitted solver's `summary["held_out"]`. With `higher` installed the unroll runs through it, else by
-    plain autograd, with the same gradients.
+    a sample. It is returned where it solves no fewer samples than any of them, needs fewer evaluations in the mean and less
+    time than each that solves most, and neither goes to another equilibrium more often nor scores lower (the exact rule is
+    in `Comparison`). Else the fastest of those that solve most is returned, with a warning that gives the reasons. All
+    figures are in the fitted solver's `summary["held_out"]`.
 
     Args:
-        f: z⁺ = f(z, x), batch first, differentiable; a module's parameters are left as they are. Or a `DEQ`, which
-            stands for its cell; or a model with one `DEQ` in it, ours or torchdeq's: x are then the model's inputs, see
-            `Inside` and `ModelMap`. Layer and model are in evaluation mode while the fit lasts. Along a sequence the
-            solver looks by steps of f's attribute `dilation`, the tokens that one evaluation carries news (1 where it
-            has none).
+        f: z⁺ = f(z, x), batch first, differentiable; a module's parameters are left as they are. Or a `DEQ`, which means its
+            cell; or a model with one `DEQ` in it, ours or torchdeq's: x are then the model's inputs, see `Inside` and
+            `ModelMap`. Layer and model are in evaluation mode while the fit lasts. Along a sequence the solver looks by
+            steps of f's attribute `dilation`, the tokens that one evaluation carries news (1 where it has none).
         x_train: contexts of N ≥ 10 samples, on any device: a tensor (N, ...), or a pytree (dicts, tuples, lists) of
             such tensors, as `solve` takes them.
         z0: x → start, a tensor or a tuple of several; default `f.initial_state` where f has one, else zeros like x. Of
@@ -83,12 +78,10 @@ def fit_solver(
             tensor), which saves an evaluation but must then be given to every solve. "auto": "input" where that has the
             state's extents and f is no torchdeq model. For solves without a context, f(z), and those of torchdeq, say
             "initial_value".
-        solver: "metabroyden", or another of `list_solvers(learned=True, adjoint=False)`. On a cell that offers its
-            parts, with its native context, a MetaBroyden steps on Peaceman–Rachford's map instead of f: see
-            `MetaSplitting`.
+        solver: "metabroyden", or another of `list_solvers(learned=True, adjoint=False)`. On a cell that offers its parts,
+            with its native context, a MetaBroyden steps on Peaceman–Rachford's map instead of f: see `MetaSplitting`.
         rtol: tolerance at which solvers are judged.
-        steps: outer steps at most; None: 11,200 solver steps' worth. An unroll has half the steps that the best
-            classical solver has evaluations on validation problems, see `schedule`.
+        steps: outer steps at most; None: 11,200 solver steps' worth.
         seconds: of training at most, tuning and comparison not included.
         patience: looks at validation (one every eighth of the steps, or 1,400 solver steps) without gain after which it
             stops early; None: never.

@@ -47,10 +47,9 @@ class _Record:
 class Trainer:
     """The outer loop over an estimator of gradients, with looks at validation and a checkpoint.
 
-    With a checkpoint path, an interrupted run goes on bit for bit where it stopped. In several processes (see
-    `metabroyden.meta.distributed`) each takes its share of the batch; the first alone looks at validation, at the clock and
-    writes, and the checkpoint must be where all can read it. With a time budget the schedule follows the clock, so that no
-    two runs are the same.
+    With a checkpoint path, an interrupted run goes on bit for bit where it stopped; not with a time budget, as the schedule
+    then follows the clock. In several processes (see `metabroyden.meta.distributed`) each takes its share of the batch; the
+    first alone looks at validation, at the clock and writes, and the checkpoint must be where all can read it.
 
     Args:
         solver: a `LearnedSolver`; trained in place, left with the weights that did best on validation.

@@ -15,13 +15,12 @@ from metabroyden.solution import Cell, State
 def spectral_radius(f: Cell, z: State, context: Any = None, *, iterations: int = 30) -> Tensor:
     """Per-sample estimate (B,) of ρ(J_f(z)), the largest |eigenvalue| of the Jacobian.
 
-    Arnoldi's method (Arnoldi 1951; Saad, Numerical methods for large eigenvalue problems, chapter 6) on Jᵀ, which has
-    the eigenvalues of J, with full reorthogonalisation, batched over samples. Unlike power iteration it is right where
-    the leading eigenvalues are a complex pair. Exact up to rounding for iterations ≥ n coordinates of a sample, or once
-    the Krylov space is invariant; before that the modulus of the largest Ritz value, which comes closer the better the
-    leading eigenvalues stand apart, and can err to either side. One evaluation of f and min(iterations, n)
-    Jacobian–transpose products, all from one graph; memory of as many states. The start is the same for every sample
-    and every call, and torch's random state is left alone. A sample whose Jacobian is not finite gets NaN.
+    Arnoldi's method (Arnoldi 1951; Saad, Numerical methods for large eigenvalue problems, chapter 6) on Jᵀ, with full
+    reorthogonalisation, batched over samples. Unlike power iteration it is right where the leading eigenvalues are a complex
+    pair. Exact up to rounding for iterations ≥ n coordinates of a sample, or once the Krylov space is invariant; before that
+    the modulus of the largest Ritz value, which can err to either side. One evaluation of f and min(iterations, n) products
+    with Jᵀ, all from one graph; memory of as many states. The start is the same for every sample and every call, and torch's
+    random state is left alone. A sample whose Jacobian is not finite gets NaN.
 
     Args:
         f: `f(z)` or `f(z, context)`, samples independent of one another.

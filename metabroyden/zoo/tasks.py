@@ -27,11 +27,8 @@ def family_tasks(model: Any, criterion: Criterion, *, packed: bool = False) -> T
 
     Args:
         model: from `load_model`, or any `EquilibriumModel`.
-        criterion: of its family (`get_family(name).criterion()`).
+        criterion: of its family (`get_family(name).criterion()`); TypeError for another one.
         packed: whether a state of several tensors is handed out as one vector, where no layout is known of it.
-
-    Raises:
-        TypeError: another criterion.
     """
     tasks = _tasks(model, criterion)
     if not packed:

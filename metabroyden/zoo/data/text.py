@@ -126,16 +126,9 @@ def split_works(
 ) -> TextData:
     """Texts by title as `TextData`, split by work; what is not held out trains, in the order given.
 
-    Args:
-        works: title → text.
-        validation: titles held out, as those of test.
-        unit: "character": the vocabulary is every character of the training works, sorted. "word": their `words` most
-            frequent words (see `words_of`; ties in alphabetical order), after `UNKNOWN`.
-        words: size of a word vocabulary, `UNKNOWN` not counted.
-
-    Raises:
-        ValueError: a title not among the works or held out twice, no training work, an unknown unit, or a held-out
-            character that no training work has.
+    Of unit "character" the vocabulary is every character of the training works, sorted; of unit "word" their `words` most
+    frequent words (see `words_of`; ties in alphabetical order), after `UNKNOWN`. ValueError for a title not among the works
+    or held out twice, no training work, an unknown unit, or a held-out character that no training work has.
     """
     held_out = [*validation, *test]
     strange = [title for title in held_out if title not in works]

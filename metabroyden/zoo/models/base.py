@@ -56,10 +56,7 @@ class EquilibriumModel(nn.Module):
     their bases, `class Own(EquilibriumModel, kind="own", config=OwnConfig)`: so `load_model` knows them. `deq` may be
     replaced by another map from a context to a state with a `cell`, such as the twins of `metabroyden.zoo.models.twins`.
 
-    Args:
-        config: the model's only argument beside `deq_options`.
-        cell: the cell f(z, x).
-        deq_options: of `DEQ`.
+    A subclass takes its config, the model's only argument beside `deq_options` (of `DEQ`), and gives the cell f(z, x).
     """
 
     kind: ClassVar[str]

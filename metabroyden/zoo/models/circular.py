@@ -46,11 +46,8 @@ def resolvent(
     (polyphase form), N = Σ Cᵢ(Sᵢ/S)² channels in all on the coarsest side S: W is then an N×N matrix for every frequency,
     found by what it makes of N unit impulses.
 
-    Args:
-        linear: z ↦ Wz, of tuples of images.
-        shapes: (Cᵢ, Sᵢ, Sᵢ) of the tiers. ValueError where a side is no multiple of the last.
-        alpha: α > 0.
-        like: a tensor of the dtype and on the device to work with.
+    `linear` is z ↦ Wz, of tuples of images of these shapes (Cᵢ, Sᵢ, Sᵢ); `like` has the dtype and device to work with.
+    ValueError where a side is no multiple of the last.
     """
     side = shapes[-1][1]
     if any(shape[1] % side for shape in shapes):

@@ -23,12 +23,9 @@ class _Described:
 
 
 class Episodes:
-    """Collects a model's weights at chosen epochs.
+    """Collects a model's weights at `count` of its training's epochs.
 
-    Args:
-        epochs: how long the training is.
-        count: how many checkpoints; they lie closer together in the beginning, where the weights move most, and the
-            last is the end.
+    They lie closer together in the beginning, where the weights move most, and the last is the end.
     """
 
     def __init__(self, epochs: int, count: int = 8) -> None:

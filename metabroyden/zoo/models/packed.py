@@ -13,11 +13,8 @@ from metabroyden.state import Packing
 class Packed(nn.Module):
     """The cell f(z, x) on packed states: (B, n), the tensors of z flattened, one after another.
 
-    The same fixed points, by the same evaluations; what is lost is the layout of each tensor.
-
-    Args:
-        cell: with a state of one tensor or several.
-        packing: of that state (`Packing.of(z0)`).
+    The same fixed points, by the same evaluations; what is lost is the layout of each tensor. The packing is that of the
+    cell's state, `Packing.of(z0)`.
     """
 
     layout = "vector"

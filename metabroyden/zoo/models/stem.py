@@ -27,18 +27,9 @@ class TokenStem(nn.Module):
 
     Before a segment stand the last `back` tokens of the one before it; none, written −1, at a text's beginning.
 
-    Args:
-        vocabulary: tokens there are.
-        embedding: coordinates of e_t.
-        inner: channels of the convolution.
-        outputs: of the injection.
-        kind: one of `STEMS`.
-        reach: taps of the convolution, or the longest n-gram.
-        rows: of the table.
-        row: coordinates of each.
-        drop: see above, as for recent.
-
-    ValueError for an unknown kind, or sizes that are not positive (`reach` at least 2 for n-grams, `recent` at least 0).
+    There are `vocabulary` tokens, e_t has `embedding` coordinates, the convolution `inner` channels and `reach` taps, the
+    table `rows` rows of `row` coordinates. ValueError for a kind not in `STEMS`, or sizes that are not positive (`reach` at
+    least 2 for n-grams, `recent` at least 0).
     """
 
     def __init__(

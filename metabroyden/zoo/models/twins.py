@@ -93,17 +93,10 @@ class Flow(Twin):
     """The Neural ODE: z(T) with dz/dt = f(z, x) − z from the initial state (Chen et al., Neural Ordinary Differential
     Equations, NeurIPS 2018), by Runge–Kutta steps of order 4 (torchdiffeq) that are differentiated as they are.
 
-    T → ∞ leads to the DEQ's equilibrium where that attracts. Memory grows with the steps. The adjoint method would not
-    need it, but integrates the state back in time, which multiplies errors by some e^T where f contracts; with it a
-    trained flow came to need steps of size zero (so too Gholami, Keutzer & Biros, ANODE, IJCAI 2019).
-
-    Args:
-        cell: the cell f(z, x).
-        time: T, positive.
-        steps: of four evaluations each.
-
-    Raises:
-        ImportError: torchdiffeq is not installed.
+    T → ∞ leads to the DEQ's equilibrium where that attracts. Memory grows with the steps, of four evaluations each. The
+    adjoint method would not need it, but integrates the state back in time, which multiplies errors by some e^T where f
+    contracts; with it a trained flow came to need steps of size zero (so too Gholami, Keutzer & Biros, ANODE, IJCAI 2019).
+    ImportError where torchdiffeq is not installed.
     """
 
     kind, settings = "flow", ("time", "steps")
@@ -150,16 +143,8 @@ def explicit_twin(
 ) -> Any:
     """A new model of `depth` cells with weights of their own (`Stack`), and as many parameters as the DEQ of this config.
 
-    Its state is narrower: of the widths `config.narrowed(width)` the one with the nearest number of parameters.
-
-    Args:
-        model_class: builds a model from a config.
-        config: of the DEQ model.
-        depth: layers, at least 1.
-        tolerance: by how large a share the number of parameters may differ.
-
-    Raises:
-        ValueError: no width comes so near.
+    Its state is narrower: of the widths `config.narrowed(width)` the one with the nearest number of parameters. ValueError
+    where that differs by a larger share than the tolerance.
     """
     check_number("explicit_twin", "depth", depth, 0, 10**6, whole=True)
     with torch.device("meta"):  # to count parameters takes none
