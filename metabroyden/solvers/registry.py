@@ -9,18 +9,21 @@ from typing import Any, TypeVar
 
 from metabroyden.solver import SolverBase
 
-C = TypeVar("C", bound=type[SolverBase])
+T = TypeVar("T")
 _REGISTRY: dict[str, Any] = {}
 
 
-def register(name: str) -> Callable[[C], C]:
-    """Class decorator: makes a solver known to `get_solver` under a name; ValueError where that is taken."""
+def register(name: str, registry: dict[str, Any] = _REGISTRY, what: str = "solver") -> Callable[[T], T]:
+    """Class decorator: makes a solver known to `get_solver` under a name; ValueError where that is taken.
 
-    def add(cls: C) -> C:
-        if name in _REGISTRY:
-            raise ValueError(f"a solver named {name!r} is registered already: {_REGISTRY[name].__name__}")
-        _REGISTRY[name] = cls
-        return cls
+    Of other things, `what` they are and their registry.
+    """
+
+    def add(thing: T) -> T:
+        if name in registry:
+            raise ValueError(f"a {what} named {name!r} is registered already: {registry[name].__name__}")
+        registry[name] = thing
+        return thing
 
     return add
 

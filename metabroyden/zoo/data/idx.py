@@ -32,11 +32,9 @@ def load_idx(
     and whose beginning trains. Test images are numbered on after the training files' in `ImageSplit.indices`.
 
     Args:
-        folder: where the files are.
         validation: images held out of the training files.
         limit: train on the first so many of what remains; None for all. Does not change the validation split.
         side: average images down to side × side; it divides theirs. None: as they are.
-        split_seed: of the random order.
 
     Returns images (N, 1, H, W), float32 in [0, 1].
 

@@ -100,11 +100,8 @@ class TextData:
 
         Raises ValueError that names the characters the vocabulary does not have.
         """
-        return (
-            _encode_characters(text, self.vocabulary)
-            if self.unit == "character"
-            else _encode_words(text, self.vocabulary)
-        )
+        encode = _encode_characters if self.unit == "character" else _encode_words
+        return encode(text, self.vocabulary)
 
     def decode(self, tokens: Tensor | Iterable[int]) -> str:
         """The text of tokens: for characters the inverse of `encode`; words with spaces where English has them."""

@@ -125,11 +125,8 @@ class MonotoneMultiTier(MonotoneCell):
 
     Args:
         channels: of each tier, the finest first.
-        side: of the finest tier; halved for each of the others.
+        side: of the finest tier; halved for each of the others, to at least 2 (else ValueError).
         m: as for `MonotoneCell`.
-
-    Raises:
-        ValueError: no tier, or a side that cannot be halved that often to at least 2.
     """
 
     layout = "pyramid"

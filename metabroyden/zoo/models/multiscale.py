@@ -25,11 +25,8 @@ class MultiscaleCell(nn.Module):
     they fuse and norm again; twice normed, the untrained map expands, so here block and fusion share one residual sum.
 
     Args:
-        widths: channels of each scale, finest first, at least two.
+        widths: channels of each scale, finest first, at least two (else ValueError).
         groups: of the group norms; divides all widths.
-
-    Raises:
-        ValueError: fewer than two scales.
     """
 
     layout = "pyramid"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from metabroyden.solution import State
+from metabroyden.solution import Cell, State
+from metabroyden.solvers import registry
 
 Maker = Callable[[torch.dtype, int, int], "KnownProblem"]
 PROBLEMS: dict[str, Maker] = {}
@@ -33,7 +35,7 @@ class KnownProblem:
         contractive: f is a contraction near the paths of all solvers, so that rounding does not change them.
     """
 
-    f: Callable[[Any, Any], State]
+    f: Cell
     z0: State
     context: Any
     correct: str
@@ -49,16 +51,8 @@ class KnownProblem:
         return self.expects.get(solver, "solves")
 
 
-def register(name: str) -> Callable[[Maker], Maker]:
-    """Decorator: makes the maker of a problem known under a name."""
-
-    def add(maker: Maker) -> Maker:
-        if name in PROBLEMS:
-            raise ValueError(f"a problem named {name!r} is registered already")
-        PROBLEMS[name] = maker
-        return maker
-
-    return add
+register = partial(registry.register, registry=PROBLEMS, what="problem")
+"""Decorator: makes the maker of a problem known under a name."""
 
 
 def make_problem(name: str, *, dtype: torch.dtype = torch.float64, batch: int = 8, seed: int = 0) -> KnownProblem:

@@ -8,8 +8,8 @@ MINPACK's (hybrd, by scipy).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor
 from metabroyden.zoo.testbed.base import KnownProblem, generator, register
 
 System = Callable[[Tensor], Tensor]
-_ALL_SOLVE: Mapping[str, str] = MappingProxyType({})
 _ONLY_NEWTON = {"picard": "open", "anderson": "open", "broyden": "open"}
 
 
@@ -41,10 +40,8 @@ def _system(
     correct: str,
     *,
     star: Tensor | None = None,
-    expects: Mapping[str, str] = _ALL_SOLVE,
     spread: float = 0.05,
-    max_nfe: int = 300,
-    distance: float = 1e-5,
+    **options: Any,
 ) -> Callable[[System], System]:
     """Decorator: registers z − c·F(z) of a system F; the first sample starts at `start` (n,), the others around it."""
 
@@ -60,9 +57,7 @@ def _system(
                 torch.zeros(batch, 1, dtype=dtype),
                 correct,
                 answer.expand(batch, -1),
-                max_nfe=max_nfe,
-                expects=expects,
-                distance=distance,
+                **{"max_nfe": 300, "distance": 1e-5, **options},
             )
 
         return system
