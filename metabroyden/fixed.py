@@ -87,9 +87,8 @@ class FixedBudget:
             found = self._run(evaluator, flat, Given(context), in_dtype_of(context, flat))
             z, best, done, last, residuals, absolute = (value.detach() for value in found)
             calls, batch = residuals.shape
-            status = torch.where(
-                done, int(Status.CONVERGED), torch.where(last, int(Status.MAX_NFE), int(Status.NON_FINITE))
-            )
+            failed = torch.where(last, int(Status.MAX_NFE), int(Status.NON_FINITE))
+            status = torch.where(done, int(Status.CONVERGED), failed)
             nfe = torch.arange(1, calls + 1)[:, None].expand(calls, batch)
             seconds = torch.full((calls,), torch.nan, dtype=torch.float64)
             status = status.cpu()

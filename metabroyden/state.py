@@ -90,9 +90,8 @@ class Packing:
         if self.single:
             return flat if self.is_flat else flat.reshape(flat.shape[0], *self.shapes[0])
         pieces = flat.split([shape.numel() for shape in self.shapes], dim=1)
-        return like(
-            (piece.reshape(flat.shape[0], *shape) for piece, shape in zip(pieces, self.shapes, strict=True)), self.kind
-        )
+        parts = (piece.reshape(flat.shape[0], *shape) for piece, shape in zip(pieces, self.shapes, strict=True))
+        return like(parts, self.kind)
 
 
 def _flat(z: Tensor) -> Tensor:

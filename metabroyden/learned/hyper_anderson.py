@@ -80,9 +80,8 @@ class HyperAnderson(LearnedSolver):
 
     def step(self, z: Tensor, g: Tensor, state: HyperAndersonState, problem: Any) -> Step:
         """One learned step, (R, n)."""
-        canonical = self.layout.canonical(g, self.layout.resolve(problem.shape)).reshape(
-            len(g), self.layout.channels, -1
-        )
+        shape = self.layout.resolve(problem.shape)
+        canonical = self.layout.canonical(g, shape).reshape(len(g), self.layout.channels, -1)
         tiny = torch.finfo(g.dtype).tiny ** 0.5
         pooled = torch.cat([canonical.mean(2), canonical.square().mean(2).clamp_min(tiny).sqrt()], dim=1)
         size = self.config.memory + 1

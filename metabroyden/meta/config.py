@@ -38,7 +38,7 @@ def count(default: Any, least: int = 1) -> Any:
 def positive(default: Any) -> Any:
     """A field that holds a positive number; or None or 0, if that is the default."""
     return _checked(
-        default, "a positive number", lambda value: _is_positive(value) or (not default and value == default)
+        default, "a positive number", lambda found: _is_positive(found) or (not default and found == default)
     )
 
 

@@ -127,10 +127,8 @@ class EpisodeTrainer(Trainer):
         if config.update in UPDATES:
             self.inner = UPDATES[config.update](solver, config.inner_rate)
         else:
-            make = {"maml": "MAML", "meta-sgd": "MetaSGD"}[config.update]
-            self.learner = getattr(learn2learn().algorithms, make)(
-                solver, lr=config.inner_rate, first_order=config.first_order
-            )
+            make = getattr(learn2learn().algorithms, {"maml": "MAML", "meta-sgd": "MetaSGD"}[config.update])
+            self.learner = make(solver, lr=config.inner_rate, first_order=config.first_order)
         module = self.learner if self.inner is None else nn.ModuleList([solver, self.inner])
         identity = "" if checkpoint is None else " ".join(tasks.identity() for tasks in episodes.task_sets)
         self.losses: list[float] = []

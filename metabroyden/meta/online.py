@@ -102,9 +102,8 @@ class OnlineMetaTrainer:
         self._problem: dict[str, Any] = {}
         both: dict[str, LearnedSolver | None] = {"forward": forward, "backward": backward}
         self.solvers = {name: solver for name, solver in both.items() if solver is not None}
-        self._module = nn.ModuleDict(
-            {f"{name}_solver": solver for name, solver in self.solvers.items()}
-        ).requires_grad_(True)
+        named = {f"{name}_solver": solver for name, solver in self.solvers.items()}
+        self._module = nn.ModuleDict(named).requires_grad_(True)
         self.optimizer = torch.optim.Adam(self._module.parameters(), lr=self.config.learning_rate)
         self.generator = torch.Generator().manual_seed(seed)
         self._waiting = set(self.solvers)  # which have not taken over yet
@@ -117,9 +116,8 @@ class OnlineMetaTrainer:
         if "forward" in self._waiting:
             self.deq.solver = self.solvers["forward"]
         if "backward" in self._waiting:
-            self.deq.backward_mode = replace(
-                self.deq.backward_mode, solver=self.solvers["backward"], precondition=False
-            )
+            mode = self.deq.backward_mode
+            self.deq.backward_mode = replace(mode, solver=self.solvers["backward"], precondition=False)
         self._waiting = set()
 
     def _watch(self, f: Any, context: Any, z: Any) -> None:

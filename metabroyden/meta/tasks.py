@@ -121,9 +121,8 @@ class TaskSet:
         """Raw contexts of a split; ValueError for an unknown or absent one."""
         part = self.raw.get(name)
         if part is None:
-            raise ValueError(
-                f"no split {name!r}: there are {[key for key, value in self.raw.items() if value is not None]}"
-            )
+            there = [key for key, value in self.raw.items() if value is not None]
+            raise ValueError(f"no split {name!r}: there are {there}")
         return part
 
     def problems(self, name: str) -> tuple[State, Any]:

@@ -155,9 +155,8 @@ class Trainer:
         elif self.incidents.consecutive_skips >= config.rollback_after:
             self._roll_back()
         if self.curves is not None:
-            self.curves(
-                self.step + 1, {"loss": loss, "gradient norm": norm, "learning rate": rate * config.learning_rate}
-            )
+            values = {"loss": loss, "gradient norm": norm, "learning rate": rate * config.learning_rate}
+            self.curves(self.step + 1, values)
         return loss
 
     def _roll_back(self) -> None:
@@ -174,9 +173,8 @@ class Trainer:
             return
         score = self._score()
         seconds, cpu_seconds = (round(value, 3) for value in self.clock.read())
-        self.history.append(
-            {"step": self.step, "loss": loss, "score": score, "seconds": seconds, "cpu_seconds": cpu_seconds}
-        )
+        look = {"step": self.step, "loss": loss, "score": score, "seconds": seconds, "cpu_seconds": cpu_seconds}
+        self.history.append(look)
         if self.curves is not None:
             self.curves(self.step, {"evaluations on validation": score})
         if score < self.best_score:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,9 +31,7 @@ class holding:
         self._before = _HELD.values
         _HELD.values = {**self._before, **self.values} if self._before else self.values
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         _HELD.values = self._before
 
 

@@ -45,20 +45,18 @@ def load_idx(
     folder = Path(folder)
     images, labels = _pair(folder, "train")
     test_images, test_labels = _pair(folder, "t10k")
-    if images.shape[1:] != test_images.shape[1:]:
+    size, other = images.shape[1:], test_images.shape[1:]
+    if size != other:
         raise ValueError(
-            f"{folder}: training images are {_times(images.shape[1:])} pixels, test images {_times(test_images.shape[1:])}; "
-            "they must agree"
+            f"{folder}: training images are {_times(size)} pixels, test images {_times(other)}; they must agree"
         )
     if not 1 <= validation < len(images):
         raise ValueError(f"validation must be positive and leave some of {len(images)} images, got {validation}")
     left = len(images) - validation
     if limit is not None and not 1 <= limit <= left:
         raise ValueError(f"limit must lie in 1…{left}, the images left to train on, got {limit}")
-    if side is not None and (side < 1 or images.shape[1] != images.shape[2] or images.shape[1] % side):
-        raise ValueError(
-            f"side must divide the side of square images, got {side} for {_times(images.shape[1:])} pixels"
-        )
+    if side is not None and (side < 1 or size[0] != size[1] or size[0] % side):
+        raise ValueError(f"side must divide the side of square images, got {side} for {_times(size)} pixels")
     order = np.random.default_rng(split_seed).permutation(len(images))
     return ImageData(
         train=_split(images, labels, order[:left][:limit], side),

@@ -126,10 +126,8 @@ def train(
         torch.manual_seed(config.seed)
         model = build().to(device)
     generator = torch.Generator().manual_seed(config.seed)
-    betas, decay = (0.9, config.beta2), config.weight_decay
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, betas=betas, weight_decay=decay, fused=True
-    )
+    rate, betas, decay = config.learning_rate, (0.9, config.beta2), config.weight_decay
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=betas, weight_decay=decay, fused=True)
     criterion.steps(config.batch)  # refuses early
     described, what = json.loads(json.dumps(asdict(config))), _what(model)
     past: list[dict[str, Any]] = []

@@ -60,7 +60,6 @@ class MonotoneDense(MonotoneCell):
 
     Args:
         n: coordinates of the state.
-        m: as for `MonotoneCell`.
     """
 
     layout = "vector"
@@ -92,7 +91,6 @@ class MonotoneConv(MonotoneCell):
     Args:
         channels: of state and injection.
         side: of the images.
-        m: as for `MonotoneCell`.
     """
 
     layout = "image"
@@ -126,7 +124,6 @@ class MonotoneMultiTier(MonotoneCell):
     Args:
         channels: of each tier, the finest first.
         side: of the finest tier; halved for each of the others, to at least 2 (else ValueError).
-        m: as for `MonotoneCell`.
     """
 
     layout = "pyramid"

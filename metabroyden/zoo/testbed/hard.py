@@ -78,9 +78,7 @@ def vanishing(dtype: torch.dtype, batch: int, seed: int) -> KnownProblem:
 def nan_throwing(dtype: torch.dtype, batch: int, seed: int) -> KnownProblem:
     """f(z) = √(x − z) from z = 0: not finite at the start for x < 0, where z > x after a long step; else z* exists."""
     x = _spread(batch, -1.0, 2.0, torch.float64)
-    correct = (
-        "What is not finite at the start comes back as z0, the rest with a true residual; no sample harms another."
-    )
+    correct = "What is not finite at the start comes back as z0, the rest with a true residual; samples stay apart."
     return KnownProblem(
         lambda z, x: torch.sqrt(x - z), torch.zeros(batch, 1, dtype=dtype), x.to(dtype), correct, expects=ALL_OPEN
     )

@@ -89,10 +89,8 @@ def power_flow(buses: int, dtype: torch.dtype, batch: int, seed: int) -> KnownPr
     start = torch.cat([torch.zeros(angles, dtype=torch.float64), magnitude[loads_at]])
     jacobian = torch.func.jacrev(lambda z: mismatch(z[None], p[:1], q[:1])[0])(start)
     inverse = torch.linalg.inv(jacobian)
-    star = []
-    for value in load.tolist():
-        voltage = _answer(network, value)
-        star.append(np.concatenate([np.angle(voltage)[pvpq], np.abs(voltage)[pq]]))
+    voltages = [_answer(network, value) for value in load.tolist()]
+    star = [np.concatenate([np.angle(voltage)[pvpq], np.abs(voltage)[pq]]) for voltage in voltages]
     return KnownProblem(
         lambda z, x: z - mismatch(z, *x) @ inverse.to(z).T,
         start.to(dtype).repeat(batch, 1),
