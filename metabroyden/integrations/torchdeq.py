@@ -77,25 +77,16 @@ def register(
         if unknown:
             kind, names = type(solver).__name__, ", ".join(sorted(unknown))
             raise TypeError(f"solver {name!r} takes no {names}: set options on the {kind} itself")
-        tolerances = _tolerances(tol, stop_mode)
+        if stop_mode not in ("abs", "rel"):
+            raise ValueError(f"stop_mode must be 'abs' or 'rel', got {stop_mode!r}")
         if max_iter < 1:
             raise ValueError(f"max_iter must be at least 1, got {max_iter}")
-        options: dict[str, Any] = {
-            "solver": solver,
-            "max_nfe": int(max_iter),
-            "check_every": check_every,
-            "f_dtype": f_dtype,
-        }
-        return _solve(func, x0, list(indexing or ()), **options | tolerances)
+        rtol, atol = (tol, 0.0) if stop_mode == "rel" else (0.0, tol)
+        options: dict[str, Any] = {"solver": solver, "check_every": check_every, "rtol": rtol, "atol": atol}
+        return _solve(func, x0, list(indexing or ()), max_nfe=int(max_iter), f_dtype=f_dtype, **options)
 
     _library().register_solver(name, drop_in)
     return drop_in
-
-
-def _tolerances(tol: float, stop_mode: str) -> dict[str, float]:
-    if stop_mode not in ("abs", "rel"):
-        raise ValueError(f"stop_mode must be 'abs' or 'rel', got {stop_mode!r}")
-    return {"rtol": tol, "atol": 0.0} if stop_mode == "rel" else {"rtol": 0.0, "atol": tol}
 
 
 def _solve(

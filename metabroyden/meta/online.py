@@ -129,10 +129,11 @@ class OnlineMetaTrainer:
         if "backward" not in self.solvers:
             self._problem = problem
         elif z.requires_grad:
-            z.register_hook(lambda grad: self._complete(problem, grad.detach()))
 
-    def _complete(self, problem: dict[str, Any], v: Tensor) -> None:
-        self._problem = {**problem, "v": v}
+            def complete(v: Tensor) -> None:
+                self._problem = {**problem, "v": v.detach()}
+
+            z.register_hook(complete)
 
     def step(self) -> bool:
         """Count a training step; make a meta-step where one is due. Whether one was made.

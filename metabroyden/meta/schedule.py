@@ -44,19 +44,14 @@ class Clock:
 
 @dataclass
 class StepGuard:
-    """What went wrong, by the numbers of outer steps.
+    """What went wrong, by the numbers of outer steps."""
 
-    Attributes:
-        skipped: steps not taken, by reason.
-        exploded: steps taken with a gradient that was clipped by more than `EXPLODED`.
-        returned: steps after which training went back to the best weights, with half the learning rate.
-        consecutive_skips: steps skipped in a row until now.
-    """
-
-    skipped: dict[str, list[int]] = field(default_factory=dict)
-    exploded: list[int] = field(default_factory=list)
-    returned: list[int] = field(default_factory=list)
-    consecutive_skips: int = 0
+    skipped: dict[str, list[int]] = field(default_factory=dict)  # by reason
+    exploded: list[int] = field(default_factory=list)  # taken with a gradient that was clipped by more than `EXPLODED`
+    returned: list[int] = field(
+        default_factory=list
+    )  # after which training went back to the best weights, at half the rate
+    consecutive_skips: int = 0  # until now
 
     def accept(self, step: int, loss: float, norm: float, clip: float) -> bool:
         """Whether the step may be taken; what is unusual about it is recorded."""

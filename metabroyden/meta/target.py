@@ -31,19 +31,12 @@ ADAPTERS: list[Callable[[Any], ModelMap | None]] = []
 
 
 class Target(NamedTuple):
-    """A family of fixed-point problems.
+    """A family of fixed-point problems."""
 
-    Attributes:
-        f: z⁺ = f(z, x).
-        encode: what is given for a problem → the context x; None: that is x.
-        z0: x → start; None: zeros like x.
-        whole: the module that is in evaluation mode while the fit lasts; None: f is taken as it is.
-    """
-
-    f: Cell
-    encode: Callable[[Any], Any] | None = None
-    z0: Callable[[Any], State] | None = None
-    whole: nn.Module | None = None
+    f: Cell  # z⁺ = f(z, x)
+    encode: Callable[[Any], Any] | None = None  # what is given for a problem → the context x; None: that is x
+    z0: Callable[[Any], State] | None = None  # x → start; None: zeros like x
+    whole: nn.Module | None = None  # in evaluation mode while the fit lasts; None: f is taken as it is
 
 
 def target_of(f: Any) -> Target:

@@ -256,7 +256,10 @@ class Trainer:
             header["config"] = {"decay": "cosine"} | {_RENAMED.get(key, key): v for key, v in header["config"].items()}
         for name, wanted in self._facts().items():
             if header.get(name) != wanted:
-                raise checkpoint.CheckpointError(f"{path} was written by {_difference(name, header, wanted)}")
+                what = f"another meta-training: its {name} is {header.get(name)}, wanted {wanted}"
+                if name == "tasks":
+                    what = "a meta-training on other problems: other weights of f, or other contexts"
+                raise checkpoint.CheckpointError(f"{path} was written by {what}; move it away to start anew")
         history, best_score = self._recorded(header, path)
         incidents = StepGuard(**header["incidents"])
         taken = 0 if incidents.returned else header["step"] - incidents.count
@@ -383,14 +386,6 @@ def mean_evaluations(
 
 
 _RENAMED = {"budget_seconds": "seconds"}
-
-
-def _difference(name: str, header: dict[str, Any], wanted: Any) -> str:
-    if name == "tasks":
-        what = "a meta-training on other problems: other weights of f, or other contexts"
-    else:
-        what = f"another meta-training: its {name} is {header.get(name)}, wanted {wanted}"
-    return f"{what}; move it away to start anew"
 
 
 def _jsonable(value: Any) -> Any:

@@ -22,19 +22,14 @@ BACKENDS = ("higher", "native")
 
 
 class Rollout(NamedTuple):
-    """A differentiable solve of K steps. B samples, n coordinates.
+    """A differentiable solve of K steps. B samples, n coordinates."""
 
-    Attributes:
-        residuals: (K + 1, B) relative residuals, the first at the solver's start.
-        iterates: K + 1 of them, (B, n).
-        extra: K values (B,), what the solver's states hold under `extra`, such as a residual that it predicted; or none.
-        state: the solver's last state.
-    """
-
-    residuals: Tensor
-    iterates: tuple[Tensor, ...]
-    extra: tuple[Tensor, ...]
-    state: Any
+    residuals: Tensor  # (K + 1, B) relative residuals, the first at the solver's start
+    iterates: tuple[Tensor, ...]  # K + 1 of them, (B, n)
+    extra: tuple[
+        Tensor, ...
+    ]  # K values (B,) that the solver's states hold under `extra`, such as a predicted residual; or none
+    state: Any  # the solver's last one
 
     @property
     def z(self) -> Tensor:

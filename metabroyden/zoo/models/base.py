@@ -102,16 +102,10 @@ MODELS: dict[str, type[EquilibriumModel]] = {}
 
 
 class Memory(NamedTuple):
-    """What a segment leaves to the next.
+    """What a segment leaves to the next; zeros, and −1, where the text had not begun."""
 
-    Attributes:
-        states: the last ones of its equilibrium, (B, channels, M) or (B, M, channels) as the cell's layout has it; zeros
-            where the text had not begun.
-        tokens: the last ones (B, R) that the stem looks back at; −1 where the text had not begun.
-    """
-
-    states: Tensor
-    tokens: Tensor
+    states: Tensor  # the last ones of its equilibrium, (B, channels, M) or (B, M, channels) as the cell's layout has it
+    tokens: Tensor  # the last ones (B, R) that the stem looks back at
 
 
 class LanguageModel(EquilibriumModel):
