@@ -44,27 +44,16 @@ def able(results: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class SolverResult:
-    """The measurements of one solver on B problems.
-
-    Attributes:
-        solver: the solver.
-        budget: evaluations allowed for each problem.
-        nfe: (B,) evaluations, the budget for a failure.
-        solved: (B,) bool.
-        seconds: (rounds,) of whole solves of the batch; entries of one round are paired across solvers.
-        elsewhere: (B,) bool, whether the solution is not the reference's; None if that was not checked.
-        both: (B,) bool, problems that both this solver and the reference solve.
-        scores: (B,) task scores, or None.
-    """
+    """The measurements of one solver on B problems."""
 
     solver: Any
-    budget: int
-    nfe: np.ndarray
-    solved: np.ndarray
-    seconds: np.ndarray
-    elsewhere: np.ndarray | None = None
-    both: np.ndarray | None = None
-    scores: np.ndarray | None = None
+    budget: int  # evaluations allowed for each problem
+    nfe: np.ndarray  # (B,) evaluations, the budget for a failure
+    solved: np.ndarray  # (B,) bool
+    seconds: np.ndarray  # (rounds,) of whole solves of the batch; entries of one round are paired across solvers
+    elsewhere: np.ndarray | None = None  # (B,) bool, whether the solution is not the reference's, if that was checked
+    both: np.ndarray | None = None  # (B,) bool, problems that both this solver and the reference solve
+    scores: np.ndarray | None = None  # (B,) task scores
 
     @property
     def apart(self) -> float:
@@ -127,18 +116,12 @@ class Comparison:
     see `SolverResult.cost`, or else a rival that fails more would look cheaper; in all figures it counts as the budget. It
     must also not be elsewhere more often than the rival that is so most often, nor score lower than the best rival; both
     with one standard error of tolerance.
-
-    Attributes:
-        name: of the fitted solver.
-        results: of all solvers, by name.
-        rtol: tolerance of the solves.
-        reference: name of the classical solver whose equilibria the solutions are compared with.
     """
 
-    name: str
-    results: dict[str, SolverResult]
-    rtol: float
-    reference: str = UNTUNED
+    name: str  # of the fitted solver
+    results: dict[str, SolverResult]  # of all solvers, by name
+    rtol: float  # tolerance of the solves
+    reference: str = UNTUNED  # the classical solver whose equilibria the solutions are compared with
 
     @property
     def fitted(self) -> SolverResult:

@@ -18,22 +18,13 @@ _POOLED = 4  # side of the images that the head sees
 
 @dataclass(frozen=True)
 class MonotoneClassifierConfig(ImageConfig):
-    """Sizes of a `MonotoneClassifier`.
+    """Sizes of a `MonotoneClassifier`: units of the dense state, or channels of the convolutional one or the first tier."""
 
-    Attributes:
-        structure: "dense" (the paper's fully connected one, of 87 units for MNIST), "conv" or "multi-tier".
-        width: units of the dense state, channels of the convolutional one, channels of the first tier; each further tier
-            has twice those of the one before.
-        m: constant of strong monotonicity.
-        margin: pixels of zeros round an image, which the state has too; convolutions wrap round. Not of a dense cell.
-        tiers: of the multi-tier cell.
-    """
-
-    structure: str = "dense"
-    width: int = 87
-    m: float = 1.0
-    margin: int = 1
-    tiers: int = 2
+    structure: str = "dense"  # the paper's fully connected one, of 87 units for MNIST; or "conv" or "multi-tier"
+    width: int = 87  # each further tier has twice that of the one before
+    m: float = 1.0  # constant of strong monotonicity
+    margin: int = 1  # pixels of zeros round an image, which the state has too, as convolutions wrap round; not if dense
+    tiers: int = 2  # of the multi-tier cell
 
     def __post_init__(self) -> None:
         if self.structure not in _STRUCTURES:

@@ -80,20 +80,13 @@ def _path(source: int, target: int, widths: tuple[int, ...]) -> nn.Conv2d:
 
 @dataclass(frozen=True)
 class MultiscaleClassifierConfig(ImageConfig):
-    """Sizes of a `MultiscaleClassifier`.
+    """Sizes of a `MultiscaleClassifier`."""
 
-    Attributes:
-        width: channels of the finest scale; each coarser one has `growth` times those of the scale before.
-        scales: at least two.
-        groups: of the group norms.
-        stride: of the stem's second convolution.
-    """
-
-    width: int = 16
-    growth: int = 2
-    scales: int = 2
-    groups: int = 4
-    stride: int = 1
+    width: int = 16  # channels of the finest scale
+    growth: int = 2  # how many times those of the scale before each coarser one has
+    scales: int = 2  # at least two
+    groups: int = 4  # of the group norms
+    stride: int = 1  # of the stem's second convolution
 
     @property
     def widths(self) -> tuple[int, ...]:
