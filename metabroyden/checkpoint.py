@@ -28,10 +28,8 @@ from metabroyden.solvers.registry import get_solver, name_of, solver_types
 from metabroyden.storage import atomic_write
 
 SCHEMA = 2
-LARGEST = 5_000_000
-"""Bytes of weights above which a file that a repository is to keep holds them in half precision."""
-PRECISIONS = (torch.float32, torch.float64)
-"""Of a solver's weights: those of the states that it can work on."""
+LARGEST = 5_000_000  # bytes of weights above which a file that a repository is to keep holds them in half precision
+PRECISIONS = (torch.float32, torch.float64)  # of a solver's weights: those of the states that it can work on
 _KEY, _CHECKSUM = "metabroyden", "blake2b"
 _CPU = torch.device("cpu")
 _SHAPE = tuple[int, ...] | tuple[tuple[int, ...], ...]

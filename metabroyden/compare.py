@@ -19,15 +19,12 @@ from metabroyden.solvers.broyden import Broyden
 from metabroyden.solvers.clock import race
 from metabroyden.state import Packing, gather
 
-UNTUNED = "Broyden, untuned"
-"""Name of the solver that a DEQ has by default."""
+UNTUNED = "Broyden, untuned"  # name of the solver that a DEQ has by default
 FAR = 10.0
 """A solution is elsewhere if its relative distance to the reference exceeds this many tolerances, and still does when the
 solve is continued."""
-CLOSER = 100.0
-"""Solves are continued to a tolerance smaller by this factor."""
-Score = Callable[[State], np.ndarray]
-"""States → (B,) task scores, higher being better."""
+CLOSER = 100.0  # solves are continued to a tolerance smaller by this factor
+Score = Callable[[State], np.ndarray]  # states → (B,) task scores, higher being better
 
 
 def standard_error(success: float, count: int) -> float:

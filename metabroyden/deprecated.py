@@ -136,8 +136,7 @@ class _Moved(MetaPathFinder, Loader):
 
 sys.meta_path.insert(0, _Moved())  # before the finder of the path that the moved package has
 
-HEADERS = {"slimmed": "to_half"}
-"""Keys of a file's description, as schema 1 has them."""
+HEADERS = {"slimmed": "to_half"}  # keys of a file's description, as schema 1 has them
 ABSENT: dict[str, dict[str, Any]] = {
     "coordinatewise": {"preprocessing": "scaled"},
     "meta-broyden": {"coefficients": "lstm"},

@@ -102,8 +102,7 @@ class SharedWatch:
         )
 
 
-WATCH = SharedWatch()
-"""The one of this process."""
+WATCH = SharedWatch()  # the one of this process
 
 
 def owner_of(f: Any) -> Any:

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
 State = Tensor | tuple[Tensor, ...]
 """A DEQ state as the user sees it: one batch-first tensor, or several (a tuple of scales)."""
-Cell = Callable[..., State]
-"""A fixed-point map, f(z) or f(z, context): batch first, samples independent of one another."""
+Cell = Callable[..., State]  # a fixed-point map, f(z) or f(z, context): batch first, samples independent of one another
 
 
 class Status(enum.IntEnum):

@@ -2,8 +2,7 @@
 
 from importlib import metadata
 
-SOURCE = "0.1.0"
-"""As pyproject.toml has it: for sources that are used without being installed."""
+SOURCE = "0.1.0"  # as pyproject.toml has it: for sources that are used without being installed
 
 
 def found() -> str:

@@ -19,8 +19,7 @@ Report = Callable[[Solution], None]
 class GradientMode:
     """How the equilibrium of a cell gets its gradient: by `attach` after the solve, or by `run` in its place."""
 
-    replaces_solve: ClassVar[bool] = False
-    """Whether `run` is called in place of the solve."""
+    replaces_solve: ClassVar[bool] = False  # whether `run` is called in place of the solve
 
     @property
     def wants_inverse(self) -> bool:

@@ -20,8 +20,7 @@ from metabroyden.solution import Solution, Status
 from metabroyden.solve import check_options, solve
 from metabroyden.state import Packing
 
-OWN_NAMES = ("anderson", "broyden", "fixed_point_iter", "simple_fixed_point_iter")
-"""Names of torchdeq's own solvers."""
+OWN_NAMES = ("anderson", "broyden", "fixed_point_iter", "simple_fixed_point_iter")  # names of torchdeq's own solvers
 
 _HALF = (torch.float16, torch.bfloat16)
 

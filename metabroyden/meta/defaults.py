@@ -16,16 +16,11 @@ from metabroyden.solution import Cell, State
 from metabroyden.solvers.tuning import tune
 
 CONDITIONINGS = ("auto", "initial_value", "input")
-SHORT = 120.0
-"""Seconds of training below which unrolls have one segment, so that there are more outer steps."""
-SEGMENTS = range(6, 15)
-"""Solver steps a segment may have."""
-SOLVER_STEPS = 11_200
-"""Of a whole training, all unrolls together, where no number of outer steps is asked for."""
-LOOK = 1_400
-"""Solver steps from one look at validation to the next, at most."""
-RATES: dict[str, Any] = {"learning_rate": 5e-3, "orthogonal_rate": 0.05}
-"""Peak rates for a `MetaBroyden`."""
+SHORT = 120.0  # seconds of training below which unrolls have one segment, so that there are more outer steps
+SEGMENTS = range(6, 15)  # solver steps a segment may have
+SOLVER_STEPS = 11_200  # of a whole training, all unrolls together, where no number of outer steps is asked for
+LOOK = 1_400  # solver steps from one look at validation to the next, at most
+RATES: dict[str, Any] = {"learning_rate": 5e-3, "orthogonal_rate": 0.05}  # peak rates for a `MetaBroyden`
 DAMPINGS = (1.0, 0.5, 0.25, 0.12)
 """Step lengths of the iteration that a `MetaBroyden` is before training; the best is taken."""
 

@@ -31,8 +31,7 @@ from metabroyden.meta.tasks import TaskSet, count, rows
 from metabroyden.meta.trainer import Trainer
 from metabroyden.meta.unroll import unroll
 
-LIBRARY = ("maml", "meta-sgd")
-"""Inner steps of learn2learn; those of `UPDATES` are ours."""
+LIBRARY = ("maml", "meta-sgd")  # inner steps of learn2learn; those of `UPDATES` are ours
 
 
 @dataclass(frozen=True)

@@ -253,8 +253,7 @@ class EvolutionEstimator:
         return loss, nn.utils.clip_grad_norm_(parameters, config.clip)
 
 
-ESTIMATORS: dict[str, Any] = {"backprop": BackpropEstimator, "pes": EvolutionEstimator}
-"""By `MetaConfig.estimator`."""
+ESTIMATORS: dict[str, Any] = {"backprop": BackpropEstimator, "pes": EvolutionEstimator}  # by `MetaConfig.estimator`
 
 
 def equilibria(f: Any, z0: Any, context: Any, *, rtol: float = 1e-4, max_nfe: int = 100) -> Tensor:

@@ -26,8 +26,7 @@ from metabroyden.solution import Cell, State
 from metabroyden.solvers.registry import list_solvers
 from metabroyden.state import Packing, check_context
 
-MAX_NFE = 60
-"""Evaluations allowed for each problem, on validation and in the comparison."""
+MAX_NFE = 60  # evaluations allowed for each problem, on validation and in the comparison
 
 
 @old_options

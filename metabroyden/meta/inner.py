@@ -119,5 +119,4 @@ class Gated(InnerUpdate):
         return hidden @ weight[:-2] + flat * weight[-2] + last * weight[-1]
 
 
-UPDATES: dict[str, type[Any]] = {"gated": Gated, "rates": Rates}
-"""Our inner steps by name."""
+UPDATES: dict[str, type[Any]] = {"gated": Gated, "rates": Rates}  # our inner steps by name

@@ -15,8 +15,7 @@ STOPS = {
     "non-finite": "gradients stayed non-finite, returns to the best weights notwithstanding",
 }
 """Why a meta-training stopped, by name."""
-EXPLODED = 1e3
-"""Gradients longer than this many times the norm they are clipped to are reported as explosions."""
+EXPLODED = 1e3  # gradients longer than this many times the norm they are clipped to are reported as explosions
 
 
 class Clock:

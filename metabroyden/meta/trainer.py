@@ -28,8 +28,7 @@ from metabroyden.state import gather
 
 Progress = Callable[[int, str], None]
 """Called with the step reached (of the time budget where that is nearer its end) and a few words."""
-Curves = Callable[[int, dict[str, float]], None]
-"""Called with the number of outer steps made and numbers by name."""
+Curves = Callable[[int, dict[str, float]], None]  # called with the number of outer steps made and numbers by name
 
 
 @dataclass(frozen=True)

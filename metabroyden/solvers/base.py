@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-GROWTH = 3.0
-"""Factor by which the first full step must make ‖g‖ grow before a quasi-Newton method changes its scale."""
+GROWTH = 3.0  # factor by which the first full step must make ‖g‖ grow before a quasi-Newton method changes its scale
 ALIGNED = (0.5, 0.9)
 """Cosines between −Δg, or Δg, and Δz from which the scale is trusted: to shorten a step takes less than to turn it round."""
 

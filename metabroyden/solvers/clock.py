@@ -11,8 +11,7 @@ import torch
 from metabroyden.solution import Cell, Solution, State
 from metabroyden.solve import solve
 
-LEAST, MOST = 3, 15
-"""Rounds of `race` at least and at most."""
+LEAST, MOST = 3, 15  # rounds of `race` at least and at most
 
 T = TypeVar("T")
 

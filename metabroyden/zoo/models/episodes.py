@@ -12,8 +12,7 @@ from metabroyden import checkpoint
 from metabroyden.described import check
 from metabroyden.zoo.models.fit import build_model
 
-ENOUGH = 30_000_000
-"""Bytes of a file above which some of more than `LEAST` episodes are left out."""
+ENOUGH = 30_000_000  # bytes of a file above which some of more than `LEAST` episodes are left out
 LEAST = 6
 
 

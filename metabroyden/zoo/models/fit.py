@@ -21,8 +21,7 @@ from metabroyden.zoo.models.base import MODELS, EquilibriumModel
 from metabroyden.zoo.models.criteria import Criterion, device_of
 from metabroyden.zoo.models.twins import Twin, Unrolled, build_twin
 
-PRECISIONS = (torch.float32, torch.float64, torch.half, torch.bfloat16)
-"""Of a stored model's weights."""
+PRECISIONS = (torch.float32, torch.float64, torch.half, torch.bfloat16)  # of a stored model's weights
 _LARGEST_SIZE = 2**20  # of what no weight depends on, such as an image's side under a stride
 
 

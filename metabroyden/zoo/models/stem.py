@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-STEMS = ("linear", "conv", "hashed")
-"""What a stem may be."""
+STEMS = ("linear", "conv", "hashed")  # what a stem may be
 
 _BASE, _PRIME = 1_000_003, 2**31 - 1  # of the rolling hash: products stay below 2^63
 
