@@ -188,29 +188,15 @@ class Universal(LearnedSolver):
 
 
 def specialised(
-    solver: Universal,
-    layout: Layout,
-    *,
-    conditioning: str = "initial_value",
-    context_channels: int = 0,
-    rank: int = 64,
-    initializer_width: int = 64,
+    solver: Universal, layout: Layout, *, rank: int = 64, initializer_width: int = 64, **seen: Any
 ) -> Universal:
     """A copy of the solver with an initializer and a preconditioner for states of one layout, both zero-initialised.
 
     It takes the steps of the given one, which has no parts of its own, until it is trained. Rank and initializer_width are
-    inner channels of the two, conditioning and context_channels as in `LearnedConfig`.
+    inner channels of the two, the rest is conditioning and context_channels as in `LearnedConfig`.
     """
-    config = replace(
-        solver.config,
-        layout=layout.kind,
-        shape=tuple(layout.shape),
-        conditioning=conditioning,
-        context_channels=context_channels,
-        rank=rank,
-        initializer_width=initializer_width,
-    )
-    copy = Universal(config).to(next(solver.parameters()))
+    sizes: dict[str, Any] = {"shape": tuple(layout.shape), "rank": rank, "initializer_width": initializer_width}
+    copy = Universal(replace(solver.config, layout=layout.kind, **sizes, **seen)).to(next(solver.parameters()))
     copy.lstm.load_state_dict(solver.lstm.state_dict())
     return copy
 

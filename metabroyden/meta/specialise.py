@@ -77,11 +77,5 @@ def _with_parts(solver: Any, tasks: TaskSet, config: SpecialiseConfig) -> nn.Mod
     layout, channels = tasks_layout(tasks)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return specialised(
-            solver,
-            layout,
-            conditioning="input" if channels else "initial_value",
-            context_channels=channels,
-            rank=config.rank,
-            initializer_width=config.initializer_width,
-        )
+        seen = {"conditioning": "input" if channels else "initial_value", "context_channels": channels}
+        return specialised(solver, layout, rank=config.rank, initializer_width=config.initializer_width, **seen)
