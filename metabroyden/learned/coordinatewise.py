@@ -118,16 +118,8 @@ class CoordinatewiseLSTM(LearnedSolver):
             move, turn = (z - state.z) / state.scale, (g - state.g) / state.scale
             products = _KEPT * products + torch.stack([move * turn, turn.square()], dim=1)
             slope = (-products[:, 0] / (products[:, 1] + 0.1)).clamp(-3, 3)
-            coordinates = [
-                turn.clamp(-5, 5),
-                slope,
-                z / _scale(z, layout, shape),
-                state.context / _scale(state.context, layout, shape),
-                level,
-                change,
-                torch.tanh(r),
-                torch.tanh(state.update),
-            ]
+            seen = z / _scale(z, layout, shape), state.context / _scale(state.context, layout, shape)
+            coordinates = [turn.clamp(-5, 5), slope, *seen, level, change, torch.tanh(r), torch.tanh(state.update)]
             signs = torch.cat([log_sign(r), log_sign(state.update)], dim=2).transpose(1, 2)
             features = torch.cat([signs, torch.stack(coordinates, dim=1)], dim=1)
         output, hidden, cell = self._recur(features, state.hidden, state.cell)

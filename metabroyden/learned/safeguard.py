@@ -54,16 +54,9 @@ class Safeguard:
 
     def phases(self, solver: Any, initial: Any = None) -> list[Phase]:
         """Learned steps, Broyden on top of the learned inverse Jacobian `initial` (if any), plain Broyden from z0."""
-        return [
-            self.learned_phase(solver),
-            Phase(
-                Broyden(memory=self.memory, initial=initial),
-                origin="best",
-                patience=self.resumed_patience,
-                progress=0.5,
-            ),
-            Phase(self.fallback()),
-        ]
+        broyden = Broyden(memory=self.memory, initial=initial)
+        resumed = Phase(broyden, origin="best", patience=self.resumed_patience, progress=0.5)
+        return [self.learned_phase(solver), resumed, Phase(self.fallback())]
 
 
 BY_PROGRESS = Safeguard(horizon=None, patience=15, progress=0.8)

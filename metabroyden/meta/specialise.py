@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,14 +59,9 @@ def specialise(
     matrices = [p for part in own for p in part.parameters() if is_matrix(p)]
     rates = {"lr": config.learning_rate, "orthogonal_rate": config.orthogonal_rate}
     draws = MixedDraws([(1.0, tasks)], config.batch, (config.unroll, config.unroll), config.seed)
-    trainer = Trainer(
-        adapted,
-        config,
-        lambda: BackpropEstimator(adapted, draws, config),
-        validation=[tasks],
-        optimizer=OrthogonalAdam(adapted.requires_grad_(True).parameters(), matrices, **rates),
-    )
-    trainer.run(progress)
+    adam = OrthogonalAdam(adapted.requires_grad_(True).parameters(), matrices, **rates)
+    estimator = partial(BackpropEstimator, adapted, draws, config)
+    Trainer(adapted, config, estimator, validation=[tasks], optimizer=adam).run(progress)
     adapted.fingerprint = fingerprint(tasks.f)
     adapted.summary = {"specialised": {"steps": config.steps, "batch": config.batch, "unroll": config.unroll}}
     return adapted

@@ -12,6 +12,8 @@ from torch.nn import functional
 
 from metabroyden.zoo.testbed.base import ALL_OPEN, KnownProblem, generator, register
 
+_TO_ONE = "Converges to an equilibrium."
+
 
 def weights(n: int, norm: float, *, symmetric: bool, seed: int, dtype: torch.dtype) -> Tensor:
     """(n, n) Gaussian matrix, symmetrised where asked, scaled to spectral norm `norm`."""
@@ -47,9 +49,7 @@ def blas(batch: int, n: int, norm: float, *, symmetric: bool = False, seed: int 
     """The dense cell as a network has it, float32, one matrix product; x standard normal, the answer not singled out."""
     w = weights(n, norm, symmetric=symmetric, seed=seed, dtype=torch.float32).T.contiguous()
     x = torch.randn(batch, n, generator=generator(seed + 1000 * x_seed))
-    return KnownProblem(
-        lambda z, x: torch.tanh(torch.addmm(x, z, w)), torch.zeros(batch, n), x, "Converges to an equilibrium."
-    )
+    return KnownProblem(lambda z, x: torch.tanh(torch.addmm(x, z, w)), torch.zeros(batch, n), x, _TO_ONE)
 
 
 def conv(
@@ -65,12 +65,8 @@ def conv(
         v = v / v.norm()
     w = norm * w / functional.conv2d(v, w, padding=1).norm()
     x = torch.randn(batch, channels, side, side, generator=generator(seed + 1000 * x_seed))
-    return KnownProblem(
-        lambda z, x: torch.tanh(functional.conv2d(z, w, padding=1) + x),
-        torch.zeros_like(x),
-        x,
-        "Converges to an equilibrium.",
-    )
+    z0 = torch.zeros_like(x)
+    return KnownProblem(lambda z, x: torch.tanh(functional.conv2d(z, w, padding=1) + x), z0, x, _TO_ONE)
 
 
 def _registered(symmetric: bool, norm: float, expects: Mapping[str, str], correct: str) -> None:

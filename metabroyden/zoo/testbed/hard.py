@@ -44,14 +44,8 @@ def logistic(dtype: torch.dtype, batch: int, seed: int) -> KnownProblem:
     """f(z) = r z (1 − z) from z = 0.5, r in [3.2, 3.5]: an attracting cycle round the repelling z* = 1 − 1/r."""
     r = _spread(batch, 3.2, 3.5, torch.float64)
     correct = "Picard settles on a cycle and reports failure; the others converge to 1 − 1/r."
-    return KnownProblem(
-        lambda z, r: r * z * (1 - z),
-        torch.full((batch, 1), 0.5, dtype=dtype),
-        r.to(dtype),
-        correct,
-        1 - 1 / r,
-        expects={"picard": "fails"},
-    )
+    z0, star = torch.full((batch, 1), 0.5, dtype=dtype), 1 - 1 / r
+    return KnownProblem(lambda z, r: r * z * (1 - z), z0, r.to(dtype), correct, star, expects={"picard": "fails"})
 
 
 @register("singular_jacobian")
