@@ -129,9 +129,9 @@ class EpisodeTrainer(Trainer):
             make = getattr(learn2learn().algorithms, {"maml": "MAML", "meta-sgd": "MetaSGD"}[config.update])
             self.learner = make(solver, lr=config.inner_rate, first_order=config.first_order)
         module = self.learner if self.inner is None else nn.ModuleList([solver, self.inner])
-        identity = "" if checkpoint is None else " ".join(tasks.identity() for tasks in episodes.task_sets)
         self.losses: list[float] = []
-        super().__init__(solver, config, lambda: self, identity=identity, module=module, checkpoint=checkpoint)
+        problems = episodes.task_sets
+        super().__init__(solver, config, lambda: self, problems=problems, module=module, checkpoint=checkpoint)
 
     def settled(self, step: int) -> bool:
         """Nothing persists from one episode to the next."""
@@ -237,11 +237,8 @@ def _learn2learn_tasks(raws: Sequence[Tensor], *, shots: int, num_tasks: int = -
     l2l = learn2learn()
     labels = torch.cat([torch.full((len(raw),), number) for number, raw in enumerate(raws)])
     dataset = l2l.data.MetaDataset(torch.utils.data.TensorDataset(torch.cat(list(raws)), labels))
-    transforms = [
-        l2l.data.transforms.NWays(dataset, n=1),
-        l2l.data.transforms.KShots(dataset, k=shots),
-        l2l.data.transforms.LoadData(dataset),
-    ]
+    make = l2l.data.transforms
+    transforms = [make.NWays(dataset, n=1), make.KShots(dataset, k=shots), make.LoadData(dataset)]
     return l2l.data.Taskset(dataset, transforms, num_tasks=num_tasks)
 
 

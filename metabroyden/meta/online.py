@@ -184,11 +184,8 @@ class OnlineMetaTrainer:
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on bit for bit after an interruption, the solvers' weights included; not a copy."""
-        header = {
-            "solvers": sorted(self.solvers),
-            "counts": [self._seen, self.steps, self.skipped],
-            "waiting": bool(self._waiting),
-        }
+        counts = [self._seen, self.steps, self.skipped]
+        header = {"solvers": sorted(self.solvers), "counts": counts, "waiting": bool(self._waiting)}
         tensors, header = resume.pack(self._module, self.optimizer, header, generator=self.generator)
         return {"tensors": tensors, "header": header}
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MOMENTUM = 0.9  # of the matrices
+
 
 class OrthogonalAdam(torch.optim.Adam):
     """Adam, but for the parameters `matrices`: W ← W − rate·√max(1, rows/columns)·orth(M), M ← momentum·M + ∇.
@@ -20,18 +22,12 @@ class OrthogonalAdam(torch.optim.Adam):
     """
 
     def __init__(
-        self,
-        parameters: Iterable[Tensor],
-        matrices: Iterable[Tensor],
-        *,
-        lr: float,
-        orthogonal_rate: float,
-        momentum: float = 0.9,
+        self, parameters: Iterable[Tensor], matrices: Iterable[Tensor], *, lr: float, orthogonal_rate: float
     ) -> None:
         super().__init__(parameters, lr=lr)
         self.matrices = list(matrices)
         self.peaks = lr, orthogonal_rate
-        self.orthogonal_rate, self.momentum = orthogonal_rate, momentum
+        self.orthogonal_rate = orthogonal_rate
 
     def set_rates(self, share: float) -> None:
         """Both rates, as a share of those the optimizer was made with."""
@@ -48,7 +44,7 @@ class OrthogonalAdam(torch.optim.Adam):
                 state = self.state[matrix]
                 state.setdefault("step", torch.tensor(0.0))  # what Adam asks for of every state it is given back
                 memory = state.setdefault("momentum", torch.zeros_like(matrix))
-                memory.mul_(self.momentum).add_(grad)
+                memory.mul_(MOMENTUM).add_(grad)
                 rows, columns = matrix.flatten(1).shape
                 matrix.sub_(orthogonal(memory), alpha=self.orthogonal_rate * max(1.0, rows / columns) ** 0.5)
                 matrix.grad = None

@@ -56,7 +56,7 @@ class Trainer:
         make_estimator: called when the training begins or goes back to its best weights; makes what leaves the clipped
             gradient of an outer step in the module's parameters, such as `BackpropEstimator`.
         validation: task sets whose validation split is looked at; the score is the geometric mean over them.
-        identity: of the problems; a checkpoint of others is refused.
+        problems: task sets, default those of validation; a checkpoint of others is refused.
         module: what is trained; default the solver.
         generator: what a checkpoint keeps of the draws.
         optimizer: of all of the module's parameters; default as the config says.
@@ -77,7 +77,7 @@ class Trainer:
         make_estimator: Callable[[], Any],
         *,
         validation: Sequence[TaskSet] = (),
-        identity: str = "",
+        problems: Sequence[TaskSet] = (),
         module: nn.Module | None = None,
         generator: torch.Generator | None = None,
         optimizer: OrthogonalAdam | None = None,
@@ -88,7 +88,9 @@ class Trainer:
         self.module: Any = solver if module is None else module
         self.path = None if checkpoint is None else Path(checkpoint)
         self.save_every, self._unsaved = save_every, False
-        self._make_estimator, self._identity, self._generator = make_estimator, identity, generator
+        self._make_estimator, self._generator = make_estimator, generator
+        of_these = () if checkpoint is None else problems or validation
+        self._identity = " ".join(tasks.identity() for tasks in of_these)
         self.step = 0
         self.clock, self.incidents = Clock(), StepGuard()
         self.stopped: str | None = None
@@ -324,7 +326,6 @@ class MetaTrainer(Trainer):
             config,
             lambda: ESTIMATORS[config.estimator](solver, TaskDraws(tasks, config), config),
             validation=[tasks],
-            identity="" if checkpoint is None else tasks.identity(),
             checkpoint=checkpoint,
             save_every=save_every,
         )
@@ -365,7 +366,6 @@ class MultiTaskTrainer(Trainer):
             config,
             lambda: ESTIMATORS["backprop"](solver, draws, config),
             validation=validation,
-            identity="" if checkpoint is None else " ".join(tasks.identity() for tasks in validation),
             generator=draws.generator,
             checkpoint=checkpoint,
             save_every=config.validate_every,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metabroyden.function import FunctionWrapper
-from metabroyden.nn.dropout import VariationalDropout, dropouts
+from metabroyden.nn.dropout import dropouts
 from metabroyden.nn.hold import holding, parametrizations
 from metabroyden.solution import Cell, State
 from metabroyden.state import AugmentedContext, check_state
@@ -34,7 +34,7 @@ def pin(cell: Cell, context: Any, z0: State, *, dtype: torch.dtype | None = None
         check_state(z0, "z0")
         first = z0 if isinstance(z0, Tensor) else z0[0]
         masks = tuple(layer.draw(len(first), first.device) for layer in layers)
-    pinned = Pinned(cell, weights, [made for _, _, made in computed], layers, masks, dtype)
+    pinned = Pinned(cell, weights, ([made for _, _, made in computed], layers, masks), dtype)
     return pinned, AugmentedContext(context, masks) if masks and context is not None else context
 
 
@@ -47,18 +47,10 @@ class Pinned(FunctionWrapper):
         dtype: of the states that the cell gets; None: any.
     """
 
-    def __init__(
-        self,
-        cell: Cell,
-        weights: list[Tensor],
-        made: list[nn.Module],
-        layers: list[VariationalDropout],
-        masks: tuple[Tensor, ...],
-        dtype: torch.dtype | None,
-    ) -> None:
+    def __init__(self, cell: Cell, weights: list[Tensor], rest: Any, dtype: torch.dtype | None) -> None:
         self.cell = self.inner = cell
         self.weights, self.dtype = weights, dtype
-        self._rest = made, layers, masks
+        self._rest = rest  # the parametrizations of these weights, dropout layers, their masks
 
     def __call__(self, z: State, context: Any = None) -> State:
         """f(z) or f(z, context), for the rows whose masks are in the context."""
@@ -79,4 +71,4 @@ class Pinned(FunctionWrapper):
 
     def detached(self) -> Pinned:
         """The same map without gradients towards its weights."""
-        return Pinned(self.cell, [weight.detach() for weight in self.weights], *self._rest, self.dtype)
+        return Pinned(self.cell, [weight.detach() for weight in self.weights], self._rest, self.dtype)
