@@ -108,7 +108,7 @@ class Job:
     def plan(self, tasks: TaskSet) -> tuple[Plan, Any]:
         """How the solver is made and trained, and its untrained self: as by `fit_solver`, but for the recipe."""
         config = self.config
-        classical = measure_classical(tasks, rtol=1e-3, max_nfe=config.budget)
+        classical = replace(measure_classical(tasks, rtol=1e-3, max_nfe=config.budget), tuned=self.rivals)
         training = {
             "seed": config.seed,
             "validation_size": HELD if self.family.texts else 256,
@@ -123,7 +123,15 @@ class Job:
             tasks, classical, solver=config.solver, conditioning=config.conditioning, training=training,
             seconds=None if config.cpu_minutes is None else 60 * config.cpu_minutes, overrides=self.overrides,
         )  # fmt: skip
+        names = [name for name in ("alpha", "damping") if name in made.options]
+        measured = distributed.from_first([made.options[name] for name in names])
+        made = replace(made, options=made.options | dict(zip(names, measured, strict=True)))
         return made, self.prepare(made.build(classical.problems[1]))
+
+    def rivals(self) -> dict[str, Any]:
+        """The classical solvers, tuned on validation problems."""
+        held = self.family.problems("validation", 64)
+        return solvers.tuned(held, self.config.budget, splitting=self.family.splitting)
 
     def trained(self) -> Any:
         """The solver: that of an earlier sitting where it was finished there."""
@@ -149,8 +157,7 @@ class Job:
         config, family = self.config, self.family
         held, rules = family.problems("test", config.samples), Rules(TOLERANCES, config.budget)
         if solver is None:
-            tuned = solvers.tuned(family.problems("validation", 64), config.budget, splitting=family.splitting)
-            everyone = solvers.contestants(**tuned, Broyden=Broyden(config.budget))
+            everyone = solvers.contestants(**self.rivals(), Broyden=Broyden(config.budget))
             return measure.measure(held, everyone, rules, progress=config.progress)
         one, told = solvers.contestant(config.solver, solver, config.seed), solver.summary["meta_training"]
         rows = measure.measure(held, [one], rules, progress=config.progress)

@@ -147,18 +147,20 @@ def test_alternate_resumes_and_writes_what_it_promises(tmp_path, capsys, monkeyp
         runs=tmp_path / "runs",
         progress=False,
     )
-    original = alternate._seed
+    original = alternate.trained
 
     def interrupted(config, seed, bar):
         if seed == 1:
             raise KeyboardInterrupt
         return original(config, seed, bar)
 
-    monkeypatch.setattr(alternate, "_seed", interrupted)
+    monkeypatch.setattr(alternate, "trained", interrupted)
     with pytest.raises(KeyboardInterrupt):
         alternate.run(config)
     seeds: list[int] = []
-    monkeypatch.setattr(alternate, "_seed", lambda config, seed, bar: seeds.append(seed) or original(config, seed, bar))
+    monkeypatch.setattr(
+        alternate, "trained", lambda config, seed, bar: seeds.append(seed) or original(config, seed, bar)
+    )
     alternate.run(config)
     assert seeds == [1], "the finished seed was not trained again"
     (trial,) = config.results.iterdir()
@@ -263,7 +265,7 @@ def test_meta_names_what_it_does_not_know(tmp_path):
     ("family", "coefficients", "rows", "gated", "dilations"),
     [
         ("conv-digits", "schedule", 28, 42, (1, 1)),
-        ("dense-digits", "schedule", 8, 8, (1, 1)),
+        ("monotone-dense-digits", "schedule", 7, 7, (1, 1)),
         ("trellisnet-words", "schedule", 12, 20, (2, 6)),
         ("trellisnet-shakespeare", "schedule", 14, 22, (4, 12)),
         ("transformer-shakespeare", "lstm", None, 12, (1, 1)),
