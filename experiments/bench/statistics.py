@@ -249,7 +249,7 @@ def against(field: Field, words: str, names: Sequence[str], rival: str, toleranc
         return f"{field.must(family, rival, tolerance)} {field.named(family, rival, tolerance)}"
 
     body = [[family, *(cell(name, family) for name in names), theirs(family)] for family in families]
-    return Table(words, ["family", *names, head], [*body, ["geometric mean", *map(mean, names), ""]])
+    return Table(words, ["family", *names, head], [*body, ["geometric mean", *map(mean, names), ""]] if body else [])
 
 
 def geometric(values: Iterable[float]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 from typing import get_type_hints
@@ -17,6 +18,7 @@ from experiments.configs import recipes
 from experiments.registry import EXPERIMENTS
 from metabroyden.meta.trainer import MetaTrainer
 from metabroyden.zoo.data.images import ImageData, ImageSplit
+from metabroyden.zoo.models import families
 
 pytestmark = pytest.mark.usefixtures("few_candidates")
 
@@ -201,18 +203,18 @@ def test_gradients_writes_what_it_promises(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("family", ["multiscale-digits", "monotone-dense-digits", "trellisnet-words"])
 def test_meta_trains_measures_and_goes_on(tmp_path, family, monkeypatch):
     """A short run on a frozen model, cut off in the middle of training, ends as one that was not."""
-    text = family == "trellisnet-words"
-    monkeypatch.setitem(recipes.RECIPES, "grouped", {"unroll": 2, "segments": 2, "batch": 4, "rank": 4})
+    told = {"unroll": 2, "segments": 2, "batch": 4, "rank": 4, "validation_size": 8}
+    monkeypatch.setitem(recipes.RECIPES, "grouped", told)
     monkeypatch.setattr(recipes, "TEXT", {"": {"batch": 2}})
     monkeypatch.setattr(meta, "POOL", 8)
     monkeypatch.setattr(meta, "HELD", 4)
+    monkeypatch.setattr(families, "load_shakespeare", functools.cache(families.load_shakespeare))
     monkeypatch.setattr(MetaTrainer.__init__, "__kwdefaults__", {"checkpoint": None, "save_every": 1})
     config = meta.Meta(
         family=family, solver="grouped", steps=3, samples=4, budget=12, backend="native", progress=False,
         results=tmp_path / "results", runs=tmp_path / "runs",
     )  # fmt: skip
-    whole = replace(config, results=tmp_path / "whole", runs=tmp_path / "whole-runs")
-    meta.run(whole)
+    whole = meta.Job(replace(config, runs=tmp_path / "whole")).trained()
     update, calls = MetaTrainer._update, []
 
     def cut(self):
@@ -229,24 +231,20 @@ def test_meta_trains_measures_and_goes_on(tmp_path, family, monkeypatch):
     (trial,) = config.results.iterdir()  # these are not the usual settings: they must not end up among the results
     assert trial.name.startswith("trial-")
     folder = trial / family / "grouped-seed0"
-    (path,) = whole.results.glob("*/*/grouped-seed0/solver.safetensors")
-    one, other = mb.load_solver(path), mb.load_solver(folder / "solver.safetensors")
-    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+    for a, b in zip(whole.parameters(), mb.load_solver(folder / "solver.safetensors").parameters(), strict=True):
         assert torch.equal(a, b)
     rows = read_rows(folder / "rows.jsonl")
-    kinds = {row["row"] for row in rows}
-    assert kinds == {"solve", "curve", "horizon"}
+    assert {row["row"] for row in rows} == {"solve", "curve", "horizon"}
     for row in rows:
         if row["row"] == "solve":
             assert len(row["evaluations"]) == len(row["status"]) == 4
             assert all(n <= 12 if c == "C" else n == 12 for n, c in zip(row["evaluations"], row["status"], strict=True))
-    if not text:
+    described = json.loads((folder / "config.json").read_text())
+    assert described["command"].endswith("--budget 12 --samples 4 --backend native --steps 3")
+    if family == "monotone-dense-digits":
         meta.run(replace(config, solver="classical"))
-        report = (trial / "report.md").read_text()
-        assert "| family | grouped | best classical |" in report
+        assert "| family | grouped | best classical |" in (trial / "report.md").read_text()
         assert list(config.results.iterdir()) == [trial]
-        described = json.loads((folder / "config.json").read_text())
-        assert described["command"].endswith("--budget 12 --samples 4 --backend native --steps 3")
 
 
 def test_meta_names_what_it_does_not_know(tmp_path):
