@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -18,7 +18,7 @@ from experiments.bench import solvers as known
 from experiments.bench.options import Budgeted, Seeded, Timed, Unrolled
 from experiments.bench.runner import Row, Run, publish, read_rows, show
 from experiments.bench.statistics import Field, Outcome
-from experiments.bench.tables import Table, by_name, pivot
+from experiments.bench.tables import Table, chosen, grouped, listed, mean, pivot
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.meta.fit import make_learned
 from metabroyden.meta.progress import progress_bar
@@ -59,7 +59,10 @@ def run(config: Digits) -> None:
     model = _trained(config, job.work / "model.safetensors")
     learned = {name: _meta_trained(config, name, model, job.work) for name in LEARNED}
     rows = job.unit("compared", lambda: _compared(config, model, learned))
-    tuned = {row["solver"]: row["options"] for row in _of(rows, "solve", kind="classical")}
+    tuned = {
+        row["solver"]: row["options"]
+        for row in [row for row in rows if row.get("kind") == "classical" and "options" in row]
+    }
     folder = publish(job.folder / f"seed{config.seed}", rows, job.described(tuned=tuned))
     for name in ("model", *map(_kind, LEARNED)):
         atomic_write(folder / f"{name}.safetensors", (job.work / f"{name}.safetensors").read_bytes())
@@ -147,33 +150,21 @@ def _reloaded(folder: Path) -> Table:
     return Table("", ["forward solve", "test accuracy", "mean evaluations", "median"], body)
 
 
-def _of(rows: list[Row], row_kind: str, **wanted: Any) -> list[Row]:
-    return [row for row in rows if row["row"] == row_kind and all(row[key] == wanted[key] for key in wanted)]
-
-
-def _mean(rows: list[Row], key: str) -> Any:
-    """Over seeds, of a number or of each of several."""
-    return np.mean([row[key] for row in rows], axis=0)
-
-
-def _by_solver(rows: list[Row], column: str, cell: Callable[[list[Row]], str]) -> Table:
-    return pivot("", rows, lambda row: row["solver"], lambda row: f"{row[column]}", cell, corner="solver")
-
-
 def _spread(rows: list[Row]) -> str:
     return "{0.median:g} / {0.p90:g} / {0.success:.1%}".format(Outcome.of(rows))
 
 
 def _clock(rows: list[Row]) -> str:
-    pairs = zip(1e3 * _mean(rows, "seconds"), _mean(rows, "ratios"), strict=True)
-    return " / ".join(f"{ms:.0f} ms ({ratio:.2f}×)" for ms, ratio in pairs) + f", {_mean(rows, 'outside_f'):.0%}"
+    seconds, ratios = (np.mean([row[key] for row in rows], axis=0) for key in ("seconds", "ratios"))  # over seeds
+    pairs = zip(1e3 * seconds, ratios, strict=True)
+    return " / ".join(f"{ms:.0f} ms ({ratio:.2f}×)" for ms, ratio in pairs) + f", {mean(rows, 'outside_f'):.0%}"
 
 
 def claims(rows: list[Row], learned: str) -> Table:
     """A learned solver against Broyden's method and the best classical one, each seed and all together."""
     seeds, body = sorted({row["seed"] for row in rows}), []
-    fields = {str(seed): Field(_of(rows, "solve", seed=seed)) for seed in seeds if len(seeds) > 1}
-    fields["all"] = Field(_of(rows, "solve"))
+    fields = {str(seed): Field(chosen(rows, "solve", seed=seed)) for seed in seeds if len(seeds) > 1}
+    fields["all"] = Field(chosen(rows, "solve"))
     for tolerance, seed in product(TOLERANCES, fields):
         best = fields[seed].named("digits", "best classical", tolerance)
         ours, *others = (fields[seed].must("digits", name, tolerance) for name in (learned, REFERENCE, best))
@@ -187,20 +178,17 @@ def claims(rows: list[Row], learned: str) -> Table:
 
 def equilibria(rows: list[Row]) -> Table:
     """What each solver returned when asked for the tightest tolerance."""
-    last = {
-        row["solver"]: _of(rows, "solve", solver=row["solver"], tolerance=TOLERANCES[-1]) for row in _of(rows, "solve")
-    }
 
-    def joined(name: str, key: str) -> np.ndarray:
-        return np.array([value for row in last[name] for value in row[key] if value is not None])
+    def joined(found: list[Row], key: str) -> np.ndarray:
+        return np.array([value for row in found for value in row[key] if value is not None])
 
-    return by_name("", last, [
-        ("solver", str),
-        ("median distance", lambda name: f"{np.median(joined(name, 'distance')):.1e}"),
-        ("90th percentile", lambda name: f"{np.percentile(joined(name, 'distance'), 90):.1e}"),
-        ("same class as at z*", lambda name: f"{joined(name, 'agrees').mean():.2%}"),
-        ("accuracy", lambda name: f"{joined(name, 'score').mean():.2%}"),
-        ("handed over", lambda name: f"{_mean(last[name], 'handed_over') / len(last[name][0]['status']):.1%}"),
+    return listed("", grouped(chosen(rows, "solve", tolerance=TOLERANCES[-1]), "solver"), [
+        ("solver", lambda found: found[0]["solver"]),
+        ("median distance", lambda found: f"{np.median(joined(found, 'distance')):.1e}"),
+        ("90th percentile", lambda found: f"{np.percentile(joined(found, 'distance'), 90):.1e}"),
+        ("same class as at z*", lambda found: f"{joined(found, 'agrees').mean():.2%}"),
+        ("accuracy", lambda found: f"{joined(found, 'score').mean():.2%}"),
+        ("handed over", lambda found: f"{mean(found, 'handed_over') / len(found[0]['status']):.1%}"),
     ])  # fmt: skip
 
 
@@ -209,7 +197,7 @@ def curves(folder: Path) -> Path:
     figure, (spent, timed, right) = figures.grid(3, 3, (4.6, 3.8))
     rows = read_rows(folder / "rows.jsonl")
     for name in SHOWN:
-        (curve,), depths, words = _of(rows, "curve", solver=name), _of(rows, "depth", solver=name), _kind(name)
+        (curve,), depths, words = chosen(rows, "curve", solver=name), chosen(rows, "depth", solver=name), _kind(name)
         figures.line(spent, words, curve["evaluations"], curve["median"], (curve["low"], curve["high"]))
         figures.line(timed, words, [1e3 * second for second in curve["seconds"]], curve["by_time"])
         figures.line(right, words, [row["evaluations"] for row in depths], [100 * row["score"] for row in depths])
@@ -231,19 +219,20 @@ def write(folder: Path, seeds: Sequence[Path]) -> Path:
         "once a run. A sample that does not get there within the budget counts as the budget. Settings of the tuned "
         f"solvers, machine and commit: config.json of each seed. Made by\n\n```\n{commands}\n```",
         "## Evaluations to a tolerance\n\nMedian / 90th percentile / success rate.",
-        _by_solver(_of(rows, "solve"), "tolerance", _spread), *drawn,
+        pivot("", chosen(rows, "solve"), "{solver}", "{tolerance:g}", _spread, corner="solver"), *drawn,
         "## Learned against classical\n\nMedian evaluations (success rate). Best classical: among ours whose success is "
         "within a standard error of the highest, the one of the smallest median.",
         *(claims(rows, name) for name in LEARNED),
-        f"## Wall-clock\n\nUntil half / 90% / all of the batch of {_of(rows, 'clock')[0]['batch']} are done, interleaved "
+        f"## Wall-clock\n\nUntil half / 90% / all of the batch of {chosen(rows, 'clock')[0]['batch']} are done, interleaved "
         f"repeats in one process, medians; in brackets the ratio to {REFERENCE}, below one is faster; then the time outside "
-        "f. torchdeq stops a batch when its worst sample is done.", _by_solver(_of(rows, "clock"), "tolerance", _clock),
+        "f. torchdeq stops a batch when its worst sample is done.", 
+        pivot("", chosen(rows, "clock"), "{solver}", "{tolerance:g}", _clock, corner="solver"),
         "What each learned part costs on the whole batch (start: initializer, once a solve; init: gates, once a solve; "
         "step: once an evaluation). In brackets f-equivalents: times of one evaluation of f on the same batch.",
-        _by_solver(_of(rows, "part"), "part", lambda found:
-                   f"{1e3 * _mean(found, 'seconds'):.2f} ms ({_mean(found, 'f_equivalents'):.2f})"),
+        pivot("", chosen(rows, "part"), "{solver}", "{part}", lambda found:
+              f"{1e3 * mean(found, 'seconds'):.2f} ms ({mean(found, 'f_equivalents'):.2f})", corner="solver"),
         "## Same equilibrium\n\nRelative distance to the float64 equilibrium of what each solver returned when asked for "
         "the tightest tolerance; whether the class is the one predicted there; accuracy; samples the safeguard handed to "
         "Broyden.", equilibria(rows), "## Accuracy against evaluations",
-        _by_solver(_of(rows, "depth"), "evaluations", lambda found: f"{_mean(found, 'score'):.2%}"),
+        pivot("", chosen(rows, "depth"), "{solver}", "{evaluations}", lambda found: f"{mean(found, 'score'):.2%}", corner="solver"),
     ])  # fmt: skip

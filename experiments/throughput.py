@@ -30,7 +30,7 @@ from experiments.bench.options import Budgeted, OnFamily
 from experiments.bench.problems import Family, bits_of
 from experiments.bench.runner import Row, read_rows
 from experiments.bench.statistics import Interval, Outcome, fastest
-from experiments.bench.tables import Table, short
+from experiments.bench.tables import listed, short
 from metabroyden.deq import initial_state
 from metabroyden.nn.pin import pin
 from metabroyden.solvers.clock import turns
@@ -271,25 +271,25 @@ def _marked(pair: Pair) -> str:
     return f"{mark}{median:.2f}×{mark} ({low:.2f}–{high:.2f})"
 
 
-def _each(cell: Callable[[Row], str]) -> Callable[[Pair], str]:
-    return lambda pair: ", ".join(cell(row) for row in pair)
+def _each(cell: str) -> Callable[[Pair], str]:
+    return lambda pair: ", ".join(map(cell.format_map, pair))
 
 
-COLUMNS: dict[str, Callable[[Pair], str]] = {
-    "": lambda pair: pair[0]["family"],
-    "batch": lambda pair: f"{pair[0]['batch']}",
-    "learned /s": lambda pair: f"{np.median(pair[0]['rate']):,.0f}",
-    "classical /s": lambda pair: f"{np.median(pair[1]['rate']):,.0f} {pair[1]['solver']}",
-    "ratio (quartiles)": _marked,
-    "score": lambda pair: _each(lambda row: f"{row['score']:.4f}")(pair) + f" (reference {pair[0]['reference']:.4f})",
-    "evaluations": _each(lambda row: f"{row['evaluations']:.1f} most {row['most']}"),
-    "solved": _each(lambda row: f"{row['solved']:.1%}"),
-    "same answers": _each(lambda row: "—" if row["agrees"] is None else f"{row['agrees']:.1%}"),
-}
-FIXED: dict[str, Callable[[Pair], str]] = {
-    "gain": _each(lambda row: f"{np.median(np.array(row['rate']) / row['ordinary']):.2f}×"),
-    "compiling": _each(lambda row: f"{row['compile_seconds']:.0f} s"),
-}
+COLUMNS: list[tuple[str, Callable[[Pair], str]]] = [
+    ("", lambda pair: pair[0]["family"]),
+    ("batch", lambda pair: f"{pair[0]['batch']}"),
+    ("learned /s", lambda pair: f"{np.median(pair[0]['rate']):,.0f}"),
+    ("classical /s", lambda pair: f"{np.median(pair[1]['rate']):,.0f} {pair[1]['solver']}"),
+    ("ratio (quartiles)", _marked),
+    ("score", lambda pair: _each("{score:.4f}")(pair) + f" (reference {pair[0]['reference']:.4f})"),
+    ("evaluations", _each("{evaluations:.1f} most {most}")),
+    ("solved", _each("{solved:.1%}")),
+    ("same answers", lambda pair: ", ".join("—" if row["agrees"] is None else f"{row['agrees']:.1%}" for row in pair)),
+]
+FIXED: list[tuple[str, Callable[[Pair], str]]] = [
+    ("gain", lambda pair: ", ".join(f"{np.median(np.array(row['rate']) / row['ordinary']):.2f}×" for row in pair)),
+    ("compiling", _each("{compile_seconds:.0f} s")),
+]
 
 
 def pairs(rows: list[Row], kind: str) -> list[Pair]:
@@ -328,10 +328,9 @@ def write(folder: Path) -> Path:
         "or bits a token; reference: at 1e-5), mean and most evaluations (the budget where it failed), share solved, share "
         "of predictions that are the reference's, where that was found. Made by `python -m experiments throughput --family "
         "NAME`; config.json in a family's folder has options, versions, machine and commit.",
-        Table("", [*COLUMNS], [[cell(pair) for cell in COLUMNS.values()] for pair in ordinary]),
+        listed("", ordinary, COLUMNS),
         figures.save(figure, folder / "throughput.png"),
         words if fixed else "",
-        Table("With a fixed budget, compiled", [*COLUMNS, *FIXED],
-              [[cell(pair) for cell in (COLUMNS | FIXED).values()] for pair in fixed]),
+        listed("With a fixed budget, compiled", fixed, [*COLUMNS, *FIXED]),
         *sorted(refused),
     ])  # fmt: skip

@@ -38,7 +38,7 @@ class Results:
 
     def __init__(self, folder: Path) -> None:
         self.name, self.described = folder.name, report.read_config(folder)
-        self.rows = [one for row in read_rows(folder / "rows.jsonl") for one in _solves(row)]
+        self.rows = read_rows(folder / "rows.jsonl")
         self.quality = {row["way"]: row for row in self.of("quality")}
         self.field, first = Field(self.of("solve")), self.quality[DEQ]
         self.metric, self.higher = first["metric"], first["higher"]
@@ -64,17 +64,6 @@ class Results:
         rows = self.of("depth", way=way)
         rows = [row for row in rows if row["method"] == rows[0]["method"]]
         return rows[-1], (max if self.higher else min)(rows, key=lambda row: row["score"])
-
-
-def _solves(row: Row) -> list[Row]:
-    """A row as it is; of older files a solver's row on all tolerances as several."""
-    if row["row"] != "difficulty":
-        return [row]
-    place = {"row": "solve", "family": row["way"], "kind": "classical", "options": row["config"]}
-    place |= {key: row[key] for key in ("solver", "budget")}
-    return [
-        {**place, "tolerance": float(t), "nfe": spent, "reached": row["reached"][t]} for t, spent in row["nfe"].items()
-    ]
 
 
 def ngrams(families: Sequence[Results]) -> Table:
