@@ -234,5 +234,6 @@ def write(folder: Path, seeds: Sequence[Path]) -> Path:
         "## Same equilibrium\n\nRelative distance to the float64 equilibrium of what each solver returned when asked for "
         "the tightest tolerance; whether the class is the one predicted there; accuracy; samples the safeguard handed to "
         "Broyden.", equilibria(rows), "## Accuracy against evaluations",
-        pivot("", chosen(rows, "depth"), "{solver}", "{evaluations}", lambda found: f"{mean(found, 'score'):.2%}", corner="solver"),
+        pivot("", chosen(rows, "depth"), "{solver}", "{evaluations}",
+              lambda found: f"{mean(found, 'score'):.2%}", corner="solver"),
     ])  # fmt: skip
