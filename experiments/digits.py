@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from experiments.bench import solvers as known
 from experiments.bench.options import Budgeted, Seeded, Timed, Unrolled
 from experiments.bench.runner import Row, Run, publish, read_rows, show
 from experiments.bench.statistics import Field, Outcome
-from experiments.bench.tables import Table, chosen, grouped, listed, mean, pivot
+from experiments.bench.tables import Table, chosen, listed, mean, pivot
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.meta.fit import make_learned
 from metabroyden.meta.progress import progress_bar
@@ -178,17 +179,16 @@ def claims(rows: list[Row], learned: str) -> Table:
 
 def equilibria(rows: list[Row]) -> Table:
     """What each solver returned when asked for the tightest tolerance."""
-
-    def joined(found: list[Row], key: str) -> np.ndarray:
-        return np.array([value for row in found for value in row[key] if value is not None])
-
-    return listed("", grouped(chosen(rows, "solve", tolerance=TOLERANCES[-1]), "solver"), [
-        ("solver", lambda found: found[0]["solver"]),
-        ("median distance", lambda found: f"{np.median(joined(found, 'distance')):.1e}"),
-        ("90th percentile", lambda found: f"{np.percentile(joined(found, 'distance'), 90):.1e}"),
-        ("same class as at z*", lambda found: f"{joined(found, 'agrees').mean():.2%}"),
-        ("accuracy", lambda found: f"{joined(found, 'score').mean():.2%}"),
-        ("handed over", lambda found: f"{mean(found, 'handed_over') / len(found[0]['status']):.1%}"),
+    last = chosen(rows, "solve", tolerance=TOLERANCES[-1])
+    field = Field(last)
+    of, count = partial(field.samples, "digits", tolerance=TOLERANCES[-1]), len(last[0]["status"])
+    return listed("", field.solvers(), [
+        ("solver", str),
+        ("median distance", lambda name: f"{np.nanmedian(of(name, key='distance')):.1e}"),
+        ("90th percentile", lambda name: f"{np.nanpercentile(of(name, key='distance'), 90):.1e}"),
+        ("same class as at z*", lambda name: f"{np.nanmean(of(name, key='agrees')):.2%}"),
+        ("accuracy", lambda name: f"{np.nanmean(of(name, key='score')):.2%}"),
+        ("handed over", lambda name: f"{mean(chosen(last, 'solve', solver=name), 'handed_over') / count:.1%}"),
     ])  # fmt: skip
 
 

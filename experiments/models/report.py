@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments.bench import figures, report
 from experiments.bench.runner import Row, read_rows, row_files
-from experiments.bench.statistics import HEADLINE, Field, Outcome
+from experiments.bench.statistics import BEST, HEADLINE, Field, Outcome
 from experiments.bench.tables import Table, chosen, listed, pivot
 from experiments.models.rows import DEQ, REGULARISED, TOLERANCES
 
@@ -90,7 +90,7 @@ def difficulty(families: Sequence[Results]) -> Table:
     body, names = [], ("Picard", "Anderson", "Broyden")
     for one, way in _variants(families):
         cells = ["; ".join(str(one.field.outcome(way, name, tolerance)) for tolerance in TOLERANCES) for name in names]
-        best, (spectrum,) = one.field.best(way, 1e-2), one.of("spectrum", way=way)
+        best, (spectrum,) = one.field.named(way, BEST, 1e-2), one.of("spectrum", way=way)
         found = one.field.must(way, best, 1e-2)
         easy = "easy" if found.median < HEADLINE else ""
         body.append([one.name, way, *cells, f"{best}: {found}", f"{np.median(spectrum['radius']):.2f}", easy])

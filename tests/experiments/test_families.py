@@ -15,6 +15,7 @@ from experiments import models
 from experiments.bench import measure
 from experiments.bench.problems import held_out
 from experiments.bench.runner import read_rows
+from experiments.bench.statistics import BEST
 from experiments.models import rows as model_rows
 from experiments.models.ngram import NGram, Recent
 from experiments.models.report import Results, difficulty
@@ -220,5 +221,5 @@ def test_a_report_says_which_families_are_easy():
     table = difficulty([easy, hard])
     assert [row[-1] for row in table.body] == ["easy", "easy", "", ""]
     for row, one in zip(table.body[::2], (easy, hard), strict=True):
-        best = one.field.best("DEQ", 1e-2)
+        best = one.field.named("DEQ", BEST, 1e-2)
         assert row[-3] == f"{best}: {one.field.outcome('DEQ', best, 1e-2)}"
