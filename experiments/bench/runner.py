@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from functools import cache
 from pathlib import Path
@@ -51,9 +51,6 @@ class Run:
     Attributes:
         folder: of the results.
         work: of unfinished work.
-
-    Raises:
-        ValueError: If a count among the options is below one.
     """
 
     def __init__(
@@ -66,7 +63,9 @@ class Run:
         self.free = (*free, *places)
         usual = {item.name: item.default for item in fields(config)}
         kept = {key: usual[key] for key in (*(free if shared is None else shared), *places) if key in usual}
-        self.folder = results_folder(config.results, config, self.free)
+        chosen = {item.name: getattr(config, item.name) for item in fields(config) if item.name not in self.free}
+        trial = any(value != usual[name] for name, value in chosen.items())
+        self.folder = config.results / f"trial-{_hash(chosen)}" if trial else config.results
         self.work = Path(config.runs) / f"{config_hash(replace(config, **kept))}-{digest(*inputs)}"
         if config.overwrite:
             shutil.rmtree(self.work, ignore_errors=True)
@@ -82,11 +81,13 @@ class Run:
 
     def described(self, **more: Any) -> Row:
         """How the rows were made: command, options, versions, machine, commit."""
-        command = command_line(" ".join([self.config.command, self.always]).strip(), self.config, self.free)
-        began = json.loads((self.work / "began.json").read_text())
-        seconds = round(time.perf_counter() - self._began)
-        return {"command": command, "config": plain(self.config), "began": began, "provenance": provenance(),
-                "seconds": seconds, **more}  # fmt: skip
+        words = ["python -m experiments", self.config.command, self.always]
+        words += [_option(self.config, item) for item in fields(self.config) if item.name not in self.free]
+        return {
+            "command": " ".join(filter(None, words)), "config": plain(self.config), "provenance": provenance(),
+            "began": json.loads((self.work / "began.json").read_text()),
+            "seconds": round(time.perf_counter() - self._began), **more,
+        }  # fmt: skip
 
     def publish(self, rows: Iterable[Row], **more: Any) -> Path:
         """Write rows.jsonl.gz and config.json into the folder of the results."""
@@ -106,7 +107,6 @@ def publish(folder: Path, rows: Iterable[Row], described: Row) -> Path:
     """Write config.json and rows.jsonl.gz into a folder: where there are rows, how they were made is there."""
     atomic_write(folder / "config.json", json.dumps(described, indent=2) + "\n")
     write_rows(folder / "rows.jsonl.gz", rows)
-    (folder / "rows.jsonl").unlink(missing_ok=True)
     return folder
 
 
@@ -136,14 +136,6 @@ def row_files(folder: Path, pattern: str = "*.jsonl") -> list[Path]:
     return [path for path in found if not any(part.startswith("trial-") for part in path.relative_to(folder).parts)]
 
 
-def results_folder(folder: Path, config: Any, free: Iterable[str]) -> Path:
-    """`folder` where the options but the `free` ones are the usual ones, else a trial- folder in it, named by them."""
-    chosen = {item.name: getattr(config, item.name) for item in fields(config) if item.name not in free}
-    if all(item.default == chosen.get(item.name, item.default) for item in fields(config)):
-        return folder
-    return folder / f"trial-{_hash(chosen)}"
-
-
 def config_hash(config: Any) -> str:
     """Eight hex digits that change when a value of the config dataclass does."""
     return _hash(asdict(config))
@@ -171,30 +163,14 @@ def plain(config: Any) -> Row:
     return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
 
 
-def command_line(name: str, config: Any, places: Iterable[str]) -> str:
-    """The command that runs an experiment with this config: its options but for those that say where things are.
-
-    Examples:
-        >>> from dataclasses import dataclass
-        >>> @dataclass
-        ... class Config:
-        ...     some_steps: int = 3
-        ...     names: tuple[str, ...] = ("a",)
-        ...     widths: bool = True
-        >>> command_line("race", Config(4, ("a", "b"), False), ())
-        'python -m experiments race --some-steps 4 --names a b --no-widths'
-    """
-    words = [f"python -m experiments {name}"]
-    for item in fields(config):
-        value, option = getattr(config, item.name), item.name.replace("_", "-")
-        if item.name in places or value == item.default:
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{option}" if value else f"--no-{option}")
-        else:
-            values = value if isinstance(value, tuple) else (value,)
-            words.append(f"--{option} {shlex.join(map(str, values))}")
-    return " ".join(words)
+def _option(config: Any, item: Any) -> str:
+    """An option as the command line has it; empty where it is the usual one."""
+    value, name = getattr(config, item.name), item.name.replace("_", "-")
+    if value == item.default:
+        return ""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {shlex.join(map(str, value if isinstance(value, tuple) else (value,)))}"
 
 
 def at_least_one(config: Any, *names: str) -> None:
@@ -220,25 +196,26 @@ def provenance() -> Row:
 
 @cache
 def _machine() -> Row:
-    versions = {}
+    versions = dict.fromkeys(_PACKAGES, "not installed")
     for package in _PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
     machine = {"python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count()}
     return {"versions": versions, **machine, "commit": _commit()}
 
 
 def _commit() -> str:
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=_ROOT, capture_output=True, text=True, check=True)
         # what an experiment itself writes below results/ is no change of the code
-        changed = ["git", "status", "--porcelain", "--", ".", ":!results"]
-        dirty = subprocess.run(changed, cwd=_ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        head, changed = (
+            subprocess.run(
+                ["git", *words.split()], cwd=_ROOT, capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for words in ("rev-parse HEAD", "status --porcelain -- . :!results")
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head.stdout.strip() + (" with changes" if dirty else "")
+    return head + (" with changes" if changed else "")
 
 
 @contextmanager

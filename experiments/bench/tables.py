@@ -70,11 +70,6 @@ def listed(words: str, items: Iterable[T], columns: Sequence[tuple[str, Cell[T]]
     return Table(words, [head for head, _ in columns], [[_text(of, item) for _, of in columns] for item in items])
 
 
-def by_name(words: str, names: Iterable[str], columns: Sequence[tuple[str, Callable[[str], object]]]) -> Table:
-    """A row a name (a family, a solver, a problem); the cells of a column from its function of the name."""
-    return Table(words, [head for head, _ in columns], [[str(cell(name)) for _, cell in columns] for name in names])
-
-
 def _text(of: Cell[T], item: T) -> str:
     return of.format_map(item) if isinstance(of, str) else str(of(item))  # type: ignore[arg-type]
 

@@ -481,6 +481,8 @@ class Counted(Options, command="count"):
 
     count: int = 3
     family: str = "one"
+    some_names: tuple[str, ...] = ("a",)
+    widths: bool = True
 
 
 def test_a_run_keeps_units_sends_trials_aside_and_starts_anew_where_asked(tmp_path):
@@ -503,9 +505,11 @@ def test_a_run_keeps_units_sends_trials_aside_and_starts_anew_where_asked(tmp_pa
     assert other.work != first.work, "but other work"
     trial = rows(replace(config, count=4))
     assert trial.folder.name.startswith("trial-")
+    command = rows(replace(config, some_names=("a", "b c"), widths=False), always="--family one").described()["command"]
+    assert command == "python -m experiments count --family one --some-names a 'b c' --no-widths"
     assert [path.name for path in runner.row_files(tmp_path / "results", "*/rows.jsonl")] == []
     rows(config, inputs=["another model"])
     rows(replace(config, overwrite=True))
-    assert len(made) == 5
+    assert len(made) == 6
     with pytest.raises(ValueError, match="count must be at least 1, got 0"):
         runner.at_least_one(replace(config, count=0), "count")
