@@ -380,8 +380,8 @@ def test_the_tuned_peer_is_the_best_of_its_grid():
 
 def test_their_broyden_needs_what_ours_does_within_one_evaluation():
     known = tanh(batch=8, dtype=torch.float32)
-    z, trace = TorchDEQSolver("broyden").run(known.f, known.z0, known.x, 1e-4, 40)
-    theirs, reached = trace.evaluations_to(1e-4, 40)
+    z, recorder = solve_state(TorchDEQSolver("broyden"), known.f, known.z0, known.x, 1e-4, 40)
+    theirs, reached = recorder.trace().evaluations_to(1e-4, 40)
     assert reached.all()
     assert (mb.relative_residual(z, known.f(z, known.x)) <= 1e-4).all()
     ours = mb.solve(known.f, known.z0, known.x, solver=mb.Broyden(memory=40), rtol=1e-4, max_nfe=40)
