@@ -21,16 +21,7 @@ import metabroyden as mb
 from metabroyden import checkpoint, deprecated
 from metabroyden.learned.layout import Layout
 from metabroyden.meta.fit import make_learned
-from metabroyden.zoo.models import (
-    ConvClassifier,
-    DenseClassifier,
-    DenseClassifierConfig,
-    MLPClassifier,
-    MLPClassifierConfig,
-    load_model,
-    save_model,
-    unrolled_twin,
-)
+from metabroyden.zoo import models as zoo
 from tests.helpers import refused, same_parameters
 
 PYRAMID = Layout("pyramid", ((2, 4, 4), (3, 2, 2)))
@@ -51,7 +42,7 @@ def small_solver() -> Any:
 
 
 def small_model() -> Any:
-    return DenseClassifier(DenseClassifierConfig(n=6, side=3, classes=3))
+    return zoo.DenseClassifier(zoo.DenseClassifierConfig(n=6, side=3, classes=3))
 
 
 def same(one: Any, other: Any) -> bool:
@@ -76,29 +67,21 @@ def test_a_classical_solver_comes_back_as_it_was(tmp_path, name):
     assert mb.load_solver(mb.save_solver(solver, tmp_path / "s.safetensors")) == solver
 
 
-def test_a_model_comes_back_as_it_was(tmp_path):
-    model = ConvClassifier()
-    loaded = load_model(save_model(model, tmp_path / "m.safetensors"), solver=mb.Picard(), max_nfe=9, warn=False)
-    assert loaded.deq.max_nfe == 9
-    assert same_parameters(model, loaded)
-    refused("save_model takes", lambda: save_model(torch.nn.Linear(2, 2), tmp_path / "x"), TypeError)
-
-
 def test_a_large_model_is_stored_in_half_precision_and_comes_back_in_float32(tmp_path, monkeypatch):
-    model, path = ConvClassifier(), tmp_path / "m.safetensors"
-    whole = save_model(model, path).stat().st_size
+    model, path = zoo.ConvClassifier(), tmp_path / "m.safetensors"
+    whole = zoo.save_model(model, path).stat().st_size
     monkeypatch.setattr("metabroyden.checkpoint.LARGEST", 100)
-    assert save_model(model, path).stat().st_size == whole, "only where it was asked for"
+    assert zoo.save_model(model, path).stat().st_size == whole, "only where it was asked for"
     with torch.no_grad():
         model.head.bias[0] = 1e6  # more than half precision holds
-    assert save_model(model, path, slim=True).stat().st_size < 0.6 * whole
-    for key, value in load_model(path).state_dict().items():
+    assert zoo.save_model(model, path, slim=True).stat().st_size < 0.6 * whole
+    for key, value in zoo.load_model(path).state_dict().items():
         wanted = model.state_dict()[key]
         assert value.dtype == torch.float32
         assert torch.equal(value, wanted if key == "head.bias" else wanted.half().float())
     for dtype in (torch.float64, torch.half, torch.bfloat16):
         for slim in (False, True):
-            again = load_model(save_model(model.to(dtype), path, slim=slim))
+            again = zoo.load_model(zoo.save_model(model.to(dtype), path, slim=slim))
             assert again.head.weight.dtype == dtype
             assert torch.equal(again.head.weight, model.head.weight)
 
@@ -115,10 +98,12 @@ def test_what_is_saved_twice_is_the_same_file(tmp_path):
 def test_what_is_loaded_comes_to_the_cpu_whatever_the_default_device(tmp_path, name, way):
     path = name
     if name == "model":
-        path = save_model(small_model(), tmp_path / "m")
+        path = zoo.save_model(small_model(), tmp_path / "m")
     elif name in SOLVERS:
         path = mb.save_solver(some_solver(name), tmp_path / "s")
-    loads = [mb.load_solver] if name != "model" else [load_model, lambda path: load_model(path, solver=mb.Picard())]
+    loads = (
+        [mb.load_solver] if name != "model" else [zoo.load_model, lambda path: zoo.load_model(path, solver=mb.Picard())]
+    )
     try:
         if way == "default":
             torch.set_default_device("meta")
@@ -228,8 +213,8 @@ def altered(header: dict, changes: dict) -> None:
 
 FILES: dict[str, tuple[Callable, Callable, Callable]] = {
     "solver": (small_solver, mb.save_solver, mb.load_solver),
-    "model": (small_model, save_model, load_model),
-    "layered": (lambda: MLPClassifier(MLPClassifierConfig(hidden=4, depth=2)), save_model, load_model),
+    "model": (small_model, zoo.save_model, zoo.load_model),
+    "layered": (lambda: zoo.MLPClassifier(zoo.MLPClassifierConfig(hidden=4, depth=2)), zoo.save_model, zoo.load_model),
     **{name: (lambda name=name: some_solver(name), mb.save_solver, mb.load_solver) for name in SOLVERS},
 }
 every_file = pytest.mark.parametrize("name", ["solver", "model"])
@@ -309,6 +294,7 @@ def test_what_is_not_there_or_no_solver_is_refused(tmp_path):
     words = r"neither a file nor the name of a shipped solver \("
     refused(words, lambda: mb.load_solver("digits-conv-typo"), FileNotFoundError)
     refused("save_solver takes", lambda: mb.save_solver(torch.nn.Linear(2, 2), tmp_path / "s"), TypeError)
+    refused("save_model takes", lambda: zoo.save_model(torch.nn.Linear(2, 2), tmp_path / "x"), TypeError)
     assert not list(tmp_path.iterdir())
 
 
@@ -368,12 +354,12 @@ FOREIGN: list[Any] = [
 
 def test_a_hand_damaged_description_is_refused_or_serves(tmp_path):
     path, cases = tmp_path / "damaged", []
-    twin = (lambda: unrolled_twin(small_model(), 3), save_model, load_model)
+    twin = (lambda: zoo.unrolled_twin(small_model(), 3), zoo.save_model, zoo.load_model)
     classical = [
         (lambda name=name: mb.get_solver(name), mb.save_solver, mb.load_solver)
         for name in mb.list_solvers(learned=False)
     ]
-    for build, save, load in [*FILES.values(), twin, *classical, (ConvClassifier, save_model, load_model)]:
+    for build, save, load in [*FILES.values(), twin, *classical, (zoo.ConvClassifier, zoo.save_model, zoo.load_model)]:
         data = save(build(), path).read_bytes()
         cases += [(load, data, way, new) for way in leaves(described(data)) for new in FOREIGN]
     with little_memory():

@@ -11,15 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import metabroyden as mb
-from metabroyden.zoo.models import (
-    DEQTransformer,
-    DEQTransformerConfig,
-    Memory,
-    TransformerCell,
-    TrellisCell,
-    TrellisNet,
-    TrellisNetConfig,
-)
+from metabroyden.zoo import models as zoo
 from metabroyden.zoo.models.stem import STEMS, TokenStem, followers
 from metabroyden.zoo.models.transformer import shifted, sinusoids
 from tests.helpers import refused
@@ -29,14 +21,14 @@ TIGHT = {"solver": mb.Anderson(memory=8), "rtol": 1e-13, "max_nfe": 2000}
 WORDS = {"embedding": 5, "recent": RECENT}
 
 
-def trellisnet(stem: str = "conv", dilation: int = 2) -> TrellisNet:
-    config = TrellisNetConfig(TOKENS, channels=6, dilation=dilation, stem=stem, **WORDS)
-    return TrellisNet(config, **TIGHT).double().eval()
+def trellisnet(stem: str = "conv", dilation: int = 2) -> zoo.TrellisNet:
+    config = zoo.TrellisNetConfig(TOKENS, channels=6, dilation=dilation, stem=stem, **WORDS)
+    return zoo.TrellisNet(config, **TIGHT).double().eval()
 
 
-def transformer(stem: str = "conv", memory: int = 5) -> DEQTransformer:
-    config = DEQTransformerConfig(TOKENS, width=8, heads=2, inner=10, memory=memory, stem=stem, **WORDS)
-    return DEQTransformer(config, **TIGHT).double().eval()
+def transformer(stem: str = "conv", memory: int = 5) -> zoo.DEQTransformer:
+    config = zoo.DEQTransformerConfig(TOKENS, width=8, heads=2, inner=10, memory=memory, stem=stem, **WORDS)
+    return zoo.DEQTransformer(config, **TIGHT).double().eval()
 
 
 MODELS = {"trellisnet": trellisnet, "transformer": transformer}
@@ -47,19 +39,19 @@ def tokens(batch: int = 3, length: int = SEGMENT) -> torch.Tensor:
     return torch.randint(TOKENS, (batch, length))
 
 
-def equilibrium(model, inputs: torch.Tensor, memory: Memory | None = None) -> torch.Tensor:
+def equilibrium(model, inputs: torch.Tensor, memory: zoo.Memory | None = None) -> torch.Tensor:
     with torch.no_grad():
         z = model.deq(model.inject(inputs, memory))
     assert float(model.deq.last_solution.residual.max()) < 1e-12
     return z
 
 
-def read(model, inputs: torch.Tensor) -> Memory:
+def read(model, inputs: torch.Tensor) -> zoo.Memory:
     return model.remember(equilibrium(model, inputs), inputs)
 
 
 def test_the_trellis_cell_is_what_its_docstring_says():
-    cell = TrellisCell(3, dilation=2).double()
+    cell = zoo.TrellisCell(3, dilation=2).double()
     z, x, memory = torch.randn(2, 6, 5).double(), torch.randn(2, 12, 5).double(), torch.randn(2, 6, 2).double()
     found = cell(z, (x, memory))
     w = cell.conv.weight
@@ -74,7 +66,7 @@ def test_the_trellis_cell_is_what_its_docstring_says():
 
 
 def test_the_transformer_cell_is_what_its_docstring_says():
-    cell = TransformerCell(6, 3, 7).double()
+    cell = zoo.TransformerCell(6, 3, 7).double()
     z, x, memory = torch.randn(2, 4, 6).double(), torch.randn(2, 4, 24).double(), torch.randn(2, 3, 6).double()
     for norm in (cell.norm1, cell.norm2):
         nn.init.normal_(norm.weight)
@@ -147,7 +139,7 @@ def test_a_segment_influences_the_next_through_memory_alone(name):
     memory = model.remember(z, first)
     alone, after = equilibrium(model, second), equilibrium(model, second, memory)
     assert (after - alone).abs().amax(dim=(1, 2)).min() > 1e-4
-    for part in (Memory(0 * memory.states, memory.tokens), Memory(memory.states, 0 * memory.tokens - 1)):
+    for part in (zoo.Memory(0 * memory.states, memory.tokens), zoo.Memory(memory.states, 0 * memory.tokens - 1)):
         assert (equilibrium(model, second, part) - after).abs().amax(dim=(1, 2)).min() > 1e-5  # both tell something
     assert torch.equal(equilibrium(model, second, model.beginning(len(second))), alone)
     _, kept = model.inject(second, memory)
@@ -219,7 +211,7 @@ def test_the_transformer_may_have_no_memory():
     model, first, second = transformer(memory=0), tokens(), tokens()
     memory = read(model, first)
     assert memory.states.shape == (3, 0, 8)
-    memory = Memory(memory.states, model.beginning(3).tokens)
+    memory = zoo.Memory(memory.states, model.beginning(3).tokens)
     assert torch.equal(equilibrium(model, second, memory), equilibrium(model, second))
 
 

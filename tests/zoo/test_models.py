@@ -13,45 +13,9 @@ import metabroyden as mb
 from metabroyden.deq import initial_state
 from metabroyden.gradients.base import parts_of
 from metabroyden.state import Packing, gather
+from metabroyden.zoo import models as zoo
 from metabroyden.zoo.data.digits import load_digits
 from metabroyden.zoo.data.images import ImageData, shift
-from metabroyden.zoo.models import (
-    CELLS,
-    CausalCell,
-    ConvCell,
-    ConvClassifier,
-    ConvClassifierConfig,
-    DenseCell,
-    DenseClassifier,
-    DenseClassifierConfig,
-    DEQTransformerConfig,
-    Episodes,
-    Images,
-    MLPClassifierConfig,
-    MonotoneClassifierConfig,
-    MonotoneConv,
-    MonotoneDense,
-    MonotoneMultiTier,
-    MultiscaleCell,
-    MultiscaleClassifierConfig,
-    Packed,
-    Stack,
-    Training,
-    TransformerCell,
-    TrellisCell,
-    TrellisNet,
-    TrellisNetConfig,
-    Unrolled,
-    accuracy,
-    explicit_twin,
-    flow_twin,
-    get_family,
-    load_model,
-    make_cell,
-    save_model,
-    train,
-    unrolled_twin,
-)
 from metabroyden.zoo.models.base import MODELS, LanguageConfig, ModelConfig
 from metabroyden.zoo.models.circular import resolvent
 from metabroyden.zoo.models.stem import STEMS, TokenStem
@@ -72,31 +36,31 @@ def random_state(cell, x):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", zoo.CELLS)
 def test_the_example_of_a_cell_is_small_keeps_shape_and_dtype_and_follows_from_its_seed(name, dtype):
-    cell, x = make_cell(name, dtype=dtype, batch=3, seed=1)
+    cell, x = zoo.make_cell(name, dtype=dtype, batch=3, seed=1)
     z = random_state(cell, x)
     assert sum(part[0].numel() for part in parts_of(z)) <= 60
     assert [(y.shape, y.dtype) for y in parts_of(cell(z, x))] == [(part.shape, dtype) for part in parts_of(z)]
-    again, x_again = make_cell(name, dtype=dtype, batch=3, seed=1)
+    again, x_again = zoo.make_cell(name, dtype=dtype, batch=3, seed=1)
     assert_close(again(z, x_again), cell(z, x), rtol=0, atol=0)
-    _, other = make_cell(name, dtype=dtype, batch=3, seed=2)
+    _, other = zoo.make_cell(name, dtype=dtype, batch=3, seed=2)
     assert not torch.equal(parts_of(x)[0], parts_of(other)[0])
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", zoo.CELLS)
 def test_a_cell_has_a_fixed_point_at_its_initial_weights(name, seed):
-    cell, x = make_cell(name, dtype=torch.float64, batch=4, seed=seed)
+    cell, x = zoo.make_cell(name, dtype=torch.float64, batch=4, seed=seed)
     solution = mb.solve(cell, initial_state(cell, x), x, solver=mb.Broyden(memory=150), rtol=1e-6, max_nfe=150)
     assert_close(cell(solution.z, x), solution.z, rtol=0, atol=1e-4)
     assert all(float(part.std()) > 0.05 for part in parts_of(solution.z))
     assert int(solution.nfe.min()) > 5
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", zoo.CELLS)
 def test_a_cell_treats_samples_apart_and_depends_on_all_that_it_is_given(name):
-    cell, x = make_cell(name, dtype=torch.float64, batch=3)
+    cell, x = zoo.make_cell(name, dtype=torch.float64, batch=3)
     z, one = random_state(cell, x), torch.tensor([1])
     given = [*parts_of(z), *parts_of(x)]
     for part in given:
@@ -108,9 +72,9 @@ def test_a_cell_treats_samples_apart_and_depends_on_all_that_it_is_given(name):
 
 
 def test_a_packed_cell_has_the_same_fixed_points_by_the_same_evaluations_and_solvers_agree():
-    cell, x = make_cell("multiscale", dtype=torch.float64, batch=4)
+    cell, x = zoo.make_cell("multiscale", dtype=torch.float64, batch=4)
     z0 = initial_state(cell, x)
-    packed = Packed(cell, Packing.of(z0))
+    packed = zoo.Packed(cell, Packing.of(z0))
     options = {"rtol": 1e-9, "max_nfe": 400}
     wanted, other = (mb.solve(cell, z0, x, solver=solver, **options) for solver in (mb.Broyden(), mb.Anderson()))
     found = mb.solve(packed, packed.initial_state(x), x, solver=mb.Broyden(), **options)
@@ -124,11 +88,11 @@ def test_a_packed_cell_has_the_same_fixed_points_by_the_same_evaluations_and_sol
 
 
 def test_the_conv_the_causal_and_the_dense_cell_are_what_their_docstrings_say():
-    cell, z, x = ConvCell(4, 6, 2).double(), double(2, 4, 5, 5), double(2, 4, 5, 5, seed=1)
+    cell, z, x = zoo.ConvCell(4, 6, 2).double(), double(2, 4, 5, 5), double(2, 4, 5, 5, seed=1)
     y = group_norm(torch.relu(conv2d(z, cell.conv1.weight, padding=1)), 2)
     inner = group_norm(x + conv2d(y, cell.conv2.weight, padding=1), 2)
     assert_close(cell(z, x), group_norm(torch.relu(z + inner), 2))
-    cell, x = make_cell("causal", dtype=torch.float64)
+    cell, x = zoo.make_cell("causal", dtype=torch.float64)
     z = torch.randn_like(x)
     norm = lambda v: layer_norm(v.transpose(1, 2), (6,)).transpose(1, 2)  # noqa: E731
     before = torch.cat([torch.zeros_like(z[:, :, :1]), z[:, :, :-1]], dim=2)
@@ -136,7 +100,7 @@ def test_the_conv_the_causal_and_the_dense_cell_are_what_their_docstrings_say():
     both = w[:, :, 0] @ before + w[:, :, 1] @ z + u @ x + cell.inject.bias[:, None]
     h = torch.tanh(both[:, :5]) * torch.sigmoid(both[:, 5:])
     assert_close(cell(z, x), norm(z + norm(x + v @ h)))
-    cell, x = make_cell("dense", dtype=torch.float64)
+    cell, x = zoo.make_cell("dense", dtype=torch.float64)
     z = torch.randn_like(x)
     assert_close(cell(z, x), torch.tanh(layer_norm(z @ cell.linear.weight.T + x, (12,))))
     assert float(torch.linalg.matrix_norm(cell.linear.weight.detach(), 2)) == pytest.approx(0.8, abs=1e-6)
@@ -144,7 +108,7 @@ def test_the_conv_the_causal_and_the_dense_cell_are_what_their_docstrings_say():
 
 @pytest.mark.parametrize(("width", "dilation"), [(2, 1), (3, 2)])
 def test_the_causal_cell_looks_back_as_far_as_its_taps_reach_and_never_ahead(width, dilation):
-    cell, z, x = CausalCell(6, 5, width, dilation).double(), double(3, 6, 12), double(3, 6, 12, seed=1)
+    cell, z, x = zoo.CausalCell(6, 5, width, dilation).double(), double(3, 6, 12), double(3, 6, 12, seed=1)
     before = cell(z, x)
     for position in range(12):
         later = z.clone(), x.clone()
@@ -162,11 +126,11 @@ def test_the_causal_cell_looks_back_as_far_as_its_taps_reach_and_never_ahead(wid
 def test_each_scale_has_half_the_side_of_the_one_before_rounded_up_and_a_classifier_trains_all(side):
     x, sides = torch.randn(2, 2, side, side), {7: (7, 4, 2), 8: (8, 4, 2), 14: (14, 7, 4), 28: (28, 14, 7)}[side]
     for scales in (2, 3):
-        cell = MultiscaleCell((2, 4, 8)[:scales], 2)
+        cell = zoo.MultiscaleCell((2, 4, 8)[:scales], 2)
         z, wanted = cell.initial_state(x), [(2, 2 * 2**i, s, s) for i, s in enumerate(sides[:scales])]
         assert [part.shape for part in z] == [part.shape for part in cell(z, x)] == wanted
         assert not any(part.any() for part in z)
-    config = MultiscaleClassifierConfig(4, 3, groups=2, side=side, stride=2 if side > 8 else 1, image_channels=3)
+    config = zoo.MultiscaleClassifierConfig(4, 3, groups=2, side=side, stride=2 if side > 8 else 1, image_channels=3)
     model = model_of(config, backward=mb.Unroll(steps=3)).train()
     logits = model(torch.rand(2, 3, side, side))
     assert logits.shape == (2, 10)
@@ -175,7 +139,7 @@ def test_each_scale_has_half_the_side_of_the_one_before_rounded_up_and_a_classif
 
 
 def test_the_multiscale_cell_is_what_its_docstring_says():
-    cell, x = MultiscaleCell((2, 4, 6), 2).double(), double(2, 2, 5, 6)
+    cell, x = zoo.MultiscaleCell((2, 4, 6), 2).double(), double(2, 2, 5, 6)
     z = random_state(cell, x)
     for parameter in cell.parameters():
         torch.nn.init.normal_(parameter)
@@ -205,7 +169,7 @@ def test_the_multiscale_cell_is_what_its_docstring_says():
 
 
 def test_scales_tell_one_another_and_only_the_finest_is_told_of_the_injection():
-    cell, x = MultiscaleCell((2, 4, 8), 2).double(), double(1, 2, 8, 8)
+    cell, x = zoo.MultiscaleCell((2, 4, 8), 2).double(), double(1, 2, 8, 8)
     z = random_state(cell, x)
     blocks = torch.autograd.functional.jacobian(lambda *parts: cell(parts, x), z)
     assert all(float(block.abs().max()) > 1e-5 for row in blocks for block in row)
@@ -221,9 +185,9 @@ def small_digits() -> ImageData:
     return ImageData(data.train.first(128), data.validation.first(64), data.test.first(64))
 
 
-def build() -> ConvClassifier:
-    config = ConvClassifierConfig(channels=4, inner=4, groups=2)
-    return ConvClassifier(config, solver=mb.Anderson(), max_nfe=15, warn=False)
+def build() -> zoo.ConvClassifier:
+    config = zoo.ConvClassifierConfig(channels=4, inner=4, groups=2)
+    return zoo.ConvClassifier(config, solver=mb.Anderson(), max_nfe=15, warn=False)
 
 
 def test_the_splits_cover_the_data_and_do_not_overlap():
@@ -245,44 +209,44 @@ def test_shifting_moves_images_by_a_pixel_at_most_and_moves_zeros_in():
 
 
 def test_an_interrupted_training_goes_on_bit_for_bit_and_another_training_is_refused(tmp_path):
-    data, config = Images(small_digits()), Training(epochs=3, batch=32, pretrain=1, depth=3, jacobian=0.1)
-    whole, path = train(build, data, config), tmp_path / "training.safetensors"
+    data, config = zoo.Images(small_digits()), zoo.Training(epochs=3, batch=32, pretrain=1, depth=3, jacobian=0.1)
+    whole, path = zoo.train(build, data, config), tmp_path / "training.safetensors"
 
     def stop(now, model) -> None:
-        assert now.score == accuracy(model, data.data.validation)
+        assert now.score == zoo.accuracy(model, data.data.validation)
         if now.epoch == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(build, data, config, path=path, report=stop)
+        zoo.train(build, data, config, path=path, report=stop)
     words = r"another training, with \{'seed': 0\} instead of \{'seed': 1\}: remove"
-    refused(words, lambda: train(build, data, replace(config, seed=1), path=path), mb.CheckpointError)
-    twin = lambda: train(lambda: unrolled_twin(build(), 3), data, replace(config, jacobian=0.0), path=path)  # noqa: E731
+    refused(words, lambda: zoo.train(build, data, replace(config, seed=1), path=path), mb.CheckpointError)
+    twin = lambda: zoo.train(lambda: zoo.unrolled_twin(build(), 3), data, replace(config, jacobian=0.0), path=path)  # noqa: E731
     refused("remove it to start anew", twin, mb.CheckpointError)
-    assert same_parameters(whole, train(build, data, config, path=path))
-    twin = lambda: train(lambda: unrolled_twin(build(), 3), data, config)  # noqa: E731
+    assert same_parameters(whole, zoo.train(build, data, config, path=path))
+    twin = lambda: zoo.train(lambda: zoo.unrolled_twin(build(), 3), data, config)  # noqa: E731
     refused("a Jacobian penalty needs", twin)
 
 
 def test_a_penalised_training_may_go_on_from_the_unpenalised_ones_first_epochs(tmp_path):
-    data, config = Images(small_digits()), Training(epochs=2, batch=32, pretrain=1, depth=4, least=2, half=True)
+    data, config = zoo.Images(small_digits()), zoo.Training(epochs=2, batch=32, pretrain=1, depth=4, least=2, half=True)
     path, early = tmp_path / "training.safetensors", tmp_path / "early.safetensors"
 
     def keep(now, model) -> None:
         if now.epoch == 2:
             early.write_bytes(path.read_bytes())
 
-    train(build, data, config, path=path, report=keep)
+    zoo.train(build, data, config, path=path, report=keep)
     penalised = replace(config, jacobian=0.5)
-    assert same_parameters(train(build, data, penalised), train(build, data, penalised, path=early))
+    assert same_parameters(zoo.train(build, data, penalised), zoo.train(build, data, penalised, path=early))
     words = "written by another training"
-    refused(words, lambda: train(build, data, penalised, path=path), mb.CheckpointError)
+    refused(words, lambda: zoo.train(build, data, penalised, path=path), mb.CheckpointError)
 
 
 def test_the_depth_of_pretraining_is_drawn_and_its_precision_is_half():
     depths, dtypes = [], []
 
-    class Watching(Images):
+    class Watching(zoo.Images):
         def losses(self, model, batch, generator):
             model.cell.register_forward_hook(lambda cell, given, out: dtypes.append(cell.conv1(given[0]).dtype))
             before = 0
@@ -291,8 +255,8 @@ def test_the_depth_of_pretraining_is_drawn_and_its_precision_is_half():
                 before = len(dtypes)
                 yield loss
 
-    config = Training(epochs=2, batch=16, pretrain=1, depth=4, least=2, half=True)
-    train(build, Watching(small_digits()), config)
+    config = zoo.Training(epochs=2, batch=16, pretrain=1, depth=4, least=2, half=True)
+    zoo.train(build, Watching(small_digits()), config)
     assert set(depths[:8]) == {2, 3, 4}
     assert set(dtypes[: sum(depths[:8])]) == {torch.bfloat16}
     assert torch.float32 in dtypes
@@ -300,11 +264,11 @@ def test_the_depth_of_pretraining_is_drawn_and_its_precision_is_half():
 
 def test_an_epoch_may_be_a_part_of_the_images_and_validation_too():
     data, model = small_digits(), build()
-    part = Images(data, batches=3, limit=10)
-    assert (part.steps(32), Images(data, batches=9).steps(32)) == (3, 4)
+    part = zoo.Images(data, batches=3, limit=10)
+    assert (part.steps(32), zoo.Images(data, batches=9).steps(32)) == (3, 4)
     assert len(list(part.losses(model, 32, torch.Generator()))) == 3
-    assert part.score(model, "validation") == accuracy(model, data.validation.first(10))
-    assert part.score(model, "test") == accuracy(model, data.test)
+    assert part.score(model, "validation") == zoo.accuracy(model, data.validation.first(10))
+    assert part.score(model, "test") == zoo.accuracy(model, data.test)
 
 
 # --- every model
@@ -312,13 +276,13 @@ def test_an_epoch_may_be_a_part_of_the_images_and_validation_too():
 
 WORDS = {"vocabulary": (TOKENS := 11), "embedding": 5, "recent": 20}
 CONFIGS: list[ModelConfig] = [
-    DenseClassifierConfig(n=12, side=5, image_channels=3, classes=4),
-    MLPClassifierConfig(hidden=9, depth=3),
-    ConvClassifierConfig(channels=8, inner=8, side=7, stride=2),
-    MultiscaleClassifierConfig(width=8, scales=3),
-    *(MonotoneClassifierConfig(structure, 6, m=0.5) for structure in ("dense", "conv", "multi-tier")),
-    *(TrellisNetConfig(channels=6, stem=stem, **WORDS) for stem in STEMS),
-    *(DEQTransformerConfig(width=8, heads=2, inner=10, memory=5, stem=stem, **WORDS) for stem in STEMS),
+    zoo.DenseClassifierConfig(n=12, side=5, image_channels=3, classes=4),
+    zoo.MLPClassifierConfig(hidden=9, depth=3),
+    zoo.ConvClassifierConfig(channels=8, inner=8, side=7, stride=2),
+    zoo.MultiscaleClassifierConfig(width=8, scales=3),
+    *(zoo.MonotoneClassifierConfig(structure, 6, m=0.5) for structure in ("dense", "conv", "multi-tier")),
+    *(zoo.TrellisNetConfig(channels=6, stem=stem, **WORDS) for stem in STEMS),
+    *(zoo.DEQTransformerConfig(width=8, heads=2, inner=10, memory=5, stem=stem, **WORDS) for stem in STEMS),
 ]
 OPTIONS = {"solver": mb.Anderson(), "rtol": 1e-4, "max_nfe": 30, "warn": False}
 
@@ -337,33 +301,41 @@ def inputs_of(config) -> torch.Tensor:
 @pytest.mark.parametrize("config", CONFIGS, ids=repr)
 def test_a_model_and_its_twins_come_back_from_their_files(config, tmp_path):
     model, inputs, path = model_of(config, **OPTIONS), inputs_of(config), tmp_path / "model.safetensors"
-    again = load_model(save_model(model, path, {"epochs": 1}), **OPTIONS)
+    again = zoo.load_model(zoo.save_model(model, path, {"epochs": 1}), **OPTIONS)
     assert (type(again), again.config) == (type(model), config)
     assert (again.deq.rtol, again.deq.max_nfe) == (1e-4, 30)
     assert torch.equal(again(inputs), model(inputs))
-    refused("rtoll", lambda: load_model(path, rtoll=1e-3), TypeError)
-    refused("rtol", lambda: load_model(path, rtol=-1.0))  # wrong options are not the file's fault
-    if isinstance(config, MLPClassifierConfig):
+    refused("rtoll", lambda: zoo.load_model(path, rtoll=1e-3), TypeError)
+    refused("rtol", lambda: zoo.load_model(path, rtol=-1.0))  # wrong options are not the file's fault
+    if isinstance(config, zoo.MLPClassifierConfig):
         return
-    twins = unrolled_twin(model, 3), flow_twin(model, 0.5, 2), explicit_twin(type(model), config, 3, tolerance=0.3)
+    twins = (
+        zoo.unrolled_twin(model, 3),
+        zoo.flow_twin(model, 0.5, 2),
+        zoo.explicit_twin(type(model), config, 3, tolerance=0.3),
+    )
     for twin in twins:
-        again = load_model(save_model(twin, path))
+        again = zoo.load_model(zoo.save_model(twin, path))
         assert (type(again), again.config) == (type(twin), twin.config)
         assert torch.equal(again(inputs), twin.eval()(inputs))
         assert type(again.deq) is type(twin.deq)
         assert again.deq.describe() == twin.deq.describe()
-        refused(r"holds a twin .*'max_nfe'", lambda: load_model(path, max_nfe=5), TypeError)
+        refused(r"holds a twin .*'max_nfe'", lambda: zoo.load_model(path, max_nfe=5), TypeError)
 
 
 @pytest.mark.parametrize(
     ("config", "width", "other"),
     [
-        (ConvClassifierConfig(16, 32), 10, {"channels": 10, "inner": 20, "groups": 2}),
-        (MonotoneClassifierConfig("multi-tier", 4, side=10, tiers=3), 2, {"width": 2}),
+        (zoo.ConvClassifierConfig(16, 32), 10, {"channels": 10, "inner": 20, "groups": 2}),
+        (zoo.MonotoneClassifierConfig("multi-tier", 4, side=10, tiers=3), 2, {"width": 2}),
         (CONFIGS[-6], 4, {"channels": 4}),
         (CONFIGS[-1], 4, {"width": 4, "inner": 5}),
-        (DEQTransformerConfig(width=96, heads=6, inner=192), 50, {"width": 54, "inner": 108}),  # even, and whole heads
-        (DEQTransformerConfig(width=96, heads=6, inner=192), 96, {}),
+        (
+            zoo.DEQTransformerConfig(width=96, heads=6, inner=192),
+            50,
+            {"width": 54, "inner": 108},
+        ),  # even, and whole heads
+        (zoo.DEQTransformerConfig(width=96, heads=6, inner=192), 96, {}),
     ],
 )
 def test_a_narrowed_model_has_another_state_and_all_else_the_same(config, width, other):
@@ -378,36 +350,36 @@ def stem(**wrong):
 
 
 NONSENSE = [
-    ("unknown cell 'dens': known are dense, conv, causal", lambda: make_cell("dens")),
-    ("unknown family 'conv': known are dense-digits", lambda: get_family("conv")),
-    ("width must be at least 2 and dilation at least 1", lambda: CausalCell(6, width=1)),
-    ("width must be at least 2 and dilation at least 1", lambda: CausalCell(6, dilation=0)),
-    (r"at least two widths, got \(4,\)", lambda: MultiscaleCell((4,))),
-    ("must be at least 1, got 4 and 0", lambda: TrellisCell(4, 0)),
-    ("even and divided by heads, got 9 and 3", lambda: TransformerCell(9, 3)),
-    ("even and divided by heads, got 8 and 3", lambda: TransformerCell(8, 3)),
-    ("got 'convolution'", lambda: TrellisNet(TrellisNetConfig(stem="convolution"))),
+    ("unknown cell 'dens': known are dense, conv, causal", lambda: zoo.make_cell("dens")),
+    ("unknown family 'conv': known are dense-digits", lambda: zoo.get_family("conv")),
+    ("width must be at least 2 and dilation at least 1", lambda: zoo.CausalCell(6, width=1)),
+    ("width must be at least 2 and dilation at least 1", lambda: zoo.CausalCell(6, dilation=0)),
+    (r"at least two widths, got \(4,\)", lambda: zoo.MultiscaleCell((4,))),
+    ("must be at least 1, got 4 and 0", lambda: zoo.TrellisCell(4, 0)),
+    ("even and divided by heads, got 9 and 3", lambda: zoo.TransformerCell(9, 3)),
+    ("even and divided by heads, got 8 and 3", lambda: zoo.TransformerCell(8, 3)),
+    ("got 'convolution'", lambda: zoo.TrellisNet(zoo.TrellisNetConfig(stem="convolution"))),
     *(("of a hashed stem cannot be", stem(**wrong)) for wrong in ({"reach": 1}, {"rows": 0}, {"recent": -1})),
-    ("m must be positive, got 0", lambda: MonotoneDense(4, 0)),
-    ("side must be at least 2, got 1", lambda: MonotoneConv(4, 1)),
-    ("side must be .*, got side 8 and 0 tiers", lambda: MonotoneMultiTier((), 8)),
-    ("side must be .*, got side 5 and 2 tiers", lambda: MonotoneMultiTier((2, 2), 5)),
-    ("side must be .*, got side 4 and 3 tiers", lambda: MonotoneMultiTier((2, 2, 2), 4)),
+    ("m must be positive, got 0", lambda: zoo.MonotoneDense(4, 0)),
+    ("side must be at least 2, got 1", lambda: zoo.MonotoneConv(4, 1)),
+    ("side must be .*, got side 8 and 0 tiers", lambda: zoo.MonotoneMultiTier((), 8)),
+    ("side must be .*, got side 5 and 2 tiers", lambda: zoo.MonotoneMultiTier((2, 2), 5)),
+    ("side must be .*, got side 4 and 3 tiers", lambda: zoo.MonotoneMultiTier((2, 2, 2), 4)),
     (r"of the last, got \[5, 2\]", lambda: resolvent(lambda z: z, [(1, 5, 5), (1, 2, 2)], 1.0, torch.zeros(1))),
-    ("structure must be one of .*, got 'convolution'", lambda: MonotoneClassifierConfig(structure="convolution")),
-    ("got -1, 2 and 87", lambda: MonotoneClassifierConfig(margin=-1)),
-    ("depth must be an integer", lambda: explicit_twin(DenseClassifier, DenseClassifierConfig(), 0)),
-    ("depth must be an integer", lambda: explicit_twin(DenseClassifier, DenseClassifierConfig(), 2.5)),
-    ("depth must be an integer", lambda: Unrolled(DenseCell(4), 0)),
-    ("depth must be an integer", lambda: Unrolled(DenseCell(4), 2.5)),
-    ("at least one cell", lambda: Stack([])),
-    ("must be at", lambda: Training(epochs=0)),
-    ("must be at", lambda: Training(batch=0)),
-    ("must be at", lambda: Training(pretrain=-1)),
-    ("must be at", lambda: Training(epochs=3, pretrain=4)),
-    ("least must be from 1 to the depth 8, got 9", lambda: Training(least=9)),
-    ("a batch of 1300 is more than the 1200 training images", lambda: Images(load_digits()).steps(1300)),
-    ("count must be from 1 to the 3 epochs, got 4", lambda: Episodes(3, 4)),
+    ("structure must be one of .*, got 'convolution'", lambda: zoo.MonotoneClassifierConfig(structure="convolution")),
+    ("got -1, 2 and 87", lambda: zoo.MonotoneClassifierConfig(margin=-1)),
+    ("depth must be an integer", lambda: zoo.explicit_twin(zoo.DenseClassifier, zoo.DenseClassifierConfig(), 0)),
+    ("depth must be an integer", lambda: zoo.explicit_twin(zoo.DenseClassifier, zoo.DenseClassifierConfig(), 2.5)),
+    ("depth must be an integer", lambda: zoo.Unrolled(zoo.DenseCell(4), 0)),
+    ("depth must be an integer", lambda: zoo.Unrolled(zoo.DenseCell(4), 2.5)),
+    ("at least one cell", lambda: zoo.Stack([])),
+    ("must be at", lambda: zoo.Training(epochs=0)),
+    ("must be at", lambda: zoo.Training(batch=0)),
+    ("must be at", lambda: zoo.Training(pretrain=-1)),
+    ("must be at", lambda: zoo.Training(epochs=3, pretrain=4)),
+    ("least must be from 1 to the depth 8, got 9", lambda: zoo.Training(least=9)),
+    ("a batch of 1300 is more than the 1200 training images", lambda: zoo.Images(load_digits()).steps(1300)),
+    ("count must be from 1 to the 3 epochs, got 4", lambda: zoo.Episodes(3, 4)),
     ("must be positive and leave some of 1797", lambda: load_digits(test=5000)),
 ]
 

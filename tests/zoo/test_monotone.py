@@ -14,24 +14,17 @@ from metabroyden.deq import initial_state
 from metabroyden.gradients.base import parts_of
 from metabroyden.solvers.registry import register, solver_types
 from metabroyden.state import Packing
-from metabroyden.zoo.models import (
-    DenseCell,
-    MonotoneClassifier,
-    MonotoneClassifierConfig,
-    MonotoneConv,
-    MonotoneDense,
-    MonotoneMultiTier,
-)
+from metabroyden.zoo import models as zoo
 from metabroyden.zoo.models.circular import convolve, convolve_transposed
 from tests.helpers import refused
 
 M = 0.3
 STRUCTURES = {
-    "dense": (lambda m: MonotoneDense(12, m), (12,)),
-    "conv": (lambda m: MonotoneConv(3, 4, m), (3, 4, 4)),
-    "conv, odd side": (lambda m: MonotoneConv(2, 5, m), (2, 5, 5)),
-    "two tiers": (lambda m: MonotoneMultiTier((2, 3), 4, m), ((2, 4, 4), (3, 2, 2))),
-    "three tiers": (lambda m: MonotoneMultiTier((1, 2, 3), 8, m), ((1, 8, 8), (2, 4, 4), (3, 2, 2))),
+    "dense": (lambda m: zoo.MonotoneDense(12, m), (12,)),
+    "conv": (lambda m: zoo.MonotoneConv(3, 4, m), (3, 4, 4)),
+    "conv, odd side": (lambda m: zoo.MonotoneConv(2, 5, m), (2, 5, 5)),
+    "two tiers": (lambda m: zoo.MonotoneMultiTier((2, 3), 4, m), ((2, 4, 4), (3, 2, 2))),
+    "three tiers": (lambda m: zoo.MonotoneMultiTier((1, 2, 3), 8, m), ((1, 8, 8), (2, 4, 4), (3, 2, 2))),
 }
 every_structure = pytest.mark.parametrize("name", STRUCTURES)
 every_split = pytest.mark.parametrize("solver", [mb.ForwardBackward(0.2), mb.PeacemanRachford(0.7)], ids=["fb", "pr"])
@@ -239,7 +232,7 @@ def test_a_deq_trains_with_a_splitting_solver_and_has_the_gradients_of_broyden(n
     assert_close(*gradients, rtol=1e-7, atol=1e-8)
 
 
-class Dropping(MonotoneDense):
+class Dropping(zoo.MonotoneDense):
     def __init__(self) -> None:
         super().__init__(6, 0.5)
         self.drop = mb.VariationalDropout(0.5, (6,))
@@ -269,10 +262,10 @@ def test_weights_are_computed_once_a_call_and_pinned_masks_reach_every_part(solv
 
 @every_split
 def test_what_does_not_fit_is_refused_with_clear_words(solver):
-    name, cell, x = type(solver).__name__, MonotoneDense(12), torch.randn(2, 12)
+    name, cell, x = type(solver).__name__, zoo.MonotoneDense(12), torch.randn(2, 12)
     words = f"{name} needs a cell with the methods linear, prox.*such as MonotoneDense; "
-    refused(words + "DenseCell has no prox", lambda: mb.solve(DenseCell(12), x, x, solver=solver), TypeError)
-    refused(words, lambda: mb.DEQ(DenseCell(12), solver=solver), TypeError)
+    refused(words + "DenseCell has no prox", lambda: mb.solve(zoo.DenseCell(12), x, x, solver=solver), TypeError)
+    refused(words, lambda: mb.DEQ(zoo.DenseCell(12), solver=solver), TypeError)
     refused(words + "function has no", lambda: mb.Implicit(solver=solver), TypeError)
     words, half = f"{name} uses parts of f, in its own precision: no f_dtype", {"f_dtype": torch.bfloat16}
     refused(words, lambda: mb.solve(cell, x, x, solver=solver, **half))
@@ -293,8 +286,8 @@ def test_splitting_solvers_are_known_by_name_apart_from_those_of_any_f():
 
 @pytest.mark.parametrize("structure", ["dense", "conv", "multi-tier"])
 def test_a_classifier_learns(structure):
-    config = MonotoneClassifierConfig(structure, 6, m=0.5)
-    model = MonotoneClassifier(config, solver=mb.PeacemanRachford(), rtol=1e-5, max_nfe=100)
+    config = zoo.MonotoneClassifierConfig(structure, 6, m=0.5)
+    model = zoo.MonotoneClassifier(config, solver=mb.PeacemanRachford(), rtol=1e-5, max_nfe=100)
     images, labels = torch.rand(10, 1, 8, 8), torch.arange(10)
     before = cross_entropy(model(images), labels)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -311,8 +304,8 @@ def test_a_classifier_learns(structure):
 
 
 def test_a_classifier_has_the_sizes_that_its_config_says():
-    assert MonotoneClassifier().cell.n == 87
-    config = MonotoneClassifierConfig("multi-tier", 4, side=10, tiers=3)
-    assert MonotoneClassifier(config).cell.shapes == [(4, 12, 12), (8, 6, 6), (16, 3, 3)]
-    conv = MonotoneClassifier(MonotoneClassifierConfig("conv", 5, image_channels=3, margin=2))
+    assert zoo.MonotoneClassifier().cell.n == 87
+    config = zoo.MonotoneClassifierConfig("multi-tier", 4, side=10, tiers=3)
+    assert zoo.MonotoneClassifier(config).cell.shapes == [(4, 12, 12), (8, 6, 6), (16, 3, 3)]
+    conv = zoo.MonotoneClassifier(zoo.MonotoneClassifierConfig("conv", 5, image_channels=3, margin=2))
     assert conv.inject(torch.rand(2, 3, 8, 8)).shape == (2, 5, 12, 12)
