@@ -35,11 +35,21 @@ def rewrap(f: Callable[..., Any], function: Callable[..., Any]) -> Callable[...,
     return f.rewrap(function) if isinstance(f, FunctionWrapper) else function
 
 
-def method_of(f: Any, name: str) -> Callable[..., Any] | None:
-    """A method of the cell behind f, without f's surroundings; None where the cell has none of this name."""
+def cell_of(f: Any) -> Any:
+    """The cell behind f, without f's surroundings."""
     while isinstance(f, FunctionWrapper):
         f = f.inner
-    method = getattr(f, name, None)
+    return f
+
+
+def owner_of(f: Any) -> Any:
+    """What stands behind f for good: its cell, or the object whose method that is."""
+    return getattr(cell_of(f), "__self__", cell_of(f))
+
+
+def method_of(f: Any, name: str) -> Callable[..., Any] | None:
+    """A method of the cell behind f; None where the cell has none of this name."""
+    method = getattr(cell_of(f), name, None)
     return method if callable(method) else None
 
 

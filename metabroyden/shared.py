@@ -71,18 +71,16 @@ class SharedWatch:
     def __init__(self) -> None:
         self._known: dict[tuple[int, int], tuple[Any, Any]] = {}
 
-    def note(self, f: Any, tensor: Tensor) -> None:
-        """f was given this tensor beside a batch that its first axis has not the size of."""
-        owner = owner_of(f)
+    def note(self, owner: Any, tensor: Tensor) -> None:
+        """An f of this owner was given this tensor beside a batch that its first axis has not the size of."""
         key = id(owner), id(tensor)
         try:
             self._known[key] = tuple(weakref.ref(one, lambda _: self._known.pop(key, None)) for one in (owner, tensor))  # type: ignore[assignment]
         except TypeError:  # no weak references to such an f
             return
 
-    def check(self, f: Any, gathered: list[Tensor], stacklevel: int) -> None:
+    def check(self, owner: Any, gathered: list[Tensor], stacklevel: int) -> None:
         """UserWarning where one of the tensors that are gathered looks shared."""
-        owner = owner_of(f)
         for tensor in gathered:
             if self._known and (id(owner), id(tensor)) in self._known:
                 self._warn(tensor, "was passed to this f before, beside a batch of another size", stacklevel)
@@ -103,13 +101,6 @@ class SharedWatch:
 
 
 WATCH = SharedWatch()  # the one of this process
-
-
-def owner_of(f: Any) -> Any:
-    """What stands behind a callable for good: the cell of a map in surroundings, the object of a bound method."""
-    while hasattr(f, "rewrap") and hasattr(f, "inner"):  # see `FunctionWrapper`
-        f = f.inner
-    return getattr(f, "__self__", f)
 
 
 def _place(tensor: Tensor) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metabroyden.evaluator import Evaluator, Rows, to_host
-from metabroyden.function import check_map, in_caller_mode, method_of
+from metabroyden.function import check_map, in_caller_mode, method_of, owner_of
 from metabroyden.inverse import FinalInverse
 from metabroyden.opaque import opaque
 from metabroyden.problem import CountedProblem
@@ -90,7 +90,7 @@ def solve(
         flat = packing.pack(z0).detach().contiguous()
         if flat.is_inference():
             flat = flat.clone()
-        check_context(context, len(flat), f)
+        check_context(context, len(flat), owner_of(f))
         if len(flat) == 0:
             return nothing(packing, flat, snapshots=len(due), keep_inverse=keep_inverse)
         options = {"rtol": rtol, "atol": atol, "max_nfe": max_nfe, "f_dtype": f_dtype, "trace": trace}

@@ -160,17 +160,17 @@ def _layout(tensor: Tensor) -> str:
     return f"a nested tensor, layout {tensor.layout}" if tensor.is_nested else f"layout {tensor.layout}"
 
 
-def check_context(context: Any, batch: int, f: Any = None) -> None:
+def check_context(context: Any, batch: int, owner: Any = None) -> None:
     """Refuse what could not be gathered: ValueError for a tensor without the batch on its first axis or of a layout that
     has no rows, TypeError for something else that may hold the batch.
 
-    Warns of tensors that look shared (see `SharedWatch`), at the caller of the caller.
+    Warns of tensors that look shared (see `SharedWatch`, and `owner_of` for the owner of f), at the caller of the caller.
     """
     gathered = []
     for leaf in [context] if isinstance(context, Tensor) else pytree.tree_leaves(context, is_leaf=is_shared):
         if isinstance(leaf, Shared):
             if leaf.tensor.is_nested or leaf.tensor.dim() == 0 or leaf.tensor.shape[0] != batch:
-                WATCH.note(f, leaf.tensor)
+                WATCH.note(owner, leaf.tensor)
             continue
         if not isinstance(leaf, (Tensor, bool, int, float, str, type(None))):
             raise TypeError(
@@ -178,13 +178,13 @@ def check_context(context: Any, batch: int, f: Any = None) -> None:
                 f"got {type(leaf).__name__} in it"
             )
         if isinstance(leaf, Tensor):
-            _check_rows(leaf, batch, f)
+            _check_rows(leaf, batch, owner)
             gathered.append(leaf)
     if not torch.compiler.is_compiling():
-        WATCH.check(f, gathered, stacklevel=5)
+        WATCH.check(owner, gathered, stacklevel=5)
 
 
-def _check_rows(leaf: Tensor, batch: int, f: Any) -> None:
+def _check_rows(leaf: Tensor, batch: int, owner: Any) -> None:
     """ValueError unless this tensor of a context has a row for each sample."""
     if leaf.is_nested or leaf.layout not in (torch.strided, torch.sparse_coo):
         raise ValueError(
@@ -192,7 +192,7 @@ def _check_rows(leaf: Tensor, batch: int, f: Any) -> None:
             "or as torch.sparse_coo, or as mb.Shared(tensor) if all samples share it"
         )
     if leaf.dim() == 0 or leaf.shape[0] != batch:
-        WATCH.note(f, leaf)
+        WATCH.note(owner, leaf)
         raise ValueError(
             f"every tensor of context must have the batch first: wanted {batch} rows as in z0, "
             f"got shape {tuple(leaf.shape)}; if all samples share it, pass mb.Shared(tensor)"

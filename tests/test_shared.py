@@ -9,9 +9,9 @@ from torch.testing import assert_close
 from torch.utils import _pytree as pytree
 
 import metabroyden as mb
-from metabroyden.function import FunctionWrapper
+from metabroyden.function import FunctionWrapper, owner_of
 from metabroyden.meta.unroll import unroll
-from metabroyden.shared import WATCH, owner_of
+from metabroyden.shared import WATCH
 from metabroyden.state import concatenate, gather
 from tests.helpers import fixed, refused
 
@@ -144,4 +144,4 @@ def test_the_owner_of_a_wrapped_map_is_its_cell():
     cell = Cell()
     assert owner_of(Inside(Inside(cell.forward))) is cell
     with pytest.warns(UserWarning, match="is the parameter 'w' of f"):
-        WATCH.check(Inside(cell), [cell.w], stacklevel=1)
+        WATCH.check(owner_of(Inside(cell)), [cell.w], stacklevel=1)
