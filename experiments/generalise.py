@@ -16,7 +16,8 @@ from experiments.bench.figures import heat_map, save
 from experiments.bench.measure import Rules, stamp_of
 from experiments.bench.options import Compared, OnModels, Seeded
 from experiments.bench.problems import HeldOut, of_known
-from experiments.bench.runner import Row, Run, sha256, show, ticks
+from experiments.bench.runner import Row, Run, sha256, show
+from experiments.bench.solvers import Contestant
 from experiments.bench.statistics import Field, against
 from experiments.bench.tables import Table
 from metabroyden import Broyden, load_solver, save_solver
@@ -30,17 +31,13 @@ from metabroyden.meta.trainer import MultiTaskTrainer
 from metabroyden.storage import atomic_write
 from metabroyden.zoo.models import load_model
 from metabroyden.zoo.models.episodes import load_episodes
-from metabroyden.zoo.models.families import get_family, trained_model
+from metabroyden.zoo.models.families import FAMILIES, get_family, trained_model
 from metabroyden.zoo.random_cells import KINDS, RandomCells, random_problem
 from metabroyden.zoo.tasks import family_tasks
 from metabroyden.zoo.testbed import cells
 
 TRAINED = ("dense-digits", "dense-fashion", "mlp-digits", "mlp-fashion", "conv-digits")
 """Families whose weights along training the universal solver learns from, beside random cells."""
-UNSEEN = ("conv-fashion", "multiscale-digits", "multiscale-fashion", "transformer-shakespeare", "trellisnet-shakespeare",
-          "trellisnet-words", "monotone-dense-digits", "monotone-conv-digits", "monotone-multitier-digits",
-          "monotone-dense-fashion", "monotone-conv-fashion", "monotone-multitier-fashion")  # fmt: skip
-"""Families it is tested on."""
 SHARE = 8.0
 """How many times as often as those of one family random cells are drawn."""
 LATE = 3
@@ -69,7 +66,7 @@ class Generalise(Seeded, Compared, OnModels, command="generalise", samples=128):
     """Families of which solvers learn from checkpoints along training, and are tested on the last, which they never saw."""
     trained: tuple[str, ...] = TRAINED
     """Families that the universal solver learns from."""
-    unseen: tuple[str, ...] = UNSEEN
+    unseen: tuple[str, ...] = tuple(name for name in FAMILIES if name not in TRAINED)
     """Families that it is tested on."""
     widths: bool = True
     """Test on random cells of many widths, too."""
@@ -107,15 +104,12 @@ def model_files(config: Generalise) -> list[Path]:
 def families(job: Run) -> list[Row]:
     """Solvers for any state on trained families, beside the classical ones tuned on each."""
     config, anywhere, rows = job.config, free(job), []
-    names = [*config.trained, *config.unseen]
-    with ticks("families", len(names), show=config.progress) as done:
-        for name in names:
-            family = problems.Family(name, config.models)
-            part = "families seen" if name in config.trained else "families unseen"
-            tuned = solvers.tuned(family.problems("validation", 64), config.budget)
-            held = family.problems("test", config.samples)
-            rows += measured(config, part, held, {**anywhere, **{key: (one, NOTHING) for key, one in tuned.items()}})
-            done(name)
+    for name in (*config.trained, *config.unseen):
+        family = problems.Family(name, config.models)
+        part = "families seen" if name in config.trained else "families unseen"
+        tuned = solvers.tuned(family.problems("validation", 64), config.budget)
+        every = {**anywhere, **{key: (one, NOTHING) for key, one in tuned.items()}}
+        rows += measured(config, part, family.problems("test", config.samples), every)
     return rows
 
 
@@ -171,9 +165,12 @@ def measured(config: Generalise, part: str, held: HeldOut, every: dict[str, tupl
     """Rows of Broyden's method and of these solvers, each with the name of what it was trained on."""
     every = {BROYDEN: (Broyden(config.budget), NOTHING), **every}
     everyone = solvers.contestants(**{name: one for name, (one, _) in every.items()})
-    usual = stamp_of(held, part=part)
-    rules = Rules((TOLERANCE,), config.budget)
-    rows = measure.measure(held, everyone, rules, lambda one: {**usual(one), "trained": every[one.name][1]})
+    usual, rules = stamp_of(held, part=part), Rules((TOLERANCE,), config.budget)
+
+    def stamp(one: Contestant) -> Row:
+        return {**usual(one), "trained": every[one.name][1]}
+
+    rows = measure.measure(held, everyone, rules, stamp, progress=config.progress)
     return [row for row in rows if row["row"] == "solve"]
 
 
@@ -191,7 +188,7 @@ def free(job: Run) -> dict[str, tuple[Any, str]]:
             validation.append(sets[-1])
         return sources, [
             *validation,
-            *(_RandomSet(kind, 100 + k) for k, kind in enumerate(2 * KINDS + 4 * ("shifted",))),
+            *(random_tasks(kind, 100 + k) for k, kind in enumerate(2 * KINDS + 4 * ("shifted",))),
         ]
 
     found = {}
@@ -238,12 +235,10 @@ def episodes(config: Generalise, family: str) -> dict[int, Any]:
     return {epoch: model.requires_grad_(False) for epoch, model in load_episodes(path, warn=False).items()}
 
 
-class _RandomSet(TaskSet):
+def random_tasks(kind: str, seed: int) -> TaskSet:
     """64 contexts of one random cell, for validation."""
-
-    def __init__(self, kind: str, seed: int) -> None:
-        f, z0, x = random_problem(torch.Generator().manual_seed(seed), 64, kind)
-        super().__init__(f, x[:1], x[1:], z0=lambda x: z0[: len(x)])
+    f, z0, x = random_problem(torch.Generator().manual_seed(seed), 64, kind)
+    return TaskSet(f, x[:1], x[1:], z0=lambda x: z0[: len(x)])
 
 
 PARTS = {

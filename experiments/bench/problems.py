@@ -133,9 +133,9 @@ class Family:
         """The frozen model; options: of `load_model`, such as solver."""
         return load_model(self.path, **options, warn=False).requires_grad_(False).to(self.device)
 
-    def tasks(self, seed: int, *, pool: int = 1024, held: int = 128, packed: bool = False) -> TaskSet:
+    def tasks(self, seed: int, *, pool: int = 1024, held: int = 128) -> TaskSet:
         """What solvers are trained on; of texts, whose contexts are solves of their own, `pool` made beforehand."""
-        tasks = family_tasks(self.model(), self.criterion, packed=packed)
+        tasks = family_tasks(self.model(), self.criterion)
         return tasks.prepared(pool, torch.Generator().manual_seed(seed), held) if self.texts else tasks
 
     def problems(self, split: str = "test", limit: int = 256, change: Any = None) -> HeldOut:

@@ -82,12 +82,6 @@ class TaskSet:
         self.raw = {"train": train, "validation": validation, "test": test}
         _refuse_overlap({name: part for name, part in self.raw.items() if part is not None})
 
-    def with_map(self, cell: Any) -> TaskSet:
-        """The same contexts for another map with an `initial_state` of its own."""
-        twin = copy.copy(self)
-        twin.f, twin._z0 = cell, cell.initial_state
-        return twin
-
     def prepared(self, pool: int, generator: torch.Generator, held: int) -> TaskSet:
         """Contexts made beforehand: `pool` of the training ones, the first `held` for validation, none for test.
 

@@ -10,16 +10,14 @@ from torch.nn import functional
 
 from metabroyden.deq import initial_state
 from metabroyden.meta.tasks import TaskSet
-from metabroyden.state import Packing
 from metabroyden.zoo.data.text import TextData, TextSplit
 from metabroyden.zoo.models.base import LanguageModel, Memory
 from metabroyden.zoo.models.criteria import Criterion, Images, NextToken, device_of
-from metabroyden.zoo.models.packed import Packed
 
 _WINDOWS = {"train": 8192, "validation": 256, "test": 256}
 
 
-def family_tasks(model: Any, criterion: Criterion, *, packed: bool = False) -> TaskSet:
+def family_tasks(model: Any, criterion: Criterion) -> TaskSet:
     """A trained model's fixed-point problems, with disjoint train, validation and test contexts.
 
     Raw contexts are images, or consecutive segments, tokens (N, back + 2·length): the memory that belongs to the last is
@@ -28,16 +26,7 @@ def family_tasks(model: Any, criterion: Criterion, *, packed: bool = False) -> T
     Args:
         model: from `load_model`, or any `EquilibriumModel`.
         criterion: of its family (`get_family(name).criterion()`); TypeError for another one.
-        packed: whether a state of several tensors is handed out as one vector, where no layout is known of it.
     """
-    tasks = _tasks(model, criterion)
-    if not packed:
-        return tasks
-    z0, _ = tasks.prepare(tasks.split("validation")[:1])
-    return tasks if isinstance(z0, Tensor) else tasks.with_map(Packed(model.cell, Packing.of(z0)))
-
-
-def _tasks(model: Any, criterion: Criterion) -> TaskSet:
     if isinstance(criterion, Images):
         raw = {name: getattr(criterion.data, name).images for name in _WINDOWS}
         encode, augment = model.inject, criterion.augment

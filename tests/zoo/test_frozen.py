@@ -16,9 +16,10 @@ from torch.utils import _pytree as pytree
 import metabroyden as mb
 from metabroyden.gradients.base import parts_of
 from metabroyden.learned.fingerprint import same_weights
-from metabroyden.learned.layout import Layout
+from metabroyden.meta.defaults import tasks_layout
 from metabroyden.meta.fit import make_learned
 from metabroyden.meta.trainer import MetaConfig, MetaTrainer
+from metabroyden.state import Packing
 from metabroyden.zoo import tasks
 from metabroyden.zoo.models import FAMILIES, get_family, load_episodes, load_model
 from metabroyden.zoo.models.base import LanguageModel
@@ -93,10 +94,9 @@ def test_gradients_reach_every_parameter_at_the_equilibrium(frozen):
 
 
 def test_a_learned_solver_is_trained_on_the_problems_and_solves_them(frozen):
-    problems = family_tasks(frozen.model, frozen.criterion, packed=True)
+    problems = family_tasks(frozen.model, frozen.criterion)
     z0, x = problems.prepare(problems.split("test")[:SAMPLES])
-    layout = getattr(problems.f, "layout", "vector")
-    learned = make_learned("grouped", Layout(layout, tuple(z0.shape[1:])))
+    learned = make_learned("grouped", tasks_layout(problems)[0])
     before = {key: value.clone() for key, value in learned.state_dict().items()}
     sizes = {"steps": 2, "unroll": 3, "batch": SAMPLES, "validation_size": SAMPLES, "validation_nfe": 20}
     config = MetaConfig(**sizes, validate_every=1, backend="native", rollback_above=100.0)
@@ -112,7 +112,8 @@ def test_a_learned_solver_is_trained_on_the_problems_and_solves_them(frozen):
         mb.solve(problems.f, z0, x, solver=solver, **options) for solver in (learned, mb.Broyden(memory=200))
     )
     assert int(solution.converged.sum()) >= int(wanted.converged.sum()), "what Broyden solves, to whom it hands over"
-    apart = (solution.z - wanted.z).flatten(1).norm(dim=1) / wanted.z.flatten(1).norm(dim=1)
+    found, star = (Packing.of(one.z).pack(one.z) for one in (solution, wanted))
+    apart = (found - star).norm(dim=1) / star.norm(dim=1)
     both = apart[solution.converged & wanted.converged]
     # of the median: single samples may be all but singular, or have two equilibria
     assert not len(both) or float(both.median()) < 0.02
