@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from metabroyden.meta.config import MetaConfig, choice, flag, positive
 from metabroyden.meta.config import count as count_field
-from metabroyden.meta.inner import UPDATES, InnerUpdate, Weights
+from metabroyden.meta.inner import UPDATES, Weights
 from metabroyden.meta.target import frozen
 from metabroyden.meta.tasks import TaskSet, count, rows
 from metabroyden.meta.trainer import Trainer
@@ -121,7 +121,7 @@ class EpisodeTrainer(Trainer):
     ) -> None:
         solver.requires_grad_(True)
         self.episodes = episodes
-        self.inner: InnerUpdate | None = None
+        self.inner: Any = None
         self.learner: Any = None
         if config.update in UPDATES:
             self.inner = UPDATES[config.update](solver, config.inner_rate)

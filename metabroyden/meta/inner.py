@@ -1,4 +1,9 @@
-"""Learned inner steps: how a solver's fast weights follow from the gradients on D_train."""
+"""Learned inner steps: how a solver's fast weights follow from the gradients on D_train.
+
+θₜ = fₜ ⊙ θₜ₋₁ − iₜ ⊙ ∇ₜ with forget and input gates, the cell state of an LSTM being the weights themselves (Ravi &
+Larochelle, ICLR 2017, eq. 2): with f = 1 and i a learning rate it is gradient descent, which is what untrained ones are.
+Gradients are made unit-sized, all of them together, so that a rate, `rate` to begin with, means the same for every DEQ.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +18,6 @@ from metabroyden.learned.coordinatewise import log_sign
 Weights = dict[str, Tensor]
 
 
-class InnerUpdate(nn.Module):
-    """θₜ = fₜ ⊙ θₜ₋₁ − iₜ ⊙ ∇ₜ with forget and input gates, the cell state of an LSTM being the weights themselves.
-
-    Ravi & Larochelle (ICLR 2017), eq. 2: with f = 1 and i a learning rate it is gradient descent, which is what untrained
-    ones are. Gradients are made unit-sized, all of them together, so that a rate means the same for every DEQ.
-
-    Args:
-        solver: whose weights are updated. rate: the learning rate to begin with.
-    """
-
-    def begin(self, weights: Weights) -> Any:
-        """The memory before the first update."""
-        raise NotImplementedError
-
-    def forward(self, weights: Weights, grads: Weights, loss: Tensor, memory: Any) -> tuple[Weights, Any]:
-        """(weights, memory) after one update."""
-        raise NotImplementedError
-
-
 def _unit(grads: Weights) -> Weights:
     size = torch.stack([grad.square().sum() for grad in grads.values()]).sum().sqrt() + 1e-12
     return {name: grad / size for name, grad in grads.items()}
@@ -40,7 +26,7 @@ def _unit(grads: Weights) -> Weights:
 _OPEN = 9.0  # a forget gate begins at 1 − 1e-4
 
 
-class Rates(InnerUpdate):
+class Rates(nn.Module):
     """A forget gate and a learning rate for every weight, the same at all T updates."""
 
     def __init__(self, solver: nn.Module, rate: float) -> None:
@@ -51,7 +37,7 @@ class Rates(InnerUpdate):
         self.forget = nn.ParameterList([torch.full_like(value, _OPEN) for value in values])
 
     def begin(self, weights: Weights) -> None:
-        """Nothing."""
+        """The memory before the first update: nothing."""
 
     def forward(self, weights: Weights, grads: Weights, loss: Tensor, memory: Any) -> tuple[Weights, Any]:
         """(weights, None) after one update."""
@@ -68,7 +54,7 @@ class GatedMemory(NamedTuple):
     gates: dict[str, tuple[Tensor, Tensor]]
 
 
-class Gated(InnerUpdate):
+class Gated(nn.Module):
     """Gates from what each weight has seen: iₜ = σ(W_I [hₜ, θₜ₋₁, iₜ₋₁] + b_I), fₜ likewise, h an LSTM over (∇, loss).
 
     One LSTM cell whose weights all coordinates share reads ∇ and the loss in the log-and-sign form of Andrychowicz et al.
