@@ -246,7 +246,6 @@ def _classical(name: str, header: dict[str, Any], path: Path) -> Any:
 
 
 def _check_sizes(shape: Any, path: Path) -> None:
-    """`CheckpointError` unless all sizes of a state are positive."""
     sizes = [size for part in shape for size in (part if isinstance(part, list) else [part])]
     if not sizes or min(sizes) < 1:
         raise damaged(path, f"shape is {shape!r:.80}, wanted sizes of at least 1")

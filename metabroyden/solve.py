@@ -189,7 +189,6 @@ class _Cohort:
 
     @property
     def live_rows(self) -> Rows:
-        """The samples still at work."""
         return self.problem.live_rows
 
     def take_live(self, tensor: Tensor) -> Tensor:
@@ -324,7 +323,6 @@ class _Driver:
         self._keep_due()
 
     def _keep_due(self) -> None:
-        """Copy the best iterates where a snapshot is due."""
         while self.due and self.evaluator.nfe.max() >= self.due[0]:
             self.kept.append(self.evaluator.best_z.clone())
             del self.due[0]

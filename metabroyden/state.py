@@ -127,7 +127,6 @@ def check_state(z: Any, name: str) -> None:
 
 
 def _check_part(part: Tensor, name: str) -> None:
-    """ValueError for a tensor of a bad layout, dtype or shape."""
     _check_dense(part, name)
     if part.dim() == 0:
         raise ValueError(f"{name} must have a batch axis first, got a 0-dimensional tensor")
@@ -185,7 +184,6 @@ def check_context(context: Any, batch: int, owner: Any = None) -> None:
 
 
 def _check_rows(leaf: Tensor, batch: int, owner: Any) -> None:
-    """ValueError unless this tensor of a context has a row for each sample."""
     if leaf.is_nested or leaf.layout not in (torch.strided, torch.sparse_coo):
         raise ValueError(
             f"a tensor of context cannot be gathered by rows, got {_layout(leaf)}: pass it dense (padded, with its lengths) "

@@ -141,7 +141,6 @@ class CoordinatewiseLSTM(LearnedSolver):
         return self.layout, self.layout.resolve(problem.shape)
 
     def _context(self, layout: Layout, shape: Any, problem: Any) -> Tensor:
-        """The context feature, (R, n)."""
         if self.config.conditioning == "initial_value":
             return problem.origin()
         if layout is self.layout:

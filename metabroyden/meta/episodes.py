@@ -202,7 +202,6 @@ class _Run(nn.Module):
         self.solver, self.loss = solver, loss
 
     def forward(self, f: Any, batch: tuple[Any, Any]) -> Tensor:
-        """The loss of a batch."""
         return self.loss(self.solver, f, batch)
 
 

@@ -153,7 +153,6 @@ def _warn_of_skipped(trainer: MetaTrainer) -> None:
 
 
 def _refused(result: Comparison) -> Any:
-    """The best classical solver, with a warning that says why."""
     best = result.results[result.best].solver
     warnings.warn(
         f"fit_solver: the fitted solver does not beat the best classical ones on {len(result.fitted.nfe)} held-out problems "
@@ -179,7 +178,6 @@ def _check_starts(start: Any, size: int) -> None:
 
 
 def _check_arguments(target: Target, seconds: Any, score: Any) -> None:
-    """TypeError or ValueError for arguments of `fit_solver` that cannot work."""
     if target.z0 is not None and not callable(target.z0):
         raise TypeError(f"z0 must be a map x → start, got {type(target.z0).__name__}")
     number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
@@ -217,7 +215,6 @@ def check_contexts(x_train: Any, *, zeros: bool = False) -> None:
 
 
 def _check_zeros_like(x_train: Any) -> None:
-    """ValueError unless a state can be zeros like these contexts."""
     dtype = x_train.dtype if isinstance(x_train, Tensor) else None
     if dtype in (torch.float16, torch.bfloat16) or (dtype is not None and dtype.is_complex):
         raise ValueError(

@@ -161,7 +161,6 @@ class Trainer:
         return loss
 
     def _roll_back(self) -> None:
-        """Back to the best weights, unless that was done often enough."""
         if len(self.incidents.returned) < self.config.max_rollbacks:
             self.module.load_state_dict(self.best)
             self.optimizer.state.clear()
