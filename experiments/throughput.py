@@ -124,8 +124,8 @@ class Inputs(NamedTuple):
 def raw_inputs(model: Any, criterion: Any, count: int) -> Inputs:
     """What `problems.held_out(model, criterion, "test", count)` is made of; the model itself solves a text's memory."""
     if isinstance(criterion, Images):
-        test = criterion.data.test
-        return Inputs((test.images[:count],), test.labels[:count], torch.full((count,), -1))
+        images, labels = criterion.data.test.images[:count], criterion.data.test.labels[:count]
+        return Inputs((images,), labels, torch.full_like(labels, -1))
     windows, answers = text_windows(criterion.data, "test", criterion.length, model.stem.back)
     chosen = torch.linspace(0, len(windows) - 1, min(count, len(windows))).long()
     answers, given = answers[chosen], read_on(model, windows[chosen], criterion.length)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from experiments.bench.options import Compared, OnDevice, Seeded, Timed
@@ -56,12 +57,11 @@ class Job:
         self.config, self.name, self.device = config, config.family, resolve(config.device)
         self.family = _shortened(get_family(self.name), config)
         self.criterion = self.family.criterion()
-        recipe = [repr(getattr(self.family, item.name)) for item in fields(Family) if item.name != "criterion"]
-        data = {
-            key: getattr(value, "__qualname__", value) for key, value in vars(self.criterion).items() if key != "data"
-        }
-        inputs = (self.name, self.family.criterion.__qualname__, *recipe, data)
-        self._run = Run(config, free=FREE, shared=(*FREE, *MEASURING), inputs=inputs, always=f"--family {self.name}")
+        recipe = {**vars(self.family), **vars(self.criterion), "data": None}  # a family's criterion is a function
+        inputs = [(name, getattr(value, "__qualname__", value)) for name, value in recipe.items()]
+        self._run = Run(
+            config, free=FREE, shared=(*FREE, *MEASURING), inputs=[self.name, *inputs], always=f"--family {self.name}"
+        )
         self.work, self.folder = self._run.work, self._run.folder / self.name
         self.measured = f"measured-{digest(*(getattr(config, name) for name in MEASURING))}"
         self.episodes = Episodes(self.family.training.epochs, min(8, self.family.training.epochs))
@@ -69,9 +69,9 @@ class Job:
     def run(self) -> None:
         """Everything."""
         models = {way: self.trained(way, build) for way, build in self._ways().items()}
-        found = self._run.unit(self.measured, lambda: self._measured(models))
+        found = self._run.unit(self.measured, lambda: rows.measured(self, models))
         for way in (way for way in FILES if way in models):
-            atomic_write(self.folder / FILES[way], self._at(way, "safetensors").read_bytes())
+            atomic_write(self.folder / FILES[way], self.at(way, "safetensors").read_bytes())
         family, kept = self.family, [way for way in FILES if way in models]
         described: Row = {name: repr(getattr(family, name)) for name in ("config", "training", "solver", "backward")}
         described |= {name: getattr(family, name) for name in ("depth", "jacobian", "rtol")}
@@ -92,15 +92,17 @@ class Job:
         regularised = {REGULARISED: family.build} if family.jacobian else {}
         return {DEQ: family.build, **regularised, **{name: twins[name] for name in family.twins}}
 
-    def _training(self, way: str) -> Training:
+    def training(self, way: str) -> Training:
+        """How a variant is trained."""
         return replace(self.family.training, jacobian=self.family.jacobian if way == REGULARISED else 0.0)
 
-    def _at(self, way: str, ending: str = "training.safetensors") -> Any:
+    def at(self, way: str, ending: str = "training.safetensors") -> Path:
+        """A variant's file of unfinished work."""
         return self.work / f"{way.replace(', ', '-').replace(' ', '-')}.{ending}"
 
     def trained(self, way: str, build: Callable[[], Any]) -> Any:
         """A variant; what is finished is read, what was interrupted goes on."""
-        training = self._training(way)
+        training = self.training(way)
         with progress_bar(f"{self.name}, {way}", training.epochs, show=self.config.progress) as bar:
             shown = by_epoch(bar, self.criterion.metric)
 
@@ -108,22 +110,18 @@ class Job:
                 if way == DEQ:
                     self.episodes.note(now.epoch, model, self.work)
                     # the checkpoint is that of the epoch before; the epochs unrolled are the same for both
-                    if now.epoch == training.pretrain + 1 and training.pretrain and not self._at(REGULARISED).exists():
-                        atomic_write(self._at(REGULARISED), self._at(DEQ).read_bytes())
+                    if now.epoch == training.pretrain + 1 and training.pretrain and not self.at(REGULARISED).exists():
+                        atomic_write(self.at(REGULARISED), self.at(DEQ).read_bytes())
                 shown(now, model)
 
             device = self.device.type
-            model = train(build, self.criterion, training, path=self._at(way), device=device, report=noted)
+            model = train(build, self.criterion, training, path=self.at(way), device=device, report=noted)
         model = model.cpu().requires_grad_(False)
         if way in FILES:
             summary = {"family": self.name, "way": way, "training": asdict(training)}
-            path = save_model(model, self._at(way, "safetensors"), summary, slim=True)
+            path = save_model(model, self.at(way, "safetensors"), summary, slim=True)
             model.load_state_dict(load_model(path).state_dict())  # the weights that people get are those measured
         return model
-
-    def _measured(self, models: dict[str, Any]) -> list[Row]:
-        trainings = {way: (self._training(way), self._at(way)) for way in models}
-        return list(rows.measured(self.config, self.family, self.criterion, models, trainings))
 
 
 def _shortened(family: Family, config: Models) -> Family:

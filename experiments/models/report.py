@@ -16,22 +16,15 @@ from experiments.bench.tables import Table, chosen, listed, pivot
 from experiments.models.rows import DEQ, REGULARISED, TOLERANCES
 
 HEADS = {DEQ: "DEQ", REGULARISED: "penalised", "unrolled": "unrolled", "explicit": "explicit", "flow": "neural ODE"}
-LOOKS = dict(
-    zip(
-        HEADS,
-        (("#D55E00", "-"), ("#E69F00", "--"), ("#0072B2", "-."), ("#000000", ":"), ("#009E73", "--")),
-        strict=True,
-    )
-)
+LOOKS = {DEQ: ("#D55E00", "-"), REGULARISED: ("#E69F00", "--"), "unrolled": ("#0072B2", "-."), "explicit": ("#000000", ":"),
+         "flow": ("#009E73", "--")}  # fmt: skip
+"""Colour and line of each variant."""
 
 
 class Results:
-    """The rows of one family's folder.
+    """The rows of one family's folder, and its config.json.
 
     Attributes:
-        name: of the family.
-        described: its config.json.
-        rows: as `experiments.models.rows` makes them.
         quality: rows of that kind by variant.
         field: the classical solvers' outcomes, variants being its families.
     """
@@ -89,31 +82,22 @@ def difficulty(families: Sequence[Results]) -> Table:
     """How hard the equilibria are to find."""
     body, names = [], ("Picard", "Anderson", "Broyden")
     for one, way in _variants(families):
-        cells = ["; ".join(str(one.field.outcome(way, name, tolerance)) for tolerance in TOLERANCES) for name in names]
-        best, (spectrum,) = one.field.named(way, BEST, 1e-2), one.of("spectrum", way=way)
-        found = one.field.must(way, best, 1e-2)
-        easy = "easy" if found.median < HEADLINE else ""
-        body.append([one.name, way, *cells, f"{best}: {found}", f"{np.median(spectrum['radius']):.2f}", easy])
+        cells = ["; ".join(one.field.shown(way, name, tolerance) for tolerance in TOLERANCES) for name in names]
+        best, (spectrum,) = one.field.must(way, BEST, 1e-2), one.of("spectrum", way=way)
+        cells += [f"{one.field.named(way, BEST, 1e-2)}: {best}", f"{np.median(spectrum['radius']):.2f}"]
+        body.append([one.name, way, *cells, "easy" if best.median < HEADLINE else ""])
     return Table("", ["family", "", *(f"{name} to 1e-2; 1e-3; 1e-4" for name in names), "best to 1e-2", "ρ", ""], body)
 
 
 def splitting(families: Sequence[Results]) -> Table:
     """Operator splitting on all held-out inputs of the monotone networks."""
     body, names = [], {"forward-backward": "forward–backward", "Peaceman-Rachford": "Peaceman–Rachford"}
+    every = {**names, "tuned Anderson": "tuned Anderson", "tuned Broyden": "tuned Broyden"}
     for one, way in _variants([one for one in families if one.of("guarantee")]):
-        every = (*names, "tuned Anderson", "tuned Broyden")
         sure = [row for name in names for row in one.of("guarantee", way=way, solver=name)]
         solved = [f"{row['samples'] - row['failures']:,} of {row['samples']:,}, at most {row['worst']}" for row in sure]
         body.append([one.name, way, *(f"{one.field.must(way, name, 1e-3).median:g}" for name in every), *solved])
-    head = [
-        "family",
-        "",
-        *names.values(),
-        "tuned Anderson",
-        "tuned Broyden",
-        *(f"{name}, all" for name in names.values()),
-    ]
-    return Table("", head, body)
+    return Table("", ["family", "", *every.values(), *(f"{name}, all" for name in names.values())], body)
 
 
 def equilibria(families: Sequence[Results], *ways: str) -> Table:
@@ -133,12 +117,9 @@ def steps(families: Sequence[Results]) -> Table:
     body = []
     for one, way in _variants(families, *HEADS):
         (row,), unrolled = one.of("step", way=way), one.of("step", way="unrolled")
-        ratios = [f"{row[key] / other[key]:.2f}×" for key in ("seconds", "peak_bytes") for other in unrolled] or [
-            "",
-            "",
-        ]
+        ratios = [f"{row[key] / other[key]:.2f}×" for key in ("seconds", "peak_bytes") for other in unrolled]
         spent = "" if row["evaluations"] is None else f"{row['evaluations']:g}"
-        body.append([one.name, way, f"{1000 * row['seconds']:.0f} ms", *ratios, spent])
+        body.append([one.name, way, f"{1000 * row['seconds']:.0f} ms", *(ratios or ["", ""]), spent])
     return Table("", ["family", "", "step", "time to unrolled", "peak memory to unrolled", "evaluations forward"], body)
 
 
@@ -251,18 +232,15 @@ def depth(one: Results, path: Path) -> Path:
     """Score and residual against evaluations, of the solver and of plain iteration."""
     figure, (left, right) = figures.grid(2, 2, (4.8, 4.0))
     for way, method in dict.fromkeys((row["way"], row["method"]) for row in one.of("depth")):
-        rows = one.of("depth", way=way, method=method)
-        faint = {"alpha": 0.5, "linewidth": 1.3} if method == "plain iteration" and way != "unrolled" else {}
+        rows, style = one.of("depth", way=way, method=method), dict[str, Any](label=f"{way}, {method}")
+        if method == "plain iteration" and way != "unrolled":
+            style |= {"alpha": 0.5, "linewidth": 1.3}
         k, residual = [row["evaluations"] for row in rows], np.array([row["residual"][1] for row in rows], dtype=float)
-        _line(left, way, k, [row["score"] for row in rows], label=f"{way}, {method}", **faint)
-        _line(right, way, k, np.where(np.isfinite(residual), residual, np.nan), label=f"{way}, {method}", **faint)
+        _line(left, way, k, [row["score"] for row in rows], **style)
+        _line(right, way, k, np.where(np.isfinite(residual), residual, np.nan), **style)
     left.axvline(one.described["depth"], color="0.6", linewidth=0.8)
-    left.set(
-        xlabel="evaluations of f",
-        ylabel=f"{one.metric}, test",
-        xscale="log",
-        title="line: depth of the unrolled network",
-    )
+    left.set_title("line: depth of the unrolled network", fontsize=9)
+    left.set(xlabel="evaluations of f", ylabel=f"{one.metric}, test", xscale="log")
     right.set(xlabel="evaluations of f", ylabel="relative residual, median", xscale="log", yscale="log")
     right.set_ylim(top=min(right.get_ylim()[1], 10))  # what diverges leaves the picture
     right.legend(frameon=False, fontsize=7)

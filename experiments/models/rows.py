@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,17 +26,15 @@ import torch
 
 from experiments.bench import measure, problems, solvers
 from experiments.bench.clock import LiveBytes, laps, now
-from experiments.bench.problems import HeldOut
+from experiments.bench.problems import HeldOut, packed
 from experiments.bench.runner import Row, ticks
 from experiments.bench.statistics import Field
-from experiments.bench.tables import short
+from experiments.bench.tables import chosen, short
 from experiments.models.ngram import NGram, Recent
 from metabroyden import solve
 from metabroyden.nn.spectral import spectral_radius
 from metabroyden.solvers import Anderson, Broyden, Picard
-from metabroyden.state import Packing
 from metabroyden.zoo.models.criteria import Criterion, NextToken, device_of
-from metabroyden.zoo.models.families import Family
 from metabroyden.zoo.models.fit import Stage, Training, history
 
 DEQ, REGULARISED = "DEQ", "DEQ, Jacobian penalty"
@@ -46,27 +43,22 @@ EXACT = 1e-5
 """What language models are solved to where they are scored: a looser solve may tell a token something of those after it."""
 
 
-def measured(
-    config: Any,
-    family: Family,
-    criterion: Criterion,
-    models: dict[str, Any],
-    trainings: dict[str, tuple[Training, Path]],
-) -> Iterator[Row]:
-    """All rows of a family, of its variants and their finished trainings."""
-    with ticks(f"{config.family}, measuring", len(models) + 2, show=config.progress) as tick:
+def measured(job: Any, models: dict[str, Any]) -> Iterator[Row]:
+    """All rows of a family, of its variants once they are trained; job: a `Job` of this package."""
+    with ticks(f"{job.name}, measuring", len(models) + 2, show=job.config.progress) as tick:
         for way, model in models.items():
-            past = history(trainings[way][1])
+            past = history(job.at(way))
             yield from ({"row": "epoch", "way": way, **asdict(epoch)} for epoch in past)
-            yield quality_row(way, model, criterion, past[-1].seconds)
+            yield quality_row(way, model, job.criterion, past[-1].seconds)
             if way in (DEQ, REGULARISED, "unrolled"):
-                yield from examined(config, family, criterion, way, model)
+                yield from examined(job, way, model)
             tick(way)
-        if isinstance(criterion, NextToken):
-            yield from ngram_rows(criterion)
-            yield from measure.leak_rows(models[DEQ], criterion, {"way": DEQ}, tolerances=(family.rtol, EXACT))
+        if isinstance(job.criterion, NextToken):
+            yield from ngram_rows(job.criterion)
+            tolerances = (job.family.rtol, EXACT)
+            yield from measure.leak_rows(models[DEQ], job.criterion, {"way": DEQ}, tolerances=tolerances)
         tick("tokens")
-        yield from step_rows(models, {way: one for way, (one, _) in trainings.items()}, criterion, config.repeats)
+        yield from step_rows(models, {way: job.training(way) for way in models}, job.criterion, job.config.repeats)
         tick("training steps")
 
 
@@ -74,32 +66,26 @@ def quality_row(way: str, model: Any, criterion: Criterion, seconds: float) -> R
     """Score on the whole test split, parameters, seconds of training."""
     with measure.solved_to(model, EXACT if isinstance(criterion, NextToken) else None):
         score = criterion.score(model, "test")
-    scores = {"score": score, "validation": criterion.score(model, "validation"), "seconds": seconds}
-    about = {"metric": criterion.metric, "higher": criterion.higher}
-    return {
-        "row": "quality",
-        "way": way,
-        **about,
-        **short(scores),
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
+    about = {"row": "quality", "way": way, "metric": criterion.metric, "higher": criterion.higher}
+    figures = {"score": score, "validation": criterion.score(model, "validation"), "seconds": seconds}
+    return {**about, **short(figures), "parameters": sum(p.numel() for p in model.parameters())}
 
 
-def examined(config: Any, family: Family, criterion: Criterion, way: str, model: Any) -> Iterator[Row]:
+def examined(job: Any, way: str, model: Any) -> Iterator[Row]:
     """How hard the equilibria are to find, what the score is on the way there, and what pictures show."""
-    held = problems.held_out(model, criterion, "test", config.samples)
+    held, budget = problems.held_out(model, job.criterion, "test", job.config.samples), job.config.budget
     if way != "unrolled":
-        validation = problems.held_out(model, criterion, "validation", 64)
-        tuned = solvers.tuned(validation, config.budget, splitting=family.splitting)
-        known: dict[str, Any] = {"Picard": Picard(), "Anderson": Anderson(), "Broyden": Broyden(config.budget), **tuned}
-        yield from solve_rows(way, held, known, TOLERANCES, config.budget)
+        validation = problems.held_out(model, job.criterion, "validation", 64)
+        known: dict[str, Any] = {"Picard": Picard(), "Anderson": Anderson(), "Broyden": Broyden(budget)}
+        known |= solvers.tuned(validation, budget, splitting=job.family.splitting)
+        yield from solve_rows(way, held, known, TOLERANCES, budget)
         sure = {name: one for name, one in known.items() if name in ("forward-backward", "Peaceman-Rachford")}
         if sure:
-            yield from guarantee_rows(way, problems.held_out(model, criterion, "test", sys.maxsize), sure)
+            yield from guarantee_rows(way, problems.held_out(model, job.criterion, "test", sys.maxsize), sure)
         yield spectrum_row(way, held, sure.get("Peaceman-Rachford", Broyden(memory=100)))
-        yield from depth_rows(way, held, family.solver)
+        yield from depth_rows(way, held, job.family.solver)
     yield from depth_rows(way, held)
-    if family.pictures and way != REGULARISED:
+    if job.family.pictures and way != REGULARISED:
         yield unit_row(way, held, Broyden(memory=200))
 
 
@@ -110,41 +96,19 @@ def depth_rows(way: str, held: HeldOut, solver: Any = None, depths: Sequence[int
 
 
 def solve_rows(way: str, held: HeldOut, known: dict[str, Any], tolerances: tuple[float, ...], budget: int) -> list[Row]:
-    """Solves of the bench, without what it measures beside evaluations."""
-    rows = measure.measure(
-        held, solvers.contestants(**known), measure.Rules(tolerances, budget),
-        lambda one: {"way": way, "family": way, "solver": one.name, "kind": one.kind},
-    )  # fmt: skip
-    keys = (
-        "row",
-        "way",
-        "family",
-        "solver",
-        "kind",
-        "options",
-        "tolerance",
-        "budget",
-        "block",
-        "evaluations",
-        "status",
-    )
-    return [{key: row[key] for key in keys} for row in rows if row["row"] == "solve"]
+    """The bench's solves; for its statistics a variant is a family."""
+    rules, every = measure.Rules(tolerances, budget), solvers.contestants(**known)
+    stamp = measure.stamp_of(replace(held, name=way), way=way)
+    return chosen(measure.measure(held, every, rules, stamp), "solve")
 
 
 def guarantee_rows(way: str, held: HeldOut, known: dict[str, Any]) -> Iterator[Row]:
     """Whether solvers find each equilibrium there is to 1e-4, and with how many evaluations at most."""
     field = Field(solve_rows(way, held, known, (1e-4,), 200))
+    place = {"row": "guarantee", "way": way, "tolerance": 1e-4, "budget": 200, "samples": len(held)}
     for name, found in field.outcomes(way, 1e-4).items():
         counts = {"failures": int((~found.solved).sum()), "worst": int(found.evaluations.max())}
-        yield {
-            "row": "guarantee",
-            "way": way,
-            "solver": name,
-            "tolerance": 1e-4,
-            "budget": 200,
-            "samples": len(held),
-            **counts,
-        }
+        yield {**place, "solver": name, **counts}
 
 
 def spectrum_row(way: str, held: HeldOut, solver: Any) -> Row:
@@ -164,12 +128,12 @@ def unit_row(way: str, held: HeldOut, solver: Any, *, depth: int = 60, units: in
     The fixed point is the solver's, to 1e-6 where it gets there; `residual` says how close it came.
     """
     z, x = z0, x = held.take(torch.zeros(1, dtype=torch.long, device=held.device))
-    packing, path = Packing.of(z), [problems.packed(z)[0]]
+    path = [packed(z)[0]]
     for _ in range(depth):
         z = held.f(z, x)
-        path.append(packing.pack(z)[0])
+        path.append(packed(z)[0])
     found = solve(held.f, z0, x, solver=solver, rtol=1e-6, max_nfe=400, throw=False)
-    star, states = packing.pack(found.z)[0], torch.stack(path)
+    star, states = packed(found.z)[0], torch.stack(path)
     moving = states[depth // 6 :].std(dim=0).argsort(descending=True)
     moving = moving[: 40 * units : 40] if len(moving) >= 40 * units else moving[:units]
     curves = {"activations": states[:, moving].T.tolist(), "fixed_point": star[moving].tolist()}
