@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -72,19 +70,17 @@ def _measure(job: Run, setting: Setting) -> None:
     """Make the rows that are not there yet; publish all."""
     config, device = setting.config, setting.device
     with threads(config.threads):
-        rows = {
-            unit.name: job.unit(unit.key, partial(_checked, unit, job.work), strict=True) for unit in pieces(setting)
-        }
+        made = {unit.name: _rows(job, unit) for unit in pieces(setting)}
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         described = job.described(settings=setting.digest, device=name)
-    for unit, found in rows.items():
-        write_rows(job.folder / "rows" / f"{unit}.jsonl.gz", found, strict=True)
+    for unit, rows in made.items():
+        write_rows(job.folder / "rows" / f"{unit}.jsonl.gz", rows, strict=True)
     atomic_write(job.folder / "config.json", json.dumps(described, indent=2) + "\n")
     atomic_write(job.folder / "schema.json", schema.PATH.read_text())
 
 
-def _checked(unit: Unit, work: Path) -> Iterator[Row]:
-    return map(schema.check, unit.make(work / unit.key))
+def _rows(job: Run, unit: Unit) -> list[Row]:
+    return job.unit(unit.key, lambda: map(schema.check, unit.make(job.work / unit.key)), strict=True)
 
 
 def pieces(setting: Setting) -> list[Unit]:

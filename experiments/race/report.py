@@ -29,7 +29,6 @@ BESIDE = {
     "hyper-deq": ("silva-networks' HyperDEQ, stopped by our rule", "family"),
 }
 """Parts beside the race itself: what their tables tell, and what stands in their first column."""
-_WHOSE: Any = [("family", lambda rows: rows[0]["family"]), ("solver", lambda rows: rows[0]["solver"])]
 
 
 def write(folder: Path) -> Path:
@@ -113,11 +112,9 @@ def every_solver(field: Field, at: float, words: str, corner: str) -> Table:
 
 
 def _over_table(field: Field, rival: str) -> Table:
-    columns: list[Any] = [("family", str)]
-    for at in SHOWN:
-        columns.append((f"evaluations, {at:g}", _over(field, at, rival)))
-        columns.append((f"time, {at:g}", _over(field, at, rival, time=True)))
-    return listed(f"MetaBroyden over {rival}", field.families, columns)
+    kinds: dict[str, Any] = {"evaluations": {}, "time": {"time": True}}
+    cells = [(f"{head}, {at:g}", _over(field, at, rival, **of)) for at in SHOWN for head, of in kinds.items()]
+    return listed(f"MetaBroyden over {rival}", field.families, [("family", str), *cells])
 
 
 def _details(field: Field, at: float) -> Table:
@@ -194,37 +191,36 @@ def _times(field: Field, at: float) -> Table:
     def part(key: str) -> Callable[[list[Row]], str]:
         return lambda rows: number(1e3 * middle(lap[key] for row in rows for lap in row["seconds"]), ".1f")
 
-    shown = {
-        family: {field.named(family, name, at) for name in (FLAGSHIP, BEST, FASTEST, TORCHDEQ[0])}
-        for family in field.families
-    }
-    rows = [row for row in chosen(field.rows, "solve", tolerance=at) if row["solver"] in shown[row["family"]]]
-    words = f"Where the time of a block goes, to {at:g} (medians; f apart from a solver that calls f alone), and peak memory"
+    def shown(row: Row) -> bool:
+        return row["solver"] in {
+            field.named(row["family"], name, at) for name in (FLAGSHIP, BEST, FASTEST, TORCHDEQ[0])
+        }
+
+    rows = filter(shown, chosen(field.rows, "solve", tolerance=at))
+    words = f"Where the time of a block goes, to {at:g} (medians in ms; f apart from solvers that call f alone); peak memory"
     return listed(words, grouped(rows, "family", "solver"), [
-        *_WHOSE,
-        *((head, part(key)) for head, key in {"ms": "total", **{k: k for k in ("f", "solver", "bookkeeping")}}.items()),
+        ("family", lambda rows: rows[0]["family"]),
+        ("solver", lambda rows: rows[0]["solver"]),
+        *((key, part(key)) for key in ("total", "f", "solver", "bookkeeping")),
         ("peak MB", lambda rows: f"{max((row['peak_bytes'] or 0) for row in rows) / 1e6:.1f}"),
     ])  # fmt: skip
 
 
 def _metric(field: Field) -> Table:
     body, ratios = [], {}
-    enough = grouped(chosen(field.rows, "pace", enough=True), "family")
-    for family, rows in ((rows[0]["family"], rows) for rows in enough):
-        ours = [row for row in rows if row["solver"] == FLAGSHIP]
-        theirs = [row for row in rows if row["kind"] == "classical"]
-        if not theirs:
+    for family in field.ran(FLAGSHIP):
+        enough = chosen(field.rows, "pace", family=family, enough=True)
+        ours = [row for row in enough if row["solver"] == FLAGSHIP]
+        theirs = [row for row in enough if row["kind"] == "classical"]
+        if not ours or not theirs:
             continue
         fewest = min(theirs, key=lambda row: row["evaluations"])
         quick = min(theirs, key=lambda row: middle(row["seconds"]))
-        if ours:
-            ratios[family] = middle(
-                a / b for row in ours for a, b in zip(row["seconds"], quick["seconds"], strict=True)
-            )
-        body.append([
-            family, " ".join(str(row["evaluations"]) for row in ours), "{evaluations} {solver}".format_map(fewest),
-            f"{ratios[family]:.2f}× {quick['solver']}" if ours else "",
-        ])  # fmt: skip
+        pairs = (zip(row["seconds"], quick["seconds"], strict=True) for row in ours)
+        ratios[family] = middle(a / b for laps in pairs for a, b in laps)
+        spent = " ".join(str(row["evaluations"]) for row in ours)
+        time = f"{ratios[family]:.2f}× {quick['solver']}"
+        body.append([family, spent, "{evaluations} {solver}".format_map(fewest), time])
     for name, among in (("headline families (1e-2)", field.headline(1e-2)), ("all families", field.families)):
         found = [ratios[family] for family in among if family in ratios]
         words = f"geometric mean, {len(found)} of {len(among)} {name}"
@@ -237,13 +233,12 @@ def _metric(field: Field) -> Table:
 
 
 def _leaks(field: Field) -> Table:
-    def cell(rows: list[Row], at: float) -> str:
-        found = [row for row in rows if row["tolerance"] == at]
-        return f"{middle(row['mean'] for row in found):.1e} / {max(row['most'] for row in found):.1e}"
+    def cell(rows: list[Row]) -> str:
+        return f"{middle(row['mean'] for row in rows):.1e} / {max(row['most'] for row in rows):.1e}"
 
-    words = "Leak: bits by which earlier predictions change when the last eight tokens do"
-    columns = [(f"{at:g}, mean / most", partial(cell, at=at)) for at in SHOWN]
-    return listed(words, grouped(chosen(field.rows, "leak"), "family", "solver"), [*_WHOSE, *columns])
+    words = "Leak: bits by which earlier predictions change when the last eight tokens do, to a tolerance, mean / most"
+    place = "{family}, {solver}".format_map, "{tolerance:g}".format_map
+    return pivot(words, chosen(field.rows, "leak"), *place, cell, corner="family, solver")
 
 
 def comparison(ours: Field, theirs: Field) -> str:

@@ -148,9 +148,8 @@ def _star_row(family: Family, held: HeldOut, stamp: Stamp) -> Row:
     assert held.star is not None
     assert held.known is not None
     scores = held.judge(held.states(held.star), torch.arange(len(held), device=held.device))
-    counts = {"samples": len(held), "known": int(held.known.sum()), "score": short(scores.tolist())}
-    who = stamp(Contestant("float64", "classical", None))
-    return {"row": "star", **who, **counts, "higher_is_better": not family.texts}
+    row = {"row": "star", **stamp(Contestant("float64", "classical", None)), "higher_is_better": not family.texts}
+    return {**row, "samples": len(held), "known": int(held.known.sum()), "score": short(scores.tolist())}
 
 
 def _metric_rows(
