@@ -193,8 +193,7 @@ def bytes_of(step: Step) -> Row:
 def resident_bytes(config: Memory, cell: str, way: str, evaluations: int, returning: bool = False) -> int:
     """By how much a fresh process grows that takes one step (a small one went before it).
 
-    returning: have glibc's malloc hand every block of 64 KiB or more back as soon as it is free. By default it keeps
-    them, and what lies between blocks in use stays resident.
+    returning: have glibc's malloc hand every block of 64 KiB or more back as soon as it is free; by default it keeps them.
     """
     command = [sys.executable, "-m", "experiments.memory", json.dumps([plain(config), cell, way, evaluations])]
     environment = {**os.environ, **({"MALLOC_MMAP_THRESHOLD_": str(2**16)} if returning else {})}
@@ -203,16 +202,13 @@ def resident_bytes(config: Memory, cell: str, way: str, evaluations: int, return
     return int(done.stdout)
 
 
-def _sizes() -> tuple[int, int]:
-    """Resident size of this process, now and at its peak."""
+def _size(key: str) -> int:
+    """Resident size of this process: now (VmRSS) or at its peak (VmHWM); where that is not told, always the peak."""
     status = Path("/proc/self/status")
     if not status.exists():
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return most, most
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     # getrusage's peak is no use on Linux: a child inherits its parent's
-    found = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-    now, most = (1024 * int(found[key].split()[0]) for key in ("VmRSS", "VmHWM"))
-    return now, most
+    return 1024 * int(status.read_text().split(f"{key}:")[1].split()[0])
 
 
 @report.of_rows("Memory and time of training")
@@ -225,8 +221,7 @@ def write(rows: list[Row], described: Row, folder: Path) -> list[report.Section]
     }
     place: list[Any] = [("cell", "{cell}"), ("way", "{way}"), ("evaluations", "{evaluations}")]
     mebibytes = [(key, partial(_mebibytes, key)) for key in ("saved", "solver", "held", "backward", "peak")]
-    books = ("books", lambda row: f"{row['books'] / 1024:.0f} KiB")
-    process = ("process", lambda row: grown[_key(row)])
+    rest = [("books", lambda row: f"{row['books'] / 1024:.0f} KiB"), ("process", lambda row: grown[_key(row)])]
     both = [
         ("forward", partial(_time, "forward")),
         ("backward", partial(_time, "backward")),
@@ -248,7 +243,7 @@ def write(rows: list[Row], described: Row, folder: Path) -> list[report.Section]
         "Solid: the most bytes of tensors alive at once in the step, all that the dispatcher sees (saved tensors, solver, "
         "temporaries, gradients; neither parameters nor injection, nor what a kernel allocates within itself). Dotted: by "
         "how much a fresh process grew.",
-        listed("Bytes", counted, [*place, *mebibytes, books, process, ("residual", "{residual:.1e}")]),
+        listed("Bytes", counted, [*place, *mebibytes, *rest, ("residual", "{residual:.1e}")]),
         "MiB, books in KiB. saved: by autograd, distinct storages, parameters left out. solver: the most alive at once in "
         "the forward solve run on its own: iterates, ring buffers, temporaries of f and of the solver's arithmetic. held: "
         "alive between forward and backward pass. backward: the most that the backward pass adds. peak: the most alive in "
@@ -313,6 +308,6 @@ if __name__ == "__main__":
     asked = Memory(**options)
     Step(replace(asked, batch=1, memory=2, backward=3), cell, way, 3).take()  # loads libraries
     gc.collect()
-    before, _ = _sizes()
+    before = _size("VmRSS")
     Step(asked, cell, way, evaluations).take()
-    print(_sizes()[1] - before)
+    print(_size("VmHWM") - before)
