@@ -1,60 +1,52 @@
-"""Remakes published tables from the committed rows and compares every cell: `python -m experiments.bench.faithful`."""
+"""Remakes the published reports from the committed rows and compares every cell: `python -m experiments.bench.faithful`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import importlib
+import shutil
+import sys
+import tempfile
+from itertools import zip_longest
 from pathlib import Path
+from unittest import mock
 
-from experiments import generalise
-from experiments.bench.runner import read_rows
-from experiments.bench.statistics import Field
-from experiments.bench.tables import Table
-from experiments.race import report as race
-from experiments.race import schema
-from experiments.solvers import report as solvers
+from experiments.bench.figures import plt
 
 RESULTS = Path("results")
+REPORTS = {
+    "race": "race.report", "solvers": "solvers.report", "models": "models.report", "meta": "meta", "meta/pes": "pes",
+    "generalise": "generalise", "specialise": "specialise", "throughput": "throughput", "torchdeq": "drop_in",
+    "gradients": "gradients", "memory": "memory", "alternate": "alternate", "fit": "fit", "lost": "lost", "digits": "digits",
+}  # fmt: skip
+"""Folders of results, and the modules whose `write` makes their report.md."""
 
 
-def remade() -> Iterable[tuple[str, Table]]:
-    """(experiment, table): the race's medians, ratios and means, two of other experiments."""
-    field = Field(schema.read(RESULTS / "race" / "rows"), "families")
-    for tolerance in race.SHOWN:
-        yield "race", race.main_table(field, tolerance)
-    yield "race", race.means_table(field)
-    rows = read_rows(RESULTS / "solvers" / "rows.jsonl")
-    yield from (("solvers", solvers.race_table(rows, method)) for method in ("Broyden", "Anderson", "Picard"))
-    rows = read_rows(RESULTS / "generalise" / "rows.jsonl")
-    yield "generalise", generalise.over_broyden("Families never seen", Field(rows, "families unseen"))
+def cells(path: Path) -> list[str]:
+    """Of all tables of a report."""
+    lines = [line for line in path.read_text().splitlines() if line.startswith("|")]
+    return [cell.strip() for line in lines for cell in line.strip("|").split("|")]
 
 
-def published(experiment: str) -> list[list[str]]:
-    """The lines of all tables of a report, as cells."""
-    lines = (RESULTS / experiment / "report.md").read_text().splitlines()
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+def compared(name: str, folder: Path) -> tuple[int, list[str]]:
+    """(cells, those that differ, in words) of a report, remade in a folder."""
+    shutil.copytree(RESULTS / name, folder)
+    before, module = cells(folder / "report.md"), importlib.import_module(f"experiments.{REPORTS[name]}")
+    seeds = [sorted(folder.glob("seed*"))] if name == "digits" else []
+    pairs = list(zip_longest(before, cells(module.write(folder, *seeds))))
+    return len(pairs), [f"{name}: {old!r} → {new!r}" for old, new in pairs if old != new]
 
 
-def compared(table: Table, lines: list[list[str]]) -> tuple[int, list[str]]:
-    """(cells, those that differ, in words); the published table begins at the line that equals the header."""
-    places = [at for at, line in enumerate(lines) if line == [cell.strip() for cell in table.head]]
-    if not places:
-        return 0, [f"{table.words}: no such table was published"]
-    every = [lines[at + 2 : at + 2 + len(table.body)] for at in places]
-    found = [[f"{table.words}: {new[0]}: {old!r} → {now!r}" for before, new in zip(one, table.body, strict=False)
-              for old, now in zip(before, new, strict=False) if old != now.strip()] for one in every]  # fmt: skip
-    return sum(map(len, table.body)), min(found, key=len)
-
-
-def main() -> None:
+def main(names: list[str]) -> None:
     """Print how many cells there are, and which differ; exit status 1 where some do."""
     total, differ = 0, list[str]()
-    for experiment, table in remade():
-        count, words = compared(table, published(experiment))
-        total, differ = total + count, [*differ, *words]
-        print(f"{experiment}: {table.words}: {count} cells, {len(words)} differ", flush=True)
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(plt.Figure, "savefig"):
+        for name in names or REPORTS:
+            count, words = compared(name, Path(folder, name.replace("/", "-")))
+            total, differ = total + count, [*differ, *words]
+            print(f"{name}: {count} cells, {len(words)} differ", flush=True)
     print("\n".join([f"{total} cells, {len(differ)} differ", *differ]))
     raise SystemExit(bool(differ))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

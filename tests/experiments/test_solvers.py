@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import pytest
 
 import metabroyden as mb
+from experiments.bench import faithful
+from experiments.bench.figures import plt
 from experiments.bench.peers import ScipySolver, TorchDEQSolver
-from experiments.bench.report import read_config
-from experiments.bench.runner import publish, read_rows
 from experiments.bench.statistics import Field
-from experiments.solvers import report
 from experiments.solvers import rows as solver_rows
 from metabroyden.zoo.testbed.cells import blas
 
@@ -38,8 +37,9 @@ def test_the_race_of_classical_solvers_tells_what_happened():
         assert found.success == 1
 
 
-def test_the_report_is_remade_from_the_published_rows_cell_for_cell(tmp_path):
-    published = Path("results/solvers")
-    publish(tmp_path, read_rows(published / "rows.jsonl"), read_config(published))
-    made, before = (path.read_text().splitlines() for path in (report.write(tmp_path), published / "report.md"))
-    assert [line for line in made if line.startswith("|")] == [line for line in before if line.startswith("|")]
+@pytest.mark.parametrize("name", ["solvers", "gradients", "memory", "meta/pes", "torchdeq"])
+def test_reports_are_remade_from_the_published_rows_cell_for_cell(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(plt.Figure, "savefig", lambda *arguments, **options: None)
+    count, differ = faithful.compared(name, tmp_path / "folder")
+    assert count > 50
+    assert differ == []
