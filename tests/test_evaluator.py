@@ -101,6 +101,15 @@ def test_of_equally_good_iterates_the_first_is_returned(f, way):
     assert torch.equal(DRIVERS[way](f, z0, solver=Turns(), rtol=1e-9, max_nfe=4).z, z0)
 
 
+@every_driver
+def test_an_iterate_within_the_tolerance_is_returned_though_an_earlier_one_had_a_smaller_residual(way):
+    f = lambda z: torch.where(z < 500, z + 0.5, z + 1.0)  # noqa: E731  (of 1000 one is a thousandth)
+    z0 = torch.zeros(1, 1, dtype=D)
+    found = DRIVERS[way](f, z0, solver=Steps([1000.0], [10.0]), rtol=1e-2, max_nfe=3)
+    assert found.z.item() == 1000
+    assert found.converged.all()
+
+
 def test_ties_are_broken_in_a_sample_without_a_look_at_the_others():
     f = lambda z, x: torch.stack([-z[:, 1], z[:, 0]], dim=1) + 0 * x  # noqa: E731
     z0, x = torch.tensor([[1.0, 2.0], [1e-200, 1e-200]], dtype=D), torch.zeros(2, 1, dtype=D)

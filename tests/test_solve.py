@@ -251,8 +251,8 @@ class Crawl(Steps):
 
 @pytest.mark.parametrize("dtype", [torch.float32, D])
 def test_stalled_is_a_step_below_rounding_and_nothing_else(dtype):
-    """Steps of 0, 0.9 and 4 roundings of ‖z‖: the first two stop at once, the third goes on though its residual stays."""
-    z0, crawl = torch.full((3, 4), 0.5, dtype=dtype), Crawl([0.0, 0.9, 4.0], dtype)
+    """Steps of 0, 0.9 and 1.5 roundings of ‖z‖: the first two stop at once, the third goes on though its residual stays."""
+    z0, crawl = torch.full((3, 4), 0.5, dtype=dtype), Crawl([0.0, 0.9, 1.5], dtype)
     tiny = 1e-9 if dtype == torch.float32 else 1e-18
     solution = solved(lambda z, x: z + 1, z0, z0[:, :1], solver=crawl, rtol=1e-6, max_nfe=9)
     assert solution.status.tolist() == [mb.Status.STALLED, mb.Status.STALLED, mb.Status.MAX_NFE]
