@@ -40,7 +40,7 @@ def laps(jobs: Mapping[K, Callable[[], Any]], rounds: int) -> dict[K, np.ndarray
         began = time.perf_counter()
         reading = jobs[key]()
         seconds = time.perf_counter() - began
-        found[key].append(reading if type(reading) in (float, tuple) else seconds)
+        found[key].append(reading if isinstance(reading, float) or type(reading) is tuple else seconds)
     return {key: np.array(values[1:]) for key, values in found.items()}
 
 

@@ -44,24 +44,14 @@ Stamp = Callable[[Contestant], Row]
 
 @dataclass(frozen=True)
 class Rules:
-    """What is the same for all contestants.
+    """What is the same for all contestants."""
 
-    Attributes:
-        tolerances: each with a solve of its own.
-        budget: evaluations a sample.
-        block: samples solved as one batch.
-        rounds: timed ones of a block to the `clocked` tolerances; to the others there is one, or none where this is
-            zero.
-        clocked: None means all.
-        weighed: whether memory is measured, in the first block to the last clocked tolerance.
-    """
-
-    tolerances: tuple[float, ...]
-    budget: int = 60
-    block: int = 64
-    rounds: int = 0
-    clocked: tuple[float, ...] | None = None
-    weighed: bool = False
+    tolerances: tuple[float, ...]  # each with a solve of its own
+    budget: int = 60  # evaluations a sample
+    block: int = 64  # samples solved as one batch
+    rounds: int = 0  # timed ones of a block to the clocked tolerances; to the others one, or none where this is zero
+    clocked: tuple[float, ...] | None = None  # all, where None
+    weighed: bool = False  # whether memory is measured, in the first block to the last clocked tolerance
 
     def rounds_to(self, tolerance: float) -> int:
         """Timed rounds to a tolerance."""

@@ -31,8 +31,7 @@ class Recorder:
 
     Args:
         f: on a flat state.
-        rtol: stop by raising once every row of the batch has met rtol, or the calls are used up; what this costs is no
-            time of the solver's, see `excused`. None: the solver stops by itself.
+        rtol: stop by raising once every row has met rtol; what this costs is `excused`. None: the solver stops by itself.
         max_calls: evaluations after which it is stopped in the same way.
         keep: record.
     """

@@ -37,27 +37,16 @@ CHUNK = 64
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Fixed-point problems of a trained model on a part of a split.
+    """Fixed-point problems of a trained model on a part of a split."""
 
-    Attributes:
-        f: pinned, f(z, x).
-        z0: starts and contexts, batch first.
-        x: starts and contexts, batch first.
-        judge: (states, index) ↦ (B,) scores of these samples: 1 or 0 for a right or wrong class, or bits a token.
-        predict: states ↦ classes (B,) or (B, T).
-        name: of the problem set.
-        star: float64 equilibria (N, n).
-        known: (N,) where these were found.
-    """
-
-    f: Callable[..., State]
-    z0: State
+    f: Callable[..., State]  # pinned, f(z, x)
+    z0: State  # starts and contexts, batch first
     x: Any
-    judge: Callable[[State, Tensor], Tensor]
-    predict: Callable[[State], Tensor] | None = None
-    name: str = ""
-    star: Tensor | None = None
-    known: Tensor | None = None
+    judge: Callable[[State, Tensor], Tensor]  # (states, index) ↦ (B,) scores: 1 or 0 for the class, or bits a token
+    predict: Callable[[State], Tensor] | None = None  # states ↦ classes (B,) or (B, T)
+    name: str = ""  # of the problem set
+    star: Tensor | None = None  # float64 equilibria (N, n)
+    known: Tensor | None = None  # (N,) where these were found
 
     def __len__(self) -> int:
         return len(parts_of(self.z0)[0])
@@ -94,13 +83,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Family:
-    """A family of trained models with its frozen weights.
-
-    Attributes:
-        name: of the family.
-        models: folder of trained models.
-        device: where it runs.
-    """
+    """A family of trained models with its frozen weights, from a folder of models, on a device."""
 
     name: str
     models: Path = Path("results/models")

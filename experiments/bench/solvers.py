@@ -29,21 +29,13 @@ JUDGED = (1e-2, 1e-3)
 
 @dataclass(frozen=True)
 class Contestant:
-    """One solver in a comparison.
+    """One solver in a comparison."""
 
-    Attributes:
-        name: in tables and figures.
-        kind: "classical" (ours), "started" (the same from a learned start), "learned", or "peer" (another library's).
-        solver: one for `solve`, or a peer's for `solve_state`.
-        options: in words.
-        seed: of a learned solver; None for others.
-    """
-
-    name: str
-    kind: str
-    solver: Any
-    options: str = ""
-    seed: int | None = None
+    name: str  # in tables and figures
+    kind: str  # "classical" (ours), "started" (the same from a learned start), "learned", "peer" (another library's)
+    solver: Any  # for `solve`, or a peer's for `solve_state`
+    options: str = ""  # in words
+    seed: int | None = None  # of a learned solver
 
     @property
     def peer(self) -> bool:
