@@ -199,9 +199,7 @@ def measured(
 ) -> Iterator[Row]:
     """The rows of one batch size, models by the names of their solvers; compiled: with the fixed budget too."""
     laps = race(models, inputs, batch, rounds)
-    outcomes = {
-        name: Outcome(seen[None, 0], seen[None, 1], 1 / rate[None, None]) for name, (rate, seen) in laps.items()
-    }
+    outcomes = {name: Outcome(by[None, 0], by[None, 1], 1 / rate[None, None]) for name, (rate, by) in laps.items()}
     best = fastest({name: one for name, one in outcomes.items() if name != learned})
     for name, lap in laps.items():
         solver = models[name].deq.solver
@@ -257,12 +255,12 @@ class _FixedLayer(nn.Module):
 
 Pair = tuple[Row, Row]
 """Of a family and a batch size the learned solver's row, and that of the classical one it is held against."""
+Column = tuple[str, Callable[[Pair], str]]
 
 
 def ratio(pair: Pair) -> Interval:
     """Median and quartiles over rounds of the learned solver's samples per second over the classical one's."""
-    ours, theirs = (np.array(row["rate"]) for row in pair)
-    return Interval(*np.quantile(ours / theirs, [0.5, 0.25, 0.75]))
+    return Interval(*np.quantile(np.divide(pair[0]["rate"], pair[1]["rate"]), [0.5, 0.25, 0.75]))
 
 
 def _marked(pair: Pair) -> str:
@@ -271,24 +269,27 @@ def _marked(pair: Pair) -> str:
     return f"{mark}{median:.2f}×{mark} ({low:.2f}–{high:.2f})"
 
 
-def _each(cell: str) -> Callable[[Pair], str]:
-    return lambda pair: ", ".join(map(cell.format_map, pair))
+def _each(head: str, cell: str | Callable[[Row], str]) -> Column:
+    """A column with what it says of both."""
+    return head, lambda pair: ", ".join(cell.format_map(row) if isinstance(cell, str) else cell(row) for row in pair)
 
 
-COLUMNS: list[tuple[str, Callable[[Pair], str]]] = [
+COLUMNS: list[Column] = [
     ("", lambda pair: pair[0]["family"]),
     ("batch", lambda pair: f"{pair[0]['batch']}"),
     ("learned /s", lambda pair: f"{np.median(pair[0]['rate']):,.0f}"),
     ("classical /s", lambda pair: f"{np.median(pair[1]['rate']):,.0f} {pair[1]['solver']}"),
     ("ratio (quartiles)", _marked),
-    ("score", lambda pair: _each("{score:.4f}")(pair) + f" (reference {pair[0]['reference']:.4f})"),
-    ("evaluations", _each("{evaluations:.1f} most {most}")),
-    ("solved", _each("{solved:.1%}")),
-    ("same answers", lambda pair: ", ".join("—" if row["agrees"] is None else f"{row['agrees']:.1%}" for row in pair)),
+    _each("score", "{score:.4f}"),
+    ("reference", lambda pair: f"{pair[0]['reference']:.4f}"),
+    _each("evaluations", "{evaluations:.1f} most {most}"),
+    _each("solved", "{solved:.1%}"),
+    _each("same answers", lambda row: "—" if row["agrees"] is None else f"{row['agrees']:.1%}"),
 ]
-FIXED: list[tuple[str, Callable[[Pair], str]]] = [
-    ("gain", lambda pair: ", ".join(f"{np.median(np.array(row['rate']) / row['ordinary']):.2f}×" for row in pair)),
-    ("compiling", _each("{compile_seconds:.0f} s")),
+FIXED = [
+    *COLUMNS,
+    _each("gain", lambda row: f"{np.median(np.divide(row['rate'], row['ordinary'])):.2f}×"),
+    _each("compiling", "{compile_seconds:.0f} s"),
 ]
 
 
@@ -314,10 +315,6 @@ def write(folder: Path) -> Path:
     figures.log_ticks(place, (0.5, 0.7, 1, 1.4, 2, 3, 4), suffix="×")
     place.set(xlabel="samples per second, learned over fastest classical (median, quartiles)")
     place.legend(frameon=False, fontsize=8)
-    words = (
-        "`metabroyden.FixedBudget`: every sample gets as many evaluations as the median sample of that solver needs, in one "
-        "compiled graph. Gain: over the ordinary solve of the same solver, in the same rounds."
-    )
     refused = {f"{row['family']}, {row['solver']}: {row['refused']}." for row in rows if "refused" in row}
     return report.write(folder, "Throughput of inference", [
         "A trained DEQ with its trained solver, and with the classical one that is fastest at that batch size among those "
@@ -325,12 +322,13 @@ def write(folder: Path) -> Path:
         "same inputs, same tolerance. Samples (segments of a text, with the memory of the one before) per second: medians "
         "of rounds in which all solvers take turns. Ratio: the learned solver's over the classical one's in the same "
         "round, above 1 where it is faster; bold where the quartiles are, too. Then, of both: score (accuracy, "
-        "or bits a token; reference: at 1e-5), mean and most evaluations (the budget where it failed), share solved, share "
-        "of predictions that are the reference's, where that was found. Made by `python -m experiments throughput --family "
-        "NAME`; config.json in a family's folder has options, versions, machine and commit.",
+        "or bits a token; reference: of either at 1e-5), mean and most evaluations (the budget where it failed), share "
+        "solved, share of predictions that are the reference's, where that was found. Made by `python -m experiments "
+        "throughput --family NAME`; config.json in a family's folder has options, versions, machine and commit.",
         listed("", ordinary, COLUMNS),
         figures.save(figure, folder / "throughput.png"),
-        words if fixed else "",
-        listed("With a fixed budget, compiled", fixed, [*COLUMNS, *FIXED]),
+        *["`metabroyden.FixedBudget`: every sample gets as many evaluations as the median sample of that solver needs, in "
+          "one compiled graph. Gain: over the ordinary solve of the same solver, in the same rounds."][:len(fixed)],
+        listed("With a fixed budget, compiled", fixed, FIXED),
         *sorted(refused),
     ])  # fmt: skip
