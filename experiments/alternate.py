@@ -57,8 +57,6 @@ class Alternate(Budgeted, command="alternate", budget=50):
     """Problems of a meta-step."""
     width: int = 16
     """LSTM width, preconditioner rank and initializer width of the learned solvers."""
-    images: int | None = None
-    """Use only so many training images."""
 
 
 def run(config: Alternate) -> None:
@@ -73,7 +71,7 @@ def run(config: Alternate) -> None:
 def trained(config: Alternate, seed: int, done: Callable[..., None]) -> list[Row]:
     """Rows of one seed: an epoch of each way in turn, so that all see the same machine."""
     data = load_digits()
-    train, validation = _enlarged(data.train, config.side, config.images), _enlarged(data.validation, config.side)
+    train, validation = (_enlarged(split, config.side) for split in (data.train, data.validation))
     ways = WAYS + (FIXED_IMAGES if seed == 0 else ())
     trainings = [Training(config, way, train, seed) for way in ways]
     rows = []
@@ -83,9 +81,9 @@ def trained(config: Alternate, seed: int, done: Callable[..., None]) -> list[Row
     return rows
 
 
-def _enlarged(split: ImageSplit, side: int, count: int | None = None) -> ImageSplit:
-    images = nn.functional.interpolate(split.images[:count], size=(side, side), mode="bilinear")
-    return ImageSplit(images, split.labels[:count], split.indices[:count])
+def _enlarged(split: ImageSplit, side: int) -> ImageSplit:
+    images = nn.functional.interpolate(split.images, size=(side, side), mode="bilinear")
+    return ImageSplit(images, split.labels, split.indices)
 
 
 class Training:

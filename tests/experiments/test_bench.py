@@ -20,7 +20,7 @@ from experiments.bench.options import Options
 from experiments.bench.peers import ScipySolver, TorchDEQSolver, XitorchSolver, solve_state
 from experiments.bench.problems import HeldOut, double_equilibria, of_known
 from experiments.bench.solvers import contestant
-from experiments.bench.statistics import Field, paired
+from experiments.bench.statistics import Field, against, paired
 from experiments.bench.tables import Table
 from metabroyden.learned.layout import Layout
 from metabroyden.learned.safeguard import Safeguard
@@ -41,6 +41,21 @@ def solve_row(solver="Picard", evaluations=(4, 8), status="CC", seconds=(1.0,), 
         "distance": count * [1e-3], "score": count * [1.0], "agrees": count * [None],
         "handed_over": 0, "seconds": laps, "peak_bytes": None, **change,
     }  # fmt: skip
+
+
+def test_a_table_of_ratios_has_none_where_the_rival_solves_less_than_half():
+    spent = {"easy": ((10, 10), (20, 20), "CC"), "hard": ((10, 10), (60, 60), "BB")}
+    rows = [
+        solve_row(name, evaluations, letters, family=family, kind=kind)
+        for family, (ours, theirs, status) in spent.items()
+        for name, evaluations, letters, kind in (("one", ours, "CC", "learned"), ("rival", theirs, status, "classical"))
+    ]
+    table = against(Field(rows), "", ["one"], "rival", 1e-2, "against")
+    assert table.body == [
+        ["easy", "10 (100%), 0.50 (0.50–0.50)", "20 (100%) rival"],
+        ["hard", "10 (100%)", "60 (0%) rival"],
+        ["geometric mean", "0.50 (0.50–0.50)", ""],
+    ]
 
 
 def test_medians_count_failures_as_the_budget_and_ratios_are_of_medians():

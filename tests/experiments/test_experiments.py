@@ -133,38 +133,24 @@ def test_unknown_experiments_and_options_are_refused(capsys):
 
 
 def test_alternate_resumes_and_writes_what_it_promises(tmp_path, capsys, monkeypatch):
+    few_images(monkeypatch, alternate)
     config = alternate.Alternate(
-        seeds=2,
-        epochs=2,
-        batch=32,
-        channels=4,
-        side=8,
-        warmup_steps=2,
-        every=2,
-        unroll=2,
-        meta_batch=4,
-        width=4,
-        images=96,
-        results=tmp_path / "results",
-        runs=tmp_path / "runs",
-        progress=False,
-    )
-    original = alternate.trained
+        seeds=2, epochs=2, batch=32, channels=4, side=8, warmup_steps=2, every=2, unroll=2, meta_batch=4, width=4,
+        results=tmp_path / "results", runs=tmp_path / "runs", progress=False,
+    )  # fmt: skip
+    original, seeds = alternate.trained, []
 
-    def interrupted(config, seed, bar):
-        if seed == 1:
+    def interrupted(config, seed, done):
+        seeds.append(seed)
+        if seeds == [0, 1]:
             raise KeyboardInterrupt
-        return original(config, seed, bar)
+        return original(config, seed, done)
 
     monkeypatch.setattr(alternate, "trained", interrupted)
     with pytest.raises(KeyboardInterrupt):
         alternate.run(config)
-    seeds: list[int] = []
-    monkeypatch.setattr(
-        alternate, "trained", lambda config, seed, bar: seeds.append(seed) or original(config, seed, bar)
-    )
     alternate.run(config)
-    assert seeds == [1], "the finished seed was not trained again"
+    assert seeds == [0, 1, 1], "the finished seed was not trained again"
     (trial,) = config.results.iterdir()
     figures = {f"{name}.{kind}" for name in ("accuracy_by_time", "evaluations_by_epoch") for kind in ("png", "pdf")}
     names = {"rows.jsonl.gz", "config.json", "report.md", *figures}

@@ -148,8 +148,9 @@ def test_generalise_writes_what_it_promises_and_goes_on(tmp_path, monkeypatch, c
         generalise.run(replace(config, models=tmp_path, overwrite=True))
 
 
+@pytest.mark.usefixtures("few_candidates")
 @pytest.mark.parametrize("family", ["conv-digits", "mlp-digits"])
-def test_specialise_measures_before_and_after(tmp_path, family, capsys):
+def test_specialise_measures_before_and_after(tmp_path, family):
     config = specialise.Specialise(
         family=family, steps=2, batch=4, unroll=3, rank=4, initializer_width=8, samples=6, budget=20, progress=False,
         results=tmp_path / "results", runs=tmp_path / "runs",
@@ -157,24 +158,18 @@ def test_specialise_measures_before_and_after(tmp_path, family, capsys):
     specialise.run(config)
     (trial,) = config.results.iterdir()
     folder = trial / family / "seed0"
-    rows = read_rows(folder / "rows.jsonl")
-    solves = [row for row in rows if row["row"] == "solve"]
-    assert [row["solver"] for row in solves] == [
-        BROYDEN,
-        "tuned Picard",
-        "tuned Anderson",
-        "tuned Broyden",
-        "before",
-        "after",
-    ]
+    solves = [row for row in read_rows(folder / "rows.jsonl") if row["row"] == "solve"]
+    tuned = ["tuned Picard", "tuned Anderson", "tuned Broyden"]
+    assert [row["solver"] for row in solves] == [BROYDEN, *tuned, "before", "after"]
     assert all(len(row["evaluations"]) == 6 for row in solves)
     assert mb.load_solver(folder / "solver.safetensors").summary["specialised"]["steps"] == 2
     assert "2 steps from universal" in (trial / "report.md").read_text()
     assert (trial / "specialise.png").exists()
-    specialise.run(replace(config, seed=1))
-    assert len(list(trial.glob("*/*/rows.jsonl.gz"))) == 2
-    specialise.run(replace(config, start=str(folder / "solver.safetensors")))
-    assert len(list(config.results.glob("trial-*"))) == 2
+    if family == "mlp-digits":
+        specialise.run(replace(config, seed=1))
+        assert len(list(trial.glob("*/*/rows.jsonl.gz"))) == 2
+        specialise.run(replace(config, start=str(folder / "solver.safetensors")))
+        assert len(list(config.results.glob("trial-*"))) == 2
 
 
 def test_other_models_are_other_work(tmp_path):
