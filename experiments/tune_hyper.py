@@ -21,8 +21,6 @@ from experiments.configs.recipes import RECIPES
 from experiments.meta import Job, Meta
 
 USUAL: dict[str, Any] = {**RECIPES["hyper-anderson"], "memory": 5, "gram": False, "hidden": 32}
-FREE = ("family", "only", "backend", "models")
-"""Options that do not make a trial of a run: the others change no figure."""
 _CHANGES: dict[str, dict[str, Any]] = {
     **{f"m = {m}" + ", Gram" * gram: {"memory": m, "gram": gram} for m in (3, 5, 8) for gram in (False, True)},
     **{f"rate {rate:g}": {"learning_rate": rate} for rate in (3e-4, 3e-3)},
@@ -31,18 +29,16 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "published initialisation": {"zero_output": False},
 }
 VARIANTS: dict[str, dict[str, Any]] = {
-    f"{loss}, {name}": {"objective": objective, **change}
+    f"{loss}, {name}": {**USUAL, "objective": objective, **change}
     for loss, objective in {"published loss": "hyper", "log residual": "residual"}.items()
     for name, change in _CHANGES.items()
 }
-"""What is other than `USUAL`, and the loss, a name of OBJECTIVES. Losses × memory × Gram matrix, and of either loss with
-m = 5 what else may matter, one change at a time."""
+"""Losses × memory × Gram matrix, and of either loss with m = 5 what else may matter, one change at a time."""
 
 
 def overrides(name: str, iterations: int) -> dict[str, Any]:
     """The recipe of a variant that spends so many solver iterations."""
-    found = {**USUAL, **VARIANTS[name]}
-    return {**found, "steps": max(1, round(iterations / found["unroll"]))}
+    return {**VARIANTS[name], "steps": max(1, round(iterations / VARIANTS[name]["unroll"]))}
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ def run(config: TuneHyper) -> None:
     """Train and measure what has not been yet; the report is written after each configuration."""
     known("configuration", config.only, VARIANTS)
     at_least_one(config, "steps")
-    job, rows = runner.Run(config, free=FREE, always=f"--family {config.family}"), []
+    job, rows = runner.Run(config, free=("family", "only", "backend", "models"), always=f"--family {config.family}"), []
     names = config.only or tuple(VARIANTS)
     for number, name in enumerate(names, 1):
         rows += _rows(config, name, job)
@@ -85,9 +81,9 @@ def _rows(config: TuneHyper, name: str, run: runner.Run) -> list[Row]:
             contestant(name, job.trained(), config.seed),
             job.family.problems("validation", config.samples),
         )
-        trained = {"row": "trained", "solver": name, "config": asdict(one.solver.config)}
-        trained["recipe"] = {"objective": objective, "steps": recipe["steps"], "unroll": recipe["unroll"]}
-        trained |= {key: one.solver.summary[key] for key in ("seconds", "skipped_steps")}
+        told = {"objective": objective, "steps": recipe["steps"], "unroll": recipe["unroll"]}
+        taken = {key: one.solver.summary[key] for key in ("seconds", "skipped_steps")}
+        trained = {"row": "trained", "solver": name, "config": asdict(one.solver.config), "recipe": told, **taken}
         return [trained, *measure.measure(held, [one], Rules(JUDGED, config.budget))]
 
     return run.unit(f"{config.family}-{digest(name, recipe, job.family.path)}", rows)
@@ -95,15 +91,17 @@ def _rows(config: TuneHyper, name: str, run: runner.Run) -> list[Row]:
 
 def write(folder: Path) -> Path:
     """hyper-anderson-tuning.md over all families tried, from rows alone."""
-    sections: list[Any] = [
+    words = (
         "Each trained for as many solver iterations, on the same batches; the weights kept are those that did best on "
         "validation. Sorted by the geometric mean of evaluations to 1e-2 and 1e-3. Median evaluations (share solved), mean; "
-        "a failure counts as the budget. The test split was not read.",
-    ]
+        "a failure counts as the budget. The test split was not read."
+    )
+    sections: list[report.Section] = [words]
     for path in row_files(folder / "hyper-anderson-tuning", "*/rows.jsonl"):
         sections += [table(path.parent.name, read_rows(path)), report.made_by(report.read_config(path.parent))]
-    title = "HyperAnderson: configurations on validation problems"
-    return report.write(folder, title, sections, name="hyper-anderson-tuning")
+    return report.write(
+        folder, "HyperAnderson: configurations on validation problems", sections, name="hyper-anderson-tuning"
+    )
 
 
 def table(family: str, rows: list[Row]) -> Table:
