@@ -327,8 +327,8 @@ def write(folder: Path) -> Path:
         "throughput --family NAME`; config.json in a family's folder has options, versions, machine and commit.",
         listed("", ordinary, COLUMNS),
         figures.save(figure, folder / "throughput.png"),
-        *["`metabroyden.FixedBudget`: every sample gets as many evaluations as the median sample of that solver needs, in "
-          "one compiled graph. Gain: over the ordinary solve of the same solver, in the same rounds."][:len(fixed)],
+        ("`metabroyden.FixedBudget`: every sample gets as many evaluations as the median sample of that solver needs, in "
+         "one compiled graph. Gain: over the ordinary solve of the same solver, in the same rounds.") if fixed else "",
         listed("With a fixed budget, compiled", fixed, FIXED),
         *sorted(refused),
     ])  # fmt: skip

@@ -63,16 +63,16 @@ class Job:
             config, free=FREE, shared=(*FREE, *MEASURING), inputs=[self.name, *inputs], always=f"--family {self.name}"
         )
         self.work, self.folder = self._run.work, self._run.folder / self.name
-        self.measured = f"measured-{digest(*(getattr(config, name) for name in MEASURING))}"
+        self.measured = f"measured-{digest(*(getattr(config, name) for name in MEASURING))}"  # the unit's name
         self.episodes = Episodes(self.family.training.epochs, min(8, self.family.training.epochs))
 
     def run(self) -> None:
         """Everything."""
         models = {way: self.trained(way, build) for way, build in self._ways().items()}
         found = self._run.unit(self.measured, lambda: rows.measured(self, models))
-        for way in (way for way in FILES if way in models):
-            atomic_write(self.folder / FILES[way], self.at(way, "safetensors").read_bytes())
         family, kept = self.family, [way for way in FILES if way in models]
+        for way in kept:
+            atomic_write(self.folder / FILES[way], self.at(way, "safetensors").read_bytes())
         described: Row = {name: repr(getattr(family, name)) for name in ("config", "training", "solver", "backward")}
         described |= {name: getattr(family, name) for name in ("depth", "jacobian", "rtol")}
         described["fingerprint"] = {way: fingerprint(models[way].cell) for way in kept}
