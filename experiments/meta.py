@@ -17,7 +17,7 @@ from experiments.bench.options import Compared, OnDevice, OnFamily, Seeded, Unro
 from experiments.bench.problems import Family
 from experiments.bench.runner import Row, Run, at_least_one, known, sha256
 from experiments.bench.statistics import BEST, Field, against
-from experiments.bench.tables import Table, middle
+from experiments.bench.tables import chosen, grouped, listed, middle
 from experiments.configs.recipes import HELD, POOL, RECIPES, recipe
 from metabroyden import Broyden, load_solver, save_solver
 from metabroyden.learned.fingerprint import fingerprint
@@ -166,11 +166,8 @@ class Job:
 
     def described(self, solver: Any) -> Row:
         """What stands beside the rows."""
-        gpu = self.device.type == "cuda"
-        more = {
-            "device": torch.cuda.get_device_name(self.device) if gpu else "cpu",
-            "model_sha256": sha256(self.family.path),
-        }
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        more = {"device": device, "model_sha256": sha256(self.family.path)}
         if solver is not None:
             more |= {"parameters": sum(p.numel() for p in solver.parameters()), "summary": solver.summary}
         return self.run.described(**more)
@@ -184,12 +181,9 @@ def write(folder: Path) -> Path:
         config = described.get("config", {})
         if "solver" not in config:  # other experiments publish here, too
             continue
-        kind = "classical" if config["solver"] == CLASSICAL else "learned"
-        stamp = {
-            "family": config["family"],
-            "seed": config["seed"],
-            "kind": kind,
-        }  # which older rows leave to their folder
+        # older rows leave these to their folder
+        stamp = {"family": config["family"], "seed": config["seed"]}
+        stamp["kind"] = "classical" if config["solver"] == CLASSICAL else "learned"
         rows += [{**row, **stamp} for row in found if row["row"] in ("solve", "horizon")]
         if "summary" in described:
             trained.setdefault((config["family"], config["solver"]), []).append(described)
@@ -200,31 +194,30 @@ def write(folder: Path) -> Path:
     )
     learned = field.solvers(None, "learned")
     tables = [against(field, f"To {at:g}", learned, BEST, at, BEST) for at in SHOWN]
-    return report.write(folder, "Meta-trained solvers", [words, *tables, _horizon(field), _training(trained)])
+    horizon = listed(
+        "Four times past the trained horizon, to 0.001, all seeds: samples that the fallback solves, and those lost",
+        [_summed(found) for found in grouped(chosen(rows, "horizon", tolerance=1e-3), "family", "solver")],
+        [("family", "{family}"), ("solver", "{solver}"), ("evaluations", "{steps}"), ("samples", "{samples}"),
+         ("fallback solves", "{fallback}"), ("lost", "{lost}"), ("with what was spent before", "{broken}"),
+         ("handed over", "{triggered}")],
+    )  # fmt: skip
+    training = listed(
+        "Training (CPU time: median over seeds)",
+        [_training(*place, found) for place, found in trained.items()],
+        [("family", "{family}"), ("solver", "{solver}"), ("seeds", "{seeds}"),
+         ("steps", "{steps} × {unroll}, {segments} segments of {batch}"), ("parameters", "{parameters:,}"),
+         ("CPU", "{cpu:.0f} s")],
+    )  # fmt: skip
+    return report.write(folder, "Meta-trained solvers", [words, *tables, horizon, training])
 
 
-def _horizon(field: Field) -> Table:
+def _summed(found: list[Row]) -> Row:
     counts = ("samples", "fallback", "lost", "broken", "triggered")
-    body = []
-    for family in field.families:
-        for name in field.solvers(None, "learned"):
-            rows = field.of("horizon", family, name, tolerance=1e-3)
-            if rows:
-                body.append(
-                    [family, name, str(rows[0]["steps"]), *(str(sum(row[key] for row in rows)) for key in counts)]
-                )
-    words = "Four times past the trained horizon, to 0.001, all seeds: samples that the fallback solves, and those lost"
-    head = ["family", "solver", "evaluations", "samples", "fallback solves", "lost", "with what was spent before"]
-    return Table(words, [*head, "handed over"], body)
+    return {**found[0], **{key: sum(row[key] for row in found) for key in counts}}
 
 
-def _training(trained: dict[tuple[str, str], list[Row]]) -> Table:
-    body = []
-    for place, found in trained.items():
-        told = found[0]["summary"]["meta_training"]
-        steps = f"{told['steps']} × {told['unroll']}, {told['segments']} segments of {told['batch']}"
-        seeds = " ".join(str(one["config"]["seed"]) for one in found)
-        cpu = middle(one["summary"].get("cpu_seconds") for one in found)
-        body.append([*place, seeds, steps, f"{found[0]['parameters']:,}", f"{cpu:.0f} s"])
-    head = ["family", "solver", "seeds", "steps", "parameters", "CPU"]
-    return Table("Training (CPU time: median over seeds)", head, body)
+def _training(family: str, solver: str, found: list[Row]) -> Row:
+    seeds = " ".join(str(one["config"]["seed"]) for one in found)
+    cpu = middle(one["summary"].get("cpu_seconds") for one in found)
+    told, parameters = found[0]["summary"]["meta_training"], found[0]["parameters"]
+    return {**told, "family": family, "solver": solver, "seeds": seeds, "parameters": parameters, "cpu": cpu}
