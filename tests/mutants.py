@@ -29,19 +29,8 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "runs" / "mutants"
 COVERAGE, SECONDS = WORK / "coverage", WORK / "seconds.json"
-TARGETS = (
-    "solve",
-    "evaluator",
-    "function",
-    "problem",
-    "fixed",
-    "deq",
-    "checkpoint",
-    "solvers/*",
-    "gradients/*",
-    "learned/*",
-)
 FOLDERS = ("solvers", "gradients", "learned")
+TARGETS = ("solve", "evaluator", "function", "problem", "fixed", "deq", "checkpoint", *map("{}/*".format, FOLDERS))
 SLOW = ("devices", "documentation", "endurance", "imports", "memory", "robustness", "suite", "threads")
 """Tests beside those of `FOLDERS` that are not used."""
 BUDGET = 60.0  # seconds of tests, as they took unchanged, that are run against one mutant at most

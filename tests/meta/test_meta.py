@@ -64,7 +64,7 @@ def test_meta_training_beats_broyden_on_held_out_contexts():
     ids=lambda options: ", ".join(options),
 )
 def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path, options):
-    config, path = replace(SMALL, **options), tmp_path / "training.safetensors"
+    config, path = replace(SMALL, steps=8, **options), tmp_path / "training.safetensors"
     whole = trainer(config).run()
     trainer(config, checkpoint=path).run(until=5)
     resumed = trainer(config, seed=9, checkpoint=path)

@@ -40,7 +40,7 @@ def kept_up(deq, *arguments, **options) -> mb.OnlineMetaTrainer:
 class Rotating(nn.Module):
     """tanh(zW + x), W nearly a rotation: a slow iteration with an inverse Jacobian that can be learned."""
 
-    def __init__(self, n: int = 32) -> None:
+    def __init__(self, n: int) -> None:
         super().__init__()
         self.w = nn.Parameter(0.97 * torch.linalg.qr(torch.randn(n, n)).Q)
 
@@ -65,16 +65,16 @@ def train(deq, keep_up, steps: int, seed: int = 1, shape: tuple[int, ...] = (4, 
 
 def test_the_solvers_take_over_after_the_burst_and_need_fewer_evaluations():
     torch.manual_seed(0)
-    deq = mb.DEQ(Rotating(), rtol=1e-2, max_nfe=60, backward=copy.copy(GRADIENTS), warn=False)
-    forward, backward = solvers(Layout("vector", (32,)), hidden=6, rank=32)
-    keep_up = kept_up(deq, forward, backward, warmup_steps=80, every=5, unroll=4, learning_rate=5e-3)
-    before = train(deq, keep_up, 79, shape=(32,))
+    deq = mb.DEQ(Rotating(16), rtol=1e-2, max_nfe=60, backward=copy.copy(GRADIENTS), warn=False)
+    forward, backward = solvers(Layout("vector", (16,)), hidden=6, rank=16)
+    keep_up = kept_up(deq, forward, backward, warmup_steps=40, every=5, unroll=4, learning_rate=5e-3)
+    before = train(deq, keep_up, 39, shape=(16,))
     assert isinstance(deq.solver, mb.Broyden)
-    assert keep_up.steps == 79
-    after = train(deq, keep_up, 21, seed=2, shape=(32,))
+    assert keep_up.steps == 39
+    after = train(deq, keep_up, 21, seed=2, shape=(16,))
     assert deq.solver is forward
     assert deq.backward_mode.solver is backward
-    assert keep_up.steps == 79 + 1 + 4, "one that ended the warmup_steps, then every fifth"
+    assert keep_up.steps == 39 + 1 + 4, "one that ended the warmup_steps, then every fifth"
     assert sum(after[1:]) / 20 < 0.9 * sum(before[-20:]) / 20
     assert set(keep_up.losses) == {"forward", "backward"}
 
