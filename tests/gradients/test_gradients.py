@@ -482,6 +482,9 @@ def test_a_failed_adjoint_is_no_worse_than_either_guess_that_costs_nothing(name,
     assert not solution.converged.any()
     assert (left <= none * (1 + 1e-9)).all()
     assert (left <= jacobian_free * (1 + 1e-9)).all()
+    w = v - v @ a.T
+    least = v - (w * v).sum(1, keepdim=True) / w.square().sum(1, keepdim=True) * w
+    assert (left <= least.norm(dim=1) / size * (1 + 1e-6)).all(), "nor than any multiple of the cotangent"
     close(solution.residual, left / ((u @ a.T + v) / size).norm(dim=1), rtol=1e-6, atol=1e-12)
     assert solution.nfe.max() <= FAILING[name]["max_nfe"] + 2
 
