@@ -63,19 +63,16 @@ class CallRecord:
         self.calls = self.rows = 0
         self.residuals: list[Tensor] = []
         self.arguments: tuple[Tensor, ...] = ()
-        self._cell = cell
+        self._hook = cell.register_forward_hook(self._note)
 
     def __enter__(self) -> CallRecord:
-        self._hook = self._cell.register_forward_hook(self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._hook.remove()
 
     def _note(self, _: nn.Module, arguments: tuple[Tensor, ...], value: Tensor) -> None:
-        self.calls += 1
-        self.rows += len(value)
-        self.arguments = arguments
+        self.calls, self.rows, self.arguments = self.calls + 1, self.rows + len(value), arguments
         self.residuals.append(relative_residual(arguments[0], value))
 
     def evaluations_to(self, rtol: float, budget: int) -> tuple[np.ndarray, np.ndarray]:

@@ -123,7 +123,7 @@ def gap_rows(batches: Iterable[int], memories: Iterable[int], *, repeats: int, s
 
     yield from rows("step", None, 64, entries(None) | plain, 0)
     for batch in batches:
-        yield from rows("batch", batch, batch, entries(10) | entries(None) | entries(10) | plain, 11)
+        yield from rows("batch", batch, batch, entries(10) | plain, 11)
     for memory in memories:
         yield from rows("memory", memory, 64, entries(memory, memory), memory + 2)
 
