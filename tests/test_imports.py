@@ -15,7 +15,7 @@ from metabroyden import version
 
 PACKAGE = Path(metabroyden.__file__).parent
 
-# Lower layers first. A module may import from its own layer and from those below, never from above.
+# A module may import from its own layer and from earlier ones, never from later ones.
 LAYERS = [
     ["deprecated", "solution", "state", "shared", "storage", "version"],
     ["function"],
@@ -67,7 +67,7 @@ def area(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_module_imports_only_from_its_own_layer_and_below(path):
+def test_a_module_imports_only_from_its_own_layer_and_earlier_ones(path):
     if area(path) == "pretrained":
         return
     own = RANK[area(path)]
@@ -75,6 +75,15 @@ def test_a_module_imports_only_from_its_own_layer_and_below(path):
         assert not name.startswith("experiments"), f"{path} imports {name}"
         if name.startswith("metabroyden."):
             assert RANK[name.split(".")[1]] <= own, f"{path} (layer {own}) imports {name}"
+
+
+BENCH = PACKAGE.parent / "experiments" / "bench"
+
+
+@pytest.mark.parametrize("path", sorted(BENCH.glob("*.py")), ids=lambda path: path.name)
+def test_the_bench_imports_no_experiment(path):
+    ours = {name for name in imported(path) if name.startswith("experiments.")}
+    assert all(name.startswith("experiments.bench") for name in ours)
 
 
 def test_inference_needs_torch_numpy_and_safetensors_only():
