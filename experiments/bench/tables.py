@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 Cell: TypeAlias = str | Callable[[T], object]
-"""How a cell is made of an item: a format of its keys, or a function."""
+"""How a cell is made of an item: a format of its keys (of a group of rows: of the first one's), or a function."""
 
 
 class Table(NamedTuple):
@@ -71,7 +71,9 @@ def listed(words: str, items: Iterable[T], columns: Sequence[tuple[str, Cell[T]]
 
 
 def _text(of: Cell[T], item: T) -> str:
-    return of.format_map(item) if isinstance(of, str) else str(of(item))  # type: ignore[arg-type]
+    if isinstance(of, str):
+        return of.format_map(item[0] if isinstance(item, list) else item)  # type: ignore[arg-type]
+    return str(of(item))
 
 
 def chosen(rows: Iterable[dict[str, Any]], kind: str, **wanted: Any) -> list[dict[str, Any]]:

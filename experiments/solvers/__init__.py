@@ -11,7 +11,7 @@ from typing import Any
 from experiments.bench.options import Budgeted, Timed
 from experiments.bench.peers import ScipySolver, TorchDEQSolver, XitorchSolver, available
 from experiments.bench.runner import Row, Run, ticks
-from experiments.solvers import report, rows
+from experiments.solvers import overhead, report, rows
 from metabroyden import Anderson, Broyden, Newton, Picard
 from metabroyden.zoo.testbed import PROBLEMS, KnownProblem
 from metabroyden.zoo.testbed.cells import blas, conv
@@ -72,7 +72,7 @@ def _pieces(config: Solvers) -> Iterator[tuple[str, Callable[[], Iterator[Row]]]
     for name, cell in cells.items():
         if "gaussian 0.95" in name:
             yield "anatomy", partial(rows.anatomy_rows, name, _cell(config, *cell), rtol=1e-5, **options)
-    yield "overhead", partial(rows.gap_rows, BATCHES, MEMORIES, repeats=config.repeats)
+    yield "overhead", partial(overhead.gap_rows, BATCHES, MEMORIES, repeats=config.repeats)
     yield "limited memory", partial(rows.limited_rows, rtols=(1e-3, 1e-5), seeds=config.seeds)
     for name in PROBLEMS:
         yield name, partial(rows.registry_rows, name, REGISTRY, budget=200, batch=config.problems)
@@ -104,4 +104,4 @@ def _race(config: Solvers, name: str, cell: tuple[str, str, float], rtol: float)
         contestants["Broyden"]["xitorch"] = XitorchSolver("broyden1", options)
         contestants["Anderson"]["xitorch"] = XitorchSolver("anderson_acc", (("msize", 6),))
     problems = [_cell(config, *cell, x_seed=1 + seed) for seed in range(config.seeds)]
-    return rows.race_rows(name, problems, contestants, rtol=rtol, budget=config.budget, repeats=config.repeats)
+    return overhead.race_rows(name, problems, contestants, rtol=rtol, budget=config.budget, repeats=config.repeats)

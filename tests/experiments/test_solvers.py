@@ -9,7 +9,8 @@ from experiments.bench import faithful
 from experiments.bench.figures import plt
 from experiments.bench.peers import ScipySolver, TorchDEQSolver
 from experiments.bench.statistics import Field
-from experiments.solvers import rows as solver_rows
+from experiments.solvers import overhead
+from experiments.solvers.rows import anatomy_rows, registry_rows
 from metabroyden.zoo.testbed.cells import blas
 
 
@@ -18,7 +19,7 @@ def test_the_race_of_classical_solvers_tells_what_happened():
     other = blas(6, 12, 1.2, x_seed=2)
     racers = {"ours": mb.Anderson(), "hybr": ScipySolver("hybr")}
     contestants = {"Broyden": {"ours": mb.Broyden(), "torchdeq": TorchDEQSolver("broyden")}}
-    ours, theirs = solver_rows.race_rows("tiny", [cell, other], contestants, rtol=1e-4, budget=30, repeats=2)
+    ours, theirs = overhead.race_rows("tiny", [cell, other], contestants, rtol=1e-4, budget=30, repeats=2)
     assert ours["samples"] == 12
     assert ours["success"] == theirs["success"] == 1
     assert abs(ours["median"] - theirs["median"]) <= 1
@@ -26,11 +27,11 @@ def test_the_race_of_classical_solvers_tells_what_happened():
     assert 0 < ours["overhead"] < ours["total"]
     expected = mb.solve(cell.f, cell.z0, cell.context, solver=mb.Broyden(), rtol=1e-4, max_nfe=30)
     assert ours["calls"] == int(expected.nfe.max())
-    anatomy = solver_rows.anatomy_rows("tiny", cell, rtol=1e-4, budget=30, repeats=1)
+    anatomy = anatomy_rows("tiny", cell, rtol=1e-4, budget=30, repeats=1)
     assert all(min(row["f"], row["step"], row["driver"]) > 0 for row in anatomy)
-    gaps = solver_rows.gap_rows((2,), (2,), repeats=1, steps=8)
+    gaps = overhead.gap_rows((2,), (2,), repeats=1, steps=8)
     assert {row["by"] for row in gaps} == {"step", "batch", "memory"}
-    field = Field(solver_rows.registry_rows("two_tensors", racers, budget=60, batch=2))
+    field = Field(registry_rows("two_tensors", racers, budget=60, batch=2))
     for name in racers:
         found = field.must("two_tensors", name, 1e-5)
         assert found.evaluations.shape == (1, 2)
