@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,13 @@ from experiments.bench import figures, report
 from experiments.bench.clock import laps
 from experiments.bench.options import Compared, OnModels, Timed
 from experiments.bench.runner import Row, Run
-from experiments.bench.tables import chosen, grouped, listed, mean, pivot
-from metabroyden import DEQ, Broyden
+from experiments.bench.tables import chosen, listed, means, pivot
+from experiments.configs.gradients import EXACT, FULL, GRID, TIGHT, adjoint_solvers, modes
+from metabroyden import DEQ
 from metabroyden.meta import AdjointMap
 from metabroyden.solvers.tuning import tune
 from metabroyden.zoo.data.digits import load_digits
 from metabroyden.zoo.models import load_model
-
-FULL = Broyden(memory=60)
 
 
 @dataclass(frozen=True)
@@ -56,18 +55,10 @@ def measured(config: Gradients, seed: int) -> Iterator[Row]:
     learned = mb.fit_adjoint(model.cell, x, cotangents=v, steps=config.steps, seed=seed, progress=config.progress)
     x, z, v = adjoints(model, data.validation)
     system, given = AdjointMap(model.cell, tuple(z.shape[1:])), {"z": z.flatten(1), "x": x, "v": v.flatten(1)}
-    grid = [mb.Anderson(memory, 1.0, ridge) for memory in (5, 8) for ridge in (1e-8, 1e-2)]
-    (tuned, _), *_ = tune(grid, system, given["v"], given, tolerances=config.rtols, max_nfe=config.budget)
+    (tuned, _), *_ = tune(GRID, system, given["v"], given, tolerances=config.rtols, max_nfe=config.budget)
     x, _, v = adjoints(model, data.test, config.samples)
     fitted = mb.load_solver(folder / "grouped.safetensors")
-    yield from adjoint_rows(config, model.cell, x, v, {
-        "Picard": (FULL, mb.Picard(), False),
-        "Anderson, tuned": (FULL, tuned, False),
-        "Broyden": (FULL, FULL, False),
-        "Broyden from the forward inverse": (FULL, FULL, True),
-        "Broyden from the learned forward inverse": (fitted, FULL, True),
-        "adjoint LSTM": (FULL, learned, False),
-    })  # fmt: skip
+    yield from adjoint_rows(config, model.cell, x, v, adjoint_solvers(tuned, learned, fitted))
     yield from mode_rows(config, model.cell, x, v, learned)
 
 
@@ -81,9 +72,7 @@ def adjoints(model: Any, split: Any, count: int | None = None) -> tuple[Tensor, 
     return x, z.detach(), torch.autograd.grad(loss, z)[0]
 
 
-def adjoint_rows(
-    config: Gradients, cell: nn.Module, x: Tensor, v: Tensor, solvers: dict[str, tuple[Any, Any, bool]]
-) -> Iterator[Row]:
+def adjoint_rows(config: Gradients, cell: nn.Module, x: Tensor, v: Tensor, solvers: Row) -> Iterator[Row]:
     """Products and time of each (forward solver, adjoint solver, whether it starts from the forward inverse)."""
 
     def backward(layer: DEQ) -> float:
@@ -114,62 +103,31 @@ def mode_rows(config: Gradients, cell: nn.Module, x: Tensor, v: Tensor, learned:
         found = torch.autograd.grad(layer(x), list(layer.cell.parameters()), v)
         return torch.cat([part.flatten() for part in found]).double()
 
-    exactly = mb.Implicit(solver=Broyden(memory=100), rtol=1e-9, max_nfe=300)
-    double = copy.deepcopy(cell).double()
-    layer = DEQ(double, solver=Broyden(memory=200), backward=exactly, rtol=1e-9, max_nfe=400, warn=False)
-    exact, solutions = gradient(layer, x.double(), v.double()), (layer.last_solution, layer.last_backward_solution)
+    double = DEQ(copy.deepcopy(cell).double(), **EXACT)
+    exact, solutions = gradient(double, x.double(), v.double()), (double.last_solution, double.last_backward_solution)
     known = float(torch.stack([one.converged for one in solutions if one is not None]).all(dim=0).double().mean())
-    implicit, loose = mb.Implicit(solver=FULL, max_nfe=config.budget), (1e-3, 1e-2)
-    modes: dict[str, Any] = {f"implicit, {rtol:g}": replace(implicit, rtol=rtol) for rtol in (1e-1, 1e-2, 1e-3)}
-    modes |= {
-        "implicit, adjoint LSTM, 0.01": replace(implicit, solver=learned, rtol=1e-2),
-        "phantom, 5 steps, damping 0.5": mb.Phantom(5, 0.5),
-        "phantom, 5 steps": mb.Phantom(5, 1.0),
-        "Jacobian-free": mb.JacobianFree(),
-        "unroll, 30 steps": mb.Unroll(30),
-    }
-    asked = {name: (mode, 1e-5) for name, mode in modes.items()}
-    asked |= {f"implicit, 0.001, forward to {rtol:g}": (modes["implicit, 0.001"], rtol) for rtol in loose}
-    tight: Any = {"solver": Broyden(memory=100), "max_nfe": 100, "warn": False}
-    layers = {name: DEQ(cell, backward=mode, rtol=rtol, **tight) for name, (mode, rtol) in asked.items()}
+    layers = {name: DEQ(cell, **TIGHT, **options) for name, options in modes(learned, config.budget).items()}
     seconds = laps({name: partial(gradient, layer, x, v) for name, layer in layers.items()}, config.repeats)
     for name, layer in layers.items():
         found = gradient(layer, x, v)
         cosine, error = nn.functional.cosine_similarity(found, exact, dim=0), (found - exact).norm() / exact.norm()
-        yield {"row": "mode", "mode": name, "cosine": float(cosine), "error": float(error),
-               "seconds": float(np.median(seconds[name])), "exact_known": known}  # fmt: skip
+        against = {"cosine": float(cosine), "error": float(error), "exact_known": known}
+        yield {"row": "mode", "mode": name, "seconds": float(np.median(seconds[name])), **against}
 
 
 @report.of_rows("Gradients through the digits DEQs")
 def write(rows: list[Row], described: Row, folder: Path) -> list[report.Section]:
     """report.md and its figure, from rows alone."""
-    config, modes = described["config"], chosen(rows, "mode")
-    by_mode = {of[0]["mode"]: of for of in grouped(modes, "mode")}
-
-    def spent(found: Sequence[Row]) -> str:
-        median, most, solved, seconds = (mean(found, key) for key in ("median", "most", "solved", "seconds"))
-        return f"{median:.0f} / {most:.0f} / {solved:.1%}, {1000 * seconds:.0f} ms"
-
-    def of(key: str, spec: str, scale: float = 1) -> Callable[[str], str]:
-        return lambda name: f"{scale * mean(by_mode[name], key):{spec}}"
-
+    found = [{**row, "ms": 1e3 * row["seconds"]} for row in means(rows, "row", "solver", "rtol", "mode")]
+    adjoints, modes = chosen(found, "adjoint"), chosen(found, "mode")
     figure, place = figures.axes(7.2, xlabel="forward + backward (ms)", ylabel="relative error of the gradient")
-    for (name, found), marker in zip(by_mode.items(), "os^Dvp*hXPd", strict=False):
-        place.loglog(1000 * mean(found, "seconds"), mean(found, "error"), marker, markersize=9, label=name)
+    for row, marker in zip(modes, "os^Dvp*hXPd", strict=False):
+        place.loglog(row["ms"], row["error"], marker, markersize=9, label=row["mode"])
     place.legend(frameon=False, fontsize=8)
-    times = of("seconds", ".0f", 1000)
-    columns: list[tuple[str, Any]] = [("mode", str), ("cosine", of("cosine", ".4f"))]
-    columns += [("relative error", of("error", ".1e")), ("forward + backward", lambda name: f"{times(name)} ms")]
+    spent = "{median:.0f} / {most:.0f} / {solved:.1%}, {ms:.0f} ms"
+    columns = [("cosine", "{cosine:.4f}"), ("relative error", "{error:.1e}"), ("forward + backward", "{ms:.0f} ms")]
     return [
-        f"The trained DEQs of results/digits ({len(config['seeds'])} seeds), {config['samples']} held-out images in one "
-        "batch, the cotangent that of their cross-entropy. Means over seeds (times: of medians of "
-        f"{config['repeats']} interleaved repeats).",
-        "## Solving the adjoint\n\nProducts with Jᵀ a sample needs, median / 90th percentile / share solved (a failure "
-        "counts as the budget), and the time of the whole backward pass.",
-        pivot("", chosen(rows, "adjoint"), "{solver}", "to {rtol:g}", spent, corner="adjoint solver"),
-        "## Modes\n\nThe gradient towards the cell's weights against the exact one (float64, both tolerances 1e-9, "
-        f"{mean(modes, 'exact_known'):.1%} of samples solved): cosine, relative error; time of forward and backward pass. "
-        "Forward tolerance 1e-5 where no other is named.",
-        listed("", by_mode, columns),
+        pivot("Solving the adjoint", adjoints, "{solver}", "to {rtol:g}", spent, corner="adjoint solver"),
+        listed("Modes", modes, [("mode", "{mode}"), *columns]),
         figures.save(figure, folder / "bias_by_time.png"),
     ]

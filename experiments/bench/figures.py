@@ -115,6 +115,19 @@ def panels(
     return figure
 
 
+def curves(
+    path: Path, *panels: tuple[Mapping[str, Sequence[Any]], dict[str, Any]], size: tuple[float, float] = (5, 4.2)
+) -> Path:
+    """Write a figure of plots side by side: by name (x, y) or (x, y, band) of a line, see `line`; settings of the axes."""
+    figure, places = grid(len(panels), len(panels), size)
+    for place, (lines, settings) in zip(places, panels, strict=True):
+        for number, (name, drawn) in enumerate(lines.items()):
+            line(place, name, *drawn, number=number)
+        place.set(**settings)
+    legend(figure, places)
+    return save(figure, path)
+
+
 def line(
     place: Any, name: str, x: Sequence[float], y: Sequence[float],
     band: tuple[Sequence[float], Sequence[float]] | None = None, *, number: int = 0, marked: bool = False, **more: Any,

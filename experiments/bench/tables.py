@@ -36,9 +36,16 @@ class Table(NamedTuple):
 
 
 def pivot(
-    words: str, rows: Sequence[T], index: Cell[T], columns: Cell[T], cell: Callable[[list[T]], str], *, corner: str = ""
+    words: str,
+    rows: Sequence[T],
+    index: Cell[T],
+    columns: Cell[T],
+    cell: str | Callable[[list[T]], str],
+    *,
+    corner: str = "",
 ) -> Table:
-    """Rows by an index and a column key, both in the order in which they come; a cell from the rows at its place.
+    """Rows by an index and a column key, both in the order in which they come; a cell from the rows at its place, or a
+    format of the keys of the first of them.
 
     Examples:
         >>> rows = [{"family": "a", "solver": "x", "nfe": 3}, {"family": "b", "solver": "y", "nfe": 5}]
@@ -52,7 +59,8 @@ def pivot(
     for row in rows:
         places.setdefault((_text(index, row), _text(columns, row)), []).append(row)
     names, heads = (list(dict.fromkeys(place[side] for place in places)) for side in (0, 1))
-    body = [[name, *(cell(places[name, head]) if (name, head) in places else "" for head in heads)] for name in names]
+    made = (lambda found: _text(cell, found[0])) if isinstance(cell, str) else cell
+    body = [[name, *(made(places[name, head]) if (name, head) in places else "" for head in heads)] for name in names]
     return Table(words, [corner, *heads], body)
 
 
@@ -92,6 +100,14 @@ def grouped(rows: Iterable[dict[str, Any]], *keys: str) -> list[list[dict[str, A
     for row in rows:
         found.setdefault(tuple(row.get(key) for key in keys), []).append(row)
     return list(found.values())
+
+
+def means(rows: Iterable[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
+    """A row for each group of `grouped`: its first, with the means of all floats that are no keys."""
+    return [
+        {key: mean(of, key) if isinstance(value, float) and key not in keys else value for key, value in of[0].items()}
+        for of in grouped(rows, *keys)
+    ]
 
 
 def markdown(head: Sequence[object], body: Iterable[Sequence[object]]) -> str:
