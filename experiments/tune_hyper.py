@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -17,28 +16,8 @@ from experiments.bench.runner import Row, at_least_one, digest, known, read_rows
 from experiments.bench.solvers import JUDGED, contestant
 from experiments.bench.statistics import Outcome
 from experiments.bench.tables import Table, chosen, listed
-from experiments.configs.recipes import RECIPES
+from experiments.configs.hyper_anderson import VARIANTS, overrides
 from experiments.meta import Job, Meta
-
-USUAL: dict[str, Any] = {**RECIPES["hyper-anderson"], "memory": 5, "gram": False, "hidden": 32}
-_CHANGES: dict[str, dict[str, Any]] = {
-    **{f"m = {m}" + ", Gram" * gram: {"memory": m, "gram": gram} for m in (3, 5, 8) for gram in (False, True)},
-    **{f"rate {rate:g}": {"learning_rate": rate} for rate in (3e-4, 3e-3)},
-    "unroll 14": {"unroll": 14},
-    "hidden 64": {"hidden": 64},
-    "published initialisation": {"zero_output": False},
-}
-VARIANTS: dict[str, dict[str, Any]] = {
-    f"{loss}, {name}": {**USUAL, "objective": objective, **change}
-    for loss, objective in {"published loss": "hyper", "log residual": "residual"}.items()
-    for name, change in _CHANGES.items()
-}
-"""Losses × memory × Gram matrix, and of either loss with m = 5 what else may matter, one change at a time."""
-
-
-def overrides(name: str, iterations: int) -> dict[str, Any]:
-    """The recipe of a variant that spends so many solver iterations."""
-    return {**VARIANTS[name], "steps": max(1, round(iterations / VARIANTS[name]["unroll"]))}
 
 
 @dataclass(frozen=True)
@@ -77,10 +56,7 @@ def _rows(config: TuneHyper, name: str, run: runner.Run) -> list[Row]:
     job = Job(meta, recipe)
 
     def rows() -> list[Row]:
-        one, held = (
-            contestant(name, job.trained(), config.seed),
-            job.family.problems("validation", config.samples),
-        )
+        one, held = contestant(name, job.trained(), config.seed), job.family.problems("validation", config.samples)
         told = {"objective": objective, "steps": recipe["steps"], "unroll": recipe["unroll"]}
         taken = {key: one.solver.summary[key] for key in ("seconds", "skipped_steps")}
         trained = {"row": "trained", "solver": name, "config": asdict(one.solver.config), "recipe": told, **taken}

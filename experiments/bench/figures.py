@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.bench.statistics import Interval, Outcome
+from experiments.bench.tables import grouped
 
 FLAGSHIP = "meta-broyden"
 _DASHES, _DOTS, _DASHDOTS = (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1))
@@ -137,6 +138,12 @@ def line(
     place.plot(x, y, **shown)
     if band is not None:
         place.fill_between(x, *band, color=shown["color"], alpha=0.12, linewidth=0)
+
+
+def lines(place: Any, rows: Iterable[dict[str, Any]], by: str, x: str, y: str, **style: Any) -> None:
+    """A line for each name under the key `by`, of the numbers under x and y; style: as of `line`."""
+    for number, of in enumerate(grouped(rows, by)):
+        line(place, of[0][by], [row[x] for row in of], [row[y] for row in of], number=number, **style)
 
 
 def bars(

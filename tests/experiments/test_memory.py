@@ -10,10 +10,17 @@ import torch
 
 from experiments import memory
 from experiments.bench.clock import LiveBytes, saved_bytes
-from experiments.bench.runner import read_rows
-from experiments.memory import WAYS, Memory, Step, bytes_of, resident_bytes
+from experiments.bench.runner import plain, read_rows
+from experiments.bench.training import Step, growth
+from experiments.configs import networks
+from experiments.configs.networks import WAYS
+from experiments.memory import Memory
 
 TINY = Memory(batch=2, width=4, tokens=6, memory=2, backward=4)
+
+
+def step(config: Memory, cell: str, way: str, count: int) -> Step:
+    return networks.step(plain(config), cell, way, count)
 
 
 def test_saved_bytes_counts_each_storage_once_and_no_parameter():
@@ -59,10 +66,10 @@ def test_live_bytes_sees_the_backward_pass():
 
 def test_nothing_of_a_step_is_left_behind():
     for way in ("implicit", "unrolled", "unrolled, checkpoints"):
-        step = Step(TINY, "causal", way, 5)
-        step.take()
-        with LiveBytes(step.given) as live:
-            step.take()
+        one = step(TINY, "causal", way, 5)
+        one.take()
+        with LiveBytes(one.given) as live:
+            one.take()
         assert live.now == 0, way
 
 
@@ -71,9 +78,9 @@ def test_implicit_training_needs_the_same_memory_at_any_depth_and_unrolled_train
     config = Memory(batch=4, channels=8, side=16, width=8, tokens=16, backward=10)
 
     def at(way):
-        rows = [bytes_of(Step(config, cell, way, n)) for n in (10, 30)]
-        assert [row["spent"] for row in rows] == [10, 30]
-        return rows
+        steps = [step(config, cell, way, n) for n in (10, 30)]
+        assert [one.reached()["spent"] for one in steps] == [10, 30]
+        return [one.bytes() for one in steps]
 
     few, many = at("implicit")
     totals = [row["saved"] + row["solver"] for row in (few, many)]
@@ -92,28 +99,29 @@ def test_implicit_training_needs_the_same_memory_at_any_depth_and_unrolled_train
 def test_every_way_of_training_gives_the_gradients_of_the_same_equilibrium():
     gradients = {}
     for way in WAYS:
-        step = Step(replace(TINY, memory=6, backward=40, gain=1.0), "causal", way, 60)
-        step.forward().backward()
-        gradients[way] = torch.cat([tensor.grad.flatten() for tensor in step.given[:-1]])
+        one = step(replace(TINY, memory=6, backward=40, gain=1.0), "causal", way, 60)
+        one.forward().backward()
+        gradients[way] = torch.cat([tensor.grad.flatten() for tensor in one.given[:-1]])
     for way, gradient in gradients.items():
         torch.testing.assert_close(gradient, gradients["unrolled"], rtol=1e-3, atol=1e-5, msg=way)
 
 
 def test_a_fresh_process_grows_by_more_for_a_deeper_network():
-    config = Memory(batch=16, channels=16, gain=1.0)
-    few, many = (resident_bytes(config, "conv", "unrolled", n, returning=True) for n in (2, 20))
+    options = plain(Memory(batch=16, channels=16, gain=1.0))
+    warm = [{**options, "batch": 1}, "conv", "unrolled", 3]
+    few, many = (growth(networks.step, warm, [options, "conv", "unrolled", n])["returning"] for n in (2, 20))
     assert many - few >= 0.8 * 18 * 16 * 16 * 16 * 16 * 4  # a state a layer, at the very least
 
 
 def test_unknown_cells_and_ways_are_refused():
     with pytest.raises(ValueError, match="cell must be one of conv, causal"):
-        Step(TINY, "dense", "implicit", 10)
+        step(TINY, "dense", "implicit", 10)
     with pytest.raises(ValueError, match="way one of"):
-        Step(TINY, "conv", "rolled", 10)
+        step(TINY, "conv", "rolled", 10)
 
 
 def test_the_experiment_writes_what_it_promises(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(memory, "resident_bytes", lambda *step: 2**20)
+    monkeypatch.setattr(memory, "growth", lambda *step: {"bytes": 2**20, "returning": 2**20})
     config = memory.Memory(
         evaluations=(10, 20), batch=2, channels=4, side=6, width=4, tokens=8, memory=4, backward=6, repeats=1,
         results=tmp_path / "results", runs=tmp_path / "runs", progress=False,
