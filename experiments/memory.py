@@ -17,7 +17,7 @@ from typing import Any
 from experiments.bench import figures, report
 from experiments.bench.options import Seeded, Timed
 from experiments.bench.runner import Row, Run, plain, ticks
-from experiments.bench.tables import Table, chosen, grouped, listed
+from experiments.bench.tables import Table, chosen, grouped, listed, scaled
 from experiments.bench.training import PARTS, growth, times
 from experiments.configs.networks import CELLS, IMPLICIT, UNROLLED, WAYS, step
 
@@ -50,11 +50,10 @@ class Memory(Seeded, Timed, command="memory", repeats=3):
 
 def run(config: Memory) -> None:
     """The whole job. Interrupted, it goes on with the next cell."""
-    job, rows = Run(config), []
+    job = Run(config)
     with ticks("measuring", len(CELLS) * len(WAYS) * len(config.evaluations), show=config.progress) as done:
-        for cell in CELLS:
-            rows += job.unit(cell, lambda: measured(config, cell, done))  # noqa: B023 (called at once)
-    job.finish(rows, write)
+        units = [job.unit(cell, lambda: measured(config, cell, done)) for cell in CELLS]  # noqa: B023 (called at once)
+    job.finish([row for unit in units for row in unit], write)
 
 
 def measured(config: Memory, cell: str, done: Callable[..., None]) -> Iterator[Row]:
@@ -75,8 +74,8 @@ def measured(config: Memory, cell: str, done: Callable[..., None]) -> Iterator[R
 def write(rows: list[Row], described: Row, folder: Path) -> list[report.Section]:
     """report.md and its figures, from rows alone; conclusion.md says what the columns are."""
     of_steps = grouped(rows, "cell", "way", "evaluations")
-    sizes = [_scaled({**resident, **counted}, SIZES, 2**-20) for counted, resident, _ in of_steps]
-    timed = [_scaled(row, PARTS, 1e3) for *_, row in of_steps]
+    sizes = [{**resident, **counted, "both": counted["saved"] + counted["solver"]} for counted, resident, _ in of_steps]
+    sizes, timed = scaled(sizes, 2**-20, *SIZES), scaled(chosen(rows, "time"), 1e3, *PARTS)
     place: list[Any] = [(key, f"{{{key}}}") for key in ("cell", "way", "evaluations")]
     return [
         _growth(sizes),
@@ -93,34 +92,28 @@ def write(rows: list[Row], described: Row, folder: Path) -> list[report.Section]
     ]  # fmt: skip
 
 
-def _scaled(row: Row, keys: Sequence[str], factor: float) -> Row:
-    return {**row, **{key: factor * row[key] for key in keys}}
-
-
 def _growth(rows: Sequence[Row]) -> Table:
     """From the fewest to the most evaluations: what the implicit step saves and holds, and the peaks of all ways."""
-    items = []
-    for of in grouped(rows, "cell", "way"):
-        first, last, both = of[0], of[-1], [row["saved"] + row["solver"] for row in of]
-        implicit = max(row["peak"] for row in chosen(rows, "bytes", cell=first["cell"], way=IMPLICIT))
-        peaks = {"peak": last["peak"] / first["peak"], "most": last["peak"] / implicit}
-        held = 1024 * (last["held"] - first["held"])
-        items.append({**first, **peaks, "both": max(both) / min(both) - 1, "held": held})
-    return listed(f"Growth from {rows[0]['evaluations']} to {rows[-1]['evaluations']} evaluations", items, [
-        ("cell", "{cell}"), ("way", "{way}"), ("saved + solver", "{both:.1%}"), ("peak", "{peak:.2f}×"),
-        ("peak, to the implicit one's at most", "{most:.1f}×"), ("held", "{held:.0f} KiB"),
+    implicit = {cell: max(row["peak"] for row in chosen(rows, "bytes", cell=cell, way=IMPLICIT)) for cell in CELLS}
+    words = f"Growth from {rows[0]['evaluations']} to {rows[-1]['evaluations']} evaluations"
+    return listed(words, grouped(rows, "cell", "way"), [
+        ("cell", "{cell}"), ("way", "{way}"),
+        ("saved + solver", lambda of: f"{max(row['both'] for row in of) / min(row['both'] for row in of) - 1:.1%}"),
+        ("peak", lambda of: f"{of[-1]['peak'] / of[0]['peak']:.2f}×"),
+        ("peak, to the implicit one's at most", lambda of: f"{of[-1]['peak'] / implicit[of[0]['cell']]:.1f}×"),
+        ("held", lambda of: f"{1024 * (of[-1]['held'] - of[0]['held']):.0f} KiB"),
     ])  # fmt: skip
 
 
 def _panels(rows: Sequence[Row], path: Path, ylabel: str, solid: str, dotted: str) -> Path:
     """Two readings against evaluations, a panel a cell."""
 
-    def draw(place: Any, cell: str) -> None:
-        of = [row for row in rows if row["cell"] == cell]
+    def draw(place: Any, of: list[Row]) -> None:
         figures.lines(place, of, "way", "evaluations", dotted, marked=True, linestyle=":", label=None)
         figures.lines(place, of, "way", "evaluations", solid, marked=True)
         place.set(yscale="log")
         figures.log_ticks(place, sorted({row["evaluations"] for row in of}))
 
-    words = "evaluations of the cell (unrolled: depth)"
-    return figures.save(figures.panels(list(CELLS), draw, words, ylabel, columns=2, size=(4.9, 4.4)), path)
+    words: dict[str, Any] = {"xlabel": "evaluations of the cell (unrolled: depth)", "title": "{[0][cell]}"}
+    figure = figures.panels(grouped(rows, "cell"), draw, ylabel=ylabel, columns=2, size=(4.9, 4.4), **words)
+    return figures.save(figure, path)

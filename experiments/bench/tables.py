@@ -110,6 +110,11 @@ def means(rows: Iterable[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
     ]
 
 
+def scaled(rows: Iterable[dict[str, Any]], factor: float, *keys: str) -> list[dict[str, Any]]:
+    """Rows with the numbers under these keys in another unit."""
+    return [{**row, **{key: factor * row[key] for key in keys}} for row in rows]
+
+
 def markdown(head: Sequence[object], body: Iterable[Sequence[object]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *body]

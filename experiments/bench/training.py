@@ -91,9 +91,10 @@ class Step:
     @torch.no_grad()
     def reached(self) -> dict[str, Any]:
         """The median residual where the forward pass ends, and the evaluations that every sample spent at least."""
-        model, z = self.model, self.model(self.x)
-        spent = int(model.last_solution.nfe.min()) if isinstance(model, DEQ) else model.depth
-        return {"residual": float(relative_residual(z, model.cell(z, self.x)).median()), "spent": spent}
+        z = self.model(self.x)
+        found = getattr(self.model, "last_solution", None)
+        spent = self.model.depth if found is None else int(found.nfe.min())
+        return {"residual": float(relative_residual(z, self.model.cell(z, self.x)).median()), "spent": spent}
 
     def _of_solver(self) -> int:
         deq = self.model
