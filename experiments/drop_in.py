@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
@@ -11,25 +11,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import metabroyden as mb
 from experiments.bench import figures, report
 from experiments.bench.clock import laps
 from experiments.bench.options import Budgeted, Seeded, Timed
-from experiments.bench.peers import available
+from experiments.bench.peers import available, recorded
 from experiments.bench.problems import HeldOut, double_equilibria
 from experiments.bench.runner import Row, Run, ticks
 from experiments.bench.statistics import Outcome
-from experiments.bench.tables import Table, chosen, grouped, listed, mean, pivot, short
+from experiments.bench.tables import Table, chosen, grouped, listed, mean, pivot, scaled, short
+from experiments.configs.torchdeq import TRAINED, Classifier
 from metabroyden import checkpoint
 from metabroyden.integrations.torchdeq import FixedPointMap, register
 from metabroyden.meta.progress import progress_bar
-from metabroyden.solution import relative_residual
 from metabroyden.solvers.tuning import tune
 from metabroyden.zoo.data.digits import load_digits
 from metabroyden.zoo.models import Images, Training, train
-from metabroyden.zoo.models.conv import ConvCell
 from metabroyden.zoo.models.fit import by_epoch
 
 TOLERANCES = (1e-2, 1e-3)
@@ -56,94 +55,34 @@ class DropIn(Seeded, Budgeted, Timed, command="drop-in", results=Path("results/t
     """Validation images on which Picard and Anderson are tuned."""
 
 
-class CallRecord:
-    """Counts the calls of a cell f(z, …) while it lasts, with the residuals that they measured."""
-
-    def __init__(self, cell: nn.Module) -> None:
-        self.calls = self.rows = 0
-        self.residuals: list[Tensor] = []
-        self.arguments: tuple[Tensor, ...] = ()
-        self._hook = cell.register_forward_hook(self._note)
-
-    def __enter__(self) -> CallRecord:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._hook.remove()
-
-    def _note(self, _: nn.Module, arguments: tuple[Tensor, ...], value: Tensor) -> None:
-        self.calls, self.rows, self.arguments = self.calls + 1, self.rows + len(value), arguments
-        self.residuals.append(relative_residual(arguments[0], value))
-
-    def evaluations_to(self, rtol: float, budget: int) -> tuple[np.ndarray, np.ndarray]:
-        """(evaluations, reached), (B,) each, as `Trace.evaluations_to`."""
-        hit = (torch.stack(self.residuals)[:budget] <= rtol).numpy()
-        reached = hit.any(axis=0)
-        return np.where(reached, hit.argmax(axis=0) + 1, budget), reached
-
-
-class Classifier(nn.Module):
-    """Images (B, 1, 8, 8) → logits, as one writes it with torchdeq: nothing in it knows of metabroyden's solvers."""
-
-    def __init__(self, channels: int, **deq_options: Any) -> None:
-        import torchdeq
-
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, channels, 3, padding=1), nn.GroupNorm(4, channels))
-        self.cell = ConvCell(channels, 2 * channels)
-        self.deq = torchdeq.get_deq(**deq_options)
-        self.head = nn.Linear(channels * 8 * 8, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits, through a solve."""
-        x = self.stem(images)
-        states, _ = self.deq(lambda z: self.cell(z, x), torch.zeros_like(x))
-        return self.head(states[-1].flatten(1))
-
-
 def run(config: DropIn) -> None:
     """The whole job. Interrupted, it goes on where it stopped; finished, it only shows its results again."""
     if not available("torchdeq"):
         raise SystemExit("python -m experiments drop-in needs torchdeq: pip install torchdeq==0.1.0")
-    rows: list[Row] = []
-    notes: dict[str, Row] = {}
-    free = ("seed", "seeds")
+    rows, notes = list[Row](), dict[str, Row]()
     for seed in range(config.seed, config.seed + config.seeds):
-        job = Run(replace(config, seed=seed, seeds=1), free=free, shared=())
-        note, *found = job.unit("evaluation", lambda: evaluated(config, seed, job.work))  # noqa: B023 (called at once)
+        job = Run(replace(config, seed=seed, seeds=1), free=("seed", "seeds"), shared=())
+        notes[str(seed)], *found = job.unit("evaluation", lambda: evaluated(config, seed, job.work))  # noqa: B023
         rows += [{"seed": seed, **row} for row in found]
-        notes[str(seed)] = note
-    job = Run(config, free=free, shared=(), always=f"--seed {config.seed} --seeds {config.seeds}")
+    job = Run(config, free=("seed", "seeds"), shared=(), always=f"--seed {config.seed} --seeds {config.seeds}")
     job.finish(rows, write, seeds=notes)
 
 
-TRAINED: dict[str, Any] = {
-    # most early solves stop at the budget, which is what training wants: gradients need no more
-    "ift": True, "f_solver": "anderson", "f_max_iter": 30, "f_tol": 1e-3, "f_stop_mode": "rel",
-    "b_solver": "broyden", "b_max_iter": 15, "b_tol": 1e-2, "b_stop_mode": "rel",
-}  # fmt: skip
-"""How the model is trained: torchdeq's own solvers and implicit differentiation."""
-
-
-def trained(config: DropIn, seed: int, work: Path) -> Classifier:
+def trained(config: DropIn, seed: int, path: Path) -> Classifier:
     """a. The model, read where it was trained before."""
-    path, training = work / "model.safetensors", Training(epochs=config.epochs, seed=seed)
-    if path.exists():
-        model = Classifier(config.channels, **TRAINED).eval()
-        checkpoint.load_weights(model, checkpoint.read(path, "model")[0], path)
-        return model
-    with progress_bar("training with torchdeq", config.epochs, show=config.progress) as bar:
-        model = train(
-            lambda: Classifier(config.channels, **TRAINED), Images(load_digits()), training,
-            path=path.with_suffix(".training.safetensors"), report=by_epoch(bar, "accuracy"),
-        )  # fmt: skip
-    checkpoint.write(path, "model/torchdeq-classifier", model.state_dict(), {"training": asdict(training)})
+    build, training = partial(Classifier, config.channels, **TRAINED), Training(epochs=config.epochs, seed=seed)
+    if not path.exists():
+        with progress_bar("training with torchdeq", config.epochs, show=config.progress) as bar:
+            kept, shown = path.with_suffix(".training.safetensors"), by_epoch(bar, "accuracy")
+            model = train(build, Images(load_digits()), training, path=kept, report=shown)
+        checkpoint.write(path, "model/torchdeq-classifier", model.state_dict(), {"training": asdict(training)})
+    model = build().eval()
+    checkpoint.load_weights(model, checkpoint.read(path, "model")[0], path)
     return model
 
 
-def fitted(config: DropIn, seed: int, model: Classifier, work: Path) -> Any:
+def fitted(config: DropIn, seed: int, model: Classifier, path: Path) -> Any:
     """b. One call: a root finder for the model as it is, from its training images alone."""
-    path = work / "learned.safetensors"
     if not path.exists():
         options: dict[str, Any] = {"steps": config.steps, "seed": seed, "progress": config.progress}
         options["checkpoint"] = path.with_suffix(".training.safetensors")
@@ -155,21 +94,19 @@ def fitted(config: DropIn, seed: int, model: Classifier, work: Path) -> Any:
 
 def evaluated(config: DropIn, seed: int, work: Path) -> Iterator[Row]:
     """c. The same model with one solver after the other in its DEQ, on test images: notes, then rows."""
-    model = trained(config, seed, work)
-    learned = fitted(config, seed, model, work)
-    data, f = load_digits(), FixedPointMap(model)
-    images, labels = (part[: config.test_samples] for part in (data.test.images, data.test.labels))
+    model = trained(config, seed, work / "model.safetensors")
+    learned = fitted(config, seed, model, work / "learned.safetensors")
+    f, images = FixedPointMap(model), load_digits().test.images[: config.test_samples]
     ours = {LEARNED: learned, "our Broyden": mb.Broyden(memory=config.budget), **tuned(config, f)}
     for name, solver in ours.items():
         register(name, solver)
     held = HeldOut(f, f.initial_state(images), images, lambda z, index: torch.zeros(len(index)))
     star, known = double_equilibria(f, held, rtol=1e-7, max_nfe=300)
-    sizes = {
-        name: sum(p.numel() for p in one.parameters()) for name, one in (("model", model), ("learned solver", learned))
-    }
+    sizes = [sum(p.numel() for p in one.parameters()) for one in (model, learned)]
     yield {
         "solvers": {name: repr(solver) for name, solver in ours.items() if name != LEARNED},
-        "held_out": learned.summary["held_out"], "fit_seconds": learned.summary["seconds"], "parameters": sizes,
+        "held_out": learned.summary["held_out"], "fit_seconds": learned.summary["seconds"],
+        "parameters": dict(zip(("model", "learned solver"), sizes, strict=True)),
         "equilibria_known": float(known.float().mean()),
     }  # fmt: skip
     with ticks("comparing", len(TOLERANCES), show=config.progress) as done:
@@ -179,9 +116,7 @@ def evaluated(config: DropIn, seed: int, work: Path) -> Iterator[Row]:
             for name in (LEARNED, *OWN, *ours):  # another name in get_deq: all that a user changes
                 models[name] = Classifier(config.channels, f_solver=OWN.get(name, name), **options).eval()
                 models[name].load_state_dict(model.state_dict())
-            yield from compared(
-                config, models, images, labels, rtol, star.view(len(images), config.channels, 8, 8), known
-            )
+            yield from compared(config, models, images, rtol, star, known)
             done(f"to {rtol:g}")
 
 
@@ -196,34 +131,33 @@ def tuned(config: DropIn, f: FixedPointMap) -> dict[str, Any]:
 
 @torch.no_grad()
 def compared(
-    config: DropIn, models: dict[str, Any], images: Tensor, labels: Tensor, rtol: float, star: Tensor, known: Tensor
+    config: DropIn, models: dict[str, Classifier], images: Tensor, rtol: float, star: Tensor, known: Tensor
 ) -> Iterator[Row]:
-    """Rows of the models to one tolerance; star, known: float64 equilibria, and (B,) where they were found.
+    """Rows of the models to one tolerance; star, known: float64 equilibria (B, n), and (B,) where they were found.
 
-    Counted by a hook on the cell: `calls` of f and their `rows`; by sample the calls made when its residual
-    first met the tolerance, else the budget. Times are those of the whole model, in turns; nobody counts while they run.
+    By a record of what the cell does, apart from any solver's own count: `calls` of f and their `rows`; by sample the calls
+    made when its residual first met the tolerance, else the budget. Times are those of the whole model, in turns; nobody
+    records while they run.
     """
-    counts: dict[str, Row] = {}
-    wanted = models[LEARNED].head(star.to(images.dtype).flatten(1)).argmax(dim=1)
+    counts, labels = dict[str, Row](), load_digits().test.labels[: len(images)]
+    wanted = models[LEARNED].head(star.to(images.dtype)).argmax(dim=1)
     for name, model in models.items():
-        states: list[Tensor] = []
-        hook = model.deq.register_forward_hook(lambda _m, _i, out, states=states: states.append(out[0][-1]))
-        with CallRecord(model.cell) as record:
-            predicted = model(images).argmax(dim=1)
-        hook.remove()
-        nfe, reached = record.evaluations_to(rtol, config.budget)
-        distance = (states[0].double() - star).flatten(1).norm(dim=1) / star.flatten(1).norm(dim=1)
-        there = known.any()
+        with recorded(model.cell) as record:
+            z = model.equilibrium(images)
+        evaluations, reached = record.trace().evaluations_to(rtol, config.budget)
+        predicted, distance = (
+            model.classify(z).argmax(dim=1),
+            (z.flatten(1).double() - star).norm(dim=1) / star.norm(dim=1),
+        )
+        there = {"agreement": (predicted == wanted)[known].float().mean(), "distance": distance[known].median()}
         counts[name] = {
-            "calls": record.calls, "rows": record.rows, "evaluations": nfe.tolist(),
+            "calls": record.count, "rows": record.rows, "evaluations": evaluations.tolist(),
             "status": "".join("C" if hit else "B" for hit in reached),
             "accuracy": short(float((predicted == labels).float().mean())),
-            "agreement": short(float((predicted == wanted)[known].float().mean())) if there else None,
-            "distance": short(float(distance[known].median())) if there else None,
+            **{key: short(float(value)) if known.any() else None for key, value in there.items()},
         }  # fmt: skip
-        if name == REFERENCE:
-            alone = partial(model.cell, *record.arguments)
-    seconds = laps({**{name: partial(model, images) for name, model in models.items()}, "f": alone}, config.repeats)
+    jobs = {name: partial(model, images) for name, model in models.items()}
+    seconds = laps({**jobs, "f": partial(models[REFERENCE].cell, z, models[REFERENCE].stem(images))}, config.repeats)
     f_time = float(np.median(seconds["f"]))
     for name, row in counts.items():
         total, ratio = float(np.median(seconds[name])), float(np.median(seconds[name] / seconds[REFERENCE]))
@@ -233,41 +167,8 @@ def compared(
 
 @report.of_rows("An unmodified torchdeq model, made faster", "torchdeq")
 def write(rows: list[Row], described: Row, folder: Path) -> list[report.Section]:
-    """report.md and drop_in.png, from rows alone."""
-    seeds, config = described["seeds"], described["config"]
-    first, tolerances = next(iter(seeds)), sorted({row["rtol"] for row in rows}, reverse=True)
-    sizes = seeds[first]["parameters"]
-    known = np.mean([note["equilibria_known"] for note in seeds.values()])
-    fits = "; ".join(
-        f"seed {seed}: {note['fit_seconds']:.0f} s, on held-out training images {note['held_out']['mean_evaluations']:.1f} "
-        f"evaluations to {note['held_out']['rtol']:g} (Broyden {note['held_out']['mean_evaluations_broyden']:.1f})"
-        for seed, note in seeds.items()
-    )
-    grids = "; ".join(f"{name}: `{solver}`" for name, solver in seeds[first]["solvers"].items())
-    return [
-        f"A torchdeq classifier (convolutional DEQ, {config['channels']} channels on 8×8 digits, {sizes['model']:,} "
-        "parameters) is trained with torchdeq's Anderson and implicit differentiation. "
-        '`fit_solver(model, train_images, layout="image", fallback=False)` fits a root finder of '
-        f"{sizes['learned solver']:,} parameters to it, `register` makes it known to torchdeq. Then the same "
-        "weights run with one solver's name or another in "
-        f"`get_deq`, on {rows[0]['batch']} test images in one batch, max_iter {config['budget']}, stop_mode rel. "
-        "torchdeq's solvers have its default options.",
-        f"The fit: {fits}.",
-        f"Tuned on {config['tune_samples']} validation images (seed {first}): {grids}.",
-        against(rows),
-        _bars(rows, folder / "drop_in.png"),
-        *(_table(chosen(rows, "drop-in", rtol=rtol)) for rtol in tolerances),
-        "Calls and rows are counted by a hook on the cell, apart from any solver's own count. torchdeq hands f over as a "
-        "closure, so every call is on the whole batch, frozen samples or not, and goes on until the worst sample is done. "
-        "Evaluations are a sample's own: the calls made when its residual first met the tolerance, median / 90th "
-        f"percentile / share that got there within {config['budget']} (else the budget counts). Time is the whole model's, "
-        f"medians over {config['repeats']} interleaved repeats; ratios are medians of paired ratios. Outside f: all but "
-        "calls times the time of one. Over several seeds, means; evaluations over all samples.",
-        "Distance: median, relative, to a float64 equilibrium (found for "
-        f"{100 * known:.1f}% of images); agreement: with the class predicted from it. Ours leave a sample alone once it has "
-        "met the tolerance, torchdeq's improve it until the worst one has: hence their smaller distances. To end as near "
-        "with ours, ask for a tighter tolerance.",
-    ]
+    """report.md and drop_in.png, from rows alone; over several seeds means, evaluations over all samples."""
+    return [against(rows), _bars(rows, folder / "drop_in.png"), *map(_table, grouped(rows, "rtol"))]
 
 
 def against(rows: Sequence[Row]) -> Table:
@@ -286,22 +187,22 @@ def against(rows: Sequence[Row]) -> Table:
 
 
 def _table(rows: Sequence[Row]) -> Table:
-    """All solvers to a tolerance; means over seeds."""
-    keys = ("accuracy", "calls", "rows", "seconds", "ratio", "outside_f", "distance", "agreement")
-    known = rows[0]["distance"] is not None
-    items: list[Row] = []
-    for of in grouped(rows, "solver"):
-        one, name = Outcome.of(of), of[0]["solver"]
-        items.append({
-            "solver": f"**{name}**" if name == LEARNED else name,
-            "evaluations": f"{one.median:g} / {one.p90:g} / {one.success:.1%}",
-            **{key: mean(of, key) for key in keys if known or key not in ("distance", "agreement")},
-        })  # fmt: skip
-    return listed(f"To {rows[0]['rtol']:g}", items, [
-        ("solver", "{solver}"), ("accuracy", "{accuracy:.2%}"), ("calls of f", "{calls:g}"), ("rows of f", "{rows:,.0f}"),
-        ("evaluations", "{evaluations}"), ("time", lambda item: f"{1e3 * item['seconds']:.0f} ms"),
-        ("to torchdeq Broyden", "{ratio:.2f}×"), ("outside f", "{outside_f:.0%}"),
-        ("distance", "{distance:.1e}" if known else "–"), ("agreement", "{agreement:.1%}" if known else "–"),
+    """All solvers to a tolerance."""
+
+    def average(key: str, words: str) -> Callable[[Sequence[Row]], str]:
+        return lambda of: "–" if of[0][key] is None else words.format(mean(of, key))
+
+    return listed(f"To {rows[0]['rtol']:g}", grouped(scaled(rows, 1e3, "seconds"), "solver"), [
+        ("solver", lambda of: f"**{LEARNED}**" if of[0]["solver"] == LEARNED else of[0]["solver"]),
+        ("accuracy", average("accuracy", "{:.2%}")),
+        ("calls of f", average("calls", "{:g}")),
+        ("rows of f", average("rows", "{:,.0f}")),
+        ("evaluations", lambda of: "{0.median:g} / {0.p90:g} / {0.success:.1%}".format(Outcome.of(of))),
+        ("time", average("seconds", "{:.0f} ms")),
+        ("to torchdeq Broyden", average("ratio", "{:.2f}×")),
+        ("outside f", average("outside_f", "{:.0%}")),
+        ("distance", average("distance", "{:.1e}")),
+        ("agreement", average("agreement", "{:.1%}")),
     ])  # fmt: skip
 
 

@@ -7,13 +7,13 @@ import importlib
 import importlib.util
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metabroyden.solution import Trace, relative, residual_norms
 from metabroyden.state import Packing
@@ -24,13 +24,13 @@ class Enough(Exception):
 
 
 class Recorder:
-    """f with a stopwatch and, where asked, a record of its calls.
+    """f with a stopwatch and, where asked, a record of its calls f(z, …).
 
     Recording copies points (a solver may write its next one over them) and so takes time and memory: what is timed is not
     recorded, and the other way round.
 
     Args:
-        f: on a flat state.
+        f: on one tensor, a sample a row.
         rtol: stop by raising once every row has met rtol; what this costs is `excused`. None: the solver stops by itself.
         max_calls: evaluations after which it is stopped in the same way.
         keep: record.
@@ -38,7 +38,7 @@ class Recorder:
 
     def __init__(
         self,
-        f: Callable[[Tensor], Tensor],
+        f: Callable[..., Tensor],
         *,
         rtol: float | None = None,
         max_calls: int | None = None,
@@ -51,10 +51,10 @@ class Recorder:
         self._moments: list[tuple[float, float, float]] = []  # f begins, f ends, the solver goes on
         self.began = time.perf_counter()
 
-    def __call__(self, z: Tensor) -> Tensor:
-        """f(z)."""
+    def __call__(self, z: Tensor, *context: Any) -> Tensor:
+        """f(z, …)."""
         start = time.perf_counter()
-        value = self.f(z)
+        value = self.f(z, *context)
         end = time.perf_counter()
         self.count += 1
         enough = False
@@ -67,6 +67,11 @@ class Recorder:
         if enough:
             raise Enough
         return value
+
+    @property
+    def rows(self) -> int:
+        """Samples in all calls."""
+        return sum(len(value) for _, value in self._calls)
 
     @property
     def f_seconds(self) -> float:
@@ -89,6 +94,16 @@ class Recorder:
 
 def _residual(z: Tensor, value: Tensor) -> Tensor:
     return relative(*residual_norms(z.reshape(len(z), -1), value.reshape(len(z), -1))[1:])
+
+
+@contextlib.contextmanager
+def recorded(cell: nn.Module) -> Iterator[Recorder]:
+    """A record of the calls of a cell f(z, …) while it lasts, whoever makes them."""
+    cell.forward = record = Recorder(cell.forward)
+    try:
+        yield record
+    finally:
+        del cell.forward  # the class's again
 
 
 @dataclass(frozen=True)
