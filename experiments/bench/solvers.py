@@ -15,7 +15,7 @@ from experiments.bench.figures import FLAGSHIP
 from experiments.bench.peers import TorchDEQSolver, solve_state
 from experiments.bench.problems import HeldOut
 from experiments.bench.runner import digest
-from metabroyden.checkpoint import load_solver
+from metabroyden.checkpoint import list_pretrained, load_solver
 from metabroyden.learned.learned_start import LearnedStart
 from metabroyden.solvers import Anderson, Broyden, Newton, Picard
 from metabroyden.solvers import classical as grids
@@ -115,6 +115,21 @@ def learned(folder: Path, family: str, names: Iterable[str] = LEARNED, device: A
         name, _, seed = path.parent.name.rpartition("-seed")
         found.append(Contestant(name, "learned", load_solver(path).to(device), digest(path), int(seed)))
     return found
+
+
+def trained(folder: Path, family: str, name: str) -> Any:
+    """A shipped solver, or NAME-seedNUMBER of those trained on a family, from results/meta."""
+    if name in list_pretrained():
+        return load_solver(name)
+    path = folder / family / name / "solver.safetensors"
+    kind, _, seed = name.rpartition("-seed")
+    if not (kind and seed.isdigit()):
+        shipped = ", ".join(list_pretrained())
+        raise ValueError(f"solver must be NAME-seedNUMBER or a shipped one ({shipped}), got {name!r}")
+    if not path.exists():
+        command = f"python -m experiments meta --family {family} --solver {kind} --seed {seed}"
+        raise FileNotFoundError(f"{path} is missing: train it with `{command}`")
+    return load_solver(path)
 
 
 def universal(device: Any = "cpu") -> Contestant:

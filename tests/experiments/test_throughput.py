@@ -12,9 +12,9 @@ import torch
 
 import metabroyden as mb
 from experiments import throughput
-from experiments.bench import problems, runner, solvers
+from experiments.bench import inference, problems, runner, solvers
+from experiments.bench.inference import raw_inputs
 from experiments.bench.runner import read_rows
-from experiments.throughput import raw_inputs
 from metabroyden.zoo.models import get_family, load_model
 from metabroyden.zoo.models.families import trained_model
 
@@ -57,7 +57,7 @@ def test_it_writes_what_it_promises_and_a_second_run_measures_nothing(config, mo
     for row in fixed:
         assert row["most"] == row["budget"]
         assert len(row["ordinary"]) == len(row["rate"])
-    assert "compiled" in (trial / "report.md").read_text()
+    assert "With a fixed budget, compiled" in (trial / "report.md").read_text()
     described = json.loads((trial / "dense-digits" / "config.json").read_text())
     assert described["command"].startswith("python -m experiments throughput --family dense-digits")
     assert {"--batches 1 4", "--samples 8", "--rounds 2"} <= {f"--{word}" for word in described["command"].split(" --")}
@@ -92,8 +92,8 @@ def test_what_is_timed_is_the_models_own_call(monkeypatch):
     model = load_model(path, solver=solver, rtol=1e-2, max_nfe=60, warn=False)
     inputs = raw_inputs(model, get_family("dense-digits").criterion(), 12)
     ticks = iter(range(10_000))
-    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
-    assert throughput.find_reference(model, inputs, [mb.Broyden(100)])["solved"] == 1
+    monkeypatch.setattr(inference, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    assert inference.find_reference(model, inputs, [mb.Broyden(100)])["solved"] == 1
     with torch.no_grad():
         logits = model(*inputs.given)
     found = model.deq.last_solution
