@@ -145,10 +145,8 @@ def compared(
         with recorded(model.cell) as record:
             z = model.equilibrium(images)
         evaluations, reached = record.trace().evaluations_to(rtol, config.budget)
-        predicted, distance = (
-            model.classify(z).argmax(dim=1),
-            (z.flatten(1).double() - star).norm(dim=1) / star.norm(dim=1),
-        )
+        predicted = model.classify(z).argmax(dim=1)
+        distance = (z.flatten(1).double() - star).norm(dim=1) / star.norm(dim=1)
         there = {"agreement": (predicted == wanted)[known].float().mean(), "distance": distance[known].median()}
         counts[name] = {
             "calls": record.count, "rows": record.rows, "evaluations": evaluations.tolist(),
