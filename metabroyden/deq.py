@@ -267,7 +267,8 @@ def initial_state(cell: Any, x: Any) -> State:
         return maker(bare(x))
     if isinstance(x, Tensor) and x.is_floating_point():
         return torch.zeros_like(x)
+    given = f"{x.dtype}" if isinstance(x, Tensor) else f"type {type(x).__name__}"
     raise ValueError(
-        f"DEQ cannot guess the shape of the state from a context of type {type(x).__name__}: "
+        f"DEQ cannot guess the shape of the state from a context of {given}: "
         "give z0, or give the cell a method initial_state(x)"
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from metabroyden.meta.target import ADAPTERS, ModelMap, frozen, resting, run_until
 from metabroyden.solution import Solution, Status
@@ -114,19 +115,34 @@ def _solve(
     return finish(solution.z), states, _statistics(solution, lost)
 
 
+class _Same:
+    """Tells whether tensors are those that it was made of, without keeping them."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._known = [weakref.ref(tensor) for tensor in tensors]
+
+    def are(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether they are the same objects."""
+        return len(tensors) == len(self._known) and all(
+            known() is tensor for known, tensor in zip(self._known, tensors, strict=True)
+        )
+
+
 class FixedPointMap(ModelMap):
     """f(z, x) of the DEQ inside an unmodified torchdeq model, x being rows of the model's raw inputs.
 
     The model runs on x, in evaluation mode and without gradients, until its DEQ calls the forward solver. The function that
-    the solver gets is f, its start the initial state. This run is repeated only for another tensor x, or after a write to x
-    or to a weight or buffer of the model; writes through `.data` or NumPy go unseen, as torch does not note them. Gradients
-    flow through z, not into parameters.
+    the solver gets is f, its start the initial state. This run is repeated only for other tensors in x, or after a write to
+    one of them or to a weight or buffer of the model; writes through `.data` or NumPy go unseen, as torch does not note
+    them. Gradients flow through z, not into parameters.
 
     A state of several tensors is one flat tensor (B, D), as torchdeq makes of it. A model that calls its DEQ more than
     once in a forward pass is taken at its first call.
 
     Args:
-        model: the model; its first argument is x.
+        model: the model. x is a tensor or a pytree of them: a tuple means the positional arguments of a model that takes
+            several, a dict its keyword arguments, see `call_arguments`. Its attribute `layout`, if any, says what the axes
+            of the state are.
         deq: the DEQ, or its name in the model, where the model has several.
 
     Raises:
@@ -138,31 +154,39 @@ class FixedPointMap(ModelMap):
         super().__init__()
         self._deq = [_find(model, deq)]  # a part of the model already
         self.model = model
-        self._captured: tuple[Any, Any, Callable[[Tensor], Tensor], Tensor] | None = None
+        self._captured: tuple[_Same, Any, Callable[[Tensor], Tensor], Tensor] | None = None
 
-    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+    @property
+    def layout(self) -> Any:
+        """The model's attribute `layout`; None where it has none."""
+        return getattr(self.model, "layout", None)
+
+    def forward(self, z: Tensor, x: Any) -> Tensor:
         """f(z, x), shaped like z."""
         f, _ = self._problem(x)
         with resting(self.model), frozen(self.model):
             return f(z)
 
-    def initial_state(self, x: Tensor) -> Tensor:
+    def initial_state(self, x: Any) -> Tensor:
         """Where the model starts its solve."""
         return self._problem(x)[1]
 
-    def _problem(self, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    def _problem(self, x: Any) -> tuple[Callable[[Tensor], Tensor], Tensor]:
         """(f, z0) for x, captured once."""
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x must be a tensor, the model's raw inputs, got {type(x).__name__}")
-        if x.is_inference():  # has no version to go by
+        leaves, structure = pytree.tree_flatten(x)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if not tensors:
+            raise TypeError(f"x must be a tensor or a pytree of them, the model's raw inputs, got {type(x).__name__}")
+        if any(tensor.is_inference() for tensor in tensors):  # has no version to go by
             return self._capture(x)
         weights = itertools.chain(self.model.parameters(), self.model.buffers())
-        key = (x._version, *((id(weight), weight._version) for weight in weights))
-        if self._captured is None or self._captured[0]() is not x or self._captured[1] != key:
-            self._captured = (weakref.ref(x), key, *self._capture(x))
+        plain = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+        key = (structure, plain, [tensor._version for tensor in tensors], [(id(w), w._version) for w in weights])
+        if self._captured is None or not self._captured[0].are(tensors) or self._captured[1] != key:
+            self._captured = (_Same(tensors), key, *self._capture(x))
         return self._captured[2], self._captured[3]
 
-    def _capture(self, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    def _capture(self, x: Any) -> tuple[Callable[[Tensor], Tensor], Tensor]:
         with frozen(self.model):
             (func, *rest), options = run_until(self._deq[0], "f_solver", self.model, x, "torchdeq DEQ")
         f, z0, _ = _single(func, rest[0] if rest else options["x0"])

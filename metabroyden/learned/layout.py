@@ -277,8 +277,17 @@ def guess_layout(shape: Any) -> Layout:
                 ) from None
             return packed
     kind = {1: "vector", 3: "image"}.get(len(shape))
+    if kind is None and len(shape) == 2:
+        one, two = shape
+        raise ValueError(
+            f"layout= is needed for a state of per-sample shape {tuple(shape)}: 'nct' if that is {one} channels × {two} "
+            f"tokens (or times), 'ntc' if it is {one} tokens × {two} channels; or give the cell an attribute layout"
+        )
     if kind is None:
-        raise ValueError(f"layout= is needed for a state of per-sample shape {tuple(shape)}: one of {', '.join(KINDS)}")
+        raise ValueError(
+            f"no layout has {len(shape)} axes a sample, as the state of per-sample shape {tuple(shape)}: let f take and "
+            f"return it reshaped to one of {', '.join(KINDS)}"
+        )
     return Layout(kind, tuple(shape))
 
 

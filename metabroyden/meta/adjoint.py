@@ -14,7 +14,8 @@ from metabroyden.learned import AdjointLSTM
 from metabroyden.learned.fingerprint import fingerprint, module_of
 from metabroyden.learned.layout import Layout, guess_layout
 from metabroyden.meta.config import MetaConfig
-from metabroyden.meta.fit import check_contexts, make_learned, refuse_inference
+from metabroyden.meta.fit import contexts_of, make_learned, refuse_inference
+from metabroyden.meta.inputs import check_contexts
 from metabroyden.meta.progress import progress_bar
 from metabroyden.meta.target import ModelMap, check_start, resting, target_of
 from metabroyden.meta.tasks import TaskSet
@@ -74,7 +75,7 @@ def fit_adjoint(
     Args:
         cell: module f(z, x) with a state of one tensor; in evaluation mode while the fit lasts. Or a `DEQ`, or a model
             with one in it, as for `fit_solver`.
-        x_train: contexts of N ≥ 10 samples, as for `fit_solver`.
+        x_train: contexts of N ≥ 10 samples, or batches of them, as for `fit_solver`.
         cotangents: (N, ...) shaped like the states: gradients of the loss at the equilibria; default standard normal.
         layout: as in `fit_solver`.
         rtol: tolerance at which it is judged.
@@ -89,6 +90,7 @@ def fit_adjoint(
     """
     refuse_inference("fit_adjoint")
     target = target_of(cell)
+    x_train = contexts_of(x_train, target)
     check_contexts(x_train)
     f: Any = target.f
     config = MetaConfig(steps=steps, unroll=unroll, seed=seed, validation_rtol=rtol, backend="native")

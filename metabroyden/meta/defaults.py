@@ -11,7 +11,7 @@ from torch import Tensor
 from metabroyden.deprecated import WORDS, current
 from metabroyden.learned.layout import KINDS, Layout, guess_layout, packed_layout
 from metabroyden.meta.target import ModelMap
-from metabroyden.meta.tasks import TaskSet
+from metabroyden.meta.tasks import TaskSet, rows
 from metabroyden.solution import Cell, State
 from metabroyden.solvers.tuning import tune
 
@@ -52,7 +52,7 @@ def tasks_layout(tasks: TaskSet) -> tuple[Layout, int]:
     The layout is the cell's own `layout` where it has one; else guessed: the states of a converted network, a
     tuple of vectors, are one vector. The context is the injection: the first tensor where there are several.
     """
-    z0, x = tasks.prepare(tasks.split("validation")[:1])
+    z0, x = tasks.prepare(rows(tasks.split("validation"), slice(1)))
     layout = state_layout(tasks.f, z0, None)
     return layout, layout.context_channels(x, layout.shape)
 

@@ -15,16 +15,16 @@ from metabroyden.compare import Comparison, by_sample, compare_solvers
 from metabroyden.deprecated import old_options
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.meta.config import MetaConfig
+from metabroyden.meta.inputs import check_contexts, gathered
 from metabroyden.meta.plan import as_solved, measure_classical, plan, room
 from metabroyden.meta.plan import make_learned as make_learned
 from metabroyden.meta.progress import progress_bar
-from metabroyden.meta.target import ModelMap, Target, check_start, resting, target_of
+from metabroyden.meta.target import ModelMap, Target, check_start, resting, takes_several, target_of
 from metabroyden.meta.tasks import TaskSet, count, rows, sampled
 from metabroyden.meta.trainer import MetaTrainer
-from metabroyden.shared import bare
 from metabroyden.solution import Cell, State
 from metabroyden.solvers.registry import list_solvers
-from metabroyden.state import Packing, check_context
+from metabroyden.state import Packing
 
 MAX_NFE = 60  # evaluations allowed for each problem, on validation and in the comparison
 
@@ -67,7 +67,12 @@ def fit_solver(
             `ModelMap`. Layer and model are in evaluation mode while the fit lasts. Along a sequence the solver looks by
             steps of f's attribute `dilation`, the tokens that one evaluation carries news (1 where it has none).
         x_train: contexts of N ≥ 10 samples, on any device: a tensor (N, ...), or a pytree (dicts, tuples, lists) of
-            such tensors, as `solve` takes them.
+            such tensors, as `solve` takes them, with None and plain values in it if need be. Or batches of them: a
+            `DataLoader`, a `Dataset` or any iterable that is no tuple, list or mapping (of a list of batches give
+            `iter(batches)`), of which the first 2,048 samples are taken. Of a loader of (input, label) pairs give
+            `(x for x, _ in loader)`. Of a model whose `forward` takes several arguments give a tuple, which means its
+            positional arguments, or a dict, which means keywords; where `forward` takes one argument, or cannot be
+            called so, a tuple or dict is that one argument.
         z0: x → start, a tensor or a tuple of several; default `f.initial_state` where f has one, else zeros like x. Of
             a model with a `DEQ` of ours, x is here what its DEQ is called with, and the default is where that starts.
         layout: which axes of the state are channels, space, time: "vector", "nct", "ntc", "image", or of several
@@ -107,6 +112,7 @@ def fit_solver(
     if z0 is not None:
         target = target._replace(z0=z0)
     _check_arguments(target, seconds, score)
+    x_train = contexts_of(x_train, target)
     check_contexts(x_train, zeros=target.z0 is None)
     if solver in list_solvers(adjoint=True):
         raise ValueError("the adjoint solver is for backward passes: fit_adjoint(cell, x_train) fits it")
@@ -187,43 +193,16 @@ def _check_arguments(target: Target, seconds: Any, score: Any) -> None:
         raise TypeError(f"score must be a map (z, x) → numbers, higher being better, got {type(score).__name__}")
 
 
+def contexts_of(x_train: Any, target: Target) -> Any:
+    """x_train as one pytree, see `gathered`."""
+    name = "f" if target.model is None else type(target.model).__name__
+    return gathered(x_train, name=name, several=takes_several(target.model))
+
+
 def refuse_inference(name: str) -> None:
     """RuntimeError where nothing can be trained."""
     if torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         raise RuntimeError(f"{name} trains: call it outside of torch.inference_mode and autocast")
-
-
-def check_contexts(x_train: Any, *, zeros: bool = False) -> None:
-    """TypeError or ValueError for what are no contexts to fit a solver to. zeros: whether the start is zeros like them."""
-    leaves = sampled(x_train)
-    for leaf in leaves:
-        if leaf.is_nested or leaf.layout != torch.strided:
-            raise ValueError(
-                f"x_train must be dense, got {'a nested tensor' if leaf.is_nested else leaf.layout}: give it padded, or as "
-                "mb.Shared(tensor) if all samples share it"
-            )
-    if not leaves or leaves[0].dim() < 1 or len(leaves[0]) < 10:
-        shape = tuple(x_train.shape) if isinstance(x_train, Tensor) else type(x_train).__name__
-        raise ValueError(f"x_train must be a tensor, or a pytree of them, with at least 10 samples first, got {shape}")
-    check_context(x_train, len(leaves[0]))
-    for leaf in pytree.tree_leaves(bare(x_train)):
-        dense = isinstance(leaf, Tensor) and leaf.layout == torch.strided
-        if dense and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
-            raise ValueError("x_train must be finite, got NaN or infinity in it")
-    if zeros:
-        _check_zeros_like(x_train)
-
-
-def _check_zeros_like(x_train: Any) -> None:
-    dtype = x_train.dtype if isinstance(x_train, Tensor) else None
-    if dtype in (torch.float16, torch.bfloat16) or (dtype is not None and dtype.is_complex):
-        raise ValueError(
-            f"x_train must be float32, float64 or of an integer dtype, got {dtype}; or give z0=, a map x → start"
-        )
-    if dtype is None or not dtype.is_floating_point:
-        raise ValueError(
-            f"x_train is {dtype or type(x_train).__name__}, so the state cannot be zeros like it: give z0=, a map x → start"
-        )
 
 
 def _split(target: Target, x: Any, seed: int) -> TaskSet:

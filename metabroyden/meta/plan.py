@@ -29,6 +29,7 @@ from metabroyden.meta.defaults import (
 )
 from metabroyden.meta.target import ModelMap
 from metabroyden.meta.tasks import TaskSet, rows
+from metabroyden.shared import bare
 from metabroyden.solution import State
 from metabroyden.solve import check_methods
 from metabroyden.solvers.broyden import Broyden
@@ -230,4 +231,7 @@ def room(layout: Layout, most: int = ROOM) -> int:
 
 def as_solved(f: Callable[..., State], z0: State, x: Any) -> tuple[Callable[..., State], State, Any]:
     """(f, z0, context) as solvers will meet them: inside a `ModelMap`'s model f is a closure, without a context."""
-    return (lambda z: f(z, x), z0, None) if isinstance(f, ModelMap) else (f, z0, x)
+    if not isinstance(f, ModelMap):
+        return f, z0, x
+    given = bare(x)
+    return lambda z: f(z, given), z0, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from metabroyden.solution import Cell, State
 
 
 class ModelMap(nn.Module):
-    """The f(z, x) of the DEQ inside a model of another library, x being the model's raw inputs.
+    """The f(z, x) of the DEQ inside a model of another library, x being the model's raw inputs, see `call_arguments`.
 
     Such a model solves a closure z → f(z), so that solvers are given no context.
     """
@@ -37,6 +38,7 @@ class Target(NamedTuple):
     encode: Callable[[Any], Any] | None = None  # what is given for a problem → the context x; None: that is x
     z0: Callable[[Any], State] | None = None  # x → start; None: zeros like x
     whole: nn.Module | None = None  # in evaluation mode while the fit lasts; None: f is taken as it is
+    model: nn.Module | None = None  # whose inputs are given for problems; None: what is given is the context x
 
 
 def target_of(f: Any) -> Target:
@@ -66,8 +68,56 @@ def target_of(f: Any) -> Target:
     f = f if foreign is None else foreign
     if layers:
         inside = Inside(f)
-        return Target(inside.deq.cell, inside.context, inside.start, f)
-    return Target(f, None, getattr(f, "initial_state", None))
+        return Target(inside.deq.cell, inside.context, inside.start, f, f)
+    model = f.model if isinstance(f, ModelMap) else None
+    return Target(f, None, getattr(f, "initial_state", None), model=model)
+
+
+def takes_several(model: nn.Module | None) -> bool:
+    """Whether a model's `forward` takes more than one positional argument; not a `DEQ`, whose second one is its start."""
+    signature = None if model is None or isinstance(model, DEQ) else _signature(model)
+    if signature is None:
+        return False
+    kinds = [parameter.kind for parameter in signature.parameters.values()]
+    positional = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    return inspect.Parameter.VAR_POSITIONAL in kinds or sum(kind in positional for kind in kinds) > 1
+
+
+def call_arguments(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The (positional, keyword) arguments that a model is called with, by the signature of its `forward`.
+
+    A tuple or list means positional arguments where `forward` takes more than one and so many. A dict means keyword
+    arguments where `forward` can be called with its keys. All else, a named tuple too, is one argument.
+
+    TypeError where `forward` can be called in no such way.
+    """
+    signature = None if isinstance(model, DEQ) else _signature(model)
+    if signature is None:
+        return (inputs,), {}
+    ways: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((inputs,), {})]
+    if type(inputs) in (tuple, list) and takes_several(model):
+        ways.insert(0, (tuple(inputs), {}))
+    elif isinstance(inputs, dict) and all(isinstance(name, str) for name in inputs):
+        ways.insert(0, ((), inputs))
+    for positional, named in ways:
+        try:
+            signature.bind(*positional, **named)
+        except TypeError:
+            continue
+        return positional, named
+    given = f"{type(inputs).__name__} of {len(inputs)}" if isinstance(inputs, (tuple, list, dict)) else "one argument"
+    raise TypeError(
+        f"{type(model).__name__}.forward{signature} cannot be called with the inputs given, {given}: give a tuple for its "
+        "positional arguments or a dict for its keywords, without what it does not take, such as labels"
+    )
+
+
+def _signature(model: nn.Module) -> inspect.Signature | None:
+    """That of `forward`; None where Python cannot tell."""
+    try:
+        return inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return None
 
 
 def deqs_in(model: Any) -> dict[str, DEQ]:
@@ -97,7 +147,7 @@ class Inside:
     taken at its first call.
 
     Args:
-        model: the model; its one argument are the inputs.
+        model: the model; how it is called with its inputs says `call_arguments`.
 
     Raises:
         ValueError: no DEQ in the model, or several.
@@ -130,9 +180,8 @@ class Inside:
             (x, z0, _), _ = run_until(self.deq, "_equilibrium", self.model, bare(inputs), f"DEQ ({self.name})")
         except TypeError as error:
             raise TypeError(
-                f"{type(self.model).__name__} holds a DEQ ({self.name}), so that it is taken for a model and called with x "
-                f"alone: {error}. For a map f(z, x) with a DEQ inside give `lambda z, x: f(z, x)`, for a model of several "
-                "inputs a module that takes them as one"
+                f"{type(self.model).__name__} holds a DEQ ({self.name}), so that it is taken for a model and called with x: "
+                f"{error}. For a map f(z, x) with a DEQ inside give `lambda z, x: f(z, x)`"
             ) from error
         return x, z0
 
@@ -148,14 +197,15 @@ def _leave(*arguments: Any, **options: Any) -> Any:
 def run_until(deq: nn.Module, name: str, model: nn.Module, inputs: Any, known_as: str) -> Any:
     """(arguments, keywords) of the first call of `deq.name` where the model runs on these inputs, in evaluation mode.
 
-    ValueError where it is not called.
+    ValueError where it is not called; TypeError where the model cannot be called with them.
     """
+    positional, named = call_arguments(model, inputs)
     attributes = deq.__dict__  # where an entry hides a method or a module of that name
     usual = {name: attributes[name]} if name in attributes else {}
     attributes[name] = opaque(_leave)
     try:
         with torch.inference_mode(False), torch.no_grad(), resting(model):
-            model(inputs)
+            model(*positional, **named)
     except _Called as called:
         return called.args
     finally:

@@ -490,7 +490,7 @@ def test_what_is_no_model_with_one_deq_is_refused():
     refused("must hold a torchdeq DEQ; Linear has none", lambda: FixedPointMap(nn.Linear(2, 2)))
     refused("is one itself: give the model that calls it", lambda: FixedPointMap(torchdeq.get_deq()))
     refused("model must be a module, got int", lambda: FixedPointMap(3), TypeError)
-    words = "x must be a tensor, the model's raw inputs, got list"
+    words = "x must be a tensor or a pytree of them, the model's raw inputs, got list"
     refused(words, lambda: FixedPointMap(Model()).initial_state([1]), TypeError)
     refused("2 torchdeq DEQs", lambda: mb.fit_solver(model, torch.randn(20, 2), progress=False))
     refused("Idle did not call its torchdeq DEQ", lambda: FixedPointMap(Idle()).initial_state(images(3)))
