@@ -30,6 +30,8 @@ _HALF = (torch.float16, torch.bfloat16)
 
 Hook = Callable[[Cell, Any, State], None]
 """Called with the map f that was solved (weights and masks pinned), its context and the equilibrium with its graph."""
+Observer = Callable[[str, Solution], None]
+"""Called with "forward" or "backward" and what that solve found."""
 
 
 class DEQ(nn.Module):
@@ -62,6 +64,8 @@ class DEQ(nn.Module):
 
     Attributes:
         hooks: list of functions `hook(f, context, z)`, called with each equilibrium that gets gradients (see `Hook`).
+        observers: list of functions `observer(direction, solution)`, called after every solve, with gradients or not
+            (see `Observer`); `metabroyden.integrations.SolveMonitor` makes figures for a log of them.
 
     Raises:
         TypeError, ValueError: a bad cell, solver, gradient mode or tolerance.
@@ -104,6 +108,7 @@ class DEQ(nn.Module):
             raise TypeError(f"backward must be a gradient mode such as Implicit(), got {backward!r}")
         self.rtol, self.atol, self.max_nfe = rtol, atol, max_nfe
         self.hooks: list[Hook] = []
+        self.observers: list[Observer] = []
         self.last_solution: Solution | None = None
         self.last_backward_solution: Solution | None = None
         self._layers_checked = not warn
@@ -159,6 +164,7 @@ class DEQ(nn.Module):
             if after:
                 raise ValueError(f"{mode!r} has no solve whose iterates could be given")
             z, self.last_solution = mode.run(f, z0, context, rtol=rtol, atol=self.atol)
+            self._tell("forward", self.last_solution)
             return _cast([z], half)
         solution = self._solve(
             f, z0, context, after, rtol=rtol, f_dtype=half, keep_inverse=graph and mode.wants_inverse
@@ -182,6 +188,7 @@ class DEQ(nn.Module):
         options |= {"solver": self.solver, "atol": self.atol, "max_nfe": self.max_nfe, "snapshots": after}
         solution = solve(f, z0, context, throw=False, **options)
         self.last_solution = replace(solution, inverse=None)
+        self._tell("forward", self.last_solution)
         if self._forward_failures.news(solution):
             warnings.warn(f"DEQ: {solution.failures()} (said again if it gets worse; see last_solution)", stacklevel=7)
         return solution
@@ -193,8 +200,14 @@ class DEQ(nn.Module):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without last solutions and hooks, for copies and `torch.save`."""
-        return {**super().__getstate__(), "last_solution": None, "last_backward_solution": None, "hooks": []}
+        """Without last solutions, hooks and observers, for copies and `torch.save`."""
+        forgotten: dict[str, Any] = {
+            "last_solution": None,
+            "last_backward_solution": None,
+            "hooks": [],
+            "observers": [],
+        }
+        return {**super().__getstate__(), **forgotten}
 
     def _warn_of_layers(self) -> None:
         if self._layers_checked or not isinstance(self.cell, nn.Module):
@@ -204,8 +217,14 @@ class DEQ(nn.Module):
             self._layers_checked = True
             warnings.warn(f"DEQ: {'; '.join(reasons)} (said once)", stacklevel=7)
 
+    def _tell(self, direction: str, solution: Solution | None) -> None:
+        if solution is not None:
+            for observer in tuple(self.observers):
+                observer(direction, solution)
+
     def _note_backward(self, solution: Solution) -> None:
         self.last_backward_solution = solution
+        self._tell("backward", solution)
         if self._backward_failures.news(solution):
             warnings.warn(
                 f"DEQ, backward: {solution.failures()} (said again if it gets worse; see last_backward_solution)",

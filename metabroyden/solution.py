@@ -115,6 +115,14 @@ class Solution:
     snapshots: tuple[State, ...] = ()
     inverse: FinalInverse | None = None
 
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds from the start of the solve to the stopping test of its last call of f; 0 where there was none.
+
+        On a GPU they cover the work of the device, which each stopping test waits for.
+        """
+        return float(self.trace.seconds[-1]) if len(self.trace.seconds) else 0.0
+
     def failures(self) -> str:
         """A sentence saying how many samples failed and why; empty when none did."""
         parts = []

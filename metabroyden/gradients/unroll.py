@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,6 +43,7 @@ class Unroll(GradientMode):
 
     def run(self, cell: Cell, z0: State, context: Any, *, rtol: float, atol: float) -> tuple[State, Solution | None]:
         """(z with its graph, its `Solution`, None under a transform of torch.func); z0 may require gradients."""
+        began = time.perf_counter()
         parts = damped_steps(cell, z0, context, self.steps, self.damping)
         z = like(parts, type(z0))
         if transform_of(parts) is not None:
@@ -49,5 +51,7 @@ class Unroll(GradientMode):
         if not all(bool(torch.isfinite(part).all()) for part in parts):
             raise RuntimeError(f"the unrolled iteration is not finite after {self.steps} steps: it diverges")
         end = pytree.tree_map(Tensor.detach, z)
+        before = time.perf_counter() - began
         found = solve(cell, end, context, solver=Picard(), rtol=rtol, atol=atol, max_nfe=1, throw=False)
-        return z, replace(found, nfe=found.nfe + self.steps, steps=found.steps + self.steps)
+        trace = replace(found.trace, nfe=found.trace.nfe + self.steps, seconds=found.trace.seconds + before)
+        return z, replace(found, nfe=found.nfe + self.steps, steps=found.steps + self.steps, trace=trace)

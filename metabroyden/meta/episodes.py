@@ -246,15 +246,11 @@ _declared: list[torch.library.Library] = []  # a library that is collected takes
 
 
 def learn2learn() -> Any:
-    """The learn2learn package; ImportError that says what to do where it is missing or does not load.
-
-    learn2learn imports torchvision, whose registry build for CUDA does not load its operators beside a CPU-only torch
-    ("operator torchvision::nms does not exist"). Nothing here calls them: declaring those it asks for is enough.
-    """
+    """The learn2learn package; ImportError that says what to do where it is missing or does not load."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _import()
+            return load("learn2learn")
     except (ImportError, RuntimeError) as error:
         raise ImportError(
             "learn2learn is needed here and could not be imported: install it with a C compiler present, "
@@ -263,10 +259,15 @@ def learn2learn() -> Any:
         ) from error
 
 
-def _import() -> Any:
+def load(package: str) -> Any:
+    """Import torchvision, or a package that imports it, beside any build of torch.
+
+    torchvision's registry build for CUDA does not load its operators beside a CPU-only torch ("operator torchvision::nms
+    does not exist"). Where nothing calls them, declaring those it asks for is enough.
+    """
     while True:
         try:
-            return importlib.import_module("learn2learn")
+            return importlib.import_module(package)
         except RuntimeError as error:
             missing = _MISSING_OPERATOR.search(str(error))
             if missing is None:
@@ -274,5 +275,5 @@ def _import() -> Any:
             library = torch.library.Library("torchvision", "FRAGMENT")
             library.define(f"{missing[1]}(Tensor unused) -> Tensor")  # RuntimeError if declared before: no endless loop
             _declared.append(library)
-            for name in [name for name in sys.modules if name.split(".")[0] in ("torchvision", "learn2learn")]:
+            for name in [name for name in sys.modules if name.split(".")[0] in ("torchvision", package)]:
                 del sys.modules[name]
