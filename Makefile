@@ -1,6 +1,6 @@
 # `make demo` runs the main job, `make test` the tests; each sets up what it needs in .venv first.
 PYTHON ?= python3
-BIN := .venv/bin
+BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 SAMPLE ?= 300
 DIGITS := dense-digits mlp-digits conv-digits multiscale-digits monotone-dense-digits monotone-conv-digits monotone-multitier-digits
 
@@ -56,8 +56,8 @@ docs: .venv-docs/ready
 
 setup: .venv/ready
 
-.venv/ready: requirements.txt pyproject.toml setup.sh
-	PYTHON="$(PYTHON)" sh setup.sh
+.venv/ready: requirements.txt pyproject.toml setup_env.py
+	$(PYTHON) setup_env.py
 
 clean:
 	rm -rf .venv .venv-docs site runs build *.egg-info

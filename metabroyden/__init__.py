@@ -7,7 +7,7 @@ Examples:
 """
 
 from metabroyden import integrations
-from metabroyden.checkpoint import CheckpointError, list_pretrained, load_solver, save_solver
+from metabroyden.checkpoint import CheckpointError, list_pretrained, load_solver, save_pretrained, save_solver
 from metabroyden.convert import compose, to_deq
 from metabroyden.deprecated import public as _public
 from metabroyden.deq import DEQ
@@ -101,6 +101,7 @@ __all__ = [
     "load_solver",
     "normalise",
     "relative_residual",
+    "save_pretrained",
     "save_solver",
     "solve",
     "spectral_radius",

@@ -2,7 +2,8 @@
 
 Any of our files is a safetensors file whose metadata has a key "metabroyden", with a JSON object: schema, kind, and what
 the kind needs; and a key "blake2b", the checksum of that text and of the tensors (files of earlier versions have none).
-`write` and `read` do files of any kind; `save_solver` and `load_solver` do solvers.
+A folder (`folder`) is such a file named model.safetensors with a copy of its JSON object in config.json.
+`write`, `write_pretrained` and `read` do any kind; `save_solver`, `save_pretrained` and `load_solver` do solvers.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import json
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, is_dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from metabroyden.deprecated import from_schema_1
+from metabroyden.deprecated import PRETRAINED, current, from_schema_1
 from metabroyden.described import MISFITS, CheckpointError, Limits, check, damaged
+from metabroyden.folder import CONFIG, WEIGHTS, agree, described_by, model_card, write_folder
 from metabroyden.learned.safeguard import Safeguard
 from metabroyden.solvers.registry import get_solver, name_of, solver_types
 from metabroyden.storage import atomic_write
@@ -30,6 +31,8 @@ from metabroyden.storage import atomic_write
 SCHEMA = 2
 LARGEST = 5_000_000  # bytes of weights above which a file that a repository is to keep holds them in half precision
 PRECISIONS = (torch.float32, torch.float64)  # of a solver's weights: those of the states that it can work on
+SHIPPED = Path(__file__).with_name("pretrained")
+"""A folder of each solver that comes with the package; the model that it belongs to is in the folder deq/ there."""
 _KEY, _CHECKSUM = "metabroyden", "blake2b"
 _CPU = torch.device("cpu")
 _SHAPE = tuple[int, ...] | tuple[tuple[int, ...], ...]
@@ -47,22 +50,41 @@ def write(path: str | Path, kind: str, tensors: dict[str, Tensor], header: dict[
 
     `kind` is what it holds, as "solver/universal"; `header` what else there is to say, as JSON takes it.
     """
-    described = json.dumps({"schema": SCHEMA, "kind": kind, **header}, sort_keys=True)
+    return atomic_write(path, _packed(tensors, _description(kind, header)))
+
+
+def write_pretrained(
+    folder: str | Path, kind: str, tensors: dict[str, Tensor], header: dict[str, Any], card: str
+) -> Path:
+    """Write a checkpoint as a folder with this model card (`write_folder`), without weights where there are none."""
+    described = _description(kind, header)
+    return write_folder(folder, described, _packed(tensors, described) if tensors else None, card)
+
+
+def _description(kind: str, header: dict[str, Any]) -> str:
+    return json.dumps({"schema": SCHEMA, "kind": kind, **header}, sort_keys=True)
+
+
+def _packed(tensors: dict[str, Tensor], described: str) -> bytes:
+    """The content of a safetensors file."""
     flat = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     metadata = {_KEY: described, _CHECKSUM: _checksum(flat, described)}
-    return atomic_write(path, _in_order(safetensors.torch.save(flat, metadata=metadata)))
+    return _in_order(safetensors.torch.save(flat, metadata=metadata))
 
 
 def read(path: str | Path, kind: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, header) of a checkpoint, on the CPU.
+    """(tensors, header) of a checkpoint, a file or a folder, on the CPU.
 
-    Raises FileNotFoundError where there is no file, `CheckpointError` for a truncated, foreign, altered or newer-schema
-    file, or one of another kind (`kind` is a prefix, such as "solver").
+    Raises FileNotFoundError where there is neither, `CheckpointError` for a truncated, foreign, altered or newer-schema
+    one, or one of another kind (`kind` is a prefix, such as "solver").
     """
     path = Path(path)
-    if not path.is_file():
+    if path.is_dir():
+        tensors, metadata = _of_folder(path)
+    elif path.is_file():
+        tensors, metadata = _parsed(path.read_bytes(), path)
+    else:
         raise FileNotFoundError(f"no checkpoint at {path}")
-    tensors, metadata = _parsed(path.read_bytes(), path)
     try:
         header = json.loads(metadata[_KEY])
         schema, found = header["schema"], header["kind"]
@@ -77,6 +99,17 @@ def read(path: str | Path, kind: str | None = None) -> tuple[dict[str, Tensor], 
     if kind is not None and found.split("/")[0] != kind:
         raise CheckpointError(f"{path} holds a {found!r}, wanted a {kind!r}")
     return from_schema_1(tensors, header) if schema == 1 else (tensors, header)
+
+
+def _of_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a folder, whose two files must say the same; no tensors where it has no weights."""
+    described = described_by(path)
+    if not (path / WEIGHTS).is_file():
+        return {}, {_KEY: described}
+    tensors, metadata = _parsed((path / WEIGHTS).read_bytes(), path / WEIGHTS)
+    if not agree(metadata.get(_KEY, ""), described):
+        raise CheckpointError(f"{path}: {CONFIG} is not the description of {WEIGHTS}: save the folder again")
+    return tensors, metadata
 
 
 def _parsed(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -162,6 +195,8 @@ def built(
         CheckpointError: `build` refuses the description, or the weights do not fit it. That is found without memory for
             the sizes described.
     """
+    if not tensors:
+        raise CheckpointError(f"{path} holds no weights: a folder needs {WEIGHTS} beside {CONFIG}")
     floating = {value.dtype for value in tensors.values() if value.is_floating_point()}
     if len(floating) != 1 or not floating <= set(precisions):
         wanted = " or ".join(map(str, precisions))
@@ -201,22 +236,69 @@ def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def save_solver(solver: Any, path: str | Path) -> Path:
-    """Write a solver, learned or classical: kind, config, expected state layout, meta-training summary, schema.
+    """Write a solver, learned or classical, to one file: kind, config, expected state layout, meta-training summary, schema.
 
     TypeError for what is no solver of ours, or a Broyden with an operator inside (save the learned solver it is of).
     """
+    return write(path, *_contents(solver))
+
+
+def save_pretrained(solver: Any, folder: str | Path) -> Path:
+    """Write a solver, learned or classical, as a folder in Hugging Face's convention, which `hf upload` takes as it is.
+
+    config.json describes it, model.safetensors holds the weights (a classical solver has none), and README.md is a model
+    card made of its summary. `load_solver` reads the folder.
+
+    Args:
+        solver: as for `save_solver`.
+        folder: is made where it is missing. A README.md that you wrote stays.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TypeError: as for `save_solver`.
+
+    Examples:
+        >>> import tempfile, metabroyden as mb
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     mb.load_solver(mb.save_pretrained(mb.Anderson(memory=3), folder)).memory
+        3
+    """
+    kind, tensors, header = _contents(solver)
+    name, config, summary = type(solver).__name__, header["config"], header.get("summary", {})
+    intent = "A root finder for deep equilibrium models z = f(z, x), saved by metabroyden."
+    facts = (
+        config
+        if not tensors
+        else {
+            "weights": sum(value.numel() for value in tensors.values()),
+            "states": f"{config['layout']} {tuple(config['shape'])}",
+            "steps of meta-training": summary.get("steps"),
+            "seconds of meta-training": summary.get("seconds"),
+            **summary.get("held_out", {}),
+        }
+    )
+    code = f'import metabroyden as mb\n\nsolver = mb.load_solver("path/to/this/folder")  # {name}'
+    return write_pretrained(folder, kind, tensors, header, model_card(name, intent, facts, code))
+
+
+def _contents(solver: Any) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+    """Kind, weights and description of a solver."""
     name = name_of(solver)
     if name is not None and solver.is_learned:
-        return write(path, f"solver/{name}", solver.state_dict(), solver.describe())
+        return f"solver/{name}", solver.state_dict(), solver.describe()
     if name is None or not is_dataclass(solver) or getattr(solver, "initial", None) is not None:
         raise TypeError(f"save_solver takes a learned solver or a plain classical one, got {solver!r}")
-    return write(path, f"solver/{name}", {}, {"config": asdict(solver)})  # type: ignore[arg-type]
+    return f"solver/{name}", {}, {"config": asdict(solver)}  # type: ignore[arg-type]
 
 
 def load_solver(path_or_name: str | Path) -> Any:
-    """The solver in a file, or the shipped one of that name (see `list_pretrained`); in evaluation mode, on the CPU.
+    """The solver in a file or folder, or the shipped one of that name (see `list_pretrained`).
 
-    Raises FileNotFoundError for what is neither, `CheckpointError` for a file that cannot be used.
+    It is in evaluation mode, on the CPU.
+
+    Raises FileNotFoundError for what is none of these, `CheckpointError` for a file or folder that cannot be used.
     """
     path = _resolve(path_or_name)
     tensors, header = read(path, "solver")
@@ -252,16 +334,24 @@ def _check_sizes(shape: Any, path: Path) -> None:
 
 
 def list_pretrained() -> tuple[str, ...]:
-    """Names of the trained solvers shipped with the package, for `load_solver`."""
-    folder = resources.files("metabroyden") / "pretrained"
-    return tuple(sorted(Path(item.name).stem for item in folder.iterdir() if item.name.endswith(".safetensors")))
+    """Names of the trained solvers shipped with the package, for `load_solver`.
+
+    All but "universal" belong to a model that is shipped too: `metabroyden.zoo.models.load_pretrained`.
+
+    Examples:
+        >>> "conv-digits" in list_pretrained()
+        True
+    """
+    return tuple(sorted(path.parent.name for path in SHIPPED.glob(f"*/{CONFIG}")))
 
 
 def _resolve(path_or_name: str | Path) -> Path:
-    path = Path(path_or_name)
-    if path.is_file():
+    path, name = Path(path_or_name), str(path_or_name)
+    if path.is_file() or (path / CONFIG).is_file():
         return path
-    if str(path_or_name) in list_pretrained():
-        return Path(str(resources.files("metabroyden") / "pretrained" / f"{path_or_name}.safetensors"))
+    if name in PRETRAINED or name in list_pretrained():
+        return SHIPPED / current(name, PRETRAINED)
+    if path.is_dir():
+        return path  # which is refused with a sentence
     shipped = ", ".join(list_pretrained()) or "none"
-    raise FileNotFoundError(f"{path_or_name} is neither a file nor the name of a shipped solver ({shipped})")
+    raise FileNotFoundError(f"{path_or_name} is neither a file or folder nor the name of a shipped solver ({shipped})")

@@ -48,6 +48,8 @@ PUBLIC = {
 """Names in `metabroyden`."""
 MEMBERS = {"transposed": "rmatvec", "parts": "required_methods"}
 """Members of a user's own solver; beside them, `safeguard.plan(solver)` is now its method `phases`."""
+PRETRAINED = {"digits-conv": "conv-digits"}
+"""Solvers that come with the package."""
 REGISTRIES: dict[str, dict[str, bool]] = {
     "SOLVERS": {"learned": False, "splitting": False},
     "SPLITTING": {"learned": False, "splitting": True},

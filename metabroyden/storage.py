@@ -34,7 +34,10 @@ def atomic_write(path: str | Path, data: bytes | str) -> Path:
             os.fsync(file.fileno())
             with suppress(FileNotFoundError):
                 os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
-            os.replace(temporary, target)  # before the lock goes with the descriptor
+            if fcntl is not None:
+                os.replace(temporary, target)  # before the lock goes with the descriptor
+        if fcntl is None:
+            os.replace(temporary, target)  # Windows renames no file that is open
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -55,7 +58,7 @@ def remove_leftovers(target: Path) -> None:
 
 def _remove_unlocked(path: Path) -> None:
     """Remove a file; OSError where somebody has it locked. The kernel unlocks the files of a process that is killed."""
-    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink()

@@ -2,7 +2,7 @@
 
 No test is skipped but those marked `cuda`, where there is no GPU: whatever else a test needs, `make` installs or a fixture
 makes. A skip of any other test is a failure (`refuse_skip`). Tests marked `learn2learn` are not selected where there is no
-C compiler, since setup.sh leaves that package out there; the run's closing lines say so.
+C compiler, since setup_env.py leaves that package out there; the run's closing lines say so.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def left_out(config: pytest.Config) -> dict[str, str]:
     """Marks whose tests are not selected, and why."""
     found = {} if config.getoption("real_data") else {"real_data": "wants --real-data: make check-data"}
     if find_spec("learn2learn") is None and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc"))):
-        found["learn2learn"] = "setup.sh leaves it out where there is no C compiler"
+        found["learn2learn"] = "setup_env.py leaves it out where there is no C compiler"
     return found
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import resource
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -127,9 +128,9 @@ def test_every_solver_among_the_results_and_of_the_package_loads():
 
 
 OLD = {
-    "metabroyden/pretrained/digits-conv": (40, 41, 58),
-    "metabroyden/pretrained/universal": (4, 4, 4),
     "results/digits/seed0/coordinatewise": (25, 21, 24),
+    "results/digits/seed0/grouped": (40, 41, 58),
+    "results/generalise/universal": (4, 4, 4),
     "results/meta/conv-digits/meta-broyden-seed0/solver": (55, 50, 56),
     "results/meta/mlp-fashion/meta-broyden-seed0/solver": (8, 12, 17),
     "results/meta/multiscale-digits/meta-broyden-seed0/solver": (38, 48, 60),
@@ -276,7 +277,10 @@ REFUSED: list[tuple[str, Any, str | None]] = [
 def little_memory() -> Iterator[None]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000, "kilobytes, for files of a few"
+    more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert more < (300_000_000 if sys.platform == "darwin" else 300_000), (
+        "bytes, elsewhere kilobytes, for files of a few"
+    )
 
 
 REFUSED_IDS = [f"{name}-{'bytes' if callable(damage) else str(damage):.60}" for name, damage, _ in REFUSED]
@@ -294,8 +298,8 @@ def test_a_file_that_cannot_be_used_is_refused_with_a_sentence_before_it_takes_m
 
 
 def test_what_is_not_there_or_no_solver_is_refused(tmp_path):
-    words = r"neither a file nor the name of a shipped solver \("
-    refused(words, lambda: mb.load_solver("digits-conv-typo"), FileNotFoundError)
+    words = r"neither a file or folder nor the name of a shipped solver \("
+    refused(words, lambda: mb.load_solver("conv-digits-typo"), FileNotFoundError)
     refused("save_solver takes", lambda: mb.save_solver(torch.nn.Linear(2, 2), tmp_path / "s"), TypeError)
     refused("save_model takes", lambda: zoo.save_model(torch.nn.Linear(2, 2), tmp_path / "x"), TypeError)
     assert not list(tmp_path.iterdir())

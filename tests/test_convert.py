@@ -481,7 +481,7 @@ def test_options_come_from_the_two_where_they_agree():
     assert deq.backward_mode == mb.Implicit(solver=mb.Picard(), rtol=1e-4, max_nfe=40)
     second.solver = mb.Anderson(memory=2)
     assert mb.compose(first, second).deq.solver == mb.Broyden()
-    learned = mb.load_solver(mb.list_pretrained()[0])
+    learned = mb.load_solver("conv-digits")
     first.solver = second.solver = learned
     assert mb.compose(first, second).deq.solver == mb.Broyden()
     given = mb.compose(first, second, solver=mb.Picard(), rtol=1e-2, max_nfe=7, backward=mb.Implicit()).deq

@@ -148,7 +148,7 @@ def test_a_layer_may_be_used_twice_before_backward():
 
 
 def test_a_learned_solver_is_no_part_of_the_model():
-    cell, solver = ConvCell(4, 4, 2), mb.load_solver(mb.list_pretrained()[0])
+    cell, solver = ConvCell(4, 4, 2), mb.load_solver("conv-digits")
     assigned = mb.DEQ(cell)
     assigned.solver = solver
     for deq in (mb.DEQ(cell, solver=solver), assigned):

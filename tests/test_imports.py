@@ -5,13 +5,11 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 
 import metabroyden
-from metabroyden import version
 
 PACKAGE = Path(metabroyden.__file__).parent
 
@@ -26,8 +24,7 @@ LAYERS = [
     ["fixed"],
     ["solvers"],
     ["nn"],
-    ["learned"],
-    ["checkpoint", "described", "resume"],
+    ["learned", "checkpoint", "described", "folder", "resume"],  # a learned solver saves itself
     ["gradients"],
     ["deq"],
     ["compare"],
@@ -68,8 +65,6 @@ def area(path: Path) -> str:
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_module_imports_only_from_its_own_layer_and_earlier_ones(path):
-    if area(path) == "pretrained":
-        return
     own = RANK[area(path)]
     for name in imported(path):
         assert not name.startswith("experiments"), f"{path} imports {name}"
@@ -106,21 +101,10 @@ for solver in (mb.Broyden(), mb.GroupedLSTM(GroupedConfig(layout="vector", shape
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
 
 
-def test_the_flagship_is_exported_and_the_version_is_that_of_the_project():
+def test_the_flagship_is_exported():
     for name in ("MetaBroyden", "Universal", "HyperAnderson", "Layout", "TaskSet", "MetaTrainer", "MetaConfig"):
         assert name in metabroyden.__all__
         assert hasattr(metabroyden, name)
-    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
-    assert project["version"] == version.SOURCE
-    assert metabroyden.__version__ == version.found()
-
-
-def test_sources_that_are_not_installed_have_a_version_too(monkeypatch):
-    def missing(name):
-        raise version.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(version.metadata, "version", missing)
-    assert version.found() == version.SOURCE
 
 
 def test_importing_takes_under_two_cpu_seconds_beyond_torch_and_loads_nothing_of_the_zoo():

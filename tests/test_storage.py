@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -186,6 +187,28 @@ def test_a_new_file_has_the_mode_that_the_umask_leaves_and_one_that_is_there_kee
         os.umask(before)
 
 
+def test_where_no_open_file_may_be_renamed_it_is_closed_first(tmp_path, monkeypatch):
+    """Windows refuses to; it has no fcntl either."""
+    opened, replace = [], os.replace
+    fdopen = os.fdopen
+
+    def noted(*arguments):
+        opened.append(fdopen(*arguments))
+        return opened[-1]
+
+    def refuse_open(source, target):
+        assert all(file.closed for file in opened)
+        replace(source, target)
+
+    monkeypatch.setattr(storage, "fcntl", None)
+    monkeypatch.setattr(storage.os, "fdopen", noted)
+    monkeypatch.setattr(storage.os, "replace", refuse_open)
+    for text in ("old", "new"):
+        assert atomic_write(tmp_path / "a", text).read_text() == text
+    assert len(opened) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError("disk full")
@@ -239,9 +262,9 @@ def test_what_killed_saves_leave_behind_goes_with_the_next_one(tmp_path):
     others = {tmp_path / name for name in names}
     for other in others:
         other.write_text("somebody else's")
-    for _ in range(30):  # until one is hit between the temporary file and its new name
+    for late in range(30):  # until one is hit between the temporary file and its new name
         with saving(path):
-            pass
+            time.sleep(late / 10_000)
         data = path.read_bytes()
         assert len(data) == 3_000_000, "the file is whole, whenever the writer was killed"
         assert len(set(data)) == 1

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -205,6 +206,25 @@ class LearnedSolver(SolverBase, nn.Module):
         if isinstance(values.get("safeguard"), dict):
             values["safeguard"] = Safeguard(**values["safeguard"])
         return cls(cls.config_type(**values))
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the solver as a folder in Hugging Face's convention (`metabroyden.save_pretrained`); returns the folder."""
+        from metabroyden.checkpoint import save_pretrained
+
+        return save_pretrained(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder_or_name: str | Path) -> Self:
+        """The solver of this class in a folder or file, or the shipped one of that name; see `metabroyden.load_solver`.
+
+        `CheckpointError` where it is of another class; else as `load_solver`.
+        """
+        from metabroyden.checkpoint import CheckpointError, load_solver
+
+        solver = load_solver(folder_or_name)
+        if not isinstance(solver, cls):
+            raise CheckpointError(f"{folder_or_name} holds a {type(solver).__name__}, wanted a {cls.__name__}")
+        return solver
 
 
 def _tuples(value: Any) -> Any:

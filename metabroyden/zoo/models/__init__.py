@@ -13,6 +13,7 @@ from metabroyden.zoo.models.mlp import MLPClassifier, MLPClassifierConfig
 from metabroyden.zoo.models.monotone import MonotoneCell, MonotoneConv, MonotoneDense, MonotoneMultiTier
 from metabroyden.zoo.models.monotone_classifier import MonotoneClassifier, MonotoneClassifierConfig
 from metabroyden.zoo.models.multiscale import MultiscaleCell, MultiscaleClassifier, MultiscaleClassifierConfig
+from metabroyden.zoo.models.pretrained import load_pretrained
 from metabroyden.zoo.models.transformer import DEQTransformer, DEQTransformerConfig, TransformerCell
 from metabroyden.zoo.models.trellisnet import TrellisCell, TrellisNet, TrellisNetConfig
 from metabroyden.zoo.models.twins import Flow, Stack, Unrolled, explicit_twin, flow_twin, unrolled_twin

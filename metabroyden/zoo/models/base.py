@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from metabroyden.deq import DEQ
+from metabroyden.described import CheckpointError
 from metabroyden.zoo.models.stem import TokenStem
 
 
@@ -95,6 +97,28 @@ class EquilibriumModel(nn.Module):
     def describe(self) -> dict[str, Any]:
         """What a checkpoint needs to build the model again."""
         return asdict(self.config)
+
+    def save_pretrained(self, folder: str | Path, summary: dict[str, Any] | None = None) -> Path:
+        """Write the model as a folder in Hugging Face's convention, without its solver; returns the folder.
+
+        config.json, model.safetensors and a model card, README.md. `summary` is kept beside the config.
+        """
+        from metabroyden.zoo.models.fit import save_pretrained
+
+        return save_pretrained(self, folder, summary)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **deq_options: Any) -> Self:
+        """The model of this class in a folder or file; `deq_options` as in `load_model`.
+
+        `CheckpointError` where it is of another class; else as `load_model`.
+        """
+        from metabroyden.zoo.models.fit import load_model
+
+        model = load_model(folder, **deq_options)
+        if not isinstance(model, cls):
+            raise CheckpointError(f"{folder} holds a {type(model).__name__}, wanted a {cls.__name__}")
+        return model
 
 
 MODELS: dict[str, type[EquilibriumModel]] = {}

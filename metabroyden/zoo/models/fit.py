@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from metabroyden import checkpoint, resume
 from metabroyden.deq import DEQ
 from metabroyden.described import check, damaged
+from metabroyden.folder import model_card
 from metabroyden.nn.jacobian import jacobian_penalty
 from metabroyden.zoo.models.base import MODELS, EquilibriumModel
 from metabroyden.zoo.models.criteria import Criterion, device_of
@@ -279,22 +280,42 @@ def save_model(model: Any, path: str | Path, summary: dict[str, Any] | None = No
     With `slim` weights of float32 are written in half precision where they are many (`checkpoint.to_half`), and come back
     rounded, as float32.
     """
+    kind, tensors, header = _contents(model, summary)
+    kept = checkpoint.to_half(tensors) if slim else tensors
+    header["to_half"] = any(kept[name].dtype != value.dtype for name, value in tensors.items())
+    return checkpoint.write(path, kind, kept, header)
+
+
+def save_pretrained(model: Any, folder: str | Path, summary: dict[str, Any] | None = None) -> Path:
+    """Write a model as `save_model` does, but as a folder in Hugging Face's convention; returns the folder.
+
+    `load_model` reads it.
+    """
+    kind, tensors, header = _contents(model, summary)
+    facts = {"weights": sum(value.numel() for value in tensors.values()), **header["config"], **header["summary"]}
+    intent = "A model with a deep equilibrium layer, saved by metabroyden. A root finder for it is saved apart."
+    code = 'from metabroyden.zoo.models import load_model\n\nmodel = load_model("path/to/this/folder")'
+    card = model_card(type(model).__name__, intent, facts, code)
+    return checkpoint.write_pretrained(folder, kind, tensors, header, card)
+
+
+def _contents(model: Any, summary: dict[str, Any] | None) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+    """Kind, weights and description of a model or a twin; TypeError for anything else."""
     if getattr(model, "kind", None) not in MODELS:
         raise TypeError(f"save_model takes one of {sorted(MODELS)}, got {type(model).__name__}")
     header = {"config": model.describe(), "summary": summary or {}}
     if isinstance(model.deq, Twin):
         header["twin"] = model.deq.describe()
-    tensors = model.state_dict()
-    kept = checkpoint.to_half(tensors) if slim else tensors
-    header["to_half"] = any(kept[name].dtype != value.dtype for name, value in tensors.items())
-    return checkpoint.write(path, f"model/{model.kind}", kept, header)
+    return f"model/{model.kind}", model.state_dict(), header
 
 
 def load_model(path: str | Path, **deq_options: Any) -> Any:
-    """The model in a file, in evaluation mode, on the CPU; `deq_options` go to its `DEQ` (solver, rtol, max_nfe, …).
+    """The model in a file or folder, in evaluation mode, on the CPU.
 
-    Raises FileNotFoundError where there is no file, `CheckpointError` for one that cannot be used, TypeError for options
-    where the file holds a twin, which has no DEQ.
+    `deq_options` go to its `DEQ` (solver, rtol, max_nfe, …).
+
+    Raises FileNotFoundError where there is neither, `CheckpointError` for one that cannot be used, TypeError for options
+    where it holds a twin, which has no DEQ.
     """
     tensors, header = checkpoint.read(path, "model")
     if header.get("to_half"):
