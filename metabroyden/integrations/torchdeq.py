@@ -115,6 +115,12 @@ def _solve(
     return finish(solution.z), states, _statistics(solution, lost)
 
 
+def _flattened(x: Any) -> tuple[list[Any], str]:
+    """(leaves, structure in words) of a pytree: the structure itself is not to be copied with a map."""
+    leaves, structure = pytree.tree_flatten(x)
+    return leaves, repr(structure)
+
+
 class _Same:
     """Tells whether tensors are those that it was made of, without keeping them."""
 
@@ -173,7 +179,7 @@ class FixedPointMap(ModelMap):
 
     def _problem(self, x: Any) -> tuple[Callable[[Tensor], Tensor], Tensor]:
         """(f, z0) for x, captured once."""
-        leaves, structure = pytree.tree_flatten(x)
+        leaves, structure = ([x], "") if isinstance(x, Tensor) else _flattened(x)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if not tensors:
             raise TypeError(f"x must be a tensor or a pytree of them, the model's raw inputs, got {type(x).__name__}")

@@ -8,7 +8,7 @@ from metabroyden.meta.objectives import ResidualObjective
 from metabroyden.meta.online import OnlineConfig, OnlineMetaTrainer
 from metabroyden.meta.plan import Plan, make_learned, plan
 from metabroyden.meta.tasks import TaskSet
-from metabroyden.meta.trainer import MetaTrainer, MultiTaskTrainer
+from metabroyden.meta.trainer import MetaTrainer, MultiTaskTrainer, TrainingStep
 from metabroyden.meta.unroll import unroll
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Plan",
     "ResidualObjective",
     "TaskSet",
+    "TrainingStep",
     "fit_adjoint",
     "fit_solver",
     "make_learned",

@@ -1,19 +1,22 @@
 """One meta-training in several processes: each takes an equal share of every batch, their gradients are averaged.
 
-LearnedStart by torchrun, which says through the environment how many there are and where they meet. Whatever is random is
+Started by torchrun, which says through the environment how many there are and where they meet. Whatever is random is
 drawn for the whole batch in every process (`metabroyden.meta.estimators`), so their number changes nothing but rounding.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -94,6 +97,25 @@ def from_first(values: Sequence[float]) -> list[float]:
     shared = torch.tensor(values, dtype=torch.float64, device=where)
     dist.broadcast(shared, 0)
     return shared.tolist()
+
+
+def by_first(make: Callable[[], T]) -> T:
+    """What `make` returns in the first process, which alone calls it, in all of them; what it raises is raised in all.
+
+    For what takes timings or reads from a loader, which would differ from process to process.
+    """
+    if size() == 1:
+        return make()
+    found: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            found[0] = make()
+        except Exception as error:
+            found[1] = error
+    dist.broadcast_object_list(found, 0)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
 
 
 def wait() -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +15,20 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metabroyden.compare import Comparison, by_sample, compare_solvers
+from metabroyden.compare import UNTUNED, Comparison, by_sample, compare_solvers
 from metabroyden.deprecated import old_options
 from metabroyden.learned.fingerprint import fingerprint
+from metabroyden.meta import distributed
 from metabroyden.meta.config import MetaConfig
+from metabroyden.meta.defaults import RATES
 from metabroyden.meta.inputs import check_contexts, gathered
-from metabroyden.meta.plan import as_solved, measure_classical, plan, room
+from metabroyden.meta.plan import ALIASES, OURS, Classical, as_solved, measure_classical, plan, room
 from metabroyden.meta.plan import make_learned as make_learned
-from metabroyden.meta.progress import progress_bar
+from metabroyden.meta.progress import progress_bar, tensorboard
+from metabroyden.meta.prospect import Prospect, prospect
 from metabroyden.meta.target import ModelMap, Target, check_start, resting, takes_several, target_of
 from metabroyden.meta.tasks import TaskSet, count, rows, sampled
-from metabroyden.meta.trainer import MetaTrainer
+from metabroyden.meta.trainer import Callback, MetaTrainer, Progress
 from metabroyden.solution import Cell, State
 from metabroyden.solvers.registry import list_solvers
 from metabroyden.state import Packing
@@ -48,11 +55,19 @@ def fit_solver(
     progress: bool = True,
     checkpoint: str | Path | None = None,
     score: Callable[[State, Any], Any] | None = None,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
+    log_dir: str | Path | None = None,
+    callback: Callback | None = None,
     return_report: bool = False,
 ) -> Any:
     """Meta-train a root finder for the fixed points of f(z, x), without labels, and see whether it pays.
 
     Three steps: `plan` chooses how the solver is made and trained, `MetaTrainer` trains it, `compare_solvers` measures it.
+    Before the second one the untrained solver is timed (see `prospect`): where it would be no faster than the fastest
+    classical solver even if it needed half the evaluations of the best one, and four, there is nothing to gain. A warning
+    then says so with the figures, nothing is trained, and the fastest classical solver is returned; with fallback=False, or
+    where a checkpoint of a training is there, it is trained all the same.
     Of x_train a fifth (at most 256 samples) chooses weights, when to stop, and the options of the classical solvers; another
     fifth (at most 128, fewer where states are large) is left alone until the end. On that one the fitted solver is held
     against Picard, Anderson and Broyden, tuned to rtol (and operator splitting where f offers its parts), at 60 evaluations
@@ -89,84 +104,195 @@ def fit_solver(
         seconds: of training at most, tuning and comparison not included.
         patience: looks at validation (one every eighth of the steps, or 1,400 solver steps) without gain after which it
             stops early; None: never.
-        fallback: False to get the fitted solver whatever it is worth.
+        fallback: False to train whatever the prospect, and to get the fitted solver whatever it is worth.
         seed: of weights, batches and the split.
-        device: where to train; default that of x_train.
+        device: where to train; default that of x_train. Under torchrun all processes must make the same call; each
+            trains on its share of every batch and returns the same solver. The first one's x_train counts, and it alone
+            measures, prints, calls the callback and writes.
         progress: show a bar (needs rich), and print the comparison.
         checkpoint: file for the training's state, from which the same call goes on after an interruption.
         score: (z, x) → how good the states z are for the samples x of x_train, higher being better: a tensor (B,), or
             the mean, which is then asked for sample by sample. Labels may travel in x_train, beside what f reads. A
             column of the comparison, and a reason to refuse.
+        batch_size: problems of an outer step, over all processes; None: 32.
+        learning_rate: peak rate of Adam; None: that of the solver. The rate of a MetaBroyden's matrices is changed in
+            proportion.
+        log_dir: folder for TensorBoard files: loss, gradient norm, evaluations on validation, learning rates and skipped
+            steps. Needs the tensorboard package.
+        callback: called after each outer step with a `TrainingStep`: step, steps, loss, evaluations on validation, the
+            best of these, seconds, skipped. Training ends where it returns True, with the best weights so far.
         return_report: whether to return the comparison too.
 
     Returns:
         A learned solver in evaluation mode, or a classical one; both for `solve`, `DEQ`, `register` and `save_solver`. With
-        return_report a pair of it and the `Comparison`, also after a fallback; `fitted.solver` is the fitted one.
+        return_report a pair of it and the `Comparison`, also after a fallback; `fitted.solver` is the fitted one. Where
+        nothing was trained, that is a comparison of untuned Broyden with the tuned classical solvers.
 
     Raises:
         ValueError, TypeError: bad input, saying what was given and what is wanted.
-        RuntimeError: inference mode or autocast is on.
+        ImportError: log_dir without tensorboard.
+        RuntimeError: inference mode or autocast is on; processes that differ in f.
+
+    Examples:
+        >>> import torch, metabroyden as mb
+        >>> f = lambda z, x: torch.tanh(0.5 * z.roll(1, 1) + x)
+        >>> solver = mb.fit_solver(f, torch.randn(30, 4), steps=2, fallback=False, progress=False)
+        >>> bool(mb.solve(f, torch.zeros(3, 4), torch.randn(3, 4), solver=solver).converged.all())
+        True
     """
     refuse_inference("fit_solver")
     target = target_of(f)
     if z0 is not None:
         target = target._replace(z0=z0)
     _check_arguments(target, seconds, score)
+    switches = {"fallback": fallback, "progress": progress, "return_report": return_report}
+    _check_training(batch_size, learning_rate, callback, **switches)
+    _check_places(checkpoint, log_dir)
     x_train = contexts_of(x_train, target)
     check_contexts(x_train, zeros=target.z0 is None)
     if solver in list_solvers(adjoint=True):
         raise ValueError("the adjoint solver is for backward passes: fit_adjoint(cell, x_train) fits it")
     training: dict[str, Any] = {"seed": seed, "validation_rtol": rtol, "validation_nfe": MAX_NFE, "patience": patience}
     MetaConfig(**training, steps=1 if steps is None else steps)  # refuses what cannot be used before anything is solved
-    if device is not None:
-        x_train = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device), x_train)
-    with resting(target.whole):
-        tasks = _split(target, x_train, seed)
-        z0s, _ = tasks.problems("validation")
-        _check_starts(z0s, count(tasks.split("validation")))
-        if score is not None:  # a score that cannot be used is refused before the training, not after it
-            by_sample(score, tasks.split("validation"))(z0s)
-        classical = measure_classical(tasks, rtol=rtol, max_nfe=MAX_NFE, layout=layout)
-        made = plan(
-            tasks, classical, solver=solver, layout=layout, conditioning=conditioning, steps=steps, seconds=seconds,
-            training=training,
-        )  # fmt: skip
-        learned = made.build(z0s)
-        with progress_bar("meta-training", made.training.steps, show=progress) as report:
-            trainer = MetaTrainer(learned, tasks, made.training, checkpoint=checkpoint)
-            trainer.run(report)
-        _warn_of_skipped(trainer)
-        learned.fingerprint = fingerprint(target.f.model if isinstance(target.f, ModelMap) else target.f)
-        raw = rows(tasks.split("test"), slice(room(made.layout)))
-        comparison = compare_solvers(
-            *as_solved(target.f, *tasks.prepare(raw)), solver, {**classical.solvers, solver: learned}, rtol=rtol,
-            max_nfe=MAX_NFE, score=None if score is None else by_sample(score, raw),
-        )  # fmt: skip
-    learned.summary["held_out"] = comparison.summary()
-    if progress:
-        comparison.show()
-    found = learned if not fallback or not comparison.failed_criteria else _refused(comparison)
+    where = sampled(x_train)[0].device if device is None else distributed.resolve(str(device))
+    with distributed.processes(where), resting(target.whole):
+        training |= {"batch": _batch(batch_size), **_rates(solver, learning_rate)}
+        job = _Job.of(target, x_train, where, seed, rtol, layout, score)
+        asked: dict[str, Any] = {"solver": solver, "layout": layout, "conditioning": conditioning}
+        made = distributed.by_first(
+            lambda: plan(job.tasks, job.classical, **asked, steps=steps, seconds=seconds, training=training)
+        )
+        learned, size = made.build(job.tasks.problems("validation")[0]), room(made.layout)
+        outlook = None if not fallback or _begun(checkpoint) else job.outlook(learned, size)
+        trained = outlook is None or not outlook.hopeless
+        if trained:
+            trainer = MetaTrainer(learned, job.tasks, made.training, checkpoint=checkpoint)
+            trainer.callback = callback
+            with _watched(trainer, progress, log_dir) as report:
+                trainer.run(report)
+            _say(_many_skipped(trainer))
+            learned.fingerprint = fingerprint(target.f.model if isinstance(target.f, ModelMap) else target.f)
+        else:
+            _say(f"there is nothing to gain: {outlook}, so nothing is trained (fallback=False trains all the same)")
+        comparison = job.compared(solver if trained else UNTUNED, {solver: learned} if trained else {}, size)
+        learned.summary["held_out"] = comparison.summary()
+        if progress and distributed.rank() == 0:
+            comparison.show()
+        _say(_refused(comparison) if trained and fallback else None)
+    kept = learned if trained else comparison.fitted.solver
+    found = comparison.results[comparison.best].solver if fallback and comparison.failed_criteria else kept
     return (found, comparison) if return_report else found
 
 
-def _warn_of_skipped(trainer: MetaTrainer) -> None:
-    if trainer.skipped > trainer.step // 10:
-        warnings.warn(
-            f"fit_solver: {trainer.skipped} of {trainer.step} steps were skipped because their gradient was not finite: f "
-            "blows up on some contexts, and the solver has learned little",
-            stacklevel=4,
+@dataclass(frozen=True)
+class _Job:
+    """The problems of one fit, and what is asked of solvers on them; measured in the first process for all.
+
+    Attributes:
+        f: as `as_solved` takes it.
+        tasks: its problems.
+        classical: tuned on validation.
+        rtol: tolerance.
+        score: of the user, or None.
+    """
+
+    f: Any
+    tasks: TaskSet
+    classical: Classical
+    rtol: float
+    score: Callable[[State, Any], Any] | None
+
+    @classmethod
+    def of(
+        cls, target: Target, x: Any, where: torch.device, seed: int, rtol: float, layout: str | None, score: Any
+    ) -> _Job:
+        """The first process's contexts, on the device, split; ValueError or TypeError for a bad start or score."""
+        x = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(where), distributed.by_first(lambda: x))
+        tasks = _split(target, x, seed)
+        validation = tasks.split("validation")
+        z0s, _ = tasks.problems("validation")
+        _check_starts(z0s, count(validation))
+        if score is not None:  # a score that cannot be used is refused before the training, not after it
+            by_sample(score, validation)(z0s)
+        known = fingerprint(target.f.model if isinstance(target.f, ModelMap) else target.f)
+        distributed.agree("the weights of f", 0.0 if known is None else int(known.split("-")[1][:12], 16))
+        return cls(target.f, tasks, measure_classical(tasks, rtol=rtol, max_nfe=MAX_NFE, layout=layout), rtol, score)
+
+    def outlook(self, learned: Any, size: int) -> Prospect:
+        """The prospect of an untrained solver, on as many validation problems as will be compared (at most `size`)."""
+        raw = rows(self.tasks.split("validation"), slice(min(size, count(self.tasks.split("test")))))
+        limits: dict[str, Any] = {"rtol": self.rtol, "max_nfe": MAX_NFE}
+        return distributed.by_first(
+            lambda: prospect(*as_solved(self.f, *self.tasks.prepare(raw)), learned, self.classical.solvers, **limits)
+        )
+
+    def compared(self, name: str, learned: dict[str, Any], size: int) -> Comparison:
+        """The solver called `name` against the classical ones on at most `size` test problems."""
+        raw = rows(self.tasks.split("test"), slice(size))
+        score = None if self.score is None else by_sample(self.score, raw)
+        limits: dict[str, Any] = {"rtol": self.rtol, "max_nfe": MAX_NFE, "score": score}
+        return distributed.by_first(
+            lambda: compare_solvers(
+                *as_solved(self.f, *self.tasks.prepare(raw)), name, {**self.classical.solvers, **learned}, **limits
+            )
         )
 
 
-def _refused(result: Comparison) -> Any:
-    best = result.results[result.best].solver
-    warnings.warn(
-        f"fit_solver: the fitted solver does not beat the best classical ones on {len(result.fitted.nfe)} held-out problems "
-        f"to {result.rtol:g}: {'; '.join(result.failed_criteria)}. "
-        f"Returned is {best!r}; with fallback=False the fitted one is",
-        stacklevel=4,
+@contextmanager
+def _watched(trainer: MetaTrainer, progress: bool, log_dir: Any) -> Iterator[Progress | None]:
+    """What moves the progress bar; the trainer's curves are written meanwhile, where they are wanted."""
+    first = distributed.rank() == 0
+    log = tensorboard(Path(log_dir), trainer.step) if first and log_dir is not None else nullcontext()
+    bar = progress_bar("meta-training", trainer.config.steps, show=progress and first)
+    with log as trainer.curves, bar as report:
+        yield report
+
+
+def _begun(checkpoint: Any) -> bool:
+    """Whether a training has been decided on before."""
+    return checkpoint is not None and Path(checkpoint).exists()
+
+
+def _batch(size: int | None) -> int:
+    """Problems of an outer step: as asked for, or the usual number rounded up to a multiple of the processes'."""
+    each = distributed.size()
+    size = -(-MetaConfig.batch // each) * each if size is None else size
+    distributed.part(size)
+    return size
+
+
+def _rates(solver: str, learning_rate: float | None) -> dict[str, float]:
+    """Options of `MetaConfig` for a learning rate: that of matrices is changed in proportion."""
+    if learning_rate is None:
+        return {}
+    own = ALIASES.get(solver, solver) in OURS
+    more = {"orthogonal_rate": learning_rate * RATES["orthogonal_rate"] / RATES["learning_rate"]} if own else {}
+    return {"learning_rate": learning_rate, **more}
+
+
+def _say(words: str | None) -> None:
+    """Warn the caller of `fit_solver`, in the first process."""
+    if words is not None and distributed.rank() == 0:
+        warnings.warn(f"fit_solver: {words}", stacklevel=4)
+
+
+def _many_skipped(trainer: MetaTrainer) -> str | None:
+    if trainer.skipped <= trainer.step // 10:
+        return None
+    return (
+        f"{trainer.skipped} of {trainer.step} steps were skipped because their gradient was not finite: f blows up on some "
+        "contexts, and the solver has learned little"
     )
-    return best
+
+
+def _refused(result: Comparison) -> str | None:
+    if not result.failed_criteria:
+        return None
+    return (
+        f"the fitted solver does not beat the best classical ones on {len(result.fitted.nfe)} held-out problems "
+        f"to {result.rtol:g}: {'; '.join(result.failed_criteria)}. "
+        f"Returned is {result.results[result.best].solver!r}; with fallback=False the fitted one is"
+    )
 
 
 def _check_starts(start: Any, size: int) -> None:
@@ -183,14 +309,44 @@ def _check_starts(start: Any, size: int) -> None:
         raise ValueError("a state needs an axis besides the samples': give x_train (or z0) as (N, 1)")
 
 
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
 def _check_arguments(target: Target, seconds: Any, score: Any) -> None:
     if target.z0 is not None and not callable(target.z0):
         raise TypeError(f"z0 must be a map x → start, got {type(target.z0).__name__}")
-    number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-    if seconds is not None and not (number and 0 < seconds < float("inf")):
+    if seconds is not None and not _is_positive(seconds):
         raise ValueError(f"seconds must be a positive number, or None for no limit, got {seconds!r}")
     if score is not None and not callable(score):
         raise TypeError(f"score must be a map (z, x) → numbers, higher being better, got {type(score).__name__}")
+
+
+def _check_training(batch_size: Any, learning_rate: Any, callback: Any, **switches: Any) -> None:
+    whole = isinstance(batch_size, int) and not isinstance(batch_size, bool) and batch_size > 0
+    if batch_size is not None and not whole:
+        raise ValueError(f"batch_size must be an integer of at least 1, or None for 32, got {batch_size!r}")
+    if learning_rate is not None and not _is_positive(learning_rate):
+        raise ValueError(f"learning_rate must be a positive number, or None for the usual one, got {learning_rate!r}")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be a function of a TrainingStep, got {type(callback).__name__}")
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r:.40}")
+
+
+def _check_places(checkpoint: Any, log_dir: Any) -> None:
+    for name, place in {"checkpoint": checkpoint, "log_dir": log_dir}.items():
+        if place is not None and not isinstance(place, (str, os.PathLike)):
+            raise TypeError(f"{name} must be a path, or None for none, got {type(place).__name__}")
+    if checkpoint is not None and Path(checkpoint).is_dir():
+        raise ValueError(f"checkpoint must be a file, such as fit.safetensors, got the folder {str(checkpoint)!r}")
+    if log_dir is not None and importlib.util.find_spec("tensorboard") is None:
+        raise ImportError(
+            "log_dir= writes TensorBoard files, and tensorboard is not installed: pip install tensorboard"
+        )
+    if log_dir is not None and Path(log_dir).exists() and not Path(log_dir).is_dir():
+        raise ValueError(f"log_dir must be a folder, got the file {str(log_dir)!r}")
 
 
 def contexts_of(x_train: Any, target: Target) -> Any:

@@ -12,6 +12,7 @@ STOPS = {
     "steps": "all outer steps were taken",
     "patience": "validation had stopped improving",
     "budget": "the time budget was spent",
+    "callback": "a callback asked for it",
     "non-finite": "gradients stayed non-finite, returns to the best weights notwithstanding",
 }
 """Why a meta-training stopped, by name."""

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,29 @@ from metabroyden.state import gather
 Progress = Callable[[int, str], None]
 """Called with the step reached (of the time budget where that is nearer its end) and a few words."""
 Curves = Callable[[int, dict[str, float]], None]  # called with the number of outer steps made and numbers by name
+
+
+class TrainingStep(NamedTuple):
+    """What a callback is told after an outer step."""
+
+    step: int
+    """Outer steps made."""
+    steps: int
+    """Outer steps at most."""
+    loss: float
+    """Training loss of this step; NaN or infinite where it was skipped."""
+    evaluations: float
+    """Mean evaluations on validation at the last look, a failure counting twice the budget."""
+    best: float
+    """The lowest of these so far: that of the weights that are kept."""
+    seconds: float
+    """Wall-clock time since the training began, looks at validation and earlier sittings included."""
+    skipped: int
+    """Outer steps that were not taken, as their loss or gradient was not finite."""
+
+
+Callback = Callable[[TrainingStep], Any]
+"""Called after each outer step; the training ends where it returns True."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +90,8 @@ class Trainer:
             validation and earlier sittings included).
         incidents: what went wrong.
         stopped: why it stopped, a key of `schedule.STOPS`; None while it has not.
-        curves: called with loss, gradient norm and learning rate of each step and the scores, if set.
+        curves: called with loss, gradient norm, learning rates and skips of each step and the scores, if set.
+        callback: called after each step, if set, in the first process; training ends where it returns True.
     """
 
     def __init__(
@@ -99,6 +123,7 @@ class Trainer:
         rates = config.learning_rate, config.orthogonal_rate
         self.optimizer = make_optimizer(self.module, *rates) if optimizer is None else optimizer
         self.curves: Curves | None = None
+        self.callback: Callback | None = None
         self._estimator: Any = None
         if self.path is not None and self.path.exists():
             self._resume(self.path)
@@ -127,10 +152,7 @@ class Trainer:
         while self.stopped is None and self.step < last:
             loss = self._update()
             self.step += 1
-            self.stopped = self._reason()
-            if self.step % config.validate_every == 0 or self.stopped is not None:
-                self._validate(loss)
-                self.stopped = self.stopped or self._reason()
+            self._look(loss)
             if self.stopped is not None:
                 self.clock.stop()
             self._save(due=self.step % self.save_every == 0 or self.step == last)
@@ -140,6 +162,32 @@ class Trainer:
         if self.stopped is not None:
             self._finish()
         return self.solver
+
+    def _look(self, loss: float) -> None:
+        """At validation where that is due, at what says that training is to stop, and at validation if it does."""
+        self.stopped = self._reason()
+        due = self.step % self.config.validate_every == 0 or self.stopped is not None
+        if due:
+            self._validate(loss)
+            self.stopped = self.stopped or self._reason()
+        if self._asked_to_stop(loss) and self.stopped is None:
+            self.stopped = "callback"
+            if not due:
+                self._validate(loss)
+
+    def _asked_to_stop(self, loss: float) -> bool:
+        """What the callback returns in the first process."""
+        if self.callback is None:
+            return False
+        told: Any = False
+        if distributed.rank() == 0:
+            evaluations = self.history[-1]["score"] if self.history else math.nan
+            seconds = self.clock.read()[0]
+            told = self.callback(
+                TrainingStep(self.step, self.config.steps, loss, evaluations, self.best_score, seconds, self.skipped)
+            )
+        stop = isinstance(told, bool | np.bool_) and bool(told)  # what a logger happens to return does not count
+        return bool(distributed.from_first([float(stop)])[0])
 
     def _update(self) -> float:
         """One outer step; a loss or gradient that is not finite is skipped and recorded."""
@@ -156,8 +204,9 @@ class Trainer:
         elif self.incidents.consecutive_skips >= config.rollback_after:
             self._roll_back()
         if self.curves is not None:
-            values = {"loss": loss, "gradient norm": norm, "learning rate": rate * config.learning_rate}
-            self.curves(self.step + 1, values)
+            rates = {"learning rate": config.learning_rate, "learning rate of matrices": config.orthogonal_rate}
+            values = {"loss": loss, "gradient norm": norm, "skipped steps": float(self.skipped)}
+            self.curves(self.step + 1, values | {name: rate * peak for name, peak in rates.items() if peak})
         return loss
 
     def _roll_back(self) -> None:

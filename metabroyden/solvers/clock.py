@@ -23,6 +23,15 @@ def turns(names: Sequence[T], rounds: int) -> Iterator[T]:
         yield from (*names[first:], *names[:first])
 
 
+def timed(f: Cell, z0: State, context: Any, **options: Any) -> tuple[Solution, float]:
+    """(solution, seconds) of one solve; arguments as for `solve`."""
+    began = time.perf_counter()
+    solution = solve(f, z0, context, throw=False, **options)
+    if solution.residual.is_cuda:
+        torch.cuda.synchronize(solution.residual.device)
+    return solution, time.perf_counter() - began
+
+
 def race(
     f: Cell, z0: State, context: Any, solvers: dict[str, Any], *, rtol: float, max_nfe: int, seconds: float = 3.0
 ) -> tuple[dict[str, Solution], dict[str, list[float]]]:
@@ -35,11 +44,7 @@ def race(
     taken: dict[str, list[float]] = {name: [] for name in names}
 
     def lap(name: str) -> tuple[Solution, float]:
-        began = time.perf_counter()
-        solution = solve(f, z0, context, solver=solvers[name], rtol=rtol, max_nfe=max_nfe, throw=False)
-        if solution.residual.is_cuda:
-            torch.cuda.synchronize(solution.residual.device)
-        return solution, time.perf_counter() - began
+        return timed(f, z0, context, solver=solvers[name], rtol=rtol, max_nfe=max_nfe)
 
     spent = 0.0
     for name in names:

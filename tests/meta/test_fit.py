@@ -21,10 +21,11 @@ from metabroyden.compare import Comparison, SolverResult, by_sample, compare_sol
 from metabroyden.integrations.torchdeq import FixedPointMap
 from metabroyden.learned import MetaBroyden, MetaSplitting
 from metabroyden.learned.fingerprint import fingerprint
-from metabroyden.learned.layout import LARGEST_PACKED
+from metabroyden.learned.layout import LARGEST_PACKED, Layout
 from metabroyden.meta.defaults import DAMPINGS, SOLVER_STEPS, context_options, schedule, state_layout
 from metabroyden.meta.fit import _split
-from metabroyden.meta.plan import measure_classical, plan
+from metabroyden.meta.plan import make_learned, measure_classical, plan
+from metabroyden.meta.prospect import prospect
 from metabroyden.meta.target import Inside, Target
 from metabroyden.meta.tasks import TaskSet, count, rows
 from metabroyden.meta.trainer import MetaTrainer
@@ -85,9 +86,9 @@ def test_a_solver_that_wins_is_returned_and_serves_as_a_drop_in(monkeypatch, tmp
     assert deq.last_solution.nfe.float().mean() < 0.8 * mb.solve(cell, 0 * x, x, solver=mb.Broyden()).nfe.float().mean()
 
 
-def test_a_solver_that_does_not_pay_is_refused_and_the_best_classical_one_serves_everywhere(tmp_path):
-    """f(z) = −z/5 + x: damped by 5/6, Picard is there after one step."""
-    f, x = (lambda z, x: x - 0.2 * z), normal(60, 4)
+def test_a_solver_that_does_not_pay_is_refused_and_the_best_classical_one_serves_everywhere(tmp_path, monkeypatch):
+    f, x = Counted(), contexts(60)
+    by_calls(monkeypatch, f)
     with pytest.warns(UserWarning, match=r"does not beat .* on 12 held-out problems to 0.001: .*Returned is \w+\("):
         solver, report = mb.fit_solver(f, x, steps=1, progress=False, return_report=True)
     assert not solver.is_learned
@@ -95,11 +96,69 @@ def test_a_solver_that_does_not_pay_is_refused_and_the_best_classical_one_serves
     held = report.fitted.solver.summary["held_out"]
     assert report.failed_criteria == report.summary()["failed_criteria"] == held["failed_criteria"]
     assert mb.load_solver(mb.save_solver(solver, tmp_path / "solver.safetensors")) == solver
-    torch.testing.assert_close(mb.DEQ(f, solver=solver, rtol=1e-5)(x), x / 1.2, rtol=1e-3, atol=1e-3)
-    assert mb.solve(f, 0 * x, x, solver=solver).nfe.float().mean() <= 4
+    assert mb.solve(f, 0 * x, x, solver=solver).converged.all()
+    torch.testing.assert_close(mb.DEQ(f, solver=solver, rtol=1e-5)(x), mb.DEQ(f, rtol=1e-5)(x), rtol=0, atol=1e-3)
     kept = fitted(f, x)  # a warning would be an error here
     assert isinstance(kept, MetaBroyden)
     assert kept.summary["held_out"]["failed_criteria"]
+
+
+# --- whether there is anything to gain
+
+
+def easy(z, x):
+    """Damped by 5/6, Picard is there after one step."""
+    return x - 0.2 * z
+
+
+NOTHING = r"nothing to gain: .* takes .* ms \(\d+\.\d evaluations .*even if it needed only 4.0, so nothing is trained"
+
+
+def test_where_nothing_can_be_gained_it_says_so_trains_nothing_and_returns_the_fastest_classical(monkeypatch, tmp_path):
+    monkeypatch.setattr("metabroyden.meta.fit.MetaTrainer", lambda *_, **__: pytest.fail("it was trained"))
+    with pytest.warns(UserWarning, match=NOTHING) as said:
+        solver, report = mb.fit_solver(easy, normal(60, 4), progress=False, return_report=True)
+    assert len(said) == 1
+    assert set(report.results) == {"Broyden, untuned", "tuned Picard", "tuned Anderson", "tuned Broyden"}
+    assert solver == report.results[report.best if report.failed_criteria else "Broyden, untuned"].solver
+    assert mb.load_solver(mb.save_solver(solver, tmp_path / "solver.safetensors")) == solver
+    assert mb.solve(easy, torch.zeros(9, 4), normal(9, 4), solver=solver).nfe.max() <= 6
+
+
+def test_a_training_that_was_asked_for_or_has_begun_is_not_called_off(tmp_path):
+    assert fitted(easy, normal(60, 4)).is_learned
+    path = tmp_path / "fit.safetensors"
+    fitted(easy, normal(60, 4), checkpoint=path)
+    with pytest.warns(UserWarning, match="does not beat"):
+        mb.fit_solver(easy, normal(60, 4), steps=1, progress=False, checkpoint=path)
+
+
+class Halving:
+    """z/2 + x, counting its calls: as hard for every sample."""
+
+    calls = 0
+
+    def __call__(self, z, x):
+        self.calls += 1
+        return 0.5 * z + x
+
+
+def test_the_prospect_is_half_the_evaluations_of_the_best_classical_solver_and_four(monkeypatch):
+    """On the clock of an f that costs a lot."""
+    f, x, seen = Halving(), torch.ones(8, 4), []
+    by_calls(monkeypatch, f)
+    learned = make_learned("meta-broyden", Layout("vector", (4,)), conditioning="initial_value")
+    for rtol in (0.3, 0.1, 0.04, 0.01, 1e-4):
+        needs = int(mb.solve(f, 0 * x, x, solver=mb.Picard(), rtol=rtol).nfe.max())
+        found = prospect(f, 0 * x, x, learned, {"Picard": mb.Picard()}, rtol=rtol, max_nfe=60)
+        assert (found.evaluations, found.seconds) == (needs, needs)
+        assert found.learned_seconds == found.least == max(4, needs / 2)
+        assert found.hopeless is (needs <= 4)
+        seen.append(found.hopeless)
+    assert set(seen) == {True, False}
+    # one that solves less does not count, however quick it is
+    found = prospect(f, 0 * x, x, learned, {"Picard": mb.Picard(), "slow": mb.Picard(0.1)}, rtol=1e-4, max_nfe=20)
+    assert found.name == "Picard"
 
 
 SLOW, QUICK = [2.0, 4.0, 6.0], [1.0, 2.0, 3.0]
