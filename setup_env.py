@@ -48,7 +48,8 @@ def main() -> None:
     # The library runs on 3.13 as well; silva-networks forbids numpy 2, which is what 3.13 has wheels of.
     if not (3, 11) <= sys.version_info[:2] <= (3, 12):
         version = ".".join(map(str, sys.version_info[:3]))
-        sys.exit(f"The tests and experiments need Python 3.11 or 3.12; {sys.executable} is {version}. Set PYTHON=…")
+        remedy = "run this script with one of them, or make with PYTHON=python3.12"
+        sys.exit(f"The tests and experiments need Python 3.11 or 3.12, and {sys.executable} is {version}: {remedy}")
     python = python_of(VENV)
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)

@@ -238,8 +238,11 @@ def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def save_solver(solver: Any, path: str | Path) -> Path:
     """Write a solver, learned or classical, to one file: kind, config, expected state layout, meta-training summary, schema.
 
-    TypeError for what is no solver of ours, or a Broyden with an operator inside (save the learned solver it is of).
+    TypeError for what is no solver of ours, or a Broyden with an operator inside (save the learned solver it is of);
+    IsADirectoryError where there is a folder of that name.
     """
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path} is a folder, wanted the name of a file: save_pretrained writes folders")
     return write(path, *_contents(solver))
 
 
@@ -266,21 +269,22 @@ def save_pretrained(solver: Any, folder: str | Path) -> Path:
         3
     """
     kind, tensors, header = _contents(solver)
-    name, config, summary = type(solver).__name__, header["config"], header.get("summary", {})
-    intent = "A root finder for deep equilibrium models z = f(z, x), saved by metabroyden."
-    facts = (
-        config
-        if not tensors
-        else {
-            "weights": sum(value.numel() for value in tensors.values()),
-            "states": f"{config['layout']} {tuple(config['shape'])}",
-            "steps of meta-training": summary.get("steps"),
-            "seconds of meta-training": summary.get("seconds"),
-            **summary.get("held_out", {}),
-        }
-    )
+    name, intent = type(solver).__name__, "A root finder for deep equilibrium models z = f(z, x), saved by metabroyden."
+    facts = _facts(tensors, header["config"], header["summary"]) if tensors else header["config"]
     code = f'import metabroyden as mb\n\nsolver = mb.load_solver("path/to/this/folder")  # {name}'
     return write_pretrained(folder, kind, tensors, header, model_card(name, intent, facts, code))
+
+
+def _facts(tensors: dict[str, Tensor], config: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
+    """What a model card tells of a learned solver."""
+    measured = summary.get("held_out")
+    return {
+        "weights": sum(value.numel() for value in tensors.values()),
+        "states": f"{config['layout']} {tuple(config['shape'])}",
+        "steps of meta-training": summary.get("steps"),
+        "seconds of meta-training": summary.get("seconds"),
+        **(measured if isinstance(measured, dict) else {}),
+    }
 
 
 def _contents(solver: Any) -> tuple[str, dict[str, Tensor], dict[str, Any]]:

@@ -11,6 +11,9 @@ from pkgutil import resolve_name
 import pytest
 
 import metabroyden as mb
+from metabroyden.meta.episodes import load
+
+load("torchvision")  # Lightning, which a page of the reference needs, imports it
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

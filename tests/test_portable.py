@@ -146,5 +146,5 @@ def test_a_set_up_makes_the_environment_and_runs_pip_in_it(tmp_path, monkeypatch
 
 def test_another_python_is_refused_with_a_sentence(monkeypatch):
     monkeypatch.setattr(setup_env.sys, "version_info", (3, 13, 1))
-    with pytest.raises(SystemExit, match=r"need Python 3.11 or 3.12; .* is 3\.13\.1\. Set PYTHON="):
+    with pytest.raises(SystemExit, match=r"need Python 3.11 or 3.12, and .* is 3\.13\.1: run this script with"):
         setup_env.main()
