@@ -6,6 +6,7 @@ drawn for the whole batch in every process (`metabroyden.meta.estimators`), so t
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -47,19 +48,35 @@ def resolve(device: str) -> torch.device:
     return found
 
 
-@contextmanager
-def processes(device: torch.device) -> Iterator[None]:
-    """Join the other processes while it lasts, by NCCL on GPUs and else by gloo; nothing happens where torchrun is not."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or size() > 1:
-        yield
-        return
+def join(device: torch.device) -> bool:
+    """Join the other processes, by NCCL on GPUs and else by gloo, until this one ends; returns whether that was done now.
+
+    Nothing happens where torchrun is not, nor where there is a group of processes already. A group that was left cannot be
+    joined again under the same torchrun, so that a library function joins for good.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not dist.is_available() or dist.is_initialized():
+        return False
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    atexit.register(_leave)
+    return True
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def processes(device: torch.device) -> Iterator[None]:
+    """Join the other processes while it lasts: for a command, which does so once."""
+    joined = join(device)
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        if joined:
+            _leave()
 
 
 def part(batch: int) -> slice:
@@ -93,8 +110,7 @@ def from_first(values: Sequence[float]) -> list[float]:
     """The numbers that the first process has."""
     if size() == 1:
         return list(values)
-    where = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
-    shared = torch.tensor(values, dtype=torch.float64, device=where)
+    shared = torch.tensor(values, dtype=torch.float64, device=_device())
     dist.broadcast(shared, 0)
     return shared.tolist()
 
@@ -124,6 +140,11 @@ def wait() -> None:
 
 
 def agree(what: str, value: float) -> None:
-    """RuntimeError where processes have different values."""
-    if from_first([value])[0] != value:
-        raise RuntimeError(f"process {rank()} differs from the first in {what}: do all see the same files?")
+    """RuntimeError, in all processes, where they have different values."""
+    if size() > 1 and mean(torch.tensor([float(from_first([value])[0] != value)], device=_device())) > 0:
+        raise RuntimeError(f"processes differ from the first in {what}: do all see the same files?")
+
+
+def _device() -> torch.device:
+    """Where tensors must be that processes exchange."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -155,7 +155,8 @@ def fit_solver(
     training: dict[str, Any] = {"seed": seed, "validation_rtol": rtol, "validation_nfe": MAX_NFE, "patience": patience}
     MetaConfig(**training, steps=1 if steps is None else steps)  # refuses what cannot be used before anything is solved
     where = sampled(x_train)[0].device if device is None else distributed.resolve(str(device))
-    with distributed.processes(where), resting(target.whole):
+    distributed.join(where)
+    with resting(target.whole):
         training |= {"batch": _batch(batch_size), **_rates(solver, learning_rate)}
         job = _Job.of(target, x_train, where, seed, rtol, layout, score)
         asked: dict[str, Any] = {"solver": solver, "layout": layout, "conditioning": conditioning}
