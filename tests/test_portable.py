@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -95,6 +96,34 @@ def test_a_module_runs_on_every_operating_system_as_far_as_its_text_tells(path):
 )
 def test_what_is_not_everywhere_is_found(code, count):
     assert len(faults(ast.parse(code))) == count
+
+
+AS_ELSEWHERE = """
+import os, sys, tempfile, warnings
+import torch, numpy, safetensors.torch, torch.utils._pytree  # theirs is theirs
+missing, names = sys.argv[1].split(), sys.argv[2].split()
+sys.modules.update(dict.fromkeys(missing))
+for name in names:
+    if hasattr(os, name):
+        delattr(os, name)
+warnings.filterwarnings("error", category=EncodingWarning, module="metabroyden")
+import metabroyden as mb
+from metabroyden.zoo.models import load_pretrained
+with tempfile.TemporaryDirectory() as folder:
+    for name in mb.list_pretrained():
+        solver = mb.load_solver(mb.load_solver(name).save_pretrained(f"{folder}/{name}"))
+        mb.load_solver(mb.save_solver(solver, f"{folder}/one"))
+    mb.load_solver(mb.save_pretrained(mb.Anderson(), f"{folder}/classical"))
+model = load_pretrained("dense-digits")
+model(torch.rand(2, 1, 8, 8)).sum().backward()
+"""
+
+
+def test_the_package_works_where_there_are_no_posix_modules_and_no_default_encoding():
+    options = ["-X", "warn_default_encoding"]
+    names = " ".join([*OS_NAMES - {"rename"}, "O_NOFOLLOW", "O_CLOEXEC", "O_DIRECTORY", "O_NONBLOCK"])
+    command = [sys.executable, *options, "-c", AS_ELSEWHERE, " ".join(MODULES - {"posix", "msvcrt", "winreg"}), names]
+    subprocess.run(command, check=True, cwd=ROOT, timeout=120)
 
 
 # --- setting up
