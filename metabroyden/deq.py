@@ -54,8 +54,9 @@ class DEQ(nn.Module):
     `torch.compile` breaks the graph around it.
 
     Args:
-        cell: any callable `f(z, x)`, batch first, samples independent of one another. A module becomes a submodule of
-            the layer. Tensors that another callable reads are not parameters of the layer.
+        cell: any callable `f(z, x)`, batch first, samples independent of one another: a module, a function, a method, a
+            `functools.partial`, a compiled one. A module becomes a submodule of the layer. Tensors that another callable
+            reads, a module's method or a partial of one too, get their gradients but are not parameters of the layer.
         solver: any of our solvers, learned ones included (default `Broyden()`); may be reassigned at any time.
         backward: gradient mode (default `Implicit()`; `Phantom`, `JacobianFree`, `Unroll`); used only where gradients
             are enabled.

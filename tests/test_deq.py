@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from typing import NamedTuple
 
@@ -157,6 +158,45 @@ def test_a_learned_solver_is_no_part_of_the_model():
         assert copy.deepcopy(deq).solver is not solver
         assert {id(p) for p in deq.parameters()} == {id(p) for p in cell.parameters()}
         assert all(key.startswith("cell.") for key in deq.state_dict())
+
+
+class Caller:
+    """No module, but callable, and with a method that is a map too."""
+
+    def __init__(self, cell):
+        self.cell = cell
+
+    def __call__(self, z, x):
+        return self.cell(z, x)
+
+    def step(self, z, x):
+        return self.cell(z, x)
+
+
+CALLABLES = {
+    "a lambda": lambda cell: lambda z, x: cell(z, x),
+    "a partial": lambda cell: functools.partial(lambda f, z, x: f(z, x), cell),
+    "a partial with a keyword": lambda cell: functools.partial(lambda z, x, f: f(z, x), f=cell),
+    "a partial of a module": functools.partial,
+    "a method": lambda cell: Caller(cell).step,
+    "a module's method": lambda cell: cell.forward,
+    "a callable object": Caller,
+    "a compiled function": lambda cell: torch.compile(lambda z, x: cell(z, x), backend="eager"),
+    "a compiled module": lambda cell: torch.compile(cell, backend="eager"),
+}
+
+
+@pytest.mark.parametrize("form", CALLABLES)
+def test_a_layer_of_any_callable_is_that_of_its_map_and_its_solver_can_be_fitted(form, quick_fits):
+    cell, x = TanhCell(), rows(6, requires_grad=True)
+    deq, layer = tight(CALLABLES[form](cell)), tight(cell)
+    assert_close(deq(x), layer(x))
+    gradients = lambda f: torch.autograd.grad(f(x).square().sum(), (x, cell.w))  # noqa: E731
+    assert_close(gradients(deq), gradients(layer))
+    assert_close(copy.deepcopy(deq)(x), layer(x))
+    deq.solver = mb.fit_solver(deq, rows(20), steps=1, fallback=False, progress=False)
+    assert_close(deq(x), layer(x))
+    assert form in ("a compiled module",) or not list(deq.parameters())
 
 
 def test_any_callable_makes_a_layer():

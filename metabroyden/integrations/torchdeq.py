@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from metabroyden.learned.fingerprint import ClosureWatch
 from metabroyden.meta.target import ADAPTERS, ModelMap, frozen, resting, run_until
 from metabroyden.solution import Solution, Status
 from metabroyden.solve import check_options, solve
@@ -23,6 +25,7 @@ from metabroyden.state import Packing
 
 OWN_NAMES = ("anderson", "broyden", "fixed_point_iter", "simple_fixed_point_iter")  # names of torchdeq's own solvers
 
+_TIGHTER = 30.0  # times smaller than fitted to: a tolerance that brings a warning
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -40,6 +43,9 @@ def register(
       solution. An early stop therefore never takes a DEQ's implicit gradient from it.
     - A sample whose start or whose every evaluation was not finite comes back as NaN, so that a loss scaler sees an
       infinite cotangent. Half-precision states are solved in float32 with f called in their own dtype.
+    - A learned solver brings one warning where the weights of f have moved since it was fitted, as far as the module behind
+      torchdeq's closure can be found; one where the DEQ stops by absolute residuals (f_stop_mode="abs", torchdeq's
+      default), as it was fitted for relative ones; and one where tol is much smaller than the rtol it was fitted to.
     - info is torchdeq's SolverStat: `abs_lowest` and `rel_lowest` (B,) at the returned iterate, `nstep` the evaluations
       spent when that was measured, `abs_trace` and `rel_trace` (B, K) with NaN once a sample had stopped; and `nfe`,
       `converged`, `status` as in `Solution`.
@@ -64,6 +70,8 @@ def register(
     if name in OWN_NAMES and not replace:
         raise ValueError(f"{name!r} is a solver of torchdeq's own: choose another name, or say replace=True")
 
+    notices = _Notices(name, solver)
+
     # A closure: torchdeq would take a module as a part of the DEQ, to be trained and saved with it.
     def drop_in(
         func: Callable[[Any], Any],
@@ -81,12 +89,48 @@ def register(
             raise ValueError(f"stop_mode must be 'abs' or 'rel', got {stop_mode!r}")
         if max_iter < 1:
             raise ValueError(f"max_iter must be at least 1, got {max_iter}")
+        notices.check(func, tol, stop_mode)
         rtol, atol = (tol, 0.0) if stop_mode == "rel" else (0.0, tol)
         options: dict[str, Any] = {"solver": solver, "check_every": check_every, "rtol": rtol, "atol": atol}
         return _solve(func, x0, list(indexing or ()), max_nfe=int(max_iter), f_dtype=f_dtype, **options)
 
     _library().register_solver(name, drop_in)
     return drop_in
+
+
+class _Notices:
+    """What is said once of a learned solver inside torchdeq: weights that have moved, and what it was not fitted for."""
+
+    def __init__(self, name: str, solver: Any) -> None:
+        self._name, self._solver, self._watch = name, solver, ClosureWatch()
+        self._rtol = _fitted_rtol(solver)
+
+    def check(self, func: Callable[[Any], Any], tol: float, stop_mode: str) -> None:
+        """Look at one solve."""
+        self._watch.check(self._solver, func)
+        if self._rtol is None:
+            return
+        words = None
+        if stop_mode == "abs":
+            words = (
+                f"was fitted to relative residuals of {self._rtol:g}, and this DEQ stops by absolute ones (stop_mode 'abs', "
+                f"torchdeq's default): build it with f_stop_mode='rel', f_tol={self._rtol:g}"
+            )
+        elif 0 < tol < self._rtol / _TIGHTER:
+            words = (
+                f"was fitted to a tolerance of {self._rtol:g}, and this DEQ asks for {tol:g}: it gains less there than was "
+                f"measured; fit it with rtol={tol:g}"
+            )
+        if words is not None:
+            self._rtol = None
+            warnings.warn(f"solver {self._name!r} {words} (said once)", stacklevel=4)
+
+
+def _fitted_rtol(solver: Any) -> float | None:
+    """The relative tolerance that a learned solver was judged at; None where that is not known."""
+    summary = getattr(solver, "summary", None) or {}
+    found = summary.get("held_out", {}).get("rtol") or summary.get("meta_training", {}).get("validation_rtol")
+    return float(found) if isinstance(found, int | float) else None
 
 
 def _solve(

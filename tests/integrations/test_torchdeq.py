@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -596,3 +597,68 @@ def test_an_interrupted_fit_goes_on_where_it_stopped(tmp_path, monkeypatch):
         fitted(cell, x, steps=4, checkpoint=path)
     monkeypatch.setattr(MetaTrainer, "run", original)
     assert same_parameters(whole, fitted(cell, x, steps=4, checkpoint=path))
+
+
+# --- what a registered solver says once
+
+
+def fitted_model(rtol: float = 1e-3, **options):
+    """(model, a solver that says it was fitted to it, to this tolerance)."""
+    model = Model(f_stop_mode="rel", f_tol=1e-2, **options).eval()
+    solver = make_learned("meta-broyden", Layout("image", (3, 4, 4)), conditioning="initial_value").eval()
+    solver.fingerprint, solver.summary = fingerprint(model), {"held_out": {"rtol": rtol}}
+    return model, solver
+
+
+def warned(model, solver, **options) -> list[str]:
+    """What is said in two calls of the model with this solver in its DEQ."""
+    model.deq.f_solver = register("learned", solver)
+    for name, value in options.items():
+        setattr(model.deq, name, value)
+    with warnings.catch_warnings(record=True) as found, torch.no_grad():
+        warnings.simplefilter("always")
+        model(images(3))
+        model(images(3))
+    return [str(one.message) for one in found]
+
+
+def test_a_registered_solver_warns_once_when_the_weights_have_moved():
+    model, solver = fitted_model()
+    assert warned(model, solver) == []
+    with torch.no_grad():
+        model.cell.conv.weight.add_(1e-3)
+    (words,) = warned(model, solver)
+    assert "MetaBroyden was fitted to other weights of f" in words
+    retrained, _ = fitted_model()
+    retrained.head.bias.data.add_(1)
+    assert len(warned(retrained, solver)) == 1, "from the first call on"
+
+
+def test_weights_that_move_between_two_calls_are_noticed():
+    model, solver = fitted_model()
+    model.deq.f_solver = register("learned", solver)
+    model(images(3))
+    with torch.no_grad():
+        model.cell.conv.weight.mul_(1.01)
+    with pytest.warns(UserWarning, match="fitted to other weights"):
+        model(images(3))
+
+
+def test_a_solver_of_the_cell_alone_or_of_another_model_brings_no_false_alarm():
+    model, solver = fitted_model()
+    solver.fingerprint = fingerprint(model.cell)
+    assert warned(model, solver) == []
+    solver.fingerprint = fingerprint(nn.Linear(3, 2))
+    assert warned(model, solver) == []
+    assert warned(model, mb.Broyden(), f_stop_mode="abs") == []
+
+
+def test_a_registered_solver_warns_once_of_absolute_residuals_and_of_a_much_smaller_tolerance():
+    model, solver = fitted_model()
+    (words,) = warned(model, solver, f_stop_mode="abs")
+    assert "'learned' was fitted to relative residuals of 0.001" in words
+    assert words.endswith("build it with f_stop_mode='rel', f_tol=0.001 (said once)")
+    (words,) = warned(model, solver, f_stop_mode="rel", f_tol=1e-5)
+    assert "fitted to a tolerance of 0.001, and this DEQ asks for 1e-05" in words
+    for tol in (1e-4, 1e-1):
+        assert warned(model, solver, f_tol=tol) == []

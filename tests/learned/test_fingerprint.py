@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 
 import pytest
 import torch
 
 import metabroyden as mb
-from metabroyden.learned.fingerprint import fingerprint, named_fingerprint, same_weights
+from metabroyden.learned.fingerprint import ClosureWatch, fingerprint, modules_behind, named_fingerprint, same_weights
 
 
 class Cell(torch.nn.Module):
@@ -135,3 +136,94 @@ def test_a_layer_made_in_inference_mode_takes_a_fitted_solver():
         layer = mb.DEQ(Cell(), solver=solver).eval()
         with pytest.warns(UserWarning, match="fitted to other weights"):
             assert layer(torch.randn(3, 6)).isfinite().all()
+
+
+# --- the module behind a closure
+
+GLOBAL = Cell()
+
+
+class Plain:
+    """An object that is no module and holds one."""
+
+    def __init__(self, cell):
+        self.cell = cell
+
+    def __call__(self, z):
+        return self.cell(z, 0)
+
+    def step(self, z):
+        return self.cell(z, 0)
+
+
+CLOSURES = {
+    "a lambda": lambda cell: lambda z: cell(z, 0),
+    "a lambda in a lambda": lambda cell: (lambda f: lambda z: f(z))(lambda z: cell(z, 0)),
+    "a default": lambda cell: lambda z, f=cell: f(z, 0),
+    "a partial": lambda cell: functools.partial(cell, x=0),
+    "a module's method": lambda cell: cell.forward,
+    "an object": Plain,
+    "an object's method": lambda cell: Plain(cell).step,
+    "a part of what is held": lambda cell: (lambda model: lambda z: model[0](z, 0))(
+        torch.nn.Sequential(cell, torch.nn.Linear(3, 2))
+    ),
+}
+
+
+def said(watch, solver, f) -> bool:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        watch.check(solver, f)
+    return any("fitted to other weights" in str(one.message) for one in found)
+
+
+def fitted_to(cell):
+    solver = mb.load_solver("universal")
+    solver.fingerprint = fingerprint(cell)
+    return solver
+
+
+@pytest.mark.parametrize("form", CLOSURES)
+def test_weights_that_move_behind_a_closure_are_seen_once(form):
+    cell, watch = Cell(), ClosureWatch()
+    solver, make = fitted_to(cell), CLOSURES[form]
+    assert list(modules_behind(make(cell)))
+    assert not said(watch, solver, make(cell))
+    with torch.no_grad():
+        cell.linear.weight.add_(1e-3)
+    assert said(watch, solver, make(cell))
+    assert not said(watch, solver, make(cell)), "said once"
+    assert said(ClosureWatch(), solver, make(moved(cell))), "another module of these shapes"
+
+
+def test_a_module_of_a_global_name_is_found():
+    assert list(modules_behind(lambda z: GLOBAL(z, 0))) == [GLOBAL]
+
+
+def test_there_is_no_false_alarm_where_the_fitted_module_cannot_be_told():
+    cell, layer = Cell(), torch.nn.Linear(6, 6)
+    whole = torch.nn.Sequential(cell, torch.nn.Linear(6, 2))
+    pair = [torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)]
+    for fitted, f in (
+        (whole, lambda z: cell(z, 0)),  # a part of what it was fitted to
+        (layer, torch.cos),  # nothing behind it
+        (layer, lambda z: pair[0](pair[1](z))),  # two of these shapes, neither of which it was fitted to
+        (layer, lambda z: pair),
+    ):
+        assert not said(ClosureWatch(), fitted_to(fitted), f)
+    old = fitted_to(cell)
+    old.fingerprint = old.fingerprint.rsplit("-", 1)[0]  # a file of an earlier version, without shapes
+    assert not said(ClosureWatch(), old, lambda z: moved(cell)(z, 0))
+    assert same_weights(old.fingerprint, cell)
+    assert not same_weights(old.fingerprint, moved(cell))
+
+
+def test_of_several_modules_of_these_shapes_the_one_that_fits_is_watched():
+    model, watch = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)), ClosureWatch()
+    solver, f = fitted_to(model[1]), lambda z: model(z)
+    assert not said(watch, solver, f)
+    with torch.no_grad():
+        model[0].weight.add_(1)
+        assert not said(watch, solver, f)
+        model[1].weight.add_(1)
+    assert said(watch, solver, f)
