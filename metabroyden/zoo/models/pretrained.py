@@ -27,9 +27,10 @@ def load_pretrained(name: str, **deq_options: Any) -> Any:
 
     Examples:
         >>> import torch
-        >>> model = load_pretrained("dense-digits")
-        >>> model(torch.rand(2, 1, 8, 8)).shape, int(model.deq.last_solution.nfe.max()) < 20
-        (torch.Size([2, 10]), True)
+        >>> model, image = load_pretrained("conv-digits"), torch.zeros(1, 1, 8, 8)
+        >>> image[..., 1:7, 3:5] = 1  # a drawn 1
+        >>> int(model(image).argmax()), int(model.deq.last_solution.nfe) <= 12
+        (1, True)
     """
     names = [known for known in list_pretrained() if (SHIPPED / known / PLACE / CONFIG).is_file()]
     if name not in names:
