@@ -524,7 +524,7 @@ def test_a_model_that_catches_exceptions_and_one_that_hides_its_solver_are_captu
 class Scales(nn.Module):
     def __init__(self, no_stat: bool) -> None:
         super().__init__()
-        self.deq = torchdeq.get_deq(no_stat=no_stat, core="sliced")
+        self.deq = torchdeq.get_deq(no_stat=no_stat, core="sliced", f_stop_mode="rel")
 
     def forward(self, x):
         start = [torch.zeros(len(x), 2, 3), torch.zeros(len(x), 4)]
