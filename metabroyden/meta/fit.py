@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from metabroyden.compare import UNTUNED, Comparison, by_sample, compare_solvers
 from metabroyden.deprecated import old_options
-from metabroyden.learned.fingerprint import fingerprint
+from metabroyden.learned.fingerprint import fingerprint, module_of
 from metabroyden.meta import distributed
 from metabroyden.meta.config import MetaConfig
 from metabroyden.meta.defaults import RATES
@@ -84,10 +84,10 @@ def fit_solver(
         x_train: contexts of N ≥ 10 samples, on any device: a tensor (N, ...), or a pytree (dicts, tuples, lists) of
             such tensors, as `solve` takes them, with None and plain values in it if need be. Or batches of them: a
             `DataLoader`, a `Dataset` or any iterable that is no tuple, list or mapping (of a list of batches give
-            `iter(batches)`), of which the first 2,048 samples are taken. Of a loader of (input, label) pairs give
-            `(x for x, _ in loader)`. Of a model whose `forward` takes several arguments give a tuple, which means its
-            positional arguments, or a dict, which means keywords; where `forward` takes one argument, or cannot be
-            called so, a tuple or dict is that one argument.
+            `iter(batches)`), of which the first 2,048 samples are taken, of a `Dataset` evenly spaced ones. Of a loader
+            of (input, label) pairs give `(x for x, _ in loader)`. Of a model whose `forward` takes several arguments
+            give a tuple, which means its positional arguments, or a dict, which means keywords; where `forward` takes
+            one argument, or cannot be called so, a tuple or dict is that one argument.
         z0: x → start, a tensor or a tuple of several; default `f.initial_state` where f has one, else zeros like x. Of
             a model with a `DEQ` of ours, x is here what its DEQ is called with, and the default is where that starts.
         layout: which axes of the state are channels, space, time: "vector", "nct", "ntc", "image", or of several
@@ -106,9 +106,9 @@ def fit_solver(
             stops early; None: never.
         fallback: False to train whatever the prospect, and to get the fitted solver whatever it is worth.
         seed: of weights, batches and the split.
-        device: where to train; default that of x_train. Under torchrun all processes must make the same call; each
-            trains on its share of every batch and returns the same solver. The first one's x_train counts, and it alone
-            measures, prints, calls the callback and writes.
+        device: where to train; default where f's parameters are, or x_train if it has none. Under torchrun all
+            processes must make the same call; each trains on its share of every batch and returns the same solver. The
+            first one's x_train counts, and it alone measures, prints, calls the callback and writes.
         progress: show a bar (needs rich), and print the comparison.
         checkpoint: file for the training's state, from which the same call goes on after an interruption.
         score: (z, x) → how good the states z are for the samples x of x_train, higher being better: a tensor (B,), or
@@ -154,7 +154,7 @@ def fit_solver(
         raise ValueError("the adjoint solver is for backward passes: fit_adjoint(cell, x_train) fits it")
     training: dict[str, Any] = {"seed": seed, "validation_rtol": rtol, "validation_nfe": MAX_NFE, "patience": patience}
     MetaConfig(**training, steps=1 if steps is None else steps)  # refuses what cannot be used before anything is solved
-    where = sampled(x_train)[0].device if device is None else distributed.resolve(str(device))
+    where = _device(target, x_train) if device is None else distributed.resolve(str(device))
     distributed.join(where)
     with resting(target.whole):
         training |= {"batch": _batch(batch_size), **_rates(solver, learning_rate)}
@@ -223,8 +223,11 @@ class _Job:
         """The prospect of an untrained solver, on as many validation problems as will be compared (at most `size`)."""
         raw = rows(self.tasks.split("validation"), slice(min(size, count(self.tasks.split("test")))))
         limits: dict[str, Any] = {"rtol": self.rtol, "max_nfe": MAX_NFE}
+        known = self.classical
         return distributed.by_first(
-            lambda: prospect(*as_solved(self.f, *self.tasks.prepare(raw)), learned, self.classical.solvers, **limits)
+            lambda: prospect(
+                *as_solved(self.f, *self.tasks.prepare(raw)), learned, known.solvers, fewest=known.fewest, **limits
+            )
         )
 
     def compared(self, name: str, learned: dict[str, Any], size: int) -> Comparison:
@@ -247,6 +250,13 @@ def _watched(trainer: MetaTrainer, progress: bool, log_dir: Any) -> Iterator[Pro
     bar = progress_bar("meta-training", trainer.config.steps, show=progress and first)
     with log as trainer.curves, bar as report:
         yield report
+
+
+def _device(target: Target, x_train: Any) -> torch.device:
+    """Where f is, by the first parameter of its module; where x_train is if it has none."""
+    module = target.whole or module_of(target.f)
+    first = None if module is None else next(module.parameters(), None)
+    return sampled(x_train)[0].device if first is None else first.device
 
 
 def _begun(checkpoint: Any) -> bool:

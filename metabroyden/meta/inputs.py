@@ -3,14 +3,14 @@ solved."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from metabroyden.meta.tasks import count, rows, sampled
 from metabroyden.shared import Shared, bare, is_shared
@@ -26,9 +26,10 @@ def gathered(x_train: Any, *, name: str = "f", several: bool = False) -> Any:
     """x_train as one pytree of tensors with the samples first.
 
     A tensor, tuple, list, dict or other pytree is returned as it is, a mapping as a dict. A `DataLoader`, a `Dataset` and
-    any other iterable are taken for batches, each a tensor or a pytree of them, and joined until there are `MOST` samples.
-    A batch that is a list of one tensor stands for that tensor. A list of several, which is what a DataLoader makes of
-    (input, label) pairs, is refused unless `several` inputs are taken.
+    any other iterable are taken for batches, each a tensor or a pytree of them, and joined until there are `MOST` samples;
+    those of a `Dataset` that has a length are evenly spaced. A batch that is a list of one tensor stands for that tensor.
+    A list of several, which is what a DataLoader makes of (input, label) pairs, is refused unless `several` inputs are
+    taken.
 
     Args:
         x_train: see above.
@@ -41,7 +42,7 @@ def gathered(x_train: Any, *, name: str = "f", several: bool = False) -> Any:
             values.
     """
     if isinstance(x_train, Dataset):
-        x_train = DataLoader(x_train, batch_size=_CHUNK)
+        x_train = DataLoader(_spaced(x_train), batch_size=_CHUNK)
     if not isinstance(x_train, Iterable) or isinstance(x_train, _WHOLE) or type(x_train) in pytree.SUPPORTED_NODES:
         return dict(x_train) if isinstance(x_train, Mapping) and not isinstance(x_train, dict) else x_train
     parts: list[Any] = []
@@ -56,6 +57,12 @@ def gathered(x_train: Any, *, name: str = "f", several: bool = False) -> Any:
         raise ValueError("x_train has no batch to give: an iterator can be read once only")
     whole = concatenate(parts)
     return rows(whole, slice(MOST)) if found > MOST else whole
+
+
+def _spaced(data: Dataset[Any]) -> Dataset[Any]:
+    """At most `MOST` evenly spaced samples of a data set: it may be in the order of its classes."""
+    size = 0 if isinstance(data, IterableDataset) or not isinstance(data, Sized) else len(data)
+    return Subset(data, torch.linspace(0, size - 1, MOST).long().tolist()) if size > MOST else data
 
 
 def _as_context(batch: Any, name: str, several: bool) -> Any:

@@ -9,18 +9,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metabroyden.compare import able, standard_error
-from metabroyden.solution import Cell, State
+from metabroyden.solution import Cell, Solution, State
 from metabroyden.solvers.clock import timed
+from metabroyden.solvers.picard import Picard
 
 FEWEST, SHARE = 4, 0.5
 """Evaluations that a learned solver needs in the best case: at least so many, and this share of the best classical one's."""
-_ROUNDS, _CLEAR = 3, 0.5  # times each is taken, unless the learned one takes less than this share of the other's
+_ROUNDS = 2  # times that either is taken, where it is close
 
 
 class Prospect(NamedTuple):
     """The fastest classical solver on some problems, and a learned one in the best case."""
 
-    name: str  # of the classical one
+    name: str  # of the classical one; "f" where the calls of f alone take longer than the learned one
     evaluations: float  # its mean
     seconds: float  # of its solve
     least: float  # evaluations of the learned one in the best case
@@ -48,12 +49,13 @@ class _Standing(NamedTuple):
 
 
 def prospect(
-    f: Cell, z0: State, x: Any, learned: Any, classical: Mapping[str, Any], *, rtol: float, max_nfe: int
+    f: Cell, z0: State, x: Any, learned: Any, classical: Mapping[str, Any], *, fewest: float, rtol: float, max_nfe: int
 ) -> Prospect:
     """Time classical solvers, and as many evaluations by the untrained solver as a trained one needs in the best case.
 
     That is half the evaluations of the best classical solver, `FEWEST` at least: what a step costs does not depend on the
-    weights. Only classical solvers that solve most problems count. Times are the shortest of several.
+    weights. Only classical solvers that solve most problems count. Times are the shortest of several. Where the calls of f
+    alone, as many as the best classical solver makes, take longer than that, no classical solver is run.
 
     Args:
         f: as for `solve`, as are z0, x, rtol and max_nfe.
@@ -61,23 +63,38 @@ def prospect(
         x: context.
         learned: the untrained solver.
         classical: solvers by name.
+        fewest: evaluations of the best of them, where they were tuned.
     """
-    found: dict[str, _Standing] = {}
-    for name, solver in classical.items():
-        solution, seconds = timed(f, z0, x, solver=solver, rtol=rtol, max_nfe=max_nfe)
-        solved = solution.converged.cpu().numpy()
-        mean = float(np.where(solved, solution.nfe.numpy(), max_nfe).mean())
-        success = float(solved.mean())
-        found[name] = _Standing(success, standard_error(success, len(solved)), mean, seconds)
-    rivals = able(found)
+
+    def ours(least: float) -> float:
+        """Seconds of the untrained solver for so many evaluations."""
+        solution, seconds = timed(f, z0, x, solver=learned.eval(), rtol=0.0, max_nfe=min(math.ceil(least), max_nfe))
+        return seconds * least / max(1, int(solution.nfe.max()))
+
+    def calls() -> float:
+        """Seconds of the fewest calls of f that a classical solver needs."""
+        return fewest * timed(f, z0, x, solver=Picard(), rtol=0.0, max_nfe=2)[1] / 2
+
+    least = max(float(FEWEST), SHARE * fewest)
+    alone, seconds = min(calls() for _ in range(2)), min(ours(least) for _ in range(2))
+    if seconds < alone:
+        return Prospect("f", fewest, alone, least, seconds)
+    rivals = able({name: _standing(timed(f, z0, x, solver=solver, rtol=rtol, max_nfe=max_nfe), max_nfe)
+                   for name, solver in classical.items()})  # fmt: skip
     least = max(float(FEWEST), SHARE * min(one.evaluations for one in rivals.values()))
-    steps = min(math.ceil(least), max_nfe)
     name = min(rivals, key=lambda name: rivals[name].seconds)
-    ours, theirs = [math.inf], [rivals[name].seconds]
-    for _ in range(_ROUNDS):
-        solution, seconds = timed(f, z0, x, solver=learned.eval(), rtol=0.0, max_nfe=steps)
-        ours.append(seconds * least / max(1, int(solution.nfe.max())))
-        if min(ours) < _CLEAR * min(theirs):
-            break
-        theirs.append(timed(f, z0, x, solver=classical[name], rtol=rtol, max_nfe=max_nfe)[1])
-    return Prospect(name, rivals[name].evaluations, min(theirs), least, min(ours))
+    theirs = [timed(f, z0, x, solver=classical[name], rtol=rtol, max_nfe=max_nfe)[1] for _ in range(_ROUNDS)]
+    return Prospect(
+        name,
+        rivals[name].evaluations,
+        min(rivals[name].seconds, *theirs),
+        least,
+        min(ours(least) for _ in range(_ROUNDS)),
+    )
+
+
+def _standing(lap: tuple[Solution, float], max_nfe: int) -> _Standing:
+    solution, seconds = lap
+    solved = solution.converged.cpu().numpy()
+    success, mean = float(solved.mean()), float(np.where(solved, solution.nfe.numpy(), max_nfe).mean())
+    return _Standing(success, standard_error(success, len(solved)), mean, seconds)

@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import metabroyden as mb
 from metabroyden.learned.layout import guess_layout
+from metabroyden.meta.fit import _device
 from metabroyden.meta.inputs import MOST, gathered
-from metabroyden.meta.target import Inside, call_arguments
+from metabroyden.meta.target import Inside, call_arguments, target_of
 from tests.helpers import normal, refused, same_parameters
 
 pytestmark = pytest.mark.usefixtures("quick_fits")
@@ -143,6 +144,19 @@ def test_no_more_than_so_many_samples_are_read():
 
     assert len(gathered(endless())) == MOST == 2048
     assert len(read) == 7
+
+
+def test_of_a_data_set_evenly_spaced_samples_are_read():
+    found = gathered(TensorDataset(torch.arange(10_000.0)[:, None]))
+    assert len(found) == MOST
+    assert (found[0].item(), found[-1].item()) == (0, 9999)
+    assert float(found.diff(dim=0).max()) <= 5
+
+
+def test_samples_are_taken_to_where_the_model_is():
+    target = target_of(Classifier().to("meta"))
+    assert _device(target, X) == torch.device("meta")
+    assert _device(target_of(f), X) == torch.device("cpu")
 
 
 def test_what_is_whole_already_stays_as_it_is():
