@@ -12,14 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.bench import figures, report
+from experiments.bench import report
 from experiments.bench.options import Budgeted
-from experiments.bench.runner import Row, Run, ticks
-from experiments.bench.statistics import geometric
-from experiments.bench.tables import Table, chosen, grouped, listed, mean, means
+from experiments.bench.runner import Row, Run
 from metabroyden import DEQ, Anderson, Broyden, EquilibriumCache, Implicit
+from metabroyden.comparison import figures
+from metabroyden.comparison.statistics import geometric
+from metabroyden.comparison.tables import Table, chosen, grouped, listed, mean, means
 from metabroyden.learned.layout import Layout
 from metabroyden.meta import OnlineConfig, OnlineMetaTrainer, make_learned
+from metabroyden.progress import ticks
 from metabroyden.zoo.data.digits import load_digits
 from metabroyden.zoo.data.images import ImageSplit, shift
 from metabroyden.zoo.models import ConvClassifier, ConvClassifierConfig

@@ -14,15 +14,16 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 import metabroyden as mb
-from experiments.bench import batch, figures, measure, problems, report
+from experiments.bench import batch, measure, problems, report
 from experiments.bench import solvers as known
 from experiments.bench.options import Budgeted, Seeded, Timed, Unrolled
 from experiments.bench.runner import Row, Run, publish, read_rows, show
-from experiments.bench.statistics import Field, Outcome
-from experiments.bench.tables import Table, chosen, listed, mean, pivot
+from metabroyden.comparison import figures
+from metabroyden.comparison.statistics import Field, Outcome
+from metabroyden.comparison.tables import Table, chosen, listed, mean, pivot
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.meta.fit import make_learned
-from metabroyden.meta.progress import progress_bar
+from metabroyden.progress import progress_bar
 from metabroyden.storage import atomic_write
 from metabroyden.zoo import models
 from metabroyden.zoo.data.digits import load_digits

@@ -14,18 +14,19 @@ import torch
 from torch import Tensor
 
 import metabroyden as mb
-from experiments.bench import figures, report
-from experiments.bench.clock import laps
+from experiments.bench import report
 from experiments.bench.options import Budgeted, Seeded, Timed
 from experiments.bench.peers import available, recorded
 from experiments.bench.problems import HeldOut, double_equilibria
-from experiments.bench.runner import Row, Run, ticks
-from experiments.bench.statistics import Outcome
-from experiments.bench.tables import Table, chosen, grouped, listed, mean, pivot, scaled, short
+from experiments.bench.runner import Row, Run
 from experiments.configs.torchdeq import TRAINED, Classifier
 from metabroyden import checkpoint
+from metabroyden.comparison import figures
+from metabroyden.comparison.clock import laps
+from metabroyden.comparison.statistics import Outcome
+from metabroyden.comparison.tables import Table, chosen, grouped, listed, mean, pivot, scaled, short
 from metabroyden.integrations.torchdeq import FixedPointMap, register
-from metabroyden.meta.progress import progress_bar
+from metabroyden.progress import progress_bar, ticks
 from metabroyden.solvers.tuning import tune
 from metabroyden.zoo.data.digits import load_digits
 from metabroyden.zoo.models import Images, Training, train

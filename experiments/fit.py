@@ -13,7 +13,7 @@ from experiments.bench import report
 from experiments.bench.options import OnFamily, Seeded
 from experiments.bench.problems import Family
 from experiments.bench.runner import Row, Run, publish, sha256, show
-from experiments.bench.tables import listed
+from metabroyden.comparison.tables import listed
 from metabroyden.zoo.models.criteria import Images
 
 

@@ -12,22 +12,22 @@ import numpy as np
 import torch
 
 from experiments.bench import measure, problems, report, solvers
-from experiments.bench.figures import heat_map, save
 from experiments.bench.measure import Rules, stamp_of
 from experiments.bench.options import Compared, OnModels, Seeded
 from experiments.bench.problems import HeldOut, of_known
 from experiments.bench.runner import Row, Run, sha256, show
 from experiments.bench.solvers import Contestant
-from experiments.bench.statistics import Field, against
-from experiments.bench.tables import Table
 from metabroyden import Broyden, load_solver, save_solver
+from metabroyden.comparison.figures import heat_map, save
+from metabroyden.comparison.statistics import Field, against
+from metabroyden.comparison.tables import Table
 from metabroyden.learned.layout import Layout
 from metabroyden.learned.safeguard import BY_PROGRESS
 from metabroyden.meta import MetaConfig, TaskSet, make_learned, plan
 from metabroyden.meta.plan import measure_classical
-from metabroyden.meta.progress import progress_bar
 from metabroyden.meta.tasks import Source
 from metabroyden.meta.trainer import MultiTaskTrainer
+from metabroyden.progress import progress_bar
 from metabroyden.storage import atomic_write
 from metabroyden.zoo.models import load_model
 from metabroyden.zoo.models.episodes import load_episodes

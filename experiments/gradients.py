@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 import metabroyden as mb
-from experiments.bench import figures, report
-from experiments.bench.clock import laps
+from experiments.bench import report
 from experiments.bench.options import Compared, OnModels, Timed
 from experiments.bench.runner import Row, Run
-from experiments.bench.tables import chosen, listed, means, pivot
 from experiments.configs.gradients import EXACT, FULL, GRID, TIGHT, adjoint_solvers, modes
 from metabroyden import DEQ
+from metabroyden.comparison import figures
+from metabroyden.comparison.clock import laps
+from metabroyden.comparison.tables import chosen, listed, means, pivot
 from metabroyden.meta import AdjointMap
 from metabroyden.solvers.tuning import tune
 from metabroyden.zoo.data.digits import load_digits

@@ -11,8 +11,9 @@ from typing import Any
 import metabroyden as mb
 from experiments.bench import report
 from experiments.bench.options import Options
-from experiments.bench.runner import Row, Run, known, ticks
-from experiments.bench.tables import grouped, listed
+from experiments.bench.runner import Row, Run, known
+from metabroyden.comparison.tables import grouped, listed
+from metabroyden.progress import ticks
 from metabroyden.zoo.testbed.base import KnownProblem
 from metabroyden.zoo.testbed.cells import blas, conv
 

@@ -14,12 +14,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from experiments.bench import figures, report
+from experiments.bench import report
 from experiments.bench.options import Seeded, Timed
-from experiments.bench.runner import Row, Run, plain, ticks
-from experiments.bench.tables import Table, chosen, grouped, listed, scaled
+from experiments.bench.runner import Row, Run, plain
 from experiments.bench.training import PARTS, growth, times
 from experiments.configs.networks import CELLS, IMPLICIT, UNROLLED, WAYS, step
+from metabroyden.comparison import figures
+from metabroyden.comparison.tables import Table, chosen, grouped, listed, scaled
+from metabroyden.progress import ticks
 
 SIZES = ("saved", "solver", "held", "backward", "peak", "books", "bytes", "returning")
 

@@ -16,15 +16,15 @@ from experiments.bench.measure import Rules, stamp_of
 from experiments.bench.options import Compared, OnDevice, OnFamily, Seeded, Unrolled
 from experiments.bench.problems import Family
 from experiments.bench.runner import Row, Run, at_least_one, known, sha256
-from experiments.bench.statistics import BEST, Field, against
-from experiments.bench.tables import chosen, grouped, listed, middle
 from experiments.configs.recipes import HELD, POOL, RECIPES, recipe
 from metabroyden import Broyden, load_solver, save_solver
+from metabroyden.comparison.statistics import BEST, Field, against
+from metabroyden.comparison.tables import chosen, grouped, listed, middle
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.meta import MetaTrainer, Plan, TaskSet, distributed, plan
 from metabroyden.meta.objectives import OBJECTIVES
 from metabroyden.meta.plan import measure_classical
-from metabroyden.meta.progress import progress_bar, tensorboard
+from metabroyden.progress import progress_bar, tensorboard
 from metabroyden.storage import atomic_write
 
 CLASSICAL = "classical"

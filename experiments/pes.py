@@ -10,18 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.bench import figures, report
+from experiments.bench import report
 from experiments.bench.options import OnFamily, Seeded
 from experiments.bench.problems import Family
 from experiments.bench.runner import Row, Run
-from experiments.bench.tables import chosen, listed
 from experiments.configs.pes import SMALL, WAYS, settings
 from metabroyden import load_solver, save_solver
+from metabroyden.comparison import figures
+from metabroyden.comparison.tables import chosen, listed
 from metabroyden.meta import MetaTrainer, TaskSet, make_learned, unroll
 from metabroyden.meta.defaults import tasks_layout
 from metabroyden.meta.estimators import differentiate, frozen, training_batch
-from metabroyden.meta.progress import progress_bar
 from metabroyden.meta.schedule import in_words
+from metabroyden.progress import progress_bar
 from metabroyden.state import gather
 from metabroyden.zoo.tasks import family_tasks
 

@@ -6,16 +6,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from experiments.bench import measure, report, solvers
-from experiments.bench.figures import axes, bars, save
 from experiments.bench.measure import Rules
 from experiments.bench.options import Compared, OnFamily, Seeded
 from experiments.bench.problems import Family
 from experiments.bench.runner import Run, publish, sha256, show
-from experiments.bench.statistics import Field
 from experiments.generalise import BROYDEN, TOLERANCE, over_broyden
 from metabroyden import Broyden, load_solver, save_solver
-from metabroyden.meta.progress import progress_bar
+from metabroyden.comparison.figures import axes, bars, save
+from metabroyden.comparison.statistics import Field
 from metabroyden.meta.specialise import SpecialiseConfig, specialise
+from metabroyden.progress import progress_bar
 
 FREE = ("family", "seed", "models")
 

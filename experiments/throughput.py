@@ -22,13 +22,15 @@ import torch
 from torch import nn
 
 import metabroyden as mb
-from experiments.bench import figures, report, runner, solvers
+from experiments.bench import report, runner, solvers
 from experiments.bench.inference import Inputs, compiled_to, find_reference, race, raw_inputs, summary
 from experiments.bench.options import Budgeted, OnFamily
 from experiments.bench.problems import Family
 from experiments.bench.runner import Row, read_rows
-from experiments.bench.statistics import Interval, Outcome, fastest
-from experiments.bench.tables import chosen, grouped, listed, short
+from metabroyden.comparison import figures
+from metabroyden.comparison.statistics import Interval, Outcome, fastest
+from metabroyden.comparison.tables import chosen, grouped, listed, short
+from metabroyden.progress import ticks
 
 FREE = ("family", "models", "meta", "compiled")
 """Options that make no other setting: a report is over all families, with compiled solves where they were measured."""
@@ -73,7 +75,7 @@ def run(config: Throughput) -> None:
         options: Row = {"rtol": config.rtol, "max_nfe": config.budget}
         models = {name: family.model(solver=one, **options) for name, one in {config.solver: learned, **tuned}.items()}
         yield find_reference(models[config.solver], inputs, (mb.Broyden(100), *tuned.values()))
-        with runner.ticks(config.family, len(config.batches), show=config.progress) as done:
+        with ticks(config.family, len(config.batches), show=config.progress) as done:
             for batch in config.batches:
                 yield from measured(models, config.solver, inputs, batch, config.rounds, compiled=config.compiled)
                 done()

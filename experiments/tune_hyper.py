@@ -14,10 +14,10 @@ from experiments.bench.measure import Rules
 from experiments.bench.options import Compared, OnFamily, Seeded, Unrolled
 from experiments.bench.runner import Row, at_least_one, digest, known, read_rows, row_files
 from experiments.bench.solvers import JUDGED, contestant
-from experiments.bench.statistics import Outcome
-from experiments.bench.tables import Table, chosen, listed
 from experiments.configs.hyper_anderson import VARIANTS, overrides
 from experiments.meta import Job, Meta
+from metabroyden.comparison.statistics import Outcome
+from metabroyden.comparison.tables import Table, chosen, listed
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ Examples:
 
 from metabroyden import integrations
 from metabroyden.checkpoint import CheckpointError, list_pretrained, load_solver, save_pretrained, save_solver
+from metabroyden.compare import compare
+from metabroyden.comparison.comparison import Comparison
 from metabroyden.convert import compose, to_deq
 from metabroyden.deprecated import public as _public
 from metabroyden.deq import DEQ
@@ -57,6 +59,7 @@ __all__ = [
     "Anderson",
     "Broyden",
     "CheckpointError",
+    "Comparison",
     "CoordinatewiseLSTM",
     "EquilibriumCache",
     "FixedBudget",
@@ -89,6 +92,7 @@ __all__ = [
     "Universal",
     "Unroll",
     "VariationalDropout",
+    "compare",
     "compose",
     "fit_adjoint",
     "fit_solver",

@@ -1,319 +1,195 @@
-"""Solvers on the same problems: evaluations, success, time, whether they find the same equilibria, and the verdict."""
+"""`compare`: solvers on one's own DEQ, against tuned classical ones: a table, figures, files."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
-from metabroyden.gradients.base import parts_of
+from metabroyden.checkpoint import load_solver
+from metabroyden.comparison.comparison import Comparison
+from metabroyden.comparison.measure import Contestant, Rules, depth_rows, measure, stamp_of
+from metabroyden.comparison.problems import HeldOut
+from metabroyden.comparison.verdict import UNTUNED, contestant, judge_of
+from metabroyden.meta.fit import contexts_of
+from metabroyden.meta.plan import FEWEST, ROOM, TUNED_ON
+from metabroyden.meta.target import ModelMap, Target, resting, target_of
+from metabroyden.meta.tasks import count, rows
+from metabroyden.nn.pin import pin
 from metabroyden.shared import bare
-from metabroyden.solution import Cell, Solution, State
-from metabroyden.solve import solve
+from metabroyden.solution import Cell, State
+from metabroyden.solve import check_options
+from metabroyden.solver import as_solver
 from metabroyden.solvers.broyden import Broyden
-from metabroyden.solvers.clock import race
-from metabroyden.state import Packing, gather
+from metabroyden.solvers.classical import splitting_solvers, tuned_solvers
+from metabroyden.solvers.registry import get_solver, list_solvers, name_of
+from metabroyden.state import Packing
 
-UNTUNED = "Broyden, untuned"  # name of the solver that a DEQ has by default
-FAR = 10.0
-"""A solution is elsewhere if its relative distance to the reference exceeds this many tolerances, and still does when the
-solve is continued."""
-CLOSER = 100.0  # solves are continued to a tolerance smaller by this factor
-Score = Callable[[State], np.ndarray]  # states → (B,) task scores, higher being better
+DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 40, 60, 80, 100)
+"""Evaluations after which the metric is measured, up to the budget."""
 
 
-def standard_error(success: float, count: int) -> float:
-    """Standard error of a success rate over `count` samples, with one success and one failure added."""
-    smoothed = (success * count + 1) / (count + 2)
-    return float((smoothed * (1 - smoothed) / count) ** 0.5)
-
-
-def able(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Those whose `success` is at most its standard error, `error`, below the highest."""
-    top = max(results.values(), key=lambda one: one.success)
-    return {name: one for name, one in results.items() if one.success >= top.success - top.error}
-
-
-@dataclass(frozen=True)
-class SolverResult:
-    """The measurements of one solver on B problems."""
-
-    solver: Any
-    budget: int  # evaluations allowed for each problem
-    nfe: np.ndarray  # (B,) evaluations, the budget for a failure
-    solved: np.ndarray  # (B,) bool
-    seconds: np.ndarray  # (rounds,) of whole solves of the batch; entries of one round are paired across solvers
-    elsewhere: np.ndarray | None = None  # (B,) bool, whether the solution is not the reference's, if that was checked
-    both: np.ndarray | None = None  # (B,) bool, problems that both this solver and the reference solve
-    scores: np.ndarray | None = None  # (B,) task scores
-
-    @property
-    def apart(self) -> float:
-        """Share of `both` where the solution is not the reference's; 0 if `both` is empty."""
-        if self.elsewhere is None or self.both is None or not self.both.any():
-            return 0.0
-        return float(self.elsewhere[self.both].mean())
-
-    @property
-    def score(self) -> float | None:
-        """Mean score."""
-        return None if self.scores is None else float(self.scores.mean())
-
-    @property
-    def mean(self) -> float:
-        """Mean evaluations, a failure counting as the budget."""
-        return float(np.where(self.solved, self.nfe, self.budget).mean())
-
-    @property
-    def cost(self) -> float:
-        """Mean evaluations, a failure counting twice the budget: what the verdict compares, so that solving more pays."""
-        return float(np.where(self.solved, self.nfe, 2 * self.budget).mean())
-
-    @property
-    def success(self) -> float:
-        """Share of the problems that were solved."""
-        return float(self.solved.mean())
-
-    @property
-    def error(self) -> float:
-        """Standard error of that share."""
-        return standard_error(self.success, len(self.solved))
-
-    def time_over(self, other: SolverResult) -> float:
-        """Time relative to another solver: the median ratio of paired rounds."""
-        return float(np.median(self.seconds / other.seconds))
-
-    def figures(self, fitted: SolverResult) -> dict[str, Any]:
-        """All figures as JSON, with the fitted solver's time relative to this one's."""
-        median, most = np.quantile(np.where(self.solved, self.nfe, self.budget), [0.5, 0.9], method="nearest")
-        return {
-            "config": type(self.solver).__name__ if isinstance(self.solver, nn.Module) else repr(self.solver),
-            "mean_evaluations": self.mean,
-            "median_evaluations": int(median),
-            "p90_evaluations": int(most),
-            "success": self.success,
-            "seconds": float(np.median(self.seconds)),
-            "fitted_over_this": fitted.time_over(self),
-            "elsewhere": self.apart,
-            **({} if self.scores is None else {"score": self.score}),
-        }
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A fitted solver against classical ones.
-
-    The fitted solver wins if it solves no fewer problems than any classical solver and, against each rival, needs fewer
-    evaluations in the mean and less time (median ratio of paired rounds). In this mean a failure counts twice the budget,
-    see `SolverResult.cost`, or else a rival that fails more would look cheaper; in all figures it counts as the budget. It
-    must also not be elsewhere more often than the rival that is so most often, nor score lower than the best rival; both
-    with one standard error of tolerance.
-    """
-
-    name: str  # of the fitted solver
-    results: dict[str, SolverResult]  # of all solvers, by name
-    rtol: float  # tolerance of the solves
-    reference: str = UNTUNED  # the classical solver whose equilibria the solutions are compared with
-
-    @property
-    def fitted(self) -> SolverResult:
-        """The fitted solver's result."""
-        return self.results[self.name]
-
-    @property
-    def rivals(self) -> dict[str, SolverResult]:
-        """The classical solvers whose success is within one standard error of the highest."""
-        return able({name: one for name, one in self.results.items() if name != self.name})
-
-    @property
-    def best(self) -> str:
-        """The fastest rival."""
-        return max(self.rivals, key=lambda name: self.fitted.time_over(self.rivals[name]))
-
-    @property
-    def failed_criteria(self) -> list[str]:
-        """The reasons why the fitted solver does not win; empty if it does."""
-        fitted, rivals, best, failed = self.fitted, self.rivals, self.best, []
-        surest = max(rivals, key=lambda name: rivals[name].success)
-        if fitted.success < rivals[surest].success:
-            failed.append(f"it solves {fitted.success:.1%}, {surest} {rivals[surest].success:.1%}")
-        fewest = min(rivals, key=lambda name: rivals[name].cost)
-        if fitted.cost >= rivals[fewest].cost:
-            rule = (
-                "" if fitted.solved.all() and rivals[fewest].solved.all() else ", a failure counting twice the budget"
-            )
-            failed.append(
-                f"it needs {fitted.cost:.1f} evaluations in the mean{rule}, {fewest} {rivals[fewest].cost:.1f}"
-            )
-        ratio = fitted.time_over(rivals[best])
-        if ratio >= 1:
-            failed.append(f"it takes {ratio:.2f} times as long as {best}")
-        return failed + self._worse_solutions()
-
-    def _worse_solutions(self) -> list[str]:
-        fitted, rivals, failed = self.fitted, self.rivals, []
-        most = max(rivals, key=lambda name: rivals[name].apart)
-        shared = 0 if fitted.both is None else int(fitted.both.sum())
-        if shared and fitted.apart > rivals[most].apart + standard_error(rivals[most].apart, shared):
-            failed.append(
-                f"it is at another solution than {self.reference} on {fitted.apart:.1%} of the problems, {most} on "
-                f"{rivals[most].apart:.1%}"
-            )
-        if fitted.scores is not None:
-            top = max(rivals, key=lambda name: rivals[name].score or 0.0)
-            less = fitted.scores - rivals[top].scores
-            if not less.mean() >= -less.std() / len(less) ** 0.5:  # NaN too
-                failed.append(f"it scores {fitted.score:.4g}, {top} {rivals[top].score:.4g}")
-        return failed
-
-    def summary(self) -> dict[str, Any]:
-        """All figures as JSON."""
-        return {
-            "rtol": self.rtol,
-            "max_nfe": self.fitted.budget,
-            "samples": len(self.fitted.nfe),
-            "mean_evaluations": self.fitted.mean,
-            "mean_evaluations_broyden": self.results[UNTUNED].mean,
-            "best_classical": self.best,
-            "reference": self.reference,
-            "failed_criteria": self.failed_criteria,
-            "solvers": {name: one.figures(self.fitted) for name, one in self.results.items()},
-        }
-
-    def show(self) -> None:
-        """Print the figures as a table, the fitted solver last."""
-        columns: dict[str, Callable[[dict[str, Any]], str]] = {
-            "median": lambda row: f"{row['median_evaluations']}",
-            "90%": lambda row: f"{row['p90_evaluations']}",
-            "mean": lambda row: f"{row['mean_evaluations']:.1f}",
-            "solved": lambda row: f"{row['success']:.1%}",
-            "time": lambda row: f"{1e3 * row['seconds']:.1f} ms",
-            "ratio": lambda row: f"{row['fitted_over_this']:.2f}×",
-            "elsewhere": lambda row: f"{row['elsewhere']:.1%}",
-        }
-        if self.fitted.scores is not None:
-            columns["score"] = lambda row: f"{row['score']:.4g}"
-        lines = []
-        for name, one in sorted(self.results.items(), key=lambda item: item[0] == self.name):
-            figures = one.figures(self.fitted)
-            lines.append((name, *(cell(figures) for cell in columns.values())))
-        about = (
-            f"{len(self.fitted.nfe)} held-out problems in one batch, to {self.rtol:g}, at most {self.fitted.budget} "
-            f"evaluations.\nratio: time of {self.name} over time of the solver\nelsewhere: of the problems that "
-            f"{self.reference} solves too, those whose solution is\nmore than {FAR:g} tolerances from its equilibrium, and "
-            "stays so when solved on"
-        )
-        print_table(about, ("solver", *columns), lines)
-
-
-def compare_solvers(
+@torch.no_grad()
+def compare(
     f: Cell,
-    z0: State,
-    context: Any,
-    name: str,
-    solvers: dict[str, Any],
+    x_test: Any,
     *,
-    rtol: float,
-    max_nfe: int,
-    score: Score | None = None,
+    solvers: Any,
+    tune_on: Any = None,
+    z0: Callable[[Any], State] | None = None,
+    rtol: float | Sequence[float] = (1e-2, 1e-3),
+    max_nfe: int = 60,
+    metric: Callable[[State, Any], Any] | None = None,
+    rounds: int = 5,
+    title: str = "",
+    progress: bool = True,
 ) -> Comparison:
-    """Measure the solver called `name` against the other ones, which take turns on one batch.
+    """Compare solvers with each other and with classical ones on the fixed points of f(z, x). No labels are needed.
 
-    The reference is the classical solver that solves most (the first of several). Its solutions are continued by Broyden's
-    method to a hundredth of the tolerance. A solution that is far from them is continued as well: on an ill-conditioned
-    problem it then comes nearer, at another equilibrium it stays away.
+    Picard's iteration, Anderson acceleration and Broyden's method (and operator splitting where f offers its parts), each
+    with the best options of a grid on `tune_on`, and Broyden's method as a `DEQ` has it by default, run beside the given
+    solvers. All solve the same problems, a tolerance at a time, and take turns on the clock.
 
-    f, z0, context, rtol and max_nfe as for `solve`; `name` is a key of `solvers`; score: see `by_sample`.
+    Args:
+        f: z⁺ = f(z, x), batch first; or a `DEQ`; or a model with one `DEQ` in it, ours or torchdeq's, whose raw inputs
+            x_test are; as for `fit_solver`. Layer and model are in evaluation mode while it lasts.
+        x_test: contexts of N samples that no solver was fitted to: a tensor (N, ...), a pytree of such tensors, or an
+            iterable of batches, as `fit_solver` takes them.
+        solvers: by name, solvers, names of registered ones ("broyden"), and files or names for `load_solver`; or several
+            of these without names, or one.
+        tune_on: contexts on which the options of the classical solvers are chosen. None: the last fifth of x_test, at most
+            32 samples, which is then not measured; of fewer than ten samples nothing is tuned.
+        z0: x → start; default as for `fit_solver`.
+        rtol: relative residuals to solve to, each in a solve of its own.
+        max_nfe: evaluations of f for each sample.
+        metric: (z, x) → how good the states z are for the samples x: a tensor (B,), or the mean. Labels may travel in x.
+        rounds: timed ones, in which the solvers take turns; 0: nothing is timed.
+        title: of figures and reports.
+        progress: show a bar (needs rich).
+
+    Returns:
+        The comparison: `print` it, `plot_reduction()`, `plot_residual()`, `plot_time()`, `plot_metric()`, `save(folder)`.
+
+    Raises:
+        TypeError, ValueError: bad input, saying what was given and what is wanted.
+
+    Examples:
+        >>> import torch, metabroyden as mb
+        >>> f = lambda z, x: torch.tanh(0.9 * z.roll(1, 1) - 0.5 * z + x)
+        >>> found = mb.compare(f, torch.randn(60, 8), solvers=mb.Newton(), rtol=1e-3, rounds=0, progress=False)
+        >>> found.names, found.samples
+        (['Newton', 'Broyden', 'tuned Picard', 'tuned Anderson', 'tuned Broyden'], 48)
     """
-    found, taken = race(f, z0, context, solvers, rtol=rtol, max_nfe=max_nfe)
-    solved = {key: found[key].converged.cpu().numpy() for key in solvers}
-    reference = max((key for key in solvers if key != name), key=lambda key: solved[key].mean())
-    closer = Broyden(memory=max_nfe)
-
-    def refined(solution: Solution) -> State:
-        return solve(f, solution.z, context, solver=closer, rtol=rtol / CLOSER, max_nfe=max_nfe, throw=False).z
-
-    def elsewhere(solution: Solution) -> np.ndarray:
-        far = _distance(solution.z, star) > FAR * rtol
-        return far & (_distance(refined(solution), star) > FAR * rtol) if far.any() else far
-
-    star = refined(found[reference])
-    results = {
-        key: SolverResult(
-            solver,
-            max_nfe,
-            np.where(solved[key], found[key].nfe.numpy(), max_nfe),
-            solved[key],
-            np.array(taken[key]),
-            elsewhere=elsewhere(found[key]),
-            both=solved[key] & solved[reference],
-            scores=None if score is None else score(found[key].z),
-        )
-        for key, solver in solvers.items()
-    }
-    return Comparison(name, results, rtol, reference)
+    tolerances = tuple(sorted({float(at) for at in ([rtol] if isinstance(rtol, (int, float)) else rtol)}, reverse=True))
+    named, target = _named(solvers), target_of(f)
+    target = target if z0 is None else target._replace(z0=z0)
+    _check(target, named, tolerances, max_nfe, rounds, metric)
+    x_test, tune_on = contexts_of(x_test, target), None if tune_on is None else contexts_of(tune_on, target)
+    with resting(target.whole):
+        tuning, x_test = _split(x_test, tune_on)
+        held = _held(target, x_test, metric)
+        classical = {UNTUNED: Broyden()} | _tuned(target, tuning, tolerances, max_nfe)
+        everyone = [contestant(name, one) for name, one in {**named, **_others(classical, named)}.items()]
+        size = sum(shape.numel() for shape in Packing.of(held.z0).shapes)
+        rules = Rules(tolerances, max_nfe, max(FEWEST, ROOM // size), rounds, elsewhere=True)
+        found = measure(held, everyone, rules, progress=progress)
+        if metric is not None:
+            found += _depths(held, everyone, max_nfe)
+    by_name = {one.name: one.solver for one in everyone}
+    methods = {name: name_of(solver) for name, solver in by_name.items()}
+    about = _about(count(x_test), None if tuning is None else count(tuning), tune_on is None, rounds)
+    return Comparison(found, solvers=by_name, methods=methods, title=title, about=about)
 
 
-def by_sample(score: Callable[[State, Any], Any], x: Any) -> Score:
-    """Make (z, x) → (B,) or mean score into states → (B,) scores; a mean is computed for each sample alone.
-
-    ValueError or TypeError, when called, if the score gives anything else.
-    """
-
-    def scored(z: State, x: Any) -> Tensor:
-        value = score(z, bare(x))
-        try:
-            return torch.as_tensor(value)
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise TypeError(f"score(z, x) must give numbers, or their mean, got {type(value).__name__}") from error
-
-    def one(tree: Any, number: int) -> Any:
-        device = next(leaf.device for leaf in pytree.tree_leaves(bare(tree)) if isinstance(leaf, Tensor))
-        return gather(tree, torch.tensor([number], device=device))
-
-    def scores(z: State) -> np.ndarray:
-        size = len(parts_of(z)[0])
-        value = scored(z, x)
-        if value.dim() == 0:
-            value = torch.stack([scored(one(z, number), one(x, number)) for number in range(size)])
-        if value.shape != (size,):
-            raise ValueError(f"score(z, x) must give ({size},) numbers, or their mean, got shape {tuple(value.shape)}")
-        return value.detach().double().cpu().numpy()
-
-    return scores
+def _named(solvers: Any) -> dict[str, Any]:
+    """Solvers by name."""
+    if isinstance(solvers, Mapping):
+        named = {str(name): _solver(one) for name, one in solvers.items()}
+    else:
+        several = solvers if isinstance(solvers, Sequence) and not isinstance(solvers, str) else [solvers]
+        named = {}
+        for one in map(_solver, several):
+            usual = type(one).__name__
+            same = sum(name.split(" #")[0] == usual for name in named)
+            named[f"{usual} #{same + 1}" if same else usual] = one
+    if not named:
+        raise ValueError("solvers is empty: give at least one, such as mb.Broyden() or a fitted one")
+    return named
 
 
-def _distance(z: State, star: State) -> np.ndarray:
-    """(B,) ‖z − z*‖ / ‖z*‖, 0 where both are 0."""
-    packing = Packing.of(z)
-    flat, at = packing.pack(z).double(), packing.pack(star).double()
-    apart: Tensor = (flat - at).norm(dim=1) / at.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
-    return apart.cpu().numpy()
+def _solver(one: Any) -> Any:
+    """A solver, from what people name it by."""
+    if isinstance(one, str) and one in list_solvers(learned=False, splitting=False):
+        return get_solver(one)
+    if isinstance(one, str) or hasattr(one, "__fspath__"):
+        return load_solver(one)
+    as_solver(one)  # or it says what a solver is
+    return one.eval() if isinstance(one, nn.Module) else one
 
 
-def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table, its first column left-aligned, the others right-aligned; plain text if rich is not installed."""
-    print(title)
-    try:
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-        for line in (head, *rows):
-            cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
-            print("  ".join([line[0].ljust(widths[0]), *cells[1:]]))
-        return
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
-    for column, name in enumerate(head):
-        table.add_column(name, justify="right" if column else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    terminal = Console()
-    # a file or notebook has no width of its own
-    (terminal if terminal.is_terminal else Console(width=200)).print(table)
+def _others(classical: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
+    """The classical solvers that the caller has not given, under this name or as the same solver."""
+    given = [one for one in named.values() if not isinstance(one, nn.Module)]
+    return {name: one for name, one in classical.items() if name not in named and one not in given}
+
+
+def _check(
+    target: Target, named: dict[str, Any], tolerances: tuple[float, ...], max_nfe: int, rounds: int, metric: Any
+) -> None:
+    for solver in named.values():
+        for tolerance in tolerances or (0.0,):
+            check_options(target.f, solver, tolerance, 0.0, max_nfe, 1, None)
+    if not tolerances:
+        raise ValueError("rtol is empty: give one relative residual or several, such as (1e-2, 1e-3)")
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0:
+        raise ValueError(f"rounds must be a whole number from 0, got {rounds!r}")
+    for name, given in (("metric", metric), ("z0", target.z0)):
+        if given is not None and not callable(given):
+            raise TypeError(f"{name} must be a function, got {type(given).__name__}")
+
+
+def _split(x_test: Any, tune_on: Any) -> tuple[Any, Any]:
+    """(contexts to tune on or None, contexts to measure on)."""
+    size = count(x_test)
+    if tune_on is not None:
+        return rows(tune_on, slice(TUNED_ON)), x_test
+    if size < 10:
+        return None, x_test
+    last = size - min(TUNED_ON, size // 5)
+    return rows(x_test, slice(last, size)), rows(x_test, slice(last))
+
+
+def _held(target: Target, raw: Any, metric: Any = None) -> HeldOut:
+    x = raw if target.encode is None else target.encode(raw)
+    start = torch.zeros_like(x) if target.z0 is None else target.z0(bare(x))
+    judge, closed = None if metric is None else judge_of(metric, raw), isinstance(target.f, ModelMap)
+    f, x = (target.f, x) if closed else pin(target.f, x, start)
+    return HeldOut(f, start, x, judge, closed=closed)
+
+
+def _tuned(target: Target, raw: Any, tolerances: tuple[float, ...], max_nfe: int) -> dict[str, Any]:
+    """The classical solvers, tuned where there are contexts to tune on."""
+    if raw is None:
+        return {"Picard": get_solver("picard"), "Anderson": get_solver("anderson")}
+    held, options = _held(target, raw), {"budget": max_nfe, "tolerances": tolerances}
+    problem = held.problem(torch.arange(len(held), device=held.device))
+    return tuned_solvers(*problem, **options) | splitting_solvers(*problem, **options)  # type: ignore[arg-type]
+
+
+def _depths(held: HeldOut, everyone: Sequence[Contestant], max_nfe: int) -> list[dict[str, Any]]:
+    """Rows of the metric after so many evaluations, of solvers that have a state after each."""
+    stamp, depths = stamp_of(held), [depth for depth in DEPTHS if depth <= max_nfe]
+    shown = (one for one in everyone if as_solver(one.solver).min_nfe <= 1)
+    return [{**stamp(one), **row} for one in shown for row in depth_rows(held, one.solver, depths)]
+
+
+def _about(size: int, tuning: int | None, split: bool, rounds: int) -> str:
+    tuned = (
+        "the classical solvers have their default options" if tuning is None
+        else f"the options of the classical solvers were chosen on {tuning} others" + (" of the same set" if split else "")
+    )  # fmt: skip
+    clock = f"times are medians of {rounds} rounds in which the solvers take turns" if rounds else "nothing was timed"
+    threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
+    return f"{size} problems; {tuned}; {clock}, on {threads}."

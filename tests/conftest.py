@@ -13,7 +13,6 @@ import random
 import shutil
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -86,11 +85,12 @@ def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def quick_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """`fit_solver` measures six classical solvers in place of 32, in three rounds, for what does not turn on who is best."""
-    from metabroyden.solvers import classical, clock
+    from metabroyden.comparison import measure
+    from metabroyden.solvers import classical
 
     every = classical.grids
     monkeypatch.setattr(classical, "grids", lambda budget: {name: grid[4::4] for name, grid in every(budget).items()})
-    monkeypatch.setattr("metabroyden.compare.race", partial(clock.race, seconds=0.0))
+    monkeypatch.setattr(measure, "SECONDS", 0.0)
 
 
 def idx(array: np.ndarray) -> bytes:

@@ -15,7 +15,7 @@ PACKAGE = Path(metabroyden.__file__).parent
 
 # A module may import from its own layer and from earlier ones, never from later ones.
 LAYERS = [
-    ["deprecated", "solution", "state", "shared", "storage", "version"],
+    ["deprecated", "progress", "solution", "state", "shared", "storage", "version"],
     ["function"],
     ["evaluator", "inverse"],
     ["problem", "opaque"],
@@ -27,10 +27,11 @@ LAYERS = [
     ["learned", "checkpoint", "described", "folder", "resume"],  # a learned solver saves itself
     ["gradients"],
     ["deq"],
-    ["compare"],
+    ["comparison"],
     ["convert"],
     ["meta"],
     ["integrations"],
+    ["compare"],
     ["zoo"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

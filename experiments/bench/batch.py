@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.bench.clock import laps
-from experiments.bench.measure import Stamp, timed_solve
+from experiments.bench.measure import Stamp
 from experiments.bench.problems import HeldOut, packed
 from experiments.bench.runner import Row
 from experiments.bench.solvers import Contestant
-from experiments.bench.tables import short
+from metabroyden.comparison.clock import laps
+from metabroyden.comparison.tables import short
 from metabroyden.evaluator import Evaluator
 from metabroyden.problem import CountedProblem
 from metabroyden.solution import Trace
@@ -38,7 +38,7 @@ def clock_rows(
     """
 
     def lap(one: Contestant) -> tuple[float, ...]:
-        found, taken = timed_solve(one, held.f, held.z0, held.x, tolerance, budget)
+        found, taken = one.timed(held.f, held.z0, held.x, tolerance, budget)
         assert found.trace is not None
         done = np.sort(np.minimum(seconds_to(found.trace, tolerance), taken["total"]))
         return done[(len(done) - 1) // 2], done[int(np.ceil(0.9 * len(done))) - 1], taken["total"], taken["f"]

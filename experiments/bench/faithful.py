@@ -10,7 +10,7 @@ from itertools import zip_longest
 from pathlib import Path
 from unittest import mock
 
-from experiments.bench.figures import plt
+from matplotlib.figure import Figure
 
 RESULTS = Path("results")
 REPORTS = {
@@ -39,7 +39,7 @@ def compared(name: str, folder: Path) -> tuple[int, list[str]]:
 def main(names: list[str]) -> None:
     """Print how many cells there are, and which differ; exit status 1 where some do."""
     total, differ = 0, list[str]()
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(plt.Figure, "savefig"):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(Figure, "savefig"):
         for name in names or REPORTS:
             count, words = compared(name, Path(folder, name.replace("/", "-")))
             total, differ = total + count, [*differ, *words]

@@ -16,10 +16,10 @@ import metabroyden as mb
 from experiments.bench.measure import solved_to
 from experiments.bench.problems import bits_of
 from experiments.bench.runner import Row
-from experiments.bench.tables import short
+from metabroyden.comparison.clock import turns
+from metabroyden.comparison.tables import short
 from metabroyden.deq import initial_state
 from metabroyden.nn.pin import pin
-from metabroyden.solvers.clock import turns
 from metabroyden.state import gather
 from metabroyden.zoo.models.criteria import Images
 from metabroyden.zoo.tasks import read_on, text_windows

@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from metabroyden import checkpoint
-from metabroyden.gradients.base import parts_of
+from metabroyden.comparison.problems import HeldOut
 from metabroyden.meta import TaskSet
 from metabroyden.nn.pin import pin
 from metabroyden.solution import State
@@ -30,55 +30,6 @@ from metabroyden.zoo.models.families import get_family, trained_model
 from metabroyden.zoo.tasks import family_tasks, text_windows
 from metabroyden.zoo.testbed import KnownProblem, make_problem
 from metabroyden.zoo.testbed.cells import blas
-
-CHUNK = 64
-"""Problems solved at once where nothing else is asked: Broyden's method keeps two states for each evaluation."""
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Fixed-point problems of a trained model on a part of a split."""
-
-    f: Callable[..., State]  # pinned, f(z, x)
-    z0: State  # starts and contexts, batch first
-    x: Any
-    judge: Callable[[State, Tensor], Tensor]  # (states, index) ↦ (B,) scores: 1 or 0 for the class, or bits a token
-    predict: Callable[[State], Tensor] | None = None  # states ↦ classes (B,) or (B, T)
-    name: str = ""  # of the problem set
-    star: Tensor | None = None  # float64 equilibria (N, n)
-    known: Tensor | None = None  # (N,) where these were found
-
-    def __len__(self) -> int:
-        return len(parts_of(self.z0)[0])
-
-    @property
-    def device(self) -> torch.device:
-        """Where the states are."""
-        return parts_of(self.z0)[0].device
-
-    def take(self, index: Tensor) -> tuple[State, Any]:
-        """(z0, x) of these samples."""
-        return gather(self.z0, index), gather(self.x, index)
-
-    def chunks(self, size: int = CHUNK) -> Iterator[tuple[State, Any, Tensor]]:
-        """(z0, x, index) of consecutive samples."""
-        for index in torch.arange(len(self), device=self.device).split(size):
-            yield *self.take(index), index
-
-    def head(self, count: int) -> HeldOut:
-        """The first of them, without their equilibria."""
-        z0, x = self.take(torch.arange(min(count, len(self)), device=self.device))
-        return replace(self, z0=z0, x=x, star=None, known=None)
-
-    def first(self) -> tuple[State, Any]:
-        """(z0, x) of the first samples, on which solvers are tuned."""
-        z0, x, _ = next(iter(self.chunks()))
-        return z0, x
-
-    def states(self, flat: Tensor) -> State:
-        """States (N, n) as those of the problems, in their dtype."""
-        packing = Packing.of(self.z0)
-        return packing.unpack(flat.to(packing.pack(self.z0).dtype))
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,29 @@
-"""A report: front matter, tables, figures, and a conclusion that a person wrote."""
+"""What an experiment's report says beside its tables: the command, machine and commit that made it."""
 
 from __future__ import annotations
 
-import base64
 import functools
-import html
 import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from experiments.bench.runner import Row, read_rows, row_files
-from experiments.bench.tables import Table, inline
-from metabroyden.storage import atomic_write
+from metabroyden.comparison.report import CONCLUSION, Folded, Picture, Section, write, write_page
 
-CONCLUSION = "conclusion.md"
-"""Kept beside a report and put into it: code states figures, a person draws conclusions."""
-Section = str | Table | Path
+__all__ = [
+    "CONCLUSION",
+    "Folded",
+    "Picture",
+    "Section",
+    "made_by",
+    "of_rows",
+    "read_config",
+    "runs_below",
+    "write",
+    "write_page",
+]
 Sections = Callable[[list[Row], Row, Path], list[Section]]
-_PAGE = Path(__file__).with_name("page.html")
-_LINK = r"\[([^]]+)\]\([^)]+\)"
 
 
 def made_by(described: dict[str, Any], *packages: str) -> str:
@@ -59,50 +62,3 @@ def of_rows(title: str, *packages: str) -> Callable[[Sections], Callable[[Path],
         return written
 
     return decorated
-
-
-def write(folder: Path, title: str, sections: Sequence[Section], *, name: str = "report") -> Path:
-    """Write report.md: paragraphs, tables under their words, figures (PNG files below the folder), the conclusion.
-
-    Args:
-        folder: of the results.
-        title: the heading.
-        sections: paragraphs, `Table`s and files of figures in their order; empty ones are left out.
-        name: of the file, without its ending; the conclusion of any other than "report" is NAME-conclusion.md.
-    """
-    parts = [f"# {title}"]
-    conclusion = folder / (CONCLUSION if name == "report" else f"{name}-{CONCLUSION}")
-    if conclusion.exists():
-        parts.append(conclusion.read_text().strip())
-    parts += [text for section in sections if (text := _markdown(folder, section))]
-    return atomic_write(folder / f"{name}.md", "\n\n".join(parts) + "\n")
-
-
-def _markdown(folder: Path, section: Section) -> str:
-    if isinstance(section, Path):
-        return f"![{section.stem}]({section.relative_to(folder)})"
-    if isinstance(section, Table):
-        heading = [f"## {section.words}"] if section.words else []
-        return "\n\n".join([*heading, str(section)]) if section.body else ""
-    return section
-
-
-def write_page(folder: Path, title: str, sections: Sequence[Section]) -> Path:
-    """Write report.html: one file with all tables, sortable, and figures, zoomable; it loads nothing from elsewhere."""
-    words = [section for section in sections if isinstance(section, str)]
-    figures = [section for section in sections if isinstance(section, Path)]
-    tables = [section for section in sections if isinstance(section, Table) and section.body]
-    parts = [f"<h1>{html.escape(title)}</h1>", *(f"<p>{inline(re.sub(_LINK, _unlinked, text))}</p>" for text in words)]
-    parts += ["<h2>Figures</h2>", *map(_figure, figures), *(table.html() for table in tables)]
-    return atomic_write(folder / "report.html", _PAGE.read_text().replace("<!-- content -->", "\n".join(parts)))
-
-
-def _unlinked(link: re.Match[str]) -> str:
-    return link[1]
-
-
-def _figure(path: Path) -> str:
-    data, name = base64.b64encode(path.read_bytes()).decode(), html.escape(path.stem)
-    caption = f"{name}: click to enlarge, wheel and drag to move, Escape to close"
-    image = f'<img src="data:image/png;base64,{data}" alt="{name}">'
-    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"

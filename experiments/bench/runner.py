@@ -28,10 +28,9 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from experiments.bench.options import Options
-from metabroyden.meta.progress import progress_bar
+from metabroyden.comparison.tables import Row
 from metabroyden.storage import atomic_write
 
-Row = dict[str, Any]
 _PACKAGES = ("metabroyden", "torch", "higher", "numpy", "scikit-learn", "torchdeq", "silva-networks", "xitorch", "scipy",
              "pypower")  # fmt: skip
 _ROOT = Path(__file__).resolve().parents[2]
@@ -227,11 +226,3 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def ticks(title: str, total: int, *, show: bool) -> Iterator[Callable[..., None]]:
-    """A function to be called, with a word or none, after each of `total` pieces of work; a bar where it is shown."""
-    with progress_bar(title, total, show=show) as bar:
-        count = iter(range(1, total + 1))
-        yield lambda words="": None if bar is None else bar(next(count), words)

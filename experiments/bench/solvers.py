@@ -9,14 +9,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 
-from experiments.bench.figures import FLAGSHIP
 from experiments.bench.peers import TorchDEQSolver, solve_state
-from experiments.bench.problems import HeldOut
 from experiments.bench.runner import digest
 from metabroyden.checkpoint import list_pretrained, load_solver
+from metabroyden.comparison.clock import now
+from metabroyden.comparison.figures import FLAGSHIP
+from metabroyden.comparison.measure import Contestant, Found
+from metabroyden.comparison.problems import HeldOut
+from metabroyden.comparison.tables import Row
+from metabroyden.gradients.base import parts_of
 from metabroyden.learned.learned_start import LearnedStart
+from metabroyden.solution import State
 from metabroyden.solvers import Anderson, Broyden, Newton, Picard
 from metabroyden.solvers import classical as grids
 from metabroyden.solvers.tuning import score, tune
@@ -28,29 +35,32 @@ JUDGED = (1e-2, 1e-3)
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """One solver in a comparison."""
-
-    name: str  # in tables and figures
-    kind: str  # "classical" (ours), "started" (the same from a learned start), "learned", "peer" (another library's)
-    solver: Any  # for `solve`, or a peer's for `solve_state`
-    options: str = ""  # in words
-    seed: int | None = None  # of a learned solver
-
-    @property
-    def peer(self) -> bool:
-        """Whether it runs in another library's loop."""
-        return self.kind == "peer"
+class Peer(Contestant):
+    """A solver of another library, which runs in that one's loop: for `solve_state`."""
 
     @property
     def parts(self) -> bool:
-        """Whether it uses parts of a cell instead of f."""
-        return not self.peer and bool(self.solver.required_methods)
+        """No peer uses parts of a cell."""
+        return False
 
-    @property
-    def key(self) -> str:
-        """Its name with its seed."""
-        return self.name if self.seed is None else f"{self.name}, seed {self.seed}"
+    def timed(
+        self, f: Any, z0: State, x: Any, tolerance: float, budget: int, *, keep: bool = True
+    ) -> tuple[Found, Row]:
+        """A solve, and where its time went. keep: False where only the time is wanted: it is not recorded then."""
+        device = parts_of(z0)[0].device
+        began = now(device)
+        z, recorder = solve_state(self.solver, f, z0, x, tolerance, budget, keep=keep)
+        total = now(device) - began - recorder.excused
+        in_f = recorder.f_seconds if device.type == "cpu" else None
+        taken = {"total": total, "f": in_f, "solver": total - (in_f or 0.0), "bookkeeping": 0.0}
+        if not keep:
+            return Found(z0, np.empty(0), [], "", 0, None), taken
+        trace = recorder.trace()
+        evaluations, reached = trace.evaluations_to(tolerance, budget)
+        smallest = trace.residual.nan_to_num(torch.inf).min(dim=0).values.tolist()
+        finite = torch.isfinite(trace.residual[-1]).tolist()
+        letters = ["C" if hit else "B" if whole else "N" for hit, whole in zip(reached, finite, strict=True)]
+        return Found(z, evaluations, smallest, "".join(letters), 0, trace), taken
 
 
 def contestant(name: str, solver: Any, seed: int | None = None) -> Contestant:
@@ -58,7 +68,7 @@ def contestant(name: str, solver: Any, seed: int | None = None) -> Contestant:
     if not hasattr(solver, "solve"):
         kind = "learned" if isinstance(solver, nn.Module) else "classical"
         return Contestant(name, kind, solver, type(solver).__name__ if kind == "learned" else repr(solver), seed)
-    return Contestant(name, "peer", solver, repr(solver), seed)
+    return Peer(name, "peer", solver, repr(solver), seed)
 
 
 def contestants(**solvers: Any) -> list[Contestant]:

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.bench.clock import LiveBytes, laps, saved_bytes
 from metabroyden import DEQ, solve
+from metabroyden.comparison.clock import LiveBytes, laps, saved_bytes
 from metabroyden.solution import relative_residual
 
 K = TypeVar("K")

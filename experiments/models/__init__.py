@@ -13,7 +13,7 @@ from experiments.models import report, rows
 from experiments.models.rows import DEQ, REGULARISED
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.meta.distributed import resolve
-from metabroyden.meta.progress import progress_bar
+from metabroyden.progress import progress_bar
 from metabroyden.storage import atomic_write
 from metabroyden.zoo.models import Episodes, EpochEnd, Training, load_model, save_model, train
 from metabroyden.zoo.models.episodes import episodes_in

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from experiments.bench import figures, report
+from experiments.bench import report
 from experiments.bench.runner import Row, read_rows, row_files
-from experiments.bench.statistics import BEST, HEADLINE, Field, Outcome
-from experiments.bench.tables import Table, chosen, listed, pivot
 from experiments.models.rows import DEQ, REGULARISED, TOLERANCES
+from metabroyden.comparison import figures
+from metabroyden.comparison.statistics import BEST, HEADLINE, Field, Outcome
+from metabroyden.comparison.tables import Table, chosen, listed, pivot
 
 HEADS = {DEQ: "DEQ", REGULARISED: "penalised", "unrolled": "unrolled", "explicit": "explicit", "flow": "neural ODE"}
 LOOKS = {DEQ: ("#D55E00", "-"), REGULARISED: ("#E69F00", "--"), "unrolled": ("#0072B2", "-."), "explicit": ("#000000", ":"),

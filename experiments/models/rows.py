@@ -25,14 +25,15 @@ import numpy as np
 import torch
 
 from experiments.bench import measure, problems, solvers
-from experiments.bench.clock import LiveBytes, laps, now
 from experiments.bench.problems import HeldOut, packed
-from experiments.bench.runner import Row, ticks
-from experiments.bench.statistics import Field
-from experiments.bench.tables import chosen, short
+from experiments.bench.runner import Row
 from experiments.models.ngram import NGram, Recent
 from metabroyden import solve
+from metabroyden.comparison.clock import LiveBytes, laps, now
+from metabroyden.comparison.statistics import Field
+from metabroyden.comparison.tables import chosen, short
 from metabroyden.nn.spectral import spectral_radius
+from metabroyden.progress import ticks
 from metabroyden.solvers import Anderson, Broyden, Picard
 from metabroyden.zoo.models.criteria import Criterion, NextToken, device_of
 from metabroyden.zoo.models.fit import Stage, Training, history

@@ -12,9 +12,9 @@ from rich.markdown import Markdown
 
 from experiments.bench.options import Budgeted, OnDevice, OnModels
 from experiments.bench.runner import Row, Run, at_least_one, digest, known, show, threads, write_rows
-from experiments.bench.statistics import Field
 from experiments.race import ablation, hyper_deq, report, schema
 from experiments.race.units import Setting, Unit, beyond, cells, family
+from metabroyden.comparison.statistics import Field
 from metabroyden.meta import distributed
 from metabroyden.storage import atomic_write
 from metabroyden.zoo.models import FAMILIES

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from experiments.bench import figures as plots
-from experiments.bench.figures import FLAGSHIP, line, panels
 from experiments.bench.runner import Row
-from experiments.bench.statistics import BEST, FASTEST, Field, profile
-from experiments.bench.tables import middle
+from metabroyden.comparison import figures as plots
+from metabroyden.comparison.figures import FLAGSHIP, line, panels
+from metabroyden.comparison.statistics import BEST, FASTEST, Field, profile
+from metabroyden.comparison.tables import middle
 
 _PROFILED = (FLAGSHIP, BEST, "universal", "tuned Anderson", "tuned Picard", "Broyden", "torchdeq Broyden",
              "tuned torchdeq Anderson")  # fmt: skip

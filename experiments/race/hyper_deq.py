@@ -24,7 +24,7 @@ from experiments.bench import solvers
 from experiments.bench.peers import Enough, Recorder, available
 from experiments.bench.problems import Family, HeldOut, packed
 from experiments.bench.runner import Row
-from experiments.bench.solvers import Contestant
+from experiments.bench.solvers import Peer
 from experiments.race.units import Setting, Unit
 from metabroyden import checkpoint
 from metabroyden.nn.pin import pin
@@ -147,7 +147,7 @@ def unit(setting: Setting, name: str) -> Unit:
         """Both, Broyden's method and torchdeq's Anderson beside them."""
         family, budget = setting.family(name), setting.config.budget
         peer, taken = _trained(work / "hyper-deq.safetensors", family, budget)
-        theirs = Contestant("HyperDEQ", "peer", peer, peer.options, 0)
+        theirs = Peer("HyperDEQ", "peer", peer, peer.options, 0)
         classical = [solvers.contestant("Broyden", Broyden(budget)), *solvers.torchdeq("Anderson")]
         held = setting.held(family)
         everyone, rules = [*setting.learned(name), theirs, *classical], setting.rules(family, held, weighed=False)

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from experiments.bench import report
-from experiments.bench.figures import FLAGSHIP
 from experiments.bench.runner import Row
-from experiments.bench.statistics import BEST, FASTEST, HEADLINE, Field, Outcome, alone, geometric, paired, ratio
-from experiments.bench.tables import Table, chosen, grouped, listed, markdown, middle, number, pivot
 from experiments.race import figures
 from experiments.race.schema import PARTS, read
-from metabroyden.compare import FAR
+from metabroyden.comparison.figures import FLAGSHIP
+from metabroyden.comparison.measure import FAR
+from metabroyden.comparison.statistics import BEST, FASTEST, HEADLINE, Field, Outcome, alone, geometric, paired, ratio
+from metabroyden.comparison.tables import Table, chosen, grouped, listed, markdown, middle, number, pivot
 
 SHOWN = (1e-2, 1e-3)
 TORCHDEQ = ("torchdeq Broyden", "tuned torchdeq Broyden", "torchdeq Anderson", "tuned torchdeq Anderson")

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from experiments.bench import measure, problems, runner, solvers
-from experiments.bench.figures import FLAGSHIP
 from experiments.bench.measure import Rules, Stamp
 from experiments.bench.problems import Family, HeldOut
 from experiments.bench.runner import Row
 from experiments.bench.solvers import Contestant
-from experiments.bench.tables import short
+from metabroyden.comparison.figures import FLAGSHIP
+from metabroyden.comparison.tables import short
 from metabroyden.solve import solve
 from metabroyden.solvers import Broyden
 from metabroyden.zoo.data.bible import load_bible
@@ -125,7 +125,7 @@ def _family_rows(setting: Setting, family: Family, work: Path) -> Iterator[Row]:
     for one in trained:
         yield {"row": "training", **stamp(one), **{key: one.solver.summary[key] for key in ("cpu_seconds", "steps")}}
     for one in everyone if family.texts else ():
-        if not one.peer:
+        if one.kind != "peer":
             model = family.model(solver=one.solver)
             yield from measure.leak_rows(model, family.criterion, stamp(one), tolerances=CLOCKED)  # type: ignore[arg-type]
     few = [*ours, *learned, *(one for one in peers if one.name in ("torchdeq Broyden", "tuned torchdeq Anderson"))]
@@ -147,6 +147,7 @@ def _tuned_rows(validation: HeldOut, ours: Sequence[Contestant], budget: int, st
 def _star_row(family: Family, held: HeldOut, stamp: Stamp) -> Row:
     assert held.star is not None
     assert held.known is not None
+    assert held.judge is not None
     scores = held.judge(held.states(held.star), torch.arange(len(held), device=held.device))
     row = {"row": "star", **stamp(Contestant("float64", "classical", None)), "higher_is_better": not family.texts}
     return {**row, "samples": len(held), "known": int(held.known.sum()), "score": short(scores.tolist())}
@@ -159,7 +160,7 @@ def _metric_rows(
     timed: list[tuple[Contestant, int, bool]] = []
     depths = [k for k in DEPTHS if k <= rules.budget]
     for one in everyone:
-        if one.peer or one.solver.min_nfe > 1:  # no state after every evaluation
+        if one.kind == "peer" or one.solver.min_nfe > 1:  # no state after every evaluation
             continue
         scores = {row["evaluations"]: row["score"] for row in measure.depth_rows(held, one.solver, depths)}
         for k, score in scores.items():

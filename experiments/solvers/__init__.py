@@ -10,9 +10,10 @@ from typing import Any
 
 from experiments.bench.options import Budgeted, Timed
 from experiments.bench.peers import ScipySolver, TorchDEQSolver, XitorchSolver, available
-from experiments.bench.runner import Row, Run, ticks
+from experiments.bench.runner import Row, Run
 from experiments.solvers import overhead, report, rows
 from metabroyden import Anderson, Broyden, Newton, Picard
+from metabroyden.progress import ticks
 from metabroyden.zoo.testbed import PROBLEMS, KnownProblem
 from metabroyden.zoo.testbed.cells import blas, conv
 

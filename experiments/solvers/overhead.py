@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from experiments.bench.clock import laps
 from experiments.bench.peers import TorchDEQSolver, solve_state
 from experiments.bench.runner import Row
-from experiments.bench.tables import short
 from experiments.solvers.rows import traced
+from metabroyden.comparison.clock import laps
+from metabroyden.comparison.tables import short
 from metabroyden.solve import solve
 from metabroyden.solvers import Anderson, Broyden, Picard
 from metabroyden.zoo.testbed import KnownProblem

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from experiments.bench import report
-from experiments.bench.figures import line, log_ticks, panels, save
 from experiments.bench.runner import Row
-from experiments.bench.statistics import Outcome, geometric
-from experiments.bench.tables import Table, chosen, grouped, listed, pivot
+from metabroyden.comparison.figures import line, log_ticks, panels, save
+from metabroyden.comparison.statistics import Outcome, geometric
+from metabroyden.comparison.tables import Table, chosen, grouped, listed, pivot
 
 METHODS = ("Broyden", "Anderson", "Picard")
 

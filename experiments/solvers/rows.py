@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.bench.clock import laps
-from experiments.bench.measure import Rules, measure, timed_solve
+from experiments.bench.measure import Rules, measure
 from experiments.bench.peers import ScipySolver, TorchDEQSolver
 from experiments.bench.problems import of_known
 from experiments.bench.runner import Row
 from experiments.bench.solvers import contestant
-from experiments.bench.tables import chosen, short
+from metabroyden.comparison.clock import laps
+from metabroyden.comparison.tables import chosen, short
 from metabroyden.fixed import FixedBudget
 from metabroyden.solution import Trace
 from metabroyden.solve import solve
@@ -39,7 +39,7 @@ def _usual(budget: int) -> dict[str, Any]:
 
 def traced(solver: Any, problem: KnownProblem, rtol: float, budget: int) -> Trace:
     """The trace of a solve by whichever it is."""
-    found, _ = timed_solve(contestant("", solver), problem.f, problem.z0, problem.context, rtol, budget)
+    found, _ = contestant("", solver).timed(problem.f, problem.z0, problem.context, rtol, budget)
     assert found.trace is not None
     return found.trace
 
@@ -49,7 +49,7 @@ def anatomy_rows(name: str, problem: KnownProblem, *, rtol: float, budget: int, 
 
     def parts(solver: Any) -> tuple[float, ...]:
         held = problem.f, problem.z0, problem.context
-        found, taken = timed_solve(contestant("", solver), *held, rtol, budget)
+        found, taken = contestant("", solver).timed(*held, rtol, budget)
         assert found.trace is not None
         return tuple(taken[key] / len(found.trace.nfe) for key in ("f", "solver", "bookkeeping"))
 

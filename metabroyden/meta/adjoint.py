@@ -16,10 +16,10 @@ from metabroyden.learned.layout import Layout, guess_layout
 from metabroyden.meta.config import MetaConfig
 from metabroyden.meta.fit import contexts_of, make_learned, refuse_inference
 from metabroyden.meta.inputs import check_contexts
-from metabroyden.meta.progress import progress_bar
 from metabroyden.meta.target import ModelMap, check_start, resting, target_of
 from metabroyden.meta.tasks import TaskSet
 from metabroyden.meta.trainer import MetaTrainer, mean_evaluations
+from metabroyden.progress import progress_bar
 from metabroyden.shared import bare
 from metabroyden.solve import solve
 from metabroyden.solvers.broyden import Broyden

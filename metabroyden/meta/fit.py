@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metabroyden.compare import UNTUNED, Comparison, by_sample, compare_solvers
+from metabroyden.comparison.problems import HeldOut
+from metabroyden.comparison.verdict import UNTUNED, Verdict, by_sample, compare_solvers, judge_of
 from metabroyden.deprecated import old_options
 from metabroyden.learned.fingerprint import fingerprint, module_of
 from metabroyden.meta import distributed
@@ -24,11 +25,11 @@ from metabroyden.meta.defaults import RATES
 from metabroyden.meta.inputs import check_contexts, gathered
 from metabroyden.meta.plan import ALIASES, OURS, Classical, as_solved, measure_classical, plan, room
 from metabroyden.meta.plan import make_learned as make_learned
-from metabroyden.meta.progress import progress_bar, tensorboard
 from metabroyden.meta.prospect import Prospect, prospect
 from metabroyden.meta.target import ModelMap, Target, check_start, resting, takes_several, target_of
 from metabroyden.meta.tasks import TaskSet, count, rows, sampled
-from metabroyden.meta.trainer import Callback, MetaTrainer, Progress
+from metabroyden.meta.trainer import Callback, MetaTrainer
+from metabroyden.progress import Progress, progress_bar, tensorboard
 from metabroyden.solution import Cell, State
 from metabroyden.solvers.registry import list_solvers
 from metabroyden.state import Packing
@@ -73,7 +74,7 @@ def fit_solver(
     against Picard, Anderson and Broyden, tuned to rtol (and operator splitting where f offers its parts), at 60 evaluations
     a sample. It is returned where it solves no fewer samples than any of them, needs fewer evaluations in the mean and less
     time than each that solves most, and neither goes to another equilibrium more often nor scores lower (the exact rule is
-    in `Comparison`). Else the fastest of those that solve most is returned, with a warning that gives the reasons. All
+    in `Verdict`). Else the fastest of those that solve most is returned, with a warning that gives the reasons. All
     figures are in the fitted solver's `summary["held_out"]`.
 
     Args:
@@ -121,12 +122,12 @@ def fit_solver(
             steps. Needs the tensorboard package.
         callback: called after each outer step with a `TrainingStep`: step, steps, loss, evaluations on validation, the
             best of these, seconds, skipped. Training ends where it returns True, with the best weights so far.
-        return_report: whether to return the comparison too.
+        return_report: whether to return the comparison too, with its tables and figures.
 
     Returns:
         A learned solver in evaluation mode, or a classical one; both for `solve`, `DEQ`, `register` and `save_solver`. With
-        return_report a pair of it and the `Comparison`, also after a fallback; `fitted.solver` is the fitted one. Where
-        nothing was trained, that is a comparison of untuned Broyden with the tuned classical solvers.
+        return_report a pair of it and the `Verdict`, a `Comparison`, after a fallback too; `fitted` of it is the fitted one.
+        Where nothing was trained, that is a comparison of untuned Broyden with the tuned classical solvers.
 
     Raises:
         ValueError, TypeError: bad input, saying what was given and what is wanted.
@@ -180,8 +181,8 @@ def fit_solver(
         if progress and distributed.rank() == 0:
             comparison.show()
         _say(_refused(comparison) if trained and fallback else None)
-    kept = learned if trained else comparison.fitted.solver
-    found = comparison.results[comparison.best].solver if fallback and comparison.failed_criteria else kept
+    kept = learned if trained else comparison.fitted
+    found = comparison.solvers[comparison.best] if fallback and comparison.failed_criteria else kept
     return (found, comparison) if return_report else found
 
 
@@ -230,16 +231,17 @@ class _Job:
             )
         )
 
-    def compared(self, name: str, learned: dict[str, Any], size: int) -> Comparison:
+    def compared(self, name: str, learned: dict[str, Any], size: int) -> Verdict:
         """The solver called `name` against the classical ones on at most `size` test problems."""
         raw = rows(self.tasks.split("test"), slice(size))
-        score = None if self.score is None else by_sample(self.score, raw)
-        limits: dict[str, Any] = {"rtol": self.rtol, "max_nfe": MAX_NFE, "score": score}
-        return distributed.by_first(
-            lambda: compare_solvers(
-                *as_solved(self.f, *self.tasks.prepare(raw)), name, {**self.classical.solvers, **learned}, **limits
-            )
-        )
+        judge = None if self.score is None else judge_of(self.score, raw)
+        everyone = {**self.classical.solvers, **learned}
+
+        def compared() -> Verdict:
+            held = HeldOut(self.f, *self.tasks.prepare(raw), judge, closed=isinstance(self.f, ModelMap))
+            return compare_solvers(held, name, everyone, rtol=self.rtol, max_nfe=MAX_NFE)
+
+        return distributed.by_first(compared)
 
 
 @contextmanager
@@ -296,13 +298,13 @@ def _many_skipped(trainer: MetaTrainer) -> str | None:
     )
 
 
-def _refused(result: Comparison) -> str | None:
+def _refused(result: Verdict) -> str | None:
     if not result.failed_criteria:
         return None
     return (
-        f"the fitted solver does not beat the best classical ones on {len(result.fitted.nfe)} held-out problems "
-        f"to {result.rtol:g}: {'; '.join(result.failed_criteria)}. "
-        f"Returned is {result.results[result.best].solver!r}; with fallback=False the fitted one is"
+        f"the fitted solver does not beat the best classical ones on {result.samples} held-out problems "
+        f"to {result.tolerances[-1]:g}: {'; '.join(result.failed_criteria)}. "
+        f"Returned is {result.solvers[result.best]!r}; with fallback=False the fitted one is"
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from metabroyden.compare import UNTUNED
+from metabroyden.comparison.verdict import UNTUNED
 from metabroyden.learned.layout import Layout
 from metabroyden.meta.config import MetaConfig
 from metabroyden.meta.defaults import (

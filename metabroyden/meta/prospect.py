@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metabroyden.compare import able, standard_error
+from metabroyden.comparison.clock import timed
+from metabroyden.comparison.statistics import able, standard_error
 from metabroyden.solution import Cell, Solution, State
-from metabroyden.solvers.clock import timed
 from metabroyden.solvers.picard import Picard
 
 FEWEST, SHARE = 4, 0.5

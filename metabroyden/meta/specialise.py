@@ -17,7 +17,8 @@ from metabroyden.meta.defaults import tasks_layout
 from metabroyden.meta.estimators import BackpropEstimator, MixedDraws
 from metabroyden.meta.orthogonal import OrthogonalAdam, is_matrix
 from metabroyden.meta.tasks import TaskSet
-from metabroyden.meta.trainer import Progress, Trainer
+from metabroyden.meta.trainer import Trainer
+from metabroyden.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,9 @@ from metabroyden.meta.estimators import ESTIMATORS, MixedDraws, TaskDraws
 from metabroyden.meta.orthogonal import OrthogonalAdam, make_optimizer
 from metabroyden.meta.schedule import STOPS, Clock, StepGuard, cosine, reason_to_stop, share
 from metabroyden.meta.tasks import Source, TaskSet
+from metabroyden.progress import Curves, Progress
 from metabroyden.solve import solve
 from metabroyden.state import gather
-
-Progress = Callable[[int, str], None]
-"""Called with the step reached (of the time budget where that is nearer its end) and a few words."""
-Curves = Callable[[int, dict[str, float]], None]  # called with the number of outer steps made and numbers by name
 
 
 class TrainingStep(NamedTuple):

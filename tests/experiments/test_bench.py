@@ -13,15 +13,16 @@ import torch
 
 import metabroyden as mb
 from experiments.bench import batch, check_page, measure, report, runner, solvers
-from experiments.bench.clock import Stopwatch
-from experiments.bench.figures import plt
 from experiments.bench.measure import Rules
 from experiments.bench.options import Options
 from experiments.bench.peers import ScipySolver, TorchDEQSolver, XitorchSolver, solve_state
 from experiments.bench.problems import HeldOut, double_equilibria, of_known
 from experiments.bench.solvers import contestant
-from experiments.bench.statistics import Field, against, paired
-from experiments.bench.tables import Table
+from metabroyden.comparison.clock import Stopwatch
+from metabroyden.comparison.figures import axes
+from metabroyden.comparison.measure import residual_after, residual_by_time
+from metabroyden.comparison.statistics import Field, against, paired
+from metabroyden.comparison.tables import Table
 from metabroyden.learned.layout import Layout
 from metabroyden.learned.safeguard import Safeguard
 from metabroyden.meta.fit import make_learned
@@ -173,10 +174,10 @@ def test_whole_batches_are_clocked_against_a_reference_and_parts_against_f():
 
 
 def test_residual_after_so_many_evaluations_is_the_best_so_far():
-    best = measure.residual_after(trace(), 5)
+    best = residual_after(trace(), 5)
     np.testing.assert_allclose(best[:, 0], [0.5, 0.05, 0.05, 0.05, 0.05], rtol=1e-6)
     np.testing.assert_allclose(best[:, 2], [0.9, 0.9, 0.9, 0.9, 0.8], rtol=1e-6)
-    seconds, median = measure.residual_by_time(trace())
+    seconds, median = residual_by_time(trace())
     np.testing.assert_allclose(median, [0.5, 0.08, 0.08], rtol=1e-6)
     assert seconds.tolist() == [0.1, 0.2, 0.4]
 
@@ -431,10 +432,9 @@ class Tags(HTMLParser):
 
 def test_the_page_is_one_file_with_every_table_and_figure(tmp_path):
     picture = tmp_path / "one.png"
-    figure, axes = plt.subplots()
-    axes.plot([1, 2])
+    figure, place = axes()
+    place.plot([1, 2])
     figure.savefig(picture)
-    plt.close(figure)
     body = [["b", "10 (100%)"], ["a", "9"], ["<c>", ""], ["**d**", "1e-3"]]
     table = Table("A table", ["name", "count"], body)
     path = report.write_page(tmp_path, "Race", ["Made by `x < y`.", picture, table])
@@ -447,9 +447,8 @@ def test_the_page_is_one_file_with_every_table_and_figure(tmp_path):
     assert tags.names("table", "th", "button", "td") == ["table", *2 * ["th", "button"], *8 * ["td"]]
     shown = next(attributes["src"] for tag, attributes in tags.found if tag == "img" and "src" in attributes)
     assert base64.b64decode(shown.removeprefix("data:image/png;base64,")) == picture.read_bytes()
-    assert {"zoom"} == {attributes["id"] for _, attributes in tags.found if "id" in attributes}, (
-        "what the script looks for"
-    )
+    ids = {attributes["id"] for _, attributes in tags.found if "id" in attributes}
+    assert ids == {"zoom", "section-1"}, "what the script looks for, and the table's heading"
 
 
 @pytest.mark.parametrize(

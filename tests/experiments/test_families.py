@@ -15,10 +15,10 @@ from experiments import models
 from experiments.bench import measure
 from experiments.bench.problems import held_out
 from experiments.bench.runner import read_rows
-from experiments.bench.statistics import BEST
 from experiments.models import rows as model_rows
 from experiments.models.ngram import NGram, Recent
 from experiments.models.report import Results, difficulty
+from metabroyden.comparison.statistics import BEST
 from metabroyden.zoo.data.text import TextData, TextSplit
 from metabroyden.zoo.models import (
     DenseClassifier,

@@ -11,9 +11,9 @@ import torch
 import metabroyden as mb
 from experiments import generalise, specialise
 from experiments.bench.runner import digest, read_rows
-from experiments.bench.statistics import Field
 from experiments.generalise import BROYDEN
 from metabroyden.checkpoint import CheckpointError
+from metabroyden.comparison.statistics import Field
 from metabroyden.learned.layout import Layout
 from metabroyden.meta import MetaConfig, TaskSet
 from metabroyden.meta.fit import make_learned

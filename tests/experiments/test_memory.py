@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from experiments import memory
-from experiments.bench.clock import LiveBytes, saved_bytes
 from experiments.bench.runner import plain, read_rows
 from experiments.bench.training import Step, growth
 from experiments.configs import networks
 from experiments.configs.networks import WAYS
 from experiments.memory import Memory
+from metabroyden.comparison.clock import LiveBytes, saved_bytes
 
 TINY = Memory(batch=2, width=4, tokens=6, memory=2, backward=4)
 

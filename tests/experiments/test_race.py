@@ -11,13 +11,14 @@ import torch
 
 import metabroyden as mb
 from experiments import meta, race
-from experiments.bench import measure, problems, solvers, statistics
+from experiments.bench import measure, problems, solvers
 from experiments.bench.measure import Rules
 from experiments.bench.problems import of_known
 from experiments.bench.runner import write_rows
-from experiments.bench.solvers import Contestant
-from experiments.bench.statistics import Field, ratio
+from experiments.bench.solvers import Contestant, Peer
 from experiments.race import ablation, figures, hyper_deq, report, schema, units
+from metabroyden.comparison import statistics
+from metabroyden.comparison.statistics import Field, ratio
 from metabroyden.learned.coefficients import StepLSTM, StepSchedule
 from metabroyden.learned.layout import Layout
 from metabroyden.learned.safeguard import BY_PROGRESS
@@ -147,7 +148,7 @@ def test_hyper_deq_is_counted_and_stopped_as_every_peer():
     problem = cells.blas(6, 16, 0.5)
     held = replace(of_known(problem, "cell"), judge=lambda z, index: z.sum(dim=1))
     peer = hyper_deq.HyperDEQ(hyper_deq.network(16, 16), "untrained")
-    one = Contestant("HyperDEQ", "peer", peer, peer.options, 0)
+    one = Peer("HyperDEQ", "peer", peer, peer.options, 0)
     rows = measure.measure(held, [one], Rules((1e-2,), 40, 6, 2))
     (row,) = (row for row in rows if row["row"] == "solve")
     assert set(row["status"]) == {"C"}

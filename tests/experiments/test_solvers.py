@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from matplotlib.figure import Figure
 
 import metabroyden as mb
 from experiments.bench import faithful
-from experiments.bench.figures import plt
 from experiments.bench.peers import ScipySolver, TorchDEQSolver
-from experiments.bench.statistics import Field
 from experiments.solvers import overhead
 from experiments.solvers.rows import anatomy_rows, registry_rows
+from metabroyden.comparison.statistics import Field
 from metabroyden.zoo.testbed.cells import blas
 
 
@@ -40,7 +40,7 @@ def test_the_race_of_classical_solvers_tells_what_happened():
 
 @pytest.mark.parametrize("name", ["solvers", "gradients", "memory", "meta/pes", "torchdeq"])
 def test_reports_are_remade_from_the_published_rows_cell_for_cell(tmp_path, name, monkeypatch):
-    monkeypatch.setattr(plt.Figure, "savefig", lambda *arguments, **options: None)
+    monkeypatch.setattr(Figure, "savefig", lambda *arguments, **options: None)
     count, differ = faithful.compared(name, tmp_path / "folder")
     assert count > 50
     assert differ == []

@@ -18,10 +18,10 @@ from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet, schedule
 from metabroyden.meta.episodes import as_learn2learn
 from metabroyden.meta.fit import make_learned
 from metabroyden.meta.objectives import HyperObjective, ResidualObjective
-from metabroyden.meta.progress import tensorboard
 from metabroyden.meta.schedule import StepGuard, cosine, in_words, reason_to_stop, share
 from metabroyden.meta.trainer import mean_evaluations
 from metabroyden.meta.unroll import Rollout
+from metabroyden.progress import tensorboard
 from tests.helpers import ConvTanh, contexts, normal, refused, same_parameters
 
 

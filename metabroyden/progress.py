@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from metabroyden.meta.trainer import Curves, Progress
+Progress = Callable[[int, str], None]
+"""Called with the steps done and a few words on how it goes."""
+Curves = Callable[[int, dict[str, float]], None]
+"""Called with a step and its figures by name."""
 
 
 @contextmanager
@@ -25,6 +28,14 @@ def progress_bar(title: str, total: int, *, show: bool = True) -> Iterator[Progr
     with Bar(*columns, TimeRemainingColumn(), TextColumn("{task.fields[words]}")) as bar:
         task = bar.add_task(title, total=total, words="")
         yield lambda step, words: bar.update(task, completed=step, words=words)
+
+
+@contextmanager
+def ticks(title: str, total: int, *, show: bool) -> Iterator[Callable[..., None]]:
+    """A function to be called, with a word or none, after each of `total` pieces of work; a bar where it is shown."""
+    with progress_bar(title, total, show=show) as bar:
+        count = iter(range(1, total + 1))
+        yield lambda words="": None if bar is None else bar(next(count), words)
 
 
 @contextmanager

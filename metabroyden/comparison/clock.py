@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -15,11 +15,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metabroyden.function import FunctionWrapper, rewrap
-from metabroyden.solution import State
+from metabroyden.gradients.base import parts_of
+from metabroyden.solution import Cell, Solution, State
+from metabroyden.solve import solve
 from metabroyden.solver import Phase
-from metabroyden.solvers.clock import turns
 
 K = TypeVar("K")
+T = TypeVar("T")
 _WORK = ("start", "init", "step", "gather")
 
 
@@ -28,6 +30,21 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def turns(names: Sequence[T], rounds: int) -> Iterator[T]:
+    """Every name once a round, another one first each round."""
+    for number in range(rounds):
+        first = number % len(names)
+        yield from (*names[first:], *names[:first])
+
+
+def timed(f: Cell, z0: State, context: Any, **options: Any) -> tuple[Solution, float]:
+    """(solution, seconds) of one solve; arguments as for `solve`."""
+    device = parts_of(z0)[0].device
+    began = now(device)
+    solution = solve(f, z0, context, throw=False, **options)
+    return solution, now(device) - began
 
 
 def laps(jobs: Mapping[K, Callable[[], Any]], rounds: int) -> dict[K, np.ndarray]:

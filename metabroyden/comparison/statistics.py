@@ -10,13 +10,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.bench.runner import Row
-from experiments.bench.tables import Table, chosen, grouped
-from metabroyden.compare import able, standard_error
+from metabroyden.comparison.tables import Row, Table, chosen, grouped
 
 RESAMPLES = 4000
 HEADLINE = 12
 """Evaluations that the best classical solver needs, on validation, where a family counts towards the means."""
+
+
+def standard_error(success: float, count: int) -> float:
+    """Standard error of a success rate over `count` samples, with one success and one failure added."""
+    smoothed = (success * count + 1) / (count + 2)
+    return float((smoothed * (1 - smoothed) / count) ** 0.5)
+
+
+def able(outcomes: Mapping[str, Any]) -> dict[str, Any]:
+    """Those whose `success` is at most its standard error, `error`, below the highest."""
+    top = max(outcomes.values(), key=lambda one: one.success)
+    return {name: one for name, one in outcomes.items() if one.success >= top.success - top.error}
 
 
 class Interval(NamedTuple):

@@ -1,6 +1,7 @@
 """The one style of all figures, and the kinds of plots they are made of. From rows and outcomes alone.
 
-Colours are Okabe & Ito's, told apart by the colour-blind; line styles, markers and hatches tell solvers apart in grey.
+Colours are Okabe & Ito's and Tol's, told apart by the colour-blind; line styles and markers tell solvers apart in grey.
+Figures are made without pyplot, so that no backend is chosen or switched. matplotlib is imported when one is drawn.
 """
 
 from __future__ import annotations
@@ -8,49 +9,76 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.bench.statistics import Interval, Outcome
-from experiments.bench.tables import grouped
+from metabroyden.comparison.statistics import Interval, Outcome
+from metabroyden.comparison.tables import Row, grouped
 
 FLAGSHIP = "meta-broyden"
+Look = tuple[str, Any, str]
+"""A solver's colour, line style and marker."""
 _DASHES, _DOTS, _DASHDOTS = (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1))
-LOOKS: dict[str, tuple[str, Any, str]] = {
+LOOKS: dict[str, Look] = {
     FLAGSHIP: ("#D55E00", "-", "o"),
     "grouped": ("#CC79A7", "-", "s"),
     "hyper-anderson": ("#E69F00", _DASHES, "D"),
     "universal": ("#999999", "-", "v"),
-    "coordinatewise": ("#CC79A7", _DASHES, "s"),
-    "tuned Picard": ("#8A6D00", _DASHDOTS, "d"),
-    "tuned Anderson": ("#7B3294", (0, (5, 1, 1, 1)), "h"),
-    "Picard": ("#F0E442", "-.", "d"),
+    "coordinatewise": ("#882255", _DASHES, "s"),
+    "Picard": ("#8A6D00", "-.", "d"),
+    "tuned Picard": ("#DDCC77", _DASHDOTS, "d"),
     "Anderson": ("#009E73", "-.", "^"),
-    "Newton": ("#8C564B", _DASHDOTS, "p"),
-    "Newton-Krylov": ("#8C564B", _DASHDOTS, "p"),
-    "best classical": ("#009E73", "-.", "^"),
-    "Peaceman-Rachford": ("#009E73", _DASHDOTS, "^"),
-    "Broyden": ("#0072B2", "--", "x"),
-    "tuned Broyden": ("#0072B2", _DASHDOTS, "x"),
-    "bad Broyden": ("#56B4E9", "--", "x"),
-    "torchdeq Broyden": ("#56B4E9", ":", "+"),
-    "torchdeq Anderson": ("#000000", _DOTS, "*"),
-    "tuned torchdeq Anderson": ("#000000", _DOTS, "*"),
-    "torchdeq Picard": ("#8A6D00", ":", "d"),
+    "tuned Anderson": ("#44AA99", (0, (5, 1, 1, 1)), "h"),
+    "Broyden": ("#56B4E9", "--", "x"),
+    "tuned Broyden": ("#0072B2", _DASHDOTS, "X"),
+    "bad Broyden": ("#332288", "--", "x"),
+    "Newton": ("#661100", _DASHDOTS, "p"),
+    "Newton-Krylov": ("#661100", _DASHDOTS, "P"),
+    "best classical": ("#000000", "-.", "^"),
+    "fastest classical": ("#000000", "--", "v"),
+    "Peaceman-Rachford": ("#000000", _DASHDOTS, "<"),
+    "forward-backward": ("#8C564B", _DASHES, ">"),
+    "torchdeq Broyden": ("#332288", ":", "+"),
+    "tuned torchdeq Broyden": ("#332288", _DOTS, "4"),
+    "torchdeq Anderson": ("#555555", _DOTS, "*"),
+    "tuned torchdeq Anderson": ("#555555", ":", "8"),
+    "torchdeq Picard": ("#8A6D00", ":", "3"),
     "scipy broyden1": ("#0072B2", ":", "1"),
     "scipy hybr": ("#D55E00", ":", "2"),
 }
 """Colour, line style and marker, one a solver in every figure."""
-LABELS = {FLAGSHIP: "MetaBroyden", "grouped": "GroupedLSTM", "hyper-anderson": "HyperAnderson",
-          "coordinatewise": "coordinatewise LSTM"}  # fmt: skip
+LABELS = {FLAGSHIP: "MetaBroyden", "meta-splitting": "MetaBroyden", "grouped": "GroupedLSTM",
+          "hyper-anderson": "HyperAnderson", "coordinatewise": "coordinatewise LSTM"}  # fmt: skip
 _SPARE = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#8C564B", "#F0E442", "#0072B2", "#D55E00")
 _HATCHES = ("", "///", "...", "xx", "\\\\", "oo", "++", "--")
 _MARKERS = ("o", "s", "^", "D", "v", "p", "h", "*")
+
+
+def label(name: str) -> str:
+    """What a solver is called in tables and figures."""
+    return LABELS.get(name, name)
+
+
+def assign(methods: Mapping[str, str | None]) -> dict[str, Look]:
+    """Colour, line style and marker of the solvers of one comparison, no two of them alike.
+
+    A name of `LOOKS` keeps its look. Another one has that of its method, where nobody else has, or a spare one.
+
+    Args:
+        methods: by name, the registered name of the solver's class, or None.
+    """
+    found = {name: LOOKS[name] for name in methods if name in LOOKS}
+    for name, method in methods.items():
+        own = LOOKS.get("meta-broyden" if method == "meta-splitting" else method or "")
+        if name not in found and own is not None and own not in found.values():
+            found[name] = own
+    taken = {look[0] for look in found.values()}
+    spare = [colour for colour in dict.fromkeys(look[0] for look in LOOKS.values()) if colour not in taken]
+    for number, name in enumerate(name for name in methods if name not in found):
+        colour = spare[number] if number < len(spare) else _SPARE[number % len(_SPARE)]
+        found[name] = (colour, (0, (7, 1 + number)), _MARKERS[number % len(_MARKERS)])
+    return {name: found[name] for name in methods}
 
 
 def colour(name: str, number: int = 0) -> str:
@@ -62,7 +90,7 @@ def look(name: str, number: int = 0) -> dict[str, Any]:
     """Colour, line style, width and label of a solver's line."""
     line = LOOKS[name][1] if name in LOOKS else "-"
     width = 2.2 if name == FLAGSHIP else 1.5
-    return {"color": colour(name, number), "linestyle": line, "linewidth": width, "label": LABELS.get(name, name)}
+    return {"color": colour(name, number), "linestyle": line, "linewidth": width, "label": label(name)}
 
 
 def marker(name: str, number: int = 0) -> str:
@@ -75,8 +103,21 @@ def save(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, bbox_inches="tight", metadata={"Software": None})
     figure.savefig(path.with_suffix(".pdf"), bbox_inches="tight", metadata={"CreationDate": None})
-    plt.close(figure)
     return path
+
+
+def own_axes(ax: Any = None, size: tuple[float, float] = (6.4, 4.2)) -> Any:
+    """The axes that a caller gave, or new ones of pyplot's, whose backend stays what it is."""
+    if ax is not None:
+        return ax
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError("figures need matplotlib, which is not installed: pip install matplotlib") from error
+    place = plt.subplots(figsize=size, layout="constrained")[1]
+    place.grid(alpha=0.25)
+    place.spines[["top", "right"]].set_visible(False)
+    return place
 
 
 def axes(width: float = 6.4, height: float = 4.2, **settings: Any) -> tuple[Any, Any]:
@@ -89,8 +130,11 @@ def axes(width: float = 6.4, height: float = 4.2, **settings: Any) -> tuple[Any,
 
 def grid(count: int, columns: int = 4, size: tuple[float, float] = (3.3, 2.5)) -> tuple[Any, list[Any]]:
     """A figure of small plots of a size each in inches, the empty ones hidden."""
+    from matplotlib.figure import Figure
+
     rows = math.ceil(count / columns)
-    figure, places = plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows), squeeze=False)
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows))
+    places = figure.subplots(rows, columns, squeeze=False)
     every = list(places.flat)
     for place in every[count:]:
         place.set_visible(False)
@@ -140,7 +184,7 @@ def line(
         place.fill_between(x, *band, color=shown["color"], alpha=0.12, linewidth=0)
 
 
-def lines(place: Any, rows: Iterable[dict[str, Any]], by: str, x: str, y: str, **style: Any) -> None:
+def lines(place: Any, rows: Iterable[Row], by: str, x: str, y: str, **style: Any) -> None:
     """A line for each name under the key `by`, of the numbers under x and y; style: as of `line`."""
     for number, of in enumerate(grouped(rows, by)):
         line(place, of[0][by], [row[x] for row in of], [row[y] for row in of], number=number, **style)
@@ -153,7 +197,7 @@ def bars(
     which the share solved stands where not all are."""
     width = 0.84 / len(names)
     for number, name in enumerate(names):
-        hatch, words = _HATCHES[number % len(_HATCHES)], LABELS.get(name, name)
+        hatch, words = _HATCHES[number % len(_HATCHES)], label(name)
         shown: dict[str, Any] = {"color": colour(name, number), "hatch": hatch, "edgecolor": "white"}
         for at, group in enumerate(groups):
             found = height(group, name)
@@ -167,6 +211,102 @@ def bars(
                 place.text(spot, tall + 0.5, f"{found.success:.0%}", ha="center", fontsize=5, rotation=90)
     place.set_xticks(range(len(groups)), groups, rotation=35, ha="right", fontsize=7)
     place.grid(axis="x", visible=False)
+
+
+class Reduction(NamedTuple):
+    """A solver's line in a figure of reductions."""
+
+    label: str
+    evaluations: Interval  # over the best classical solver's
+    time: Interval  # over the fastest one's
+    note: str  # in words
+    look: Look
+    lost: bool = False  # whether it solves fewer samples
+
+
+def reductions(place: Any, groups: Sequence[tuple[str, Sequence[Reduction]]]) -> None:
+    """Ratios of evaluations (filled) and of time (hollow) with their intervals beside a line at one.
+
+    groups: words and lines. What is above one, or solves fewer, has its note in red.
+    """
+    at, ticks = 0.0, []
+    for words, lines in groups:
+        if words:
+            place.text(
+                0.01, at, words, transform=place.get_yaxis_transform(), fontsize=8, fontweight="bold", va="center"
+            )
+            at += 1
+        for one in lines:
+            ticks.append((at, one.label))
+            _reduction(place, at, one)
+            at += 1
+    place.set_yticks([tick for tick, _ in ticks], [label for _, label in ticks], fontsize=8)
+    place.set_xlabel(
+        "over the best classical solver's evaluations (filled) and the fastest one's time (hollow)", fontsize=9
+    )
+    place.text(1.01, -1, "median (solved)", transform=place.get_yaxis_transform(), fontsize=7, va="center")
+    place.set_ylim(at - 0.4, -1.4)
+    place.set_xlim(0, max(1.5, place.get_xlim()[1]))
+    place.axvline(1, color="black", linewidth=0.8)
+    place.grid(axis="y", visible=False)
+
+
+def _reduction(place: Any, at: float, one: Reduction) -> None:
+    colour, _, mark = one.look
+    for ratio, shift, fill in ((one.evaluations, -0.12, colour), (one.time, 0.12, "white")):
+        if np.isfinite(ratio.value):
+            spread = np.array([[ratio.value - ratio.low], [ratio.high - ratio.value]]).clip(0)
+            style = {"fmt": mark, "color": colour, "markersize": 6, "markeredgewidth": 1.4, "linewidth": 1.2}
+            place.errorbar([ratio.value], [at + shift], xerr=spread, markerfacecolor=fill, **style)
+    losing = one.lost or max(one.evaluations.value, np.nan_to_num(one.time.value)) > 1
+    ink = "#B00020" if losing else "#333333"
+    place.text(1.01, at, one.note, transform=place.get_yaxis_transform(), fontsize=8, va="center", color=ink)
+
+
+class Time(NamedTuple):
+    """A solver's bar in a figure of times."""
+
+    label: str
+    milliseconds: float
+    inside: float  # share of it inside f
+    note: str  # in words
+    look: Look
+
+
+def times(place: Any, groups: Sequence[tuple[str, Sequence[Time]]]) -> None:
+    """Bars of milliseconds, the part outside of f paler; groups: words and bars."""
+    at, ticks = 0.0, []
+    for words, bars in groups:
+        place.text(0.01, at, words, transform=place.get_yaxis_transform(), fontsize=8, fontweight="bold", va="center")
+        for at, one in enumerate(bars, int(at) + 1):  # noqa: B020 (goes on)
+            ticks.append((at, one.label))
+            inside = one.inside * one.milliseconds
+            place.barh(at, inside, 0.7, color=one.look[0])
+            place.barh(at, one.milliseconds - inside, 0.7, left=inside, color=one.look[0], alpha=0.35)
+            place.text(one.milliseconds, at, f" {one.note}", fontsize=8, va="center")
+        at += 1
+    place.set_yticks([tick for tick, _ in ticks], [label for _, label in ticks], fontsize=8)
+    place.set_xlabel("milliseconds for all problems: inside f, outside of it (paler)", fontsize=9)
+    place.set_ylim(at - 0.4, -0.6)
+    place.set_xlim(0, 1.35 * max(one.milliseconds for _, bars in groups for one in bars))
+    place.grid(axis="y", visible=False)
+
+
+def converging(place: Any, x: Sequence[float], curve: Mapping[str, Sequence[float]], end: float, style: Row) -> None:
+    """A curve of medians that ends, with a dot, where they reach `end`; a band from "low" to "high" that ends likewise."""
+    last = _reached(curve["median"], end)
+    place.plot(x[:last], curve["median"][:last], **style)
+    if curve["median"][last - 1] <= end:
+        place.plot(x[last - 1], curve["median"][last - 1], "o", color=style["color"], markersize=4)
+    if "high" in curve:
+        last = _reached(curve["high"], end)
+        band = curve["low"][:last], curve["high"][:last]
+        place.fill_between(x[:last], *band, color=style["color"], alpha=0.12, linewidth=0)
+
+
+def _reached(values: Sequence[float], end: float) -> int:
+    """How many values there are up to the first that is at most `end`; all of them where none is."""
+    return next((number for number, value in enumerate(values, 1) if value <= end), len(values))
 
 
 def intervals(
@@ -183,7 +323,7 @@ def intervals(
         middle, low, high = np.array([one for _, one in found]).reshape(-1, 3).T
         place.errorbar(
             middle, heights, fmt=marker(name, number), color=colour(name, number), markersize=5,
-            xerr=np.array([middle - low, high - middle]), label=prefix + LABELS.get(name, name),
+            xerr=np.array([middle - low, high - middle]), label=prefix + label(name),
         )  # fmt: skip
     place.set_yticks(range(len(groups)), groups, fontsize=8)
     place.axvline(1, color="black", linewidth=0.8)

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import numpy as np
 
 T = TypeVar("T")
-
+Row: TypeAlias = dict[str, Any]
+"""One measurement, as JSON holds it."""
 
 Cell: TypeAlias = str | Callable[[T], object]
 """How a cell is made of an item: a format of its keys (of a group of rows: of the first one's), or a function."""
@@ -28,11 +29,11 @@ class Table(NamedTuple):
         return markdown(self.head, self.body)
 
     def html(self) -> str:
-        """As HTML with its words as a heading; `code` and **bold** are the only markup of a cell."""
+        """As HTML, without its words; `code` and **bold** are the only markup of a cell."""
         header = "".join(f"<th><button>{inline(cell)}</button></th>" for cell in self.head)
         rows = "".join(f"<tr>{''.join(f'<td>{inline(cell)}</td>' for cell in row)}</tr>" for row in self.body)
         table = f"<table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table>"
-        return f'<h2>{inline(self.words)}</h2><div class="table">{table}</div>'
+        return f'<div class="table">{table}</div>'
 
 
 def pivot(
@@ -119,6 +120,24 @@ def markdown(head: Sequence[object], body: Iterable[Sequence[object]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def text_table(table: Table) -> str:
+    """A table for a terminal, under its words: the first column left-aligned, the others right-aligned.
+
+    Examples:
+        >>> print(text_table(Table("Two", ["solver", "median"], [["Broyden", "21"], ["ours", "8"]])))
+        Two
+        solver   median
+        Broyden      21
+        ours          8
+    """
+    widths = [max(map(len, column)) for column in zip(table.head, *table.body, strict=True)]
+    lines = [table.words] if table.words else []
+    for line in (table.head, *table.body):
+        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+        lines.append("  ".join([line[0].ljust(widths[0]), *cells[1:]]).rstrip())
+    return "\n".join(lines)
 
 
 def inline(text: str) -> str:

@@ -1,0 +1,406 @@
+"""What solvers did on the same problems: a table, figures, files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metabroyden.comparison import figures
+from metabroyden.comparison.report import Folded, Picture, Section, write, write_page
+from metabroyden.comparison.statistics import BEST, FASTEST, NOTHING, Field, Outcome
+from metabroyden.comparison.tables import Row, Table, chosen, inline, listed, text_table
+from metabroyden.storage import atomic_write
+
+SCHEMA = 1
+_TITLE = "Root finders compared"
+
+
+class Comparison:
+    """Solvers on the same held-out problems, made by `mb.compare` and by `mb.fit_solver(…, return_report=True)`.
+
+    In every median, percentile and mean a sample that was not solved counts as the whole budget; the share solved stands
+    beside it. The best classical solver has the smallest median of evaluations among the classical ones whose share solved
+    is within one standard error of the highest; the fastest has the smallest time among the same.
+
+    `print(comparison)` prints the table; in a notebook it is shown as such.
+
+    Args:
+        rows: measurements, see `metabroyden.comparison.measure`.
+        solvers: by name, the solvers that ran.
+        methods: by name, the registered names of their classes, which choose the colours.
+        title: of figures and reports.
+        about: sentences on how the comparison was made.
+
+    Attributes:
+        rows: the measurements.
+        solvers: by name; empty where the comparison was read from a file.
+        title: of figures and reports.
+        tolerances: relative residuals that were solved to, the loosest first.
+        budget: evaluations of f that a sample was allowed.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        *,
+        solvers: Mapping[str, Any] | None = None,
+        methods: Mapping[str, str | None] | None = None,
+        title: str = "",
+        about: str = "",
+    ) -> None:
+        self.rows, self.solvers, self.title, self.about = list(rows), dict(solvers or {}), title, about
+        self._field = Field(self.rows)
+        self.tolerances, self.budget = self._field.tolerances, self._field.budget
+        known = methods or {}
+        self.methods = {name: known.get(name) for name in self._field.solvers()}
+
+    @property
+    def names(self) -> list[str]:
+        """The solvers, in the order in which they were given."""
+        return list(self.methods)
+
+    @property
+    def samples(self) -> int:
+        """How many problems there are."""
+        return self.outcome(self.names[0]).evaluations.shape[1]
+
+    @property
+    def metric(self) -> bool:
+        """Whether a metric was measured."""
+        return bool(chosen(self.rows, "depth"))
+
+    def outcome(self, name: str, rtol: float | None = None) -> Outcome:
+        """Evaluations, success and seconds of a solver to a tolerance (default: the tightest).
+
+        Raises:
+            ValueError: no such solver or tolerance.
+        """
+        at = self._at(rtol)
+        found = self._field.outcome(self._name, name, at)
+        if found is None:
+            raise ValueError(f"no solver {name!r} in this comparison: there are {', '.join(self.names)}")
+        return found
+
+    def best_classical(self, rtol: float | None = None) -> str:
+        """Name of the best classical solver."""
+        return self._field.named(self._name, BEST, self._at(rtol))
+
+    def fastest_classical(self, rtol: float | None = None) -> str:
+        """Name of the fastest classical solver."""
+        return self._field.named(self._name, FASTEST, self._at(rtol))
+
+    def table(self, rtol: float | None = None) -> Table:
+        """A row a solver: evaluations, share solved, time, ratios to the best and to the fastest classical solver."""
+        at = self._at(rtol)
+        columns: list[tuple[str, Callable[[Row], str]]] = [
+            ("solver", lambda row: figures.label(row["solver"])),
+            ("median", lambda row: f"{row['median']:g}"),
+            ("90%", lambda row: f"{row['p90']:g}"),
+            ("mean", lambda row: f"{row['mean']:.1f}"),
+            ("solved", lambda row: f"{row['solved']:.1%}"),
+            ("time", lambda row: _milliseconds(row["milliseconds"])),
+            (f"evaluations / {self.best_classical(at)}", lambda row: _ratio(row["evaluations_over_best"])),
+            (f"time / {self.fastest_classical(at)}", lambda row: _ratio(row["time_over_fastest"])),
+            ("elsewhere", lambda row: "" if row["elsewhere"] is None else f"{row['elsewhere']:.1%}"),
+        ]
+        if any(row["metric"] is not None for row in self.numbers(at)):
+            columns.append(("metric", lambda row: "" if row["metric"] is None else f"{row['metric']:.4g}"))
+        words = f"{self.samples} problems to {at:g}, at most {self.budget} evaluations each"
+        return listed(words, self.numbers(at), columns)
+
+    def numbers(self, rtol: float | None = None) -> list[Row]:
+        """The table's numbers, a dict a solver; `elsewhere`, `metric` and ratios are None where there are none."""
+        return [self._numbers(name, at) for at in self._some(rtol) for name in self.names]
+
+    def _numbers(self, name: str, at: float) -> Row:
+        one, best, fastest = self.outcome(name, at), self.best_classical(at), self.fastest_classical(at)
+        (kind, *_) = (row for row in self._solves(name, at))
+        metric, elsewhere = self._mean(name, at, "score"), self._mean(name, at, "elsewhere")
+        timed = one.seconds.size > 0
+        over = self._field.ratio(self._name, name, best, at).value
+        time = self._field.ratio(self._name, name, fastest, at, time=True).value if timed else None
+        return {
+            "solver": name, "kind": kind["kind"], "options": kind["options"], "rtol": at, "budget": self.budget,
+            "samples": self.samples, "median": one.median, "p90": one.p90, "mean": one.mean, "solved": one.success,
+            "milliseconds": 1e3 * _seconds(one) if timed else None, "best_classical": best, "evaluations_over_best": over,
+            "fastest_classical": fastest, "time_over_fastest": time, "elsewhere": elsewhere, "metric": metric,
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        """The tables as text."""
+        return "\n\n".join([text_table(self.table(at)) for at in self.tolerances] + [_LEGEND])
+
+    def __repr__(self) -> str:
+        """Names and sizes."""
+        return f"Comparison of {', '.join(self.names)} on {self.samples} problems"
+
+    def _repr_html_(self) -> str:
+        """The tables, in a notebook."""
+        tables = (self.table(at) for at in self.tolerances)
+        return (
+            "".join(f"<h4>{inline(table.words)}</h4>{table.html()}" for table in tables) + f"<p>{inline(_LEGEND)}</p>"
+        )
+
+    def show(self) -> None:
+        """Print the tables."""
+        print(self)
+
+    def to_csv(self, path: str | Path | None = None) -> str:
+        """The numbers of all tables as CSV, a line a solver and tolerance; written to `path` where one is given."""
+        text, rows = io.StringIO(), self.numbers()
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return _kept(text.getvalue(), path)
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """All measurements, sample by sample, as JSON, which `from_json` reads; written to `path` where one is given."""
+        whole = {"schema": SCHEMA, "title": self.title, "about": self.about, "methods": self.methods, "rows": self.rows}
+        return _kept(json.dumps(whole, separators=(",", ":")) + "\n", path)
+
+    @classmethod
+    def from_json(cls, source: str | Path) -> Comparison:
+        """The comparison that `to_json` wrote: from its file, or from its text. The solvers themselves are not in it.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: what is there is no comparison.
+        """
+        given = str(source)
+        text = given if given.lstrip().startswith("{") else Path(source).read_text(encoding="utf-8")
+        try:
+            whole = json.loads(text)
+            found = [whole[key] for key in ("schema", "rows", "methods", "title", "about")]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{given[:80]} is no comparison as Comparison.to_json writes it: {error!r}") from error
+        if found[0] != SCHEMA:
+            raise ValueError(f"{given[:80]} has schema {found[0]!r}; this version reads {SCHEMA}")
+        return Comparison(found[1], methods=found[2], title=found[3], about=found[4])
+
+    def plot_reduction(self, ax: Any = None, *, rtol: float | None = None) -> Any:
+        """Evaluations over the best classical solver's and time over the fastest one's, with 95% intervals.
+
+        Left of 1 is fewer, or faster. A solver that loses on either, or solves fewer samples, has its numbers in red.
+
+        Args:
+            ax: matplotlib axes to draw on; default new ones.
+            rtol: one tolerance; default all of them.
+
+        Returns:
+            The axes.
+        """
+        place = figures.own_axes(ax, (7.2, self._height(self._some(rtol))))
+        groups = [(self._rivals(at), list(self._reductions(at))) for at in self._some(rtol)]
+        figures.reductions(place, groups)
+        return self._titled(place)
+
+    def _rivals(self, at: float) -> str:
+        best = self.best_classical(at)
+        return (
+            f"to {at:g}: best classical {best}, {self.outcome(best, at).median:g}; fastest {self.fastest_classical(at)}"
+        )
+
+    def _reductions(self, at: float) -> Iterable[figures.Reduction]:
+        best, fastest = self.best_classical(at), self.fastest_classical(at)
+        for name in self.names:
+            one = self.outcome(name, at)
+            time = self._field.ratio(self._name, name, fastest, at, time=True) if one.seconds.size else NOTHING
+            spent = self._field.ratio(self._name, name, best, at)
+            yield figures.Reduction(
+                figures.label(name), spent, time, f"{one.median:g} ({one.success:.0%})", self._looks[name],
+                lost=one.success < self.outcome(best, at).success - one.error,
+            )  # fmt: skip
+
+    def plot_residual(self, ax: Any = None, *, by: str = "evaluations") -> Any:
+        """The smallest relative residual so far: its median over samples, and the middle half of them.
+
+        A curve ends where the samples have converged.
+
+        Args:
+            ax: matplotlib axes to draw on; default new ones.
+            by: "evaluations" of f, or "time" in milliseconds of a whole batch (the median alone).
+
+        Returns:
+            The axes.
+
+        Raises:
+            ValueError: another word for `by`.
+        """
+        if by not in ("evaluations", "time"):
+            raise ValueError(f"by must be 'evaluations' or 'time', got {by!r}")
+        place, end = figures.own_axes(ax), self.tolerances[-1]
+        for row in chosen(self.rows, "curve"):
+            if by == "evaluations":
+                figures.converging(place, row["evaluations"], row, end, self._style(row["solver"]))
+            else:
+                times = {"median": row["by_time"]}
+                figures.converging(place, [1e3 * at for at in row["seconds"]], times, end, self._style(row["solver"]))
+        words = "evaluations of f" if by == "evaluations" else "milliseconds, one batch"
+        place.set(xlabel=words, ylabel="relative residual, smallest so far", yscale="log")
+        place.axhline(end, color="#999999", linewidth=0.8, linestyle=":")
+        place.legend(frameon=False, fontsize=8)
+        return self._titled(place)
+
+    def plot_time(self, ax: Any = None, *, rtol: float | None = None) -> Any:
+        """Milliseconds that the whole set of problems takes: inside f, and outside of it (paler).
+
+        Args:
+            ax: matplotlib axes to draw on; default new ones.
+            rtol: one tolerance; default all of them.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ValueError: the comparison was made with rounds=0.
+        """
+        if not self.outcome(self.names[0]).seconds.size:
+            raise ValueError("nothing was timed: compare with rounds=1 or more")
+        place = figures.own_axes(ax, (7.2, self._height(self._some(rtol))))
+        groups = [(f"to {at:g}", [self._times(name, at) for name in self.names]) for at in self._some(rtol)]
+        figures.times(place, groups)
+        return self._titled(place)
+
+    def _times(self, name: str, at: float) -> figures.Time:
+        one, laps = self.outcome(name, at), [lap for row in self._solves(name, at) for lap in row["seconds"]]
+        parts = [lap["f"] / lap["total"] for lap in laps if lap["f"] is not None]
+        share = float(np.median(parts)) if parts else 1.0
+        milliseconds = 1e3 * _seconds(one)
+        words = f"{_milliseconds(milliseconds)}, {one.success:.0%} solved"
+        return figures.Time(figures.label(name), milliseconds, share, words, self._looks[name])
+
+    def plot_metric(self, ax: Any = None) -> Any:
+        """The mean of the metric after so many evaluations of f.
+
+        Args:
+            ax: matplotlib axes to draw on; default new ones.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ValueError: no metric was given.
+        """
+        if not self.metric:
+            raise ValueError("no metric was measured: compare with metric=, a function (z, x) → numbers")
+        place = figures.own_axes(ax)
+        for name in self.names:
+            rows = chosen(self.rows, "depth", solver=name)
+            if rows:
+                style = {**self._style(name), "marker": self._looks[name][2], "markersize": 3.5}
+                place.plot([row["evaluations"] for row in rows], [row["score"] for row in rows], **style)
+        figures.log_ticks(place, [tick for tick in (1, 2, 3, 5, 10, 20, 30, 60, 100) if tick <= self.budget])
+        place.set(xlabel="evaluations of f allowed", ylabel="metric, mean over the problems")
+        place.legend(frameon=False, fontsize=8)
+        return self._titled(place)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write report.md, report.html (one file), the figures as PNG and PDF, table.csv and comparison.json.
+
+        Args:
+            folder: is made where it does not exist; files of these names in it are replaced.
+
+        Returns:
+            The path of report.html.
+        """
+        folder = Path(folder)
+        self.to_csv(folder / "table.csv")
+        self.to_json(folder / "comparison.json")
+        drawn: list[Section] = [Picture(self._drawn(folder, name), words) for name, words in self._pictures()]
+        tables = [self.table(at) for at in self.tolerances]
+        title, lead = self.title or _TITLE, "\n\n".join(filter(None, (self.about, _LEGEND)))
+        sections: list[Section] = [lead, *tables, "## Figures", *drawn]
+        options = listed("", self.numbers(self.tolerances[-1]), [("solver", "{solver}"), ("options", "`{options}`")])
+        write(folder, title, [*sections, "## Options of the solvers", options])
+        return write_page(folder, title, [*sections, Folded("Options of the solvers", [options])])
+
+    def _pictures(self) -> list[tuple[str, str]]:
+        found = [
+            ("reduction", "Evaluations (filled) over the best classical solver's and time (hollow) over the fastest one's, "
+             "with 95% intervals: left of 1 is less. In words: median evaluations, share solved; red where it loses."),
+            ("residual", "Smallest relative residual so far: median over the problems, and the middle half of them. A curve "
+             "ends where the problems have converged."),
+        ]  # fmt: skip
+        if self.outcome(self.names[0]).seconds.size:
+            found.append(("time", "Time for all problems, inside f and outside of it (paler)."))
+        return [*found, ("metric", "The metric after so many evaluations of f.")] if self.metric else found
+
+    def _drawn(self, folder: Path, name: str) -> Path:
+        tall = 4.2 if name in ("residual", "metric") else self._height(self.tolerances)
+        figure, (place,) = figures.grid(1, 1, (7.2, tall))
+        getattr(self, f"plot_{name}")(ax=place)
+        return figures.save(figure, folder / f"{name}.png")
+
+    def _height(self, tolerances: Sequence[float]) -> float:
+        """Inches of a figure with a line for each solver and tolerance."""
+        return 1.0 + 0.3 * (1 + len(self.names)) * len(tolerances)
+
+    @property
+    def _name(self) -> str:
+        return self._field.families[0]
+
+    @cached_property
+    def _looks(self) -> dict[str, figures.Look]:
+        return figures.assign(self.methods)
+
+    def _style(self, name: str) -> Row:
+        colour, line, _ = self._looks[name]
+        return {"color": colour, "linestyle": line, "linewidth": 1.6, "label": figures.label(name)}
+
+    def _titled(self, place: Any) -> Any:
+        if self.title:
+            place.set_title(self.title, fontsize=10)
+        return place
+
+    def _some(self, rtol: float | None) -> list[float]:
+        return self.tolerances if rtol is None else [self._at(rtol)]
+
+    def _at(self, rtol: float | None) -> float:
+        if rtol is None:
+            return self.tolerances[-1]
+        if rtol not in self.tolerances:
+            raise ValueError(
+                f"nothing was solved to {rtol:g}: there are {', '.join(f'{at:g}' for at in self.tolerances)}"
+            )
+        return rtol
+
+    def _solves(self, name: str, at: float) -> list[Row]:
+        return self._field.of("solve", self._name, name, tolerance=at)
+
+    def _mean(self, name: str, at: float, key: str) -> float | None:
+        """The mean over samples of what the solves have under a key; None where they have nothing."""
+        values = [value for row in self._solves(name, at) for value in row.get(key, ()) if value is not None]
+        return float(np.mean(values)) if values else None
+
+
+_LEGEND = (
+    "A sample that was not solved counts as the whole budget. Ratios are to the best classical solver (fewest evaluations) "
+    "and to the fastest one, among those that solve as many as any within a standard error. elsewhere: of the problems "
+    "solved, those whose solution is another one than that of the classical solver that solves most."
+)
+
+
+def _seconds(one: Outcome) -> float:
+    """Of all blocks: the median over rounds, in the mean over seeds."""
+    return float(np.median(one.seconds.sum(axis=1), axis=1).mean())
+
+
+def _milliseconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g} ms" if value < 999.5 else f"{value / 1000:.3g} s"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None or np.isnan(value) else f"{value:.2f}"
+
+
+def _kept(text: str, path: str | Path | None) -> str:
+    if path is not None:
+        atomic_write(path, text)
+    return text
