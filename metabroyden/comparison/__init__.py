@@ -1,1 +1,1 @@
-"""Solvers on the same problems: measured in turns, summarised by one rule a statistic, shown as tables, figures and reports."""
+"""Solvers on the same problems: measured in turns, summarised by one rule a statistic, shown as tables and figures."""
