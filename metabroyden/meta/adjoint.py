@@ -12,8 +12,8 @@ from metabroyden.deq import initial_state
 from metabroyden.gradients.implicit import pull
 from metabroyden.learned import AdjointLSTM
 from metabroyden.learned.fingerprint import fingerprint, module_of
-from metabroyden.learned.layout import Layout, guess_layout
 from metabroyden.meta.config import MetaConfig
+from metabroyden.meta.defaults import state_layout
 from metabroyden.meta.fit import contexts_of, make_learned, refuse_inference
 from metabroyden.meta.inputs import check_contexts
 from metabroyden.meta.target import ModelMap, check_start, resting, target_of
@@ -104,7 +104,7 @@ def fit_adjoint(
         star: Any = solve(f, z0, x_train, solver=Broyden(memory=60), rtol=1e-4, max_nfe=100, throw=False).z
         v = _cotangents(cotangents, star, seed)
         shape = tuple(star.shape[1:])
-        where = guess_layout(shape) if layout is None else Layout(layout, shape)
+        where = state_layout(f, star, layout)
         learned = make_learned("adjoint", where, seed=seed, **options).to(star)
         known = {"z": star.flatten(1), "x": x_train, "v": v.flatten(1)}
         order = torch.randperm(len(star), generator=torch.Generator().manual_seed(seed), device="cpu").unsqueeze(1)

@@ -88,7 +88,7 @@ def fit_solver(
             `iter(batches)`), of which the first 2,048 samples are taken, of a `Dataset` evenly spaced ones. Of a loader
             of (input, label) pairs give `(x for x, _ in loader)`. Of a model whose `forward` takes several arguments
             give a tuple, which means its positional arguments, or a dict, which means keywords; where `forward` takes
-            one argument, or cannot be called so, a tuple or dict is that one argument.
+            one argument, a tuple or dict is that one (the exact rule is in `call_arguments`).
         z0: x → start, a tensor or a tuple of several; default `f.initial_state` where f has one, else zeros like x. Of
             a model with a `DEQ` of ours, x is here what its DEQ is called with, and the default is where that starts.
         layout: which axes of the state are channels, space, time: "vector", "nct", "ntc", "image", or of several

@@ -120,11 +120,16 @@ def check_contexts(x_train: Any, *, zeros: bool = False) -> None:
         )
     check_context(x_train, len(leaves[0]))
     for leaf in pytree.tree_leaves(bare(x_train)):
-        dense = isinstance(leaf, Tensor) and leaf.layout == torch.strided
-        if dense and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
-            raise ValueError("x_train must be finite, got NaN or infinity in it")
+        dense = isinstance(leaf, Tensor) and leaf.layout == torch.strided and leaf.is_floating_point()
+        if dense and not bool(torch.isfinite(leaf).all()) and (leaf is x_train or not _is_mask(leaf)):
+            raise ValueError("x_train must be finite, got NaN or infinity in it; a mask may hold −inf beside zeros")
     if zeros:
         _check_zeros_like(x_train)
+
+
+def _is_mask(leaf: Tensor) -> bool:
+    """Whether these are zeros and −inf, as masks of attention are that are added to its logits."""
+    return bool(((leaf == 0) | (leaf == -torch.inf)).all())
 
 
 def _check_zeros_like(x_train: Any) -> None:

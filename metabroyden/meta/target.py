@@ -54,6 +54,7 @@ def target_of(f: Any) -> Target:
     if not callable(f):
         raise TypeError(f"f must be callable, got {type(f).__name__}")
     f = getattr(f, "_orig_mod", f)  # what torch.compile wraps
+    f = f.module if isinstance(f, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else f
     owner = module_of(f)
     if owner is not None and getattr(f, "__name__", "") == "forward":
         f = owner
@@ -86,29 +87,36 @@ def takes_several(model: nn.Module | None) -> bool:
 def call_arguments(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The (positional, keyword) arguments that a model is called with, by the signature of its `forward`.
 
-    A tuple or list means positional arguments where `forward` takes more than one and so many. A dict means keyword
-    arguments where `forward` can be called with its keys. All else, a named tuple too, is one argument.
+    Where `forward` takes more than one argument, a tuple or list means positional arguments; one with a single entry hands
+    that over as it is. A dict means keyword arguments where all its keys are names of such. All else is one argument: a
+    tensor, a named tuple, a dict of other keys, and whatever is given to a `forward` of one argument.
 
-    TypeError where `forward` can be called in no such way.
+    Raises:
+        TypeError: `forward` cannot be called so, or takes some keys of a dict and not the others.
     """
     signature = None if isinstance(model, DEQ) else _signature(model)
     if signature is None:
         return (inputs,), {}
-    ways: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((inputs,), {})]
-    if type(inputs) in (tuple, list) and takes_several(model):
-        ways.insert(0, (tuple(inputs), {}))
+    one: tuple[tuple[Any, ...], dict[str, Any]] = ((inputs,), {})
+    ways = [one]
+    several = takes_several(model)
+    if type(inputs) in (tuple, list) and several:
+        ways = [(tuple(inputs), {})]
     elif isinstance(inputs, dict) and all(isinstance(name, str) for name in inputs):
-        ways.insert(0, ((), inputs))
+        part = several and any(name in signature.parameters for name in inputs)
+        ways = [((), inputs)] if part else [((), inputs), one]
     for positional, named in ways:
         try:
             signature.bind(*positional, **named)
-        except TypeError:
-            continue
-        return positional, named
-    given = f"{type(inputs).__name__} of {len(inputs)}" if isinstance(inputs, (tuple, list, dict)) else "one argument"
+        except TypeError as error:
+            complaint = error
+        else:
+            return positional, named
+    size = f" of {len(inputs)}" if isinstance(inputs, (tuple, list)) else ""
+    size = f" of {', '.join(map(str, inputs))}" if isinstance(inputs, dict) else size
     raise TypeError(
-        f"{type(model).__name__}.forward{signature} cannot be called with the inputs given, {given}: give a tuple for its "
-        "positional arguments or a dict for its keywords, without what it does not take, such as labels"
+        f"{type(model).__name__}.forward{signature} cannot be called with a {type(inputs).__name__}{size} ({complaint}): "
+        "leave out what it does not take, such as labels, or give (inputs,) to hand over the whole as one argument"
     )
 
 

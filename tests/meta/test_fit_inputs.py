@@ -276,10 +276,34 @@ def test_a_model_of_one_argument_that_is_a_tuple_or_a_dict_gets_it_whole(model, 
     assert torch.equal(context["more"][0], GAIN)
 
 
+def test_a_tuple_in_a_tuple_is_one_argument_where_forward_takes_more():
+    assert call_arguments(OneDict(), ({"batch": X},)) == (({"batch": X},), {})
+    assert call_arguments(OneDict(), {"batch": X}) == ((), {"batch": X})
+
+
+def test_a_model_that_is_wrapped_for_several_processes_is_the_model():
+    assert target_of(nn.DataParallel(Encoder())).model.__class__ is Encoder
+
+
+def test_masks_with_minus_infinity_may_stand_beside_what_is_finite():
+    bias = torch.zeros(40, 4).masked_fill(X > 1, -torch.inf)
+    masked = lambda z, c: torch.tanh(0.4 * z + c[0]) * torch.softmax(c[1], dim=1)  # noqa: E731
+    assert taken(fitted(masked, (X, bias), z0=lambda c: torch.zeros_like(c[0]))) == 8
+    words = "must be finite, got NaN or infinity in it; a mask may hold −inf"
+    for wrong in (bias + X, -bias, bias * torch.nan):
+        refused(words, lambda wrong=wrong: fitted(masked, (X, wrong), z0=lambda c: torch.zeros_like(c[0])))
+
+
+def test_fit_adjoint_takes_such_models_and_batches_too():
+    one = mb.fit_adjoint(Encoder(), (IDS, MASK), steps=1, progress=False)
+    other = mb.fit_adjoint(Encoder(), DataLoader(TensorDataset(IDS, MASK), batch_size=16), steps=1, progress=False)
+    assert one.config.layout == other.config.layout == "ntc", "as the cell says"
+
+
 def test_inputs_that_fit_no_way_of_calling_are_refused():
-    words = (
-        r"Three.forward\(input_ids, attention_mask, \*, scale=1\) cannot .* tuple of 3: .*without what it does not take"
-    )
+    words = r"forward\(input_ids, attention_mask=None\) .* a dict of input_ids, labels \(.*'labels'\): leave out what"
+    refused(words, lambda: call_arguments(Encoder(), {"input_ids": IDS, "labels": IDS}), TypeError)
+    words = r"Three.forward\(input_ids, attention_mask, \*, scale=1\) cannot .* tuple of 3 \(too many"
     refused(words, lambda: call_arguments(Three(), (IDS, MASK, IDS)), TypeError)
     refused("holds a DEQ .* cannot be called", lambda: fitted(Three(), (IDS, MASK, IDS)), TypeError)
 
