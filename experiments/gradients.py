@@ -18,7 +18,7 @@ import metabroyden as mb
 from experiments.bench import report
 from experiments.bench.options import Compared, OnModels, Timed
 from experiments.bench.runner import Row, Run
-from experiments.configs.gradients import EXACT, FULL, GRID, TIGHT, adjoint_solvers, modes
+from experiments.configs.gradients import EXACT, GRID, TIGHT, adjoint_solvers, adjoints, modes
 from metabroyden import DEQ
 from metabroyden.comparison import figures
 from metabroyden.comparison.clock import laps
@@ -59,22 +59,12 @@ def measured(config: Gradients, seed: int) -> Iterator[Row]:
     (tuned, _), *_ = tune(GRID, system, given["v"], given, tolerances=config.rtols, max_nfe=config.budget)
     x, _, v = adjoints(model, data.test, config.samples)
     fitted = mb.load_solver(folder / "grouped.safetensors")
-    yield from adjoint_rows(config, model.cell, x, v, adjoint_solvers(tuned, learned, fitted))
+    yield from adjoint_rows(config, model.cell, x, v, partial(adjoint_solvers, tuned, learned, fitted))
     yield from mode_rows(config, model.cell, x, v, learned)
 
 
-def adjoints(model: Any, split: Any, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """(x, z*, v) of the first samples: injections, equilibria to 1e-4, and the cross-entropy's gradient there."""
-    with torch.no_grad():
-        x = model.inject(split.images[:count])
-        z: Any = DEQ(model.cell, solver=FULL, rtol=1e-4, max_nfe=80, warn=False)(x)
-    z.requires_grad_()
-    loss = nn.functional.cross_entropy(model.classify(z), split.labels[:count], reduction="sum")
-    return x, z.detach(), torch.autograd.grad(loss, z)[0]
-
-
-def adjoint_rows(config: Gradients, cell: nn.Module, x: Tensor, v: Tensor, solvers: Row) -> Iterator[Row]:
-    """Products and time of each (forward solver, adjoint solver, whether it starts from the forward inverse)."""
+def adjoint_rows(config: Gradients, cell: nn.Module, x: Tensor, v: Tensor, solvers: Any) -> Iterator[Row]:
+    """Products and time of the adjoint solvers; solvers: their options by tolerance and budget."""
 
     def backward(layer: DEQ) -> float:
         z = layer(x)
@@ -83,10 +73,7 @@ def adjoint_rows(config: Gradients, cell: nn.Module, x: Tensor, v: Tensor, solve
         return time.perf_counter() - began
 
     for rtol in config.rtols:
-        layers = {}
-        for name, (forward, solver, reuse) in solvers.items():
-            mode = mb.Implicit(solver=solver, rtol=rtol, max_nfe=config.budget, precondition=reuse)
-            layers[name] = DEQ(cell, solver=forward, backward=mode, rtol=1e-4, max_nfe=80, warn=False)
+        layers = {name: DEQ(cell, **options) for name, options in solvers(rtol, config.budget).items()}
         seconds = laps({name: partial(backward, layer) for name, layer in layers.items()}, config.repeats)
         for name, layer in layers.items():
             found: Any = layer.last_backward_solution
@@ -99,14 +86,13 @@ def adjoint_rows(config: Gradients, cell: nn.Module, x: Tensor, v: Tensor, solve
 def mode_rows(config: Gradients, cell: nn.Module, x: Tensor, v: Tensor, learned: Any) -> Iterator[Row]:
     """Each mode's gradient towards the cell's parameters against the exact one, in float64 to 1e-9, and its time."""
 
-    def gradient(layer: DEQ, x: Tensor, v: Tensor) -> Tensor:
-        assert isinstance(layer.cell, nn.Module)
+    def gradient(layer: Any, x: Tensor, v: Tensor) -> Tensor:
         found = torch.autograd.grad(layer(x), list(layer.cell.parameters()), v)
         return torch.cat([part.flatten() for part in found]).double()
 
-    double = DEQ(copy.deepcopy(cell).double(), **EXACT)
-    exact, solutions = gradient(double, x.double(), v.double()), (double.last_solution, double.last_backward_solution)
-    known = float(torch.stack([one.converged for one in solutions if one is not None]).all(dim=0).double().mean())
+    double: Any = DEQ(copy.deepcopy(cell).double(), **EXACT)
+    exact = gradient(double, x.double(), v.double())
+    known = float((double.last_solution.converged & double.last_backward_solution.converged).double().mean())
     layers = {name: DEQ(cell, **TIGHT, **options) for name, options in modes(learned, config.budget).items()}
     seconds = laps({name: partial(gradient, layer, x, v) for name, layer in layers.items()}, config.repeats)
     for name, layer in layers.items():

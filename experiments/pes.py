@@ -24,7 +24,6 @@ from metabroyden.meta.estimators import differentiate, frozen, training_batch
 from metabroyden.meta.schedule import in_words
 from metabroyden.progress import progress_bar
 from metabroyden.state import gather
-from metabroyden.zoo.tasks import family_tasks
 
 
 @dataclass(frozen=True)
@@ -56,19 +55,18 @@ class Pes(Seeded, OnFamily, command="pes", family="conv-digits", results=Path("r
 def run(config: Pes) -> None:
     """The whole job. Interrupted, it goes on with the next way."""
     family = Family(config.family, config.models)
-    tasks, job = family_tasks(family.model(), family.criterion), Run(config, free=("models",), inputs=(family.path,))
+    tasks, job = family.tasks(config.seed), Run(config, free=("models",), inputs=(family.path,))
     begin = job.work / "short.safetensors"
 
     def short() -> Iterator[Row]:
         solver = make_learned(config.solver, tasks_layout(tasks)[0], seed=config.seed, **SMALL)
         yield from trained("short", solver, tasks, config)
         save_solver(solver, begin)
-        solver.requires_grad_(True)
-        meta = settings(config, "short")
+        meta, learned = settings(config, "short"), solver.requires_grad_(True)
         batches = [training_batch(tasks, meta, step) for step in range(5)]
         with frozen(tasks.f):
             for length in config.lengths:
-                found = (differentiate(solver, tasks.f, *one, meta, "native", steps=length) for one in batches)
+                found = (differentiate(learned, tasks.f, *one, meta, "native", steps=length) for one in batches)
                 yield {"row": "length", "unroll": length, "norms": [float(norm) for _, norm in found]}
 
     rows = job.unit("short", short)
@@ -85,14 +83,12 @@ def trained(way: str, solver: Any, tasks: TaskSet, config: Pes) -> Iterator[Row]
     with progress_bar(f"{config.family}, {way}", meta.steps, show=config.progress) as bar:
         trainer.run(bar)
     finite = [norm for norm in norms if np.isfinite(norm)] or [np.inf]
-    taken = {key: solver.summary[key] for key in ("cpu_seconds", "incidents")}
-    taken |= {"steps": trainer.step, "parameters": sum(p.numel() for p in solver.parameters())}
-    spread = np.quantile(finite, [0.1, 0.5, 0.9, 1.0]).tolist()
-    yield {"row": "way", "way": way, **taken, "norms": spread, "score": trainer.best_score}
+    taken = {key: solver.summary[key] for key in ("cpu_seconds", "incidents", "steps")}
+    taken |= {"parameters": sum(p.numel() for p in solver.parameters()), "score": trainer.best_score}
+    yield {"row": "way", "way": way, **taken, "norms": np.quantile(finite, [0.1, 0.5, 0.9, 1.0]).tolist()}
     yield from ({"row": "look", "way": way, **entry, "loss": None} for entry in trainer.history)
-    z0, x = gather(tasks.problems("validation"), torch.arange(meta.validation_size))
-    with torch.no_grad():
-        found = unroll(solver, tasks.f, z0, x, steps=2 * config.unroll * config.segments, backend="native")
+    problems = gather(tasks.problems("validation"), torch.arange(meta.validation_size))
+    found = unroll(solver, tasks.f, *problems, steps=2 * config.unroll * config.segments, backend="native")
     quartiles = found.residuals.nan_to_num(torch.inf).quantile(torch.tensor([0.25, 0.5, 0.75]), dim=1)
     yield {"row": "curve", "way": way, "residual": quartiles.tolist()}
 

@@ -31,7 +31,8 @@ LAYERS = [
     ["convert"],
     ["meta"],
     ["integrations"],
-    ["compare"],
+    ["compare", "template", "userfunction"],
+    ["cli", "__main__"],
     ["zoo"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

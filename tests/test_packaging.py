@@ -52,6 +52,11 @@ def metadata(unpacked: Path) -> Message:
     return Parser().parsestr(path.read_text(encoding="utf-8"))
 
 
+def test_the_wheel_installs_the_command(unpacked):
+    (path,) = unpacked.glob("*.dist-info/entry_points.txt")
+    assert path.read_text().split("\n")[:2] == ["[console_scripts]", "metabroyden = metabroyden.cli:main"]
+
+
 def test_the_wheel_has_the_package_with_its_data_and_nothing_else(wheel, unpacked):
     found = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file()}
     assert {name.split("/")[0] for name in found} == {"metabroyden", f"metabroyden-{mb.__version__}.dist-info"}

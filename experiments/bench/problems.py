@@ -39,6 +39,7 @@ class Family:
     name: str
     models: Path = Path("results/models")
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
+    own = False  # see `experiments.bench.user`
 
     def __post_init__(self) -> None:
         assert self.path  # or it says which command trains it
@@ -47,6 +48,21 @@ class Family:
     def path(self) -> Path:
         """The file of the trained model."""
         return trained_model(self.models, self.name)
+
+    @property
+    def folder(self) -> str:
+        """Its name, as that of a folder."""
+        return self.name
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """What results depend on."""
+        return (self.path,)
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """What it says of how a solver is to be made, for `plan`: nothing, recipes do."""
+        return {}
 
     @cached_property
     def criterion(self) -> Criterion:

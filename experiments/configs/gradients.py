@@ -1,9 +1,12 @@
-"""What `experiments gradients` compares: solvers of the adjoint system, and gradient modes."""
+"""What `experiments gradients` compares: adjoint systems, their solvers, and gradient modes."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 import metabroyden as mb
 
@@ -13,25 +16,43 @@ GRID = [mb.Anderson(memory, 1.0, ridge) for memory in (5, 8) for ridge in (1e-8,
 _EXACT = mb.Implicit(solver=mb.Broyden(memory=100), rtol=1e-9, max_nfe=300)
 EXACT: dict[str, Any] = {"solver": mb.Broyden(200), "backward": _EXACT, "rtol": 1e-9, "max_nfe": 400, "warn": False}
 """Options of the DEQ whose gradient, in float64, is the exact one."""
+LOOSE: dict[str, Any] = {"rtol": 1e-4, "max_nfe": 80, "warn": False}
+"""Those of the DEQs whose adjoint systems are solved, but for the solvers."""
 TIGHT: dict[str, Any] = {"solver": mb.Broyden(100), "max_nfe": 100, "warn": False}
 """Those of the DEQs whose modes are compared."""
 
 
-def adjoint_solvers(tuned: Any, learned: Any, fitted: Any) -> dict[str, tuple[Any, Any, bool]]:
-    """(Forward solver, adjoint solver, whether it starts from the forward inverse).
+def adjoints(model: Any, split: Any, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(x, z*, v) of the first samples: injections, equilibria to 1e-4, and the cross-entropy's gradient there."""
+    with torch.no_grad():
+        x = model.inject(split.images[:count])
+        z: Any = mb.DEQ(model.cell, solver=FULL, **LOOSE)(x)
+    z.requires_grad_()
+    loss = nn.functional.cross_entropy(model.classify(z), split.labels[:count], reduction="sum")
+    return x, z.detach(), torch.autograd.grad(loss, z)[0]
+
+
+def adjoint_solvers(tuned: Any, learned: Any, fitted: Any, rtol: float, budget: int) -> dict[str, dict[str, Any]]:
+    """Options of a DEQ by the solver of its adjoint system.
 
     Args:
         tuned: the best of `GRID`.
         learned: a learned adjoint solver.
         fitted: a learned forward solver.
+        rtol: tolerance of the adjoint.
+        budget: evaluations of the adjoint.
     """
+
+    def options(solver: Any, forward: Any = FULL, **more: Any) -> dict[str, Any]:
+        return {"solver": forward, "backward": mb.Implicit(solver=solver, rtol=rtol, max_nfe=budget, **more), **LOOSE}
+
     return {
-        "Picard": (FULL, mb.Picard(), False),
-        "Anderson, tuned": (FULL, tuned, False),
-        "Broyden": (FULL, FULL, False),
-        "Broyden from the forward inverse": (FULL, FULL, True),
-        "Broyden from the learned forward inverse": (fitted, FULL, True),
-        "adjoint LSTM": (FULL, learned, False),
+        "Picard": options(mb.Picard()),
+        "Anderson, tuned": options(tuned),
+        "Broyden": options(FULL),
+        "Broyden from the forward inverse": options(FULL, precondition=True),
+        "Broyden from the learned forward inverse": options(FULL, fitted, precondition=True),
+        "adjoint LSTM": options(learned),
     }
 
 

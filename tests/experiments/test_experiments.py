@@ -16,6 +16,8 @@ from experiments import alternate, digits, gradients, meta, solvers
 from experiments.bench.runner import read_rows
 from experiments.configs import recipes
 from experiments.registry import EXPERIMENTS
+from metabroyden import template
+from metabroyden.learned.fingerprint import same_weights
 from metabroyden.meta.trainer import MetaTrainer
 from metabroyden.zoo.data.images import ImageData, ImageSplit
 from metabroyden.zoo.models import families
@@ -191,8 +193,8 @@ def test_meta_trains_measures_and_goes_on(tmp_path, family, monkeypatch):
     told = {"unroll": 2, "segments": 2, "batch": 4, "rank": 4, "validation_size": 8}
     monkeypatch.setitem(recipes.RECIPES, "grouped", told)
     monkeypatch.setattr(recipes, "TEXT", {"": {"batch": 2}})
-    monkeypatch.setattr(meta, "POOL", 8)
-    monkeypatch.setattr(meta, "HELD", 4)
+    monkeypatch.setattr(meta.job, "POOL", 8)
+    monkeypatch.setattr(meta.job, "HELD", 4)
     monkeypatch.setattr(families, "load_shakespeare", functools.cache(families.load_shakespeare))
     monkeypatch.setattr(MetaTrainer.__init__, "__kwdefaults__", {"checkpoint": None, "save_every": 1})
     config = meta.Meta(
@@ -264,3 +266,23 @@ def test_secants_take_over_some_time_after_an_unroll_or_where_the_family_says(
     assert options.get("schedule_length") == rows
     assert options["learned_steps"] == gated
     assert options["dilations"] == dilations
+
+
+def test_meta_trains_on_ones_own_deq_and_holds_it_against_the_classical_solvers(tmp_path, capsys):
+    name = f"{template.__file__}:problem"
+    config = meta.Meta(
+        family=name, solver="grouped", steps=2, samples=8, budget=20, backend="native", progress=False, device="cpu",
+        results=tmp_path / "results", runs=tmp_path / "runs",
+    )  # fmt: skip
+    meta.run(config)
+    (trial,) = config.results.iterdir()
+    assert trial.name.startswith("trial-"), "it is not among the results of this repository's families"
+    (folder,) = (path for path in trial.iterdir() if path.is_dir())
+    assert {path.name for path in folder.iterdir()} == {"grouped-seed0", "classical"}
+    rows = [row for path in folder.iterdir() for row in read_rows(path / "rows.jsonl") if row["row"] == "solve"]
+    assert {row["solver"] for row in rows} == {"grouped", "tuned Picard", "tuned Anderson", "tuned Broyden", "Broyden"}
+    assert {len(row["evaluations"]) for row in rows} == {8}
+    assert "best classical" in (trial / "report.md").read_text()
+    solver = mb.load_solver(folder / "grouped-seed0/solver.safetensors")
+    assert solver.layout.kind == "vector"
+    assert same_weights(solver.fingerprint, template.problem()["f"])
