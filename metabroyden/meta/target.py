@@ -51,8 +51,9 @@ def target_of(f: Any) -> Target:
         TypeError: no callable.
         ValueError: a model with several DEQs.
     """
-    if not callable(f):
-        raise TypeError(f"f must be callable, got {type(f).__name__}")
+    if not callable(f) or isinstance(f, type):
+        given = f"the class {f.__name__}: give an instance of it" if isinstance(f, type) else type(f).__name__
+        raise TypeError(f"f must be callable, a map f(z, x) or a model with a DEQ in it, got {given}")
     f = getattr(f, "_orig_mod", f)  # what torch.compile wraps
     f = f.module if isinstance(f, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else f
     owner = module_of(f)
@@ -71,7 +72,22 @@ def target_of(f: Any) -> Target:
         inside = Inside(f)
         return Target(inside.deq.cell, inside.context, inside.start, f, f)
     model = f.model if isinstance(f, ModelMap) else None
+    _check_takes_two(f)
     return Target(f, None, getattr(f, "initial_state", None), model=model)
+
+
+def _check_takes_two(f: Any) -> None:
+    """TypeError for a module that is no map f(z, x)."""
+    signature = _signature(f) if isinstance(f, nn.Module) else None
+    if signature is None:
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise TypeError(
+            f"{type(f).__name__} holds no DEQ, ours or torchdeq's, so that it is taken for a map f(z, x), and its "
+            f"forward{signature} is none: {error}"
+        ) from None
 
 
 def takes_several(model: nn.Module | None) -> bool:
@@ -186,10 +202,11 @@ class Inside:
     def _call(self, inputs: Any) -> tuple[Any, State | None]:
         try:  # what forward and states, and those of subclasses, come to
             (x, z0, _), _ = run_until(self.deq, "_equilibrium", self.model, bare(inputs), f"DEQ ({self.name})")
-        except TypeError as error:
+        except (TypeError, AttributeError) as error:
+            more = "; of a list of batches give iter(batches)" if isinstance(inputs, list) else ""
             raise TypeError(
                 f"{type(self.model).__name__} holds a DEQ ({self.name}), so that it is taken for a model and called with x: "
-                f"{error}. For a map f(z, x) with a DEQ inside give `lambda z, x: f(z, x)`"
+                f"{error}. For a map f(z, x) with a DEQ inside give `lambda z, x: f(z, x)`{more}"
             ) from error
         return x, z0
 

@@ -281,6 +281,15 @@ def test_a_tuple_in_a_tuple_is_one_argument_where_forward_takes_more():
     assert call_arguments(OneDict(), {"batch": X}) == ((), {"batch": X})
 
 
+def test_what_is_neither_a_map_nor_a_model_with_a_deq_is_told_so():
+    words = r"Linear holds no DEQ, ours or torchdeq's, so that it is taken for a map f\(z, x\), and its forward\(input"
+    refused(words, lambda: fitted(nn.Linear(4, 4), X), TypeError)
+    refused("got the class Classifier: give an instance of it", lambda: fitted(Classifier, X), TypeError)
+    batches = [{"input_ids": IDS[:20]}, {"input_ids": IDS[20:]}]
+    refused(r"of a list of batches give iter\(batches\)", lambda: fitted(Encoder(), batches), TypeError)
+    assert taken(fitted(Encoder(), iter(batches))) == 8
+
+
 def test_a_model_that_is_wrapped_for_several_processes_is_the_model():
     assert target_of(nn.DataParallel(Encoder())).model.__class__ is Encoder
 

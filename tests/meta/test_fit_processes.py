@@ -78,7 +78,7 @@ def test_the_first_process_decides_prints_writes_and_is_told(together):
     folder, (one, other), printed, warned = together
     assert (one["told"], other["told"]) == ([1, 2, 3], [])
     assert one["summary"]["stopped"] == other["summary"]["stopped"] == "callback"
-    assert printed.count("held-out problems in one batch") == 1
+    assert printed.count("12 problems to 0.001, at most 60 evaluations") == 1
     assert len(list((folder / "log").iterdir())) == 1
     assert (folder / "training.safetensors").exists()
     assert one["classical"] == other["classical"]

@@ -257,7 +257,8 @@ def test_curves_are_written_for_tensorboard(tmp_path):
     with tensorboard(tmp_path, made.step) as made.curves:
         made.run()
     log = EventAccumulator(str(tmp_path)).Reload()
-    assert set(log.Tags()["scalars"]) == {"loss", "gradient norm", "learning rate", "evaluations on validation"}
+    names = {"loss", "gradient norm", "learning rate", "skipped steps", "evaluations on validation"}
+    assert set(log.Tags()["scalars"]) == names
     assert [event.step for event in log.Scalars("loss")] == list(range(1, 13))
     scores = [event.value for event in log.Scalars("evaluations on validation")]
     assert scores == pytest.approx([look["score"] for look in made.history])
