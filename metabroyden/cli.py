@@ -239,11 +239,11 @@ def _write_fit(options: argparse.Namespace, problem: UserProblem, solver: Any, c
     atomic_write(folder / REPORT, json.dumps(report, indent=2) + "\n")
     (folder / CHECKPOINT).unlink(missing_ok=True)
     if trained and not kept:
-        print(f"The fitted solver was refused: {'; '.join(comparison.failed_criteria)}. It is in {folder / REFUSED}.")
+        print(f"\nThe fitted solver was refused: {'; '.join(comparison.failed_criteria)}. It is in {folder / REFUSED}.")
     if not (trained and kept):
         print(f"Saved is the best classical solver, {solver!r}.")
     print(f"\nWritten to {folder}: {SOLVER}, {REPORT}\n\nIn your code:\n")
-    print(textwrap.indent(_usage(problem.f, path, report["held_out"]["rtol"]), "    "))
+    print(textwrap.indent(_usage(problem, path, report["held_out"]["rtol"]), "    "))
 
 
 def _contexts(x: Any) -> dict[str, Any]:
@@ -251,19 +251,19 @@ def _contexts(x: Any) -> dict[str, Any]:
     return {"contexts": userfunction.count(x), "digest": userfunction.digest(x)}
 
 
-def _usage(f: Any, path: Path, rtol: float) -> str:
+def _usage(problem: UserProblem, path: Path, rtol: float) -> str:
     """Lines to paste."""
     from metabroyden.meta.target import ModelMap, target_of
 
-    target = target_of(f)
+    target = target_of(problem.f)
     if isinstance(target.f, ModelMap):
         use = 'model.deq.f_solver = mb.integrations.torchdeq.register("learned", solver)  # model.deq: your torchdeq layer'
     elif target.whole is not None:
         use = "deq.solver = solver  # deq: the mb.DEQ of your model"
     else:
-        start = "torch.zeros_like(x)" if target.z0 is None else "z0"
+        start = "torch.zeros_like(x)" if problem.z0 is None and target.z0 is None else "z0"
         use = f"solution = mb.solve(f, {start}, x, solver=solver, rtol={rtol:g})  # or mb.DEQ(f, solver=solver)(x)"
-    return f"import metabroyden as mb\n\nsolver = mb.load_solver({path.as_posix()!r})\n{use}"
+    return f"import metabroyden as mb\n\nsolver = mb.load_solver({json.dumps(path.as_posix())})\n{use}"
 
 
 # --- compare

@@ -173,6 +173,16 @@ def test_a_solver_that_is_refused_is_kept_and_the_best_classical_one_is_saved(he
     assert report["saved"] == report["held_out"]["best_classical"]
 
 
+def test_lines_to_paste_fit_what_function_returns(here):
+    def usage(f, **more):
+        return cli._usage(userfunction.UserProblem(f, **more), Path("out/solver.safetensors"), 1e-3).splitlines()[-1]
+
+    solved = "solution = mb.solve(f, torch.zeros_like(x), x, solver=solver, rtol=0.001)"
+    assert usage(torch.add) == f"{solved}  # or mb.DEQ(f, solver=solver)(x)"
+    assert usage(torch.add, z0=torch.zeros_like).startswith("solution = mb.solve(f, z0, x,")
+    assert usage(mb.DEQ(torch.nn.Bilinear(2, 2, 2))).startswith("deq.solver = solver")
+
+
 @pytest.mark.parametrize("hopeless", [True], indirect=True)
 def test_where_nothing_can_be_gained_the_best_classical_solver_is_saved_untrained(here, capsys, hopeless):
     assert fit() == 0
