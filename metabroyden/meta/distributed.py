@@ -94,7 +94,9 @@ def spread(module: nn.Module) -> nn.Module:
     """
     if size() == 1:
         return module
-    return DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
+    wrapped = DistributedDataParallel(module, find_unused_parameters=True)
+    wrapped.broadcast_buffers = False  # an attribute in every release of torch; the option of this name warns in some
+    return wrapped
 
 
 def mean(value: Tensor) -> Tensor:

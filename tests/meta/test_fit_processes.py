@@ -84,6 +84,8 @@ def test_the_first_process_decides_prints_writes_and_is_told(together):
     assert one["classical"] == other["classical"]
     assert one["classical"].startswith(("Picard", "Anderson", "Broyden"))
     assert warned.count("there is nothing to gain") == 1
+    assert warned.count("UserWarning: ") == 1
+    assert "FutureWarning" not in warned
 
 
 def test_what_is_wrong_is_said_in_every_process(together):
