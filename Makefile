@@ -4,7 +4,7 @@ BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 SAMPLE ?= 300
 DIGITS := dense-digits mlp-digits conv-digits multiscale-digits monotone-dense-digits monotone-conv-digits monotone-multitier-digits
 
-.PHONY: demo test lint docs setup clean race race-small check-page check-data mutants
+.PHONY: demo test lint docs setup clean race race-small check-page check-data mutants notebooks
 
 demo: setup
 	$(BIN)/python -m experiments digits
@@ -44,6 +44,16 @@ check-page: setup
 # the tests of the data and of the frozen models on Fashion-MNIST itself: apt-get install dataset-fashion-mnist
 check-data: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --real-data tests/zoo/test_data.py tests/zoo/test_frozen.py
+
+# examples/*.ipynb from the scripts of the same names, with what they print and draw: five minutes
+notebooks: setup .venv/notebooks
+	rm -rf examples/runs
+	$(BIN)/jupytext --quiet --to ipynb examples/*.py
+	MPLBACKEND= OMP_NUM_THREADS=1 $(BIN)/jupyter-execute --inplace --NotebookClient.record_timing=False examples/*.ipynb
+
+.venv/notebooks: .venv/ready
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet nbclient==0.11.0 ipykernel==7.4.0
+	touch $@
 
 # into site/, from docs/ and the docstrings; in a virtual environment of its own, warnings being errors
 docs: .venv-docs/ready

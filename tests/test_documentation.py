@@ -50,7 +50,7 @@ def test_readme_is_short_and_the_guides_have_their_examples():
     assert len(text.encode()) <= 14_000
     assert len(blocks_of("README.md")) == 4
     without = {page for page in PAGES if not page.startswith("docs/api/") and not blocks_of(page)}
-    prose = "architecture how-it-works limitations protocol results"
+    prose = "architecture how-it-works limitations protocol results tutorials"
     assert without == {f"docs/{page}.md" for page in prose.split()}
 
 
