@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 import metabroyden as mb
 from experiments.bench import measure, problems
@@ -89,3 +90,12 @@ def test_measurements_are_made_on_the_device(device):
     assert all(row["peak_bytes"] > 0 for row in solves[-2:])
     rows = measure.depth_rows(held, solver, (1, 4))
     assert rows[1]["residual"][1] < rows[0]["residual"][1]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_batches_of_a_loader_on_the_host_are_taken_to_where_the_model_is(device, quick_fits):
+    cell, loader = ConvTanh().to(device), DataLoader(TensorDataset(contexts(40)), batch_size=16)
+    solver = mb.fit_solver(cell, loader, steps=1, fallback=False, progress=False)
+    assert {value.device.type for value in solver.parameters()} == {device}
+    x = contexts(8, 3).to(device)
+    assert mb.solve(cell, 0 * x, x, solver=solver).converged.all()
