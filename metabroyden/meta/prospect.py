@@ -15,7 +15,8 @@ from metabroyden.solvers.picard import Picard
 
 FEWEST, SHARE = 4, 0.5
 """Evaluations that a learned solver needs in the best case: at least so many, and this share of the best classical one's."""
-_ROUNDS = 2  # times that either is taken, where it is close
+_ROUNDS = 2  # times that each is taken
+_CALLS = 1, 5  # calls of f in two solves whose times tell what one costs
 
 
 class Prospect(NamedTuple):
@@ -71,12 +72,14 @@ def prospect(
         solution, seconds = timed(f, z0, x, solver=learned.eval(), rtol=0.0, max_nfe=min(math.ceil(least), max_nfe))
         return seconds * least / max(1, int(solution.nfe.max()))
 
-    def calls() -> float:
-        """Seconds of the fewest calls of f that a classical solver needs."""
-        return fewest * timed(f, z0, x, solver=Picard(), rtol=0.0, max_nfe=2)[1] / 2
+    def picard(calls: int) -> float:
+        """Seconds of a solve by Picard's method with so many calls of f."""
+        return min(timed(f, z0, x, solver=Picard(), rtol=0.0, max_nfe=calls)[1] for _ in range(_ROUNDS))
 
     least = max(float(FEWEST), SHARE * fewest)
-    alone, seconds = min(calls() for _ in range(2)), min(ours(least) for _ in range(2))
+    few, more = _CALLS
+    alone = fewest * (picard(more) - picard(few)) / (more - few)  # without what a solve costs beside them
+    seconds = min(ours(least) for _ in range(_ROUNDS))
     if seconds < alone:
         return Prospect("f", fewest, alone, least, seconds)
     rivals = able({name: _standing(timed(f, z0, x, solver=solver, rtol=rtol, max_nfe=max_nfe), max_nfe)
