@@ -58,8 +58,6 @@ class Classifier(pytorch_lightning.LightningModule):
 
 
 class ByHand(Classifier):
-    automatic_optimization = False
-
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
