@@ -2,33 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from metabroyden.checkpoint import load_solver
+from metabroyden.comparison.clock import clocked_on
 from metabroyden.comparison.comparison import Comparison
 from metabroyden.comparison.measure import Contestant, Rules, depth_rows, measure, stamp_of
-from metabroyden.comparison.problems import HeldOut
+from metabroyden.comparison.problems import CHUNK, HeldOut
+from metabroyden.comparison.statistics import BEST, FASTEST
 from metabroyden.comparison.verdict import UNTUNED, contestant, judge_of
-from metabroyden.meta.fit import contexts_of
-from metabroyden.meta.plan import FEWEST, ROOM, TUNED_ON
+from metabroyden.learned.fingerprint import module_of
+from metabroyden.meta.fit import check_starts, contexts_of, device_of
+from metabroyden.meta.inputs import check_contexts
+from metabroyden.meta.plan import ROOM, TUNED_ON
 from metabroyden.meta.target import ModelMap, Target, resting, target_of
 from metabroyden.meta.tasks import count, rows
 from metabroyden.nn.pin import pin
 from metabroyden.shared import bare
 from metabroyden.solution import Cell, State
-from metabroyden.solve import check_options
+from metabroyden.solve import check_options, solve
 from metabroyden.solver import as_solver
 from metabroyden.solvers.broyden import Broyden
 from metabroyden.solvers.classical import splitting_solvers, tuned_solvers
+from metabroyden.solvers.picard import Picard
 from metabroyden.solvers.registry import get_solver, list_solvers, name_of
 from metabroyden.state import Packing
 
 DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 40, 60, 80, 100)
 """Evaluations after which the metric is measured, up to the budget."""
+FEW = 4
+"""Problems that the classical solvers are tuned on at least, where there are as many, however large a state is."""
+TAKEN = (UNTUNED, "Picard", "Anderson", "tuned Picard", "tuned Anderson", "tuned Broyden", "forward-backward",
+         "Peaceman-Rachford")  # fmt: skip
+"""Names that classical solvers have, and no learned one may."""
 
 
 @torch.no_grad()
@@ -54,13 +70,15 @@ def compare(
 
     Args:
         f: z⁺ = f(z, x), batch first; or a `DEQ`; or a model with one `DEQ` in it, ours or torchdeq's, whose raw inputs
-            x_test are; as for `fit_solver`. Layer and model are in evaluation mode while it lasts.
+            x_test are; as for `fit_solver`. Modules (f, the model, solvers) are in evaluation mode while it lasts.
         x_test: contexts of N samples that no solver was fitted to: a tensor (N, ...), a pytree of such tensors, or an
-            iterable of batches, as `fit_solver` takes them.
+            iterable of batches, as `fit_solver` takes them (of which 2,048 samples are taken).
         solvers: by name, solvers, names of registered ones ("broyden"), and files or names for `load_solver`; or several
-            of these without names, or one.
-        tune_on: contexts on which the options of the classical solvers are chosen. None: the last fifth of x_test, at most
-            32 samples, which is then not measured; of fewer than ten samples nothing is tuned.
+            of these without names, or one. A classical solver takes the place of ours of the same name; a learned one
+            may not have such a name.
+        tune_on: contexts on which the options of the classical solvers are chosen, at most 32 samples (fewer, but four,
+            where states are large). None: the last fifth of x_test, at most 32 samples, which is then not measured; of
+            fewer than ten samples nothing is tuned.
         z0: x → start; default as for `fit_solver`.
         rtol: relative residuals to solve to, each in a solve of its own.
         max_nfe: evaluations of f for each sample.
@@ -82,51 +100,87 @@ def compare(
         >>> found.names, found.samples
         (['Newton', 'Broyden', 'tuned Picard', 'tuned Anderson', 'tuned Broyden'], 48)
     """
-    tolerances = tuple(sorted({float(at) for at in ([rtol] if isinstance(rtol, (int, float)) else rtol)}, reverse=True))
+    tolerances = _tolerances(rtol)
     named, target = _named(solvers), target_of(f)
     target = target if z0 is None else target._replace(z0=z0)
-    _check(target, named, tolerances, max_nfe, rounds, metric)
-    x_test, tune_on = contexts_of(x_test, target), None if tune_on is None else contexts_of(tune_on, target)
-    with resting(target.whole):
+    _check(target, named, tolerances, max_nfe)
+    _check_words(target, rounds, metric, title)
+    max_nfe, rounds = int(max_nfe), int(rounds)
+    x_test = _contexts(x_test, target, "x_test")
+    tune_on = None if tune_on is None else _contexts(tune_on, target, "tune_on")
+    with ExitStack() as stack:
+        for module in (target.whole or module_of(target.f), *named.values()):
+            stack.enter_context(resting(module if isinstance(module, nn.Module) else None))
         tuning, x_test = _split(x_test, tune_on)
-        held = _held(target, x_test, metric)
+        held = _held(target, x_test, "x_test", metric)
+        _try(held, named, max_nfe)
+        room = max(1, ROOM // sum(shape.numel() for shape in Packing.of(held.z0).shapes))
+        tuning = None if tuning is None else rows(tuning, slice(max(FEW, room)))
         classical = {UNTUNED: Broyden()} | _tuned(target, tuning, tolerances, max_nfe)
         everyone = [contestant(name, one) for name, one in {**named, **_others(classical, named)}.items()]
-        size = sum(shape.numel() for shape in Packing.of(held.z0).shapes)
-        rules = Rules(tolerances, max_nfe, max(FEWEST, ROOM // size), rounds, elsewhere=True)
-        found = measure(held, everyone, rules, progress=progress)
+        found = measure(held, everyone, Rules(tolerances, max_nfe, room, rounds, elsewhere=True), progress=progress)
         if metric is not None:
             found += _depths(held, everyone, max_nfe)
     by_name = {one.name: one.solver for one in everyone}
     methods = {name: name_of(solver) for name, solver in by_name.items()}
-    about = _about(count(x_test), None if tuning is None else count(tuning), tune_on is None, rounds)
-    return Comparison(found, solvers=by_name, methods=methods, title=title, about=about)
+    about = _about(held, None if tuning is None else count(tuning), tune_on is None, rounds)
+    return Comparison(found, solvers=by_name, methods=methods, title=title or "", about=about)
+
+
+def _tolerances(rtol: Any) -> tuple[float, ...]:
+    """Each once, the loosest first; a number in single precision is taken for the decimal that it stands for."""
+    given = rtol.tolist() if isinstance(rtol, (Tensor, np.ndarray, np.generic)) else rtol
+    several = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    if not several:
+        raise ValueError("rtol is empty: give one relative residual or several, such as (1e-2, 1e-3)")
+    for one in several:
+        if isinstance(one, bool) or not isinstance(one, Real):
+            raise TypeError(f"rtol must be a number or several, such as (1e-2, 1e-3), got {one!r:.40}")
+    return tuple(sorted({float(f"{float(one):.6g}") for one in several}, reverse=True))
 
 
 def _named(solvers: Any) -> dict[str, Any]:
     """Solvers by name."""
     if isinstance(solvers, Mapping):
-        named = {str(name): _solver(one) for name, one in solvers.items()}
+        named = {name: _solver(one) for name, one in solvers.items()}
     else:
-        several = solvers if isinstance(solvers, Sequence) and not isinstance(solvers, str) else [solvers]
+        whole = isinstance(solvers, (str, nn.Module)) or not isinstance(solvers, Iterable)
         named = {}
-        for one in map(_solver, several):
-            usual = type(one).__name__
+        for given in [solvers] if whole else solvers:
+            one = _solver(given)
+            file = isinstance(given, (str, os.PathLike)) and given not in list_solvers(learned=False, splitting=False)
+            usual = Path(given).stem if file else type(one).__name__
             same = sum(name.split(" #")[0] == usual for name in named)
             named[f"{usual} #{same + 1}" if same else usual] = one
     if not named:
         raise ValueError("solvers is empty: give at least one, such as mb.Broyden() or a fitted one")
+    for name, one in named.items():
+        _check_name(name, as_solver(one).is_learned)
     return named
+
+
+def _check_name(name: Any, learned: bool) -> None:
+    if not isinstance(name, str) or not name or name != " ".join(name.split()):
+        raise ValueError(f"the name of a solver must be one line of text, without spaces around it, got {name!r}")
+    if name in (BEST, FASTEST) or (learned and name in TAKEN):
+        raise ValueError(f"{name!r} is the name of a classical solver that runs too: give the solver another one")
 
 
 def _solver(one: Any) -> Any:
     """A solver, from what people name it by."""
     if isinstance(one, str) and one in list_solvers(learned=False, splitting=False):
         return get_solver(one)
-    if isinstance(one, str) or hasattr(one, "__fspath__"):
-        return load_solver(one)
+    if isinstance(one, (str, os.PathLike)):
+        try:
+            return load_solver(one)
+        except FileNotFoundError as error:
+            if one in list_solvers(learned=True):
+                more = f"; {one} is a learned solver, which has to be fitted first: give what fit_solver returns"
+            else:
+                more = f", nor that of a registered one ({', '.join(list_solvers(learned=False, splitting=False))})"
+            raise FileNotFoundError(f"{error}{more}") from error
     as_solver(one)  # or it says what a solver is
-    return one.eval() if isinstance(one, nn.Module) else one
+    return one
 
 
 def _others(classical: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
@@ -135,19 +189,28 @@ def _others(classical: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
     return {name: one for name, one in classical.items() if name not in named and one not in given}
 
 
-def _check(
-    target: Target, named: dict[str, Any], tolerances: tuple[float, ...], max_nfe: int, rounds: int, metric: Any
-) -> None:
+def _check(target: Target, named: dict[str, Any], tolerances: tuple[float, ...], max_nfe: Any) -> None:
     for solver in named.values():
-        for tolerance in tolerances or (0.0,):
+        for tolerance in tolerances:
             check_options(target.f, solver, tolerance, 0.0, max_nfe, 1, None)
-    if not tolerances:
-        raise ValueError("rtol is empty: give one relative residual or several, such as (1e-2, 1e-3)")
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0:
+
+
+def _check_words(target: Target, rounds: Any, metric: Any, title: Any) -> None:
+    if isinstance(rounds, bool) or not isinstance(rounds, Integral) or rounds < 0:
         raise ValueError(f"rounds must be a whole number from 0, got {rounds!r}")
     for name, given in (("metric", metric), ("z0", target.z0)):
         if given is not None and not callable(given):
             raise TypeError(f"{name} must be a function, got {type(given).__name__}")
+    if title is not None and not isinstance(title, str):
+        raise TypeError(f"title must be text, got {type(title).__name__}")
+
+
+def _contexts(x: Any, target: Target, given: str) -> Any:
+    """What was given for contexts under a name, as one pytree where f is."""
+    x = contexts_of(x, target, given)
+    check_contexts(x, zeros=target.z0 is None, given=given, least=1)
+    device = device_of(target, x)
+    return pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device), x)
 
 
 def _split(x_test: Any, tune_on: Any) -> tuple[Any, Any]:
@@ -161,19 +224,39 @@ def _split(x_test: Any, tune_on: Any) -> tuple[Any, Any]:
     return rows(x_test, slice(last, size)), rows(x_test, slice(last))
 
 
-def _held(target: Target, raw: Any, metric: Any = None) -> HeldOut:
+def _held(target: Target, raw: Any, given: str, metric: Any = None) -> HeldOut:
     x = raw if target.encode is None else target.encode(raw)
     start = torch.zeros_like(x) if target.z0 is None else target.z0(bare(x))
-    judge, closed = None if metric is None else judge_of(metric, raw), isinstance(target.f, ModelMap)
+    check_starts(start, count(raw), given)
+    judge = None if metric is None else judge_of(metric, raw, "metric")
+    closed = isinstance(target.f, ModelMap)
     f, x = (target.f, x) if closed else pin(target.f, x, start)
     return HeldOut(f, start, x, judge, closed=closed)
+
+
+def _try(held: HeldOut, named: dict[str, Any], max_nfe: int) -> None:
+    """ValueError for a solver that cannot run on these problems, or for a metric, before much time is spent.
+
+    What f itself raises is raised as it is.
+    """
+    first = torch.arange(min(2, len(held)), device=held.device)
+    f, z0, x = held.problem(first)
+    solve(f, z0, x, solver=Picard(), rtol=0.0, max_nfe=1, throw=False)
+    if held.judge is not None:
+        several = torch.arange(min(CHUNK, len(held)), device=held.device)
+        held.judge(held.take(several)[0], several)
+    for name, one in named.items():
+        try:
+            solve(f, z0, x, solver=one, rtol=0.0, max_nfe=min(max_nfe, 2 * as_solver(one).min_nfe), throw=False)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"the solver {name!r} cannot run on these problems: {error}") from error
 
 
 def _tuned(target: Target, raw: Any, tolerances: tuple[float, ...], max_nfe: int) -> dict[str, Any]:
     """The classical solvers, tuned where there are contexts to tune on."""
     if raw is None:
         return {"Picard": get_solver("picard"), "Anderson": get_solver("anderson")}
-    held, options = _held(target, raw), {"budget": max_nfe, "tolerances": tolerances}
+    held, options = _held(target, raw, "tune_on"), {"budget": max_nfe, "tolerances": tolerances}
     problem = held.problem(torch.arange(len(held), device=held.device))
     return tuned_solvers(*problem, **options) | splitting_solvers(*problem, **options)  # type: ignore[arg-type]
 
@@ -185,11 +268,13 @@ def _depths(held: HeldOut, everyone: Sequence[Contestant], max_nfe: int) -> list
     return [{**stamp(one), **row} for one in shown for row in depth_rows(held, one.solver, depths)]
 
 
-def _about(size: int, tuning: int | None, split: bool, rounds: int) -> str:
+def _about(held: HeldOut, tuning: int | None, split: bool, rounds: int) -> str:
     tuned = (
         "the classical solvers have their default options" if tuning is None
-        else f"the options of the classical solvers were chosen on {tuning} others" + (" of the same set" if split else "")
+        else f"the options of the classical solvers were chosen on {tuning} other{'s' if tuning > 1 else ''}"
+        + (" of the same set" if split else "")
     )  # fmt: skip
-    clock = f"times are medians of {rounds} rounds in which the solvers take turns" if rounds else "nothing was timed"
-    threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
-    return f"{size} problems; {tuned}; {clock}, on {threads}."
+    medians = f"medians of {rounds} rounds" if rounds > 1 else "of one round"
+    clock = f"times are {medians} in which the solvers take turns, {clocked_on(held.device)}"
+    problems = f"{len(held)} problem{'s' if len(held) > 1 else ''}"
+    return f"{problems}; {tuned}; {clock if rounds else 'nothing was timed'}."

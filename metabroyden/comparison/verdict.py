@@ -174,10 +174,10 @@ def compare_solvers(
     return Verdict(Comparison(rows, solvers=solvers, methods=methods), name)
 
 
-def by_sample(score: Callable[[State, Any], Any], x: Any) -> Score:
+def by_sample(score: Callable[[State, Any], Any], x: Any, name: str = "score") -> Score:
     """Make (z, x) → (B,) or mean score into states → (B,) scores; a mean is computed for each sample alone.
 
-    ValueError or TypeError, when called, if the score gives anything else.
+    ValueError or TypeError, when called, if the score gives anything else; `name` is what they call it.
     """
 
     def scored(z: State, x: Any) -> Tensor:
@@ -185,7 +185,7 @@ def by_sample(score: Callable[[State, Any], Any], x: Any) -> Score:
         try:
             return torch.as_tensor(value)
         except (RuntimeError, TypeError, ValueError) as error:
-            raise TypeError(f"score(z, x) must give numbers, or their mean, got {type(value).__name__}") from error
+            raise TypeError(f"{name}(z, x) must give numbers, or their mean, got {type(value).__name__}") from error
 
     def one(tree: Any, number: int) -> Any:
         device = next(leaf.device for leaf in pytree.tree_leaves(bare(tree)) if isinstance(leaf, Tensor))
@@ -197,12 +197,12 @@ def by_sample(score: Callable[[State, Any], Any], x: Any) -> Score:
         if value.dim() == 0:
             value = torch.stack([scored(one(z, number), one(x, number)) for number in range(size)])
         if value.shape != (size,):
-            raise ValueError(f"score(z, x) must give ({size},) numbers, or their mean, got shape {tuple(value.shape)}")
+            raise ValueError(f"{name}(z, x) must give ({size},) numbers, or their mean, got shape {tuple(value.shape)}")
         return value.detach().double().cpu().numpy()
 
     return scores
 
 
-def judge_of(score: Callable[[State, Any], Any], x: Any) -> Callable[[State, Tensor], Tensor]:
+def judge_of(score: Callable[[State, Any], Any], x: Any, name: str = "score") -> Callable[[State, Tensor], Tensor]:
     """Make (z, x) → (B,) or mean score into `HeldOut.judge` of the problems of raw contexts x."""
-    return lambda z, index: torch.from_numpy(by_sample(score, gather(x, index))(z))
+    return lambda z, index: torch.from_numpy(by_sample(score, gather(x, index), name)(z))

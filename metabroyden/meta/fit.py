@@ -155,7 +155,7 @@ def fit_solver(
         raise ValueError("the adjoint solver is for backward passes: fit_adjoint(cell, x_train) fits it")
     training: dict[str, Any] = {"seed": seed, "validation_rtol": rtol, "validation_nfe": MAX_NFE, "patience": patience}
     MetaConfig(**training, steps=1 if steps is None else steps)  # refuses what cannot be used before anything is solved
-    where = _device(target, x_train) if device is None else distributed.resolve(str(device))
+    where = device_of(target, x_train) if device is None else distributed.resolve(str(device))
     distributed.join(where)
     with resting(target.whole):
         training |= {"batch": _batch(batch_size), **_rates(solver, learning_rate)}
@@ -213,7 +213,7 @@ class _Job:
         tasks = _split(target, x, seed)
         validation = tasks.split("validation")
         z0s, _ = tasks.problems("validation")
-        _check_starts(z0s, count(validation))
+        check_starts(z0s, count(validation))
         if score is not None:  # a score that cannot be used is refused before the training, not after it
             by_sample(score, validation)(z0s)
         known = fingerprint(target.f.model if isinstance(target.f, ModelMap) else target.f)
@@ -254,11 +254,11 @@ def _watched(trainer: MetaTrainer, progress: bool, log_dir: Any) -> Iterator[Pro
         yield report
 
 
-def _device(target: Target, x_train: Any) -> torch.device:
-    """Where f is, by the first parameter of its module; where x_train is if it has none."""
+def device_of(target: Target, x: Any) -> torch.device:
+    """Where f is, by the first parameter of its module; where the contexts are if it has none."""
     module = target.whole or module_of(target.f)
     first = None if module is None else next(module.parameters(), None)
-    return sampled(x_train)[0].device if first is None else first.device
+    return sampled(x)[0].device if first is None else first.device
 
 
 def _begun(checkpoint: Any) -> bool:
@@ -308,7 +308,7 @@ def _refused(result: Verdict) -> str | None:
     )
 
 
-def _check_starts(start: Any, size: int) -> None:
+def check_starts(start: Any, size: int, given: str = "x_train") -> None:
     """ValueError or TypeError for a start that has no row for each of `size` contexts."""
     check_start(start)
     packing = Packing.of(start, "z0(x)")
@@ -319,7 +319,7 @@ def _check_starts(start: Any, size: int) -> None:
             "hand over the DEQ inside, with the contexts that it is called with"
         )
     if any(not shape for shape in packing.shapes):
-        raise ValueError("a state needs an axis besides the samples': give x_train (or z0) as (N, 1)")
+        raise ValueError(f"a state needs an axis besides the samples': give {given} (or z0) as (N, 1)")
 
 
 def _is_positive(value: Any) -> bool:
@@ -362,10 +362,10 @@ def _check_places(checkpoint: Any, log_dir: Any) -> None:
         raise ValueError(f"log_dir must be a folder, got the file {str(log_dir)!r}")
 
 
-def contexts_of(x_train: Any, target: Target) -> Any:
-    """x_train as one pytree, see `gathered`."""
+def contexts_of(x: Any, target: Target, given: str = "x_train") -> Any:
+    """What was given under a name for contexts, as one pytree, see `gathered`."""
     name = "f" if target.model is None else type(target.model).__name__
-    return gathered(x_train, name=name, several=takes_several(target.model))
+    return gathered(x, name=name, several=takes_several(target.model), given=given)
 
 
 def refuse_inference(name: str) -> None:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import metabroyden as mb
 from metabroyden.learned.layout import guess_layout
-from metabroyden.meta.fit import _device
+from metabroyden.meta.fit import device_of
 from metabroyden.meta.inputs import MOST, gathered
 from metabroyden.meta.target import Inside, call_arguments, target_of
 from tests.helpers import normal, refused, same_parameters
@@ -155,8 +155,8 @@ def test_of_a_data_set_evenly_spaced_samples_are_read():
 
 def test_samples_are_taken_to_where_the_model_is():
     target = target_of(Classifier().to("meta"))
-    assert _device(target, X) == torch.device("meta")
-    assert _device(target_of(f), X) == torch.device("cpu")
+    assert device_of(target, X) == torch.device("meta")
+    assert device_of(target_of(f), X) == torch.device("cpu")
 
 
 def test_what_is_whole_already_stays_as_it_is():
