@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,12 @@ def test_every_file_that_a_page_points_to_or_names_exists(page):
     named = set(re.findall(r"`((?:results|metabroyden|experiments|tests)/[\w./-]+?)/?`", text))
     for path in named - MADE_BY_RUNS if page in PAGES else ():
         assert (ROOT / path).exists(), path
+
+
+def test_links_to_files_that_are_no_pages_become_paths_in_the_site():
+    hook = runpy.run_path(str(DOCS / "site_links.py"))["on_page_markdown"]
+    given = "[its report](../../results/lost/report.md), [a page](../faq.md)"
+    assert hook(given, page=None, config=None, files=None) == "`results/lost/report.md`, [a page](../faq.md)"
 
 
 def test_every_page_is_in_the_navigation():
