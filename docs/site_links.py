@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-LINK = re.compile(r"(!?)\[([^\]]*)\]\((?:\.\./)+((?:results|examples|metabroyden|experiments|tests)/[^)]+|[A-Z]+\.md)\)")
+LINK = re.compile(
+    r"(!?)\[([^\]]*)\]\((?:\.\./)+((?:results|examples|metabroyden|experiments|tests)/[^)]+|[A-Z]+\.md)\)"
+)
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
