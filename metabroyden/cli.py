@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import sys
@@ -99,7 +98,7 @@ def _plain_warnings() -> Iterator[None]:
             print(f"warning: {words}", file=sys.stderr)
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("default", "fit_solver: ")
+        warnings.filterwarnings("default", "fit_solver: |there are no figures: ")
         warnings.filterwarnings("ignore", "fit_solver: the fitted solver does not beat")  # `fit` has its own words
         warnings.showwarning = show
         yield
@@ -282,12 +281,9 @@ def _compare(options: argparse.Namespace) -> None:
         title=options.title or options.function, progress=options.progress,
     )  # fmt: skip
     print(comparison)
-    if importlib.util.find_spec("matplotlib") is None:
-        comparison.to_csv(options.out / "table.csv")
-        comparison.to_json(options.out / COMPARED)
-        print(f"\nWritten to {options.out}: table.csv, {COMPARED}; for figures: pip install 'metabroyden[plot]'")
-        return
-    print(f"\nWritten to {options.out}: {comparison.save(options.out).name}, the same as report.md, figures, rows")
+    page = comparison.save(options.out)
+    figures = "figures, " if any(options.out.glob("*.png")) else ""
+    print(f"\nWritten to {options.out}: {page.name}, the same as report.md, {figures}table.csv, {COMPARED}")
 
 
 def _loaded(names: Sequence[str]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metabroyden.checkpoint import load_solver
-from metabroyden.comparison.clock import clocked_on
+from metabroyden.comparison.clock import clocked
 from metabroyden.comparison.comparison import Comparison
 from metabroyden.comparison.measure import Contestant, Rules, depth_rows, measure, stamp_of
 from metabroyden.comparison.problems import CHUNK, HeldOut
@@ -172,7 +172,7 @@ def _solver(one: Any) -> Any:
         return get_solver(one)
     if isinstance(one, (str, os.PathLike)):
         try:
-            return load_solver(one)
+            return load_solver(one if isinstance(one, str) else Path(one))
         except FileNotFoundError as error:
             if one in list_solvers(learned=True):
                 more = f"; {one} is a learned solver, which has to be fitted first: give what fit_solver returns"
@@ -274,7 +274,5 @@ def _about(held: HeldOut, tuning: int | None, split: bool, rounds: int) -> str:
         else f"the options of the classical solvers were chosen on {tuning} other{'s' if tuning > 1 else ''}"
         + (" of the same set" if split else "")
     )  # fmt: skip
-    medians = f"medians of {rounds} rounds" if rounds > 1 else "of one round"
-    clock = f"times are {medians} in which the solvers take turns, {clocked_on(held.device)}"
     problems = f"{len(held)} problem{'s' if len(held) > 1 else ''}"
-    return f"{problems}; {tuned}; {clock if rounds else 'nothing was timed'}."
+    return f"{problems}; {tuned}; {clocked(rounds, held.device)}."

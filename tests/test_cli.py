@@ -277,6 +277,17 @@ def test_the_template_runs_as_it_stands(here, capsys):
     assert told(capsys).startswith("compared holds a finished run (comparison.json)")
 
 
+def test_compare_without_matplotlib_writes_all_but_the_figures(here, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    words = ["compare", "mymodel.py:parts", "--solver", "universal", "--out", "bare", "--rounds", "0", "--no-progress"]
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert err == "warning: there are no figures: matplotlib is not installed (pip install matplotlib)\n"
+    assert out.endswith("Written to bare: report.html, the same as report.md, table.csv, comparison.json\n")
+    written = {path.name for path in (here / "bare").iterdir()}
+    assert written == {"report.html", "report.md", "table.csv", "comparison.json"}
+
+
 def test_compare_measures_on_what_fit_has_not_seen(here, monkeypatch, capsys):
     assert fit("--no-fallback", name="mymodel.py:scored") == 0
     seen = {}

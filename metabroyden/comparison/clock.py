@@ -36,14 +36,22 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def clocked_on(device: torch.device) -> str:
-    """What times are of, as words behind them: threads and processor, or the GPU, and torch's version."""
+def clocked(rounds: int, device: torch.device) -> str:
+    """What times are of, in words: rounds; threads and processor, or the GPU; and torch's version.
+
+    Examples:
+        >>> clocked(0, torch.device("cpu"))
+        'nothing was timed'
+    """
+    if not rounds:
+        return "nothing was timed"
+    times = f"medians of {rounds} rounds" if rounds > 1 else "of one round"
     if device.type == "cuda":
         where = f"on a {torch.cuda.get_device_name(device)}"
     else:
         threads = torch.get_num_threads()
         where = f"on {threads} thread{'s' if threads > 1 else ''} of {_processor()}"
-    return f"{where}, torch {torch.__version__.split('+')[0]}"
+    return f"times are {times} in which the solvers take turns, {where}, torch {torch.__version__.split('+')[0]}"
 
 
 def _processor() -> str:

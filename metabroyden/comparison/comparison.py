@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import json
+import math
+import textwrap
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +34,7 @@ class Comparison:
     beside it. The best classical solver has the smallest median of evaluations among the classical ones whose share solved
     is within one standard error of the highest; the fastest has the smallest time among the same.
 
-    `print(comparison)` prints the table; in a notebook it is shown as such.
+    `print(comparison)` prints the tables, in at most 100 columns where names are of usual length; a notebook shows them.
 
     Args:
         rows: measurements, see `metabroyden.comparison.measure`.
@@ -76,6 +81,11 @@ class Comparison:
         """Whether a metric was measured."""
         return bool(chosen(self.rows, "depth"))
 
+    @property
+    def timed(self) -> bool:
+        """Whether solves were timed."""
+        return self.outcome(self.names[0]).seconds.size > 0
+
     def outcome(self, name: str, rtol: float | None = None) -> Outcome:
         """Evaluations, success and seconds of a solver to a tolerance (default: the tightest).
 
@@ -93,7 +103,12 @@ class Comparison:
         return self._field.named(self._name, BEST, self._at(rtol))
 
     def fastest_classical(self, rtol: float | None = None) -> str:
-        """Name of the fastest classical solver."""
+        """Name of the fastest classical solver.
+
+        Raises:
+            ValueError: the comparison was made with rounds=0.
+        """
+        self._must_be_timed()
         return self._field.named(self._name, FASTEST, self._at(rtol))
 
     def table(self, rtol: float | None = None) -> Table:
@@ -102,40 +117,58 @@ class Comparison:
         columns: list[tuple[str, Callable[[Row], str]]] = [
             ("solver", lambda row: figures.label(row["solver"])),
             ("median", lambda row: f"{row['median']:g}"),
-            ("90%", lambda row: f"{row['p90']:g}"),
+            ("90%", lambda row: f"{round(row['p90'], 1):g}"),
             ("mean", lambda row: f"{row['mean']:.1f}"),
             ("solved", lambda row: f"{row['solved']:.1%}"),
             ("time", lambda row: _milliseconds(row["milliseconds"])),
-            (f"evaluations / {self.best_classical(at)}", lambda row: _ratio(row["evaluations_over_best"])),
-            (f"time / {self.fastest_classical(at)}", lambda row: _ratio(row["time_over_fastest"])),
+            ("vs best", lambda row: _ratio(row, "evaluations_over_best", "best")),
+            ("vs fastest", lambda row: _ratio(row, "time_over_fastest", "fastest")),
             ("elsewhere", lambda row: "" if row["elsewhere"] is None else f"{row['elsewhere']:.1%}"),
+            ("metric", lambda row: "" if row["metric"] is None else f"{row['metric']:.4g}"),
         ]
-        if any(row["metric"] is not None for row in self.numbers(at)):
-            columns.append(("metric", lambda row: "" if row["metric"] is None else f"{row['metric']:.4g}"))
         words = f"{self.samples} problems to {at:g}, at most {self.budget} evaluations each"
-        return listed(words, self.numbers(at), columns)
+        whole = listed(words, self.numbers(at), columns)
+        filled = [any(cells) for cells in zip(*whole.body, strict=True)]
+        head, *body = (
+            [cell for cell, kept in zip(row, filled, strict=True) if kept] for row in (whole.head, *whole.body)
+        )
+        return Table(words, head, body)
 
     def numbers(self, rtol: float | None = None) -> list[Row]:
         """The table's numbers, a dict a solver; `elsewhere`, `metric` and ratios are None where there are none."""
         return [self._numbers(name, at) for at in self._some(rtol) for name in self.names]
 
     def _numbers(self, name: str, at: float) -> Row:
-        one, best, fastest = self.outcome(name, at), self.best_classical(at), self.fastest_classical(at)
-        (kind, *_) = (row for row in self._solves(name, at))
-        metric, elsewhere = self._mean(name, at, "score"), self._mean(name, at, "elsewhere")
-        timed = one.seconds.size > 0
-        over = self._field.ratio(self._name, name, best, at).value
-        time = self._field.ratio(self._name, name, fastest, at, time=True).value if timed else None
+        one, best = self.outcome(name, at), self.best_classical(at)
+        (kind, *_) = self._solves(name, at)
+        fastest = self.fastest_classical(at) if self.timed else None
+        time = None if fastest is None else self._field.ratio(self._name, name, fastest, at, time=True).value
         return {
             "solver": name, "kind": kind["kind"], "options": kind["options"], "rtol": at, "budget": self.budget,
             "samples": self.samples, "median": one.median, "p90": one.p90, "mean": one.mean, "solved": one.success,
-            "milliseconds": 1e3 * _seconds(one) if timed else None, "best_classical": best, "evaluations_over_best": over,
-            "fastest_classical": fastest, "time_over_fastest": time, "elsewhere": elsewhere, "metric": metric,
+            "milliseconds": 1e3 * _seconds(one) if self.timed else None, "best_classical": best,
+            "evaluations_over_best": self._field.ratio(self._name, name, best, at).value, "fastest_classical": fastest,
+            "time_over_fastest": time, "elsewhere": self._mean(name, at, "elsewhere"),
+            "metric": self._mean(name, at, "score"),
         }  # fmt: skip
 
     def __str__(self) -> str:
-        """The tables as text."""
-        return "\n\n".join([text_table(self.table(at)) for at in self.tolerances] + [_LEGEND])
+        """The tables as text, and below them how they were made and how to read them."""
+        notes = [textwrap.fill(words, _WIDTH) for words in self._notes]
+        return "\n\n".join([text_table(self.table(at)) for at in self.tolerances] + notes)
+
+    @property
+    def _notes(self) -> list[str]:
+        """Paragraphs below the tables: how they were made, and how to read them."""
+        times = " time: of all problems. vs fastest: that over the fastest one's." if self.timed else ""
+        which = "the classical solvers that solve as many as any, within a standard error"
+        chosen_among = "Both are" if self.timed else "The best is"
+        legend = (
+            "A sample that was not solved counts as the whole budget. vs best: median of evaluations over the best "
+            f"classical solver's.{times} Below 1 is less. {chosen_among} chosen among {which}. elsewhere: of the problems "
+            "solved, those whose solution is another one than that of the classical solver that solves most."
+        )
+        return [self.about, legend] if self.about else [legend]
 
     def __repr__(self) -> str:
         """Names and sizes."""
@@ -144,9 +177,8 @@ class Comparison:
     def _repr_html_(self) -> str:
         """The tables, in a notebook."""
         tables = (self.table(at) for at in self.tolerances)
-        return (
-            "".join(f"<h4>{inline(table.words)}</h4>{table.html()}" for table in tables) + f"<p>{inline(_LEGEND)}</p>"
-        )
+        shown = [f"<h4>{inline(table.words)}</h4>{table.html()}" for table in tables]
+        return "".join([*shown, *(f"<p>{inline(words)}</p>" for words in self._notes)])
 
     def show(self) -> None:
         """Print the tables."""
@@ -162,8 +194,9 @@ class Comparison:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """All measurements, sample by sample, as JSON, which `from_json` reads; written to `path` where one is given."""
-        whole = {"schema": SCHEMA, "title": self.title, "about": self.about, "methods": self.methods, "rows": self.rows}
-        return _kept(json.dumps(whole, separators=(",", ":")) + "\n", path)
+        rows = _finite(self.rows)
+        whole = {"schema": SCHEMA, "title": self.title, "about": self.about, "methods": self.methods, "rows": rows}
+        return _kept(json.dumps(whole, separators=(",", ":"), allow_nan=False) + "\n", path)
 
     @classmethod
     def from_json(cls, source: str | Path) -> Comparison:
@@ -174,20 +207,27 @@ class Comparison:
             ValueError: what is there is no comparison.
         """
         given = str(source)
-        text = given if given.lstrip().startswith("{") else Path(source).read_text(encoding="utf-8")
+        raw = given.encode() if given.lstrip().startswith("{") else Path(source).read_bytes()
         try:
-            whole = json.loads(text)
-            found = [whole[key] for key in ("schema", "rows", "methods", "title", "about")]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{given[:80]} is no comparison as Comparison.to_json writes it: {error!r}") from error
-        if found[0] != SCHEMA:
-            raise ValueError(f"{given[:80]} has schema {found[0]!r}; this version reads {SCHEMA}")
-        return Comparison(found[1], methods=found[2], title=found[3], about=found[4])
+            whole = json.loads(raw)
+            schema, *found = (whole[key] for key in ("schema", "rows", "methods", "title", "about"))
+            if schema != SCHEMA:
+                raise ValueError(f"it has schema {schema!r}, and this version reads {SCHEMA}")
+            rows, methods, title, about = found
+            made = Comparison(rows, methods=methods, title=title, about=about)
+            made.numbers()
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{given[:80]} is no comparison as Comparison.to_json of this version writes it: "
+                f"{type(error).__name__}, {error}"
+            ) from error
+        return made
 
     def plot_reduction(self, ax: Any = None, *, rtol: float | None = None) -> Any:
         """Evaluations over the best classical solver's and time over the fastest one's, with 95% intervals.
 
-        Left of 1 is fewer, or faster. A solver that loses on either, or solves fewer samples, has its numbers in red.
+        Left of 1 is fewer, or faster. On the right stand the median of evaluations, the share solved and the ratio of times;
+        what is worse than the classical solver that it is measured by is red.
 
         Args:
             ax: matplotlib axes to draw on; default new ones.
@@ -196,22 +236,23 @@ class Comparison:
         Returns:
             The axes.
         """
-        place = figures.own_axes(ax, (7.2, self._height(self._some(rtol))))
+        place = figures.own_axes(ax, (_WIDE, self._height(self._some(rtol))))
         groups = [(self._rivals(at), list(self._reductions(at))) for at in self._some(rtol)]
         figures.reductions(place, groups)
         return self._titled(place)
 
     def _rivals(self, at: float) -> str:
-        best = self.best_classical(at)
-        return (
-            f"to {at:g}: best classical {best}, {self.outcome(best, at).median:g}; fastest {self.fastest_classical(at)}"
-        )
+        best = figures.label(self.best_classical(at))
+        fastest = figures.label(self.fastest_classical(at)) if self.timed else None
+        if fastest in (None, best):
+            return f"to {at:g} (best {'and fastest ' if fastest else ''}classical: {best})"
+        return f"to {at:g} (best classical: {best}, fastest: {fastest})"
 
     def _reductions(self, at: float) -> Iterable[figures.Reduction]:
-        best, fastest = self.best_classical(at), self.fastest_classical(at)
+        best, fastest = self.best_classical(at), self.fastest_classical(at) if self.timed else ""
         for name in self.names:
             one = self.outcome(name, at)
-            time = self._field.ratio(self._name, name, fastest, at, time=True) if one.seconds.size else NOTHING
+            time = self._field.ratio(self._name, name, fastest, at, time=True) if self.timed else NOTHING
             spent = self._field.ratio(self._name, name, best, at)
             yield figures.Reduction(
                 figures.label(name), spent, time, f"{one.median:g} ({one.success:.0%})", self._looks[name],
@@ -219,9 +260,9 @@ class Comparison:
             )  # fmt: skip
 
     def plot_residual(self, ax: Any = None, *, by: str = "evaluations") -> Any:
-        """The smallest relative residual so far: its median over samples, and the middle half of them.
+        """The smallest relative residual so far: its median over samples, and the middle half of them (up to eight solvers).
 
-        A curve ends where the samples have converged.
+        A curve ends where the samples have converged. Dotted lines are the tolerances.
 
         Args:
             ax: matplotlib axes to draw on; default new ones.
@@ -237,15 +278,21 @@ class Comparison:
             raise ValueError(f"by must be 'evaluations' or 'time', got {by!r}")
         place, end = figures.own_axes(ax), self.tolerances[-1]
         for row in chosen(self.rows, "curve"):
-            if by == "evaluations":
-                figures.converging(place, row["evaluations"], row, end, self._style(row["solver"]))
-            else:
+            style = {**self._style(row["solver"]), "zorder": 2.5 if row["kind"] == "learned" else 2}
+            if by == "time":
                 times = {"median": row["by_time"]}
-                figures.converging(place, [1e3 * at for at in row["seconds"]], times, end, self._style(row["solver"]))
+                figures.converging(place, [1e3 * at for at in row["seconds"]], times, end, style)
+            else:
+                curve = {part: row[part] for part in ("median", "low", "high")}
+                shown = curve if figures.bands(len(self.names)) else {"median": row["median"]}
+                figures.converging(place, row["evaluations"], shown, end, style)
         words = "evaluations of f" if by == "evaluations" else "milliseconds, one batch"
-        place.set(xlabel=words, ylabel="relative residual, smallest so far", yscale="log")
-        place.axhline(end, color="#999999", linewidth=0.8, linestyle=":")
-        place.legend(frameon=False, fontsize=8)
+        place.set_xlabel(words, fontsize=9.5)
+        place.set_ylabel("relative residual, smallest so far", fontsize=9.5)
+        place.set_yscale("log")
+        for at in self.tolerances:
+            place.axhline(at, color="#777777", linewidth=0.8, linestyle=":", zorder=1)
+        figures.key(place)
         return self._titled(place)
 
     def plot_time(self, ax: Any = None, *, rtol: float | None = None) -> Any:
@@ -261,12 +308,15 @@ class Comparison:
         Raises:
             ValueError: the comparison was made with rounds=0.
         """
-        if not self.outcome(self.names[0]).seconds.size:
-            raise ValueError("nothing was timed: compare with rounds=1 or more")
-        place = figures.own_axes(ax, (7.2, self._height(self._some(rtol))))
+        self._must_be_timed()
+        place = figures.own_axes(ax, (_WIDE, self._height(self._some(rtol))))
         groups = [(f"to {at:g}", [self._times(name, at) for name in self.names]) for at in self._some(rtol)]
         figures.times(place, groups)
         return self._titled(place)
+
+    def _must_be_timed(self) -> None:
+        if not self.timed:
+            raise ValueError("nothing was timed: compare with rounds=1 or more")
 
     def _times(self, name: str, at: float) -> figures.Time:
         one, laps = self.outcome(name, at), [lap for row in self._solves(name, at) for lap in row["seconds"]]
@@ -295,52 +345,71 @@ class Comparison:
             rows = chosen(self.rows, "depth", solver=name)
             if rows:
                 style = {**self._style(name), "marker": self._looks[name][2], "markersize": 3.5}
-                place.plot([row["evaluations"] for row in rows], [row["score"] for row in rows], **style)
+                place.plot([row["evaluations"] for row in rows], [_number(row["score"]) for row in rows], **style)
         figures.log_ticks(place, [tick for tick in (1, 2, 3, 5, 10, 20, 30, 60, 100) if tick <= self.budget])
-        place.set(xlabel="evaluations of f allowed", ylabel="metric, mean over the problems")
-        place.legend(frameon=False, fontsize=8)
+        place.set_xlabel("evaluations of f allowed", fontsize=9.5)
+        place.set_ylabel("metric, mean over the problems", fontsize=9.5)
+        figures.key(place)
         return self._titled(place)
 
     def save(self, folder: str | Path) -> Path:
         """Write report.md, report.html (one file), the figures as PNG and PDF, table.csv and comparison.json.
+
+        Without matplotlib there are no figures, and a warning says so.
 
         Args:
             folder: is made where it does not exist; files of these names in it are replaced.
 
         Returns:
             The path of report.html.
+
+        Raises:
+            NotADirectoryError: a file is there.
         """
         folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is a file: give a folder to save in")
         self.to_csv(folder / "table.csv")
         self.to_json(folder / "comparison.json")
-        drawn: list[Section] = [Picture(self._drawn(folder, name), words) for name, words in self._pictures()]
         tables = [self.table(at) for at in self.tolerances]
-        title, lead = self.title or _TITLE, "\n\n".join(filter(None, (self.about, _LEGEND)))
-        sections: list[Section] = [lead, *tables, "## Figures", *drawn]
+        title = " ".join(self.title.split()) or _TITLE
+        sections: list[Section] = ["\n\n".join(self._notes), *tables, *self._figures(folder)]
         options = listed("", self.numbers(self.tolerances[-1]), [("solver", "{solver}"), ("options", "`{options}`")])
         write(folder, title, [*sections, "## Options of the solvers", options])
         return write_page(folder, title, [*sections, Folded("Options of the solvers", [options])])
 
+    def _figures(self, folder: Path) -> list[Section]:
+        if importlib.util.find_spec("matplotlib") is None:
+            words = "there are no figures: matplotlib is not installed (pip install matplotlib)"
+            warnings.warn(words, stacklevel=3)
+            return []
+        return ["## Figures", *(Picture(self._drawn(folder, name), words) for name, words in self._pictures())]
+
     def _pictures(self) -> list[tuple[str, str]]:
+        half = ", and the middle half of them" if figures.bands(len(self.names)) else ""
+        times, paces = (
+            (" and time (hollow) over the fastest one's", ", and the ratio of times") if self.timed else ("", "")
+        )
         found = [
-            ("reduction", "Evaluations (filled) over the best classical solver's and time (hollow) over the fastest one's, "
-             "with 95% intervals: left of 1 is less. In words: median evaluations, share solved; red where it loses."),
-            ("residual", "Smallest relative residual so far: median over the problems, and the middle half of them. A curve "
-             "ends where the problems have converged."),
+            ("reduction", f"Evaluations (filled) over the best classical solver's{times}, with 95% intervals: left of 1 is "
+             f"less. Beside them the median of evaluations and the share solved{paces}: red where it is worse."),
+            ("residual", f"Smallest relative residual so far: median over the problems{half}. A curve ends where the "
+             "problems have converged; dotted lines are the tolerances."),
         ]  # fmt: skip
-        if self.outcome(self.names[0]).seconds.size:
+        if self.timed:
             found.append(("time", "Time for all problems, inside f and outside of it (paler)."))
         return [*found, ("metric", "The metric after so many evaluations of f.")] if self.metric else found
 
     def _drawn(self, folder: Path, name: str) -> Path:
-        tall = 4.2 if name in ("residual", "metric") else self._height(self.tolerances)
-        figure, (place,) = figures.grid(1, 1, (7.2, tall))
+        tall = 3.8 if name in ("residual", "metric") else self._height(self.tolerances)
+        figure, (place,) = figures.grid(1, 1, (_WIDE, tall))
+        place.tick_params(labelsize=8.5)
         getattr(self, f"plot_{name}")(ax=place)
         return figures.save(figure, folder / f"{name}.png")
 
     def _height(self, tolerances: Sequence[float]) -> float:
         """Inches of a figure with a line for each solver and tolerance."""
-        return 1.0 + 0.3 * (1 + len(self.names)) * len(tolerances)
+        return 1.2 + 0.28 * (1 + len(self.names)) * len(tolerances)
 
     @property
     def _name(self) -> str:
@@ -352,11 +421,11 @@ class Comparison:
 
     def _style(self, name: str) -> Row:
         colour, line, _ = self._looks[name]
-        return {"color": colour, "linestyle": line, "linewidth": 1.6, "label": figures.label(name)}
+        return {"color": colour, "linestyle": line, "linewidth": 1.6, "label": figures.plain(figures.label(name))}
 
     def _titled(self, place: Any) -> Any:
         if self.title:
-            place.set_title(self.title, fontsize=10)
+            figures.title(place, self.title)
         return place
 
     def _some(self, rtol: float | None) -> list[float]:
@@ -365,11 +434,13 @@ class Comparison:
     def _at(self, rtol: float | None) -> float:
         if rtol is None:
             return self.tolerances[-1]
-        if rtol not in self.tolerances:
+        near = [at for at in self.tolerances if isinstance(rtol, Real) and math.isclose(at, rtol, rel_tol=1e-6)]
+        if not near:
+            there = ", ".join(f"{at:g}" for at in self.tolerances)
             raise ValueError(
-                f"nothing was solved to {rtol:g}: there are {', '.join(f'{at:g}' for at in self.tolerances)}"
+                f"nothing was solved to {f'{rtol:g}' if isinstance(rtol, Real) else repr(rtol)}: there are {there}"
             )
-        return rtol
+        return near[0]
 
     def _solves(self, name: str, at: float) -> list[Row]:
         return self._field.of("solve", self._name, name, tolerance=at)
@@ -380,11 +451,10 @@ class Comparison:
         return float(np.mean(values)) if values else None
 
 
-_LEGEND = (
-    "A sample that was not solved counts as the whole budget. Ratios are to the best classical solver (fewest evaluations) "
-    "and to the fastest one, among those that solve as many as any within a standard error. elsewhere: of the problems "
-    "solved, those whose solution is another one than that of the classical solver that solves most."
-)
+_WIDE = 5.8
+"""Inches of figures."""
+_WIDTH = 100
+"""Columns of what is printed below tables."""
 
 
 def _seconds(one: Outcome) -> float:
@@ -396,8 +466,25 @@ def _milliseconds(value: float | None) -> str:
     return "" if value is None else f"{value:.3g} ms" if value < 999.5 else f"{value / 1000:.3g} s"
 
 
-def _ratio(value: float | None) -> str:
-    return "" if value is None or np.isnan(value) else f"{value:.2f}"
+def _ratio(row: Row, key: str, which: str) -> str:
+    """A ratio; at the solver that it is to, which that is."""
+    value = row[key]
+    if value is None or np.isnan(value):
+        return ""
+    return f"1 ({which})" if row["solver"] == row[f"{which}_classical"] else f"{value:.2f}"
+
+
+def _finite(tree: Any) -> Any:
+    """Rows with None for numbers that JSON cannot hold."""
+    if isinstance(tree, dict):
+        return {key: _finite(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _kept(text: str, path: str | Path | None) -> str:

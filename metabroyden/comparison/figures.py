@@ -7,6 +7,7 @@ Figures are made without pyplot, so that no backend is chosen or switched. matpl
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,12 +28,12 @@ LOOKS: dict[str, Look] = {
     "universal": ("#999999", "-", "v"),
     "coordinatewise": ("#882255", _DASHES, "s"),
     "Picard": ("#8A6D00", "-.", "d"),
-    "tuned Picard": ("#DDCC77", _DASHDOTS, "d"),
+    "tuned Picard": ("#B4AC60", _DASHDOTS, "d"),
     "Anderson": ("#009E73", "-.", "^"),
     "tuned Anderson": ("#44AA99", (0, (5, 1, 1, 1)), "h"),
-    "Broyden": ("#56B4E9", "--", "x"),
+    "Broyden": ("#56B4E9", "--", "P"),
     "tuned Broyden": ("#0072B2", _DASHDOTS, "X"),
-    "bad Broyden": ("#332288", "--", "x"),
+    "bad Broyden": ("#332288", "--", "H"),
     "Newton": ("#661100", _DASHDOTS, "p"),
     "Newton-Krylov": ("#661100", _DASHDOTS, "P"),
     "best classical": ("#000000", "-.", "^"),
@@ -53,11 +54,40 @@ LABELS = {FLAGSHIP: "MetaBroyden", "meta-splitting": "MetaBroyden", "grouped": "
 _SPARE = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#8C564B", "#F0E442", "#0072B2", "#D55E00")
 _HATCHES = ("", "///", "...", "xx", "\\\\", "oo", "++", "--")
 _MARKERS = ("o", "s", "^", "D", "v", "p", "h", "*")
+_LINES = (_DASHES, _DASHDOTS, _DOTS, (0, (8, 2)), (0, (5, 1, 1, 1, 1, 1)), "--", ":")
+_RED, _INK = "#B00020", "#333333"
+_RATIOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 1000)
+_FEW = 8
+"""Curves up to which each has its band, and a legend beside them."""
 
 
 def label(name: str) -> str:
     """What a solver is called in tables and figures."""
     return LABELS.get(name, name)
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib shows as it is: with its $ signs, and in a legend even where it begins with _."""
+    return f" {text}".replace("$", r"\$") if text.startswith("_") else text.replace("$", r"\$")
+
+
+def title(place: Any, text: str) -> None:
+    """Set a title in lines that fit above the axes; formulas between $ signs are set where they are right."""
+    text = " ".join(text.split())
+    text = text if "$" in text and _is_formula(text) else plain(text)
+    inches = place.get_position().width * place.figure.get_figwidth()
+    place.set_title(textwrap.fill(text, max(20, int(13 * inches))), fontsize=10)
+
+
+def _is_formula(text: str) -> bool:
+    """Whether matplotlib can set what is between $ signs."""
+    from matplotlib.mathtext import MathTextParser
+
+    try:
+        MathTextParser("path").parse(text)
+    except (ValueError, RuntimeError):
+        return False
+    return True
 
 
 def assign(methods: Mapping[str, str | None]) -> dict[str, Look]:
@@ -77,7 +107,8 @@ def assign(methods: Mapping[str, str | None]) -> dict[str, Look]:
     spare = [colour for colour in dict.fromkeys(look[0] for look in LOOKS.values()) if colour not in taken]
     for number, name in enumerate(name for name in methods if name not in found):
         colour = spare[number] if number < len(spare) else _SPARE[number % len(_SPARE)]
-        found[name] = (colour, (0, (7, 1 + number)), _MARKERS[number % len(_MARKERS)])
+        line = _LINES[(number + number // len(_MARKERS)) % len(_LINES)]
+        found[name] = (colour, line, _MARKERS[number % len(_MARKERS)])
     return {name: found[name] for name in methods}
 
 
@@ -107,8 +138,13 @@ def save(figure: Any, path: Path) -> Path:
 
 
 def own_axes(ax: Any = None, size: tuple[float, float] = (6.4, 4.2)) -> Any:
-    """The axes that a caller gave, or new ones of pyplot's, whose backend stays what it is."""
+    """The axes that a caller gave, or new ones of pyplot's, whose backend stays what it is.
+
+    TypeError for what are no axes, ImportError without matplotlib.
+    """
     if ax is not None:
+        if not hasattr(ax, "get_yaxis_transform"):
+            raise TypeError(f"ax must be matplotlib axes, got {type(ax).__name__}")
         return ax
     try:
         import matplotlib.pyplot as plt
@@ -225,42 +261,79 @@ class Reduction(NamedTuple):
 
 
 def reductions(place: Any, groups: Sequence[tuple[str, Sequence[Reduction]]]) -> None:
-    """Ratios of evaluations (filled) and of time (hollow) with their intervals beside a line at one.
+    """Ratios of evaluations (filled) and of time (hollow) with their intervals beside a line at one, on a log scale.
 
-    groups: words and lines. What is above one, or solves fewer, has its note in red.
+    groups: words and lines. On the right stand the notes and the ratios of time. A note is red where evaluations are above
+    one or fewer samples are solved, a ratio of time where it is above one.
     """
     at, ticks = 0.0, []
     for words, lines in groups:
         if words:
-            place.text(
-                0.01, at, words, transform=place.get_yaxis_transform(), fontsize=8, fontweight="bold", va="center"
-            )
+            _heading(place, at, words)
             at += 1
         for one in lines:
             ticks.append((at, one.label))
             _reduction(place, at, one)
             at += 1
-    place.set_yticks([tick for tick, _ in ticks], [label for _, label in ticks], fontsize=8)
+    every = [one for _, lines in groups for one in lines]
+    timed = any(np.isfinite(one.time.value) for one in every)
+    _named_rows(place, ticks, at)
     place.set_xlabel(
-        "over the best classical solver's evaluations (filled) and the fastest one's time (hollow)", fontsize=9
+        "evaluations over the best classical solver's (filled)"
+        + (",\ntime over the fastest one's (hollow); left of 1 is less" if timed else "; left of 1 is fewer"),
+        fontsize=9,
     )
-    place.text(1.01, -1, "median (solved)", transform=place.get_yaxis_transform(), fontsize=7, va="center")
-    place.set_ylim(at - 0.4, -1.4)
-    place.set_xlim(0, max(1.5, place.get_xlim()[1]))
-    place.axvline(1, color="black", linewidth=0.8)
-    place.grid(axis="y", visible=False)
+    for x, words in ((_NOTE, "median (solved)"), *([(_TIME, "time")] if timed else [])):
+        place.text(x, -0.9, words, transform=place.get_yaxis_transform(), fontsize=8, va="center", color="#666666")
+    seen = [value for one in every for ratio in (one.evaluations, one.time) for value in ratio if 0 < value < np.inf]
+    low, high = min([0.5, *seen]) / 1.15, max([1.5, *seen]) * 1.15
+    fine = (0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.2, 1.5, 2, 3)
+    log_ticks(place, [tick for tick in (fine if high / low < 8 else _RATIOS) if low <= tick <= high], suffix="×")
+    place.set_xlim(low, high)
+    place.axvline(1, color="black", linewidth=0.8, zorder=1)
+
+
+_NOTE, _TIME = 1.02, 1.24
+"""Where notes and ratios of time stand, in widths of the axes."""
 
 
 def _reduction(place: Any, at: float, one: Reduction) -> None:
     colour, _, mark = one.look
-    for ratio, shift, fill in ((one.evaluations, -0.12, colour), (one.time, 0.12, "white")):
+    for ratio, shift, fill in ((one.evaluations, -0.14, colour), (one.time, 0.14, "white")):
         if np.isfinite(ratio.value):
             spread = np.array([[ratio.value - ratio.low], [ratio.high - ratio.value]]).clip(0)
             style = {"fmt": mark, "color": colour, "markersize": 6, "markeredgewidth": 1.4, "linewidth": 1.2}
             place.errorbar([ratio.value], [at + shift], xerr=spread, markerfacecolor=fill, **style)
-    losing = one.lost or max(one.evaluations.value, np.nan_to_num(one.time.value)) > 1
-    ink = "#B00020" if losing else "#333333"
-    place.text(1.01, at, one.note, transform=place.get_yaxis_transform(), fontsize=8, va="center", color=ink)
+    worse = one.lost or one.evaluations.value > 1
+    notes = [(_NOTE, one.note, worse)]
+    if np.isfinite(one.time.value):
+        notes.append((_TIME, f"{one.time.value:.2f}×", one.time.value > 1))
+    for x, words, red in notes:
+        ink = _RED if red else _INK
+        place.text(x, at, words, transform=place.get_yaxis_transform(), fontsize=8.5, va="center", color=ink)
+
+
+def _heading(place: Any, at: float, words: str) -> None:
+    """Words above a group of rows."""
+    behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+    place.text(
+        0.01,
+        at,
+        words,
+        transform=place.get_yaxis_transform(),
+        fontsize=8.5,
+        fontweight="bold",
+        va="center",
+        bbox=behind,
+    )
+
+
+def _named_rows(place: Any, ticks: Sequence[tuple[float, str]], end: float) -> None:
+    """Rows from the top down, with the solvers' names."""
+    place.set_yticks([tick for tick, _ in ticks], [plain(label) for _, label in ticks], fontsize=9)
+    place.tick_params(axis="x", labelsize=8.5)
+    place.set_ylim(end - 0.4, -1.4)
+    place.grid(axis="y", visible=False)
 
 
 class Time(NamedTuple):
@@ -277,31 +350,42 @@ def times(place: Any, groups: Sequence[tuple[str, Sequence[Time]]]) -> None:
     """Bars of milliseconds, the part outside of f paler; groups: words and bars."""
     at, ticks = 0.0, []
     for words, bars in groups:
-        place.text(0.01, at, words, transform=place.get_yaxis_transform(), fontsize=8, fontweight="bold", va="center")
+        _heading(place, at, words)
         for at, one in enumerate(bars, int(at) + 1):  # noqa: B020 (goes on)
             ticks.append((at, one.label))
             inside = one.inside * one.milliseconds
             place.barh(at, inside, 0.7, color=one.look[0])
             place.barh(at, one.milliseconds - inside, 0.7, left=inside, color=one.look[0], alpha=0.35)
-            place.text(one.milliseconds, at, f" {one.note}", fontsize=8, va="center")
+            place.text(one.milliseconds, at, f" {one.note}", fontsize=8.5, va="center")
         at += 1
-    place.set_yticks([tick for tick, _ in ticks], [label for _, label in ticks], fontsize=8)
-    place.set_xlabel("milliseconds for all problems: inside f, outside of it (paler)", fontsize=9)
+    _named_rows(place, ticks, at)
     place.set_ylim(at - 0.4, -0.6)
-    place.set_xlim(0, 1.35 * max(one.milliseconds for _, bars in groups for one in bars))
-    place.grid(axis="y", visible=False)
+    place.set_xlabel("milliseconds for all problems: inside f, outside of it (paler)", fontsize=9)
+    place.set_xlim(0, 1.45 * max(one.milliseconds for _, bars in groups for one in bars))
 
 
 def converging(place: Any, x: Sequence[float], curve: Mapping[str, Sequence[float]], end: float, style: Row) -> None:
     """A curve of medians that ends, with a dot, where they reach `end`; a band from "low" to "high" that ends likewise."""
     last = _reached(curve["median"], end)
     place.plot(x[:last], curve["median"][:last], **style)
-    if curve["median"][last - 1] <= end:
+    if last and curve["median"][last - 1] <= end:
         place.plot(x[last - 1], curve["median"][last - 1], "o", color=style["color"], markersize=4)
     if "high" in curve:
         last = _reached(curve["high"], end)
         band = curve["low"][:last], curve["high"][:last]
-        place.fill_between(x[:last], *band, color=style["color"], alpha=0.12, linewidth=0)
+        place.fill_between(x[:last], *band, color=style["color"], alpha=0.1, linewidth=0)
+
+
+def key(place: Any) -> None:
+    """A legend: among the curves where there are few of them, else beside the axes."""
+    many = len(place.get_legend_handles_labels()[1]) > _FEW
+    beside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "borderaxespad": 0.0}
+    place.legend(frameon=False, fontsize=8.5, handlelength=2.8, **(beside if many else {"loc": "best"}))
+
+
+def bands(curves: int) -> bool:
+    """Whether so many curves each have a band."""
+    return curves <= _FEW
 
 
 def _reached(values: Sequence[float], end: float) -> int:

@@ -119,7 +119,7 @@ def scaled(rows: Iterable[dict[str, Any]], factor: float, *keys: str) -> list[di
 def markdown(head: Sequence[object], body: Iterable[Sequence[object]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def text_table(table: Table) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from metabroyden.comparison.clock import clocked
 from metabroyden.comparison.comparison import Comparison
 from metabroyden.comparison.measure import Contestant, Rules, measure
 from metabroyden.comparison.problems import HeldOut
@@ -171,7 +172,8 @@ def compare_solvers(
     everyone = [contestant(key, one, "learned" if key == name else "classical") for key, one in solvers.items()]
     rows = measure(held, everyone, rules)
     methods = {key: name_of(solver) for key, solver in solvers.items()}
-    return Verdict(Comparison(rows, solvers=solvers, methods=methods), name)
+    about = f"{len(held)} held-out problems; {clocked(len(rows[0]['seconds']), held.device)}."
+    return Verdict(Comparison(rows, solvers=solvers, methods=methods, about=about), name)
 
 
 def by_sample(score: Callable[[State, Any], Any], x: Any, name: str = "score") -> Score:

@@ -71,6 +71,31 @@ def test_the_best_is_the_best_of_those_that_solve_most(found):
     assert all(rates[best].median <= one.median for one in rates.values() if one.success >= rates[best].success)
 
 
+def test_the_printed_tables_fit_100_columns_and_end_with_what_they_are_of(found):
+    assert max(map(len, str(found).splitlines())) <= 100
+    assert "vs best" in str(found)
+    told = " ".join(str(found).split())
+    assert found.about in told
+    assert "torch" in found.about
+    for at in (1e-2, 1e-3):
+        rows = {row[0]: row for row in found.table(at).body}
+        assert rows[found.best_classical(at)][6] == "1 (best)"
+        assert rows[found.fastest_classical(at)][7] == "1 (fastest)"
+
+
+def test_without_rounds_nothing_is_said_about_time(tmp_path, recwarn):
+    untimed = mb.compare(cell, X, solvers=mb.Newton(), rounds=0, progress=False)
+    assert untimed.table().head == ["solver", "median", "90%", "mean", "solved", "vs best", "elsewhere"]
+    assert untimed.numbers()[0]["fastest_classical"] is None
+    with pytest.raises(ValueError, match="nothing was timed"):
+        untimed.fastest_classical()
+    words = {text.get_text() for text in untimed.plot_reduction().texts}
+    assert not any("fastest" in word or word == "time" for word in words)
+    untimed.save(tmp_path)
+    assert not (tmp_path / "time.png").exists()
+    assert not [str(one.message) for one in recwarn if "script" not in str(one.message)]
+
+
 def test_it_prints_and_is_shown_as_a_table(found):
     lines = str(found).splitlines()
     assert lines[0] == "32 problems to 0.01, at most 60 evaluations each"
@@ -99,13 +124,38 @@ def test_files_hold_all_of_it_and_can_be_read_again(found, tmp_path):
     assert len(lines) == 1 + 2 * len(found.names)
 
 
+def test_a_folder_that_is_a_file_is_refused_and_one_with_spaces_is_written_twice(found, tmp_path):
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    with pytest.raises(NotADirectoryError, match="file is a file: give a folder"):
+        found.save(tmp_path / "file")
+    spaced = tmp_path / "my results" / "é"
+    assert found.save(spaced) == found.save(str(spaced))
+
+
+def test_without_matplotlib_all_but_the_figures_is_written(found, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.warns(UserWarning, match="there are no figures: matplotlib is not installed"):
+        found.save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.md", "report.html", "table.csv", "comparison.json"}
+    assert "Figures" not in (tmp_path / "report.md").read_text(encoding="utf-8")
+    with pytest.raises(ImportError, match="figures need matplotlib, which is not installed"):
+        found.plot_reduction()
+
+
 @pytest.mark.parametrize(
-    "text", ["[1]", "{", '{"rows": []}', '{"schema": 9, "rows": [], "methods": {}, "title": "", "about": ""}']
+    "text",
+    [
+        "[1]",
+        '{"schema": 1, "rows": [{"a": 1}], "methods": {}, "title": "", "about": ""}',
+        "{",
+        '{"rows": []}',
+        '{"schema": 9, "rows": [], "methods": {}, "title": "", "about": ""}',
+    ],
 )
 def test_a_file_of_something_else_is_refused_with_a_sentence(tmp_path, text):
     path = tmp_path / "other.json"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"is no comparison|has schema 9"):
+    with pytest.raises(ValueError, match=r"is no comparison as Comparison.to_json of this version writes it"):
         mb.Comparison.from_json(path)
 
 
@@ -133,10 +183,59 @@ def test_curves_end_where_the_samples_have_converged(found):
     assert curve.get_xdata()[-1] <= rates.median + 0.5
 
 
-def test_a_loss_is_red(found):
-    notes = {text.get_text(): text.get_color() for text in found.plot_reduction(rtol=1e-3).texts}
-    slow = found.outcome("damped", 1e-3)
-    assert notes[f"{slow.median:g} ({slow.success:.0%})"] == "#B00020"
+def test_what_is_worse_is_red(found):
+    place = found.plot_reduction(rtol=1e-3)
+    shown = [text for text in place.texts if text.get_text() not in ("median (solved)", "time")][1:]
+    inks = {
+        name: (note.get_color(), time.get_color())
+        for name, note, time in zip(found.names, shown[::2], shown[1::2], strict=True)
+    }
+    for row in found.numbers(1e-3):
+        name, best = row["solver"], found.outcome(row["best_classical"], 1e-3)
+        one = found.outcome(name, 1e-3)
+        worse = row["evaluations_over_best"] > 1 or one.success < best.success - one.error
+        assert (inks[name][0] == "#B00020") == worse, name
+        assert (inks[name][1] == "#B00020") == (row["time_over_fastest"] > 1), name
+    assert inks["damped"][0] == "#B00020"
+    assert place.get_xscale() == "log", "half and double are as far from one"
+
+
+def test_where_every_solver_fails_the_table_and_the_figures_say_so(tmp_path):
+    lost = mb.compare(
+        lambda z, x: z * torch.nan, X, solvers=mb.Picard(damping=0.4), metric=near_zero, rounds=1, progress=False
+    )
+    assert [row["solved"] for row in lost.numbers(1e-3)] == [0] * 5
+    assert all(row["median"] == 60 for row in lost.numbers())
+    lost.save(tmp_path)
+    again = mb.Comparison.from_json(tmp_path / "comparison.json")
+    assert str(again) == str(lost)
+    assert "NaN" not in (tmp_path / "comparison.json").read_text(encoding="utf-8"), "which is no JSON"
+
+
+def test_names_and_titles_are_shown_as_they_are_written():
+    import matplotlib.pyplot as plt
+
+    solvers = {"_mine": mb.Newton(), "costs $5_a": mb.Picard(damping=0.5), "a|b": mb.Picard(damping=0.4)}
+    odd = mb.compare(cell, X, solvers=solvers, rounds=0, rtol=1e-2, progress=False)
+    for odd.title in ("$\\frac{1}$ <b>", "two\nlines", "$\\beta = 0.1$", "long " * 30):
+        place = odd.plot_residual()
+        place.figure.canvas.draw()
+        legend = [text.get_text() for text in place.get_legend().get_texts()]
+        assert legend[:3] == [" _mine", r"costs \$5_a", "a|b"]
+        shown = place.get_title()
+        assert max(map(len, shown.splitlines())) < 90
+        assert ("\\$" in shown) == ("frac" in odd.title), "a formula that is right is set as one"
+        plt.close(place.figure)
+    assert r"| a\|b |" in str(odd.table()), "a row of Markdown stays one"
+
+
+def test_many_solvers_have_their_legend_beside_the_axes():
+    many = {f"mine {number}": mb.Picard(damping=0.3 + number / 20) for number in range(9)}
+    for solvers, outside in ((many, True), ({"mine": mb.Newton()}, False)):
+        place = mb.compare(cell, X, solvers=solvers, rounds=0, rtol=1e-2, progress=False).plot_residual()
+        place.figure.canvas.draw()
+        assert (place.get_legend().get_window_extent().x0 >= place.get_window_extent().x1) == outside
+        assert bool(place.collections) != outside, "bands of many curves hide each other"
 
 
 def test_the_backend_stays_what_it_is():
@@ -184,6 +283,7 @@ def test_no_two_solvers_look_alike():
     looks = assign(many)
     assert list(looks) == list(many)
     assert len({repr(look) for look in looks.values()}) == len(many)
+    assert len({repr(look) for look in assign({f"mine {number}": None for number in range(60)}).values()}) == 60
     assert looks["mine 0"] == LOOKS["meta-broyden"]
     assert looks["tuned Broyden"] == LOOKS["tuned Broyden"], "whoever else runs"
 
@@ -241,6 +341,10 @@ def test_what_cannot_be_compared_is_refused_with_a_sentence():
         found.plot_metric()
     with pytest.raises(ValueError, match=r"nothing was solved to 1e-06: there are 0.01, 0.001"):
         found.table(1e-6)
+    assert found.table(np.float32(1e-3)) == found.table(0.1 * 0.01) == found.table(1e-3)
+    for no_axes in (3, found.plot_residual().figure):
+        with pytest.raises(TypeError, match=r"ax must be matplotlib axes, got (int|Figure)"):
+            found.plot_reduction(ax=no_axes)
     with pytest.raises(ValueError, match="no solver 'ours' in this comparison: there are Broyden"):
         found.outcome("ours")
     assert json.loads(found.to_json())["schema"] == 1
