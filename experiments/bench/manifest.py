@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import subprocess
 import sys
@@ -37,22 +36,10 @@ def differences() -> list[str]:
     return sorted(path for path in kept.keys() | found.keys() if kept.get(path) != found.get(path))
 
 
-def slim() -> None:
-    """Give figures a palette of 64 colours, which are a third of the size and look the same."""
-    from PIL import Image
-
-    for path in files():
-        if path.suffix == ".png" and (image := Image.open(path)).mode != "P":
-            small = io.BytesIO()
-            image.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
-            atomic_write(path, small.getvalue())
-
-
 def main() -> None:
     """Write the manifest, or with --check say what differs from it."""
     if sys.argv[1:] == ["--check"]:
         sys.exit("\n".join(differences()) or 0)
-    slim()
     lines = ",\n".join(json.dumps(described(path)) for path in files())
     atomic_write(ROOT / NAME, f"[\n{lines}\n]\n")
 

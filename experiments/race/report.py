@@ -46,15 +46,20 @@ def write(folder: Path) -> Path:
         f"{field.budget}; ratios with 95% bootstrap intervals over samples and seeds."
     )
     tables = [*(main_table(field, at) for at in SHOWN), means_table(field)]
-    tables += [every_solver(field, at, "Every solver", "family") for at in SHOWN]
-    tables += [_details(field, at) for at in field.tolerances]
-    tables += [_times(field, 1e-3), _metric(field), _leaks(field)]
-    for part in (part for part in BESIDE if part in parts):
-        tables += [every_solver(parts[part], at, *BESIDE[part]) for at in SHOWN]
-    tables += [_over_table(parts["hyper-deq"], "HyperDEQ")] if "hyper-deq" in parts else []
-    report.write_page(folder, "The race", [f"Made by `{described['command']}`.", lead, *drawn, *tables])
+    beside = [every_solver(parts[part], at, *BESIDE[part]) for part in BESIDE if part in parts for at in SHOWN]
+    appendices: list[report.Section] = [
+        report.Folded("Every solver", [every_solver(field, at, "Every solver", "family") for at in SHOWN]),
+        report.Folded("Details by tolerance", [_details(field, at) for at in field.tolerances]),
+        report.Folded("Time, metric, leaks", [_times(field, 1e-3), _metric(field), _leaks(field)]),
+    ]
+    if beside:
+        beside += [_over_table(parts["hyper-deq"], "HyperDEQ")] if "hyper-deq" in parts else []
+        appendices.append(report.Folded("Elsewhere, ablation, another library", beside))
+    made = f"Made by `{described['command']}`."
+    report.write_page(folder, "The race", [made, lead, drawn[0], *tables, "## Figures", *drawn[1:], *appendices])
     more = f"{lead} Sortable and zoomable: [report.html](report.html)."
-    return report.write(folder, "The race", [report.made_by(described, "torchdeq"), more, *drawn, *tables])
+    made = report.made_by(described, "torchdeq")
+    return report.write(folder, "The race", [made, more, *drawn, *tables, *appendices])
 
 
 def main_table(field: Field, at: float) -> Table:

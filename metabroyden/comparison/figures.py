@@ -6,6 +6,7 @@ Figures are made without pyplot, so that no backend is chosen or switched. matpl
 
 from __future__ import annotations
 
+import io
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ import numpy as np
 
 from metabroyden.comparison.statistics import Interval, Outcome
 from metabroyden.comparison.tables import Row, grouped
+from metabroyden.storage import atomic_write
 
 FLAGSHIP = "meta-broyden"
 Look = tuple[str, Any, str]
@@ -131,10 +133,20 @@ def marker(name: str, number: int = 0) -> str:
 
 def save(figure: Any, path: Path) -> Path:
     """Write a figure as PNG and, beside it, as PDF; the PNG's path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, bbox_inches="tight", metadata={"Software": None})
+    atomic_write(path, png(figure))
     figure.savefig(path.with_suffix(".pdf"), bbox_inches="tight", metadata={"CreationDate": None})
     return path
+
+
+def png(figure: Any) -> bytes:
+    """A figure as PNG of a palette of 64 colours, a third of the size and the same to the eye."""
+    from PIL import Image  # matplotlib needs it, too
+
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=130, bbox_inches="tight")
+    with Image.open(drawn) as image:
+        image.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    return small.getvalue()
 
 
 def own_axes(ax: Any = None, size: tuple[float, float] = (6.4, 4.2)) -> Any:
