@@ -117,11 +117,11 @@ def compare(
         room = max(1, ROOM // sum(shape.numel() for shape in Packing.of(held.z0).shapes))
         tuning = None if tuning is None else rows(tuning, slice(max(FEW, room)))
         classical = {UNTUNED: Broyden()} | _tuned(target, tuning, tolerances, max_nfe)
-        everyone = [contestant(name, one) for name, one in {**named, **_others(classical, named)}.items()]
+        by_name = {**named, **_others(classical, named)}
+        everyone = [contestant(name, one) for name, one in by_name.items()]
         found = measure(held, everyone, Rules(tolerances, max_nfe, room, rounds, elsewhere=True), progress=progress)
         if metric is not None:
             found += _depths(held, everyone, max_nfe)
-    by_name = {one.name: one.solver for one in everyone}
     methods = {name: name_of(solver) for name, solver in by_name.items()}
     about = _about(held, None if tuning is None else count(tuning), tune_on is None, rounds)
     return Comparison(found, solvers=by_name, methods=methods, title=title or "", about=about)

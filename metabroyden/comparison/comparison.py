@@ -19,7 +19,7 @@ import numpy as np
 
 from metabroyden.comparison import figures
 from metabroyden.comparison.report import Folded, Picture, Section, write, write_page
-from metabroyden.comparison.statistics import BEST, FASTEST, NOTHING, Field, Outcome
+from metabroyden.comparison.statistics import BEST, FASTEST, NOTHING, Field, Interval, Outcome
 from metabroyden.comparison.tables import Row, Table, chosen, inline, listed, text_table
 from metabroyden.storage import atomic_write
 
@@ -135,7 +135,11 @@ class Comparison:
         return Table(words, head, body)
 
     def numbers(self, rtol: float | None = None) -> list[Row]:
-        """The table's numbers, a dict a solver; `elsewhere`, `metric` and ratios are None where there are none."""
+        """The table's numbers, a dict a solver and tolerance.
+
+        `elsewhere`, `metric` and ratios are None where there are none. There is no ratio of evaluations where neither the
+        solver nor the best classical one solves half of the problems: the medians are then the budget.
+        """
         return [self._numbers(name, at) for at in self._some(rtol) for name in self.names]
 
     def _numbers(self, name: str, at: float) -> Row:
@@ -147,10 +151,16 @@ class Comparison:
             "solver": name, "kind": kind["kind"], "options": kind["options"], "rtol": at, "budget": self.budget,
             "samples": self.samples, "median": one.median, "p90": one.p90, "mean": one.mean, "solved": one.success,
             "milliseconds": 1e3 * _seconds(one) if self.timed else None, "best_classical": best,
-            "evaluations_over_best": self._field.ratio(self._name, name, best, at).value, "fastest_classical": fastest,
+            "evaluations_over_best": _known(self._over_best(name, at).value), "fastest_classical": fastest,
             "time_over_fastest": time, "elsewhere": self._mean(name, at, "elsewhere"),
             "metric": self._mean(name, at, "score"),
         }  # fmt: skip
+
+    def _over_best(self, name: str, at: float) -> Interval:
+        """Ratio of evaluations to the best classical solver; NaN where neither solves half: both medians are the budget."""
+        best = self.best_classical(at)
+        known = max(self.outcome(one, at).success for one in (name, best)) >= 0.5
+        return self._field.ratio(self._name, name, best, at) if known else NOTHING
 
     def __str__(self) -> str:
         """The tables as text, and below them how they were made and how to read them."""
@@ -253,9 +263,9 @@ class Comparison:
         for name in self.names:
             one = self.outcome(name, at)
             time = self._field.ratio(self._name, name, fastest, at, time=True) if self.timed else NOTHING
-            spent = self._field.ratio(self._name, name, best, at)
+            note = f"{one.median:g} ({one.success:.0%})"
             yield figures.Reduction(
-                figures.label(name), spent, time, f"{one.median:g} ({one.success:.0%})", self._looks[name],
+                figures.label(name), self._over_best(name, at), time, note, self._looks[name],
                 lost=one.success < self.outcome(best, at).success - one.error,
             )  # fmt: skip
 
@@ -469,9 +479,10 @@ def _milliseconds(value: float | None) -> str:
 def _ratio(row: Row, key: str, which: str) -> str:
     """A ratio; at the solver that it is to, which that is."""
     value = row[key]
-    if value is None or np.isnan(value):
-        return ""
-    return f"1 ({which})" if row["solver"] == row[f"{which}_classical"] else f"{value:.2f}"
+    there = value is not None and np.isfinite(value)
+    if row["solver"] == row[f"{which}_classical"]:
+        return f"1 ({which})" if there else f"({which})"
+    return f"{value:.2f}" if there else ""
 
 
 def _finite(tree: Any) -> Any:
@@ -481,6 +492,10 @@ def _finite(tree: Any) -> Any:
     if isinstance(tree, (list, tuple)):
         return [_finite(value) for value in tree]
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _number(value: float | None) -> float:

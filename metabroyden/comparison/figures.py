@@ -296,7 +296,7 @@ def reductions(place: Any, groups: Sequence[tuple[str, Sequence[Reduction]]]) ->
         fontsize=9,
     )
     for x, words in ((_NOTE, "median (solved)"), *([(_TIME, "time")] if timed else [])):
-        place.text(x, -0.9, words, transform=place.get_yaxis_transform(), fontsize=8, va="center", color="#666666")
+        _beside(place, x, -0.9, words, "#666666")
     seen = [value for one in every for ratio in (one.evaluations, one.time) for value in ratio if 0 < value < np.inf]
     low, high = min([0.5, *seen]) / 1.15, max([1.5, *seen]) * 1.15
     fine = (0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.2, 1.5, 2, 3)
@@ -305,8 +305,14 @@ def reductions(place: Any, groups: Sequence[tuple[str, Sequence[Reduction]]]) ->
     place.axvline(1, color="black", linewidth=0.8, zorder=1)
 
 
-_NOTE, _TIME = 1.02, 1.24
-"""Where notes and ratios of time stand, in widths of the axes."""
+_NOTE, _TIME = 7, 92
+"""Where notes and ratios of time stand, in points from the axes."""
+
+
+def _beside(place: Any, x: float, at: float, words: str, ink: str) -> None:
+    """Words on the right of the axes."""
+    where = {"xycoords": place.get_yaxis_transform(), "xytext": (x, 0), "textcoords": "offset points"}
+    place.annotate(words, (1, at), fontsize=8.5, va="center", color=ink, annotation_clip=False, **where)
 
 
 def _reduction(place: Any, at: float, one: Reduction) -> None:
@@ -321,8 +327,7 @@ def _reduction(place: Any, at: float, one: Reduction) -> None:
     if np.isfinite(one.time.value):
         notes.append((_TIME, f"{one.time.value:.2f}×", one.time.value > 1))
     for x, words, red in notes:
-        ink = _RED if red else _INK
-        place.text(x, at, words, transform=place.get_yaxis_transform(), fontsize=8.5, va="center", color=ink)
+        _beside(place, x, at, words, _RED if red else _INK)
 
 
 def _heading(place: Any, at: float, words: str) -> None:

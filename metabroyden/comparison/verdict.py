@@ -29,7 +29,8 @@ Score = Callable[[State], np.ndarray]  # states → (B,) task scores, higher bei
 def contestant(name: str, solver: Any, kind: str | None = None) -> Contestant:
     """A solver of ours under a name; its kind follows from what it is, unless it is given."""
     options = type(solver).__name__ if isinstance(solver, nn.Module) else repr(solver)
-    return Contestant(name, kind or ("learned" if as_solver(solver).is_learned else "classical"), solver, options)
+    whole = as_solver(solver)
+    return Contestant(name, kind or ("learned" if whole.is_learned else "classical"), whole, options)
 
 
 class Verdict(Comparison):

@@ -206,6 +206,7 @@ def test_where_every_solver_fails_the_table_and_the_figures_say_so(tmp_path):
     )
     assert [row["solved"] for row in lost.numbers(1e-3)] == [0] * 5
     assert all(row["median"] == 60 for row in lost.numbers())
+    assert {row["evaluations_over_best"] for row in lost.numbers()} == {None}, "not one: the medians are the budget"
     lost.save(tmp_path)
     again = mb.Comparison.from_json(tmp_path / "comparison.json")
     assert str(again) == str(lost)

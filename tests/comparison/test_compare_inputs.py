@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import metabroyden as mb
+from metabroyden.solver import Step
 
 X = torch.randn(40, 4, generator=torch.Generator().manual_seed(1))
 UNIVERSAL = mb.load_solver("universal")
@@ -38,6 +39,26 @@ def test_one_solver_several_or_names_will_do():
     refused("nor that of a registered one .*broyden", FileNotFoundError, solvers="nosuch")
     refused("meta-broyden is a learned solver, which has to be fitted first", FileNotFoundError, solvers="meta-broyden")
     refused(r"must be an instance with start, init and step, .* got \('a'", TypeError, solvers=[("a", mb.Newton())])
+
+
+class Own:
+    """A solver of one's own, without our base class."""
+
+    def start(self, z, problem):
+        return z
+
+    def init(self, z, g, problem):
+        return ()
+
+    def step(self, z, g, state, problem):
+        return Step(z + 0.7 * g, ())
+
+
+def test_a_solver_of_ones_own_runs_too():
+    own = Own()
+    found = compared(solvers={"own": own, "damped": mb.Picard(damping=0.7)}, rounds=1)
+    assert found.outcome("own").evaluations.tolist() == found.outcome("damped").evaluations.tolist()
+    assert found.solvers["own"] is own
 
 
 def test_a_learned_solver_cannot_pass_for_a_classical_one():
