@@ -15,13 +15,17 @@ Curves = Callable[[int, dict[str, float]], None]
 
 @contextmanager
 def progress_bar(title: str, total: int, *, show: bool = True) -> Iterator[Progress | None]:
-    """A function (step, words) that moves a bar; None where bars are not wanted or rich is missing."""
+    """A function (step, words) that moves a bar; None where bars are not wanted or cannot be shown.
+
+    They need rich, and in a notebook ipywidgets too.
+    """
     try:
+        from rich.console import Console
         from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
     except ImportError:
         show = False
-    if not show:
+    if not show or (Console().is_jupyter and importlib.util.find_spec("ipywidgets") is None):
         yield None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
