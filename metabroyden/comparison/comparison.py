@@ -19,7 +19,15 @@ import numpy as np
 
 from metabroyden.comparison import figures
 from metabroyden.comparison.report import Folded, Picture, Section, write, write_page
-from metabroyden.comparison.statistics import BEST, FASTEST, NOTHING, Field, Interval, Outcome
+from metabroyden.comparison.statistics import (
+    BEST,
+    FASTEST,
+    NOTHING,
+    Field,
+    Interval,
+    Outcome,
+    standard_error,
+)
 from metabroyden.comparison.tables import Row, Table, chosen, inline, listed, text_table
 from metabroyden.storage import atomic_write
 
@@ -237,7 +245,8 @@ class Comparison:
         """Evaluations over the best classical solver's and time over the fastest one's, with 95% intervals.
 
         Left of 1 is fewer, or faster. On the right stand the median of evaluations, the share solved and the ratio of times;
-        what is worse than the classical solver that it is measured by is red.
+        what is worse than the classical solver that it is measured by is red. So is a solver that finds other solutions more
+        often than any classical one, with the share of these ("elsewhere").
 
         Args:
             ax: matplotlib axes to draw on; default new ones.
@@ -263,11 +272,22 @@ class Comparison:
         for name in self.names:
             one = self.outcome(name, at)
             time = self._field.ratio(self._name, name, fastest, at, time=True) if self.timed else NOTHING
-            note = f"{one.median:g} ({one.success:.0%})"
+            away = self._strays(name, at)
+            note = f"{one.median:g} ({one.success:.0%}{f', {away:.0%} elsewhere' if away else ''})"
             yield figures.Reduction(
                 figures.label(name), self._over_best(name, at), time, note, self._looks[name],
-                lost=one.success < self.outcome(best, at).success - one.error,
+                lost=bool(away) or one.success < self.outcome(best, at).success - one.error,
             )  # fmt: skip
+
+    def _strays(self, name: str, at: float) -> float:
+        """Share of solutions elsewhere, where it is larger than any classical solver's by a standard error; else 0."""
+        rivals = [other for other in self._field.solvers(self._name, "classical") if other != name]
+        shares = [share for other in rivals if (share := self._mean(other, at, "elsewhere")) is not None]
+        ours = self._mean(name, at, "elsewhere")
+        if ours is None or not shares:
+            return 0.0
+        shared = sum(value is not None for row in self._solves(name, at) for value in row["elsewhere"])
+        return ours if ours > max(shares) + standard_error(max(shares), shared) else 0.0
 
     def plot_residual(self, ax: Any = None, *, by: str = "evaluations") -> Any:
         """The smallest relative residual so far: its median over samples, and the middle half of them (up to eight solvers).
@@ -402,7 +422,8 @@ class Comparison:
         )
         found = [
             ("reduction", f"Evaluations (filled) over the best classical solver's{times}, with 95% intervals: left of 1 is "
-             f"less. Beside them the median of evaluations and the share solved{paces}: red where it is worse."),
+             f"less. Beside them the median of evaluations and the share solved{paces}: red where it is "
+             "worse, or where the solutions are others than classical solvers find (elsewhere)."),
             ("residual", f"Smallest relative residual so far: median over the problems{half}. A curve ends where the "
              "problems have converged; dotted lines are the tolerances."),
         ]  # fmt: skip

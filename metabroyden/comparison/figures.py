@@ -279,23 +279,24 @@ def reductions(place: Any, groups: Sequence[tuple[str, Sequence[Reduction]]]) ->
     one or fewer samples are solved, a ratio of time where it is above one.
     """
     at, ticks = 0.0, []
+    every = [one for _, lines in groups for one in lines]
+    timed = any(np.isfinite(one.time.value) for one in every)
+    aside = _NOTE + 5.2 * max(len(words) for words in (_NOTED, *(one.note for one in every)))
     for words, lines in groups:
         if words:
             _heading(place, at, words)
             at += 1
         for one in lines:
             ticks.append((at, one.label))
-            _reduction(place, at, one)
+            _reduction(place, at, one, aside)
             at += 1
-    every = [one for _, lines in groups for one in lines]
-    timed = any(np.isfinite(one.time.value) for one in every)
     _named_rows(place, ticks, at)
     place.set_xlabel(
         "evaluations over the best classical solver's (filled)"
         + (",\ntime over the fastest one's (hollow); left of 1 is less" if timed else "; left of 1 is fewer"),
         fontsize=9,
     )
-    for x, words in ((_NOTE, "median (solved)"), *([(_TIME, "time")] if timed else [])):
+    for x, words in ((_NOTE, _NOTED), *([(aside, "time")] if timed else [])):
         _beside(place, x, -0.9, words, "#666666")
     seen = [value for one in every for ratio in (one.evaluations, one.time) for value in ratio if 0 < value < np.inf]
     low, high = min([0.5, *seen]) / 1.15, max([1.5, *seen]) * 1.15
@@ -305,8 +306,9 @@ def reductions(place: Any, groups: Sequence[tuple[str, Sequence[Reduction]]]) ->
     place.axvline(1, color="black", linewidth=0.8, zorder=1)
 
 
-_NOTE, _TIME = 7, 92
-"""Where notes and ratios of time stand, in points from the axes."""
+_NOTED = "median (solved)"
+_NOTE = 7.0
+"""Where notes stand, in points from the axes."""
 
 
 def _beside(place: Any, x: float, at: float, words: str, ink: str) -> None:
@@ -315,7 +317,8 @@ def _beside(place: Any, x: float, at: float, words: str, ink: str) -> None:
     place.annotate(words, (1, at), fontsize=8.5, va="center", color=ink, annotation_clip=False, **where)
 
 
-def _reduction(place: Any, at: float, one: Reduction) -> None:
+def _reduction(place: Any, at: float, one: Reduction, aside: float) -> None:
+    """A solver's line; aside: where the ratio of times stands, in points from the axes."""
     colour, _, mark = one.look
     for ratio, shift, fill in ((one.evaluations, -0.14, colour), (one.time, 0.14, "white")):
         if np.isfinite(ratio.value):
@@ -325,7 +328,7 @@ def _reduction(place: Any, at: float, one: Reduction) -> None:
     worse = one.lost or one.evaluations.value > 1
     notes = [(_NOTE, one.note, worse)]
     if np.isfinite(one.time.value):
-        notes.append((_TIME, f"{one.time.value:.2f}×", one.time.value > 1))
+        notes.append((aside, f"{one.time.value:.2f}×", one.time.value > 1))
     for x, words, red in notes:
         _beside(place, x, at, words, _RED if red else _INK)
 

@@ -200,6 +200,22 @@ def test_what_is_worse_is_red(found):
     assert place.get_xscale() == "log", "half and double are as far from one"
 
 
+def test_who_finds_other_solutions_more_often_than_any_classical_solver_is_red(found):
+    def notes(**shares):
+        rows = json.loads(found.to_json())["rows"]
+        for row in rows:
+            if row["row"] == "solve":
+                row["elsewhere"] = [int(number < 32 * shares.get(row["solver"], 0)) for number in range(32)]
+        place = mb.Comparison(rows, methods=found.methods).plot_reduction(rtol=1e-3)
+        return {text.get_text(): text.get_color() for text in place.texts if "elsewhere" in text.get_text()}
+
+    mine = found.outcome("mine", 1e-3)
+    assert notes() == {}
+    assert notes(mine=0.5) == {f"{mine.median:g} ({mine.success:.0%}, 50% elsewhere)": "#B00020"}
+    both = notes(mine=0.5, **{"tuned Anderson": 0.5, "Broyden": 0.5})
+    assert both == {}, "where classical solvers find as many others, it is the problem"
+
+
 def test_where_every_solver_fails_the_table_and_the_figures_say_so(tmp_path):
     lost = mb.compare(
         lambda z, x: z * torch.nan, X, solvers=mb.Picard(damping=0.4), metric=near_zero, rounds=1, progress=False
