@@ -307,8 +307,9 @@ class Comparison:
         if by not in ("evaluations", "time"):
             raise ValueError(f"by must be 'evaluations' or 'time', got {by!r}")
         place, end = figures.own_axes(ax), self.tolerances[-1]
-        for row in chosen(self.rows, "curve"):
-            style = {**self._style(row["solver"]), "zorder": 2.5 if row["kind"] == "learned" else 2}
+        for number, row in enumerate(chosen(self.rows, "curve")):
+            marks = {"marker": self._looks[row["solver"]][2], "markersize": 4, "markevery": (number % _APART, _APART)}
+            style = {**self._style(row["solver"]), **marks, "zorder": 2.5 if row["kind"] == "learned" else 2}
             if by == "time":
                 times = {"median": row["by_time"]}
                 figures.converging(place, [1e3 * at for at in row["seconds"]], times, end, style)
@@ -484,6 +485,8 @@ class Comparison:
 
 _WIDE = 5.8
 """Inches of figures."""
+_APART = 5
+"""Points of a curve from one mark to the next."""
 _WIDTH = 100
 """Columns of what is printed below tables."""
 

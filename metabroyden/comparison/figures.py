@@ -385,11 +385,11 @@ def times(place: Any, groups: Sequence[tuple[str, Sequence[Time]]]) -> None:
 
 
 def converging(place: Any, x: Sequence[float], curve: Mapping[str, Sequence[float]], end: float, style: Row) -> None:
-    """A curve of medians that ends, with a dot, where they reach `end`; a band from "low" to "high" that ends likewise."""
+    """A curve of medians that ends, with a mark, where they reach `end`; a band from "low" to "high" that ends likewise."""
     last = _reached(curve["median"], end)
     place.plot(x[:last], curve["median"][:last], **style)
     if last and curve["median"][last - 1] <= end:
-        place.plot(x[last - 1], curve["median"][last - 1], "o", color=style["color"], markersize=4)
+        place.plot(x[last - 1], curve["median"][last - 1], style.get("marker", "o"), color=style["color"], markersize=6)
     if "high" in curve:
         last = _reached(curve["high"], end)
         band = curve["low"][:last], curve["high"][:last]

@@ -181,6 +181,8 @@ def test_curves_end_where_the_samples_have_converged(found):
     curve = ended["tuned Broyden"]
     assert curve.get_ydata()[-1] <= 1e-3 < curve.get_ydata()[-2]
     assert curve.get_xdata()[-1] <= rates.median + 0.5
+    marks = [ended[name].get_marker() for name in found.names]
+    assert len(set(marks)) == len(marks), "told apart in grey"
 
 
 def test_what_is_worse_is_red(found):
