@@ -25,7 +25,7 @@ from metabroyden.learned.fingerprint import module_of
 from metabroyden.meta.fit import check_starts, contexts_of, device_of
 from metabroyden.meta.inputs import check_contexts
 from metabroyden.meta.plan import ROOM, TUNED_ON
-from metabroyden.meta.target import ModelMap, Target, resting, target_of
+from metabroyden.meta.target import ModelMap, Target, first_call, resting, target_of
 from metabroyden.meta.tasks import count, rows
 from metabroyden.nn.pin import pin
 from metabroyden.shared import bare
@@ -34,7 +34,6 @@ from metabroyden.solve import check_options, solve
 from metabroyden.solver import as_solver
 from metabroyden.solvers.broyden import Broyden
 from metabroyden.solvers.classical import splitting_solvers, tuned_solvers
-from metabroyden.solvers.picard import Picard
 from metabroyden.solvers.registry import get_solver, list_solvers, name_of
 from metabroyden.state import Packing
 
@@ -237,11 +236,11 @@ def _held(target: Target, raw: Any, given: str, metric: Any = None) -> HeldOut:
 def _try(held: HeldOut, named: dict[str, Any], max_nfe: int) -> None:
     """ValueError for a solver that cannot run on these problems, or for a metric, before much time is spent.
 
-    What f itself raises is raised as it is.
+    What f itself raises is raised as it is, but for the cases of `first_call`.
     """
     first = torch.arange(min(2, len(held)), device=held.device)
     f, z0, x = held.problem(first)
-    solve(f, z0, x, solver=Picard(), rtol=0.0, max_nfe=1, throw=False)
+    first_call(f, z0, x)
     if held.judge is not None:
         several = torch.arange(min(CHUNK, len(held)), device=held.device)
         held.judge(held.take(several)[0], several)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import is_dataclass, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from metabroyden.function import method_of
 from metabroyden.gradients import Implicit, JacobianFree
 from metabroyden.gradients.base import GradientMode, parts_of
 from metabroyden.gradients.transforms import refuse, transform_of
@@ -24,6 +26,7 @@ from metabroyden.solution import Cell, Solution, State
 from metabroyden.solve import check_options, solve
 from metabroyden.solver import as_solver
 from metabroyden.solvers.broyden import Broyden
+from metabroyden.state import AugmentedContext
 
 _ROUNDINGS = 8  # no warning of a residual of so few roundings
 _HALF = (torch.float16, torch.bfloat16)
@@ -125,7 +128,7 @@ class DEQ(nn.Module):
         """The equilibrium for the context x (a pytree of batch-first tensors), shaped like the state.
 
         z0 defaults to `cell.initial_state(x)` where the cell has one, else to zeros like x. ValueError where neither
-        is possible.
+        is possible, or where the cell's first call fails at zeros like x.
         """
         return self._equilibrium(x, z0, ())[-1]
 
@@ -155,21 +158,22 @@ class DEQ(nn.Module):
         unrolled = graph and mode.replaces_solve
         if transform is not None and not unrolled:
             refuse(transform)
-        dtype = parts_of(z0)[0].dtype
+        start, dtype = z0, parts_of(z0)[0].dtype
         half = dtype if dtype in _HALF else None
         rtol = self.rtol
         if half is not None:
             z0, rtol = _cast(z0, torch.float32), max(rtol, 4 * torch.finfo(half).eps)
-        f, context = pin(self.cell, x, z0, dtype=half)
-        if unrolled:
-            if after:
-                raise ValueError(f"{mode!r} has no solve whose iterates could be given")
-            z, self.last_solution = mode.run(f, z0, context, rtol=rtol, atol=self.atol)
-            self._tell("forward", self.last_solution)
-            return _cast([z], half)
-        solution = self._solve(
-            f, z0, context, after, rtol=rtol, f_dtype=half, keep_inverse=graph and mode.wants_inverse
-        )
+        with default_start(self.cell, start, x, "call deq(x, z0)"):
+            f, context = pin(self.cell, x, z0, dtype=half)
+            if unrolled:
+                if after:
+                    raise ValueError(f"{mode!r} has no solve whose iterates could be given")
+                z, self.last_solution = mode.run(f, z0, context, rtol=rtol, atol=self.atol)
+                self._tell("forward", self.last_solution)
+                return _cast([z], half)
+            solution = self._solve(
+                f, z0, context, after, rtol=rtol, f_dtype=half, keep_inverse=graph and mode.wants_inverse
+            )
         if not graph:
             return _cast([*solution.snapshots, solution.z], half)
         early = [JacobianFree().attach(f, replace(solution, z=z), context) for z in solution.snapshots]
@@ -292,3 +296,48 @@ def initial_state(cell: Any, x: Any) -> State:
         f"DEQ cannot guess the shape of the state from a context of {given}: "
         "give z0, or give the cell a method initial_state(x)"
     )
+
+
+@contextmanager
+def default_start(f: Any, z0: State, x: Any, remedy: str = "give z0=, a map x → start") -> Iterator[None]:
+    """While it lasts, what f raises at its first call from the default start, zeros like x, is raised with a word on z0.
+
+    Args:
+        f: the map, or the cell.
+        z0: where the solve starts.
+        x: its context.
+        remedy: how to give another start.
+
+    Raises:
+        ValueError: f has no method `initial_state`, z0 is zeros like x, and f fails there.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        if not isinstance(z0, Tensor) or not _is_default(f, z0, x) or not _fails(f, z0, x):
+            raise
+        shape, what = tuple(z0.shape), " ".join(str(error).split()) or "no message"
+        raise ValueError(
+            f"f failed at the default start, zeros like x of shape {shape} ({type(error).__name__}: {what}): if the state "
+            f"has another shape {remedy}, or give f a method initial_state(x)"
+        ) from error
+
+
+def _is_default(f: Any, z0: State, x: Any) -> bool:
+    """Whether z0 is zeros like x, and f names no start of its own."""
+    x = x.context if isinstance(x, AugmentedContext) else x
+    if method_of(f, "initial_state") is not None or not isinstance(z0, Tensor) or not isinstance(x, Tensor):
+        return False
+    return z0.shape == x.shape and not bool(z0.any())
+
+
+def _fails(f: Any, z0: State, x: Any) -> bool:
+    """Whether one call of f raises."""
+    try:
+        with torch.no_grad():
+            f(z0, x)
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return True
+    return False

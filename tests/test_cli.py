@@ -39,7 +39,7 @@ def loader():
 
 
 def raising(z, x):
-    raise ValueError("a mistake in f")
+    raise LookupError("a mistake in f")
 
 
 def pair():
@@ -88,6 +88,8 @@ bad = {
     "test": lambda: {"f": f, "x_test": x},
     "narrow": lambda: (lambda z, x: z[:, :2], x),
     "integers": lambda: (f, x.long()),
+    "start": lambda: (lambda z, x: z @ torch.ones(9, 9) + 0 * x.sum(), x),
+    "model": lambda: (torch.nn.Linear(6, 6), x),
 }
 globals().update({f"bad_{name}": function for name, function in bad.items()})
 """
@@ -354,6 +356,11 @@ def test_what_function_draws_is_the_same_in_every_command(here, name):
         ("mymodel.py:bad_test", "returns x_test alone: to fit a solver it must return x or x_train"),
         ("mymodel.py:bad_narrow", "f must return what z is shaped like"),
         ("mymodel.py:bad_integers", "the state cannot be zeros like it: give z0="),
+        (
+            "mymodel.py:bad_start",
+            r"f failed at the default start, zeros like x .*\(RuntimeError: mat1 and mat2 .*give z0=",
+        ),
+        ("mymodel.py:bad_model", "Linear takes one argument and has no DEQ in it: give its cell"),
     ],
 )
 def test_a_function_that_cannot_be_used_is_refused_in_one_sentence(here, capsys, name, words):

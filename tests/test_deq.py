@@ -401,3 +401,41 @@ TAKES_A_MAP = {
 def test_a_layer_is_not_taken_for_the_map_that_it_solves(name):
     words = r"got a DEQ that stands for its own fixed point, .*: pass its cell"
     refused(words, lambda: TAKES_A_MAP[name](mb.DEQ(TanhCell()), torch.randn(3, 4)), TypeError)
+
+
+class Wide(torch.nn.Module):
+    """A cell whose state is wider than its context."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = torch.nn.Linear(6, 6), torch.nn.Linear(4, 6)
+
+    def forward(self, z, x):
+        return torch.tanh(0.3 * self.inner(z) + self.outer(x))
+
+
+@pytest.mark.parametrize("backward", [mb.Implicit(), mb.Unroll(3)])
+def test_a_state_of_another_shape_without_a_start_is_explained(backward):
+    deq, x = mb.DEQ(Wide(), backward=backward), torch.ones(3, 4)
+    words = (
+        r"zeros like x of shape \(3, 4\) \(RuntimeError: mat1 and mat2 shapes .*\): if the state has another shape call "
+        r"deq\(x, z0\), or give f a method initial_state\(x\)"
+    )
+    with pytest.raises(ValueError, match=words):
+        deq(x)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        deq(x, torch.zeros(3, 5))
+    assert deq(x, torch.zeros(3, 6)).shape == (3, 6)
+
+
+def test_an_error_that_f_raises_later_goes_through():
+    calls = []
+
+    def late(z, x):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("late")
+        return torch.tanh(z + x)
+
+    with pytest.raises(RuntimeError, match=r"^late$"):
+        mb.DEQ(late)(torch.ones(3, 4))

@@ -26,13 +26,13 @@ from metabroyden.meta.inputs import check_contexts, gathered
 from metabroyden.meta.plan import ALIASES, OURS, Classical, as_solved, measure_classical, plan, room
 from metabroyden.meta.plan import make_learned as make_learned
 from metabroyden.meta.prospect import Prospect, prospect
-from metabroyden.meta.target import ModelMap, Target, check_start, resting, takes_several, target_of
+from metabroyden.meta.target import ModelMap, Target, check_start, first_call, resting, takes_several, target_of
 from metabroyden.meta.tasks import TaskSet, count, rows, sampled
 from metabroyden.meta.trainer import Callback, MetaTrainer
 from metabroyden.progress import Progress, progress_bar, tensorboard
 from metabroyden.solution import Cell, State
 from metabroyden.solvers.registry import list_solvers
-from metabroyden.state import Packing
+from metabroyden.state import Packing, gather
 
 MAX_NFE = 60  # evaluations allowed for each problem, on validation and in the comparison
 
@@ -212,8 +212,10 @@ class _Job:
         x = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(where), distributed.by_first(lambda: x))
         tasks = _split(target, x, seed)
         validation = tasks.split("validation")
-        z0s, _ = tasks.problems("validation")
+        z0s, contexts = tasks.problems("validation")
         check_starts(z0s, count(validation))
+        first = torch.arange(min(2, count(validation)), device=where)
+        first_call(*as_solved(target.f, *gather((z0s, contexts), first)))
         if score is not None:  # a score that cannot be used is refused before the training, not after it
             by_sample(score, validation)(z0s)
         known = fingerprint(target.f.model if isinstance(target.f, ModelMap) else target.f)

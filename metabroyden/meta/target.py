@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metabroyden.deq import DEQ, initial_state
+from metabroyden.deq import DEQ, default_start, initial_state
 from metabroyden.learned.fingerprint import module_of
 from metabroyden.opaque import opaque
 from metabroyden.shared import bare
 from metabroyden.solution import Cell, State
+from metabroyden.solve import solve
+from metabroyden.solvers.picard import Picard
 
 
 class ModelMap(nn.Module):
@@ -77,17 +79,59 @@ def target_of(f: Any) -> Target:
 
 
 def _check_takes_two(f: Any) -> None:
-    """TypeError for a module that is no map f(z, x)."""
-    signature = _signature(f) if isinstance(f, nn.Module) else None
+    """TypeError for a callable that is no map f(z, x)."""
+    signature = _signature(f)
     if signature is None:
         return
     try:
         signature.bind(None, None)
     except TypeError as error:
+        name = _named(f)
+        if _binds_one(signature):
+            raise TypeError(f"{name} takes one argument and {_NO_DEQ}") from None
+        called = "forward" if isinstance(f, nn.Module) else ""
         raise TypeError(
-            f"{type(f).__name__} holds no DEQ, ours or torchdeq's, so that it is taken for a map f(z, x), and its "
-            f"forward{signature} is none: {error}"
+            f"{name} holds no DEQ, ours or torchdeq's, so that it is taken for a map f(z, x), and its {called}{signature} "
+            f"is none: {error}"
         ) from None
+
+
+_NO_DEQ = "has no DEQ in it: give its cell, a map f(z, x), or put the cell into mb.DEQ"
+
+
+def _named(f: Any) -> str:
+    return type(f).__name__ if isinstance(f, nn.Module) else getattr(f, "__name__", type(f).__name__)
+
+
+def _binds_one(signature: inspect.Signature) -> bool:
+    try:
+        signature.bind(None)
+    except TypeError:
+        return False
+    return True
+
+
+def _second_is_setting(f: Any) -> bool:
+    """Whether f is a module whose `forward` takes one input, its second argument being a number with a default."""
+    signature = _signature(f) if isinstance(f, nn.Module) else None
+    second = [] if signature is None else list(signature.parameters.values())[1:2]
+    return any(isinstance(parameter.default, int | float) for parameter in second)
+
+
+def first_call(f: Cell, z0: State, x: Any) -> None:
+    """Call f(z0, x) once, before anything is made of it.
+
+    Raises:
+        ValueError: f fails at zeros like x, see `default_start`.
+        TypeError: f fails, and is a model without a DEQ rather than a map.
+    """
+    try:
+        with default_start(f, z0, x):
+            solve(f, z0, x, solver=Picard(), rtol=0.0, max_nfe=1, throw=False)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        if not _second_is_setting(f):
+            raise
+        raise TypeError(f"{_named(f)} takes one input, forward{_signature(f)}, and {_NO_DEQ}") from error
 
 
 def takes_several(model: nn.Module | None) -> bool:
@@ -136,10 +180,10 @@ def call_arguments(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict
     )
 
 
-def _signature(model: nn.Module) -> inspect.Signature | None:
-    """That of `forward`; None where Python cannot tell."""
+def _signature(f: Any) -> inspect.Signature | None:
+    """That of a model's `forward`, or of another callable; None where Python cannot tell."""
     try:
-        return inspect.signature(model.forward)
+        return inspect.signature(f.forward if isinstance(f, nn.Module) else f)
     except (TypeError, ValueError):
         return None
 

@@ -281,9 +281,75 @@ def test_a_tuple_in_a_tuple_is_one_argument_where_forward_takes_more():
     assert call_arguments(OneDict(), {"batch": X}) == ((), {"batch": X})
 
 
+class Bilinear3(nn.Module):
+    """Of three arguments."""
+
+    def forward(self, a, b, c):
+        return a * b * c
+
+
+class Loop(nn.Module):
+    """A model that iterates by itself."""
+
+    def forward(self, x, steps=10):
+        z = torch.zeros_like(x)
+        for _ in range(steps):
+            z = torch.tanh(0.5 * z + x)
+        return z
+
+
+class Wide(nn.Module):
+    """A cell whose state is wider than its context."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(6, 6), nn.Linear(4, 6)
+
+    def forward(self, z, x):
+        return torch.tanh(0.3 * self.inner(z) + self.outer(x))
+
+
+@pytest.mark.parametrize("use", ["fit_solver", "compare"])
+def test_a_model_without_a_deq_is_told_what_to_give(use):
+    run = {"fit_solver": fitted, "compare": lambda f, x: mb.compare(f, x, solvers="broyden", progress=False)}[use]
+    words = (
+        r"Linear takes one argument and has no DEQ in it: give its cell, a map f\(z, x\), or put the cell into mb.DEQ"
+    )
+    refused(words, lambda: run(nn.Linear(4, 4), X), TypeError)
+    refused("takes one argument and has no DEQ in it", lambda: run(lambda z: z.cos(), X), TypeError)
+    words = r"Loop takes one input, forward\(x, steps=10\), and has no DEQ in it: give its cell"
+    refused(words, lambda: run(Loop(), X), TypeError)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda: fitted(Wide(), X),
+        lambda: fitted(mb.DEQ(Wide()), X),
+        lambda: fitted(Wide(), X, score=lambda z, x: z[:, 5]),
+        lambda: mb.compare(Wide(), X, solvers="broyden", progress=False),
+    ],
+)
+def test_a_state_of_another_shape_without_a_start_is_explained(use):
+    words = (
+        r"f failed at the default start, zeros like x of shape \(2, 4\) \(RuntimeError: mat1 and mat2 shapes .*\): if the "
+        r"state has another shape give z0=, a map x → start, or give f a method initial_state\(x\)"
+    )
+    with pytest.raises(ValueError, match=words) as told:
+        use()
+    assert isinstance(told.value.__cause__, RuntimeError)
+
+
+def test_an_error_of_f_at_a_start_that_was_given_goes_through():
+    refused("mat1 and mat2", lambda: fitted(Wide(), X, z0=lambda x: x.new_zeros(len(x), 7)), RuntimeError)
+    assert taken(fitted(Wide(), X, z0=lambda x: x.new_zeros(len(x), 6))) == 8
+
+
 def test_what_is_neither_a_map_nor_a_model_with_a_deq_is_told_so():
-    words = r"Linear holds no DEQ, ours or torchdeq's, so that it is taken for a map f\(z, x\), and its forward\(input"
-    refused(words, lambda: fitted(nn.Linear(4, 4), X), TypeError)
+    words = (
+        r"Bilinear3 holds no DEQ, ours or torchdeq's, so that it is taken for a map f\(z, x\), and its forward\(a, b, c"
+    )
+    refused(words, lambda: fitted(Bilinear3(), X), TypeError)
     refused("got the class Classifier: give an instance of it", lambda: fitted(Classifier, X), TypeError)
     batches = [{"input_ids": IDS[:20]}, {"input_ids": IDS[20:]}]
     refused(r"of a list of batches give iter\(batches\)", lambda: fitted(Encoder(), batches), TypeError)
