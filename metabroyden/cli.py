@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import sys
@@ -19,7 +20,9 @@ from typing import Any
 from metabroyden import userfunction
 from metabroyden.checkpoint import CheckpointError, list_pretrained, load_solver, save_solver
 from metabroyden.learned.fingerprint import module_of
-from metabroyden.meta import distributed
+from metabroyden.meta import distributed, fit_solver
+from metabroyden.meta.config import MetaConfig
+from metabroyden.meta.defaults import RATES, SOLVER_STEPS
 from metabroyden.solvers.registry import name_of, solver_types
 from metabroyden.storage import atomic_write
 from metabroyden.userfunction import UserProblem, load_problem
@@ -66,8 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _plain_warnings():
             options.run(options)
     except KeyboardInterrupt:
-        again = "; the same command goes on where this one stopped" if options.run is _fit else ""
-        print(f"metabroyden: interrupted{again}", file=sys.stderr)
+        print(f"metabroyden: interrupted{_again(options)}", file=sys.stderr)
         return 130
     except Exception as error:
         if not _refusal(error):
@@ -77,6 +79,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"metabroyden: {_sentence(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _again(options: argparse.Namespace) -> str:
+    """What repeating an interrupted command does."""
+    if options.run is not _fit:
+        return ""
+    if not (options.out / CHECKPOINT).exists():
+        return " before the training had saved anything: the same command starts anew"
+    return f"; the same command{' without --overwrite' if options.overwrite else ''} goes on where this one stopped"
 
 
 def _sentence(error: Exception) -> str:
@@ -123,7 +134,9 @@ def _parser() -> argparse.ArgumentParser:
     _command(commands, "list", _list, "the registered solvers, and the trained ones that come with the package")
     about = _command(commands, "info", _info, "what a file of a solver holds")
     about.add_argument(
-        "file", metavar="FILE", help="a saved solver, file or folder, or the name of one that comes with the package"
+        "file",
+        metavar="FILE",
+        help="a saved solver: a file, a folder (that fit wrote, too), or the name of one that comes with the package",
     )
     new = _command(commands, "new", _new, "write a template for MODULE:FUNCTION")
     new.add_argument("file", metavar="FILE", type=Path, help="a file to be made, ending in .py")
@@ -141,29 +154,44 @@ def _add_shared(parser: argparse.ArgumentParser, out: str) -> None:
         "function", metavar="MODULE:FUNCTION", help="what returns your f and contexts; see metabroyden --help"
     )
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help=out)
-    parser.add_argument("--device", help="auto, cpu, cuda, cuda:N: where contexts go, and f where it is a module; default "
-                        "where FUNCTION has put them")  # fmt: skip
+    parser.add_argument("--device", help="auto, cpu, cuda, cuda:N: where contexts go, and f where it is a module "
+                        "(default: where FUNCTION has put them)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="throw away what an earlier run has left in DIR")
-    parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True, help="show a bar")
+    parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True, help="show a bar (default: "
+                        "--progress)")  # fmt: skip
 
 
 def _add_fit(parser: argparse.ArgumentParser) -> None:
     _add_shared(parser, f"folder for {SOLVER} and {REPORT}; an interrupted fit goes on from what is there")
-    given = parser.add_argument_group("options of mb.fit_solver, whose defaults hold where nothing is said")
+    given = parser.add_argument_group("options of mb.fit_solver")
     given.argument_default = argparse.SUPPRESS
-    given.add_argument("--solver", help="which one to fit: see metabroyden list")
-    given.add_argument("--rtol", type=float, help="relative tolerance at which solvers are judged")
-    given.add_argument("--steps", type=int, help="outer steps of the training, at most")
-    given.add_argument("--seconds", type=float, help="time of the training, at most")
-    given.add_argument("--patience", type=int, help="looks at validation without gain before it stops")
-    given.add_argument("--batch-size", type=int, help="problems of an outer step, over all processes")
-    given.add_argument("--learning-rate", type=float, help="peak rate of Adam")
-    given.add_argument("--log-dir", help="folder for TensorBoard's files")
-    given.add_argument("--seed", type=int, help="of weights, batches and the split")
-    given.add_argument("--layout", help="axes of the state: vector, nct, ntc, image, pyramid")
-    given.add_argument("--conditioning", help="what the solver sees of x: auto, input, initial_value")
-    given.add_argument("--fallback", action=argparse.BooleanOptionalAction, help="save the fastest classical solver where "
-                       "the fitted one does not pay (the default), or the fitted one whatever it is worth")  # fmt: skip
+    usual = inspect.signature(fit_solver).parameters
+
+    def add(name: str, words: str, default: str = "", **more: Any) -> None:
+        default = default or str(usual[name].default)
+        given.add_argument(f"--{name.replace('_', '-')}", help=f"{words} (default: {default})", **more)
+
+    add("solver", "which one to fit: see metabroyden list")
+    add("rtol", "relative tolerance at which solvers are judged", type=float)
+    add(
+        "steps",
+        "outer steps of the training, at most",
+        f"{SOLVER_STEPS:,} steps of the solver: 400 to 1,900 outer ones",
+        type=int,
+    )
+    add("seconds", "time of the training, at most", "no limit", type=float)
+    add("patience", "looks at validation without gain before it stops", type=int)
+    add("batch_size", "problems of an outer step, over all processes", str(MetaConfig.batch), type=int)
+    rates = f"{RATES['learning_rate']:g} for metabroyden, {MetaConfig.learning_rate:g} for others"
+    add("learning_rate", "peak rate of Adam", rates, type=float)
+    add("log_dir", "folder for TensorBoard's files", "none are written")
+    add("seed", "of weights, batches and the split", type=int)
+    add("layout", "axes of the state: vector, nct, ntc, image, pyramid", "what FUNCTION says, else a guess")
+    add("conditioning", "what the solver sees of x: auto, input, initial_value", "what FUNCTION says, else auto")
+    words = (
+        "save the fastest classical solver where the fitted one does not pay; --no-fallback saves the fitted one anyway"
+    )
+    add("fallback", words, "--fallback", action=argparse.BooleanOptionalAction)
 
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:
@@ -171,18 +199,17 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--solver", metavar="FILE", nargs="+", action="extend", required=True, dest="solvers",
                         help="saved solvers, or names of such that come with the package; the classical ones are always "
                         "there, tuned on x_train")  # fmt: skip
-    parser.add_argument("--rtol", type=float, nargs="+", default=(1e-2, 1e-3), help="relative tolerances")
-    parser.add_argument("--max-nfe", type=int, default=60, help="evaluations a sample may cost")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, in turns")
-    parser.add_argument("--title", help="of figures and report; default MODULE:FUNCTION")
+    parser.add_argument("--rtol", type=float, nargs="+", default=(1e-2, 1e-3), help="relative tolerances (default: 0.01 "
+                        "0.001)")  # fmt: skip
+    parser.add_argument("--max-nfe", type=int, default=60, help="evaluations a sample may cost (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, in turns (default: %(default)s)")
+    parser.add_argument("--title", help="of figures and report (default: MODULE:FUNCTION)")
 
 
 # --- fit
 
 
 def _fit(options: argparse.Namespace) -> None:
-    from metabroyden.meta import fit_solver
-
     folder = options.out
     _check_folder(folder, REPORT, options.overwrite)
     problem = _problem(options)
@@ -251,18 +278,33 @@ def _contexts(x: Any) -> dict[str, Any]:
 
 
 def _usage(problem: UserProblem, path: Path, rtol: float) -> str:
-    """Lines to paste."""
+    """Lines to paste, which run where f, x and z0 are those of FUNCTION."""
     from metabroyden.meta.target import ModelMap, target_of
 
-    target = target_of(problem.f)
+    target, imports = target_of(problem.f), "import metabroyden as mb"
     if isinstance(target.f, ModelMap):
         use = 'model.deq.f_solver = mb.integrations.torchdeq.register("learned", solver)  # model.deq: your torchdeq layer'
     elif target.whole is not None:
-        use = "deq.solver = solver  # deq: the mb.DEQ of your model"
+        use = f"{_layer(target.model)}.solver = solver"
     else:
-        start = "torch.zeros_like(x)" if problem.z0 is None and target.z0 is None else "z0"
-        use = f"solution = mb.solve(f, {start}, x, solver=solver, rtol={rtol:g})  # or mb.DEQ(f, solver=solver)(x)"
-    return f"import metabroyden as mb\n\nsolver = mb.load_solver({json.dumps(path.as_posix())})\n{use}"
+        own = "z0(x)" if problem.z0 is not None else "f.initial_state(x)" if target.z0 is not None else None
+        imports += "" if own else "\nimport torch"
+        call = f"x, {own}" if problem.z0 is not None else "x"
+        use = (
+            f"solution = mb.solve(f, {own or 'torch.zeros_like(x)'}, x, solver=solver, rtol={rtol:g})\n"
+            f"z = mb.DEQ(f, solver=solver, rtol={rtol:g})({call})  # the same as a layer, with gradients"
+        )
+    return f"{imports}\n\nsolver = mb.load_solver({json.dumps(path.as_posix())})\n{use}"
+
+
+def _layer(model: Any) -> str:
+    """What to call the DEQ of a model, or one that is given itself."""
+    from metabroyden.meta.target import deqs_in
+
+    name = next(iter(deqs_in(model)), "")
+    if not name:
+        return "deq"  # it is f itself
+    return f"model.{name}" if all(map(str.isidentifier, name.split("."))) else f"model.get_submodule({name!r})"
 
 
 # --- compare
@@ -287,13 +329,34 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _loaded(names: Sequence[str]) -> dict[str, Any]:
-    """Solvers by short names: a file's, its folder's where that is the usual one, or the whole path where two are alike."""
-    short = {
-        name: Path(name).resolve().parent.name if Path(name).name in (SOLVER, REFUSED) else Path(name).stem
-        for name in names
-    }
-    alike = {name for name in names if list(short.values()).count(short[name]) > 1}
-    return {name if name in alike else short[name]: load_solver(name) for name in names}
+    """Solvers by short names that say what they are.
+
+    A short name is a file's, its folder's where that is the usual one, or the whole path where two are alike. Behind it
+    stands the kind of a classical solver, and that a fit has refused a solver.
+    """
+    solvers = {name: _load(name) for name in names}
+    short = {name: _short(name) for name in names}
+    titles = {name: _titled(name, short[name], solver) for name, solver in solvers.items()}
+    alike = {name for name in names if list(titles.values()).count(titles[name]) > 1}
+    return {_titled(name, name, one) if name in alike else titles[name]: one for name, one in solvers.items()}
+
+
+def _load(name: str) -> Any:
+    """A saved solver: a file, a folder (that `fit` wrote, too), or the name of one that comes with the package."""
+    fitted = Path(name) / SOLVER
+    return load_solver(fitted if fitted.is_file() else name)
+
+
+def _short(name: str) -> str:
+    path = Path(name)
+    if path.name in (SOLVER, REFUSED):
+        return path.resolve().parent.name
+    return path.resolve().name if path.is_dir() else path.stem
+
+
+def _titled(name: str, short: str, solver: Any) -> str:
+    kind = "" if solver.is_learned else f" ({type(solver).__name__})"
+    return f"{short}{kind}{', refused' if Path(name).name == REFUSED else ''}"
 
 
 def _check_apart(function: str, problem: UserProblem, solvers: Mapping[str, Any]) -> None:
@@ -319,6 +382,12 @@ def _check_apart(function: str, problem: UserProblem, solvers: Mapping[str, Any]
 
 # --- list, info, new
 
+_SPLITTING = {
+    "forward-backward": "Forward–backward splitting, for monotone cells f = prox ∘ linear: a short step along f, then prox.",
+    "peaceman-rachford": "Peaceman–Rachford splitting, for such cells: one linear solve a step, which may be longer.",
+}
+"""Solvers whose module holds several."""
+
 
 def _list(options: argparse.Namespace) -> None:
     solvers = sorted(solver_types().items(), key=lambda item: (item[1].is_learned, item[0]))
@@ -326,7 +395,8 @@ def _list(options: argparse.Namespace) -> None:
         print(f"{title}:\n")
         for name, cls in solvers:
             if cls.is_learned == learned:
-                print(f"  {name:<28}{(sys.modules[cls.__module__].__doc__ or '').splitlines()[0]}")
+                words = _SPLITTING.get(name) or (sys.modules[cls.__module__].__doc__ or "").splitlines()[0]
+                print(f"  {name:<28}{words}")
         print()
     print("Trained ones that come with the package, for `compare --solver`, `info` and mb.load_solver:\n")
     for name in list_pretrained():
@@ -345,7 +415,7 @@ def _in_words(solver: Any) -> str:
 
 
 def _info(options: argparse.Namespace) -> None:
-    solver = load_solver(options.file)
+    solver = _load(options.file)
     print(_in_words(solver))
     for key, value in _facts(solver):
         print(textwrap.fill(f"{key + ':':<12}{value}", 120, subsequent_indent=12 * " "))
@@ -390,13 +460,27 @@ def _held_out(held: Mapping[str, Any]) -> str:
     """The comparison that a fit has made, as a table."""
     from metabroyden.comparison.tables import listed, text_table
 
-    columns = [
-        ("solver", "{solver}"), ("median", "{median_evaluations:g}"), ("90%", "{p90_evaluations:g}"),
-        ("mean", "{mean_evaluations:.1f}"), ("solved", "{success:.1%}"),
-        ("time of the fitted one / its own", "{fitted_over_this:.2f}"),
-    ]  # fmt: skip
+    rows = [{"solver": name, **one} for name, one in held["solvers"].items()]
+    fastest = next(row for row in rows if row["solver"] == held["best_classical"])
+
+    def over_fastest(row: dict[str, Any]) -> str:
+        ratio = fastest["fitted_over_this"] / row["fitted_over_this"]
+        return "1 (fastest)" if row is fastest else f"{ratio:.2f}"
+
+    columns: list[tuple[str, Any]] = [
+        ("solver", "{solver}"),
+        ("median", "{median_evaluations:g}"),
+        ("90%", "{p90_evaluations:.4g}"),
+        ("mean", "{mean_evaluations:.1f}"),
+        ("solved", "{success:.1%}"),
+        ("time", lambda row: f"{1e3 * row['seconds']:.3g} ms"),
+        ("vs fastest", over_fastest),
+        ("elsewhere", "{elsewhere:.1%}"),
+    ]
+    if all("score" in row for row in rows):
+        columns.append(("metric", "{score:.4g}"))
     words = f"{held['samples']} held-out problems to {held['rtol']:g}, at most {held['max_nfe']} evaluations each"
-    table = text_table(listed(words, [{"solver": name, **one} for name, one in held["solvers"].items()], columns))
+    table = text_table(listed(words, rows, columns))
     failed = "; ".join(held["failed_criteria"])
     return f"{table}\n{f'It does not pay: {failed}.' if failed else 'It beats the classical solvers.'}"
 

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("quick_fits", "plain_import")
 
 MODEL = """
 import collections
+import metabroyden as mb
 import torch
 
 torch.manual_seed(1)
@@ -52,6 +53,33 @@ def named():
 
 def parts():
     return {"f": f, "x_train": x[:40], "x_test": x[40:], "z0": torch.zeros_like, "layout": "vector"}
+
+
+def wide():
+    f = lambda z, x: torch.tanh(0.3 * z + x.mean(dim=1, keepdim=True))
+    return {"f": f, "x": x, "z0": lambda x: x.new_zeros(len(x), 9)}
+
+
+class Model(torch.nn.Module):
+    def __init__(self, nested):
+        super().__init__()
+        deq = mb.DEQ(f)
+        self.core = torch.nn.ModuleList([deq]) if nested else deq
+
+    def forward(self, x):
+        return (self.core if isinstance(self.core, mb.DEQ) else self.core[0])(2 * x)
+
+
+def layer():
+    return mb.DEQ(f), x
+
+
+def model():
+    return Model(False), x
+
+
+def nested():
+    return Model(True), x
 
 
 def scored():
@@ -148,12 +176,35 @@ def test_fit_writes_a_solver_and_a_report_and_says_how_to_use_them(here, capsys)
     assert report["steps"] == 2
     assert {"metabroyden", "tuned Picard"} <= report["held_out"]["solvers"].keys()
     assert "tuned Picard" in shown
-    lines = re.search(r"In your code:\n\n(.*)", shown, re.S)[1].replace("    ", "")
     problem = userfunction.load_problem("mymodel.py:pair")
-    names = {"f": problem.f, "x": problem.x_test, "torch": torch}
-    exec(lines, names)
+    names = pasted(shown, f=problem.f, x=problem.x_test)
     assert isinstance(names["solver"], mb.MetaBroyden)
     assert names["solution"].converged.all()
+    assert torch.allclose(names["z"], names["solution"].z)
+
+
+def pasted(shown: str, **names):
+    """What there is after the lines to paste have run beside these names."""
+    exec(re.search(r"In your code:\n\n(.*)", shown, re.S)[1].replace("    ", ""), names)
+    return names
+
+
+def test_lines_to_paste_run_for_a_map_with_a_start(here, capsys):
+    assert fit("--no-fallback", name="mymodel.py:wide") == 0
+    problem = userfunction.load_problem("mymodel.py:wide")
+    names = pasted(capsys.readouterr().out, f=problem.f, x=problem.x_test, z0=problem.z0)
+    assert names["solution"].z.shape == names["z"].shape == (12, 9)
+    assert names["solution"].converged.all()
+
+
+@pytest.mark.parametrize(("name", "what"), [("layer", "deq"), ("model", "model"), ("nested", "model")])
+def test_lines_to_paste_run_for_a_deq_and_for_a_model(here, capsys, name, what):
+    assert fit("--no-fallback", name=f"mymodel.py:{name}") == 0
+    problem = userfunction.load_problem(f"mymodel.py:{name}")
+    names = pasted(capsys.readouterr().out, **{what: problem.f})
+    (deq,) = (module for module in problem.f.modules() if isinstance(module, mb.DEQ))
+    assert deq.solver is names["solver"]
+    assert problem.f(problem.x_test).shape == (12, 6)
 
 
 @pytest.fixture
@@ -173,16 +224,6 @@ def test_a_solver_that_is_refused_is_kept_and_the_best_classical_one_is_saved(he
     report = json.loads((here / "out/report.json").read_text())
     assert report["refused"]
     assert report["saved"] == report["held_out"]["best_classical"]
-
-
-def test_lines_to_paste_fit_what_function_returns(here):
-    def usage(f, **more):
-        return cli._usage(userfunction.UserProblem(f, **more), Path("out/solver.safetensors"), 1e-3).splitlines()[-1]
-
-    solved = "solution = mb.solve(f, torch.zeros_like(x), x, solver=solver, rtol=0.001)"
-    assert usage(torch.add) == f"{solved}  # or mb.DEQ(f, solver=solver)(x)"
-    assert usage(torch.add, z0=torch.zeros_like).startswith("solution = mb.solve(f, z0, x,")
-    assert usage(mb.DEQ(torch.nn.Bilinear(2, 2, 2))).startswith("deq.solver = solver")
 
 
 @pytest.mark.parametrize("hopeless", [True], indirect=True)
@@ -218,7 +259,7 @@ def test_an_interrupted_fit_goes_on(here, capsys, monkeypatch):
 
     monkeypatch.setattr(MetaTrainer, "_update", cut)
     assert fit("--steps", "4", "--no-fallback") == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command goes on where this one stopped" in capsys.readouterr().err
     assert {path.name for path in (here / "out").iterdir()} == {"training.safetensors"}
     assert fit("--steps", "5", "--no-fallback") == 2, "other options are another training"
     assert re.search("training.safetensors is .* of a fit with other options.* --overwrite", told(capsys))
@@ -231,6 +272,19 @@ def test_an_interrupted_fit_goes_on(here, capsys, monkeypatch):
     assert not (here / "out/training.safetensors").exists()
 
 
+def test_a_fit_that_is_interrupted_early_says_that_it_starts_anew(here, capsys, monkeypatch):
+    def cut(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MetaTrainer, "_update", cut)
+    assert fit("--no-fallback") == 130
+    told = "metabroyden: interrupted before the training had saved anything: the same command starts anew\n"
+    assert capsys.readouterr().err == told
+    (here / "out/training.safetensors").touch()
+    options = cli._parser().parse_args(["fit", "mymodel.py:pair", "--out", "out", "--overwrite"])
+    assert cli._again(options) == "; the same command without --overwrite goes on where this one stopped"
+
+
 def test_info_tells_what_a_solver_is_and_was_fitted_to(here, capsys):
     assert fit("--no-fallback", name="mymodel:parts") == 0
     capsys.readouterr()
@@ -239,6 +293,9 @@ def test_info_tells_what_a_solver_is_and_was_fitted_to(here, capsys):
     for words in ("MetaBroyden, states of layout vector, (6,)", "mymodel:parts, 40 contexts", "rtol:       0.001",
                   "2 outer steps", "8 held-out problems", "tuned Anderson"):  # fmt: skip
         assert words in shown
+    assert re.search("solver +median +90% +mean +solved +time +vs fastest +elsewhere\n", shown)
+    assert main(["info", "out"]) == 0, "the folder that fit wrote"
+    assert capsys.readouterr().out == shown
     assert main(["info", "universal"]) == 0
     assert "Universal, any state, 1,941 weights" in capsys.readouterr().out
     mb.save_solver(mb.Picard(damping=0.5), "picard.safetensors")
@@ -251,6 +308,23 @@ def test_list_has_a_line_for_every_solver(capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     assert {line[0] for line in lines} == {*mb.list_solvers(), *mb.list_pretrained()}
     assert all(len(line) > 3 for line in lines)
+    words = [" ".join(line[1:]) for line in lines if line[0] in mb.list_solvers()]
+    assert len(set(words)) == len(words), "each has a description of its own"
+
+
+def test_help_of_fit_says_the_defaults(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    usual = {
+        "rtol RTOL": "0.001",
+        "patience PATIENCE": "4",
+        "solver SOLVER": "metabroyden",
+        "batch-size BATCH_SIZE": "32",
+        "learning-rate LEARNING_RATE": "0.005 for metabroyden",
+    }
+    for option, default in usual.items():
+        assert re.search(rf"--{option} [^(]*\(default: {default}", shown)
 
 
 def test_processes_other_than_the_first_write_and_say_nothing(here, capsys, monkeypatch):
@@ -313,6 +387,19 @@ def test_compare_measures_on_what_fit_has_not_seen(here, monkeypatch, capsys):
     (here / "mymodel.py").write_text(MODEL.replace("randn(60, 6)", "randn(80, 6)"))
     assert main(words.split()) == 130
     assert "warning: mymodel.py:scored returns other contexts than when out was fitted" in capsys.readouterr().err
+
+
+def test_compare_says_what_a_file_holds(here):
+    (here / "mine").mkdir()
+    mb.save_solver(mb.Picard(damping=0.5), "mine/solver.safetensors")
+    mb.save_solver(mb.load_solver("universal"), "mine/refused.safetensors")
+    mb.save_solver(mb.Broyden(), "other.safetensors")
+    given = ["mine/solver.safetensors", "mine/refused.safetensors", "other.safetensors", "universal"]
+    assert list(cli._loaded(given)) == ["mine (Picard)", "mine, refused", "other (Broyden)", "universal"]
+    assert list(cli._loaded(["mine"])) == ["mine (Picard)"]
+    (here / "twin/mine").mkdir(parents=True)
+    mb.save_solver(mb.Picard(), "twin/mine/solver.safetensors")
+    assert "twin/mine/solver.safetensors (Picard)" in cli._loaded([*given, "twin/mine/solver.safetensors"])
 
 
 def test_every_fifth_sample_of_a_pair_is_kept_from_fit(here):

@@ -1,4 +1,4 @@
-"""The incumbent: Anderson acceleration whose weights a small network predicts, from a learned start."""
+"""Anderson acceleration whose weights and start a small network predicts, as in HyperDEQ (Bai et al. 2022)."""
 
 from __future__ import annotations
 
