@@ -23,6 +23,7 @@ from metabroyden.learned.fingerprint import module_of
 from metabroyden.meta import distributed, fit_solver
 from metabroyden.meta.config import MetaConfig
 from metabroyden.meta.defaults import RATES, SOLVER_STEPS
+from metabroyden.meta.fit import reasons
 from metabroyden.solvers.registry import name_of, solver_types
 from metabroyden.storage import atomic_write
 from metabroyden.userfunction import UserProblem, load_problem
@@ -222,7 +223,7 @@ def _fit(options: argparse.Namespace) -> None:
         distributed.wait()
         try:
             solver, comparison = fit_solver(
-                problem.f, problem.x_train, z0=problem.z0, score=problem.metric, checkpoint=folder / CHECKPOINT,
+                problem.f, problem.x_train, z0=problem.z0, metric=problem.metric, checkpoint=folder / CHECKPOINT,
                 return_report=True, progress=options.progress and first, **_options_of_fit(options, problem),
             )  # fmt: skip
         except CheckpointError as error:
@@ -265,7 +266,10 @@ def _write_fit(options: argparse.Namespace, problem: UserProblem, solver: Any, c
     atomic_write(folder / REPORT, json.dumps(report, indent=2) + "\n")
     (folder / CHECKPOINT).unlink(missing_ok=True)
     if trained and not kept:
-        print(f"\nThe fitted solver was refused: {'; '.join(comparison.failed_criteria)}. It is in {folder / REFUSED}.")
+        print(
+            f"\nThe fitted solver was refused: {reasons(comparison)}. It is in {folder / REFUSED}; with --no-fallback it is "
+            f"{SOLVER}, whatever it is worth."
+        )
     if not (trained and kept):
         print(f"Saved is the best classical solver, {solver!r}.")
     print(f"\nWritten to {folder}: {SOLVER}, {REPORT}\n\nIn your code:\n")

@@ -21,6 +21,7 @@ from metabroyden.comparison.measure import Contestant, Rules, depth_rows, measur
 from metabroyden.comparison.problems import CHUNK, HeldOut
 from metabroyden.comparison.statistics import BEST, FASTEST
 from metabroyden.comparison.verdict import UNTUNED, contestant, judge_of
+from metabroyden.deprecated import old_options
 from metabroyden.learned.fingerprint import module_of
 from metabroyden.meta.fit import check_starts, contexts_of, device_of
 from metabroyden.meta.inputs import check_contexts
@@ -46,6 +47,7 @@ TAKEN = (UNTUNED, "Picard", "Anderson", "tuned Picard", "tuned Anderson", "tuned
 """Names that classical solvers have, and no learned one may."""
 
 
+@old_options
 @torch.no_grad()
 def compare(
     f: Cell,

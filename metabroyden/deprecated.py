@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
+import inspect
 import sys
 import warnings
 from collections.abc import Callable
@@ -31,6 +33,7 @@ OPTIONS = {
     "rows": "schedule_length",
     "weighing": "coefficients",
     "refuse": "fallback",
+    "score": "metric",
     "burst": "warmup_steps",
     "budget_seconds": "seconds",
     "return_above": "rollback_above",
@@ -88,13 +91,34 @@ def current(word: str, names: dict[str, str] = WORDS) -> str:
 
 
 def old_options(function: F) -> F:
-    """Decorator: keywords of `OPTIONS` are taken for those of today."""
+    """Decorator: keywords of `OPTIONS` are taken for those of today; a TypeError for unknown ones says what may be meant."""
+    parameters = inspect.signature(function).parameters.values()
+    known = None if any(one.kind is one.VAR_KEYWORD for one in parameters) else [one.name for one in parameters]
 
     @functools.wraps(function)
     def called(*values: Any, **options: Any) -> Any:
-        return function(*values, **{current(name, OPTIONS): value for name, value in options.items()})
+        named: dict[str, Any] = {}
+        for given, value in options.items():
+            old = given in OPTIONS and (known is None or OPTIONS[given] in known)
+            if old and OPTIONS[given] in options:
+                raise TypeError(f"{function.__name__} got both {given}= and {OPTIONS[given]}=, which are one option")
+            name = current(given, OPTIONS) if old else given
+            if known is not None and name not in known:
+                raise TypeError(f"{function.__name__} takes no {name}=: {_meant(name, known)}")
+            named[name] = value
+        return function(*values, **named)
 
     return called  # type: ignore[return-value]
+
+
+_ELSEWHERE = {"tol": "rtol", "max_iter": "max_nfe", "maxiter": "max_nfe", "threshold": "max_nfe", "lr": "learning_rate",
+              "epochs": "steps", "x0": "z0"}  # fmt: skip
+"""What other libraries call options."""
+
+
+def _meant(name: str, known: list[str]) -> str:
+    near = [_ELSEWHERE[name]] if _ELSEWHERE.get(name) in known else difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}=?" if near else f"it takes {', '.join(known)}"
 
 
 class OldOptions(type):

@@ -96,6 +96,28 @@ def test_fit_solver_takes_its_old_keywords(quick_fits):
     assert solver.config.conditioning == "initial_value"
 
 
+def test_the_old_name_of_a_metric_is_taken(quick_fits):
+    x, f = torch.randn(20, 3), lambda z, x: torch.tanh(0.5 * z + x)
+    options = {"steps": 1, "fallback": False, "progress": False}
+    score = lambda z, x: -z.square().sum(dim=1)  # noqa: E731
+    with pytest.warns(DeprecationWarning, match="'score' is now called 'metric'"):
+        solver = mb.fit_solver(f, x, score=score, **options)
+    assert all("score" in row for row in solver.summary["held_out"]["solvers"].values())
+    refused("got both score= and metric=", lambda: mb.fit_solver(f, x, score=score, metric=score), TypeError)
+
+
+def test_an_unknown_option_is_refused_with_what_may_be_meant():
+    x = torch.randn(20, 3)
+    for call, words in (
+        (lambda: mb.fit_solver(torch.add, x, tol=1e-3), r"fit_solver takes no tol=: did you mean rtol=\?"),
+        (lambda: mb.fit_solver(torch.add, x, learningrate=1), r"did you mean learning_rate=\?"),
+        (lambda: mb.fit_solver(torch.add, x, qqq=1), "it takes f, x_train, z0, "),
+        (lambda: mb.compare(torch.add, x, solvers="broyden", tol=1e-3), r"compare takes no tol=: did you mean rtol=\?"),
+        (lambda: mb.compare(torch.add, x, solvers="broyden", max_iter=3), r"did you mean max_nfe=\?"),
+    ):
+        refused(words, call, TypeError)
+
+
 def test_old_members_of_solvers_and_inverses_are_taken():
     class Own:
         parts = ("cos",)

@@ -55,7 +55,7 @@ def fit_solver(
     device: str | torch.device | None = None,
     progress: bool = True,
     checkpoint: str | Path | None = None,
-    score: Callable[[State, Any], Any] | None = None,
+    metric: Callable[[State, Any], Any] | None = None,
     batch_size: int | None = None,
     learning_rate: float | None = None,
     log_dir: str | Path | None = None,
@@ -112,9 +112,9 @@ def fit_solver(
             first one's x_train counts, and it alone measures, prints, calls the callback and writes.
         progress: show a bar (needs rich), and print the comparison.
         checkpoint: file for the training's state, from which the same call goes on after an interruption.
-        score: (z, x) → how good the states z are for the samples x of x_train, higher being better: a tensor (B,), or
+        metric: (z, x) → how good the states z are for the samples x of x_train, higher being better: a tensor (B,), or
             the mean, which is then asked for sample by sample. Labels may travel in x_train, beside what f reads. A
-            column of the comparison, and a reason to refuse.
+            column of the comparison, and a reason to refuse (as `metric` of `compare`).
         batch_size: problems of an outer step, over all processes; None: 32.
         learning_rate: peak rate of Adam; None: that of the solver. The rate of a MetaBroyden's matrices is changed in
             proportion.
@@ -145,7 +145,7 @@ def fit_solver(
     target = target_of(f)
     if z0 is not None:
         target = target._replace(z0=z0)
-    _check_arguments(target, seconds, score)
+    _check_arguments(target, seconds, metric)
     switches = {"fallback": fallback, "progress": progress, "return_report": return_report}
     _check_training(batch_size, learning_rate, callback, **switches)
     _check_places(checkpoint, log_dir)
@@ -159,7 +159,7 @@ def fit_solver(
     distributed.join(where)
     with resting(target.whole):
         training |= {"batch": _batch(batch_size), **_rates(solver, learning_rate)}
-        job = _Job.of(target, x_train, where, seed, rtol, layout, score)
+        job = _Job.of(target, x_train, where, seed, rtol, layout, metric)
         asked: dict[str, Any] = {"solver": solver, "layout": layout, "conditioning": conditioning}
         made = distributed.by_first(
             lambda: plan(job.tasks, job.classical, **asked, steps=steps, seconds=seconds, training=training)
@@ -195,20 +195,20 @@ class _Job:
         tasks: its problems.
         classical: tuned on validation.
         rtol: tolerance.
-        score: of the user, or None.
+        metric: of the user, or None.
     """
 
     f: Any
     tasks: TaskSet
     classical: Classical
     rtol: float
-    score: Callable[[State, Any], Any] | None
+    metric: Callable[[State, Any], Any] | None
 
     @classmethod
     def of(
-        cls, target: Target, x: Any, where: torch.device, seed: int, rtol: float, layout: str | None, score: Any
+        cls, target: Target, x: Any, where: torch.device, seed: int, rtol: float, layout: str | None, metric: Any
     ) -> _Job:
-        """The first process's contexts, on the device, split; ValueError or TypeError for a bad start or score."""
+        """The first process's contexts, on the device, split; ValueError or TypeError for a bad start or metric."""
         x = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(where), distributed.by_first(lambda: x))
         tasks = _split(target, x, seed)
         validation = tasks.split("validation")
@@ -216,11 +216,11 @@ class _Job:
         check_starts(z0s, count(validation))
         first = torch.arange(min(2, count(validation)), device=where)
         first_call(*as_solved(target.f, *gather((z0s, contexts), first)))
-        if score is not None:  # a score that cannot be used is refused before the training, not after it
-            by_sample(score, validation)(z0s)
+        if metric is not None:  # one that cannot be used is refused before the training, not after it
+            by_sample(metric, validation, "metric")(z0s)
         known = fingerprint(target.f.model if isinstance(target.f, ModelMap) else target.f)
         distributed.agree("the weights of f", 0.0 if known is None else int(known.split("-")[1][:12], 16))
-        return cls(target.f, tasks, measure_classical(tasks, rtol=rtol, max_nfe=MAX_NFE, layout=layout), rtol, score)
+        return cls(target.f, tasks, measure_classical(tasks, rtol=rtol, max_nfe=MAX_NFE, layout=layout), rtol, metric)
 
     def outlook(self, learned: Any, size: int) -> Prospect:
         """The prospect of an untrained solver, on as many validation problems as will be compared (at most `size`)."""
@@ -236,7 +236,7 @@ class _Job:
     def compared(self, name: str, learned: dict[str, Any], size: int) -> Verdict:
         """The solver called `name` against the classical ones on at most `size` test problems."""
         raw = rows(self.tasks.split("test"), slice(size))
-        judge = None if self.score is None else judge_of(self.score, raw)
+        judge = None if self.metric is None else judge_of(self.metric, raw, "metric")
         everyone = {**self.classical.solvers, **learned}
 
         def compared() -> Verdict:
@@ -305,9 +305,17 @@ def _refused(result: Verdict) -> str | None:
         return None
     return (
         f"the fitted solver does not beat the best classical ones on {result.samples} held-out problems "
-        f"to {result.tolerances[-1]:g}: {'; '.join(result.failed_criteria)}. "
-        f"Returned is {result.solvers[result.best]!r}; with fallback=False the fitted one is"
+        f"to {result.tolerances[-1]:g}: {reasons(result)}. "
+        f"Returned is {result.solvers[result.best]!r}; fallback=False returns the fitted one whatever it is worth"
     )
+
+
+def reasons(result: Verdict) -> str:
+    """Why a fitted solver was refused, and what the metric says of it, where there is one."""
+    why = "; ".join(result.failed_criteria)
+    ours, theirs = (result.summary()["solvers"][name].get("score") for name in (result.name, result.best))
+    told = ours is None or any(words.startswith("it scores") for words in result.failed_criteria)
+    return why if told else f"{why} (by your metric it scores {ours:.4g}, {result.best} {theirs:.4g})"
 
 
 def check_starts(start: Any, size: int, given: str = "x_train") -> None:
@@ -328,13 +336,13 @@ def _is_positive(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
-def _check_arguments(target: Target, seconds: Any, score: Any) -> None:
+def _check_arguments(target: Target, seconds: Any, metric: Any) -> None:
     if target.z0 is not None and not callable(target.z0):
         raise TypeError(f"z0 must be a map x → start, got {type(target.z0).__name__}")
     if seconds is not None and not _is_positive(seconds):
         raise ValueError(f"seconds must be a positive number, or None for no limit, got {seconds!r}")
-    if score is not None and not callable(score):
-        raise TypeError(f"score must be a map (z, x) → numbers, higher being better, got {type(score).__name__}")
+    if metric is not None and not callable(metric):
+        raise TypeError(f"metric must be a map (z, x) → numbers, higher being better, got {type(metric).__name__}")
 
 
 def _check_training(batch_size: Any, learning_rate: Any, callback: Any, **switches: Any) -> None:

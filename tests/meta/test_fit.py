@@ -26,7 +26,7 @@ from metabroyden.learned import MetaBroyden, MetaSplitting
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.layout import LARGEST_PACKED, Layout
 from metabroyden.meta.defaults import DAMPINGS, SOLVER_STEPS, context_options, schedule, state_layout
-from metabroyden.meta.fit import _split
+from metabroyden.meta.fit import _split, reasons
 from metabroyden.meta.plan import make_learned, measure_classical, plan
 from metabroyden.meta.prospect import prospect
 from metabroyden.meta.target import Inside, Target
@@ -255,7 +255,7 @@ def test_the_table_is_plain_text(capsys):
     assert lines[0] == "2 problems to 0.001, at most 60 evaluations each"
     assert lines[1].split()[:6] == ["solver", "median", "90%", "mean", "solved", "time"]
     assert lines[2].split() == ["ours", "3.5", "3.9", "3.5", "100.0%", "500", "ms", "0.10", "0.50"]
-    assert lines[3].split() == ["Picard", "34", "54.8", "34.0", "50.0%", "1", "s", "1.00", "1.00"]
+    assert lines[3].split() == ["Picard", "34", "54.8", "34.0", "50.0%", "1", "s", "1", "(best)", "1", "(fastest)"]
 
 
 @pytest.mark.parametrize(("context", "kind"), [("auto", MetaSplitting), ("initial_value", MetaBroyden)])
@@ -701,6 +701,17 @@ def right(z, x):
     return (z.sign() == x.sign()).float().squeeze(1)
 
 
+def test_a_refusal_names_the_scores_beside_its_reasons():
+    def refusal(ours: float, theirs: float) -> str:
+        one, other = standing([9] * 4, [2.0]), standing([8] * 4, [1.0])
+        return reasons(race({**one, "score": [ours] * 4}, rival={**other, "score": [theirs] * 4}))
+
+    plain = "; ".join(race(standing([9] * 4, [2.0]), rival=standing([8] * 4, [1.0])).failed_criteria)
+    assert plain == reasons(race(standing([9] * 4, [2.0]), rival=standing([8] * 4, [1.0])))
+    assert refusal(0.977, 0.945) == f"{plain} (by your metric it scores 0.977, rival 0.945)"
+    assert refusal(0.9, 0.945) == f"{plain}; it scores 0.9, rival 0.945"
+
+
 @pytest.mark.parametrize("score", [right, lambda z, x: right(z, x).mean(), lambda z, x: float(right(z, x).mean())])
 def test_a_lower_score_is_a_shortfall_and_a_column(score, capsys):
     apart = two_wells(0.03, score=score)
@@ -720,7 +731,7 @@ def test_a_fit_reports_the_score_on_what_was_held_out_with_labels_that_travel_al
         seen.append(c["label"])
         return -(z - gated(z, c)).norm(dim=1)
 
-    held = fitted(gated, c, z0=starts, score=score).summary["held_out"]
+    held = fitted(gated, c, z0=starts, metric=score).summary["held_out"]
     assert all(-0.1 < row["score"] <= 0 for row in held["solvers"].values())
     assert len(seen) == 1 + len(held["solvers"])  # once before the training
     assert len(seen[1]) == held["samples"] == 8
@@ -729,7 +740,7 @@ def test_a_fit_reports_the_score_on_what_was_held_out_with_labels_that_travel_al
 
 def test_a_models_inputs_and_a_score_see_what_samples_share_without_its_mark():
     inputs = {"x": normal(40, 4), "w": mb.Shared(0.5 * EYE)}
-    solver = fitted(Inputs(), inputs, score=lambda z, c: (z @ c["w"]).sum(1))
+    solver = fitted(Inputs(), inputs, metric=lambda z, c: (z @ c["w"]).sum(1))
     assert solver.config.conditioning == "input"
     assert all("score" in row for row in solver.summary["held_out"]["solvers"].values())
 
@@ -784,10 +795,10 @@ REFUSED = [
         ValueError,
         {"x_train": (normal(20, 4), torch.tensor(0.3)), "z0": lambda c: torch.zeros(20, 4)},
     ),
-    ("score must be a map", TypeError, TUPLES | {"score": 3}),
-    (r"\(8,\) numbers, or their mean, got shape \(8, 4\)", ValueError, TUPLES | {"score": lambda z, c: z}),
-    ("give numbers, or their mean, got NoneType", TypeError, TUPLES | {"score": lambda z, c: None}),
-    ("division by zero", ZeroDivisionError, TUPLES | {"score": lambda z, c: 1 / 0}),
+    ("metric must be a map", TypeError, TUPLES | {"metric": 3}),
+    (r"\(8,\) numbers, or their mean, got shape \(8, 4\)", ValueError, TUPLES | {"metric": lambda z, c: z}),
+    ("give numbers, or their mean, got NoneType", TypeError, TUPLES | {"metric": lambda z, c: None}),
+    ("division by zero", ZeroDivisionError, TUPLES | {"metric": lambda z, c: 1 / 0}),
     (
         r"Two has 2 DEQs \(first, second\): give one of them \(such as model.first\)",
         ValueError,

@@ -76,7 +76,7 @@ class Classifier(nn.Module):
 def test_contexts_may_be_trees_with_none_and_plain_values_for_cells_layers_and_models(make):
     f = make()
     x = X if isinstance(f, Classifier) else tree()
-    solver = fitted(f, x, score=lambda z, c: -z.square().sum(1))
+    solver = fitted(f, x, metric=lambda z, c: -z.square().sum(1))
     assert solver.config.conditioning == "initial_value"
     assert taken(solver) == 8
     assert solver.summary["skipped_steps"] == 0
@@ -326,7 +326,7 @@ def test_a_model_without_a_deq_is_told_what_to_give(use):
     [
         lambda: fitted(Wide(), X),
         lambda: fitted(mb.DEQ(Wide()), X),
-        lambda: fitted(Wide(), X, score=lambda z, x: z[:, 5]),
+        lambda: fitted(Wide(), X, metric=lambda z, x: z[:, 5]),
         lambda: mb.compare(Wide(), X, solvers="broyden", progress=False),
     ],
 )
