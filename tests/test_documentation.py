@@ -56,6 +56,36 @@ def test_readme_is_short_and_the_guides_have_their_examples():
     assert without == {f"docs/{page}.md" for page in prose.split()}
 
 
+def tables_of(path: Path) -> dict[str, dict[str, list[str]]]:
+    """By heading, the rows of a report's tables by their first cell."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for part in path.read_text().split("\n## "):
+        lines = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("| ")]
+        found[part.splitlines()[0]] = {line[0].strip("*"): line for line in lines}
+    return found
+
+
+def test_the_numbers_of_readme_are_those_of_the_race():
+    text, tables = (ROOT / "README.md").read_text(), tables_of(ROOT / "results/race/report.md")
+    loose, tight = (
+        next(rows for name, rows in tables.items() if name.startswith(f"To {at}, by")) for at in (0.01, 0.001)
+    )
+    rows = [
+        line.strip("| ").split(" | ") for line in text.split("## Results")[1].splitlines() if line.count(" | ") == 4
+    ]
+    assert len(rows) == len(loose), "a line a family, and the heading's two"
+    for family, ours, best, evaluations, time in rows[2:]:
+        for at, line in enumerate((loose[family], tight[family])):
+            for cell, column in ((ours, 1), (best, 2)):
+                assert cell.split(" / ")[at].split(" ")[0] == line[column].split(" ")[0], (family, cell, line)
+            for cell, column in ((evaluations, 3), (time, 7)):
+                assert cell.split(" / ")[at] == line[column].split(" ")[0], (family, cell, line)
+    means = tables["Geometric means over families"]["the best, the fastest classical"]
+    assert means[1] == "0.001", "the later of two lines"
+    assert f"and {means[6].split(' ')[0]} times to 1e-3" in text.replace("\n", " ")
+    assert f"and {means[7].split(' ')[0]} times the fastest" in text.replace("\n", " ")
+
+
 @pytest.mark.parametrize("page", ["README.md", *PAGES])
 def test_every_file_that_a_page_points_to_or_names_exists(page):
     text, folder = (ROOT / page).read_text(), (ROOT / page).parent
