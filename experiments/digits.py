@@ -22,24 +22,9 @@ from metabroyden.zoo.data.digits import load_digits
 from metabroyden.zoo.models.fit import by_epoch
 
 LEARNED = (FLAGSHIP, "grouped", "coordinatewise")
-TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4)
-PASTE = """
-Inference with the solver that was trained, in your own code:
-
-```python
-import metabroyden as mb
-from metabroyden.zoo.data.digits import load_digits
-from metabroyden.zoo.models import load_model
-
-solver = mb.load_solver("{folder}/meta-broyden.safetensors")
-model = load_model("{folder}/model.safetensors", solver=solver, rtol=1e-2)
-print(model(load_digits().test.images).argmax(1), model.deq.last_solution.nfe.float().mean())
-
-# For a DEQ of yours, f(z, x) with inputs x_train:
-#   solver = mb.fit_solver(f, x_train)
-#   mb.compare(f, x_test, solvers={{"mine": solver}}).save("comparison")
-```
-"""
+TOLERANCES = (1e-2, 1e-3, 1e-4)
+PASTE = Path(__file__).with_name("configs") / "demo.md"
+"""What the demo ends with: lines for one's own code."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +35,7 @@ class Digits(Seeded, Budgeted, command="digits"):
     """Epochs of the DEQ's training."""
     steps: int = 600
     """Outer steps of the meta-training of MetaBroyden and the grouped LSTM, at most; of the coordinatewise LSTM a third."""
-    rounds: int = 5
+    rounds: int = 3
     """Timed rounds in which the solvers take turns."""
     test_samples: int = 300
     """Held-out images used (of 300)."""
@@ -81,7 +66,7 @@ def run(config: Digits) -> None:
         atomic_write(folder / f"{name}.safetensors", (job.work / f"{name}.safetensors").read_bytes())
     show(write(folder))
     write(job.folder)
-    print(f"\nFigures and report: {folder / 'report.html'}\n{PASTE.format(folder=folder)}")
+    print(f"\nFigures and report: {folder / 'report.html'}\n{PASTE.read_text(encoding='utf-8').format(folder=folder)}")
 
 
 def _trained(config: Digits, path: Path) -> Any:
@@ -109,7 +94,7 @@ def _fitted(config: Digits, name: str, model: Any, work: Path) -> Any:
     if not path.exists():
         options: Row = {"steps": max(1, config.steps // (3 if name == "coordinatewise" else 1)), "seed": config.seed}
         kept, images = path.with_suffix(".training.safetensors"), load_digits().train.images
-        print(f"\nTraining {name}, and a first look at it on training images that it left alone:")
+        print(f"\nTraining {name}, and a first look at it on training images that it left alone:", flush=True)
         solver = mb.fit_solver(
             model, images, solver=name, fallback=False, checkpoint=kept, progress=config.progress, **options
         )
