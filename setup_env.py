@@ -5,6 +5,7 @@ It needs Python 3.11 or 3.12 and its standard library. Run by make; safe to run 
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import shutil
@@ -51,6 +52,7 @@ def main() -> None:
         remedy = "run this script with one of them, or make with PYTHON=python3.12"
         sys.exit(f"The tests and experiments need Python 3.11 or 3.12, and {sys.executable} is {version}: {remedy}")
     python = python_of(VENV)
+    print(f"Making {VENV}: some 1.6 GB, two minutes.", flush=True)
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
     plain, compiled = parts((ROOT / "requirements.txt").read_text(encoding="utf-8"))
@@ -66,9 +68,11 @@ def main() -> None:
     for arguments in installs(VENV, compiler):
         subprocess.run([*pip, *arguments], check=True, cwd=ROOT, env=environment)
     (VENV / "ready").touch()
+    print(f"Done: everything is in {VENV}.")
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()  # refuses words that it does not know
     try:
         main()
     except subprocess.CalledProcessError as error:

@@ -14,7 +14,7 @@ import metabroyden as mb
 from experiments.bench import report
 from experiments.bench.options import Budgeted, Seeded
 from experiments.bench.runner import Row, Run, read_rows, show, write_rows
-from metabroyden.comparison.figures import FLAGSHIP
+from metabroyden.comparison.figures import FLAGSHIP, label
 from metabroyden.progress import progress_bar
 from metabroyden.storage import atomic_write
 from metabroyden.zoo import models
@@ -125,7 +125,7 @@ def write(folder: Path) -> Path:
     seeds = sorted(folder.glob("seed*")) or [folder]
     described = [report.read_config(seed) for seed in seeds]
     rows = [
-        {**row, "seed": made["config"]["seed"]}
+        {**row, "solver": label(row["solver"]), "seed": made["config"]["seed"]}
         for seed, made in zip(seeds, described, strict=True)
         for row in read_rows(seed / "rows.jsonl")
     ]
@@ -135,5 +135,5 @@ def write(folder: Path) -> Path:
     )
     words = "\n\n".join([about, *(report.made_by(made) for made in described)])
     title = "Root finders on a convolutional DEQ, digits"
-    mb.Comparison(rows, methods={name: name for name in LEARNED}, title=title, about=words).save(folder)
+    mb.Comparison(rows, methods={label(name): name for name in LEARNED}, title=title, about=words).save(folder)
     return folder / "report.md"

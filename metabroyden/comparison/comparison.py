@@ -26,6 +26,7 @@ from metabroyden.comparison.statistics import (
     Field,
     Interval,
     Outcome,
+    able,
     standard_error,
 )
 from metabroyden.comparison.tables import Row, Table, chosen, inline, listed, text_table
@@ -123,11 +124,11 @@ class Comparison:
         """A row a solver: evaluations, share solved, time, ratios to the best and to the fastest classical solver."""
         at = self._at(rtol)
         columns: list[tuple[str, Callable[[Row], str]]] = [
-            ("solver", lambda row: figures.label(row["solver"])),
+            ("solver", lambda row: row["solver"]),
             ("median", lambda row: f"{row['median']:g}"),
             ("90%", lambda row: f"{round(row['p90'], 1):g}"),
             ("mean", lambda row: f"{row['mean']:.1f}"),
-            ("solved", lambda row: f"{row['solved']:.1%}"),
+            ("solved", lambda row: f"{row['solved']:.1%}{'' if self._counts(row['solver'], at) else ' †'}"),
             ("time", lambda row: _milliseconds(row["milliseconds"])),
             ("vs best", lambda row: _ratio(row, "evaluations_over_best", "best")),
             ("vs fastest", lambda row: _ratio(row, "time_over_fastest", "fastest")),
@@ -141,6 +142,11 @@ class Comparison:
             [cell for cell, kept in zip(row, filled, strict=True) if kept] for row in (whole.head, *whole.body)
         )
         return Table(words, head, body)
+
+    def _counts(self, name: str, at: float) -> bool:
+        """Whether a solver is not a classical one that solves too few to be called the best or the fastest."""
+        classical = {one: self.outcome(one, at) for one in self._field.solvers(self._name, "classical")}
+        return name not in classical or name in able(classical)
 
     def numbers(self, rtol: float | None = None) -> list[Row]:
         """The table's numbers, a dict a solver and tolerance.
@@ -178,8 +184,10 @@ class Comparison:
     @property
     def _notes(self) -> list[str]:
         """Paragraphs below the tables: how they were made, and how to read them."""
-        times = " time: of all problems. vs fastest: that over the fastest one's." if self.timed else ""
-        which = "the classical solvers that solve as many as any, within a standard error"
+        times = (
+            " time: of all problems. vs fastest: over the fastest one's, paired within rounds." if self.timed else ""
+        )
+        which = "the classical solvers that solve as many as any, within a standard error (not those marked †)"
         chosen_among = "Both are" if self.timed else "The best is"
         legend = (
             "A sample that was not solved counts as the whole budget. vs best: median of evaluations over the best "
@@ -261,11 +269,11 @@ class Comparison:
         return self._titled(place)
 
     def _rivals(self, at: float) -> str:
-        best = figures.label(self.best_classical(at))
-        fastest = figures.label(self.fastest_classical(at)) if self.timed else None
+        best = self.best_classical(at)
+        fastest = self.fastest_classical(at) if self.timed else None
         if fastest in (None, best):
-            return f"to {at:g} (best {'and fastest ' if fastest else ''}classical: {best})"
-        return f"to {at:g} (best classical: {best}, fastest: {fastest})"
+            return f"to {at:g} (1× is {best})"
+        return f"to {at:g} (1× is {best} in evaluations, {fastest} in time)"
 
     def _reductions(self, at: float) -> Iterable[figures.Reduction]:
         best, fastest = self.best_classical(at), self.fastest_classical(at) if self.timed else ""
@@ -275,7 +283,7 @@ class Comparison:
             away = self._strays(name, at)
             note = f"{one.median:g} ({one.success:.0%}{f', {away:.0%} elsewhere' if away else ''})"
             yield figures.Reduction(
-                figures.label(name), self._over_best(name, at), time, note, self._looks[name],
+                name, self._over_best(name, at), time, note, self._looks[name],
                 lost=bool(away) or one.success < self.outcome(best, at).success - one.error,
             )  # fmt: skip
 
@@ -355,7 +363,7 @@ class Comparison:
         share = float(np.median(parts)) if parts else 1.0
         milliseconds = 1e3 * _seconds(one)
         words = f"{_milliseconds(milliseconds)}, {one.success:.0%} solved"
-        return figures.Time(figures.label(name), milliseconds, share, words, self._looks[name])
+        return figures.Time(name, milliseconds, share, words, self._looks[name])
 
     def plot_metric(self, ax: Any = None) -> Any:
         """The mean of the metric after so many evaluations of f.
@@ -453,7 +461,7 @@ class Comparison:
 
     def _style(self, name: str) -> Row:
         colour, line, _ = self._looks[name]
-        return {"color": colour, "linestyle": line, "linewidth": 1.6, "label": figures.plain(figures.label(name))}
+        return {"color": colour, "linestyle": line, "linewidth": 1.6, "label": figures.plain(name)}
 
     def _titled(self, place: Any) -> Any:
         if self.title:

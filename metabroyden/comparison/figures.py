@@ -95,15 +95,15 @@ def _is_formula(text: str) -> bool:
 def assign(methods: Mapping[str, str | None]) -> dict[str, Look]:
     """Colour, line style and marker of the solvers of one comparison, no two of them alike.
 
-    A name of `LOOKS` keeps its look. Another one has that of its method, where nobody else has, or a spare one.
+    A learned solver has the look of its method, where nobody else has, a name of `LOOKS` its own; others have spare ones.
 
     Args:
         methods: by name, the registered name of the solver's class, or None.
     """
-    found = {name: LOOKS[name] for name in methods if name in LOOKS}
+    found: dict[str, Look] = {}
     for name, method in methods.items():
-        own = LOOKS.get("meta-broyden" if method == "meta-splitting" else method or "")
-        if name not in found and own is not None and own not in found.values():
+        own = LOOKS.get("meta-broyden" if method == "meta-splitting" else method or "", LOOKS.get(name))
+        if own is not None and own not in found.values():
             found[name] = own
     taken = {look[0] for look in found.values()}
     spare = [colour for colour in dict.fromkeys(look[0] for look in LOOKS.values()) if colour not in taken]
@@ -139,13 +139,14 @@ def save(figure: Any, path: Path) -> Path:
 
 
 def png(figure: Any) -> bytes:
-    """A figure as PNG of a palette of 64 colours, a third of the size and the same to the eye."""
+    """A figure as PNG of a palette of 256 colours, which keeps those of the solvers and takes a third of the size."""
     from PIL import Image  # matplotlib needs it, too
 
     drawn, small = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=130, bbox_inches="tight")
     with Image.open(drawn) as image:
-        image.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+        few = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(small, "PNG", optimize=True)
     return small.getvalue()
 
 

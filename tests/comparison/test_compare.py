@@ -375,3 +375,43 @@ def test_contexts_are_one_batch_where_they_are_few_and_blocks_where_they_are_man
     assert blocks.outcome("Picard").seconds.shape == (1, 2, 1)
     whole = mb.solve(cell, 0 * X[:32], X[:32], solver=mb.Picard(), rtol=1e-3, max_nfe=60)
     assert blocks.outcome("Picard").median == np.median(whole.nfe)
+
+
+def test_a_solver_is_called_what_the_caller_calls_it_and_looks_as_its_kind_does():
+    looks = assign({"grouped": "meta-broyden", "coordinatewise": "picard"})
+    assert looks["grouped"] == LOOKS["meta-broyden"]
+    found = mb.compare(cell, X, solvers={"grouped": mb.Picard(0.4)}, rounds=0, rtol=1e-2, progress=False)
+    assert str(found).splitlines()[2].startswith("grouped ")
+    assert looks["coordinatewise"] == LOOKS["coordinatewise"]
+
+
+def test_a_quick_classical_solver_that_solves_fewer_is_marked():
+    rows = []
+    for name, kind, status in (
+        ("ours", "learned", "C" * 80),
+        ("sure", "classical", "C" * 80),
+        ("quick", "classical", "B" * 9 + "C" * 71),
+    ):
+        laps = [{"total": 1.0 if name == "quick" else 2.0, "f": 0.5}]
+        same = {"row": "solve", "family": "", "seed": None, "tolerance": 1e-3, "budget": 60, "block": 0, "options": ""}
+        spent = [9 if letter == "C" else 60 for letter in status]
+        row = {"solver": name, "kind": kind, "evaluations": spent, "status": status, "seconds": laps}
+        rows.append({**same, **row})
+    found = mb.Comparison(rows)
+    assert found.fastest_classical() == "sure"
+    solved = {line.split()[0]: "†" in line for line in str(found).splitlines()[2:5]}
+    assert solved == {"ours": False, "sure": False, "quick": True}
+
+
+def test_the_colours_of_a_saved_figure_are_those_of_the_solvers(found, tmp_path):
+    from PIL import Image
+
+    found.save(tmp_path)
+    seen = np.array(Image.open(tmp_path / "reduction.png").convert("RGB")).reshape(-1, 3).astype(int)
+    shown = {}
+    for name, look in found._looks.items():
+        wanted = np.array([int(look[0][at : at + 2], 16) for at in (1, 3, 5)])
+        nearest = seen[np.abs(seen - wanted).sum(axis=1).argmin()]
+        assert np.abs(nearest - wanted).sum() < 30, name
+        shown[name] = tuple(nearest)
+    assert len(set(shown.values())) == len(shown)
