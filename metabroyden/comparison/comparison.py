@@ -288,14 +288,17 @@ class Comparison:
             )  # fmt: skip
 
     def _strays(self, name: str, at: float) -> float:
-        """Share of solutions elsewhere, where it is larger than any classical solver's by a standard error; else 0."""
+        """Share of solutions elsewhere, where it is clearly larger than any classical solver's; else 0.
+
+        Clearly is by a standard error, and by one in a hundred.
+        """
         rivals = [other for other in self._field.solvers(self._name, "classical") if other != name]
         shares = [share for other in rivals if (share := self._mean(other, at, "elsewhere")) is not None]
         ours = self._mean(name, at, "elsewhere")
         if ours is None or not shares:
             return 0.0
         shared = sum(value is not None for row in self._solves(name, at) for value in row["elsewhere"])
-        return ours if ours > max(shares) + standard_error(max(shares), shared) else 0.0
+        return ours if ours > max(shares) + max(0.01, standard_error(max(shares), shared)) else 0.0
 
     def plot_residual(self, ax: Any = None, *, by: str = "evaluations") -> Any:
         """The smallest relative residual so far: its median over samples, and the middle half of them (up to eight solvers).
