@@ -18,6 +18,7 @@ from metabroyden.gradients import Implicit, JacobianFree
 from metabroyden.gradients.base import GradientMode, parts_of
 from metabroyden.gradients.transforms import refuse, transform_of
 from metabroyden.learned.fingerprint import FingerprintWatch
+from metabroyden.learned.tolerance import fitted_rtol, tighter
 from metabroyden.nn.dropout import stochastic_layers
 from metabroyden.nn.pin import pin
 from metabroyden.opaque import opaque
@@ -64,7 +65,8 @@ class DEQ(nn.Module):
         backward: gradient mode (default `Implicit()`; `Phantom`, `JacobianFree`, `Unroll`); used only where gradients
             are enabled.
         rtol: as in `solve`; so are atol and max_nfe.
-        warn: warn when samples fail, forward or backward: once for each status, and again when twice the share fails.
+        warn: warn when samples fail, forward or backward: once for each status, and again when twice the share fails. And,
+            once, of a learned solver that was fitted to a tolerance more than 30 times as large as rtol.
 
     Attributes:
         hooks: list of functions `hook(f, context, z)`, called with each equilibrium that gets gradients (see `Hook`).
@@ -91,6 +93,7 @@ class DEQ(nn.Module):
     solves_its_cell = True  # see `check_map`
     solver: Any
     _fingerprints: FingerprintWatch
+    _tolerance_told: bool
 
     def __init__(
         self,
@@ -115,12 +118,12 @@ class DEQ(nn.Module):
         self.observers: list[Observer] = []
         self.last_solution: Solution | None = None
         self.last_backward_solution: Solution | None = None
-        self._layers_checked = not warn
+        self._warn, self._layers_checked = warn, not warn
         self._forward_failures, self._backward_failures = _Failures(warn), _Failures(warn)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "solver":  # nn.Module would register a learned solver, to be trained and saved with the model
-            self.__dict__.update(solver=value, _fingerprints=FingerprintWatch())
+            self.__dict__.update(solver=value, _fingerprints=FingerprintWatch(), _tolerance_told=False)
         else:
             super().__setattr__(name, value)
 
@@ -185,6 +188,10 @@ class DEQ(nn.Module):
     def _solve(self, f: Any, z0: State, context: Any, after: Sequence[int], **options: Any) -> Solution:
         """Solve; note what it cost, and warn of what failed."""
         self._fingerprints.check(self.solver, self.cell)
+        words = None if self._tolerance_told or self.atol else tighter(fitted_rtol(self.solver), options["rtol"])
+        if words is not None and self._warn:
+            self._tolerance_told = True
+            warnings.warn(f"DEQ: {type(self.solver).__name__} {words} (said once)", stacklevel=7)
         if options["keep_inverse"] and not as_solver(self.solver).has_inverse:
             raise ValueError(
                 f"{self.backward_mode!r} needs a forward solver with an inverse Jacobian, Broyden or GroupedLSTM; got "

@@ -189,7 +189,7 @@ CALLABLES = {
 @pytest.mark.parametrize("form", CALLABLES)
 def test_a_layer_of_any_callable_is_that_of_its_map_and_its_solver_can_be_fitted(form, quick_fits):
     cell, x = TanhCell(), rows(6, requires_grad=True)
-    deq, layer = tight(CALLABLES[form](cell)), tight(cell)
+    deq, layer = tight(CALLABLES[form](cell), warn=False), tight(cell)
     assert_close(deq(x), layer(x))
     gradients = lambda f: torch.autograd.grad(f(x).square().sum(), (x, cell.w))  # noqa: E731
     assert_close(gradients(deq), gradients(layer))
@@ -439,3 +439,25 @@ def test_an_error_that_f_raises_later_goes_through():
 
     with pytest.raises(RuntimeError, match=r"^late$"):
         mb.DEQ(late)(torch.ones(3, 4))
+
+
+def test_a_layer_says_once_that_its_solver_was_fitted_to_a_far_larger_tolerance():
+    solver, x = mb.load_solver("universal"), torch.ones(3, 4)
+    solver.summary["held_out"] = {"rtol": 1e-2}
+    cell = lambda z, x: torch.tanh(0.5 * z + x)  # noqa: E731
+    words = "DEQ: Universal was fitted to a tolerance of 0.01, and this DEQ asks for 1e-05: .* fit it with rtol=1e-05"
+    deq = mb.DEQ(cell, solver=solver, rtol=1e-5)
+    with pytest.warns(UserWarning, match=words) as said:
+        deq(x)
+    assert said[0].filename == __file__, "the line that calls the layer"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        deq(x)
+        mb.DEQ(cell, solver=solver, rtol=1e-5, warn=False)(x)
+        mb.DEQ(cell, solver=solver, rtol=1e-3)(x)
+        mb.DEQ(cell, solver=mb.Broyden(), rtol=1e-5)(x)
+        mb.solve(cell, 0 * x, x, solver=solver, rtol=1e-5)
+    deq.solver = mb.load_solver("universal")
+    deq.solver.summary["held_out"] = {"rtol": 1e-2}
+    with pytest.warns(UserWarning, match=words):
+        deq(x)

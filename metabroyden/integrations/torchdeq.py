@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metabroyden.learned.fingerprint import ClosureWatch
+from metabroyden.learned.tolerance import fitted_rtol, tighter
 from metabroyden.meta.target import ADAPTERS, ModelMap, frozen, resting, run_until
 from metabroyden.solution import Solution, Status
 from metabroyden.solve import check_options, solve
@@ -25,7 +26,6 @@ from metabroyden.state import Packing
 
 OWN_NAMES = ("anderson", "broyden", "fixed_point_iter", "simple_fixed_point_iter")  # names of torchdeq's own solvers
 
-_TIGHTER = 30.0  # times smaller than fitted to: a tolerance that brings a warning
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -103,34 +103,22 @@ class _Notices:
 
     def __init__(self, name: str, solver: Any) -> None:
         self._name, self._solver, self._watch = name, solver, ClosureWatch()
-        self._rtol = _fitted_rtol(solver)
+        self._rtol = fitted_rtol(solver)
 
     def check(self, func: Callable[[Any], Any], tol: float, stop_mode: str) -> None:
         """Look at one solve."""
         self._watch.check(self._solver, func)
         if self._rtol is None:
             return
-        words = None
+        words = tighter(self._rtol, tol)
         if stop_mode == "abs":
             words = (
                 f"was fitted to relative residuals of {self._rtol:g}, and this DEQ stops by absolute ones (stop_mode 'abs', "
                 f"torchdeq's default): build it with f_stop_mode='rel', f_tol={self._rtol:g}"
             )
-        elif 0 < tol < self._rtol / _TIGHTER:
-            words = (
-                f"was fitted to a tolerance of {self._rtol:g}, and this DEQ asks for {tol:g}: it gains less there than was "
-                f"measured; fit it with rtol={tol:g}"
-            )
         if words is not None:
             self._rtol = None
             warnings.warn(f"solver {self._name!r} {words} (said once)", stacklevel=4)
-
-
-def _fitted_rtol(solver: Any) -> float | None:
-    """The relative tolerance that a learned solver was judged at; None where that is not known."""
-    summary = getattr(solver, "summary", None) or {}
-    found = summary.get("held_out", {}).get("rtol") or summary.get("meta_training", {}).get("validation_rtol")
-    return float(found) if isinstance(found, int | float) else None
 
 
 def _solve(

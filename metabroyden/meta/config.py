@@ -87,8 +87,9 @@ class MetaConfig(Unrolling):
         unroll: solver steps K that are backpropagated through together; a pair (low, high): K is drawn anew for each
             outer step, log-uniformly from low to high.
         batch: fixed-point problems a step, over all processes.
-        learning_rate: peak rate of Adam.
-        orthogonal_rate: peak rate of the matrices, by `OrthogonalAdam`, or 0: Adam for them too.
+        learning_rate: peak rate of Adam. For a MetaBroyden `fit_solver` uses 0.005 in place of this default.
+        orthogonal_rate: peak rate of the matrices, by `OrthogonalAdam`, or 0: Adam for them too. For a MetaBroyden
+            `fit_solver` uses 0.05.
         decay: of both rates to zero, "cosine" or "linear".
         estimator: of the gradient, "backprop" or "pes" (see `metabroyden.meta.estimators`). With the latter an outer
             step is one segment, and `segments` of them in a row one unroll.

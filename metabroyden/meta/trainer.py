@@ -85,6 +85,8 @@ class Trainer:
     Attributes:
         history: a dict for each look at validation: step, loss, score, and seconds and cpu_seconds until then (looks at
             validation and earlier sittings included).
+        best_score: the lowest score so far, mean evaluations on validation; a failure counts as twice the budget
+            (`validation_nfe`), so that it may be larger than the budget.
         incidents: what went wrong.
         stopped: why it stopped, a key of `schedule.STOPS`; None while it has not.
         curves: called with loss, gradient norm, learning rates and skips of each step and the scores, if set.
@@ -139,7 +141,18 @@ class Trainer:
         return self._estimator
 
     def run(self, progress: Progress | None = None, until: int | None = None) -> Any:
-        """Train to the end (or to step `until`) and return the solver, in evaluation mode once at the end."""
+        """Train to the end (or to step `until`) and return the solver, in evaluation mode once at the end.
+
+        It prints nothing. This shows a bar, where rich is installed::
+
+            with metabroyden.progress.progress_bar("meta-training", trainer.config.steps) as bar:
+                solver = trainer.run(bar)
+
+        Args:
+            progress: called after each step with the steps made (or their share of the time, in steps) and a few words on
+                loss and validation; None: nobody is told.
+            until: a step to stop at, from which a later call goes on; None: the end.
+        """
         config = self.config
         last = config.steps if until is None else min(until, config.steps)
         self.module.requires_grad_(True).train()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
 
 import metabroyden as mb
+from metabroyden.meta import MetaConfig
+from metabroyden.meta.defaults import RATES
 from metabroyden.meta.trainer import TrainingStep
 from tests.helpers import ConvTanh, contexts, refused, same_parameters
 
@@ -18,6 +21,12 @@ pytestmark = pytest.mark.usefixtures("quick_fits")
 
 def fitted(**options):
     return mb.fit_solver(ConvTanh(), contexts(40), **{"steps": 4, "progress": False, "fallback": False} | options)
+
+
+def test_the_config_says_what_fit_solver_uses_in_place_of_its_defaults():
+    about = dict(re.findall(r"(\w+): ((?:.(?!\n        \w+: ))*)", MetaConfig.__doc__, re.S))
+    for name, rate in RATES.items():
+        assert f"`fit_solver` uses {rate:g}" in about[name]
 
 
 def test_batch_size_and_learning_rate_are_what_is_trained_with():
