@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import platform
-import re
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -50,17 +47,9 @@ def clocked(rounds: int, device: torch.device) -> str:
         where = f"on a {torch.cuda.get_device_name(device)}"
     else:
         threads = torch.get_num_threads()
-        where = f"on {threads} thread{'s' if threads > 1 else ''} of {_processor()}"
+        kind = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+        where = f"on {threads} thread{'s' if threads > 1 else ''} of a processor ({kind})"
     return f"times are {times} in which the solvers take turns, {where}, torch {torch.__version__.split('+')[0]}"
-
-
-def _processor() -> str:
-    """The processor's name, where the system tells it."""
-    with suppress(OSError):
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
-        if found:
-            return re.sub(r"\(R\)|\(TM\)| CPU\b| @.*", "", found[1]).strip()
-    return platform.processor() or platform.machine()
 
 
 def turns(names: Sequence[T], rounds: int) -> Iterator[T]:
