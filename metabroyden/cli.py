@@ -423,8 +423,15 @@ def _info(options: argparse.Namespace) -> None:
     print(_in_words(solver))
     for key, value in _facts(solver):
         print(textwrap.fill(f"{key + ':':<12}{value}", 120, subsequent_indent=12 * " "))
+    report = Path(options.file) / REPORT
     if held := getattr(solver, "summary", {}).get("held_out"):
-        print(f"\n{_held_out(held)}")
+        failed = "; ".join(held["failed_criteria"])
+        print(f"\n{_held_out(held)}\n{f'It does not pay: {failed}.' if failed else 'It beats the classical solvers.'}")
+    elif report.is_file():  # of a fit that saved a classical solver
+        found = json.loads(report.read_text())
+        refused = "; ".join(found["refused"])
+        more = f"; the fitted one was refused: {refused}" if refused else ""
+        print(f"\n{_held_out(found['held_out'])}\nSaved is {found['saved']}{more}.")
 
 
 def _facts(solver: Any) -> Iterator[tuple[str, str]]:
@@ -484,9 +491,7 @@ def _held_out(held: Mapping[str, Any]) -> str:
     if all("score" in row for row in rows):
         columns.append(("metric", "{score:.4g}"))
     words = f"{held['samples']} held-out problems to {held['rtol']:g}, at most {held['max_nfe']} evaluations each"
-    table = text_table(listed(words, rows, columns))
-    failed = "; ".join(held["failed_criteria"])
-    return f"{table}\n{f'It does not pay: {failed}.' if failed else 'It beats the classical solvers.'}"
+    return text_table(listed(words, rows, columns))
 
 
 def _new(options: argparse.Namespace) -> None:

@@ -234,6 +234,10 @@ def test_where_nothing_can_be_gained_the_best_classical_solver_is_saved_untraine
     assert captured.err.endswith("so nothing is trained (--no-fallback trains all the same)\n")
     assert "Saved is the best classical solver, " in captured.out
     assert {path.name for path in (here / "out").iterdir()} == {"solver.safetensors", "report.json"}
+    assert main(["info", "out"]) == 0
+    shown = capsys.readouterr().out
+    assert "solver          median" in shown
+    assert shown.splitlines()[-1].startswith("Saved is ")
     assert not mb.load_solver("out/solver.safetensors").is_learned
     assert json.loads((here / "out/report.json").read_text())["held_out"]["solvers"]
 
