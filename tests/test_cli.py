@@ -388,7 +388,8 @@ def test_compare_measures_on_what_fit_has_not_seen(here, monkeypatch, capsys):
     assert (seen["rtol"], seen["max_nfe"], seen["title"]) == ([0.1], 9, "Mine")
     assert callable(seen["metric"])
     assert list(seen["solvers"]) == ["out"]
-    (here / "mymodel.py").write_text(MODEL.replace("randn(60, 6)", "randn(80, 6)"))
+    # another size, for bytecode of this second not to be taken for its own
+    (here / "mymodel.py").write_text(MODEL.replace("randn(60, 6)", "randn(100, 6)"))
     assert main(words.split()) == 130
     assert "warning: mymodel.py:scored returns other contexts than when out was fitted" in capsys.readouterr().err
 
