@@ -428,7 +428,7 @@ def _info(options: argparse.Namespace) -> None:
         failed = "; ".join(held["failed_criteria"])
         print(f"\n{_held_out(held)}\n{f'It does not pay: {failed}.' if failed else 'It beats the classical solvers.'}")
     elif report.is_file():  # of a fit that saved a classical solver
-        found = json.loads(report.read_text())
+        found = json.loads(report.read_text(encoding="utf-8"))
         refused = "; ".join(found["refused"])
         more = f"; the fitted one was refused: {refused}" if refused else ""
         print(f"\n{_held_out(found['held_out'])}\nSaved is {found['saved']}{more}.")
