@@ -29,7 +29,6 @@ from metabroyden.meta.plan import ROOM, TUNED_ON
 from metabroyden.meta.target import ModelMap, Target, first_call, resting, target_of
 from metabroyden.meta.tasks import count, rows
 from metabroyden.nn.pin import pin
-from metabroyden.shared import bare
 from metabroyden.solution import Cell, State
 from metabroyden.solve import check_options, solve
 from metabroyden.solver import as_solver
@@ -226,10 +225,9 @@ def _split(x_test: Any, tune_on: Any) -> tuple[Any, Any]:
 
 
 def _held(target: Target, raw: Any, given: str, metric: Any = None) -> HeldOut:
-    x = raw if target.encode is None else target.encode(raw)
-    start = torch.zeros_like(x) if target.z0 is None else target.z0(bare(x))
+    start, x = target.prepare(raw)
     check_starts(start, count(raw), given)
-    judge = None if metric is None else judge_of(metric, raw, "metric")
+    judge = None if metric is None else judge_of(metric, raw)
     closed = isinstance(target.f, ModelMap)
     f, x = (target.f, x) if closed else pin(target.f, x, start)
     return HeldOut(f, start, x, judge, closed=closed)

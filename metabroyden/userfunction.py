@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from metabroyden.meta.fit import contexts_of
 from metabroyden.meta.target import target_of
-from metabroyden.meta.tasks import count, rows, sampled
+from metabroyden.meta.tasks import count, row_bytes, rows, sampled
 
 KEPT = 5
 """Of contexts that FUNCTION returns in one piece, every `KEPT`-th is kept from the fit."""
@@ -196,10 +195,6 @@ def _keys(x: Any) -> list[bytes]:
     """A hash of each sample."""
     found = [hashlib.blake2b(digest_size=16) for _ in range(count(x))]
     for leaf in sampled(x):
-        for key, row in zip(found, _bytes(leaf), strict=True):
+        for key, row in zip(found, row_bytes(leaf), strict=True):
             key.update(row.tobytes())
     return [key.digest() for key in found]
-
-
-def _bytes(leaf: Tensor) -> Any:
-    return leaf.detach().cpu().contiguous().reshape(len(leaf), -1).view(torch.uint8).numpy()

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from experiments.bench.peers import TorchDEQSolver, solve_state
 from experiments.bench.runner import digest
 from metabroyden.checkpoint import list_pretrained, load_solver
+from metabroyden.comparison import verdict
 from metabroyden.comparison.clock import now
 from metabroyden.comparison.figures import FLAGSHIP
 from metabroyden.comparison.measure import Contestant, Found
@@ -66,8 +66,7 @@ class Peer(Contestant):
 def contestant(name: str, solver: Any, seed: int | None = None) -> Contestant:
     """A solver under a name; its kind follows from what it is."""
     if not hasattr(solver, "solve"):
-        kind = "learned" if isinstance(solver, nn.Module) else "classical"
-        return Contestant(name, kind, solver, type(solver).__name__ if kind == "learned" else repr(solver), seed)
+        return replace(verdict.contestant(name, solver), seed=seed)
     return Peer(name, "peer", solver, repr(solver), seed)
 
 

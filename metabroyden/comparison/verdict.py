@@ -177,18 +177,18 @@ def compare_solvers(
     return Verdict(Comparison(rows, solvers=solvers, methods=methods, about=about), name)
 
 
-def by_sample(score: Callable[[State, Any], Any], x: Any, name: str = "score") -> Score:
+def by_sample(metric: Callable[[State, Any], Any], x: Any) -> Score:
     """Make (z, x) → (B,) or mean score into states → (B,) scores; a mean is computed for each sample alone.
 
-    ValueError or TypeError, when called, if the score gives anything else; `name` is what they call it.
+    ValueError or TypeError, when called, if the metric gives anything else.
     """
 
     def scored(z: State, x: Any) -> Tensor:
-        value = score(z, bare(x))
+        value = metric(z, bare(x))
         try:
             return torch.as_tensor(value)
         except (RuntimeError, TypeError, ValueError) as error:
-            raise TypeError(f"{name}(z, x) must give numbers, or their mean, got {type(value).__name__}") from error
+            raise TypeError(f"metric(z, x) must give numbers, or their mean, got {type(value).__name__}") from error
 
     def one(tree: Any, number: int) -> Any:
         device = next(leaf.device for leaf in pytree.tree_leaves(bare(tree)) if isinstance(leaf, Tensor))
@@ -200,12 +200,12 @@ def by_sample(score: Callable[[State, Any], Any], x: Any, name: str = "score") -
         if value.dim() == 0:
             value = torch.stack([scored(one(z, number), one(x, number)) for number in range(size)])
         if value.shape != (size,):
-            raise ValueError(f"{name}(z, x) must give ({size},) numbers, or their mean, got shape {tuple(value.shape)}")
+            raise ValueError(f"metric(z, x) must give ({size},) numbers, or their mean, got shape {tuple(value.shape)}")
         return value.detach().double().cpu().numpy()
 
     return scores
 
 
-def judge_of(score: Callable[[State, Any], Any], x: Any, name: str = "score") -> Callable[[State, Tensor], Tensor]:
+def judge_of(metric: Callable[[State, Any], Any], x: Any) -> Callable[[State, Tensor], Tensor]:
     """Make (z, x) → (B,) or mean score into `HeldOut.judge` of the problems of raw contexts x."""
-    return lambda z, index: torch.from_numpy(by_sample(score, gather(x, index), name)(z))
+    return lambda z, index: torch.from_numpy(by_sample(metric, gather(x, index))(z))

@@ -217,7 +217,7 @@ class _Job:
         first = torch.arange(min(2, count(validation)), device=where)
         first_call(*as_solved(target.f, *gather((z0s, contexts), first)))
         if metric is not None:  # one that cannot be used is refused before the training, not after it
-            by_sample(metric, validation, "metric")(z0s)
+            by_sample(metric, validation)(z0s)
         known = fingerprint(target.f.model if isinstance(target.f, ModelMap) else target.f)
         distributed.agree("the weights of f", 0.0 if known is None else int(known.split("-")[1][:12], 16))
         return cls(target.f, tasks, measure_classical(tasks, rtol=rtol, max_nfe=MAX_NFE, layout=layout), rtol, metric)
@@ -236,7 +236,7 @@ class _Job:
     def compared(self, name: str, learned: dict[str, Any], size: int) -> Verdict:
         """The solver called `name` against the classical ones on at most `size` test problems."""
         raw = rows(self.tasks.split("test"), slice(size))
-        judge = None if self.metric is None else judge_of(self.metric, raw, "metric")
+        judge = None if self.metric is None else judge_of(self.metric, raw)
         everyone = {**self.classical.solvers, **learned}
 
         def compared() -> Verdict:

@@ -42,6 +42,11 @@ class Target(NamedTuple):
     whole: nn.Module | None = None  # in evaluation mode while the fit lasts; None: f is taken as it is
     model: nn.Module | None = None  # whose inputs are given for problems; None: what is given is the context x
 
+    def prepare(self, raw: Any) -> tuple[State, Any]:
+        """(start, context) of what is given for problems."""
+        x = raw if self.encode is None else self.encode(raw)
+        return (torch.zeros_like(x) if self.z0 is None else self.z0(bare(x))), x
+
 
 def target_of(f: Any) -> Target:
     """The problems that f stands for, where f is what people hand to `fit_solver`.

@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 
 from metabroyden.deq import DEQ
 from metabroyden.learned.fingerprint import module_of, named_fingerprint
-from metabroyden.meta.target import target_of
-from metabroyden.shared import bare, is_shared
+from metabroyden.meta.target import Target, target_of
+from metabroyden.shared import is_shared
 from metabroyden.solution import Cell, State
 from metabroyden.state import concatenate, gather
 
@@ -108,7 +108,7 @@ class TaskSet:
         digest = hashlib.sha256(str(named_fingerprint(self.f)).encode())
         for name in ("train", "validation"):
             for leaf in sampled(self.split(name)):
-                digest.update(_bytes(leaf).tobytes())
+                digest.update(row_bytes(leaf).tobytes())
         return digest.hexdigest()[:16]
 
     def split(self, name: str) -> Any:
@@ -141,8 +141,7 @@ class TaskSet:
         if self._made is not None:
             return gather(self._made, raw.to(pytree.tree_leaves(self._made)[0].device))
         with torch.no_grad():
-            x = raw if self._encode is None else self._encode(raw)
-            return (torch.zeros_like(x) if self._z0 is None else self._z0(bare(x))), x
+            return Target(self.f, self._encode, self._z0).prepare(raw)
 
 
 def _refuse_overlap(parts: dict[str, Any]) -> None:
@@ -150,12 +149,12 @@ def _refuse_overlap(parts: dict[str, Any]) -> None:
     for name, part in parts.items():
         if count(part) == 0:
             raise ValueError(f"the {name} split is empty")
-        for row in zip(*map(_bytes, sampled(part)), strict=True):
+        for row in zip(*map(row_bytes, sampled(part)), strict=True):
             first = owner.setdefault(b"".join(leaf.tobytes() for leaf in row), name)
             if first != name:
                 raise ValueError(f"a context of the {name} split is in the {first} split too")
 
 
-def _bytes(leaf: Tensor) -> Any:
+def row_bytes(leaf: Tensor) -> Any:
     """(N, bytes of a row) of a tensor, as an array."""
     return leaf.detach().cpu().contiguous().reshape(len(leaf), -1).view(torch.uint8).numpy()
