@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metabroyden.function import Given, GuardedFunction, part_of, rewrap
-from metabroyden.solution import Cell, Trace, scaled_norm
+from metabroyden.solution import SAFE_NORMS, Cell, Trace, scaled_norm
 from metabroyden.state import Packing, gather
 
 _HOST_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}  # of states
@@ -64,6 +64,8 @@ class Evaluator:
     one host synchronisation; until then they wait, with their iterates. The usual case, every row finite and better than
     before, takes a dozen operations on (R,) arrays.
 
+    keep_inverse: whether the driver will ask the solver for its inverse Jacobian, see `Problem.keep_inverse`.
+
     Attributes (host arrays over the B samples):
         nfe: evaluations spent; no entry above `most`. phase: the phase of the driver a sample is in.
         best: ‖f(z) − z‖ of the best iterate, infinite before the first finite evaluation; best_residual: its relative
@@ -88,9 +90,10 @@ class Evaluator:
         keep_g: bool = True,
         f_dtype: torch.dtype | None = None,
         trace: bool = True,
+        keep_inverse: bool = False,
     ) -> None:
         self.f, self.packing, self.max_nfe = f, packing, max_nfe
-        self.rtol, self.atol, self.f_dtype = rtol, atol, f_dtype
+        self.rtol, self.atol, self.f_dtype, self.keep_inverse = rtol, atol, f_dtype, keep_inverse
         self.function = GuardedFunction(f, packing, f_dtype=f_dtype)
         self._given = Given(context)
         self._gathered: tuple[Rows | None, Given] = None, self._given  # the rows gathered last: contexts may be large
@@ -114,8 +117,7 @@ class Evaluator:
         self.round = self._judged_round = 0  # the driver's, to which evaluations belong
         self.news = self.idle = False
         self.residual, self.residual_before = np.full((2, batch), np.nan)
-        # squares of norms outside this range may have over- or underflowed
-        self._trusted = (1e-15, 1e15) if z0.dtype == torch.float32 else (1e-140, 1e140)
+        self._trusted = SAFE_NORMS[z0.dtype]
         self._pending: list[_Evaluation] = []
         self._owned_images = False  # whether the images that wait are all in memory of ours
         self._taken: list[tuple[int, Rows, Tensor]] = []

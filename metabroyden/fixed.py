@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from metabroyden.function import Given, GuardedFunction, in_caller_mode
 from metabroyden.problem import Problem
-from metabroyden.solution import Cell, Solution, State, Status, Trace, relative, scaled_norm
+from metabroyden.solution import Cell, Solution, State, Status, Trace, is_safe, relative, scaled_norm
 from metabroyden.solve import check_options, nothing
 from metabroyden.state import Packing, check_context, in_dtype_of
 
@@ -151,6 +151,8 @@ def _now() -> float:
 class FixedProblem(Problem):
     """The problem of `FixedBudget`: the best iterates are kept, as in `Evaluator`, without a look at them."""
 
+    keep_inverse = False
+
     def __init__(self, owner: FixedBudget, evaluator: GuardedFunction, z0: Tensor, given: Given, context: Any) -> None:
         self._owner, self._call, self._z0, self._given, self.context = owner, evaluator, z0, given, context
         self.shape = evaluator.packing.shape
@@ -162,7 +164,9 @@ class FixedProblem(Problem):
         self.best_z, self.best_residual = z0, z0.new_full((batch,), torch.nan)
         self._best = self.best_residual.double()  # its ‖g‖
         self.done = torch.zeros(batch, dtype=torch.bool, device=z0.device)
-        self.last = ~self.done
+        self.last = self._all = ~self.done
+        # values on a CPU can be read while a graph is not being made; elsewhere the host would wait for them
+        self._readable = z0.is_cpu and not torch.compiler.is_compiling()
 
     @property
     def steps_left(self) -> int:  # type: ignore[override]
@@ -180,6 +184,17 @@ class FixedProblem(Problem):
         """See `Problem`."""
         return self._last[1].clone() if self._last is not None and self._last[0] is z else z + g
 
+    def _measure(self, g: Tensor, fz: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(‖g‖, ‖f(z)‖ in float64, the relative residual, whether both are finite), (R,) each."""
+        if self._readable:
+            norms = torch.stack([torch.linalg.vector_norm(x, dim=1) for x in (g, fz)])
+            if is_safe(norms):
+                g_norm, f_norm = norms.double()
+                return g_norm, f_norm, (g_norm / f_norm).to(g.dtype), self._all
+        g_norm, f_norm = scaled_norm(g), scaled_norm(fz)
+        finite = torch.isfinite(g_norm) & torch.isfinite(f_norm)
+        return g_norm, f_norm, relative(g_norm, f_norm).to(g.dtype), finite
+
     def residual(self, z: Tensor, among: Any = None) -> Tensor:
         """See `Problem`."""
         owner = self._owner
@@ -188,14 +203,15 @@ class FixedProblem(Problem):
         self._last = z, fz
         if z is self._z0:
             self._origin = z + g  # in memory of ours: f may use its own again
-        g_norm, f_norm = scaled_norm(g), scaled_norm(fz)
-        residual = relative(g_norm, f_norm).to(z.dtype)
-        self.last = torch.isfinite(g_norm) & torch.isfinite(f_norm)
+        g_norm, f_norm, residual, self.last = self._measure(g, fz)
         reached = self.last & (g_norm <= owner.atol + owner.rtol * f_norm)
         better = ~self.done & (reached | (self.last & ~(g_norm >= self._best)))
-        self.best_z = torch.where(better[:, None], z, self.best_z)
-        self.best_residual = torch.where(better, residual, self.best_residual)
-        self._best = torch.where(better, g_norm, self._best)
+        if self._readable and bool(better.all()):  # no copy while all improve
+            self.best_z, self.best_residual, self._best = z, residual, g_norm
+        else:
+            self.best_z = torch.where(better[:, None], z, self.best_z)
+            self.best_residual = torch.where(better, residual, self.best_residual)
+            self._best = torch.where(better, g_norm, self._best)
         self.done = self.done | reached
         self.residuals.append(residual)
         self.absolute.append(torch.where(self.last, g_norm, torch.nan).to(z.dtype))

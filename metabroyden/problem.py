@@ -31,6 +31,7 @@ class Problem(ABC):
         context: the context of these rows, in the dtype of the iterates (None where f takes none).
         shape: per-sample shape of the state, or a tuple of shapes for a state of several tensors.
         steps_left: no row can make more steps than this.
+        keep_inverse: whether a solver must keep what its `inverse` is made of, beside what its own steps need.
         alive: see `CountedProblem`; where a solver may decide on the host only.
         budget: evaluations each row can still afford, likewise.
         affordable_jvps: Jacobian products each row can still afford, likewise.
@@ -40,6 +41,7 @@ class Problem(ABC):
     context: Any
     shape: Any
     steps_left: int = sys.maxsize
+    keep_inverse: bool = True
     alive: Any
     budget: Any
     affordable_jvps: Any
@@ -92,6 +94,7 @@ class CountedProblem(Problem):
 
     def __init__(self, evaluator: Evaluator, rows: Rows, live: np.ndarray | None = None) -> None:
         self._evaluator, self._rows, self._live = evaluator, rows, live
+        self.keep_inverse = evaluator.keep_inverse
         self.live_index = None if live is None else torch.as_tensor(live, device=evaluator.z0.device)
         self.live_rows = rows if live is None else evaluator.rows(rows.host[live])
 

@@ -142,11 +142,24 @@ def residual_norms(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return g, torch.linalg.vector_norm(g, dim=1), torch.linalg.vector_norm(fz, dim=1)
 
 
+SAFE_NORMS = {torch.float32: (1e-15, 1e15), torch.float64: (1e-140, 1e140)}
+"""By dtype of x: a norm of x in this range is true, the squares it was made of have neither over- nor underflown."""
+
+
+def is_safe(norms: Tensor) -> bool:
+    """Whether norms of tensors of this dtype are all in `SAFE_NORMS`, which no NaN is; waits for the device."""
+    low, high = SAFE_NORMS[norms.dtype]
+    smallest, largest = torch.aminmax(norms)
+    return low < smallest.item() and largest.item() < high
+
+
 def scaled_norm(x: Tensor) -> Tensor:
     """‖x‖₂ per sample in float64, (B,), for x (B, n) of any magnitude: scaled, so that no square over- or underflows.
 
     The largest float64 where x is finite and its norm is not: what is finite is never judged otherwise.
     """
+    if x.dtype == torch.float32:  # float64 holds all their squares
+        return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
     top = x.abs().amax(dim=1, keepdim=True).double()
     finite = torch.isfinite(top)
     scale = torch.where((top > 0) & finite, top, 1.0)

@@ -94,6 +94,7 @@ def solve(
         if len(flat) == 0:
             return nothing(packing, flat, snapshots=len(due), keep_inverse=keep_inverse)
         options = {"rtol": rtol, "atol": atol, "max_nfe": max_nfe, "f_dtype": f_dtype, "trace": trace}
+        options["keep_inverse"] = keep_inverse
         driver = _Driver(flat, packing, as_called, context, solver, check_every, **options)
         driver.due, driver.inverse = due, FinalInverse(len(flat)) if keep_inverse else None
         with np.errstate(all="ignore"):
@@ -362,14 +363,13 @@ class _Driver:
         evaluator = self.evaluator
         stationary, spent = cohort.stationary(), self._spent(cohort)
         last = cohort.number + 1 == len(self.plan)
-        if last and not (evaluator.news or spent.any() or stationary.any()):
-            return
         rows = cohort.live_rows
         pick, host = rows.pick, rows.host
+        stuck = _NONE if last else cohort.stagnated(evaluator.lowest[pick], self.unseen)
+        if not (evaluator.news or any(map(np.count_nonzero, (spent, stationary, stuck)))):
+            return
         converged, finite, best = evaluator.converged[pick], ~evaluator.broken[pick], evaluator.best[pick]
-        broken = ~finite | stationary
-        if not last:
-            broken |= cohort.stagnated(evaluator.lowest[pick], self.unseen)
+        broken = ~finite | stationary | stuck
         leaving = broken & ~converged
         gone = leaving | converged | spent
         if not np.count_nonzero(gone):

@@ -12,13 +12,13 @@ from metabroyden.learned.lstm import SharedLSTM
 
 
 class StepCoefficients(NamedTuple):
-    """Of one learned step. Weights are of channels, (R or 1, C), for a schedule; of places, (R, 1, *S), for an LSTM."""
+    """Of one learned step. Weights are of channels, (1, C), for a schedule; of places, (R, 1, *S), for an LSTM."""
 
     step_size: Tensor  # w, of the residual
     momentum: Tensor  # 1 + m, m being the weight of the last move
-    gates: Tensor  # (R, k, *S) γ
+    gates: tuple[Tensor, ...]  # (R or 1, k, *S) factors of γ
     correction: Tensor | None  # (R, k, *S) s·c
-    memory: Any  # of the LSTM: hidden and cell state (R, H, P), residual scale (R, 1, …)
+    memory: Any  # of a schedule its row; of the LSTM hidden and cell state (R, H, P), residual scale (R, 1, …), w and γ
 
 
 class StepSchedule(nn.Module):
@@ -43,18 +43,20 @@ class StepSchedule(nn.Module):
         self.momentum = nn.Parameter(torch.ones(1, steps, channels))
         self.gates = nn.Parameter(torch.ones(1, steps, rank))
 
-    def begin(self, gates: Tensor, g: Tensor, shape: Any) -> tuple[Tensor, Any]:
-        """(step size, memory) before the first step, for gates (R, k, *S) and the residual g (R, n)."""
-        return g.new_full((len(g), self.step_size.shape[2]), self.damping), None
+    def begin(self, gates: Tensor, g: Tensor, shape: Any) -> Any:
+        """The memory before the first step, for gates (R, k, *S) and the residual g (R, n)."""
+        return 0
 
-    def forward(
-        self, step: int, initial: Tensor, inner: Tensor, g: Tensor, memory: Any, shape: Any
-    ) -> StepCoefficients:
+    def at(self, step: int, initial: Tensor, inner: Tensor, g: Tensor, memory: Any, shape: Any) -> StepCoefficients:
         """Those of step 0, 1, …, for the gates where the solve began and the inner residual A(g), both (R, k, *S)."""
         row = min(step, self.step_size.shape[1] - 1)
-        step_size = self.step_size[0, row].expand(len(initial), -1)
-        gates = initial * _along(self.gates[0, row], initial)
-        return StepCoefficients(step_size, self.momentum[0, row].unsqueeze(0), gates, None, None)
+        gates = initial, _along(self.gates[:, row], initial)
+        return StepCoefficients(self.step_size[:, row], self.momentum[:, row], gates, None, row)
+
+    def last(self, initial: Tensor, memory: Any) -> tuple[Tensor, Tensor]:
+        """(step size with the rows first, gates (R, k, *S)) of the last step."""
+        step_size = self.step_size[:, memory].expand(initial.shape[0], -1)
+        return step_size, initial * _along(self.gates[:, memory], initial)
 
     def by_part(self, weight: Tensor, like: Tensor) -> list[Tensor]:
         """A weight of `StepCoefficients` for each of the layout's parts, which have the axes of `like`."""
@@ -71,7 +73,7 @@ class StepSchedule(nn.Module):
 
     def final_gates(self, initial: Tensor) -> Tensor:
         """(R, k, *S) where there is no step to take them from."""
-        return initial * _along(self.gates[0, -1], initial)
+        return initial * _along(self.gates[:, -1], initial)
 
 
 class StepLSTM(nn.Module):
@@ -89,16 +91,15 @@ class StepLSTM(nn.Module):
         self.channel = nn.Parameter(torch.zeros(sum(layout.part_channels)))
         self.lstm = SharedLSTM(2 * rank + 2, hidden, 2 * rank + 2)
 
-    def begin(self, gates: Tensor, g: Tensor, shape: Any) -> tuple[Tensor, Any]:
+    def begin(self, gates: Tensor, g: Tensor, shape: Any) -> Any:
         """As `StepSchedule.begin`."""
         hidden, cell = self.lstm.begin(len(g), gates[0, 0].numel(), g)
-        return torch.full_like(gates[:, :1], self.damping), (hidden, cell, self.layout.scale_of(g, shape))
+        step_size = torch.full_like(gates[:, :1], self.damping)
+        return hidden, cell, self.layout.scale_of(g, shape), step_size, gates
 
-    def forward(
-        self, step: int, initial: Tensor, inner: Tensor, g: Tensor, memory: Any, shape: Any
-    ) -> StepCoefficients:
-        """As `StepSchedule.forward`."""
-        hidden, cell, before = memory
+    def at(self, step: int, initial: Tensor, inner: Tensor, g: Tensor, memory: Any, shape: Any) -> StepCoefficients:
+        """As `StepSchedule.at`."""
+        hidden, cell, before, *_ = memory
         rows, rank, places = len(g), self.rank, hidden.shape[2]
         scale = self.layout.scale_of(g, shape)
         level = torch.stack([scale.log() / 5, (scale / before).log().clamp(-3, 3)], dim=1).flatten(2)
@@ -106,10 +107,13 @@ class StepLSTM(nn.Module):
         output, hidden, cell = self.lstm(torch.cat([*seen, level.expand(-1, -1, places)], dim=1), hidden, cell)
         output = output.reshape(rows, -1, *inner.shape[2:])
         step_size, momentum, change, correction = output.split([1, 1, rank, rank], dim=1)
-        memory = hidden, cell, scale
-        return StepCoefficients(
-            self.damping + step_size, 1 + momentum, initial * (1 + change), scale * correction, memory
-        )
+        step_size, gates = self.damping + step_size, initial * (1 + change)
+        memory = hidden, cell, scale, step_size, gates
+        return StepCoefficients(step_size, 1 + momentum, (gates,), scale * correction, memory)
+
+    def last(self, initial: Tensor, memory: Any) -> tuple[Tensor, Tensor]:
+        """As `StepSchedule.last`."""
+        return memory[3:]
 
     def by_part(self, weight: Tensor, like: Tensor) -> list[Tensor]:
         """As `StepSchedule.by_part`."""
@@ -132,10 +136,10 @@ class StepLSTM(nn.Module):
 
 def by_channel(weight: Tensor, layout: Layout, like: Tensor) -> list[Tensor]:
     """Weights (R or 1, C) as those of each of the layout's parts, which have the axes of `like`."""
-    parts = weight.split(layout.part_channels, dim=1)
-    return [part.reshape(*part.shape, *[1] * (like.dim() - 2)) for part in parts]
+    parts = weight.split(layout.part_channels, dim=1) if layout.kind == "pyramid" else (weight,)
+    return [_along(part, like) for part in parts]
 
 
 def _along(weight: Tensor, like: Tensor) -> Tensor:
-    """Weights (k,) of the channels of `like` (R, k, *S)."""
-    return weight.reshape(-1, *[1] * (like.dim() - 2))
+    """Weights (R or 1, k) of the channels of `like` (R, k, *S)."""
+    return weight.view(weight.shape + (1,) * (like.dim() - 2))

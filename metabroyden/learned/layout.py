@@ -101,6 +101,8 @@ class Layout:
 
         ValueError when the channels differ from the fitted ones.
         """
+        if shape == self.shape:  # the usual case, without ceremony
+            return self.shape
         found: Any = tuple(map(tuple, shape)) if _several(shape) else tuple(int(size) for size in shape)
         pyramid = self.kind == "pyramid"
         flattened = packed_layout(self.shape if pyramid else [self.shape]).shape
@@ -160,7 +162,7 @@ class Layout:
         if self.kind == "pyramid":
             images = zip(self.parts(flat, shape), self.factors, strict=True)
             return torch.cat([functional.pixel_unshuffle(image, n) for image, n in images], dim=1)
-        full = flat.reshape(len(flat), *shape)
+        full = flat.reshape(flat.shape[:1] + shape)  # len() of a tensor is slow
         found = full.transpose(1, 2) if self.kind == "ntc" else full
         return found.flip(2) if self.reverse and self.causal else found
 
@@ -171,7 +173,7 @@ class Layout:
             return self.joined([functional.pixel_shuffle(part, n) for part, n in coarse])
         forward = canonical.flip(2) if self.reverse and self.causal else canonical
         ordered = forward.transpose(1, 2) if self.kind == "ntc" else forward
-        return ordered.reshape(len(ordered), -1)
+        return ordered.flatten(1)
 
     def parts(self, flat: Tensor, shape: tuple[Any, ...]) -> list[Tensor]:
         """(R, n) → the images (R, C, H, W) of a pyramid, as views; of other layouts the canonical form alone."""

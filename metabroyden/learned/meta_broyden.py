@@ -61,10 +61,8 @@ class MetaBroydenState(NamedTuple):
     """R rows, n coordinates, C channels (of all resolutions), k inner ones."""
 
     initial: Tensor  # (R, k, *S) the preconditioner's gates where the solve began
-    gates: Tensor  # (R, k, *S) those of the last learned step
-    step_size: Tensor  # of that step, see `StepCoefficients`
     before: Tensor  # (R, n) the iterate before this one
-    memory: Any  # of the coefficients
+    memory: Any  # of the coefficients, see `StepCoefficients`
     trail: tuple[Any, ...]  # (iterates, residuals, our rows in them or None) of the learned steps
     secants: SecantState | None  # made of the trail when first wanted
     steps: int
@@ -133,29 +131,41 @@ class MetaBroyden(LearnedSolver):
     def init(self, z: Tensor, g: Tensor, problem: Any) -> MetaBroydenState:
         """Zero memory, no pairs; the gates are taken once."""
         gates = super().gates(z, problem)
-        step_size, memory = self.coefficients.begin(gates, g, self.layout.resolve(problem.shape))
-        return MetaBroydenState(gates, gates, step_size, z, memory, (), None, 0)
+        memory = self.coefficients.begin(gates, g, self.layout.resolve(problem.shape))
+        return MetaBroydenState(gates, z, memory, (), None, 0)
 
     def step(self, z: Tensor, g: Tensor, state: MetaBroydenState, problem: Any) -> Step:
         """One learned step, (R, n)."""
         shape = self.layout.resolve(problem.shape)
         if state.steps < self.config.learned_steps:
-            return self._learned_step(z, g, state, shape)
+            return self._learned_step(z, g, state, shape, self._trail(z, g, state, problem))
         earlier = self._pairs(state, shape)
         secants = self.secants.init(z, g, shape) if earlier is None else self.secants.update(z, g, earlier, shape)
         explained, rest = self.secants.project(g, secants, shape)
         z = z - explained - self._initial_inverse(rest, state, shape)
         return Step(z, state._replace(trail=(), secants=secants, steps=state.steps + 1))
 
-    def _learned_step(self, z: Tensor, g: Tensor, state: MetaBroydenState, shape: tuple[Any, ...]) -> Step:
+    def _trail(self, z: Tensor, g: Tensor, state: MetaBroydenState, problem: Any) -> tuple[Any, ...]:
+        """The trail with this iterate; empty before what the secant steps will see of it, or where they will not come."""
+        config, step = self.config, state.steps
+        if not problem.keep_inverse:
+            late = step >= config.learned_steps - 1 - config.memory
+            if not late or step + problem.steps_left <= config.learned_steps:
+                return ()
+        return (*state.trail, (z, g, None))[-config.memory - 1 :]
+
+    def _learned_step(
+        self, z: Tensor, g: Tensor, state: MetaBroydenState, shape: tuple[Any, ...], trail: tuple[Any, ...]
+    ) -> Step:
         layout, coefficients = self.layout, self.coefficients
         residuals = layout.parts(g, shape)
         inner = self.preconditioner.inward.of_parts(residuals)
-        found = coefficients(state.steps, state.initial, inner, g, state.memory, shape)
+        found = coefficients.at(state.steps, state.initial, inner, g, state.memory, shape)
         weights = coefficients.by_part(found.momentum, inner)
         pairs = zip(layout.parts(state.before, shape), layout.parts(z, shape), weights, strict=True)
         moved = [torch.lerp(before, after, weight) for before, after, weight in pairs]
-        inner = inner * found.gates
+        for gate in found.gates:
+            inner = inner * gate if torch.is_grad_enabled() else inner.mul_(gate)
         if found.correction is not None:
             inner = inner + found.correction
         more = self.preconditioner.outward.to_parts(inner)
@@ -164,17 +174,15 @@ class MetaBroyden(LearnedSolver):
             for weight in terms:
                 place.addcmul_(weight, r)
             place.add_(learned)
-        trail = (*state.trail, (z, g, None))[-self.config.memory - 1 :]
-        after = MetaBroydenState(
-            state.initial, found.gates, found.step_size, z, found.memory, trail, state.secants, state.steps + 1
-        )
+        after = MetaBroydenState(state.initial, z, found.memory, trail, state.secants, state.steps + 1)
         return Step(layout.joined(moved), after)
 
     def _initial_inverse(self, r: Tensor, state: MetaBroydenState, shape: tuple[Any, ...]) -> Tensor:
         """B₀r for r (R, n), with the coefficients of the last learned step."""
         parts = self.layout.parts(r, shape)
-        more = self.preconditioner.outward.to_parts(self.preconditioner.inward.of_parts(parts) * state.gates)
-        return -self.layout.joined(self._add_diagonal(parts, state.step_size, more))
+        step_size, gates = self.coefficients.last(state.initial, state.memory)
+        more = self.preconditioner.outward.to_parts(self.preconditioner.inward.of_parts(parts) * gates)
+        return -self.layout.joined(self._add_diagonal(parts, step_size, more))
 
     def _add_diagonal(self, parts: list[Tensor], step_size: Tensor, more: list[Tensor]) -> list[Tensor]:
         """(w + d)·r + more, part by part."""
@@ -203,12 +211,13 @@ class MetaBroyden(LearnedSolver):
     def inverse(self, state: MetaBroydenState, index: Tensor) -> Any:
         """What `rmatvec` needs of the rows `index`: gates, weights and secant pairs."""
         state = self.gather(state, index)
-        secants = self._pairs(state, self.layout.shape_like(state.gates.shape[2:]))
+        step_size, gates = self.coefficients.last(state.initial, state.memory)
+        secants = self._pairs(state, self.layout.shape_like(gates.shape[2:]))
         if secants is None:
-            return state.gates, state.step_size, None
+            return gates, step_size, None
         used = min(secants.steps - 1, secants.residuals.shape[1])
         pairs = (secants.residuals[:, :used], secants.moves[:, :used], secants.gram[:, :, :used, :used])
-        return state.gates, state.step_size, pairs if used else None
+        return gates, step_size, pairs if used else None
 
     def rmatvec(self, w: Tensor, inverse: Any) -> Tensor:
         """Bᵀw with B of the class's formula, for w (R, n)."""

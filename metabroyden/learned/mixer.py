@@ -42,10 +42,10 @@ class Mixer(nn.Module):
                 f"dilations must be at least 1, and are 1 for layouts 'vector' and 'pyramid'; got {dilation}"
             )
         self.past = (kernel - 1) * dilation if layout.causal else 0
-        self.dilation = dilation
+        self.dilation, self.padding = dilation, kernel // 2 * dilation
         self.map: Any
         if layout.spatial:
-            self.map = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2 * dilation, dilation=dilation, bias=bias)
+            self.map = nn.Conv2d(inputs, outputs, kernel, padding=self.padding, dilation=dilation, bias=bias)
         elif layout.causal:
             self.map = nn.Conv1d(inputs, outputs, kernel, dilation=dilation, bias=bias)
         else:
@@ -57,6 +57,8 @@ class Mixer(nn.Module):
 
     def forward(self, *parts: Tensor) -> Tensor:
         """(R, inputs, *S) → (R, outputs, *S), for a value or what its channels are made of, in order, without joining it."""
+        if len(parts) == 1:
+            return self._mapped(parts[0], self.map.weight, self.map.bias)
         parts = tuple(part for part in parts if part.shape[1])
         weights = self.map.weight.split([part.shape[1] for part in parts], dim=1)
         biases = [self.map.bias, *[None] * (len(parts) - 1)]
@@ -64,8 +66,7 @@ class Mixer(nn.Module):
 
     def _mapped(self, part: Tensor, weight: Tensor, bias: Any) -> Tensor:
         if self.layout.spatial:
-            padding = weight.shape[-1] // 2 * self.dilation
-            return functional.conv2d(part, weight, bias, padding=padding, dilation=self.dilation)
+            return functional.conv2d(part, weight, bias, padding=self.padding, dilation=self.dilation)
         if not self.layout.causal:
             return functional.linear(part, weight, bias)
         # as an image one pixel high, padded on both sides: no copy of the input
@@ -77,14 +78,14 @@ class Mixer(nn.Module):
     def of_parts(self, parts: Sequence[Tensor]) -> Tensor:
         """The map (without bias) of a canonical value that comes in `Layout.parts`, which need not be brought together."""
         if len(parts) == 1:
-            return self(parts[0])
+            return self.forward(parts[0])
         weights = self.map.weight.split(self.layout.coarse_channels, dim=1)
         return functools.reduce(torch.add, map(_strided, parts, weights, self.layout.factors))
 
     def to_parts(self, value: Tensor) -> list[Tensor]:
         """The map (without bias) of a value, as `Layout.parts` of the canonical one."""
         if self.layout.kind != "pyramid":
-            return [self(value)]
+            return [self.forward(value)]
         maps = zip(self.map.weight.split(self.layout.coarse_channels, dim=0), self.layout.factors, strict=True)
         found = [(functional.conv2d(value, weight, padding=weight.shape[-1] // 2), n) for weight, n in maps]
         return [functional.pixel_shuffle(mapped, n) if n > 1 else mapped for mapped, n in found]
@@ -93,8 +94,7 @@ class Mixer(nn.Module):
         """The transposed linear map (its bias left out), (R, outputs, *S) → (R, inputs, *S)."""
         weight = self.map.weight
         if self.layout.spatial:
-            padding = weight.shape[-1] // 2 * self.dilation
-            return functional.conv_transpose2d(value, weight, padding=padding, dilation=self.dilation)
+            return functional.conv_transpose2d(value, weight, padding=self.padding, dilation=self.dilation)
         if self.layout.causal:
             return functional.conv_transpose1d(value, weight, dilation=self.dilation)[..., self.past :]
         return functional.linear(value, weight.T)
