@@ -17,7 +17,7 @@ from metabroyden.inverse import FinalInverse
 from metabroyden.opaque import opaque
 from metabroyden.problem import CountedProblem
 from metabroyden.solution import Cell, Solution, SolveError, State, Status, Trace
-from metabroyden.solver import Phase, SolverBase, as_solver
+from metabroyden.solver import Phase, SolverBase, Trail, as_solver
 from metabroyden.state import Packing, check_context
 
 _COMPACT_AT = 0.7  # a solver's own memory is gathered once so small a share of its rows is still at work
@@ -232,8 +232,7 @@ class _Cohort:
         solver = self.phase.solver
         if not solver.has_inverse or self.state is None or not mask.any():
             return
-        places = np.flatnonzero(mask) if self.live is None else self.live[mask]
-        frozen = solver.inverse(self.state, torch.as_tensor(places, device=self.z.device))
+        frozen = solver.inverse(self.state, self._places(mask))
         out.add(torch.as_tensor(self.live_rows.host[mask], device=self.z.device), solver, frozen)
 
     def stationary(self) -> np.ndarray:
@@ -254,11 +253,20 @@ class _Cohort:
         fresh = ~(lowest >= self.phase.progress * self.mark)  # NaN marks: nothing seen yet
         self.mark = np.where(fresh, lowest, self.mark)
         self.since = np.where(fresh, 0, self.since + evaluations)
-        if self.phase.horizon is not None and self.steps >= self.phase.horizon:
+        phase = self.phase
+        if phase.horizon is not None and self.steps >= phase.horizon:
             return np.ones(len(lowest), dtype=bool)
-        if self.phase.patience is None:
-            return np.zeros(len(lowest), dtype=bool)
-        return self.since >= self.phase.patience
+        late = np.zeros(len(lowest), dtype=bool) if phase.patience is None else self.since >= phase.patience
+        return late | (lowest > phase.envelope[self.steps]) if self.steps < len(phase.envelope) else late
+
+    def trail(self, mask: np.ndarray) -> Trail:
+        """The last iterates of these of the live rows."""
+        return [] if self.state is None else self.phase.solver.trail(self.state, self._places(mask))
+
+    def _places(self, mask: np.ndarray) -> Tensor:
+        """Positions of these of the live rows among all rows."""
+        places = np.flatnonzero(mask) if self.live is None else self.live[mask]
+        return torch.as_tensor(places, device=self.z.device)
 
 
 class _Driver:
@@ -368,7 +376,7 @@ class _Driver:
         stuck = _NONE if last else cohort.stagnated(evaluator.lowest[pick], self.unseen)
         if not (evaluator.news or any(map(np.count_nonzero, (spent, stationary, stuck)))):
             return
-        converged, finite, best = evaluator.converged[pick], ~evaluator.broken[pick], evaluator.best[pick]
+        converged, finite = evaluator.converged[pick], ~evaluator.broken[pick]
         broken = ~finite | stationary | stuck
         leaving = broken & ~converged
         gone = leaving | converged | spent
@@ -381,27 +389,39 @@ class _Driver:
         if self.inverse is not None:
             cohort.export_inverse(gone & ~going, self.inverse)
         if going.any():
-            self._hand_over(host[going], best[going], cohort.number + 1)
+            self._hand_over(cohort, going)
         cohort.keep(~gone)
         if len(cohort.live_rows) == 0:
             self.cohorts.remove(cohort)
 
-    def _hand_over(self, host: np.ndarray, best: np.ndarray, number: int) -> None:
-        """New cohorts in phase `number`: from the best iterate, whose residual is known, or from z0 where there is none."""
-        from_best = np.isfinite(best) if self.plan[number].origin == "best" else np.zeros(len(host), dtype=bool)
-        for chosen in (from_best, ~from_best):
-            if not chosen.any():
-                continue
-            cohort = _Cohort(self.evaluator, self.plan, number, host[chosen])
-            index = cohort.rows.index
-            if chosen is from_best:
-                best_z, best_g = self.evaluator.best_z, self.evaluator.best_g
-                assert best_g is not None
-                # the whole batch: copies, since the best iterates may later be written in place
-                pair = (best_z.clone(), best_g.clone()) if index is None else (best_z[index], best_g[index])
-                cohort.z, cohort.g = pair
-            else:
-                cohort.z = self.evaluator.z0 if index is None else self.evaluator.z0[index]
-                g = self.evaluator.g0
-                cohort.g = g if g is None or index is None else g[index]
-            self.cohorts.append(cohort)
+    def _hand_over(self, cohort: _Cohort, mask: np.ndarray) -> None:
+        """Hand these of a cohort's live rows to the next phase, at the best iterate, whose residual is known, or at z0."""
+        host, number, evaluator = cohort.live_rows.host, cohort.number + 1, self.evaluator
+        phase = self.plan[number]
+        here = mask & (phase.origin == "best") & np.isfinite(evaluator.best[host])
+        here &= evaluator.lowest[host] <= phase.enter_below
+        if here.any():
+            self._carry_on(host[here], number, cohort.trail(here))
+        if (mask & ~here).any():
+            later = (k for k in range(number, len(self.plan)) if self.plan[k].origin == "start")
+            self._begin_again(host[mask & ~here], number if math.isinf(phase.enter_below) else next(later, number))
+
+    def _carry_on(self, host: np.ndarray, number: int, trail: Trail) -> None:
+        """A new cohort in phase `number` from the best iterates of these samples."""
+        made = _Cohort(self.evaluator, self.plan, number, host)
+        index, best_z, best_g = made.rows.index, self.evaluator.best_z, self.evaluator.best_g
+        assert best_g is not None
+        # the whole batch: copies, since the best iterates may later be written in place
+        pair = (best_z.clone(), best_g.clone()) if index is None else (best_z[index], best_g[index])
+        made.z, made.g = pair
+        if trail:
+            made.state = made.phase.solver.resume(*pair, trail, made.problem)
+        self.cohorts.append(made)
+
+    def _begin_again(self, host: np.ndarray, number: int) -> None:
+        """A new cohort in phase `number` from these samples' z0."""
+        made = _Cohort(self.evaluator, self.plan, number, host)
+        index, z0, g0 = made.rows.index, self.evaluator.z0, self.evaluator.g0
+        made.z = z0 if index is None else z0[index]
+        made.g = g0 if g0 is None or index is None else g0[index]
+        self.cohorts.append(made)

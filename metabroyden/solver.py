@@ -6,6 +6,7 @@ R rows, n coordinates; g = f(z) − z throughout.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +15,9 @@ from torch import Tensor
 from metabroyden.deprecated import MEMBERS, warn
 from metabroyden.problem import Problem
 from metabroyden.state import gather
+
+Trail = list[tuple[Tensor, Tensor]]
+"""Iterates (R, n), each with its residual g = f(z) − z (R, n)."""
 
 
 class Step(NamedTuple):
@@ -58,6 +62,20 @@ class SolverBase:
         """The state before the first step, z and g of shape (R, n): none, unless a solver has one."""
         return ()
 
+    def resume(self, z: Tensor, g: Tensor, trail: Trail, problem: Problem) -> Any:
+        """The state before the first step where this solver takes over at z from one that leaves this trail, see `trail`.
+
+        As `init` gives it, unless a solver has a use for the trail.
+        """
+        return self.init(z, g, problem)
+
+    def trail(self, state: Any, index: Tensor) -> Trail:
+        """The last iterates of the rows `index` with their residuals, oldest first, for the solver that takes over.
+
+        None, unless a solver keeps them.
+        """
+        return []
+
     def step(self, z: Tensor, g: Tensor, state: Any, problem: Problem) -> Step:
         """The next iterate from z and its residual g."""
         raise NotImplementedError
@@ -86,7 +104,10 @@ class Phase:
     Attributes:
         solver: what does the stepping.
         origin: where the phase begins: "start" (z0) or "best" (the best iterate so far, at no evaluation).
+        enter_below: of a phase that begins at the best iterate: where that one's relative residual is above this, the
+            sample goes on to the next phase that begins at z0.
         horizon: steps after which what has not converged is handed to the next phase; None: no limit.
+        envelope: largest relative residuals (see `progress`), after 0, 1, … steps, with which a sample may stay.
         patience: evaluations without progress after which a sample is handed on; None: no limit.
         progress: the factor by which the smallest relative residual must fall to count as progress. (Not ‖f(z) − z‖, by
             which the best iterate is chosen: where z vanishes, that falls for ever without getting nearer to a solution.)
@@ -94,9 +115,11 @@ class Phase:
 
     solver: Any
     origin: str = "start"
+    enter_below: float = math.inf
     horizon: int | None = None
     patience: int | None = None
     progress: float = 1.0
+    envelope: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "solver", as_solver(self.solver))

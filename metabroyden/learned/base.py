@@ -204,7 +204,7 @@ class LearnedSolver(SolverBase, nn.Module):
             raise ValueError(f"unknown config fields for {cls.__name__}: {sorted(set(values) - known)}")
         values = {name: _tuples(value) for name, value in values.items()}
         if isinstance(values.get("safeguard"), dict):
-            values["safeguard"] = Safeguard(**values["safeguard"])
+            values["safeguard"] = Safeguard(**{name: _tuples(value) for name, value in values["safeguard"].items()})
         return cls(cls.config_type(**values))
 
     def save_pretrained(self, folder: str | Path) -> Path:

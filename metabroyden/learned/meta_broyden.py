@@ -11,10 +11,11 @@ from torch import Tensor
 from metabroyden.deprecated import current
 from metabroyden.learned.base import LearnedConfig, LearnedSolver
 from metabroyden.learned.coefficients import StepLSTM, StepSchedule, by_channel
+from metabroyden.learned.multisecant import Multisecant
 from metabroyden.learned.preconditioner import LearnedInverse, Preconditioner
 from metabroyden.learned.safeguard import BY_PROGRESS, Safeguard
 from metabroyden.learned.secants import Secants, SecantState
-from metabroyden.solver import Phase, Step
+from metabroyden.solver import Phase, Step, Trail
 from metabroyden.solvers.registry import register
 from metabroyden.state import gather
 
@@ -115,8 +116,10 @@ class MetaBroyden(LearnedSolver):
         return self.config.schedule_length or self.config.learned_steps
 
     def safeguarded(self) -> list[Phase]:
-        """As every learned solver's; Broyden carries on from B₀ with the coefficients' final step size and gates."""
-        return self.config.safeguard.phases(self, LearnedInverse(self, self._beyond_identity))
+        """As every learned solver's; `Multisecant` carries on from B₀ with the coefficients' final step size and gates."""
+        return self.config.safeguard.phases(
+            self, resumed=Multisecant(self, LearnedInverse(self, self._beyond_identity))
+        )
 
     def _beyond_identity(self, r: Tensor, shape: tuple[Any, ...]) -> Tensor:
         """(w + d − 1)·r for r (R, n), where there is no step to take w from."""
@@ -197,27 +200,24 @@ class MetaBroyden(LearnedSolver):
         """The secant pairs known so far; None before the first iterate is noted."""
         if state.secants is not None or not state.trail:
             return state.secants
-        (first, *others) = ((z, g) if rows is None else (z[rows], g[rows]) for z, g, rows in state.trail)
-        found = self.secants.init(*first, shape)
-        for z, g in others:
-            found = self.secants.update(z, g, found, shape)
-        return found
+        return self.secants.of([(z, g) if rows is None else (z[rows], g[rows]) for z, g, rows in state.trail], shape)
 
     def gather(self, state: MetaBroydenState, index: Tensor) -> MetaBroydenState:
         """The rows `index` of a state; iterates that may never be asked for are not copied."""
         trail = tuple((z, g, index if rows is None else rows.index_select(0, index)) for z, g, rows in state.trail)
         return gather(state._replace(trail=()), index)._replace(trail=trail)
 
+    def trail(self, state: MetaBroydenState, index: Tensor) -> Trail:
+        """The iterates of the learned steps that are kept."""
+        kept = ((z, g, index if rows is None else rows.index_select(0, index)) for z, g, rows in state.trail)
+        return [(z.index_select(0, rows), g.index_select(0, rows)) for z, g, rows in kept]
+
     def inverse(self, state: MetaBroydenState, index: Tensor) -> Any:
         """What `rmatvec` needs of the rows `index`: gates, weights and secant pairs."""
         state = self.gather(state, index)
         step_size, gates = self.coefficients.last(state.initial, state.memory)
         secants = self._pairs(state, self.layout.shape_like(gates.shape[2:]))
-        if secants is None:
-            return gates, step_size, None
-        used = min(secants.steps - 1, secants.residuals.shape[1])
-        pairs = (secants.residuals[:, :used], secants.moves[:, :used], secants.gram[:, :, :used, :used])
-        return gates, step_size, pairs if used else None
+        return gates, step_size, None if secants is None else self.secants.pairs(secants)
 
     def rmatvec(self, w: Tensor, inverse: Any) -> Tensor:
         """Bᵀw with B of the class's formula, for w (R, n)."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from metabroyden.learned.base import is_warm
 from metabroyden.learned.meta_broyden import MetaBroyden, MetaBroydenConfig, MetaBroydenState
 from metabroyden.solution import Cell
-from metabroyden.solver import Phase, Step
+from metabroyden.solver import Phase, Step, Trail
 from metabroyden.solvers.base import check_number
 from metabroyden.solvers.registry import register
 from metabroyden.solvers.splitting import PeacemanRachford, resolved
@@ -99,6 +99,10 @@ class MetaSplitting(MetaBroyden):
         if learned is None:
             learned = super().init(u, move, problem)
         return Step(z, MetaSplittingState(u, move, learned, state.resolvent), g)
+
+    def trail(self, state: MetaSplittingState, index: Tensor) -> Trail:  # type: ignore[override]
+        """None: its pairs are of another map."""
+        return []
 
     def gather(self, state: MetaSplittingState, index: Tensor) -> MetaSplittingState:  # type: ignore[override]
         """The rows `index` of a state."""

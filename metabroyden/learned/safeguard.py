@@ -13,11 +13,11 @@ from metabroyden.solvers.broyden import Broyden
 class Safeguard:
     """When a learned solver hands a sample to Broyden, and how far that is trusted. `solve` does the handing over.
 
-    A sample leaves the learned phase when its best residual has not made progress for `patience` evaluations, when it turns
-    non-finite, or after `horizon` steps. Broyden carries on from the best iterate, whose residual is known; where that
-    does not halve the best residual in `resumed_patience` evaluations, plain Broyden starts again from z0. So, with a
-    horizon or a patience for progress below 1, and given max_nfe plus what was already spent, a learned solve does not fail
-    where its fallback converges.
+    A sample leaves the learned phase when its best residual is above the `envelope`, has not made progress for `patience`
+    evaluations, when it turns non-finite, or after `horizon` steps. A quasi-Newton method carries on from the best iterate,
+    whose residual is known; where that does not halve the best residual in `resumed_patience` evaluations, or where the best
+    iterate is no better than zero, plain Broyden starts again from z0. So, with a horizon or a patience for progress
+    below 1, and given max_nfe plus what was already spent, a learned solve does not fail where its fallback converges.
 
     Attributes:
         horizon: learned steps at most; None: no limit.
@@ -26,6 +26,8 @@ class Safeguard:
             or a sample that creeps stays for ever.
         memory: of the fallback.
         resumed_patience: evaluations in which the resumed phase must halve the best residual.
+        envelope: largest relative residual of the best iterate after 0, 1, … learned steps with which a sample stays; after
+            its last entry, any. Made by `fit_solver` of what its validation problems reach.
     """
 
     horizon: int | None = 20
@@ -33,8 +35,11 @@ class Safeguard:
     memory: int = 30
     resumed_patience: int = 20
     progress: float = 1.0
+    envelope: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.envelope, tuple) or not all(isinstance(v, float) and v > 0 for v in self.envelope):
+            raise ValueError(f"Safeguard: envelope must be a tuple of positive numbers, got {self.envelope!r:.80}")
         for name in ("horizon", "patience", "memory", "resumed_patience"):
             value = getattr(self, name)
             if name in ("horizon", "patience") and value is None:
@@ -50,13 +55,18 @@ class Safeguard:
 
     def learned_phase(self, solver: Any) -> Phase:
         """The learned steps."""
-        return Phase(solver, horizon=self.horizon, patience=self.patience, progress=self.progress)
+        return Phase(
+            solver, horizon=self.horizon, patience=self.patience, progress=self.progress, envelope=self.envelope
+        )
 
-    def phases(self, solver: Any, initial: Any = None) -> list[Phase]:
-        """Learned steps, Broyden on top of the learned inverse Jacobian `initial` (if any), plain Broyden from z0."""
-        broyden = Broyden(memory=self.memory, initial=initial)
-        resumed = Phase(broyden, origin="best", patience=self.resumed_patience, progress=0.5)
-        return [self.learned_phase(solver), resumed, Phase(self.fallback())]
+    def phases(self, solver: Any, initial: Any = None, resumed: Any = None) -> list[Phase]:
+        """Learned steps, what carries on from the best iterate, plain Broyden from z0.
+
+        The second is `resumed`, by default Broyden on top of the learned inverse Jacobian `initial` (if any).
+        """
+        carrying = Broyden(memory=self.memory, initial=initial) if resumed is None else resumed
+        second = Phase(carrying, origin="best", enter_below=1.0, patience=self.resumed_patience, progress=0.5)
+        return [self.learned_phase(solver), second, Phase(self.fallback())]
 
 
 BY_PROGRESS = Safeguard(horizon=None, patience=15, progress=0.8)

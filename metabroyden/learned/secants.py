@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from metabroyden.learned.layout import Layout
+from metabroyden.solver import Trail
 
 
 class SecantState(NamedTuple):
@@ -56,6 +57,18 @@ class Secants:
             size = row[..., slot]
             gram[:, :, slot, slot] = torch.where(size > 0, size * (1 + ridge), 1.0)  # a zero pair: none
         return SecantState(residuals, moves, gram, z, g, state.steps + 1)
+
+    def of(self, trail: Trail, shape: tuple[int, ...]) -> SecantState | None:
+        """The pairs between the iterates of a trail, oldest first; None where there is none."""
+        found = None
+        for z, g in trail:
+            found = self.init(z, g, shape) if found is None else self.update(z, g, found, shape)
+        return found
+
+    def pairs(self, state: SecantState) -> tuple[Tensor, ...] | None:
+        """(ΔG, ΔZ, Gram), as `transposed` takes them; None where there is no pair."""
+        used = min(state.steps - 1, state.residuals.shape[1])
+        return (state.residuals[:, :used], state.moves[:, :used], state.gram[:, :, :used, :used]) if used else None
 
     def project(self, g: Tensor, state: SecantState, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """(ΔZγ, g − ΔGγ), both (R, n)."""

@@ -59,12 +59,15 @@ class Unrolling(metaclass=OldOptions):
     Attributes:
         segments: unrolls of K steps one after another, each from where the last one ended and cut off from its graph
             (truncated backpropagation through time), their gradients added up. With 1 backpropagation is full.
+        drop_below: samples with a smaller relative residual at the end of a segment take no part in the next ones, so that
+            these are trained on the hard samples, at the price of those. 0: all samples go on.
         clip: of the gradient's norm.
         objective: see `metabroyden.meta.objectives`.
         detach_features: see `metabroyden.meta.unroll.unroll`, as for checkpoint_steps and half.
     """
 
     segments: int = count(1)
+    drop_below: float = positive(0.0)
     clip: float = positive(1.0)
     objective: Objective = field(default_factory=ResidualObjective)
     detach_features: bool = flag(False)

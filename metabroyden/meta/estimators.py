@@ -22,7 +22,7 @@ from metabroyden.shared import bare
 from metabroyden.solution import Cell, State
 from metabroyden.solve import solve
 from metabroyden.solvers.broyden import Broyden
-from metabroyden.state import Packing
+from metabroyden.state import Packing, gather
 
 Play = Callable[[Tensor, Any], tuple[Tensor, Any]]
 """(parameters (P,), state or None) → (the segment's loss, the state it ends in)."""
@@ -114,14 +114,14 @@ class UnrolledLoss(nn.Module):
     def forward(
         self, f: Cell, z0: State, context: Any, star: Tensor | None, begin: Any, steps: int, done: float,
         config: Unrolling, backend: str,
-    ) -> tuple[Tensor, Any]:  # fmt: skip
-        """(the loss, where the next segment begins)."""
+    ) -> tuple[Tensor, Tensor, Any]:  # fmt: skip
+        """(the loss, relative residuals (B,) at the end, where the next segment begins)."""
         modes: dict[str, Any] = {key: getattr(config, key) for key in ("detach_features", "checkpoint_steps", "half")}
         rollout = unroll(self.solver, f, z0, context, steps=steps, backend=backend, begin=begin, **modes)
         loss = config.objective.loss(rollout, star, done)
         if distributed.size() > 1:  # the reduction wants every parameter's gradient, of segments that use none, too
             loss = loss + 0 * torch.stack([parameter.sum() for parameter in self.solver.parameters()]).sum()
-        return loss, rollout.carry()
+        return loss, rollout.residuals[-1].detach(), rollout.carry()
 
 
 def backpropagate(
@@ -145,10 +145,23 @@ def backpropagate(
             if isinstance(module, DistributedDataParallel) and number < config.segments - 1:
                 wait = module.no_sync()
             with wait, torch.enable_grad():
-                loss, begin = module(f, z0, context, star, begin, steps, done, config, backend)
+                loss, residual, begin = module(f, z0, context, star, begin, steps, done, config, backend)
                 loss.backward(inputs=parameters)  # whatever else f closes over must not collect gradients
             losses.append(loss.detach())
+            if config.drop_below and number < config.segments - 1:
+                solver = getattr(module, "module", module).solver
+                z0, context, star, begin = _hard(solver, residual, config.drop_below, z0, context, star, begin)
     return torch.stack(losses).mean(), nn.utils.clip_grad_norm_(parameters, config.clip)
+
+
+def _hard(solver: Any, residual: Tensor, limit: float, z0: State, context: Any, star: Tensor | None, begin: Any) -> Any:
+    """(z0, context, star, begin) of the samples with a relative residual (B,) of at least `limit`, the worst if none has."""
+    chosen = (~(residual < limit)).nonzero().squeeze(1)
+    if len(chosen) == len(residual):
+        return z0, context, star, begin
+    chosen = chosen if len(chosen) else residual.argmax().view(1)
+    z, state = begin
+    return *gather((z0, context, star), chosen), (z.index_select(0, chosen), solver.gather(state, chosen))
 
 
 def differentiate(
