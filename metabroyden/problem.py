@@ -32,6 +32,7 @@ class Problem(ABC):
         shape: per-sample shape of the state, or a tuple of shapes for a state of several tensors.
         steps_left: no row can make more steps than this.
         keep_inverse: whether a solver must keep what its `inverse` is made of, beside what its own steps need.
+        hands_over: whether a sample may be handed to another solver, for which `SolverBase.trail` is to be kept.
         alive: see `CountedProblem`; where a solver may decide on the host only.
         budget: evaluations each row can still afford, likewise.
         affordable_jvps: Jacobian products each row can still afford, likewise.
@@ -42,6 +43,7 @@ class Problem(ABC):
     shape: Any
     steps_left: int = sys.maxsize
     keep_inverse: bool = True
+    hands_over: bool = False
     alive: Any
     budget: Any
     affordable_jvps: Any
@@ -94,7 +96,7 @@ class CountedProblem(Problem):
 
     def __init__(self, evaluator: Evaluator, rows: Rows, live: np.ndarray | None = None) -> None:
         self._evaluator, self._rows, self._live = evaluator, rows, live
-        self.keep_inverse = evaluator.keep_inverse
+        self.keep_inverse, self.hands_over = evaluator.keep_inverse, evaluator.best_g is not None
         self.live_index = None if live is None else torch.as_tensor(live, device=evaluator.z0.device)
         self.live_rows = rows if live is None else evaluator.rows(rows.host[live])
 

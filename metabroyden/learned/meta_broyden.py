@@ -11,7 +11,7 @@ from torch import Tensor
 from metabroyden.deprecated import current
 from metabroyden.learned.base import LearnedConfig, LearnedSolver
 from metabroyden.learned.coefficients import StepLSTM, StepSchedule, by_channel
-from metabroyden.learned.multisecant import Multisecant
+from metabroyden.learned.multisecant import JUDGED_ON, Multisecant
 from metabroyden.learned.preconditioner import LearnedInverse, Preconditioner
 from metabroyden.learned.safeguard import BY_PROGRESS, Safeguard
 from metabroyden.learned.secants import Secants, SecantState
@@ -149,13 +149,11 @@ class MetaBroyden(LearnedSolver):
         return Step(z, state._replace(trail=(), secants=secants, steps=state.steps + 1))
 
     def _trail(self, z: Tensor, g: Tensor, state: MetaBroydenState, problem: Any) -> tuple[Any, ...]:
-        """The trail with this iterate; empty before what the secant steps will see of it, or where they will not come."""
+        """The trail with this iterate: as far back as the secant steps, or what takes over, will look."""
         config, step = self.config, state.steps
-        if not problem.keep_inverse:
-            late = step >= config.learned_steps - 1 - config.memory
-            if not late or step + problem.steps_left <= config.learned_steps:
-                return ()
-        return (*state.trail, (z, g, None))[-config.memory - 1 :]
+        late = step >= config.learned_steps - 1 - config.memory and step + problem.steps_left > config.learned_steps
+        most = config.memory if problem.keep_inverse or late else JUDGED_ON * problem.hands_over
+        return (*state.trail, (z, g, None))[-most - 1 :] if most else ()
 
     def _learned_step(
         self, z: Tensor, g: Tensor, state: MetaBroydenState, shape: tuple[Any, ...], trail: tuple[Any, ...]

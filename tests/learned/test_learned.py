@@ -219,7 +219,7 @@ def test_what_metabroyden_hands_over_is_the_inverse_that_it_stepped_with(kind, n
     z, g, w = normal(3, 2, n, seed=2, dtype=DOUBLE)
 
     class Problem:
-        keep_inverse = True
+        keep_inverse, hands_over = True, False
         shape = layout.shape
         context = layout.canonical(w, layout.shape) if kind != "ntc" else w.view(2, *layout.shape)
 
