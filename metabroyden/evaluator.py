@@ -239,7 +239,8 @@ class Evaluator:
         pick, count = rows.pick, len(rows)
         best, (g_norm, f_norm) = self.best[pick], norms
         low, high = self._trusted
-        trusted = norms.min() > low and norms.max() < high  # never where there is a NaN
+        # never where there is a NaN
+        trusted = np.minimum.reduce(norms, axis=None) > low and np.maximum.reduce(norms, axis=None) < high
         if trusted:
             bound = self.rtol * f_norm if self.atol == 0 else self.atol + self.rtol * f_norm
             residual = g_norm / f_norm

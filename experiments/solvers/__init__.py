@@ -74,6 +74,7 @@ def _pieces(config: Solvers) -> Iterator[tuple[str, Callable[[], Iterator[Row]]]
         if "gaussian 0.95" in name:
             yield "anatomy", partial(rows.anatomy_rows, name, _cell(config, *cell), rtol=1e-5, **options)
     yield "overhead", partial(overhead.gap_rows, BATCHES, MEMORIES, repeats=config.repeats)
+    yield "price", partial(overhead.price_rows, repeats=3 * config.repeats)
     yield "limited memory", partial(rows.limited_rows, rtols=(1e-3, 1e-5), seeds=config.seeds)
     for name in PROBLEMS:
         yield name, partial(rows.registry_rows, name, REGISTRY, budget=200, batch=config.problems)

@@ -3,6 +3,7 @@
 A row is a JSON object with a key "row" that says what it tells:
   race      one solver on one problem to one tolerance: time, time in f, calls, evaluations, success, ratios to the peer
   gap       one solver: time outside f before the k-th call of f, or by batch or memory
+  price     one solver, in `solve` or with a fixed budget: time from one call of f to the next, over the time of f alone
 """
 
 from __future__ import annotations
@@ -13,14 +14,21 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from experiments.bench import runner
 from experiments.bench.peers import TorchDEQSolver, solve_state
 from experiments.bench.runner import Row
 from experiments.solvers.rows import traced
 from metabroyden.comparison.clock import laps
 from metabroyden.comparison.tables import short
+from metabroyden.fixed import FixedBudget
+from metabroyden.learned import MetaBroyden
+from metabroyden.learned.layout import Layout
 from metabroyden.solve import solve
 from metabroyden.solvers import Anderson, Broyden, Picard
+from metabroyden.zoo.models.conv import ConvCell
 from metabroyden.zoo.testbed import KnownProblem
 from metabroyden.zoo.testbed.cells import blas
 
@@ -108,3 +116,46 @@ def gap_rows(batches: Iterable[int], memories: Iterable[int], *, repeats: int, s
         yield from rows("batch", batch, batch, entries(10) | plain, 11)
     for memory in memories:
         yield from rows("memory", memory, 64, entries(memory, memory), memory + 2)
+
+
+def price_rows(*, repeats: int, batch: int = 128, budget: int = 14) -> Iterator[Row]:
+    """What an evaluation costs in times of f alone: a residual convolutional cell, 16 channels, 8 × 8 pixels, one thread.
+
+    Medians over the steps of a solve, then over the rounds; the weights are random, the learned solver is not trained.
+    """
+    shape = (16, 8, 8)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        cell, x, z0 = ConvCell(16, 32).requires_grad_(False), torch.randn(batch, *shape), torch.zeros(batch, *shape)
+        learned = MetaBroyden(layout=Layout("image", shape)).requires_grad_(False)
+    moments: list[tuple[float, float]] = []
+
+    def f(z: Tensor, x: Tensor) -> Tensor:
+        began = time.perf_counter()
+        value = cell(z, x)
+        moments.append((began, time.perf_counter()))
+        return value
+
+    def alone() -> None:
+        z = z0
+        for _ in range(budget):
+            z = f(z, x)
+
+    def reading(run: Any) -> tuple[float, float]:
+        moments.clear()
+        run()
+        starts, ends = np.array(moments).T
+        return float(np.median(ends - starts)), float(np.median(starts[1:] - ends[:-1]))
+
+    jobs: dict[tuple[str, str], Any] = {("", "f alone"): alone}
+    options: dict[str, Any] = {"rtol": 0.0, "max_nfe": budget}
+    for label, solver in {"Picard": Picard(), "Anderson": Anderson(), "Broyden": Broyden(), "learned": learned}.items():
+        jobs[label, "fixed"] = partial(FixedBudget(f, solver, compiled=False, **options), z0, x)
+        for trace in (False, True):
+            how = "solve, trace" if trace else "solve"
+            jobs[label, how] = partial(solve, f, z0, x, solver=solver, throw=False, trace=trace, **options)
+    with runner.threads(1):
+        found = laps({key: partial(reading, job) for key, job in jobs.items()}, repeats)
+    in_f = float(np.median(found.pop(("", "f alone"))[:, 0]))
+    for (label, how), of in found.items():
+        yield {"row": "price", "solver": label, "how": how, **short({"f": in_f, "outside": float(np.median(of[:, 1]))})}

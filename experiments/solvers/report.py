@@ -22,6 +22,7 @@ def write(rows: list[Row], described: Row, folder: Path) -> list[report.Section]
     """report.md and its figures, from rows alone."""
     return [
         means_table(rows), *(race_table(rows, method) for method in METHODS), _anatomy(chosen(rows, "anatomy")),
+        _prices(chosen(rows, "price")),
         save(_overhead(rows), folder / "overhead.png"), _limited_table(chosen(rows, "limited")),
         _registry(chosen(rows, "solve", tolerance=1e-6)), _compiled(chosen(rows, "compiled")),
     ]  # fmt: skip
@@ -66,6 +67,14 @@ def _anatomy(rows: Sequence[Row]) -> Table:
     columns: list[tuple[str, Any]] = [(head, _micro(key)) for head, key in parts.items()]
     return listed(
         "Where the time goes, per call of f", rows, [("problem", "{problem}"), ("solver", "{solver}"), *columns]
+    )
+
+
+def _prices(rows: Sequence[Row]) -> Table:
+    """An evaluation in a solve over f alone."""
+    words = "Time from one call of f to the next, in times of f: residual convolutional cell, 128 inputs, one thread"
+    return pivot(
+        words, rows, "{solver}", "{how}", lambda of: f"{1 + of[0]['outside'] / of[0]['f']:.2f}", corner="solver"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,13 +13,20 @@ from metabroyden.learned.lstm import SharedLSTM
 
 
 class StepCoefficients(NamedTuple):
-    """Of one learned step. Weights are of channels, (1, C), for a schedule; of places, (R, 1, *S), for an LSTM."""
+    """Of one learned step, weights of the layout's parts: of their channels or, from an LSTM, of places, too."""
 
-    step_size: Tensor  # w, of the residual
-    momentum: Tensor  # 1 + m, m being the weight of the last move
+    step_sizes: Sequence[tuple[Tensor, ...]]  # terms of w + d, of the residual
+    momenta: Sequence[Tensor]  # 1 + m, m being the weight of the last move
     gates: tuple[Tensor, ...]  # (R or 1, k, *S) factors of γ
     correction: Tensor | None  # (R, k, *S) s·c
-    memory: Any  # of a schedule its row; of the LSTM hidden and cell state (R, H, P), residual scale (R, 1, …), w and γ
+    memory: Any  # of a schedule (row, all rows); of the LSTM hidden and cell state (R, H, P), scale (R, 1, …), w and γ
+
+
+class _Rows:
+    """A schedule's weights as its steps want them, split into rows once for a whole solve."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows = rows
 
 
 class StepSchedule(nn.Module):
@@ -45,26 +53,34 @@ class StepSchedule(nn.Module):
 
     def begin(self, gates: Tensor, g: Tensor, shape: Any) -> Any:
         """The memory before the first step, for gates (R, k, *S) and the residual g (R, n)."""
-        return 0
+        return 0, None if torch.is_grad_enabled() else _Rows(self._rows(gates, slice(None)))
+
+    def _rows(self, like: Tensor, rows: slice) -> list[Any]:
+        """(step sizes, momenta, factor of the gates) of each of these rows, for states with the axes of `like`."""
+        sizes, momenta = (
+            [part.unbind() for part in by_channel(weight[0, rows], self.layout, like)]
+            for weight in (self.step_size, self.momentum)
+        )
+        terms = zip(*[[(weight,) for weight in part] for part in sizes], strict=True)
+        return list(zip(terms, zip(*momenta, strict=True), _along(self.gates[0, rows], like).unbind(), strict=True))
 
     def at(self, step: int, initial: Tensor, inner: Tensor, g: Tensor, memory: Any, shape: Any) -> StepCoefficients:
         """Those of step 0, 1, …, for the gates where the solve began and the inner residual A(g), both (R, k, *S)."""
-        row = min(step, self.step_size.shape[1] - 1)
-        gates = initial, _along(self.gates[:, row], initial)
-        return StepCoefficients(self.step_size[:, row], self.momentum[:, row], gates, None, row)
+        row, split = min(step, self.step_size.shape[1] - 1), memory[1]
+        if split is None or torch.is_grad_enabled():
+            ((step_sizes, momenta, factor),) = self._rows(initial, slice(row, row + 1))
+        else:
+            step_sizes, momenta, factor = split.rows[row]
+        return StepCoefficients(step_sizes, momenta, (initial, factor), None, (row, split))
 
     def last(self, initial: Tensor, memory: Any) -> tuple[Tensor, Tensor]:
         """(step size with the rows first, gates (R, k, *S)) of the last step."""
-        step_size = self.step_size[:, memory].expand(initial.shape[0], -1)
-        return step_size, initial * _along(self.gates[:, memory], initial)
-
-    def by_part(self, weight: Tensor, like: Tensor) -> list[Tensor]:
-        """A weight of `StepCoefficients` for each of the layout's parts, which have the axes of `like`."""
-        return by_channel(weight, self.layout, like)
+        step_size = self.step_size[:, memory[0]].expand(initial.shape[0], -1)
+        return step_size, initial * _along(self.gates[:, memory[0]], initial)
 
     def diagonal(self, step_size: Tensor, like: Tensor) -> list[tuple[Tensor, ...]]:
-        """For each part of the residual, what it is multiplied with, as terms."""
-        return [(weight,) for weight in self.by_part(step_size, like)]
+        """For each part of the residual, with the axes of `like`, what it is multiplied with, as terms."""
+        return [(weight,) for weight in by_channel(step_size, self.layout, like)]
 
     @property
     def final_step_size(self) -> Tensor:
@@ -109,20 +125,17 @@ class StepLSTM(nn.Module):
         step_size, momentum, change, correction = output.split([1, 1, rank, rank], dim=1)
         step_size, gates = self.damping + step_size, initial * (1 + change)
         memory = hidden, cell, scale, step_size, gates
-        return StepCoefficients(step_size, 1 + momentum, (gates,), scale * correction, memory)
+        momenta = self.layout.spread(1 + momentum)
+        return StepCoefficients(self.diagonal(step_size, inner), momenta, (gates,), scale * correction, memory)
 
     def last(self, initial: Tensor, memory: Any) -> tuple[Tensor, Tensor]:
         """As `StepSchedule.last`."""
         return memory[3:]
 
-    def by_part(self, weight: Tensor, like: Tensor) -> list[Tensor]:
-        """As `StepSchedule.by_part`."""
-        return self.layout.spread(weight)
-
     def diagonal(self, step_size: Tensor, like: Tensor) -> list[tuple[Tensor, ...]]:
         """As `StepSchedule.diagonal`."""
         constants = by_channel(self.channel.unsqueeze(0), self.layout, like)
-        return list(zip(self.by_part(step_size, like), constants, strict=True))
+        return list(zip(self.layout.spread(step_size), constants, strict=True))
 
     @property
     def final_step_size(self) -> Tensor:
@@ -141,5 +154,5 @@ def by_channel(weight: Tensor, layout: Layout, like: Tensor) -> list[Tensor]:
 
 
 def _along(weight: Tensor, like: Tensor) -> Tensor:
-    """Weights (R or 1, k) of the channels of `like` (R, k, *S)."""
+    """Weights (…, k) of the channels of `like` (R, k, *S)."""
     return weight.view(weight.shape + (1,) * (like.dim() - 2))

@@ -162,7 +162,7 @@ class Layout:
         if self.kind == "pyramid":
             images = zip(self.parts(flat, shape), self.factors, strict=True)
             return torch.cat([functional.pixel_unshuffle(image, n) for image, n in images], dim=1)
-        full = flat.reshape(flat.shape[:1] + shape)  # len() of a tensor is slow
+        full = flat.reshape(-1, *shape)
         found = full.transpose(1, 2) if self.kind == "ntc" else full
         return found.flip(2) if self.reverse and self.causal else found
 

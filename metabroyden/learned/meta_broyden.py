@@ -158,20 +158,18 @@ class MetaBroyden(LearnedSolver):
     def _learned_step(
         self, z: Tensor, g: Tensor, state: MetaBroydenState, shape: tuple[Any, ...], trail: tuple[Any, ...]
     ) -> Step:
-        layout, coefficients = self.layout, self.coefficients
+        layout = self.layout
         residuals = layout.parts(g, shape)
         inner = self.preconditioner.inward.of_parts(residuals)
-        found = coefficients.at(state.steps, state.initial, inner, g, state.memory, shape)
-        weights = coefficients.by_part(found.momentum, inner)
-        pairs = zip(layout.parts(state.before, shape), layout.parts(z, shape), weights, strict=True)
+        found = self.coefficients.at(state.steps, state.initial, inner, g, state.memory, shape)
+        pairs = zip(layout.parts(state.before, shape), layout.parts(z, shape), found.momenta, strict=True)
         moved = [torch.lerp(before, after, weight) for before, after, weight in pairs]
         for gate in found.gates:
             inner = inner * gate if torch.is_grad_enabled() else inner.mul_(gate)
         if found.correction is not None:
             inner = inner + found.correction
         more = self.preconditioner.outward.to_parts(inner)
-        diagonal = coefficients.diagonal(found.step_size, inner)
-        for place, r, terms, learned in zip(moved, residuals, diagonal, more, strict=True):
+        for place, r, terms, learned in zip(moved, residuals, found.step_sizes, more, strict=True):
             for weight in terms:
                 place.addcmul_(weight, r)
             place.add_(learned)

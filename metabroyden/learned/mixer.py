@@ -57,8 +57,6 @@ class Mixer(nn.Module):
 
     def forward(self, *parts: Tensor) -> Tensor:
         """(R, inputs, *S) → (R, outputs, *S), for a value or what its channels are made of, in order, without joining it."""
-        if len(parts) == 1:
-            return self._mapped(parts[0], self.map.weight, self.map.bias)
         parts = tuple(part for part in parts if part.shape[1])
         weights = self.map.weight.split([part.shape[1] for part in parts], dim=1)
         biases = [self.map.bias, *[None] * (len(parts) - 1)]
@@ -78,14 +76,14 @@ class Mixer(nn.Module):
     def of_parts(self, parts: Sequence[Tensor]) -> Tensor:
         """The map (without bias) of a canonical value that comes in `Layout.parts`, which need not be brought together."""
         if len(parts) == 1:
-            return self.forward(parts[0])
+            return self._mapped(parts[0], self.map.weight, None)
         weights = self.map.weight.split(self.layout.coarse_channels, dim=1)
         return functools.reduce(torch.add, map(_strided, parts, weights, self.layout.factors))
 
     def to_parts(self, value: Tensor) -> list[Tensor]:
         """The map (without bias) of a value, as `Layout.parts` of the canonical one."""
         if self.layout.kind != "pyramid":
-            return [self.forward(value)]
+            return [self._mapped(value, self.map.weight, None)]
         maps = zip(self.map.weight.split(self.layout.coarse_channels, dim=0), self.layout.factors, strict=True)
         found = [(functional.conv2d(value, weight, padding=weight.shape[-1] // 2), n) for weight, n in maps]
         return [functional.pixel_shuffle(mapped, n) if n > 1 else mapped for mapped, n in found]

@@ -103,7 +103,7 @@ def test_solvers_races_and_writes_what_it_promises(tmp_path, capsys, monkeypatch
     written = {"rows.jsonl.gz", "config.json", "report.md", "overhead.png", "overhead.pdf"}
     assert {path.name for path in folder.iterdir()} == written
     rows = read_rows(folder / "rows.jsonl")
-    assert {row["row"] for row in rows} == {"race", "anatomy", "gap", "limited", "solve"}
+    assert {row["row"] for row in rows} == {"race", "anatomy", "gap", "price", "limited", "solve"}
     described = json.loads((folder / "config.json").read_text())
     assert described["config"]["budget"] == 9
     assert described["provenance"]["versions"]["torchdeq"] == "0.1.0"

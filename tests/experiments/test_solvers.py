@@ -30,6 +30,9 @@ def test_the_race_of_classical_solvers_tells_what_happened():
     assert all(min(row["f"], row["step"], row["driver"]) > 0 for row in anatomy)
     gaps = overhead.gap_rows((2,), (2,), repeats=1, steps=8)
     assert {row["by"] for row in gaps} == {"step", "batch", "memory"}
+    prices = list(overhead.price_rows(repeats=1, batch=2, budget=4))
+    assert {(row["solver"], row["how"]) for row in prices} >= {("Picard", "fixed"), ("learned", "solve, trace")}
+    assert all(row["f"] > 0 < row["outside"] for row in prices)
     field = Field(registry_rows("two_tensors", racers, budget=60, batch=2))
     for name in racers:
         found = field.must("two_tensors", name, 1e-5)
