@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from experiments.bench.options import Budgeted, Seeded
-from experiments.bench.runner import Run, at_least_one, known, publish, show
+from experiments.bench.runner import Row, Run, at_least_one, digest, known, publish, show
 from experiments.strangers.frozen import load
 from experiments.strangers.report import write
 from experiments.strangers.rows import measured
@@ -45,19 +45,16 @@ def run(config: Strangers) -> None:
     if config.train:
         return train_missing([spec_of(name) for name in config.only or names()], config.models)
     if not wanted:
-        raise ValueError(
-            f"{', '.join(config.only)}: not of part {config.part}, which has {', '.join(names(config.part))}"
-        )
-    inputs = [path_of(name, config.models) for name in wanted]
+        there = ", ".join(names(config.part))
+        raise ValueError(f"{', '.join(config.only)}: not of part {config.part}, which has {there}")
     always = f"--part {config.part} --seed {config.seed}"
-    job, rows = (
-        Run(config, free=("part", "seed", "models"), shared=("part", "only", "rtol", "models"), always=always),
-        [],
-    )
+    job = Run(config, free=("part", "seed", "models"), shared=("part", "only", "rtol", "models"), always=always)
+    rows: list[Row] = []
     pairs = list(product(wanted, config.rtol))
     with ticks("fitting to strangers", len(pairs), show=config.progress) as done:
         for name, rtol in pairs:
-            rows += job.unit(f"{name}-{rtol:g}", lambda: measured(config, load(name, config.models), rtol))  # noqa: B023
+            key = f"{name}-{rtol:g}-{digest(path_of(name, config.models))}"
+            rows += job.unit(key, lambda: measured(config, load(name, config.models), rtol))  # noqa: B023 (called at once)
             done(f"{name}, {rtol:g}")
-    publish(job.folder / f"{config.part}-seed{config.seed}", rows, job.described(models=[path.name for path in inputs]))
+    publish(job.folder / f"{config.part}-seed{config.seed}", rows, job.described())
     show(write(job.folder))

@@ -33,6 +33,10 @@ cell of another seed. Counted are pairs on which a solver solves fewer samples t
 z0, by more than one standard error; then the worst difference, in standard errors, and the samples that only one of
 the two solves."""
 
+MODELS = """\
+The models: their task's score on test samples, seconds of training, mean evaluations to 1e-3 and share solved within 100 of
+the solvers with their default options, and milliseconds of one evaluation of f on all test samples that were used."""
+
 
 def write(folder: Path) -> Path:
     """report.md over all runs in a folder."""
@@ -43,6 +47,7 @@ def write(folder: Path) -> Path:
     sections: list[report.Section] = [WORDS, "\n".join(made), SUMMARY, summary(fits), PAIRS, _pairs(fits)]
     if robust:
         sections += [ROBUST, _robust(robust)]
+    sections += [MODELS, _models([of[0] for of in grouped(chosen(rows, "model"), "name")])]
     return report.write(folder, "Strangers", sections)
 
 
@@ -115,4 +120,18 @@ def _robust(rows: Sequence[Row]) -> Table:
         ("at worst", lambda of: f"{min(map(worse, of)):+.1f} {min(of, key=worse)['name']}"),
         ("only the fallback", lambda of: sum(row["lost"] for row in of)),
         ("only the fitted", lambda of: sum(row["gained"] for row in of)),
+    ])  # fmt: skip
+
+
+def _models(rows: Sequence[Row]) -> Table:
+    def classical(name: str) -> tuple[str, Any]:
+        return name, lambda row: f"{row[name]['mean']:.1f} ({row[name]['solved']:.0%})"
+
+    return listed("", rows, [
+        ("", "{name}"),
+        ("part", "{part}"),
+        ("score", "{score:.3f}, {measure}"),
+        ("training", "{training_seconds:.0f} s"),
+        *map(classical, ("Picard", "Anderson", "Broyden")),
+        ("f", "{f_milliseconds:.2g} ms"),
     ])  # fmt: skip

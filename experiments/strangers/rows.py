@@ -1,7 +1,9 @@
-"""What `fit_solver` makes of a stranger. Rows say what they are under the key "row":
+"""What `fit_solver` makes of a stranger.
 
-fit     one call of fit_solver: what it returned and why; its solver and the classical ones on test samples it never saw
-robust  the fitted solver beside its own fallback where it does not fit: wrong weights, shifted inputs, another f
+Rows say what they are under the key "row":
+  model   what it is: its score, evaluations of classical solvers when it was frozen, milliseconds of one evaluation of f
+  fit     one call of fit_solver: what it returned and why; its solver and the classical ones on test samples it never saw
+  robust  the fitted solver beside its own fallback where it does not fit: wrong weights, shifted inputs, another f
 """
 
 from __future__ import annotations
@@ -12,11 +14,13 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 import metabroyden as mb
 from experiments.bench.runner import Row
 from experiments.strangers.frozen import Stranger
+from metabroyden.comparison.clock import laps
 from metabroyden.comparison.comparison import Comparison
 from metabroyden.comparison.measure import Rules, measure
 from metabroyden.comparison.problems import HeldOut
@@ -44,7 +48,12 @@ def measured(config: Any, stranger: Stranger, rtol: float) -> list[Row]:
     everyone = [contestant(name, solver) for name, solver in verdict.solvers.items()]
     found = Comparison(measure(held, everyone, Rules((rtol,), config.budget, len(held), None, elsewhere=True)))
     trained = verdict.name != UNTUNED
-    rows = [{"row": "fit", **stamp, **_fit_row(verdict, found, returned, seconds, trained)}]
+    f_seconds = np.median(laps({"f": lambda: held.f(held.z0, held.x)}, 15)["f"])
+    about = {"cell": spec.cell, "data": spec.data, "width": spec.width, "penalty": spec.penalty, **stranger.facts}
+    rows: list[Row] = [
+        {"row": "model", **stamp, **about, "samples": len(held), "f_milliseconds": 1e3 * float(f_seconds)}
+    ]
+    rows += [{"row": "fit", **stamp, **_fit_row(verdict, found, returned, seconds, trained)}]
     if trained:
         rows += [{"row": "robust", **stamp, **row} for row in robust_rows(config, stranger, verdict.fitted, rtol)]
     return short(rows)

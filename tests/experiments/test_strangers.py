@@ -107,7 +107,9 @@ def test_a_run_measures_a_pair_writes_a_report_and_does_not_measure_it_again(tmp
     config = strangers.Strangers(only=(EASY,), rtol=(1e-2,), steps=2, samples=12, **places)
     strangers.run(config)
     (folder,) = config.results.glob("trial-*/dev-seed0")
-    (row, *others) = read_rows(folder / "rows.jsonl")
+    (model, row, *others) = read_rows(folder / "rows.jsonl")
+    assert (model["row"], model["name"], model["cell"]) == ("model", EASY, "dense")
+    assert model["f_milliseconds"] > 0
     assert (row["row"], row["name"], row["part"], row["rtol"], row["samples"]) == ("fit", EASY, DEV, 1e-2, 12)
     assert row["returned"] == "fitted" or row["returned"] in (
         "Broyden",
@@ -121,7 +123,7 @@ def test_a_run_measures_a_pair_writes_a_report_and_does_not_measure_it_again(tmp
     assert EASY in (folder.parent / "report.md").read_text()
     monkeypatch.setattr(strangers, "measured", None)
     strangers.run(config)
-    assert read_rows(folder / "rows.jsonl") == [row, *others]
+    assert read_rows(folder / "rows.jsonl") == [model, row, *others]
     refused("not of part held", lambda: strangers.run(replace(config, part="held")))
     refused("unknown stranger 'mine'", lambda: strangers.run(replace(config, only=("mine",))))
 
