@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 
 import metabroyden as mb
 from experiments.bench.runner import Row, threads
-from experiments.strangers.data import IGNORED, Data, load_data
+from experiments.strangers.data import load_data
+from experiments.strangers.generated import IGNORED, Data
 from experiments.strangers.model import Model, build, start
 from experiments.strangers.suite import Spec
 from metabroyden import checkpoint
