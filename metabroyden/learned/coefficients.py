@@ -16,7 +16,7 @@ class StepCoefficients(NamedTuple):
     """Of one learned step, weights of the layout's parts: of their channels or, from an LSTM, of places, too."""
 
     step_sizes: Sequence[tuple[Tensor, ...]]  # terms of w + d, of the residual
-    momenta: Sequence[Tensor]  # 1 + m, m being the weight of the last move
+    momenta: Sequence[tuple[Tensor, Tensor]]  # 1 + m and −m, of this iterate and the one before; m weighs the last move
     gates: tuple[Tensor, ...]  # (R or 1, k, *S) factors of γ
     correction: Tensor | None  # (R, k, *S) s·c
     memory: Any  # of a schedule (row, all rows); of the LSTM hidden and cell state (R, H, P), scale (R, 1, …), w and γ
@@ -53,16 +53,32 @@ class StepSchedule(nn.Module):
 
     def begin(self, gates: Tensor, g: Tensor, shape: Any) -> Any:
         """The memory before the first step, for gates (R, k, *S) and the residual g (R, n)."""
-        return 0, None if torch.is_grad_enabled() else _Rows(self._rows(gates, slice(None)))
+        if torch.is_grad_enabled():
+            return 0, None
+        # on a CPU passes over states are faster without broadcasting; weights of all places must be few beside the states
+        few = gates.is_cpu and 4 * self.step_size.shape[1] <= gates.shape[0]
+        spread = few and self.layout.kind in ("image", "nct")
+        return 0, _Rows(self._rows(gates, slice(None), spread=spread))
 
-    def _rows(self, like: Tensor, rows: slice) -> list[Any]:
-        """(step sizes, momenta, factor of the gates) of each of these rows, for states with the axes of `like`."""
-        sizes, momenta = (
-            [part.unbind() for part in by_channel(weight[0, rows], self.layout, like)]
-            for weight in (self.step_size, self.momentum)
-        )
-        terms = zip(*[[(weight,) for weight in part] for part in sizes], strict=True)
-        return list(zip(terms, zip(*momenta, strict=True), _along(self.gates[0, rows], like).unbind(), strict=True))
+    def _rows(self, like: Tensor, rows: slice, *, spread: bool = False) -> list[Any]:
+        """(step sizes, momenta, factor of the gates) of each of these rows, for states with the axes of `like`.
+
+        spread: weights of places, those of a channel alike.
+        """
+
+        def split(weight: Tensor) -> tuple[Tensor, ...]:
+            return (weight.expand(*weight.shape[:2], *like.shape[2:]).contiguous() if spread else weight).unbind()
+
+        momentum = self.momentum[0, rows]
+        weights = [
+            [split(part) for part in by_channel(weight, self.layout, like)]
+            for weight in (self.step_size[0, rows], momentum, 1 - momentum)
+        ]
+        found = []
+        for row, factor in enumerate(split(_along(self.gates[0, rows], like))):
+            sizes, here, before = ([part[row] for part in weight] for weight in weights)
+            found.append(([(size,) for size in sizes], list(zip(here, before, strict=True)), factor))
+        return found
 
     def at(self, step: int, initial: Tensor, inner: Tensor, g: Tensor, memory: Any, shape: Any) -> StepCoefficients:
         """Those of step 0, 1, …, for the gates where the solve began and the inner residual A(g), both (R, k, *S)."""
@@ -125,7 +141,7 @@ class StepLSTM(nn.Module):
         step_size, momentum, change, correction = output.split([1, 1, rank, rank], dim=1)
         step_size, gates = self.damping + step_size, initial * (1 + change)
         memory = hidden, cell, scale, step_size, gates
-        momenta = self.layout.spread(1 + momentum)
+        momenta = list(zip(self.layout.spread(1 + momentum), self.layout.spread(-momentum), strict=True))
         return StepCoefficients(self.diagonal(step_size, inner), momenta, (gates,), scale * correction, memory)
 
     def last(self, initial: Tensor, memory: Any) -> tuple[Tensor, Tensor]:

@@ -151,8 +151,9 @@ class MetaBroyden(LearnedSolver):
     def _trail(self, z: Tensor, g: Tensor, state: MetaBroydenState, problem: Any) -> tuple[Any, ...]:
         """The trail with this iterate: as far back as the secant steps, or what takes over, will look."""
         config, step = self.config, state.steps
-        late = step >= config.learned_steps - 1 - config.memory and step + problem.steps_left > config.learned_steps
-        most = config.memory if problem.keep_inverse or late else JUDGED_ON * problem.hands_over
+        late = step >= config.learned_steps - 1 - config.memory
+        pairs = problem.keep_inverse or (late and step + problem.steps_left > config.learned_steps)
+        most = config.memory if pairs else JUDGED_ON * problem.hands_over
         return (*state.trail, (z, g, None))[-most - 1 :] if most else ()
 
     def _learned_step(
@@ -162,17 +163,16 @@ class MetaBroyden(LearnedSolver):
         residuals = layout.parts(g, shape)
         inner = self.preconditioner.inward.of_parts(residuals)
         found = self.coefficients.at(state.steps, state.initial, inner, g, state.memory, shape)
-        pairs = zip(layout.parts(state.before, shape), layout.parts(z, shape), found.momenta, strict=True)
-        moved = [torch.lerp(before, after, weight) for before, after, weight in pairs]
         for gate in found.gates:
             inner = inner * gate if torch.is_grad_enabled() else inner.mul_(gate)
         if found.correction is not None:
             inner = inner + found.correction
-        more = self.preconditioner.outward.to_parts(inner)
-        for place, r, terms, learned in zip(moved, residuals, found.step_sizes, more, strict=True):
-            for weight in terms:
-                place.addcmul_(weight, r)
-            place.add_(learned)
+        moved = self.preconditioner.outward.to_parts(inner)
+        iterates = zip(layout.parts(z, shape), layout.parts(state.before, shape), strict=True)
+        sums = zip(moved, residuals, found.step_sizes, iterates, found.momenta, strict=True)
+        for place, r, terms, points, momenta in sums:  # onto what P gave
+            for weight, value in (*((term, r) for term in terms), *zip(momenta, points, strict=True)):
+                place.addcmul_(weight, value)
         after = MetaBroydenState(state.initial, z, found.memory, trail, state.secants, state.steps + 1)
         return Step(layout.joined(moved), after)
 

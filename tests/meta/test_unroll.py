@@ -57,7 +57,7 @@ def by_hand(solver, steps: int) -> torch.Tensor:
     f, z0 = (lambda z: PROBLEM.f(z, PROBLEM.x)), PROBLEM.z0
 
     class Bare:
-        shape, context = torch.Size([6]), PROBLEM.x
+        shape, context, keep_inverse = torch.Size([6]), PROBLEM.x, True
         origin = staticmethod(lambda: f(z0))
         residual = staticmethod(lambda z: f(z) - z)
 
