@@ -57,6 +57,10 @@ class TransposedInverse:
         """Sample numbers of the rows."""
         return problem.context["sample"]
 
+    def resume(self, z: Tensor, g: Tensor, trail: Any, problem: Any) -> Tensor:
+        """As `init`."""
+        return self.init(z, g, problem)
+
     def apply(self, r: Tensor, frozen: Tensor) -> Tensor:
         """P r for r (R, n)."""
         return -self.final.rmatvec(r, frozen) - r

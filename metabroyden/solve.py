@@ -260,8 +260,10 @@ class _Cohort:
         return late | (lowest > phase.envelope[self.steps]) if self.steps < len(phase.envelope) else late
 
     def trail(self, mask: np.ndarray) -> Trail:
-        """The last iterates of these of the live rows."""
-        return [] if self.state is None else self.phase.solver.trail(self.state, self._places(mask))
+        """The last iterates of these of the live rows; none of a solver that keeps none."""
+        index = self._places(mask)
+        kept = [] if self.state is None else self.phase.solver.trail(self.state, index)
+        return [*kept, (self.z.index_select(0, index), self.g.index_select(0, index))] if kept else []
 
     def _places(self, mask: np.ndarray) -> Tensor:
         """Positions of these of the live rows among all rows."""

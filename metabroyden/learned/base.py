@@ -17,13 +17,15 @@ from metabroyden.learned.safeguard import Safeguard
 from metabroyden.solver import Phase, SolverBase
 
 WARM = 0.3
-"""Relative residual ‖f(z0) − z0‖ / ‖f(z0)‖ up to which a solve goes on from z0 rather than from a learned start."""
+"""Relative residual of a given z0 up to which no learned start is blended in, where it is not known what that reaches."""
+FAR = 2.0
+"""A given z0 this many times as far from the learned start as solutions usually are is passed over."""
 
 
-def is_warm(z0: Tensor, image: Tensor) -> Tensor:
-    """(R, 1) bool: whether z0 (R, n), with f(z0) = image, is close enough to a solution to begin there."""
+def relative_residual(z: Tensor, image: Tensor) -> Tensor:
+    """(R, 1) ‖f(z) − z‖ / ‖f(z)‖ of z (R, n) with f(z) = image."""
     norm = torch.linalg.vector_norm
-    return norm(image - z0, dim=1, keepdim=True) <= WARM * norm(image, dim=1, keepdim=True)
+    return norm(image - z, dim=1, keepdim=True) / norm(image, dim=1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class LearnedConfig(metaclass=OldOptions):
         initializer_kernels: widths of its maps' convolutions, odd, two maps or more (vectors have dense maps): (5, 1) is a
             good choice for texts.
         safeguard: hand-over to Broyden.
+        reach: (relative residual, distance to the solution over its norm) of the learned start, medians over validation
+            problems that start at zero: what a given start is held against. None: not known.
     """
 
     layout: str
@@ -51,11 +55,15 @@ class LearnedConfig(metaclass=OldOptions):
     initializer_width: int = 32
     initializer_kernels: tuple[int, ...] = (3, 3)
     safeguard: Safeguard = field(default_factory=Safeguard)
+    reach: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         for name in ("layout", "conditioning"):
             object.__setattr__(self, name, current(getattr(self, name)))
         Layout(self.layout, self.shape)
+        known = self.reach is None or (isinstance(self.reach, tuple) and len(self.reach) == 2 and min(self.reach) >= 0)
+        if not known:
+            raise ValueError(f"reach must be two numbers of at least 0, or None, got {self.reach!r}")
         self._check_choice("conditioning", "initial_value", "input")
         self._check_least(hidden=1, initializer_width=0)
         kernels = self.initializer_kernels
@@ -153,38 +161,57 @@ class LearnedSolver(SolverBase, nn.Module):
         return self.preconditioner.gates(self.layout.canonical(z, shape), self.context_feature(problem, shape))
 
     def start(self, z0: Tensor, problem: Any) -> Tensor:
-        """The first iterate, (R, n): the learned one, but for samples whose z0 is close to a solution already.
+        """The first iterate, (R, n): f(z0), or z0 where that is given no look, with a share of the learned start.
 
-        Those go on from f(z0), since the start is learned for cold starts. A cold start of zeros has a relative residual
-        of one and is none of them, at no evaluation. Where conditioning is "input" another z0 costs one evaluation, and is
-        trusted where there are no decisions on the host (`FixedBudget`). In an unroll that records gradients every start is
-        learned.
+        The start is learned for solves from zero, or from the starts of training. How much of it is blended in where z0 is
+        another one tells `warm_start`. In an unroll that records gradients every start is learned.
         """
         self.check_dtype(z0)
         shape = self.layout.resolve(problem.shape)
         context = self.context_feature(problem, shape)
-        base = problem.origin() if self.config.conditioning == "initial_value" else z0
+        seen = self.config.conditioning == "initial_value"
+        base = problem.origin() if seen else z0
         if self.initializer is None:
             return base
-        start = base + self.layout.flat(self.initializer(context))
-        warm = self.warm_start(z0, problem)
-        return start if warm is None else torch.where(warm[0], warm[1], start)
+        move = self.layout.flat(self.initializer(context))
+        learned = base + move if seen or self.config.reach is None else move
+        warm = self.warm_start(z0, learned, problem)
+        return learned if warm is None else torch.where(warm[0] == 1, learned, torch.lerp(warm[1], learned, warm[0]))
 
-    def warm_start(self, z0: Tensor, problem: Any) -> tuple[Tensor, Tensor] | None:
-        """((R, 1) whether to go on from z0, (R, n) where that begins); None where no sample is to."""
+    def warm_start(self, z0: Tensor, learned: Tensor, problem: Any) -> tuple[Tensor, Tensor] | None:
+        """((R, 1) share of the learned start, (R, n) what the rest is of); None where the share is one everywhere.
+
+        The rest is of f(z0). Where conditioning is "initial_value" that is known; else a z0 of zeros needs no look, nor one
+        that is `FAR` from the learned start, and another costs one evaluation, or is trusted where there are no
+        decisions on the host (`FixedBudget`).
+        """
         if self.config.conditioning == "initial_value":
             image = problem.origin()
-            return is_warm(z0, image), image
+            return self._share(relative_residual(z0, image)), image
         if torch.is_grad_enabled():
             return None
         given = (z0 != 0).any(dim=1, keepdim=True)
+        if self.config.reach is not None:
+            norm = torch.linalg.vector_norm
+            apart = norm(z0 - learned, dim=1, keepdim=True)
+            given &= apart <= FAR * self.config.reach[1] * norm(z0, dim=1, keepdim=True)
         if not problem.decides_on_host:
-            return given, z0
+            return 1 - given.to(z0), z0
         among = to_host([given.squeeze(1)])[0] > 0
         if not among.any():
             return None
         image = z0 + problem.residual(z0, among=among)
-        return given & is_warm(z0, image), image
+        return torch.where(given, self._share(relative_residual(z0, image)), 1.0), image
+
+    def _share(self, residual: Tensor) -> Tensor:
+        """How much of the learned start to blend in where z0 has these relative residuals (R, 1).
+
+        None of it where that is no more than the learned start usually has, all of it from one on, which z0 = 0 has.
+        """
+        if self.config.reach is None:
+            return (~(residual <= WARM)).to(residual)
+        least = min(self.config.reach[0], 0.99)
+        return torch.nan_to_num((residual - least) / (1 - least), 1.0, 1.0).clamp(0, 1)
 
     def check_dtype(self, z0: Tensor) -> None:
         """ValueError, with the remedy, where the state is of another dtype than the weights."""

@@ -11,10 +11,10 @@ from torch import Tensor
 from metabroyden.deprecated import current
 from metabroyden.learned.base import LearnedConfig, LearnedSolver
 from metabroyden.learned.coefficients import StepLSTM, StepSchedule, by_channel
-from metabroyden.learned.multisecant import JUDGED_ON, Multisecant
 from metabroyden.learned.preconditioner import LearnedInverse, Preconditioner
 from metabroyden.learned.safeguard import BY_PROGRESS, Safeguard
 from metabroyden.learned.secants import Secants, SecantState
+from metabroyden.learned.trusted_inverse import JUDGED_ON, TrustedInverse
 from metabroyden.solver import Phase, Step, Trail
 from metabroyden.solvers.registry import register
 from metabroyden.state import gather
@@ -116,10 +116,9 @@ class MetaBroyden(LearnedSolver):
         return self.config.schedule_length or self.config.learned_steps
 
     def safeguarded(self) -> list[Phase]:
-        """As every learned solver's; `Multisecant` carries on from B₀ with the coefficients' final step size and gates."""
-        return self.config.safeguard.phases(
-            self, resumed=Multisecant(self, LearnedInverse(self, self._beyond_identity))
-        )
+        """As every learned solver's; Broyden carries on from B₀ with the coefficients' final step size and gates, as far as
+        these fit."""
+        return self.config.safeguard.phases(self, TrustedInverse(LearnedInverse(self, self._beyond_identity)))
 
     def _beyond_identity(self, r: Tensor, shape: tuple[Any, ...]) -> Tensor:
         """(w + d − 1)·r for r (R, n), where there is no step to take w from."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metabroyden.learned.base import is_warm
+from metabroyden.learned.base import WARM, relative_residual
 from metabroyden.learned.meta_broyden import MetaBroyden, MetaBroydenConfig, MetaBroydenState
 from metabroyden.solution import Cell
 from metabroyden.solver import Phase, Step, Trail
@@ -76,14 +76,15 @@ class MetaSplitting(MetaBroyden):
         u = super().start(z0, problem)
         return u if self.config.conditioning == "initial_value" else self.step(u, u, self.init(u, u, problem), problem)
 
-    def warm_start(self, z0: Tensor, problem: Any) -> tuple[Tensor, Tensor] | None:
+    def warm_start(self, z0: Tensor, learned: Tensor, problem: Any) -> tuple[Tensor, Tensor] | None:
         """As every learned solver's, with the u that belongs to z0: one use of `linear` where a sample of z0 is not zero."""
         if torch.is_grad_enabled() or not z0.any():
             return None
         linear = problem.evaluate_method(problem.method("linear"), z0)
         image = problem.elementwise("prox", linear)
         problem.record_residual(z0, image)
-        return is_warm(z0, image), torch.lerp(z0, linear, self.config.alpha)
+        cold = ~(relative_residual(z0, image) <= WARM)
+        return cold.to(z0), torch.lerp(z0, linear, self.config.alpha)
 
     def init(self, z: Tensor, g: Tensor, problem: Any) -> MetaSplittingState:  # type: ignore[override]
         """u = z, and the resolvent."""

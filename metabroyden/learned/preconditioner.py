@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from metabroyden.learned.layout import Layout
 from metabroyden.learned.mixer import Mixer
+from metabroyden.solver import Trail
 
 
 class Preconditioner(nn.Module):
@@ -60,6 +61,10 @@ class LearnedInverse:
     def init(self, z: Tensor, g: Tensor, problem: Any) -> Tensor:
         """The gate, frozen at z."""
         return self.solver.gates(z, problem)
+
+    def resume(self, z: Tensor, g: Tensor, trail: Trail, problem: Any) -> Tensor:
+        """As `init`."""
+        return self.init(z, g, problem)
 
     def apply(self, r: Tensor, frozen: Tensor) -> Tensor:
         """(D + P)r for r (R, n)."""

@@ -9,15 +9,19 @@ from metabroyden.solver import Phase
 from metabroyden.solvers.broyden import Broyden
 
 
+ENTER = 0.5
+"""Relative residual of the best iterate above which nothing is worth carrying on from."""
+
+
 @dataclass(frozen=True)
 class Safeguard:
     """When a learned solver hands a sample to Broyden, and how far that is trusted. `solve` does the handing over.
 
     A sample leaves the learned phase when its best residual is above the `envelope`, has not made progress for `patience`
-    evaluations, when it turns non-finite, or after `horizon` steps. A quasi-Newton method carries on from the best iterate,
-    whose residual is known; where that does not halve the best residual in `resumed_patience` evaluations, or where the best
-    iterate is no better than zero, plain Broyden starts again from z0. So, with a horizon or a patience for progress
-    below 1, and given max_nfe plus what was already spent, a learned solve does not fail where its fallback converges.
+    evaluations, when it turns non-finite, or after `horizon` steps. Broyden carries on from the best iterate, whose residual
+    is known, with the secant pairs of the last steps. Where the best residual is above `ENTER`, or is not halved in
+    `resumed_patience` evaluations, plain Broyden starts again from z0. So, with a horizon or a patience for progress below 1,
+    and given max_nfe plus what was already spent, a learned solve does not fail where its fallback converges.
 
     Attributes:
         horizon: learned steps at most; None: no limit.
@@ -59,14 +63,11 @@ class Safeguard:
             solver, horizon=self.horizon, patience=self.patience, progress=self.progress, envelope=self.envelope
         )
 
-    def phases(self, solver: Any, initial: Any = None, resumed: Any = None) -> list[Phase]:
-        """Learned steps, what carries on from the best iterate, plain Broyden from z0.
-
-        The second is `resumed`, by default Broyden on top of the learned inverse Jacobian `initial` (if any).
-        """
-        carrying = Broyden(memory=self.memory, initial=initial) if resumed is None else resumed
-        second = Phase(carrying, origin="best", enter_below=1.0, patience=self.resumed_patience, progress=0.5)
-        return [self.learned_phase(solver), second, Phase(self.fallback())]
+    def phases(self, solver: Any, initial: Any = None) -> list[Phase]:
+        """Learned steps, Broyden on top of the learned inverse Jacobian `initial` (if any), plain Broyden from z0."""
+        broyden = Broyden(memory=self.memory, initial=initial)
+        resumed = Phase(broyden, origin="best", enter_below=ENTER, patience=self.resumed_patience, progress=0.5)
+        return [self.learned_phase(solver), resumed, Phase(self.fallback())]
 
 
 BY_PROGRESS = Safeguard(horizon=None, patience=15, progress=0.8)

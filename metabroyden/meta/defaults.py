@@ -18,7 +18,7 @@ from metabroyden.solvers.tuning import tune
 CONDITIONINGS = ("auto", "initial_value", "input")
 SHORT = 120.0  # seconds of training below which unrolls have one segment, so that there are more outer steps
 SEGMENTS = range(6, 15)  # solver steps a segment may have
-SOLVER_STEPS = 11_200  # of a whole training, all unrolls together, where no number of outer steps is asked for
+SOLVER_STEPS = (3_000, 11_200)  # of a whole training, all unrolls together: the fewest and the most
 LOOK = 1_400  # solver steps from one look at validation to the next, at most
 RATES: dict[str, Any] = {"learning_rate": 5e-3, "orthogonal_rate": 0.05}  # peak rates for a `MetaBroyden`
 DAMPINGS = (1.0, 0.5, 0.25, 0.12)
@@ -119,6 +119,16 @@ def gated_steps(trained: int, layout: str, coefficients: str = "schedule") -> di
     """
     more = max(8, trained // 2) if coefficients == "schedule" and layout != "vector" else 0
     return {"schedule_length": trained, "learned_steps": trained + more}
+
+
+def solver_steps(operations: float) -> int:
+    """Solver steps of a whole training, where no number of outer steps is asked for, by f's operations for a sample.
+
+    7,000 for an f of 1.25 million, which takes about a millisecond for 32 samples on a core; with the fourth root of what it
+    costs less or more.
+    """
+    low, high = SOLVER_STEPS
+    return round(min(high, max(low, 7_000 * (1.25e6 / max(operations, 1.0)) ** 0.25)))
 
 
 def schedule(fewest: float, segments: int = 1) -> tuple[int, int]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from metabroyden.comparison.verdict import UNTUNED, Verdict, by_sample, compare_
 from metabroyden.deprecated import old_options
 from metabroyden.learned.fingerprint import fingerprint, module_of
 from metabroyden.meta import distributed
+from metabroyden.meta.calibrate import calibrated
 from metabroyden.meta.config import MetaConfig
 from metabroyden.meta.defaults import RATES
 from metabroyden.meta.inputs import check_contexts, gathered
@@ -72,9 +74,9 @@ def fit_solver(
     Of x_train a fifth (at most 256 samples) chooses weights, when to stop, and the options of the classical solvers; another
     fifth (at most 128, fewer where states are large) is left alone until the end. On that one the fitted solver is held
     against Picard, Anderson and Broyden, tuned to rtol (and operator splitting where f offers its parts), at 60 evaluations
-    a sample. It is returned where it solves no fewer samples than any of them, needs fewer evaluations in the mean and less
-    time than each that solves most, and neither goes to another equilibrium more often nor scores lower (the exact rule is
-    in `Verdict`). Else the fastest of those that solve most is returned, with a warning that gives the reasons. All
+    a sample. It is returned where it solves as many samples, needs fewer evaluations in the mean and less time than each
+    that solves most, and neither goes to another equilibrium more often nor scores lower (the exact rule is in `Verdict`).
+    Else the fastest of those that solve most is returned, with a warning that gives the reasons. All
     figures are in the fitted solver's `summary["held_out"]`.
 
     Args:
@@ -102,7 +104,8 @@ def fit_solver(
             with its native context, a MetaBroyden steps on Peaceman–Rachford's map instead of f: see `MetaSplitting`.
         rtol: tolerance at which solvers are judged.
         steps: outer steps at most; None: 11,200 solver steps' worth.
-        seconds: of training at most, tuning and comparison not included.
+        seconds: of the whole call, about: tuning of the classical solvers and comparison included. Where these take more
+            than half of it, training has half of what is left. None: no limit.
         patience: looks at validation (one every eighth of the steps, or 1,400 solver steps) without gain after which it
             stops early; None: never.
         fallback: False to train whatever the prospect, and to get the fitted solver whatever it is worth.
@@ -142,6 +145,7 @@ def fit_solver(
         True
     """
     refuse_inference("fit_solver")
+    began = time.perf_counter()
     target = target_of(f)
     if z0 is not None:
         target = target._replace(z0=z0)
@@ -170,9 +174,11 @@ def fit_solver(
         if trained:
             trainer = MetaTrainer(learned, job.tasks, made.training, checkpoint=checkpoint)
             trainer.callback = callback
+            trainer.reserve = _reserve(time.perf_counter() - began, seconds)
             with _watched(trainer, progress, log_dir) as report:
                 trainer.run(report)
             _say(_many_skipped(trainer))
+            learned.config = replace(learned.config, **job.calibrated(learned, size))
             learned.fingerprint = fingerprint(target.f.model if isinstance(target.f, ModelMap) else target.f)
         else:
             _say(f"there is nothing to gain: {outlook}, so nothing is trained (fallback=False trains all the same)")
@@ -233,6 +239,11 @@ class _Job:
             )
         )
 
+    def calibrated(self, learned: Any, size: int) -> dict[str, Any]:
+        """What to expect of a trained solver, see `calibrated`."""
+        limits: dict[str, Any] = {"rtol": self.rtol, "max_nfe": MAX_NFE, "most": size}
+        return distributed.by_first(lambda: calibrated(learned, self.tasks, **limits))
+
     def compared(self, name: str, learned: dict[str, Any], size: int) -> Verdict:
         """The solver called `name` against the classical ones on at most `size` test problems."""
         raw = rows(self.tasks.split("test"), slice(size))
@@ -266,6 +277,14 @@ def device_of(target: Target, x: Any) -> torch.device:
 def _begun(checkpoint: Any) -> bool:
     """Whether a training has been decided on before."""
     return checkpoint is not None and Path(checkpoint).exists()
+
+
+def _reserve(spent: float, seconds: float | None) -> float:
+    """Seconds that are not for training: those that preparations took, and about as many, and four more, for what follows.
+
+    Half of the time that is left is for training in any case.
+    """
+    return 0.0 if seconds is None else min(2 * spent + 4.0, (spent + seconds) / 2)
 
 
 def _batch(size: int | None) -> int:

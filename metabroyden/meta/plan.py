@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
 
 from metabroyden.comparison.verdict import UNTUNED
 from metabroyden.learned.layout import Layout
@@ -19,19 +20,19 @@ from metabroyden.meta.defaults import (
     LOOK,
     RATES,
     SHORT,
-    SOLVER_STEPS,
     best_damping,
     context_options,
     dilations,
     gated_steps,
     schedule,
+    solver_steps,
     state_layout,
 )
 from metabroyden.meta.target import ModelMap
 from metabroyden.meta.tasks import TaskSet, rows
 from metabroyden.shared import bare
 from metabroyden.solution import State
-from metabroyden.solve import check_methods
+from metabroyden.solve import check_methods, solve
 from metabroyden.solvers.broyden import Broyden
 from metabroyden.solvers.classical import offers, splitting_solvers, tuned_solvers
 from metabroyden.solvers.registry import get_solver, list_solvers
@@ -72,9 +73,21 @@ class Classical:
         return {UNTUNED: Broyden(), **tuned}
 
     @cached_property
+    def _best(self) -> tuple[Any, float]:
+        return tune(self.solvers.values(), *self.problems, **self.judged)[0]
+
+    @property
     def fewest(self) -> float:
         """Evaluations of the best one, in the geometric mean."""
-        return math.exp(tune(self.solvers.values(), *self.problems, **self.judged)[0][1])
+        return math.exp(self._best[1])
+
+    @cached_property
+    def most(self) -> float:
+        """Evaluations of the best one on the hard problems: their 95th percentile, a failure counting as the budget."""
+        budget, (rtol,) = self.judged["max_nfe"], self.judged["tolerances"]
+        trace = solve(*self.problems, solver=self._best[0], rtol=rtol, max_nfe=budget, throw=False).trace
+        spent, reached = trace.evaluations_to(rtol, budget)
+        return float(np.quantile(np.where(reached, spent, budget), 0.95))
 
 
 @dataclass(frozen=True)
@@ -138,9 +151,10 @@ def plan(
     - solver: a MetaBroyden becomes a MetaSplitting where f offers its parts, whose map converges for monotone f.
     - unroll: half the evaluations of the best classical solver, from 6 to 14: later iterates are there already.
     - segments: 2 for a MetaBroyden that needs more than 14 steps and trains at least `SHORT` seconds, else 1: more steps.
-    - steps: `SOLVER_STEPS` solver steps' worth; validate_every: an eighth of them, or `LOOK` solver steps.
+    - steps: of so many solver steps in all as f is worth, see `solver_steps`; validate_every: an eighth of them, or `LOOK`
+      solver steps.
     - learning_rate, orthogonal_rate: `RATES` for `OURS`, else those of `MetaConfig`.
-    - backend: "higher" where it is installed, else "native"; the gradients are the same.
+    - backend: "native", which is faster than "higher"; the gradients are the same.
     - learned_steps, schedule_length, dilations: those of the unroll and of f, see `gated_steps` and `dilations`.
     - damping (alpha on splitting): the best of the untrained solver on validation, so that an unroll does not diverge.
 
@@ -195,9 +209,9 @@ def _training(name: str, classical: Classical, long: bool, told: dict[str, Any])
     if "segments" not in told:
         told["segments"] = schedule(classical.fewest, 2)[1] if long else 1
     worth = MetaConfig(unroll=told["unroll"], segments=told["segments"]).worth
-    steps = told.pop("steps") or max(1, SOLVER_STEPS // worth)
+    steps = told.pop("steps") or max(1, solver_steps(operations(*classical.problems)) // worth)
     usual = {
-        "backend": "higher" if importlib.util.find_spec("higher") else "native",
+        "backend": "native",
         "validate_every": max(1, min(steps // 8, LOOK // worth)),
         **(RATES if name in OURS else {}),
     }
@@ -222,6 +236,15 @@ def _with_options(made: Plan, f: Any, classical: Classical, z0: State) -> Plan:
 
         first = {"damping": best_damping(untrained, *classical.problems, **classical.judged)}
     return replace(made, options={**made.options, **first})
+
+
+@torch.no_grad()
+def operations(f: Callable[..., State], z0: State, x: Any) -> float:
+    """Floating-point operations of f for a sample, without elementwise ones, which torch does not count."""
+    given = () if x is None else (bare(x),)
+    with FlopCounterMode(display=False) as counter:
+        f(z0, *given)
+    return counter.get_total_flops() / len(pytree.tree_leaves(z0)[0])
 
 
 def room(layout: Layout, most: int = ROOM) -> int:

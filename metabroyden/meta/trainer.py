@@ -91,6 +91,7 @@ class Trainer:
         stopped: why it stopped, a key of `schedule.STOPS`; None while it has not.
         curves: called with loss, gradient norm, learning rates and skips of each step and the scores, if set.
         callback: called after each step, if set, in the first process; training ends where it returns True.
+        reserve: seconds of the time budget, where there is one, that are for other work than training.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.module, *rates) if optimizer is None else optimizer
         self.curves: Curves | None = None
         self.callback: Callback | None = None
+        self.reserve = 0.0
         self._estimator: Any = None
         if self.path is not None and self.path.exists():
             self._resume(self.path)
@@ -252,8 +254,8 @@ class Trainer:
         return distributed.from_first([score])[0]
 
     def _spent(self) -> list[float]:
-        """What the first process's clock reads."""
-        spent = list(self.clock.read())
+        """What the first process's clock reads, and what is reserved."""
+        spent = [value + self.reserve for value in self.clock.read()]
         return spent if self.config.seconds is None else distributed.from_first(spent)
 
     def _reason(self) -> str | None:

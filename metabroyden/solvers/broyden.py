@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metabroyden.problem import Problem
-from metabroyden.solver import SolverBase, Step
+from metabroyden.solver import SolverBase, Step, Trail
 from metabroyden.solvers.base import check_number, combine, first_scale, gather_ring, into, own, ring_size
 from metabroyden.solvers.line_search import backtrack
 from metabroyden.solvers.registry import register
@@ -30,6 +30,10 @@ class InverseJacobian(Protocol):
 
     def init(self, z: Tensor, g: Tensor, problem: Problem) -> Any:
         """What `apply` needs, a pytree of tensors with the rows first."""
+        ...
+
+    def resume(self, z: Tensor, g: Tensor, trail: Trail, problem: Problem) -> Any:
+        """What `apply` needs where a solve goes on at z from these iterates, see `SolverBase.resume`."""
         ...
 
     def apply(self, r: Tensor, frozen: Any) -> Tensor:
@@ -128,13 +132,19 @@ class Broyden(SolverBase):
             v, u, mix, z.new_ones(rows, m), z, g, z, z, z.new_zeros(rows, _RECENT * self.line_search), frozen, scale, 0
         )
 
+    def resume(self, z: Tensor, g: Tensor, trail: Trail, problem: Problem) -> BroydenState:
+        """The updates of the pairs between the iterates of a trail."""
+        state = self.init(*trail[0], problem)
+        if self.initial is not None:
+            state = state._replace(frozen=self.initial.resume(z, g, trail, problem))
+        for point in trail:
+            state = self._updated(*point, state)
+        return state
+
     def step(self, z: Tensor, g: Tensor, state: BroydenState, problem: Problem) -> Step:
         """One quasi-Newton step; the first is z − damping·B₀g."""
-        state = self._prepared(z, g, state)
-        b = self._initial(g, state)
-        update = self._good if self.kind == "good" else self._bad
-        bg, buffers = update(z, g, b, state) if state.steps else (b, (state.v, state.u, state.mix, state.alive))
-        after = BroydenState(*buffers, z, g, b, bg, state.recent, state.frozen, state.scale, state.steps + 1)
+        after = self._updated(z, g, state)
+        b, bg = after.b, after.bg
         if not self.line_search:
             return Step(torch.add(z, bg, alpha=-self.damping), after)
         state.recent[:, state.steps % _RECENT] = torch.linalg.vector_norm(g, dim=1)
@@ -143,6 +153,14 @@ class Broyden(SolverBase):
         written = min(state.steps, state.v.shape[1])
         after.alive[:, :written].masked_fill_(failed[:, None], 0.0)  # restart: B₀ is what the next pair is made with
         return Step(z_next, after._replace(bg=torch.where(failed[:, None], b, bg)), g_next)
+
+    def _updated(self, z: Tensor, g: Tensor, state: BroydenState) -> BroydenState:
+        """The state with the update of the pair between its iterate and this one, (R, n)."""
+        state = self._prepared(z, g, state)
+        b = self._initial(g, state)
+        update = self._good if self.kind == "good" else self._bad
+        bg, buffers = update(z, g, b, state) if state.steps else (b, (state.v, state.u, state.mix, state.alive))
+        return BroydenState(*buffers, z, g, b, bg, state.recent, state.frozen, state.scale, state.steps + 1)
 
     def _prepared(self, z: Tensor, g: Tensor, state: BroydenState) -> BroydenState:
         """The state with the scale that the first pair tells, and with room in `mix` for the pair to come."""
@@ -194,6 +212,7 @@ class Broyden(SolverBase):
         ahead, behind = torch.linalg.vecdot(s, h), torch.linalg.vecdot(s, bg)  # behind = −‖s‖² / step length
         slope = ahead - behind  # sᵀBy
         sound = (slope.abs() > self.guard * behind.abs()).unsqueeze(1)
+        intact = sound | ((slope == 0) & (behind == 0)).unsqueeze(1)  # where z has not moved there is nothing to learn
         inverse = torch.where(sound, slope.reciprocal().unsqueeze(1), 0.0)
         new = into(all_u.select(1, slot), torch.mul, (s - h).add_(bg), inverse)
         if known:
@@ -201,8 +220,8 @@ class Broyden(SolverBase):
             all_mix.select(1, slot).narrow(1, 0, known).copy_(torch.bmm(older, mix).squeeze(1))
             if full:
                 all_mix[:, slot, slot] = 1
-            all_alive.narrow(1, 0, known).mul_(sound)  # a breakdown forgets everything
-        return torch.where(sound, torch.addcmul(h, new, ahead.unsqueeze(1)), b), (all_v, all_u, all_mix, all_alive)
+            all_alive.narrow(1, 0, known).mul_(intact)  # a breakdown forgets everything
+        return torch.where(intact, torch.addcmul(h, new, ahead.unsqueeze(1)), b), (all_v, all_u, all_mix, all_alive)
 
     def _bad(self, z: Tensor, g: Tensor, b: Tensor, state: BroydenState) -> tuple[Tensor, _Buffers]:
         """Make the newest term: B⁺g and the buffers."""

@@ -223,7 +223,7 @@ def test_what_metabroyden_hands_over_is_the_inverse_that_it_stepped_with(kind, n
         shape = layout.shape
         context = layout.canonical(w, layout.shape) if kind != "ntc" else w.view(2, *layout.shape)
 
-    inverse = solver.phases()[1].solver.learned
+    inverse = solver.phases()[1].solver.initial.learned
     frozen = inverse.init(z, g, Problem())
     with torch.no_grad():
         moved = solver.step(z, g, solver.init(z, g, Problem()), Problem())[0]

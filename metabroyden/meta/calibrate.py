@@ -1,0 +1,84 @@
+"""What to expect of a trained solver, measured on validation problems: when to give a sample up, when a start is warm."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from metabroyden.learned.safeguard import Safeguard
+from metabroyden.meta.plan import as_solved
+from metabroyden.meta.tasks import TaskSet, count, rows
+from metabroyden.solution import Solution
+from metabroyden.solve import solve
+from metabroyden.solvers.tuning import score
+from metabroyden.state import Packing
+
+PATIENCES = (15, 8, 5)
+"""Evaluations without progress after which a sample may be handed over."""
+SLACK = 1.5
+"""How far a sample may be above what the slowest of the validation samples reach at a step."""
+MOST = 128
+"""Validation problems, at most."""
+
+
+def calibrated(solver: Any, tasks: TaskSet, *, rtol: float, max_nfe: int, most: int) -> dict[str, Any]:
+    """The fields of a trained solver's config that say what to expect of a solve: safeguard and reach.
+
+    The learned steps alone, without a safeguard, tell it on validation problems.
+
+    - safeguard: the largest over samples of the smallest relative residual until a step, times `SLACK`, is the envelope, for
+      as many steps as some sample takes to `rtol`. Of `PATIENCES` the one with which the solver needs fewest evaluations
+      (see `score`) is taken. A solver without a safeguard, or with a horizon, keeps its own.
+    - reach: how good the learned start is, where solves start at zero. Not of solvers that step on another map than f.
+
+    Args:
+        solver: a `LearnedSolver`.
+        tasks: with a validation split.
+        rtol: as for `solve`; so is max_nfe.
+        max_nfe: evaluations a sample.
+        most: validation problems, at most.
+    """
+    config, safeguard = solver.config, solver.config.safeguard
+    raw = rows(tasks.split("validation"), slice(min(most, MOST, count(tasks.split("validation")))))
+    f, z0, x = as_solved(tasks.f, *tasks.prepare(raw))
+
+    def solved(tried: Safeguard | None, **options: Any) -> Solution:
+        solver.config = replace(config, safeguard=tried)
+        return solve(f, z0, x, solver=solver, rtol=rtol, max_nfe=max_nfe, throw=False, **options)
+
+    try:
+        first = 1 + (config.conditioning == "initial_value")  # evaluations until the learned start has its own
+        alone = solved(None, snapshots=(first,))
+        lowest = _lowest(alone)[first - 1 :]
+        if safeguard is not None and safeguard.horizon is None:
+            expected = lowest[: 1 + int((lowest > rtol).any(axis=1).sum())]
+            envelope = tuple(np.maximum(SLACK * expected.max(axis=1), rtol).tolist())
+            found = [replace(safeguard, patience=patience, envelope=envelope) for patience in PATIENCES]
+            safeguard = min(found, key=lambda tried: score(solved(tried).trace, (rtol,), max_nfe))
+    finally:
+        solver.config = config
+    cold = not solver.required_methods and not any(bool(part.any()) for part in pytree.tree_leaves(z0))
+    return {"safeguard": safeguard, "reach": _reach(alone, lowest[0]) if cold else None}
+
+
+def _lowest(solution: Solution) -> np.ndarray:
+    """(K, B) the smallest relative residual after 1, 2, … evaluations; one where there is none."""
+    residual = solution.trace.residual.double().cpu().numpy()
+    lowest = np.fmin.accumulate(np.where(np.isnan(residual), np.inf, residual), axis=0)
+    return np.where(np.isfinite(lowest), lowest, 1.0)
+
+
+def _reach(solution: Solution, residual: np.ndarray) -> tuple[float, float] | None:
+    """Medians of the learned start's relative residual and of its distance to the solution, over the norm of that."""
+    solved = solution.converged.cpu()
+    if not solved.any():
+        return None
+    packing = Packing.of(solution.z)
+    z, start = packing.pack(solution.z).cpu()[solved], packing.pack(solution.snapshots[0]).cpu()[solved]
+    norm = torch.linalg.vector_norm
+    apart = (norm(start - z, dim=1) / norm(z, dim=1)).nan_to_num(0.0, 0.0)
+    return float(np.median(residual)), float(apart.median())
