@@ -91,7 +91,7 @@ class Poison(torch.nn.Module):
         return self.fallback_plan.phases(self)
 
     def start(self, z0, problem):
-        return z0 + 0.3
+        return z0 + 3
 
     def init(self, z, g, problem):
         return ()
@@ -103,7 +103,7 @@ class Poison(torch.nn.Module):
 
 def test_given_what_was_already_spent_it_never_fails_where_broyden_converges():
     f, z0, x = (problem := tanh(batch=40, n=16, gain=1.6, seed=3)).f, problem.z0, problem.x
-    safeguard, options = Safeguard(horizon=6, patience=3), {"rtol": 1e-7, "throw": False}
+    safeguard, options = Safeguard(horizon=6, patience=3, resume_below=100.0), {"rtol": 1e-7, "throw": False}
     alone = mb.solve(f, z0, x, solver=safeguard.fallback(), max_nfe=60, **options)
     assert alone.converged.any()
     helped = mb.solve(f, z0, x, solver=Poison(safeguard), max_nfe=60 + 200, **options)
@@ -115,7 +115,7 @@ def test_given_what_was_already_spent_it_never_fails_where_broyden_converges():
 
 def test_a_resumed_phase_that_stalls_starts_again_from_z0_and_repeats_broydens_own_path():
     f, z0, x = (problem := tanh(batch=12, n=16, gain=2.5)).f, problem.z0, problem.x
-    safeguard, options = Safeguard(horizon=2, patience=1, resumed_patience=1), {"rtol": 1e-8, "max_nfe": 200}
+    safeguard, options = Safeguard(2, 1, resumed_patience=1, resume_below=100.0), {"rtol": 1e-8, "max_nfe": 200}
     trace = mb.solve(f, z0, x, solver=Poison(safeguard), throw=False, **options).trace
     broyden = mb.solve(f, z0, x, solver=safeguard.fallback(), **options)
     restarted = (trace.phase == 2).any(dim=0).nonzero().flatten().tolist()
