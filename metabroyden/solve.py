@@ -257,7 +257,9 @@ class _Cohort:
         if phase.horizon is not None and self.steps >= phase.horizon:
             return np.ones(len(lowest), dtype=bool)
         late = np.zeros(len(lowest), dtype=bool) if phase.patience is None else self.since >= phase.patience
-        return late | (lowest > phase.envelope[self.steps]) if self.steps < len(phase.envelope) else late
+        if self.steps >= len(phase.envelope):
+            return late
+        return late | ((lowest > phase.envelope[self.steps]) & np.isfinite(lowest))  # infinite: not evaluated yet
 
     def trail(self, mask: np.ndarray) -> Trail:
         """The last iterates of these of the live rows; none of a solver that keeps none."""

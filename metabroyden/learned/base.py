@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -18,8 +19,6 @@ from metabroyden.solver import Phase, SolverBase
 
 WARM = 0.3
 """Relative residual of a given z0 up to which no learned start is blended in, where it is not known what that reaches."""
-FAR = 2.0
-"""A given z0 this many times as far from the learned start as solutions usually are is passed over."""
 
 
 def relative_residual(z: Tensor, image: Tensor) -> Tensor:
@@ -43,8 +42,8 @@ class LearnedConfig(metaclass=OldOptions):
         initializer_kernels: widths of its maps' convolutions, odd, two maps or more (vectors have dense maps): (5, 1) is a
             good choice for texts.
         safeguard: hand-over to Broyden.
-        reach: (relative residual, distance to the solution over its norm) of the learned start, medians over validation
-            problems that start at zero: what a given start is held against. None: not known.
+        reach: (low, high, far), by which a given start is judged where solves usually start at zero, see `warm_start`.
+            Made by `fit_solver` of what its validation problems reach; None: not known.
     """
 
     layout: str
@@ -55,15 +54,15 @@ class LearnedConfig(metaclass=OldOptions):
     initializer_width: int = 32
     initializer_kernels: tuple[int, ...] = (3, 3)
     safeguard: Safeguard = field(default_factory=Safeguard)
-    reach: tuple[float, float] | None = None
+    reach: tuple[float, float, float] | None = None
 
     def __post_init__(self) -> None:
         for name in ("layout", "conditioning"):
             object.__setattr__(self, name, current(getattr(self, name)))
         Layout(self.layout, self.shape)
-        known = self.reach is None or (isinstance(self.reach, tuple) and len(self.reach) == 2 and min(self.reach) >= 0)
+        known = self.reach is None or (isinstance(self.reach, tuple) and len(self.reach) == 3 and min(self.reach) > 0)
         if not known:
-            raise ValueError(f"reach must be two numbers of at least 0, or None, got {self.reach!r}")
+            raise ValueError(f"reach must be three positive numbers, or None, got {self.reach!r}")
         self._check_choice("conditioning", "initial_value", "input")
         self._check_least(hidden=1, initializer_width=0)
         kernels = self.initializer_kernels
@@ -181,9 +180,12 @@ class LearnedSolver(SolverBase, nn.Module):
     def warm_start(self, z0: Tensor, learned: Tensor, problem: Any) -> tuple[Tensor, Tensor] | None:
         """((R, 1) share of the learned start, (R, n) what the rest is of); None where the share is one everywhere.
 
-        The rest is of f(z0). Where conditioning is "initial_value" that is known; else a z0 of zeros needs no look, nor one
-        that is `FAR` from the learned start, and another costs one evaluation, or is trusted where there are no
-        decisions on the host (`FixedBudget`).
+        The rest is of f(z0). Where conditioning is "initial_value" that is known; else a z0 of zeros needs no look, and
+        another costs one evaluation, or is trusted where there are no decisions on the host (`FixedBudget`). With
+        `reach` a z0 whose distance to the learned start is above `far` times its norm gets no look either: solutions are
+        nearer. By the relative residual at z0 the share rises, in its logarithm, from zero at `low` to one at `high`: what a
+        usual solve has after a half and a quarter of its steps, for the error of a given start is in slow directions, and
+        its residual falls more slowly. Without `reach` it jumps at `WARM`.
         """
         if self.config.conditioning == "initial_value":
             image = problem.origin()
@@ -194,7 +196,7 @@ class LearnedSolver(SolverBase, nn.Module):
         if self.config.reach is not None:
             norm = torch.linalg.vector_norm
             apart = norm(z0 - learned, dim=1, keepdim=True)
-            given &= apart <= FAR * self.config.reach[1] * norm(z0, dim=1, keepdim=True)
+            given &= apart <= self.config.reach[2] * norm(z0, dim=1, keepdim=True)
         if not problem.decides_on_host:
             return 1 - given.to(z0), z0
         among = to_host([given.squeeze(1)])[0] > 0
@@ -204,14 +206,11 @@ class LearnedSolver(SolverBase, nn.Module):
         return torch.where(given, self._share(relative_residual(z0, image)), 1.0), image
 
     def _share(self, residual: Tensor) -> Tensor:
-        """How much of the learned start to blend in where z0 has these relative residuals (R, 1).
-
-        None of it where that is no more than the learned start usually has, all of it from one on, which z0 = 0 has.
-        """
-        if self.config.reach is None:
-            return (~(residual <= WARM)).to(residual)
-        least = min(self.config.reach[0], 0.99)
-        return torch.nan_to_num((residual - least) / (1 - least), 1.0, 1.0).clamp(0, 1)
+        """How much of the learned start to blend in where z0 has these relative residuals (R, 1)."""
+        low, high, _ = self.config.reach or (WARM, WARM, 0.0)
+        if high <= low:
+            return (~(residual <= low)).to(residual)
+        return torch.nan_to_num((residual / low).log() / math.log(high / low), 1.0, 1.0).clamp(0, 1)
 
     def check_dtype(self, z0: Tensor) -> None:
         """ValueError, with the remedy, where the state is of another dtype than the weights."""

@@ -33,7 +33,7 @@ def calibrated(solver: Any, tasks: TaskSet, *, rtol: float, max_nfe: int, most: 
     - safeguard: the largest over samples of the smallest relative residual until a step, times `SLACK`, is the envelope, for
       as many steps as some sample takes to `rtol`. Of `PATIENCES` the one with which the solver needs fewest evaluations
       (see `score`) is taken. A solver without a safeguard, or with a horizon, keeps its own.
-    - reach: how good the learned start is, where solves start at zero. Not of solvers that step on another map than f.
+    - reach: see `LearnedSolver.warm_start`; where solves start at zero. Not of solvers that step on another map than f.
 
     Args:
         solver: a `LearnedSolver`.
@@ -62,7 +62,7 @@ def calibrated(solver: Any, tasks: TaskSet, *, rtol: float, max_nfe: int, most: 
     finally:
         solver.config = config
     cold = not solver.required_methods and not any(bool(part.any()) for part in pytree.tree_leaves(z0))
-    return {"safeguard": safeguard, "reach": _reach(alone, lowest[0]) if cold else None}
+    return {"safeguard": safeguard, "reach": _reach(alone, lowest, rtol) if cold and solver.initializer else None}
 
 
 def _lowest(solution: Solution) -> np.ndarray:
@@ -72,13 +72,15 @@ def _lowest(solution: Solution) -> np.ndarray:
     return np.where(np.isfinite(lowest), lowest, 1.0)
 
 
-def _reach(solution: Solution, residual: np.ndarray) -> tuple[float, float] | None:
-    """Medians of the learned start's relative residual and of its distance to the solution, over the norm of that."""
+def _reach(solution: Solution, lowest: np.ndarray, rtol: float) -> tuple[float, float, float] | None:
+    """Median residuals after a half and a quarter of the steps; the largest distance of learned starts from solutions."""
     solved = solution.converged.cpu()
     if not solved.any():
         return None
+    medians = np.maximum(np.median(lowest, axis=1), rtol / 2)
+    steps = int((medians > rtol).sum())
     packing = Packing.of(solution.z)
     z, start = packing.pack(solution.z).cpu()[solved], packing.pack(solution.snapshots[0]).cpu()[solved]
     norm = torch.linalg.vector_norm
-    apart = (norm(start - z, dim=1) / norm(z, dim=1)).nan_to_num(0.0, 0.0)
-    return float(np.median(residual)), float(apart.median())
+    far = (norm(start - z, dim=1) / norm(z, dim=1)).nan_to_num(0.0, 0.0).max()
+    return float(medians[min(steps // 2, len(medians) - 1)]), float(medians[steps // 4]), max(1.05 * float(far), 1e-6)
