@@ -25,9 +25,9 @@ from metabroyden.integrations.torchdeq import FixedPointMap
 from metabroyden.learned import MetaBroyden, MetaSplitting
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.layout import LARGEST_PACKED, Layout
-from metabroyden.meta.defaults import DAMPINGS, SOLVER_STEPS, context_options, schedule, state_layout
+from metabroyden.meta.defaults import DAMPINGS, context_options, schedule, solver_steps, state_layout
 from metabroyden.meta.fit import _split, reasons
-from metabroyden.meta.plan import make_learned, measure_classical, plan
+from metabroyden.meta.plan import make_learned, measure_classical, operations, plan
 from metabroyden.meta.prospect import prospect
 from metabroyden.meta.target import Inside, Target
 from metabroyden.meta.tasks import TaskSet, count, rows
@@ -214,10 +214,11 @@ def test_the_best_classical_solver_is_the_fastest_of_those_that_solve_most():
     def solving(count, seconds):
         return standing([9] * count + [60] * (100 - count), [seconds], [True] * count + [False] * (100 - count))
 
-    found = race(solving(89, 2.0), sure=solving(90, 3.0), quick=solving(88, 1.0), frail=solving(80, 0.1))
+    found = race(solving(86, 2.0), sure=solving(90, 3.0), quick=solving(88, 1.0), frail=solving(80, 0.1))
     assert (found.best, set(found.rivals)) == ("quick", {"sure", "quick"})
-    assert found.failed_criteria[0] == "it solves 89.0%, sure 90.0%"
+    assert found.failed_criteria[0] == "it solves 86.0%, sure 90.0%"
     assert found.failed_criteria[-1] == "it takes 2.00 times as long as quick"
+    assert "it solves" not in race(solving(88, 2.0), sure=solving(90, 3.0)).failed_criteria[0]
 
 
 def held_apart(x, *places):
@@ -309,7 +310,7 @@ def test_training_ends_with_its_time_or_where_nothing_is_gained_and_short_ones_u
     solver = fitted(ConvTanh(), contexts(30), steps=100_000, seconds=1.0)
     assert time.perf_counter() - began < 30
     assert solver.summary["stopped"] == "budget"
-    assert 1 <= solver.summary["seconds"] < 10
+    assert 0 < solver.summary["seconds"] < 1, "the second is of the whole call"
     training = solver.summary["meta_training"]
     assert training["segments"] == 1
     assert solver.trained_for == training["unroll"]
@@ -690,11 +691,15 @@ def test_an_honest_residual_on_an_ill_conditioned_problem_is_not_another_equilib
 
 
 def test_only_samples_that_both_solve_are_compared():
-    one = standing([9] * 4, [1.0], elsewhere=[None, 1, 0, 0])
-    found = race(one, rival=standing([9] * 4, [1.0], elsewhere=[0, 0, 0, 0]))
+    one, rival = (
+        standing([9] * 10, [1.0], elsewhere=[None] + [1] * 3 + [0] * 6),
+        standing([9] * 10, [1.0], elsewhere=[0] * 10),
+    )
+    found = race(one, rival=rival)
     assert found.summary()["solvers"]["ours"]["elsewhere"] == pytest.approx(1 / 3)
     assert said_apart(found)
-    assert not said_apart(race({**one, "elsewhere": [None] * 4}, rival=one))
+    assert not said_apart(race({**one, "elsewhere": [None, 1] + [0] * 8}, rival=rival)), "one of nine is no evidence"
+    assert not said_apart(race({**one, "elsewhere": [None] * 10}, rival=one))
 
 
 def right(z, x):
@@ -852,10 +857,10 @@ def test_a_plan_is_what_fit_solver_trains_by():
 
 def test_overrides_take_the_place_of_choices_and_what_follows_from_them_follows():
     flat = {"unroll": 4, "segments": 6, "learning_rate": 2e-3, "damping": 0.5, "rank": 6}
-    made, _ = planned(overrides={**flat, "conditioning": "initial_value"})
+    made, classical = planned(overrides={**flat, "conditioning": "initial_value"})
     training = made.training
     assert (training.unroll, training.segments, training.learning_rate) == (4, 6, 2e-3)
-    assert training.steps == SOLVER_STEPS // 24
+    assert training.steps == solver_steps(operations(*classical.problems)) // 24
     assert (made.options["schedule_length"], made.options["learned_steps"]) == (24, 36)
     assert (made.options["rank"], made.options["damping"]) == (6, 0.5)
     assert made.options["conditioning"] == "initial_value"
