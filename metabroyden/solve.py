@@ -257,9 +257,9 @@ class _Cohort:
         if phase.horizon is not None and self.steps >= phase.horizon:
             return np.ones(len(lowest), dtype=bool)
         late = np.zeros(len(lowest), dtype=bool) if phase.patience is None else self.since >= phase.patience
-        if self.steps >= len(phase.envelope):
+        if self.g is None or self.steps >= len(phase.envelope):  # its iterates have not been evaluated yet
             return late
-        return late | ((lowest > phase.envelope[self.steps]) & np.isfinite(lowest))  # infinite: not evaluated yet
+        return late | (lowest > phase.envelope[self.steps])
 
     def trail(self, mask: np.ndarray) -> Trail:
         """The last iterates of these of the live rows; none of a solver that keeps none."""

@@ -99,6 +99,8 @@ class MetaConfig(Unrolling):
         sigma: size of the perturbations of "pes".
         particles: pairs of them.
         backend: of the unroll that is backpropagated through.
+        anchor: share of the training, at its beginning, that minimises the distance to the equilibria that Broyden's
+            method finds. Where f has several, residuals alone lead to whichever is easiest to reach.
         seed: of all that is drawn.
         start_noise: size of normal noise on the start states of training, relative to the root mean square of f(z0).
         validate_every: outer steps between looks at validation; the weights with the best score are kept.
@@ -127,6 +129,7 @@ class MetaConfig(Unrolling):
     sigma: float = positive(0.01)
     particles: int = count(8)
     backend: str = choice("higher", BACKENDS)
+    anchor: float = positive(0.0)
     seed: int = _checked(0, "an integer", lambda value: isinstance(value, int) and not isinstance(value, bool))
     start_noise: float = positive(0.0)
     validate_every: int = count(50)

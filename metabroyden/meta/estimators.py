@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from metabroyden.meta import distributed
 from metabroyden.meta.config import MetaConfig, Unrolling
+from metabroyden.meta.objectives import DistanceObjective
 from metabroyden.meta.target import frozen
 from metabroyden.meta.tasks import Source, TaskSet
 from metabroyden.meta.unroll import unroll
@@ -24,6 +26,8 @@ from metabroyden.solve import solve
 from metabroyden.solvers.broyden import Broyden
 from metabroyden.state import Packing, gather
 
+ANCHOR = DistanceObjective(rtol=1e-2)
+"""Objective of the first outer steps, see `MetaConfig.anchor`."""
 Play = Callable[[Tensor, Any], tuple[Tensor, Any]]
 """(parameters (P,), state or None) → (the segment's loss, the state it ends in)."""
 
@@ -139,7 +143,7 @@ def backpropagate(
         parameter.grad = None
     begin, losses = None, []
     with frozen(f):
-        star = equilibria(f, z0, context) if config.objective.needs_star else None
+        star = _star(config.objective, f, z0, context)
         for number in range(config.segments):
             wait: AbstractContextManager[None] = nullcontext()
             if isinstance(module, DistributedDataParallel) and number < config.segments - 1:
@@ -184,8 +188,10 @@ class BackpropEstimator:
 
     def __call__(self, step: int, done: float) -> tuple[Tensor, Tensor]:
         """Leave the clipped gradient of an outer step in the solver's parameters; (loss, norm before clipping)."""
-        problem, length = self.draws.batch(step), self.draws.length(step)
-        loss, norm = backpropagate(self.module, *problem, self.config, self.config.backend, steps=length, done=done)
+        problem, length, config = self.draws.batch(step), self.draws.length(step), self.config
+        if done < config.anchor:
+            config = replace(config, objective=ANCHOR)
+        loss, norm = backpropagate(self.module, *problem, config, config.backend, steps=length, done=done)
         return distributed.mean(loss), norm
 
 
@@ -245,7 +251,7 @@ class EvolutionEstimator:
         config = self.config
         if self.settled(step) or self._batch is None:
             problem = self.draws.batch(step)
-            star = equilibria(*problem) if config.objective.needs_star else None
+            star = _star(config.objective, *problem)
             self._particles, self._batch = Particles(config.particles, config.sigma), (*problem, star)
         f, z0, x, star = self._batch
         length = self.draws.length(step)
@@ -267,6 +273,11 @@ class EvolutionEstimator:
 
 
 ESTIMATORS: dict[str, Any] = {"backprop": BackpropEstimator, "pes": EvolutionEstimator}  # by `MetaConfig.estimator`
+
+
+def _star(objective: Any, *problem: Any) -> Tensor | None:
+    """The equilibria, where an objective wants them."""
+    return equilibria(*problem, rtol=getattr(objective, "rtol", 1e-4)) if objective.needs_star else None
 
 
 def equilibria(f: Any, z0: Any, context: Any, *, rtol: float = 1e-4, max_nfe: int = 100) -> Tensor:

@@ -99,11 +99,13 @@ class DistanceObjective:
     """Σ_k w_k log₁₀(‖z_k − z*‖/‖z*‖) averaged over samples: cannot be gamed by an ill-conditioned I − J.
 
     It needs the equilibria; where a problem has several, or none was found, it pulls to what the classical solver ended
-    with. Slow modes, which are what a distance is made of late in a solve, get most of the gradient.
+    with. Slow modes, which are what a distance is made of late in a solve, get most of the gradient. `rtol`: to which the
+    equilibria are solved.
     """
 
     kind: str = "distance"
     weights: str = "linear"
+    rtol: float = 1e-4
     needs_star = True
 
     def __post_init__(self) -> None:

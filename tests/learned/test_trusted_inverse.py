@@ -170,3 +170,12 @@ def test_what_takes_over_is_told_of_the_last_iterates_and_of_the_one_just_evalua
 def test_a_safeguard_that_cannot_be_used_is_refused(options):
     with pytest.raises(ValueError, match=f"Safeguard: {next(iter(options))} must be .*, got"):
         Safeguard(**options)
+
+
+def test_what_a_start_costs_is_not_held_against_the_envelope():
+    """A look at z0, whose residual is one, comes before the first iterate; so do samples that are given no look."""
+    solver = mb.MetaBroyden(layout=mb.Layout("vector", (N,)), safeguard=Safeguard(None, 15, envelope=(0.9,))).double()
+    f = lambda z, x: 0.1 * z + x  # noqa: E731
+    for z0 in (torch.zeros(2, N, dtype=DOUBLE), torch.tensor([[0.0], [9.0]], dtype=DOUBLE).expand(2, N)):
+        solution = mb.solve(f, z0, torch.ones(2, N, dtype=DOUBLE), solver=solver, rtol=1e-6)
+        assert (solution.trace.phase <= 0).all()
