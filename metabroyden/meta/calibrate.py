@@ -18,7 +18,7 @@ from metabroyden.solve import solve
 from metabroyden.solvers.tuning import score
 from metabroyden.state import Packing
 
-PATIENCES = (15, 8, 5)
+PATIENCES = (15, 8, 5, 3)
 """Evaluations without progress after which a sample may be handed over."""
 SLACK = 1.5
 """How far a sample may be above what the slowest of the validation samples reach at a step."""

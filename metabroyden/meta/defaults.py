@@ -19,6 +19,7 @@ CONDITIONINGS = ("auto", "initial_value", "input")
 SHORT = 120.0  # seconds of training below which unrolls have one segment, so that there are more outer steps
 SEGMENTS = range(6, 15)  # solver steps a segment may have
 SOLVER_STEPS = (3_000, 11_200)  # of a whole training, all unrolls together: the fewest and the most
+ANCHOR = 0.15  # share of a training, see `MetaConfig`
 LOOK = 1_400  # solver steps from one look at validation to the next, at most
 RATES: dict[str, Any] = {"learning_rate": 5e-3, "orthogonal_rate": 0.05}  # peak rates for a `MetaBroyden`
 DAMPINGS = (1.0, 0.5, 0.25, 0.12)

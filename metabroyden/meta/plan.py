@@ -17,6 +17,7 @@ from metabroyden.comparison.verdict import UNTUNED
 from metabroyden.learned.layout import Layout
 from metabroyden.meta.config import MetaConfig
 from metabroyden.meta.defaults import (
+    ANCHOR,
     LOOK,
     RATES,
     SHORT,
@@ -154,6 +155,7 @@ def plan(
     - steps: of so many solver steps in all as f is worth, see `solver_steps`; validate_every: an eighth of them, or `LOOK`
       solver steps.
     - learning_rate, orthogonal_rate: `RATES` for `OURS`, else those of `MetaConfig`.
+    - anchor: `ANCHOR` for a MetaBroyden; a monotone f has no second equilibrium.
     - backend: "native", which is faster than "higher"; the gradients are the same.
     - learned_steps, schedule_length, dilations: those of the unroll and of f, see `gated_steps` and `dilations`.
     - damping (alpha on splitting): the best of the untrained solver on validation, so that an unroll does not diverge.
@@ -214,6 +216,7 @@ def _training(name: str, classical: Classical, long: bool, told: dict[str, Any])
         "backend": "native",
         "validate_every": max(1, min(steps // 8, LOOK // worth)),
         **(RATES if name in OURS else {}),
+        **({"anchor": ANCHOR} if name == "meta-broyden" else {}),
     }
     return MetaConfig(steps=steps, **{**usual, **told})
 
