@@ -173,18 +173,22 @@ class Evaluator:
     def record(self, z: Tensor, fz: Tensor, rows: Rows) -> Tensor:
         """g = f(z) − z where f(z) (R, n) is known and was counted: written down, judged when `synchronize` is called."""
         g = fz - z
-        self.last = z, fz
         norms, g_norm, f_norm = rows.norms(z, fresh=bool(self._pending))
         torch.linalg.vector_norm(g, dim=1, out=g_norm)
         torch.linalg.vector_norm(fz, dim=1, out=f_norm)
         if self.g0 is None and z is self.z0:
             self.g0 = g
+        self.write_down(z, fz, g, norms, rows)
+        return g
+
+    def write_down(self, z: Tensor, fz: Tensor, g: Tensor, norms: Tensor, rows: Rows) -> None:
+        """An evaluation that was counted, with its g and its norms (2, R): judged when `synchronize` is called."""
+        self.last = z, fz
         nfe, phase = None, 0
         if self._traced:
             nfe, phase = self.nfe[rows.pick].copy(), self.phase[rows.pick].copy() if self.phased else 0
         self._pending.append(_Evaluation(rows, z, fz, g, norms, nfe, phase, self.round))
         self._owned_images = False
-        return g
 
     def method(self, name: str) -> Callable[..., Any]:
         """A method of the cell behind f, run as f is run. TypeError where the cell has none of this name.

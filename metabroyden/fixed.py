@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from metabroyden.chunk import check_compilable
 from metabroyden.function import Given, GuardedFunction, in_caller_mode
 from metabroyden.problem import Problem
 from metabroyden.solution import Cell, Solution, State, Status, Trace, is_safe, relative, scaled_norm
@@ -61,12 +62,7 @@ class FixedBudget:
         mode: str | None = None,
     ) -> None:
         solver = check_options(f, solver, rtol, atol, max_nfe, 1, f_dtype)
-        if solver.required_methods:
-            raise ValueError(f"FixedBudget evaluates f as a whole, and {solver!r} uses parts of it")
-        if not solver.fixed_cost:
-            raise ValueError(
-                f"FixedBudget needs a solver whose steps cost a known number of evaluations; {solver!r} decides on the way"
-            )
+        check_compilable("FixedBudget", solver)
         self.f, self.solver, self.max_nfe = f, solver, max_nfe
         self.rtol, self.atol, self.f_dtype = rtol, atol, f_dtype
         self.compile_seconds = 0.0

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metabroyden.chunk import LENGTH, Chunks, Made, check_backend, check_compilable
 from metabroyden.evaluator import Evaluator, Rows, to_host
-from metabroyden.function import check_map, in_caller_mode, method_of, owner_of
+from metabroyden.function import Given, check_map, in_caller_mode, method_of, owner_of
 from metabroyden.inverse import FinalInverse
 from metabroyden.opaque import opaque
 from metabroyden.problem import CountedProblem
@@ -41,6 +42,7 @@ def solve(
     snapshots: Iterable[int] = (),
     keep_inverse: bool = False,
     trace: bool = True,
+    compiled: bool | str = False,
 ) -> Solution:
     """Find z with f(z) = z, or f(z, context) = z, for every sample of a batch.
 
@@ -67,6 +69,13 @@ def solve(
         keep_inverse: keep what the solver knows of the inverse Jacobian, in `Solution.inverse`; copies its memory.
         trace: write down every evaluation, some 50 bytes for a sample and an evaluation; False: `Solution.trace` is
             empty.
+        compiled: make the steps between two looks, calls of f included, as one graph of `torch.compile`: with inductor, or
+            the backend of this name. A `check_every` of 1 then means 4. Results are those without it, to rounding. Graphs
+            are made in the first solve, which takes a while, and kept as long as f and a learned solver live, so pass the
+            same objects again: one for every chunk of the longest solve, whatever the number of rows, and another for a
+            single row. What is left of the budget after the last whole chunk runs uncompiled, and so does all, with a
+            warning, where compiling fails. For solvers whose steps cost a known number of evaluations (not `Newton`, no
+            line search).
 
     Returns:
         A `Solution` of detached tensors, since the solve runs under no_grad.
@@ -83,6 +92,7 @@ def solve(
     """
     packing = Packing.of(z0)
     solver = check_options(f, solver, rtol, atol, max_nfe, check_every, f_dtype)
+    backend = _backend(compiled, solver)
     due = _rising(snapshots)
     device = (z0 if isinstance(z0, Tensor) else z0[0]).device.type
     as_called = in_caller_mode(f, device)
@@ -96,12 +106,22 @@ def solve(
         options = {"rtol": rtol, "atol": atol, "max_nfe": max_nfe, "f_dtype": f_dtype, "trace": trace}
         options["keep_inverse"] = keep_inverse
         driver = _Driver(flat, packing, as_called, context, solver, check_every, **options)
+        if backend is not None:
+            driver.compile(solver, backend)
         driver.due, driver.inverse = due, FinalInverse(len(flat)) if keep_inverse else None
         with np.errstate(all="ignore"):
             solution = driver.solution()
     if throw and (driver.status != Status.CONVERGED).any():
         raise SolveError(solution.failures(), solution)
     return solution
+
+
+def _backend(compiled: bool | str, solver: SolverBase) -> str | None:
+    """The backend to compile with, if any. ValueError where there is none of this name, or the solver cannot be compiled."""
+    backend = check_backend(compiled)
+    for phase in solver.phases() if backend is not None else []:
+        check_compilable("solve(..., compiled=...)", phase.solver)
+    return backend
 
 
 def _rising(snapshots: Iterable[int]) -> list[int]:
@@ -172,8 +192,12 @@ class _Cohort:
     `rows` are the samples the state covers, `live` (positions among them) those still at work; None: all of them.
     """
 
-    def __init__(self, evaluator: Evaluator, plan: list[Phase], number: int, host: np.ndarray) -> None:
+    def __init__(
+        self, evaluator: Evaluator, plan: list[Phase], number: int, host: np.ndarray, chunks: Chunks | None
+    ) -> None:
         self.evaluator, self.plan, self.number = evaluator, plan, number
+        self.chunks, self.ahead = chunks, list[Made]()  # steps made, but not yet taken over
+        self._given: tuple[Rows, Given] | None = None
         self.phase = plan[number]
         self.needs = self.phase.solver.min_nfe
         self.rows, self.live = evaluator.rows(host), None
@@ -196,25 +220,54 @@ class _Cohort:
         """The rows of a (R, ...) tensor that are still at work."""
         return tensor if self.problem.live_index is None else tensor.index_select(0, self.problem.live_index)
 
-    def advance(self) -> None:
-        """Go to the next iterate, for every row; take over its residual where the step has evaluated it already."""
+    def advance(self) -> Tensor | None:
+        """Go to the next iterate, for every row; its residual where the step has evaluated it already."""
         solver, z = self.phase.solver, self.z
         version = z._version
-        if self.state is None:
-            self.state = solver.init(z, self.g, self.problem)
+        self.prepare()
         step = solver.step(z, self.g, self.state, self.problem)
-        if z._version != version:
-            raise ValueError(f"{solver!r}.step changed the iterate z in place: it must return a new one")
+        _check_unchanged(z, version, solver)
         self.z_before, self.z, self.g, self.state = z, step.z, step.g, step.state
         self.steps += 1
+        return self.g
+
+    def prepare(self) -> None:
+        """See to it that there is a state, where a residual is known."""
+        if self.state is None:
+            self.state = self.phase.solver.init(self.z, self.g, self.problem)
+
+    def run_ahead(self, number: int) -> None:
+        """Make so many steps as one graph, for `follow`; none where that cannot be compiled."""
+        chunks, rows = self.chunks, self.rows
+        assert chunks is not None
+        assert self.g is not None
+        if self._given is None or self._given[0] is not rows:
+            self._given = rows, chunks.given_to(rows)
+        around, version = chunks.around(self.problem, rows, self._given[1], self.z), self.z._version
+        made = chunks.run(self.phase.solver, self.z, self.g, self.state, around, number, self.number)
+        _check_unchanged(self.z, version, self.phase.solver)
+        if made is not None:
+            self.ahead, self.state = made
+
+    def follow(self) -> Tensor | None:
+        """Take over the next of the steps made ahead, its evaluations counted; its residual if the step itself had it."""
+        made = self.ahead.pop(0)
+        for z, fz, g, norms in made.evaluated:
+            self.evaluator.spend(self.rows)
+            self.evaluator.write_down(z, fz, g, norms, self.rows)
+        self.z_before, self.z, self.g = self.z, made.z, made.g
+        self.steps += 1
+        return made.g if made.measured else None
 
     def keep(self, mask: np.ndarray) -> None:
         """Go on with these of the live rows only; the solver's state follows once enough have gone."""
         if mask.all():
             return
+        if self.ahead:
+            raise RuntimeError(f"{self.phase.solver!r}: a step costs more evaluations than its min_nfe says")
         self.mark, self.since = self.mark[mask], self.since[mask]
         live = (np.arange(len(self.rows)) if self.live is None else self.live)[mask]
-        if self.state != () and len(live) > _COMPACT_AT * len(self.rows):
+        if self.chunks is None and self.state != () and len(live) > _COMPACT_AT * len(self.rows):
             self.live = live
             self.problem = CountedProblem(self.evaluator, self.rows, live)
             return
@@ -265,12 +318,19 @@ class _Cohort:
         """The last iterates of these of the live rows; none of a solver that keeps none."""
         index = self._places(mask)
         kept = [] if self.state is None else self.phase.solver.trail(self.state, index)
-        return [*kept, (self.z.index_select(0, index), self.g.index_select(0, index))] if kept else []
+        if not kept or self.g is None:
+            return []
+        return [*kept, (self.z.index_select(0, index), self.g.index_select(0, index))]
 
     def _places(self, mask: np.ndarray) -> Tensor:
         """Positions of these of the live rows among all rows."""
         places = np.flatnonzero(mask) if self.live is None else self.live[mask]
         return torch.as_tensor(places, device=self.z.device)
+
+
+def _check_unchanged(z: Tensor, version: int, solver: SolverBase) -> None:
+    if z._version != version:
+        raise ValueError(f"{solver!r}.step changed the iterate z in place: it must return a new one")
 
 
 class _Driver:
@@ -289,11 +349,17 @@ class _Driver:
         self.kept: list[Tensor] = []
         self.inverse: FinalInverse | None = None
         self._joint: tuple[list[Rows], Rows] | None = None
+        self.chunks: Chunks | None = None
+
+    def compile(self, solver: SolverBase, backend: str) -> None:
+        """Make the steps between two looks as one graph from now on; `solver` is the whole one."""
+        self.chunks = Chunks(self.evaluator, solver, backend)
+        self.check_every = LENGTH if self.check_every == 1 else self.check_every
 
     def solution(self) -> Solution:
         """Drive every sample to a status; what came of it."""
         evaluator, z0 = self.evaluator, self.evaluator.z0
-        first = _Cohort(evaluator, self.plan, 0, np.arange(len(z0)))
+        first = _Cohort(evaluator, self.plan, 0, np.arange(len(z0)), self.chunks)
         first.z, first.state, first.g = begin(first.phase.solver, z0, first.problem)
         self.cohorts = [first]
         if evaluator.nfe.any():  # start has looked at f: some samples may be done
@@ -319,14 +385,16 @@ class _Driver:
     def _round(self) -> None:
         """One step of every cohort, one call of f for all the new iterates; a look at the outcome when it is due."""
         self.evaluator.round += 1
+        if self.chunks is not None and self.chunks.usable:
+            self._run_ahead()
         for cohort in self.cohorts:
             if cohort.g is None and cohort.number:  # handed over, to begin at z0
                 cohort.z, cohort.state, cohort.g = begin(cohort.phase.solver, cohort.z, cohort.problem)
             elif cohort.g is not None:
-                cohort.advance()
+                measured = cohort.follow() if cohort.ahead else cohort.advance()
                 self.steps[cohort.live_rows.pick] += 1
-                if cohort.g is not None:
-                    self.evaluator.take(cohort.take_live(cohort.g), cohort.live_rows)
+                if measured is not None:
+                    self.evaluator.take(cohort.take_live(measured), cohort.live_rows)
         self._evaluate([cohort for cohort in self.cohorts if cohort.g is None])
         self.unseen += 1
         due = bool(self.due) and self.evaluator.nfe.max() >= self.due[0]
@@ -334,6 +402,21 @@ class _Driver:
         if due or self.unseen == self.check_every or any(ends):
             self._check_convergence()
         self._keep_due()
+
+    def _run_ahead(self) -> None:
+        """Make the steps up to the next look as one graph for each cohort, unless a budget or a horizon ends before."""
+        if any(cohort.g is None or cohort.ahead for cohort in self.cohorts):
+            return
+        for cohort in self.cohorts:
+            cohort.prepare()
+        number, nfe = self.check_every - self.unseen, self.evaluator.nfe
+        left = [(self.evaluator.max_nfe - nfe[c.rows.pick].max()) // c.needs for c in self.cohorts]
+        left += [c.phase.horizon - c.steps for c in self.cohorts if c.phase.horizon is not None]
+        if self.due:
+            left.append((self.due[0] - nfe.max()) // max(cohort.needs for cohort in self.cohorts))
+        if number <= min(left):
+            for cohort in self.cohorts:
+                cohort.run_ahead(number)
 
     def _keep_due(self) -> None:
         while self.due and self.evaluator.nfe.max() >= self.due[0]:
@@ -412,7 +495,7 @@ class _Driver:
 
     def _carry_on(self, host: np.ndarray, number: int, trail: Trail) -> None:
         """A new cohort in phase `number` from the best iterates of these samples."""
-        made = _Cohort(self.evaluator, self.plan, number, host)
+        made = _Cohort(self.evaluator, self.plan, number, host, self.chunks)
         index, best_z, best_g = made.rows.index, self.evaluator.best_z, self.evaluator.best_g
         assert best_g is not None
         # the whole batch: copies, since the best iterates may later be written in place
@@ -424,7 +507,7 @@ class _Driver:
 
     def _begin_again(self, host: np.ndarray, number: int) -> None:
         """A new cohort in phase `number` from these samples' z0."""
-        made = _Cohort(self.evaluator, self.plan, number, host)
+        made = _Cohort(self.evaluator, self.plan, number, host, self.chunks)
         index, z0, g0 = made.rows.index, self.evaluator.z0, self.evaluator.g0
         made.z = z0 if index is None else z0[index]
         made.g = g0 if g0 is None or index is None else g0[index]

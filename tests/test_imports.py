@@ -20,6 +20,7 @@ LAYERS = [
     ["evaluator", "inverse"],
     ["problem", "opaque"],
     ["solver"],
+    ["chunk"],
     ["solve"],
     ["fixed"],
     ["solvers"],
