@@ -180,10 +180,10 @@ class Chunks:
         leaves = pytree.tree_leaves(state)
         _mark((z, g, leaves, around.rows, around.image, around.whole))
         # a graph holds for these shapes and for the numbers in the state, such as the steps made
-        key = phase, number, z.shape[1:], tuple(map(_kind, leaves))
+        key = phase, number, tuple(map(_kind, [z, *around.given.tensors, *leaves]))
         arguments = solver, z, g, state, around, number
         found = _attempt(self._graphs[key], arguments) if key in self._graphs else None
-        if not isinstance(found, tuple):  # new, or made for too many other shapes of the context: from nothing
+        if not isinstance(found, tuple):  # new, or of too many kinds otherwise: from nothing
             graph = self._graphs[key] = _compiled(self._backend)
             found = _attempt(graph, arguments)
         if isinstance(found, tuple):
@@ -233,7 +233,7 @@ def _attempt(graph: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[lis
 
 def _kind(leaf: Any) -> Any:
     """What of a leaf of a state a graph is made for."""
-    if isinstance(leaf, Tensor):
+    if isinstance(leaf, Tensor):  # the first axis is that of rows
         return leaf.shape[1:], leaf.dtype
     return leaf if isinstance(leaf, (bool, int, float)) else type(leaf)
 

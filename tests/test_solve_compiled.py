@@ -97,6 +97,13 @@ def test_one_graph_serves_any_number_of_rows_and_another_a_single_one():
     assert compare(f, *problem(1, first=2), solver=mb.Picard(), rtol=1e-6)[2] == 2
 
 
+def test_graphs_for_contexts_of_many_shapes_are_all_kept():
+    mean, (z0, x) = lambda z, c: f(z, c[0] + c[1].mean(1, keepdim=True)), problem()
+    solve = lambda length: compare(mean, z0, (x, z0.new_ones(6, length)), solver=mb.Picard(), max_nfe=4)[2]  # noqa: E731
+    assert [solve(length) for length in range(2, 12)] == [1] * 10
+    assert solve(2) == 0
+
+
 def test_of_a_function_without_a_context_the_whole_batch_goes_on():
     z0, x = problem()
     ours, _, made = compare(lambda z: f(z, x), z0, solver=mb.Picard(), rtol=1e-2)
