@@ -316,11 +316,11 @@ class _Cohort:
 
     def trail(self, mask: np.ndarray) -> Trail:
         """The last iterates of these of the live rows; none of a solver that keeps none."""
-        index = self._places(mask)
-        kept = [] if self.state is None else self.phase.solver.trail(self.state, index)
-        if not kept or self.g is None:
+        if self.state is None or self.g is None:
             return []
-        return [*kept, (self.z.index_select(0, index), self.g.index_select(0, index))]
+        index = self._places(mask)
+        kept = self.phase.solver.trail(self.state, index)
+        return [*kept, (self.z.index_select(0, index), self.g.index_select(0, index))] if kept else []
 
     def _places(self, mask: np.ndarray) -> Tensor:
         """Positions of these of the live rows among all rows."""

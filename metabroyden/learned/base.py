@@ -27,6 +27,12 @@ def relative_residual(z: Tensor, image: Tensor) -> Tensor:
     return norm(image - z, dim=1, keepdim=True) / norm(image, dim=1, keepdim=True)
 
 
+def apart(a: Tensor, b: Tensor) -> Tensor:
+    """(R,) ‖a − b‖ over the smaller of ‖a‖ and ‖b‖, for a and b (R, n)."""
+    norm = torch.linalg.vector_norm
+    return norm(a - b, dim=1) / torch.minimum(norm(a, dim=1), norm(b, dim=1))
+
+
 @dataclass(frozen=True)
 class LearnedConfig(metaclass=OldOptions):
     """Sizes and habits common to learned solvers.
@@ -182,10 +188,11 @@ class LearnedSolver(SolverBase, nn.Module):
 
         The rest is of f(z0). Where conditioning is "initial_value" that is known; else a z0 of zeros needs no look, and
         another costs one evaluation, or is trusted where there are no decisions on the host (`FixedBudget`). With
-        `reach` a z0 whose distance to the learned start is above `far` times its norm gets no look either: solutions are
-        nearer. By the relative residual at z0 the share rises, in its logarithm, from zero at `low` to one at `high`: what a
-        usual solve has after a half and a quarter of its steps, for the error of a given start is in slow directions, and
-        its residual falls more slowly. Without `reach` it jumps at `WARM`.
+        `reach` a z0 that is more than `far` `apart` from the learned start gets no look either: solutions are nearer.
+
+        By the relative residual at z0 the share rises, in its logarithm, from zero at `low` to one at `high`. These are what
+        usual solves have after a half and a quarter of their steps: the error of a given start is in slow directions, and
+        its residual falls more slowly than theirs. Without `reach` the share jumps at `WARM`.
         """
         if self.config.conditioning == "initial_value":
             image = problem.origin()
@@ -194,9 +201,7 @@ class LearnedSolver(SolverBase, nn.Module):
             return None
         given = (z0 != 0).any(dim=1, keepdim=True)
         if self.config.reach is not None:
-            norm = torch.linalg.vector_norm
-            apart = norm(z0 - learned, dim=1, keepdim=True)
-            given &= apart <= self.config.reach[2] * norm(z0, dim=1, keepdim=True)
+            given &= apart(z0, learned).unsqueeze(1) <= self.config.reach[2]
         if not problem.decides_on_host:
             return 1 - given.to(z0), z0
         among = to_host([given.squeeze(1)])[0] > 0

@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils import _pytree as pytree
 
+from metabroyden.learned.base import apart
 from metabroyden.learned.meta_broyden import MetaBroydenConfig
 from metabroyden.learned.safeguard import Safeguard
 from metabroyden.meta.plan import as_solved
@@ -85,6 +85,9 @@ def _reach(solution: Solution, lowest: np.ndarray, rtol: float) -> tuple[float, 
     steps = int((medians > rtol).sum())
     packing = Packing.of(solution.z)
     z, start = packing.pack(solution.z).cpu()[solved], packing.pack(solution.snapshots[0]).cpu()[solved]
-    norm = torch.linalg.vector_norm
-    far = (norm(start - z, dim=1) / norm(z, dim=1)).nan_to_num(0.0, 0.0).max()
-    return float(medians[min(steps // 2, len(medians) - 1)]), float(medians[steps // 4]), max(1.05 * float(far), 1e-6)
+    far = float(apart(start, z).nan_to_num(0.0).max())
+    return (
+        float(medians[min(steps // 2, len(medians) - 1)]),
+        float(medians[steps // 4]),
+        min(max(1.05 * far, 1e-6), 1e6),
+    )

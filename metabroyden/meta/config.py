@@ -61,6 +61,8 @@ class Unrolling(metaclass=OldOptions):
             (truncated backpropagation through time), their gradients added up. With 1 backpropagation is full.
         drop_below: samples with a smaller relative residual at the end of a segment take no part in the next ones, so that
             these are trained on the hard samples, at the price of those. 0: all samples go on.
+        anchor: weight of a term that keeps solves near equilibria known beforehand, see `anchored` and
+            `TaskSet.equilibria`. Where f has several, residuals alone lead to whichever is easiest to reach.
         clip: of the gradient's norm.
         objective: see `metabroyden.meta.objectives`.
         detach_features: see `metabroyden.meta.unroll.unroll`, as for checkpoint_steps and half.
@@ -68,6 +70,7 @@ class Unrolling(metaclass=OldOptions):
 
     segments: int = count(1)
     drop_below: float = positive(0.0)
+    anchor: float = positive(0.0)
     clip: float = positive(1.0)
     objective: Objective = field(default_factory=ResidualObjective)
     detach_features: bool = flag(False)
@@ -99,8 +102,6 @@ class MetaConfig(Unrolling):
         sigma: size of the perturbations of "pes".
         particles: pairs of them.
         backend: of the unroll that is backpropagated through.
-        anchor: share of the training, at its beginning, that minimises the distance to the equilibria that Broyden's
-            method finds. Where f has several, residuals alone lead to whichever is easiest to reach.
         seed: of all that is drawn.
         start_noise: size of normal noise on the start states of training, relative to the root mean square of f(z0).
         validate_every: outer steps between looks at validation; the weights with the best score are kept.
@@ -129,7 +130,6 @@ class MetaConfig(Unrolling):
     sigma: float = positive(0.01)
     particles: int = count(8)
     backend: str = choice("higher", BACKENDS)
-    anchor: float = positive(0.0)
     seed: int = _checked(0, "an integer", lambda value: isinstance(value, int) and not isinstance(value, bool))
     start_noise: float = positive(0.0)
     validate_every: int = count(50)

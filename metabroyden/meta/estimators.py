@@ -7,7 +7,6 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from metabroyden.meta import distributed
 from metabroyden.meta.config import MetaConfig, Unrolling
-from metabroyden.meta.objectives import DistanceObjective
+from metabroyden.meta.objectives import anchored
 from metabroyden.meta.target import frozen
 from metabroyden.meta.tasks import Source, TaskSet
 from metabroyden.meta.unroll import unroll
@@ -26,8 +25,6 @@ from metabroyden.solve import solve
 from metabroyden.solvers.broyden import Broyden
 from metabroyden.state import Packing, gather
 
-ANCHOR = DistanceObjective(rtol=1e-2)
-"""Objective of the first outer steps, see `MetaConfig.anchor`."""
 Play = Callable[[Tensor, Any], tuple[Tensor, Any]]
 """(parameters (P,), state or None) → (the segment's loss, the state it ends in)."""
 
@@ -46,6 +43,17 @@ class TaskDraws:
         """(f, z0, x) of an outer step."""
         return self.tasks.f, *training_batch(self.tasks, self.config, step, distributed.part(self.config.batch))
 
+    def star(self, step: int) -> Tensor | None:
+        """The equilibria (B, n) of an outer step's problems, NaN where none is known; None where none is."""
+        known, config = self.tasks.equilibria, self.config
+        if known is None:
+            return None
+        numbers = self.tasks.drawn(config.batch, seeded(config.seed, step, "batch"))[distributed.part(config.batch)]
+        found = known.new_full((len(numbers), known.shape[1]), torch.nan)
+        there = numbers < len(known)
+        found[there.to(known.device)] = known[numbers[there].to(known.device)]
+        return found
+
     def length(self, step: int) -> int:
         """K of an outer step, see `unroll_length`."""
         return unroll_length(self.config.unroll, self.config.seed, step)
@@ -63,6 +71,10 @@ class MixedDraws:
         self.sources, self.size, self.lengths = [source for _, source in sources], batch, lengths
         self.shares = torch.tensor([share for share, _ in sources], dtype=torch.float64, device="cpu")
         self.generator = torch.Generator().manual_seed(seed)
+
+    def star(self, step: int) -> Tensor | None:
+        """None: equilibria are not known beforehand."""
+        return None
 
     def batch(self, step: int) -> tuple[Any, State, Any]:
         """(f, z0, x) of an outer step."""
@@ -123,13 +135,16 @@ class UnrolledLoss(nn.Module):
         modes: dict[str, Any] = {key: getattr(config, key) for key in ("detach_features", "checkpoint_steps", "half")}
         rollout = unroll(self.solver, f, z0, context, steps=steps, backend=backend, begin=begin, **modes)
         loss = config.objective.loss(rollout, star, done)
+        if config.anchor and star is not None:
+            loss = loss + config.anchor * anchored(rollout, star)
         if distributed.size() > 1:  # the reduction wants every parameter's gradient, of segments that use none, too
             loss = loss + 0 * torch.stack([parameter.sum() for parameter in self.solver.parameters()]).sum()
         return loss, rollout.residuals[-1].detach(), rollout.carry()
 
 
 def backpropagate(
-    module: nn.Module, f: Any, z0: State, context: Any, config: Unrolling, backend: str, *, steps: int, done: float = 0.0
+    module: nn.Module, f: Any, z0: State, context: Any, config: Unrolling, backend: str, *, steps: int, done: float = 0.0,
+    star: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Leave the clipped gradient of the objective in a module's parameters; (mean loss, norm before clipping).
 
@@ -143,7 +158,8 @@ def backpropagate(
         parameter.grad = None
     begin, losses = None, []
     with frozen(f):
-        star = _star(config.objective, f, z0, context)
+        if star is None and config.objective.needs_star:
+            star = equilibria(f, z0, context)
         for number in range(config.segments):
             wait: AbstractContextManager[None] = nullcontext()
             if isinstance(module, DistributedDataParallel) and number < config.segments - 1:
@@ -189,9 +205,8 @@ class BackpropEstimator:
     def __call__(self, step: int, done: float) -> tuple[Tensor, Tensor]:
         """Leave the clipped gradient of an outer step in the solver's parameters; (loss, norm before clipping)."""
         problem, length, config = self.draws.batch(step), self.draws.length(step), self.config
-        if done < config.anchor:
-            config = replace(config, objective=ANCHOR)
-        loss, norm = backpropagate(self.module, *problem, config, config.backend, steps=length, done=done)
+        star = self.draws.star(step) if config.anchor else None
+        loss, norm = backpropagate(self.module, *problem, config, config.backend, steps=length, done=done, star=star)
         return distributed.mean(loss), norm
 
 
@@ -251,7 +266,7 @@ class EvolutionEstimator:
         config = self.config
         if self.settled(step) or self._batch is None:
             problem = self.draws.batch(step)
-            star = _star(config.objective, *problem)
+            star = equilibria(*problem) if config.objective.needs_star else None
             self._particles, self._batch = Particles(config.particles, config.sigma), (*problem, star)
         f, z0, x, star = self._batch
         length = self.draws.length(step)
@@ -273,11 +288,6 @@ class EvolutionEstimator:
 
 
 ESTIMATORS: dict[str, Any] = {"backprop": BackpropEstimator, "pes": EvolutionEstimator}  # by `MetaConfig.estimator`
-
-
-def _star(objective: Any, *problem: Any) -> Tensor | None:
-    """The equilibria, where an objective wants them."""
-    return equilibria(*problem, rtol=getattr(objective, "rtol", 1e-4)) if objective.needs_star else None
 
 
 def equilibria(f: Any, z0: Any, context: Any, *, rtol: float = 1e-4, max_nfe: int = 100) -> Tensor:

@@ -172,6 +172,8 @@ def fit_solver(
         outlook = None if not fallback or _begun(checkpoint) else job.outlook(learned, size)
         trained = outlook is None or not outlook.hopeless
         if trained:
+            if made.training.anchor:
+                job.tasks.find_equilibria(job.classical.best, rtol=1e-2, max_nfe=MAX_NFE)
             trainer = MetaTrainer(learned, job.tasks, made.training, checkpoint=checkpoint)
             trainer.callback = callback
             trainer.reserve = _reserve(time.perf_counter() - began, seconds)

@@ -99,13 +99,11 @@ class DistanceObjective:
     """Σ_k w_k log₁₀(‖z_k − z*‖/‖z*‖) averaged over samples: cannot be gamed by an ill-conditioned I − J.
 
     It needs the equilibria; where a problem has several, or none was found, it pulls to what the classical solver ended
-    with. Slow modes, which are what a distance is made of late in a solve, get most of the gradient. `rtol`: to which the
-    equilibria are solved.
+    with. Slow modes, which are what a distance is made of late in a solve, get most of the gradient.
     """
 
     kind: str = "distance"
     weights: str = "linear"
-    rtol: float = 1e-4
     needs_star = True
 
     def __post_init__(self) -> None:
@@ -144,6 +142,19 @@ class HyperObjective:
                 + (1 - done) * self.remainder * torch.stack([(extra / size).mean() for extra in rollout.extra]).mean()
             )
         return loss
+
+
+def anchored(rollout: Rollout, star: Tensor) -> Tensor:
+    """log₁₀(‖z_k − z*‖/‖z*‖ + 0.01), weighted by `weighted`, averaged over the samples whose z* (B, n) is no NaN.
+
+    A term that keeps a solver in the basin of equilibria that are known: it falls from every iterate far away, and is flat
+    once a solve is near. Zero where none is known.
+    """
+    known = ~star.isnan().any(dim=1)
+    if not known.any():
+        return star.new_zeros(())
+    near = _distances(rollout._replace(iterates=tuple(z[known] for z in rollout.iterates)), star[known])
+    return weighted(torch.stack([torch.log10(distance + 0.01).mean() for distance in near]), "linear")
 
 
 OBJECTIVES: dict[str, Any] = {

@@ -78,6 +78,11 @@ class Classical:
         return tune(self.solvers.values(), *self.problems, **self.judged)[0]
 
     @property
+    def best(self) -> Any:
+        """The solver that needs fewest evaluations."""
+        return self._best[0]
+
+    @property
     def fewest(self) -> float:
         """Evaluations of the best one, in the geometric mean."""
         return math.exp(self._best[1])
@@ -155,7 +160,8 @@ def plan(
     - steps: of so many solver steps in all as f is worth, see `solver_steps`; validate_every: an eighth of them, or `LOOK`
       solver steps.
     - learning_rate, orthogonal_rate: `RATES` for `OURS`, else those of `MetaConfig`.
-    - anchor: `ANCHOR` for a MetaBroyden; a monotone f has no second equilibrium.
+    - anchor: `ANCHOR` for a MetaBroyden (to the equilibria that the best classical solver finds); a monotone f has no
+      second equilibrium.
     - backend: "native", which is faster than "higher"; the gradients are the same.
     - learned_steps, schedule_length, dilations: those of the unroll and of f, see `gated_steps` and `dilations`.
     - damping (alpha on splitting): the best of the untrained solver on validation, so that an unroll does not diverge.

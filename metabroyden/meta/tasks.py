@@ -16,7 +16,11 @@ from metabroyden.learned.fingerprint import module_of, named_fingerprint
 from metabroyden.meta.target import Target, target_of
 from metabroyden.shared import is_shared
 from metabroyden.solution import Cell, State
-from metabroyden.state import concatenate, gather
+from metabroyden.solve import solve
+from metabroyden.state import Packing, concatenate, gather
+
+KNOWN, LARGEST, _CHUNK = 512, 2**24, 128
+"""Training problems whose equilibria are found beforehand, and coordinates of these in all, at most."""
 
 
 def sampled(tree: Any) -> list[Tensor]:
@@ -79,6 +83,7 @@ class TaskSet:
             f, z0 = layer.f, z0 or layer.z0
         self.f, self._encode, self._augment, self._z0 = f, encode, augment, z0
         self._made: tuple[State, Any] | None = None  # (z0, x) made beforehand; raw contexts are then row numbers
+        self.equilibria: Tensor | None = None  # (M, n) of the first training problems; NaN where none is known
         self.raw = {"train": train, "validation": validation, "test": test}
         _refuse_overlap({name: part for name, part in self.raw.items() if part is not None})
 
@@ -128,9 +133,24 @@ class TaskSet:
 
         The draws are those of the whole batch, whatever the part.
         """
-        train = self.split("train")
-        raw = rows(train, torch.randint(count(train), (batch,), generator=generator, device="cpu"))
+        raw = rows(self.split("train"), self.drawn(batch, generator))
         return self.prepare(rows(raw if self._augment is None else self._augment(raw, generator), part))
+
+    def drawn(self, batch: int, generator: torch.Generator) -> Tensor:
+        """The numbers of a random training batch, drawn with replacement."""
+        return torch.randint(count(self.split("train")), (batch,), generator=generator, device="cpu")
+
+    def find_equilibria(self, solver: Any, *, rtol: float, max_nfe: int) -> None:
+        """Solve the first training problems, at most `KNOWN` and `LARGEST` coordinates, for `equilibria`."""
+        train, found = self.split("train"), []
+        size = Packing.of(self.prepare(rows(train, slice(1)))[0]).pack(self.prepare(rows(train, slice(1)))[0]).shape[1]
+        most = min(count(train), KNOWN, max(1, LARGEST // size))
+        for first in range(0, most, _CHUNK):
+            z0, x = self.prepare(rows(train, slice(first, min(first + _CHUNK, most))))
+            solution = solve(self.f, z0, x, solver=solver, rtol=rtol, max_nfe=max_nfe, throw=False, trace=False)
+            star = Packing.of(solution.z).pack(solution.z)
+            found.append(torch.where(solution.converged[:, None], star, torch.nan))
+        self.equilibria = torch.cat(found)
 
     def problem(self, batch: int, generator: torch.Generator) -> tuple[Any, State, Any]:
         """(f, z0, x) of a random training batch."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional
 import metabroyden as mb
 from metabroyden.deq import initial_state
 from metabroyden.learned import GroupedConfig, LearnedConfig, Safeguard
+from metabroyden.learned.base import apart
 from metabroyden.learned.layout import Layout, guess_layout
 from metabroyden.learned.mixer import Mixer
 from metabroyden.learned.secants import Secants
@@ -497,6 +499,42 @@ def test_a_start_that_is_neither_zero_nor_close_is_the_learned_one():
     seen = []
     mb.solve(lambda z, x: seen.append(z.clone()) or f(z, x), z0 + 3, x, solver=solver, rtol=1e-4, max_nfe=90)
     torch.testing.assert_close(seen[1], z0 + 3 + solver.initializer(x))
+
+
+def test_how_much_of_the_learned_start_is_blended_in_depends_on_the_residual_at_a_given_one():
+    """With reach (low, high, far): f(z0) alone up to low, the learned start alone from high on, and no look beyond far."""
+    f, z0, x, solver, cold = begun("meta-broyden", "input")
+    star, learned = cold.z, solver.initializer(x)
+    gap = apart(star, learned)
+
+    def started(given, reach):
+        solver.config = replace(solver.config, reach=reach)
+        seen = []
+        solution = mb.solve(lambda z, x: seen.append(z) or f(z, x), given, x, solver=solver, rtol=1e-6, max_nfe=90)
+        return seen, solution
+
+    near = star + 1e-2 * normal(*x.shape, seed=5)
+    image, ratio = f(near, x), mb.relative_residual(near, f(near, x))
+    seen, _ = started(near, (1.1 * float(ratio.max()), 1.0, 10.0))
+    torch.testing.assert_close(seen[1], image)
+    seen, _ = started(near, (1e-9, 0.9 * float(ratio.min()), 10.0))
+    torch.testing.assert_close(seen[1], learned)
+    low, high = float(ratio.min()) / 2, 2 * float(ratio.max())
+    share = ((ratio / low).log() / math.log(high / low))[:, None]
+    torch.testing.assert_close(
+        started(near, (low, high, 10.0))[0][1], image + share * (learned - image), rtol=1e-4, atol=1e-5
+    )
+    # what is farther from the learned start than solutions are costs no evaluation, and changes nothing
+    reach = (0.1, 0.3, 1.01 * float(gap.max()))
+    seen, passed = started(star - 50 * (learned - star), reach)
+    plain = started(z0, reach)[1]
+    torch.testing.assert_close(seen[0], learned)
+    assert passed.nfe.tolist() == plain.nfe.tolist()
+
+
+@pytest.mark.parametrize("reach", [(0.1, 0.2), (0.0, 0.1, 1.0), [0.1, 0.2, 1.0]])
+def test_a_reach_that_cannot_be_used_is_refused(reach):
+    refused("reach must be three positive numbers, or None", lambda: vector("grouped", 3, reach=reach))
 
 
 @either_way
