@@ -16,6 +16,7 @@ import metabroyden as mb
 from metabroyden.learned.layout import Layout
 from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet, schedule
 from metabroyden.meta.episodes import as_learn2learn
+from metabroyden.meta.estimators import TaskDraws
 from metabroyden.meta.fit import make_learned
 from metabroyden.meta.objectives import HyperObjective, ResidualObjective
 from metabroyden.meta.schedule import StepGuard, cosine, in_words, reason_to_stop, share
@@ -302,6 +303,41 @@ def test_task_sets_are_learn2learn_task_sets():
         seen.add(int(labels[0]))
     assert len(episodes) == 8
     assert seen == {0, 1}
+
+
+def test_equilibria_found_beforehand_are_those_of_the_problems_that_are_drawn():
+    made = tasks()
+    config = MetaConfig(batch=16, anchor=1.0)
+    draws = TaskDraws(made, config)
+    assert draws.star(3) is None, "none has been found"
+    made.find_equilibria(mb.Broyden(), rtol=1e-6, max_nfe=60)
+    f, z0, x = draws.batch(3)
+    star = draws.star(3)
+    assert star.shape == (16, z0[0].numel())
+    torch.testing.assert_close(f(star.view_as(z0), x).flatten(1), star, rtol=0, atol=1e-4)
+    made.equilibria = made.equilibria[:1]
+    assert draws.star(3).isnan().any(dim=1).sum() >= 12, "of most the equilibrium is not known now"
+    made.find_equilibria(mb.Picard(1e-6), rtol=1e-6, max_nfe=2)
+    assert made.equilibria.isnan().all(), "what was not solved is not taken for an equilibrium"
+
+
+def two_wells(z, x):
+    """Equilibria at ±1 and 0; from a start of the sign of x a plain iteration ends on its side."""
+    return z + 0.3 * (z - z**3) + 0 * x
+
+
+def test_an_anchored_training_ends_where_the_classical_solver_does():
+    """Starts at ±0.3 lead to ±1; an initializer that is free to choose is pulled there and not to the other side."""
+    x = normal(64, 4).sign() * (0.2 + torch.rand(64, 4, generator=torch.Generator().manual_seed(1)))
+    made = TaskSet(two_wells, x[:40], x[40:], z0=lambda x: 0.3 * x.sign())
+    made.find_equilibria(mb.Picard(), rtol=1e-4, max_nfe=60)
+    assert not made.equilibria.isnan().any()
+    config = MetaConfig(steps=60, unroll=5, batch=32, anchor=2.0, backend="native", learning_rate=1e-2)
+    layout = mb.Layout("vector", (4,))
+    solver = MetaTrainer(mb.MetaBroyden(layout=layout, conditioning="input", context_channels=4), made, config).run()
+    z0, x = made.problems("validation")
+    found = mb.solve(two_wells, z0, x, solver=solver, rtol=1e-3, throw=False)
+    assert (found.z.sign() == x.sign())[found.converged].double().mean() > 0.95
 
 
 def test_contexts_made_beforehand_are_the_same_problems():

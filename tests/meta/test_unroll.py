@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import metabroyden as mb
 from metabroyden.meta import MetaConfig, TaskSet
 from metabroyden.meta.estimators import differentiate, equilibria, seeded, training_batch, unroll_length
-from metabroyden.meta.objectives import CountObjective, DistanceObjective, HyperObjective, ResidualObjective
+from metabroyden.meta.objectives import CountObjective, DistanceObjective, HyperObjective, ResidualObjective, anchored
 from metabroyden.meta.unroll import Rollout, UnrolledProblem, unroll
 from tests.conftest import tanh
 from tests.helpers import DOUBLE, normal, perturbed, refused, vector
@@ -170,6 +171,43 @@ def test_objectives_of_rollouts_are_what_they_say():
         assert loss == pytest.approx(2 * convergence + 0.3 * start + 0.4 * (1 - done) * remainder)
     sharp = CountObjective(tolerances=(1e-2,), width=1e-3)
     assert float(sharp.loss(rollout, None, 0.0)) == pytest.approx((2 + 1) / 2), "evaluations above the tolerance"
+
+
+def test_an_anchor_pulls_to_known_equilibria_and_is_flat_near_them():
+    star = torch.tensor([[3.0, 4.0], [torch.nan, 2.0]])
+    shares = torch.tensor([[0.9], [0.5]])
+    rollout = Rollout(torch.ones(2, 2), (torch.zeros(2, 2), star.nan_to_num() * shares), (), None)
+    # of the first sample alone: distances 1 and 0.1, with weights 1/3 and 2/3
+    assert float(anchored(rollout, star)) == pytest.approx((math.log10(1.01) + 2 * math.log10(0.11)) / 3)
+    assert float(anchored(rollout, star * torch.nan)) == 0
+    near = rollout._replace(iterates=(star.nan_to_num(), star.nan_to_num()))
+    assert float(anchored(near, star)) == pytest.approx(-2)
+
+
+@each_backend
+def test_later_segments_are_of_the_samples_that_are_not_solved_yet(backend):
+    """Their gradients are those of these samples by themselves; a limit that none is below, or none at all, leaves all."""
+    solver, problem = trained_a_little("meta-broyden"), tanh(batch=6, n=6, gain=0.8)
+    config = MetaConfig(unroll=3, segments=2, clip=1e9)
+
+    def gradient(config, z0=problem.z0, x=problem.x):
+        loss, _ = differentiate(solver, problem.f, z0, x, config, backend, steps=3)
+        return loss, parameters_to_vector(
+            [torch.zeros_like(p) if p.grad is None else p.grad for p in solver.parameters()]
+        )
+
+    residual = rollout_of(solver, backend, 3, problem).residuals[-1].detach()
+    limit = float(residual.sort().values[3])
+    hard = (residual >= limit).nonzero().squeeze(1)
+    assert len(hard) == 3
+    whole, tiny = gradient(config), gradient(replace(config, drop_below=1e-12))
+    assert torch.equal(whole[1], tiny[1])
+    once = gradient(replace(config, segments=1))[1]
+    dropped = gradient(replace(config, drop_below=limit))[1] - once
+    alone = gradient(config, problem.z0[hard], problem.x[hard])[1]
+    alone = alone - gradient(replace(config, segments=1), problem.z0[hard], problem.x[hard])[1]
+    torch.testing.assert_close(dropped, alone, rtol=1e-9, atol=1e-12)
+    assert torch.isfinite(gradient(replace(config, drop_below=1e9))[1]).all(), "the worst one stays"
 
 
 def test_equilibria_are_packed_fixed_points():
