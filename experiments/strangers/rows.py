@@ -48,7 +48,7 @@ def measured(config: Any, stranger: Stranger, rtol: float) -> list[Row]:
     everyone = [contestant(name, solver) for name, solver in verdict.solvers.items()]
     found = Comparison(measure(held, everyone, Rules((rtol,), config.budget, len(held), None, elsewhere=True)))
     trained = verdict.name != UNTUNED
-    f_seconds = np.median(laps({"f": lambda: held.f(held.z0, held.x)}, 15)["f"])
+    f_seconds = np.median(laps({"f": lambda: [held.f(held.z0, held.x)]}, 15)["f"])
     about = {"cell": spec.cell, "data": spec.data, "width": spec.width, "penalty": spec.penalty, **stranger.facts}
     rows: list[Row] = [
         {"row": "model", **stamp, **about, "samples": len(held), "f_milliseconds": 1e3 * float(f_seconds)}

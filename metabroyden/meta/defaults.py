@@ -16,8 +16,8 @@ from metabroyden.solution import Cell, State
 from metabroyden.solvers.tuning import tune
 
 CONDITIONINGS = ("auto", "initial_value", "input")
-SHORT = 120.0  # seconds of training below which unrolls have one segment, so that there are more outer steps
 SEGMENTS = range(6, 15)  # solver steps a segment may have
+MOST_SEGMENTS, LATER = 3, 0.3  # segments of an unroll, at most; what one after the first costs, as a share of the first
 SOLVER_STEPS = (3_000, 11_200)  # of a whole training, all unrolls together: the fewest and the most
 ANCHOR = 0.5  # weight, see `Unrolling`
 LOOK = 1_400  # solver steps from one look at validation to the next, at most
@@ -132,11 +132,24 @@ def solver_steps(operations: float) -> int:
     return round(min(high, max(low, 7_000 * (1.25e6 / max(operations, 1.0)) ** 0.25)))
 
 
-def schedule(fewest: float, segments: int = 1) -> tuple[int, int]:
-    """(steps of a segment, segments) of an unroll, of at most `segments`, by the evaluations of the best classical solver.
+def schedule(fewest: float) -> int:
+    """Steps of a segment of an unroll, by the evaluations of the best classical solver: half of them, see `SEGMENTS`.
 
-    A learned solver is to need half of them, and longer unrolls spend training on iterates that are there already
+    A learned solver is to need half of them, and longer segments spend training on iterates that are there already
     (results/RESEARCH.md, 43); through more than 14 steps gradients are cut.
     """
-    half = math.ceil(fewest / 2)
-    return min(max(half, SEGMENTS[0]), SEGMENTS[-1]), min(segments, -(-half // SEGMENTS[-1]))
+    return min(max(math.ceil(fewest / 2), SEGMENTS[0]), SEGMENTS[-1])
+
+
+def segments(unroll: int, most: float) -> int:
+    """Segments of an unroll, by the evaluations that the best classical solver needs on the hard problems.
+
+    Segments after the first are of the samples that are not solved yet, and cost little (results/RESEARCH.md, 52).
+    """
+    return min(max(math.ceil(most / unroll), 1), MOST_SEGMENTS)
+
+
+def expected_steps(config: Any) -> int:
+    """Solver steps of an outer step on a whole batch, about, of a `MetaConfig`."""
+    later = LATER if config.drop_below else 1.0
+    return max(1, round(config.worth / config.segments * (1 + later * (config.segments - 1))))

@@ -169,6 +169,8 @@ def backpropagate(
                 loss.backward(inputs=parameters)  # whatever else f closes over must not collect gradients
             losses.append(loss.detach())
             if config.drop_below and number < config.segments - 1:
+                if not isinstance(module, DistributedDataParallel) and bool((residual < config.drop_below).all()):
+                    break
                 solver = getattr(module, "module", module).solver
                 z0, context, star, begin = _hard(solver, residual, config.drop_below, z0, context, star, begin)
     return torch.stack(losses).mean(), nn.utils.clip_grad_norm_(parameters, config.clip)

@@ -20,12 +20,13 @@ from metabroyden.meta.defaults import (
     ANCHOR,
     LOOK,
     RATES,
-    SHORT,
     best_damping,
     context_options,
     dilations,
+    expected_steps,
     gated_steps,
     schedule,
+    segments,
     solver_steps,
     state_layout,
 )
@@ -156,7 +157,7 @@ def plan(
     - conditioning: "input" where x has the state's extents, which saves an evaluation, else "initial_value".
     - solver: a MetaBroyden becomes a MetaSplitting where f offers its parts, whose map converges for monotone f.
     - unroll: half the evaluations of the best classical solver, from 6 to 14: later iterates are there already.
-    - segments: 2 for a MetaBroyden that needs more than 14 steps and trains at least `SHORT` seconds, else 1: more steps.
+    - segments, drop_below: of a MetaBroyden, see `segments`; the later ones are of the samples that are above rtol.
     - steps: of so many solver steps in all as f is worth, see `solver_steps`; validate_every: an eighth of them, or `LOOK`
       solver steps.
     - learning_rate, orthogonal_rate: `RATES` for `OURS`, else those of `MetaConfig`.
@@ -193,8 +194,7 @@ def plan(
     _, z0, x = classical.problems
     where = state_layout(tasks.f, z0, layout)
     name, seen = _conditioned(ALIASES.get(solver, solver), tasks.f, where, z0, x, conditioning)
-    long = name == "meta-broyden" and (seconds is None or seconds >= SHORT)
-    config = _training(name, classical, long, {**(training or {}), "steps": steps, "seconds": seconds} | told)
+    config = _training(name, classical, {**(training or {}), "steps": steps, "seconds": seconds} | told)
     made = Plan(name, where, {**seen, **options}, config)
     return _with_options(made, tasks.f, classical, z0) if name in OURS else made
 
@@ -211,13 +211,13 @@ def _conditioned(name: str, f: Any, layout: Layout, z0: State, x: Any, condition
     return name, seen
 
 
-def _training(name: str, classical: Classical, long: bool, told: dict[str, Any]) -> MetaConfig:
-    if "unroll" not in told:
-        told["unroll"] = schedule(classical.fewest)[0]
-    if "segments" not in told:
-        told["segments"] = schedule(classical.fewest, 2)[1] if long else 1
-    worth = MetaConfig(unroll=told["unroll"], segments=told["segments"]).worth
-    steps = told.pop("steps") or max(1, solver_steps(operations(*classical.problems)) // worth)
+def _training(name: str, classical: Classical, told: dict[str, Any]) -> MetaConfig:
+    unroll = told.setdefault("unroll", schedule(classical.fewest))
+    if "segments" not in told and name == "meta-broyden":
+        told |= {"segments": segments(unroll, classical.most), "drop_below": classical.judged["tolerances"][0]} | told
+    config = MetaConfig(**{key: told[key] for key in ("unroll", "segments", "drop_below") if key in told})
+    steps = told.pop("steps") or max(1, solver_steps(operations(*classical.problems)) // expected_steps(config))
+    worth = config.worth
     usual = {
         "backend": "native",
         "validate_every": max(1, min(steps // 8, LOOK // worth)),

@@ -25,7 +25,15 @@ from metabroyden.integrations.torchdeq import FixedPointMap
 from metabroyden.learned import MetaBroyden, MetaSplitting
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.layout import LARGEST_PACKED, Layout
-from metabroyden.meta.defaults import DAMPINGS, context_options, schedule, solver_steps, state_layout
+from metabroyden.meta.defaults import (
+    DAMPINGS,
+    context_options,
+    expected_steps,
+    schedule,
+    segments,
+    solver_steps,
+    state_layout,
+)
 from metabroyden.meta.fit import _split, reasons
 from metabroyden.meta.plan import make_learned, measure_classical, operations, plan
 from metabroyden.meta.prospect import prospect
@@ -305,25 +313,21 @@ def test_all_take_turns_for_a_few_seconds_and_at_least_three_rounds(monkeypatch)
     assert [rules.rounds_to(1e-3, spent) for spent in (2.0, 0.6, 0.0)] == [3, 5, 15]
 
 
-def test_training_ends_with_its_time_or_where_nothing_is_gained_and_short_ones_unroll_less():
+def test_training_ends_with_its_time_or_where_nothing_is_gained():
     began = time.perf_counter()
     solver = fitted(ConvTanh(), contexts(30), steps=100_000, seconds=1.0)
     assert time.perf_counter() - began < 30
     assert solver.summary["stopped"] == "budget"
     assert 0 < solver.summary["seconds"] < 1, "the second is of the whole call"
     training = solver.summary["meta_training"]
-    assert training["segments"] == 1
-    assert solver.trained_for == training["unroll"]
+    assert solver.trained_for == training["unroll"] * training["segments"]
     stopped = fitted(lambda z, x: 0 * z + x, normal(20, 2), steps=40).summary
     assert (stopped["stopped"], stopped["steps"]) == ("patience", 20), "four looks, one every eighth of the steps"
 
 
 def test_an_unroll_has_half_of_the_steps_that_the_best_classical_solver_needs(monkeypatch):
-    assert schedule(3.0) == (6, 1)
-    assert schedule(13.2) == schedule(13.2, 2) == (7, 1)
-    assert schedule(28.0, 2) == (14, 1)
-    assert schedule(28.1, 2) == schedule(120.0, 2) == (14, 2)
-    assert schedule(120.0) == (14, 1)
+    assert [schedule(fewest) for fewest in (3.0, 13.2, 28.0, 120.0)] == [6, 7, 14, 14]
+    assert [segments(10, most) for most in (3.0, 10.0, 10.5, 28.0, 60.0)] == [1, 1, 2, 3, 3]
     seen, run = [], MetaTrainer.run
     monkeypatch.setattr(classical, "grids", EVERY)
     monkeypatch.setattr(MetaTrainer, "run", lambda self, report: (seen.append(self.config), run(self, report, until=1)))
@@ -331,7 +335,10 @@ def test_an_unroll_has_half_of_the_steps_that_the_best_classical_solver_needs(mo
     fewest = min(row["mean_evaluations"] for row in best.values() if "Meta" not in row["config"])
     (training,) = seen
     assert abs(2 * training.unroll - max(fewest, 12)) <= 3
-    assert training.steps == 11_200 // (training.unroll * training.segments)
+    assert training.steps == 11_200 // expected_steps(training), "f costs next to nothing"
+    later = expected_steps(replace(training, segments=3)) / expected_steps(replace(training, segments=1))
+    assert 1 < later < 2, "later segments are of the samples that are left"
+    assert expected_steps(replace(training, segments=3, drop_below=0.0)) == 3 * training.unroll
 
 
 def test_the_context_is_native_where_it_can_be_seen():
@@ -849,7 +856,10 @@ def test_a_plan_is_what_fit_solver_trains_by():
     made, classical = planned(steps=3)
     assert (made.solver, made.layout.kind) == ("meta-broyden", "image")
     assert (made.options["conditioning"], made.options["context_channels"]) == ("input", 3)
-    assert (made.training.unroll, made.training.segments) == schedule(classical.fewest, 2)
+    assert made.training.unroll == schedule(classical.fewest)
+    assert made.training.segments == segments(made.training.unroll, classical.most)
+    assert made.training.drop_below == 1e-3
+    assert classical.fewest <= classical.most <= 60
     assert made.options["schedule_length"] == made.training.unroll * made.training.segments
     assert made.options["damping"] in DAMPINGS
     assert made.build(contexts(2)).config.damping == made.options["damping"]
@@ -861,6 +871,8 @@ def test_overrides_take_the_place_of_choices_and_what_follows_from_them_follows(
     training = made.training
     assert (training.unroll, training.segments, training.learning_rate) == (4, 6, 2e-3)
     assert training.steps == solver_steps(operations(*classical.problems)) // 24
+    assert solver_steps(0.0) == solver_steps(1e5) == 11_200
+    assert (solver_steps(1.25e6), solver_steps(1e12)) == (7_000, 3_000)
     assert (made.options["schedule_length"], made.options["learned_steps"]) == (24, 36)
     assert (made.options["rank"], made.options["damping"]) == (6, 0.5)
     assert made.options["conditioning"] == "initial_value"
