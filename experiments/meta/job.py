@@ -17,6 +17,8 @@ from experiments.configs.recipes import HELD, POOL, recipe
 from metabroyden import Broyden, load_solver, save_solver
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.meta import MetaTrainer, Plan, TaskSet, distributed, plan
+from metabroyden.meta.calibrate import calibrated
+from metabroyden.meta.defaults import ANCHORED_TO
 from metabroyden.meta.objectives import OBJECTIVES
 from metabroyden.meta.plan import measure_classical
 from metabroyden.progress import progress_bar, tensorboard
@@ -81,6 +83,9 @@ class Job:
         names = [name for name in ("alpha", "damping") if name in made.options]
         measured = distributed.from_first([made.options[name] for name in names])
         made = replace(made, options=made.options | dict(zip(names, measured, strict=True)))
+        if made.training.anchor:
+            limits: dict[str, Any] = {"rtol": ANCHORED_TO, "max_nfe": config.budget}
+            tasks.equilibria = distributed.by_first(lambda: tasks.find_equilibria(classical.best, **limits))
         return made, self.prepare(made.build(classical.problems[1]))
 
     def rivals(self) -> dict[str, Any]:
@@ -102,6 +107,8 @@ class Job:
             tensorboard(log, trainer.step) if first else nullcontext() as trainer.curves,
         ):
             trainer.run(bar)
+        limits: dict[str, Any] = {"rtol": 1e-3, "max_nfe": config.budget, "most": HELD}
+        solver.config = replace(solver.config, **distributed.by_first(lambda: calibrated(solver, tasks, **limits)))
         solver.fingerprint = fingerprint(tasks.f)
         if first:
             save_solver(solver, self.path)

@@ -23,7 +23,7 @@ from metabroyden.learned.fingerprint import fingerprint, module_of
 from metabroyden.meta import distributed
 from metabroyden.meta.calibrate import calibrated
 from metabroyden.meta.config import MetaConfig
-from metabroyden.meta.defaults import RATES
+from metabroyden.meta.defaults import ANCHORED_TO, RATES
 from metabroyden.meta.inputs import check_contexts, gathered
 from metabroyden.meta.plan import ALIASES, OURS, Classical, as_solved, measure_classical, plan, room
 from metabroyden.meta.plan import make_learned as make_learned
@@ -173,7 +173,7 @@ def fit_solver(
         trained = outlook is None or not outlook.hopeless
         if trained:
             if made.training.anchor:
-                job.tasks.find_equilibria(job.classical.best, rtol=1e-2, max_nfe=MAX_NFE)
+                job.tasks.equilibria = distributed.by_first(job.equilibria)
             trainer = MetaTrainer(learned, job.tasks, made.training, checkpoint=checkpoint)
             trainer.callback = callback
             trainer.reserve = _reserve(time.perf_counter() - began, seconds)
@@ -240,6 +240,10 @@ class _Job:
                 *as_solved(self.f, *self.tasks.prepare(raw)), learned, known.solvers, fewest=known.fewest, **limits
             )
         )
+
+    def equilibria(self) -> Tensor:
+        """Where the best classical solver ends on training problems, see `TaskSet.find_equilibria`."""
+        return self.tasks.find_equilibria(self.classical.best, rtol=ANCHORED_TO, max_nfe=MAX_NFE)
 
     def calibrated(self, learned: Any, size: int) -> dict[str, Any]:
         """What to expect of a trained solver, see `calibrated`."""

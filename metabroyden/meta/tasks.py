@@ -140,17 +140,21 @@ class TaskSet:
         """The numbers of a random training batch, drawn with replacement."""
         return torch.randint(count(self.split("train")), (batch,), generator=generator, device="cpu")
 
-    def find_equilibria(self, solver: Any, *, rtol: float, max_nfe: int) -> None:
-        """Solve the first training problems, at most `KNOWN` and `LARGEST` coordinates, for `equilibria`."""
+    def find_equilibria(self, solver: Any, *, rtol: float, max_nfe: int) -> Tensor:
+        """Where a solver ends on the first training problems, for `equilibria`: (M, n), NaN where it fails.
+
+        At most `KNOWN` problems and `LARGEST` coordinates.
+        """
         train, found = self.split("train"), []
-        size = Packing.of(self.prepare(rows(train, slice(1)))[0]).pack(self.prepare(rows(train, slice(1)))[0]).shape[1]
+        first_z, _ = self.prepare(rows(train, slice(1)))
+        size = Packing.of(first_z).pack(first_z).shape[1]
         most = min(count(train), KNOWN, max(1, LARGEST // size))
         for first in range(0, most, _CHUNK):
             z0, x = self.prepare(rows(train, slice(first, min(first + _CHUNK, most))))
             solution = solve(self.f, z0, x, solver=solver, rtol=rtol, max_nfe=max_nfe, throw=False, trace=False)
             star = Packing.of(solution.z).pack(solution.z)
             found.append(torch.where(solution.converged[:, None], star, torch.nan))
-        self.equilibria = torch.cat(found)
+        return torch.cat(found)
 
     def problem(self, batch: int, generator: torch.Generator) -> tuple[Any, State, Any]:
         """(f, z0, x) of a random training batch."""
