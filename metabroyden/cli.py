@@ -177,10 +177,10 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     add(
         "steps",
         "outer steps of the training, at most",
-        f"{SOLVER_STEPS:,} steps of the solver: 400 to 1,900 outer ones",
+        "of {:,} to {:,} steps of the solver in all, by what f costs".format(*SOLVER_STEPS),
         type=int,
     )
-    add("seconds", "time of the training, at most", "no limit", type=float)
+    add("seconds", "time of the whole fit, about", "no limit", type=float)
     add("patience", "looks at validation without gain before it stops", type=int)
     add("batch_size", "problems of an outer step, over all processes", str(MetaConfig.batch), type=int)
     rates = f"{RATES['learning_rate']:g} for metabroyden, {MetaConfig.learning_rate:g} for others"
