@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -40,8 +41,8 @@ class Verdict(Comparison):
     needs fewer evaluations in the mean and less time (median ratio of paired rounds). In this mean a failure counts twice
     the budget, or else a rival that fails more would look cheaper; in all figures it counts as the budget. It must also
     not be elsewhere more often than the rival that is so most often, nor score lower than the best rival. The share
-    solved and the score have one standard error of tolerance; the share elsewhere has two, since a single sample of a few
-    dozen, which one of them would be, says nothing.
+    solved and the score have one standard error of tolerance, the share elsewhere two of the difference, since one or two
+    samples of a hundred say nothing.
 
     Args:
         comparison: of the fitted solver and classical ones, to one tolerance.
@@ -117,7 +118,7 @@ class Verdict(Comparison):
         most = max(rivals, key=self._apart)
         shared = int(np.isfinite(self._values(self.name, "elsewhere")).sum())
         ours, theirs = self._apart(self.name), self._apart(most)
-        if shared and ours > theirs + 2 * standard_error(theirs, shared):
+        if shared and ours > theirs + 2 * math.hypot(*(standard_error(one, shared) for one in (ours, theirs))):
             failed.append(
                 f"it is at another solution than {self.reference} on {ours:.1%} of the problems, {most} on {theirs:.1%}"
             )
