@@ -18,7 +18,6 @@ from metabroyden import Broyden, load_solver, save_solver
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.meta import MetaTrainer, Plan, TaskSet, distributed, plan
 from metabroyden.meta.calibrate import calibrated
-from metabroyden.meta.defaults import ANCHORED_TO
 from metabroyden.meta.objectives import OBJECTIVES
 from metabroyden.meta.plan import measure_classical
 from metabroyden.progress import progress_bar, tensorboard
@@ -84,7 +83,7 @@ class Job:
         measured = distributed.from_first([made.options[name] for name in names])
         made = replace(made, options=made.options | dict(zip(names, measured, strict=True)))
         if made.training.anchor:
-            limits: dict[str, Any] = {"rtol": ANCHORED_TO, "max_nfe": config.budget}
+            limits: dict[str, Any] = {"rtol": 1e-3, "max_nfe": config.budget}
             tasks.equilibria = distributed.by_first(lambda: tasks.find_equilibria(classical.best, **limits))
         return made, self.prepare(made.build(classical.problems[1]))
 

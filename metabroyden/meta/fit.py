@@ -23,7 +23,7 @@ from metabroyden.learned.fingerprint import fingerprint, module_of
 from metabroyden.meta import distributed
 from metabroyden.meta.calibrate import calibrated
 from metabroyden.meta.config import MetaConfig
-from metabroyden.meta.defaults import ANCHORED_TO, RATES
+from metabroyden.meta.defaults import RATES
 from metabroyden.meta.inputs import check_contexts, gathered
 from metabroyden.meta.plan import ALIASES, OURS, Classical, as_solved, measure_classical, plan, room
 from metabroyden.meta.plan import make_learned as make_learned
@@ -243,7 +243,7 @@ class _Job:
 
     def equilibria(self) -> Tensor:
         """Where the best classical solver ends on training problems, see `TaskSet.find_equilibria`."""
-        return self.tasks.find_equilibria(self.classical.best, rtol=ANCHORED_TO, max_nfe=MAX_NFE)
+        return self.tasks.find_equilibria(self.classical.best, rtol=self.rtol, max_nfe=MAX_NFE)
 
     def calibrated(self, learned: Any, size: int) -> dict[str, Any]:
         """What to expect of a trained solver, see `calibrated`."""
