@@ -59,8 +59,9 @@ class Unrolling(metaclass=OldOptions):
     Attributes:
         segments: unrolls of K steps one after another, each from where the last one ended and cut off from its graph
             (truncated backpropagation through time), their gradients added up. With 1 backpropagation is full.
-        drop_below: samples with a smaller relative residual at the end of a segment take no part in the next ones, so that
-            these are trained on the hard samples, at the price of those. 0: all samples go on.
+        drop_below: samples with a smaller relative residual at the end of a segment take no part in the next ones, and of
+            the others a quarter of the batch at most, those with the largest: the next segments are of hard samples, and
+            cheap. 0: all samples go on.
         anchor: weight of a term that keeps solves near equilibria known beforehand, see `anchored` and
             `TaskSet.equilibria`. Where f has several, residuals alone lead to whichever is easiest to reach.
         clip: of the gradient's norm.

@@ -17,9 +17,9 @@ from metabroyden.solvers.tuning import tune
 
 CONDITIONINGS = ("auto", "initial_value", "input")
 SEGMENTS = range(6, 15)  # solver steps a segment may have
-MOST_SEGMENTS, LATER = 3, 0.3  # segments of an unroll, at most; what one after the first costs, as a share of the first
+MOST_SEGMENTS, LATER = 3, 0.2  # segments of an unroll, at most; what one after the first costs, as a share of the first
 SOLVER_STEPS = (3_000, 11_200)  # of a whole training, all unrolls together: the fewest and the most
-ANCHOR = 2.0  # weight, see `Unrolling`
+ANCHOR = 0.5  # weight, see `Unrolling`
 LOOK = 1_400  # solver steps from one look at validation to the next, at most
 RATES: dict[str, Any] = {"learning_rate": 5e-3, "orthogonal_rate": 0.05}  # peak rates for a `MetaBroyden`
 DAMPINGS = (1.0, 0.5, 0.25, 0.12)
@@ -142,11 +142,11 @@ def schedule(fewest: float) -> int:
 
 
 def segments(unroll: int, most: float) -> int:
-    """Segments of an unroll, by the evaluations that the best classical solver needs on the hard problems.
+    """Segments of an unroll, by the evaluations that the best classical solver needs on the hard problems: half of these.
 
     Segments after the first are of the samples that are not solved yet, and cost little (results/RESEARCH.md, 52).
     """
-    return min(max(math.ceil(most / unroll), 1), MOST_SEGMENTS)
+    return min(max(round(most / (2 * unroll)), 1), MOST_SEGMENTS)
 
 
 def expected_steps(config: Any) -> int:

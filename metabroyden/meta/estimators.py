@@ -25,6 +25,8 @@ from metabroyden.solve import solve
 from metabroyden.solvers.broyden import Broyden
 from metabroyden.state import Packing, gather
 
+HARDEST = 0.25
+"""Largest share of a batch that takes part in the segments after the first, where these are of hard samples."""
 Play = Callable[[Tensor, Any], tuple[Tensor, Any]]
 """(parameters (P,), state or None) → (the segment's loss, the state it ends in)."""
 
@@ -177,11 +179,13 @@ def backpropagate(
 
 
 def _hard(solver: Any, residual: Tensor, limit: float, z0: State, context: Any, star: Tensor | None, begin: Any) -> Any:
-    """(z0, context, star, begin) of the samples with a relative residual (B,) of at least `limit`, the worst if none has."""
-    chosen = (~(residual < limit)).nonzero().squeeze(1)
-    if len(chosen) == len(residual):
-        return z0, context, star, begin
-    chosen = chosen if len(chosen) else residual.argmax().view(1)
+    """(z0, context, star, begin) of the samples with a relative residual (B,) of at least `limit`, at least one.
+
+    Where that is a larger share than `HARDEST`, of those with the largest.
+    """
+    most = max(1, round(HARDEST * len(residual)))
+    hard = min(max(int((~(residual < limit)).sum()), 1), most)
+    chosen = residual.nan_to_num(math.inf).topk(hard).indices.sort().values
     z, state = begin
     return *gather((z0, context, star), chosen), (z.index_select(0, chosen), solver.gather(state, chosen))
 

@@ -245,7 +245,7 @@ def test_meta_names_what_it_does_not_know(tmp_path):
 @pytest.mark.parametrize(
     ("family", "coefficients", "rows", "gated", "dilations"),
     [
-        ("conv-digits", "schedule", 42, 63, (1, 1)),
+        ("conv-digits", "schedule", 28, 42, (1, 1)),
         ("monotone-dense-digits", "schedule", 7, 7, (1, 1)),
         ("trellisnet-words", "schedule", 12, 20, (2, 6)),
         ("trellisnet-shakespeare", "schedule", 14, 22, (4, 12)),

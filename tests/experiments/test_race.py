@@ -140,8 +140,8 @@ def test_an_lstm_for_the_table_has_no_last_row_that_goes_on(tmp_path):
     usual = meta.Meta(family="conv-digits", runs=tmp_path)
     jobs = [meta.Job(usual, {**ablation.TRAINED[name], "damping": 1.0}) for name in ("no P", "LSTM for table")]
     table, lstm = (job.plan(job.family.tasks(0))[0].options for job in jobs)
-    assert (table["schedule_length"], table["learned_steps"]) == (42, 63)
-    assert (lstm["schedule_length"], lstm["learned_steps"], lstm["coefficients"]) == (42, 42, "lstm")
+    assert (table["schedule_length"], table["learned_steps"]) == (28, 42)
+    assert (lstm["schedule_length"], lstm["learned_steps"], lstm["coefficients"]) == (28, 28, "lstm")
 
 
 def test_hyper_deq_is_counted_and_stopped_as_every_peer():

@@ -327,7 +327,7 @@ def test_training_ends_with_its_time_or_where_nothing_is_gained():
 
 def test_an_unroll_has_half_of_the_steps_that_the_best_classical_solver_needs(monkeypatch):
     assert [schedule(fewest) for fewest in (3.0, 13.2, 28.0, 120.0)] == [6, 7, 14, 14]
-    assert [segments(10, most) for most in (3.0, 10.0, 10.5, 28.0, 60.0)] == [1, 1, 2, 3, 3]
+    assert [segments(10, most) for most in (3.0, 10.0, 10.5, 28.0, 60.0)] == [1, 1, 1, 1, 3]
     seen, run = [], MetaTrainer.run
     monkeypatch.setattr(classical, "grids", EVERY)
     monkeypatch.setattr(MetaTrainer, "run", lambda self, report: (seen.append(self.config), run(self, report, until=1)))

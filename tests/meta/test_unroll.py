@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import metabroyden as mb
-from metabroyden.meta import MetaConfig, TaskSet
+from metabroyden.meta import MetaConfig, TaskSet, estimators
 from metabroyden.meta.estimators import differentiate, equilibria, seeded, training_batch, unroll_length
 from metabroyden.meta.objectives import CountObjective, DistanceObjective, HyperObjective, ResidualObjective, anchored
 from metabroyden.meta.unroll import Rollout, UnrolledProblem, unroll
@@ -185,7 +185,7 @@ def test_an_anchor_pulls_to_known_equilibria_and_is_flat_near_them():
 
 
 @each_backend
-def test_later_segments_are_of_the_samples_that_are_not_solved_yet(backend):
+def test_later_segments_are_of_the_samples_that_are_not_solved_yet(backend, monkeypatch):
     """Their gradients are those of these samples by themselves; a limit that none is below, or none at all, leaves all."""
     solver, problem = trained_a_little("meta-broyden"), tanh(batch=6, n=6, gain=0.8)
     config = MetaConfig(unroll=3, segments=2, clip=1e9)
@@ -197,6 +197,7 @@ def test_later_segments_are_of_the_samples_that_are_not_solved_yet(backend):
         )
 
     residual = rollout_of(solver, backend, 3, problem).residuals[-1].detach()
+    monkeypatch.setattr(estimators, "HARDEST", 1.0)
     limit = float(residual.sort().values[3])
     hard = (residual >= limit).nonzero().squeeze(1)
     assert len(hard) == 3
@@ -208,6 +209,9 @@ def test_later_segments_are_of_the_samples_that_are_not_solved_yet(backend):
     alone = alone - gradient(replace(config, segments=1), problem.z0[hard], problem.x[hard])[1]
     torch.testing.assert_close(dropped, alone, rtol=1e-9, atol=1e-12)
     assert torch.isfinite(gradient(replace(config, drop_below=1e9))[1]).all(), "the worst one stays"
+    monkeypatch.setattr(estimators, "HARDEST", 0.5)
+    capped = gradient(replace(config, drop_below=1e-12))[1] - once
+    torch.testing.assert_close(capped, alone, rtol=1e-9, atol=1e-12)
 
 
 def test_equilibria_are_packed_fixed_points():
