@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -107,16 +108,14 @@ def _fitted(config: Ablate, stranger: Stranger, rtol: float, seed: int, changed:
 
 def _without(solver: Any, name: str) -> Any:
     """The solver, its hand-over changed."""
-    other = mb.MetaBroyden(solver.config)
-    other.load_state_dict(solver.state_dict())
-    other = other.eval().requires_grad_(False)
+    other = copy.deepcopy(solver)
     if name == "no envelope":
         other.config = replace(solver.config, safeguard=BY_PROGRESS)
         return other
     learned, resumed, last = other.phases()
     initial = resumed.solver.initial.learned if name == "learned inverse unjudged" else None
     resumed = replace(resumed, solver=replace(resumed.solver, initial=initial))
-    other.phases = lambda: [learned, resumed, last]  # type: ignore[method-assign]
+    other.phases = lambda: [learned, resumed, last]
     return other
 
 

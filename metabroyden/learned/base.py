@@ -15,16 +15,11 @@ from metabroyden.evaluator import to_host
 from metabroyden.learned.initializer import Initializer
 from metabroyden.learned.layout import Layout
 from metabroyden.learned.safeguard import Safeguard
+from metabroyden.solution import relative_residual
 from metabroyden.solver import Phase, SolverBase
 
 WARM = 0.3
 """Relative residual of a given z0 up to which no learned start is blended in, where it is not known what that reaches."""
-
-
-def relative_residual(z: Tensor, image: Tensor) -> Tensor:
-    """(R, 1) ‖f(z) − z‖ / ‖f(z)‖ of z (R, n) with f(z) = image."""
-    norm = torch.linalg.vector_norm
-    return norm(image - z, dim=1, keepdim=True) / norm(image, dim=1, keepdim=True)
 
 
 def apart(a: Tensor, b: Tensor) -> Tensor:
@@ -196,7 +191,7 @@ class LearnedSolver(SolverBase, nn.Module):
         """
         if self.config.conditioning == "initial_value":
             image = problem.origin()
-            return self._share(relative_residual(z0, image)), image
+            return self._share(relative_residual(z0, image).unsqueeze(1)), image
         if torch.is_grad_enabled():
             return None
         given = (z0 != 0).any(dim=1, keepdim=True)
@@ -208,7 +203,7 @@ class LearnedSolver(SolverBase, nn.Module):
         if not among.any():
             return None
         image = z0 + problem.residual(z0, among=among)
-        return torch.where(given, self._share(relative_residual(z0, image)), 1.0), image
+        return torch.where(given, self._share(relative_residual(z0, image).unsqueeze(1)), 1.0), image
 
     def _share(self, residual: Tensor) -> Tensor:
         """How much of the learned start to blend in where z0 has these relative residuals (R, 1)."""

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metabroyden.learned.base import WARM, relative_residual
+from metabroyden.learned.base import WARM
 from metabroyden.learned.meta_broyden import MetaBroyden, MetaBroydenConfig, MetaBroydenState
-from metabroyden.solution import Cell
+from metabroyden.solution import Cell, relative_residual
 from metabroyden.solver import Phase, Step, Trail
 from metabroyden.solvers.base import check_number
 from metabroyden.solvers.registry import register
@@ -83,7 +83,7 @@ class MetaSplitting(MetaBroyden):
         linear = problem.evaluate_method(problem.method("linear"), z0)
         image = problem.elementwise("prox", linear)
         problem.record_residual(z0, image)
-        cold = ~(relative_residual(z0, image) <= WARM)
+        cold = ~(relative_residual(z0, image).unsqueeze(1) <= WARM)
         return cold.to(z0), torch.lerp(z0, linear, self.config.alpha)
 
     def init(self, z: Tensor, g: Tensor, problem: Any) -> MetaSplittingState:  # type: ignore[override]
