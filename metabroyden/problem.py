@@ -125,7 +125,8 @@ class CountedProblem(Problem):
     @property
     def steps_left(self) -> int:  # type: ignore[override]
         """See `Problem`."""
-        return int(self.budget.max())
+        spent = self._evaluator.nfe[self.live_rows.pick]
+        return self._evaluator.max_nfe - int(spent.min()) if len(spent) else 0
 
     @property
     def affordable_jvps(self) -> np.ndarray:

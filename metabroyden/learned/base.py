@@ -194,6 +194,8 @@ class LearnedSolver(SolverBase, nn.Module):
             return self._share(relative_residual(z0, image).unsqueeze(1)), image
         if torch.is_grad_enabled():
             return None
+        if problem.decides_on_host and not z0.any():
+            return None
         given = (z0 != 0).any(dim=1, keepdim=True)
         if self.config.reach is not None:
             given &= apart(z0, learned).unsqueeze(1) <= self.config.reach[2]

@@ -58,6 +58,8 @@ class Mixer(nn.Module):
     def forward(self, *parts: Tensor) -> Tensor:
         """(R, inputs, *S) → (R, outputs, *S), for a value or what its channels are made of, in order, without joining it."""
         parts = tuple(part for part in parts if part.shape[1])
+        if len(parts) == 1:
+            return self._mapped(parts[0], self.map.weight, self.map.bias)
         weights = self.map.weight.split([part.shape[1] for part in parts], dim=1)
         biases = [self.map.bias, *[None] * (len(parts) - 1)]
         return functools.reduce(torch.add, map(self._mapped, parts, weights, biases))

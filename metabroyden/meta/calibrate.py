@@ -20,7 +20,7 @@ from metabroyden.state import Packing
 
 PATIENCES = (15, 8, 5, 3)
 """Evaluations without progress after which a sample may be handed over."""
-SLACK = 1.5
+SLACK = 2.0
 """How far a sample may be above what the slowest of the validation samples reach at a step."""
 MOST = 128
 """Validation problems, at most."""
