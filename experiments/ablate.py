@@ -23,7 +23,7 @@ from experiments.strangers.train import path_of
 from metabroyden.comparison.tables import Table, grouped, listed
 from metabroyden.learned.safeguard import BY_PROGRESS
 from metabroyden.meta import MetaTrainer, TaskSet
-from metabroyden.meta.calibrate import calibrated
+from metabroyden.meta.calibrate import calibrate
 from metabroyden.meta.plan import measure_classical, plan
 from metabroyden.meta.tasks import count, rows
 from metabroyden.progress import ticks
@@ -100,9 +100,9 @@ def _fitted(config: Ablate, stranger: Stranger, rtol: float, seed: int, changed:
     training = {"seed": seed, "validation_rtol": rtol, "validation_nfe": config.budget, "patience": 4}
     made = plan(tasks, classical, steps=config.steps, training=training, overrides=changed)
     if made.training.anchor:
-        tasks.equilibria = tasks.find_equilibria(classical.best, rtol=rtol, max_nfe=config.budget)
+        tasks.equilibria = classical.equilibria(tasks)
     solver = MetaTrainer(made.build(tasks.problems("validation")[0]), tasks, made.training).run()
-    solver.config = replace(solver.config, **calibrated(solver, tasks, rtol=rtol, max_nfe=config.budget, most=128))
+    calibrate(solver, tasks, rtol=rtol, max_nfe=config.budget, most=128)
     return solver
 
 

@@ -202,10 +202,8 @@ def gather(tree: T, index: Tensor) -> T:
     samples, passes through."""
     if isinstance(tree, Tensor):  # the usual case, without ceremony
         return tree.index_select(0, index)  # type: ignore[return-value]
-    if type(tree) is tuple:
-        return tuple(gather(part, index) for part in tree)  # type: ignore[return-value]
-    if isinstance(tree, tuple) and hasattr(tree, "_make"):
-        return tree._make(gather(part, index) for part in tree)
+    if isinstance(tree, tuple) and (type(tree) is tuple or hasattr(tree, "_make")):
+        return like((gather(part, index) for part in tree), type(tree))
     return pytree.tree_map(
         lambda leaf: leaf.index_select(0, index) if isinstance(leaf, Tensor) else leaf, tree, is_leaf=is_shared
     )

@@ -29,8 +29,10 @@ class Meta(Seeded, Unrolled, Compared, OnFamily, OnDevice, command="meta"):
     `python -m metabroyden --help`."""
     solver: str = "meta-broyden"
     """A learned solver, or "classical" for the rows of the classical ones."""
+    recipe: bool = True
+    """Whether the family's recipe takes the place of some of the plan's choices; without it the plan is fit_solver's."""
     steps: int | None = None
-    """Outer steps, instead of the recipe's."""
+    """Outer steps, instead of the plan's or the recipe's."""
     patience: int | None = None
     """Looks at validation (eight in all) without improvement after which training stops; None: never."""
     cpu_minutes: float | None = None
@@ -70,7 +72,11 @@ def publish(job: Job, solver: Any) -> None:
     more = {"device": device, "model_sha256": sha256(job.family.path)}
     if solver is not None:
         more |= {"parameters": sum(p.numel() for p in solver.parameters()), "summary": solver.summary}
-    name = CLASSICAL if solver is None else f"{job.config.solver}-seed{job.config.seed}"
+    name = (
+        CLASSICAL
+        if solver is None
+        else f"{job.config.solver}{'' if job.config.recipe else '-plan'}-seed{job.config.seed}"
+    )
     folder = runner.publish(job.run.folder / job.family.folder / name, rows, job.run.described(**more))
     if solver is not None:
         atomic_write(folder / "solver.safetensors", job.path.read_bytes())

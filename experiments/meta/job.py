@@ -17,7 +17,7 @@ from experiments.configs.recipes import HELD, POOL, recipe
 from metabroyden import Broyden, load_solver, save_solver
 from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.meta import MetaTrainer, Plan, TaskSet, distributed, plan
-from metabroyden.meta.calibrate import calibrated
+from metabroyden.meta.calibrate import calibrate
 from metabroyden.meta.objectives import OBJECTIVES
 from metabroyden.meta.plan import measure_classical
 from metabroyden.progress import progress_bar, tensorboard
@@ -49,11 +49,13 @@ class Job:
         self.config, self.prepare = config, prepare
         self.device = distributed.resolve(config.device)
         self.family = family_of(config.family, config.models, self.device)
-        usual = recipe(config.family, config.solver, texts=self.family.texts) | self.family.overrides
+        usual = recipe(config.family, config.solver, texts=self.family.texts) if config.recipe else {}
+        usual |= self.family.overrides
         self.overrides = {**usual, **({"steps": config.steps} if config.steps else {}), **(overrides or {})}
         if "steps" in self.overrides:
             self.overrides.setdefault("validate_every", max(1, self.overrides["steps"] // 8))
         always = f"--family {config.family} --solver {config.solver} --seed {config.seed}"
+        always += "" if config.recipe else " --no-recipe"
         inputs = (self.overrides, TOLERANCES, self.device.type, *self.family.inputs)
         once = replace(config, overwrite=config.overwrite and distributed.rank() == 0)  # not in every process
         free = FREE[1:] if self.family.own else FREE  # one's own is no result of this repository's
@@ -83,8 +85,7 @@ class Job:
         measured = distributed.from_first([made.options[name] for name in names])
         made = replace(made, options=made.options | dict(zip(names, measured, strict=True)))
         if made.training.anchor:
-            limits: dict[str, Any] = {"rtol": 1e-3, "max_nfe": config.budget}
-            tasks.equilibria = distributed.by_first(lambda: tasks.find_equilibria(classical.best, **limits))
+            tasks.equilibria = classical.equilibria(tasks)
         return made, self.prepare(made.build(classical.problems[1]))
 
     def rivals(self) -> dict[str, Any]:
@@ -106,8 +107,7 @@ class Job:
             tensorboard(log, trainer.step) if first else nullcontext() as trainer.curves,
         ):
             trainer.run(bar)
-        limits: dict[str, Any] = {"rtol": 1e-3, "max_nfe": config.budget, "most": HELD}
-        solver.config = replace(solver.config, **distributed.by_first(lambda: calibrated(solver, tasks, **limits)))
+        calibrate(solver, tasks, rtol=1e-3, max_nfe=config.budget, most=HELD)
         solver.fingerprint = fingerprint(tasks.f)
         if first:
             save_solver(solver, self.path)
@@ -120,7 +120,8 @@ class Job:
         if solver is None:
             everyone = solvers.contestants(**self.rivals(), Broyden=Broyden(config.budget))
             return measure.measure(held, everyone, rules, progress=config.progress)
-        one, told = solvers.contestant(config.solver, solver, config.seed), solver.summary["meta_training"]
+        name = config.solver if config.recipe else f"{config.solver}, by the plan"
+        one, told = solvers.contestant(name, solver, config.seed), solver.summary["meta_training"]
         rows = measure.measure(held, [one], rules, progress=config.progress)
         steps = 4 * told["segments"] * int(np.max(told["unroll"]))
         return rows + measure.horizon_rows(held, one, stamp_of(held), steps=steps)

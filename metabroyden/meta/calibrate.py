@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from metabroyden.learned.base import apart
 from metabroyden.learned.meta_broyden import MetaBroydenConfig
 from metabroyden.learned.safeguard import Safeguard
+from metabroyden.meta import distributed
 from metabroyden.meta.plan import as_solved
 from metabroyden.meta.tasks import TaskSet, count, rows
 from metabroyden.solution import Solution
@@ -24,6 +25,11 @@ SLACK = 2.0
 """How far a sample may be above what the slowest of the validation samples reach at a step."""
 MOST = 128
 """Validation problems, at most."""
+
+
+def calibrate(solver: Any, tasks: TaskSet, **options: Any) -> None:
+    """Put into a trained solver's config, in all processes, what the first one finds; as `calibrated` takes them."""
+    solver.config = replace(solver.config, **distributed.by_first(lambda: calibrated(solver, tasks, **options)))
 
 
 def calibrated(solver: Any, tasks: TaskSet, *, rtol: float, max_nfe: int, most: int) -> dict[str, Any]:

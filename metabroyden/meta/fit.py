@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from metabroyden.comparison.verdict import UNTUNED, Verdict, by_sample, compare_
 from metabroyden.deprecated import old_options
 from metabroyden.learned.fingerprint import fingerprint, module_of
 from metabroyden.meta import distributed
-from metabroyden.meta.calibrate import calibrated
+from metabroyden.meta.calibrate import calibrate
 from metabroyden.meta.config import MetaConfig
 from metabroyden.meta.defaults import RATES
 from metabroyden.meta.inputs import check_contexts, gathered
@@ -173,14 +173,14 @@ def fit_solver(
         trained = outlook is None or not outlook.hopeless
         if trained:
             if made.training.anchor:
-                job.tasks.equilibria = distributed.by_first(job.equilibria)
+                job.tasks.equilibria = job.classical.equilibria(job.tasks)
             trainer = MetaTrainer(learned, job.tasks, made.training, checkpoint=checkpoint)
             trainer.callback = callback
             trainer.reserve = _reserve(time.perf_counter() - began, seconds)
             with _watched(trainer, progress, log_dir) as report:
                 trainer.run(report)
             _say(_many_skipped(trainer))
-            learned.config = replace(learned.config, **job.calibrated(learned, size))
+            calibrate(learned, job.tasks, rtol=rtol, max_nfe=MAX_NFE, most=size)
             learned.fingerprint = fingerprint(target.f.model if isinstance(target.f, ModelMap) else target.f)
         else:
             _say(f"there is nothing to gain: {outlook}, so nothing is trained (fallback=False trains all the same)")
@@ -240,15 +240,6 @@ class _Job:
                 *as_solved(self.f, *self.tasks.prepare(raw)), learned, known.solvers, fewest=known.fewest, **limits
             )
         )
-
-    def equilibria(self) -> Tensor:
-        """Where the best classical solver ends on training problems, see `TaskSet.find_equilibria`."""
-        return self.tasks.find_equilibria(self.classical.best, rtol=self.rtol, max_nfe=MAX_NFE)
-
-    def calibrated(self, learned: Any, size: int) -> dict[str, Any]:
-        """What to expect of a trained solver, see `calibrated`."""
-        limits: dict[str, Any] = {"rtol": self.rtol, "max_nfe": MAX_NFE, "most": size}
-        return distributed.by_first(lambda: calibrated(learned, self.tasks, **limits))
 
     def compared(self, name: str, learned: dict[str, Any], size: int) -> Verdict:
         """The solver called `name` against the classical ones on at most `size` test problems."""

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from metabroyden.comparison.verdict import UNTUNED
 from metabroyden.learned.layout import Layout
+from metabroyden.meta import distributed
 from metabroyden.meta.config import MetaConfig
 from metabroyden.meta.defaults import (
     ANCHOR,
@@ -95,6 +97,11 @@ class Classical:
         trace = solve(*self.problems, solver=self._best[0], rtol=rtol, max_nfe=budget, throw=False).trace
         spent, reached = trace.evaluations_to(rtol, budget)
         return float(np.quantile(np.where(reached, spent, budget), 0.95))
+
+    def equilibria(self, tasks: TaskSet) -> Tensor:
+        """Where the best one ends on training problems, in all processes, see `TaskSet.find_equilibria`."""
+        (rtol,) = self.judged["tolerances"]
+        return distributed.by_first(lambda: tasks.find_equilibria(self.best, rtol=rtol, max_nfe=self.judged["max_nfe"]))
 
 
 @dataclass(frozen=True)
