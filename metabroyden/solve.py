@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,9 +18,10 @@ from metabroyden.inverse import FinalInverse
 from metabroyden.opaque import opaque
 from metabroyden.problem import CountedProblem
 from metabroyden.solution import Cell, Solution, SolveError, State, Status, Trace
-from metabroyden.solver import Phase, SolverBase, Trail, as_solver
+from metabroyden.solver import Phase, SolverBase, Trail, as_solver, joined
 from metabroyden.state import Packing, check_context
 
+_WAITING = 1  # samples handed over wait while so many times as many are at work: fewer cohorts, at the same evaluations
 _COMPACT_AT = 0.7  # a solver's own memory is gathered once so small a share of its rows is still at work
 _SAME = 16  # roundings by which the relative residual may change where z has stopped moving
 _NONE = np.zeros(1, dtype=bool)  # no row, however many there are
@@ -333,6 +334,15 @@ def _check_unchanged(z: Tensor, version: int, solver: SolverBase) -> None:
         raise ValueError(f"{solver!r}.step changed the iterate z in place: it must return a new one")
 
 
+class _Waiting(NamedTuple):
+    """Samples between two phases: which is next, whether from their best iterates or from z0, and what they came by."""
+
+    number: int
+    carries_on: bool
+    host: np.ndarray
+    trail: Trail
+
+
 class _Driver:
     """Runs the phases of one solve. A plain solver has one phase; a safeguarded one hands samples on (see `Phase`)."""
 
@@ -345,6 +355,7 @@ class _Driver:
         self.status = np.full(len(z0), int(Status.MAX_NFE), dtype=np.int64)
         self.steps = np.zeros(len(z0), dtype=np.int64)
         self.cohorts: list[_Cohort] = []
+        self.waiting: list[_Waiting] = []
         self.due: list[int] = []  # evaluations after which to keep the best iterates
         self.kept: list[Tensor] = []
         self.inverse: FinalInverse | None = None
@@ -451,6 +462,8 @@ class _Driver:
         self.evaluator.synchronize()
         for cohort in list(self.cohorts):
             self._decide(cohort)
+        if self.waiting:
+            self._enter()
         self.unseen = 0
 
     def _decide(self, cohort: _Cohort) -> None:
@@ -482,16 +495,35 @@ class _Driver:
             self.cohorts.remove(cohort)
 
     def _hand_over(self, cohort: _Cohort, mask: np.ndarray) -> None:
-        """Hand these of a cohort's live rows to the next phase, at the best iterate, whose residual is known, or at z0."""
+        """Let these of a cohort's live rows wait for the next phase: at the best iterate, whose g is known, or at z0."""
         host, number, evaluator = cohort.live_rows.host, cohort.number + 1, self.evaluator
         phase = self.plan[number]
         here = mask & (phase.origin == "best") & np.isfinite(evaluator.best[host])
         here &= evaluator.lowest[host] <= phase.enter_below
         if here.any():
-            self._carry_on(host[here], number, cohort.trail(here))
+            self.waiting.append(_Waiting(number, True, host[here], cohort.trail(here)))
         if (mask & ~here).any():
             later = (k for k in range(number, len(self.plan)) if self.plan[k].origin == "start")
-            self._begin_again(host[mask & ~here], number if math.isinf(phase.enter_below) else next(later, number))
+            number = number if math.isinf(phase.enter_below) else next(later, number)
+            self.waiting.append(_Waiting(number, False, host[mask & ~here], []))
+
+    def _enter(self) -> None:
+        """Let those who wait begin their phase, once they are many beside those at work: cohorts cost time, waiting none."""
+        waiting, at_work = (
+            sum(map(len, part)) for part in ([one.host for one in self.waiting], [c.live_rows for c in self.cohorts])
+        )
+        if not waiting or (_WAITING * waiting < at_work and not self.due):
+            return
+        groups: dict[tuple[int, bool, bool], list[_Waiting]] = {}
+        for one in self.waiting:
+            groups.setdefault((one.number, one.carries_on, bool(one.trail)), []).append(one)
+        self.waiting = []
+        for (number, carries_on, _), group in sorted(groups.items(), key=lambda item: item[0]):
+            host = np.concatenate([one.host for one in group])
+            if carries_on:
+                self._carry_on(host, number, joined([one.trail for one in group]))
+            else:
+                self._begin_again(host, number)
 
     def _carry_on(self, host: np.ndarray, number: int, trail: Trail) -> None:
         """A new cohort in phase `number` from the best iterates of these samples."""

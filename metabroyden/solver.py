@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from metabroyden.deprecated import MEMBERS, warn
@@ -18,6 +19,15 @@ from metabroyden.state import gather
 
 Trail = list[tuple[Tensor, Tensor]]
 """Iterates (R, n), each with its residual g = f(z) − z (R, n)."""
+
+
+def joined(trails: list[Trail]) -> Trail:
+    """One trail of the rows of several; in front of a shorter one its first iterate is repeated, which tells nothing."""
+    longest = max(map(len, trails))
+    full = [[trail[0]] * (longest - len(trail)) + trail for trail in trails if trail]
+    return [
+        (torch.cat([z for z, _ in points]), torch.cat([g for _, g in points])) for points in zip(*full, strict=True)
+    ]
 
 
 class Step(NamedTuple):

@@ -203,8 +203,9 @@ class MetaBroyden(LearnedSolver):
         return gather(state._replace(trail=()), index)._replace(trail=trail)
 
     def trail(self, state: MetaBroydenState, index: Tensor) -> Trail:
-        """The iterates of the learned steps that are kept."""
-        kept = ((z, g, index if rows is None else rows.index_select(0, index)) for z, g, rows in state.trail)
+        """The last iterates of the learned steps: more pairs would cost more to take over than they save."""
+        last = state.trail[-JUDGED_ON:]
+        kept = ((z, g, index if rows is None else rows.index_select(0, index)) for z, g, rows in last)
         return [(z.index_select(0, rows), g.index_select(0, rows)) for z, g, rows in kept]
 
     def inverse(self, state: MetaBroydenState, index: Tensor) -> Any:

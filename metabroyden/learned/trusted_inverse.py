@@ -9,6 +9,7 @@ from torch import Tensor
 
 from metabroyden.learned.preconditioner import LearnedInverse
 from metabroyden.solver import Trail
+from metabroyden.solvers.broyden import apply_to_all
 
 JUDGED_ON = 5
 """Secant pairs, the last ones, by which it is judged."""
@@ -44,7 +45,7 @@ class TrustedInverse:
         moves, changes = points.diff(dim=1), residuals.diff(dim=1)
         if moves.shape[1] == 0:
             return points.new_ones(len(points), 1)
-        learned = torch.stack([self.learned.apply(change, frozen) for change in changes.unbind(1)], dim=1)
+        learned = apply_to_all(self.learned, changes, frozen)
         gram = (changes @ changes.mT).double()
         ridge = 1e-6 * gram.diagonal(dim1=1, dim2=2) + torch.finfo(points.dtype).tiny
         products = torch.cat([(moves + changes) @ learned.mT, learned @ learned.mT], dim=2).double()

@@ -68,9 +68,9 @@ def fit_solver(
 
     Three steps: `plan` chooses how the solver is made and trained, `MetaTrainer` trains it, `compare_solvers` measures it.
     Before the second one the untrained solver is timed (see `prospect`): where it would be no faster than the fastest
-    classical solver even if it needed half the evaluations of the best one, and four, there is nothing to gain. A warning
-    then says so with the figures, nothing is trained, and the fastest classical solver is returned; with fallback=False, or
-    where a checkpoint of a training is there, it is trained all the same.
+    classical solver even if it needed a third of the evaluations of the best one, and three, there is nothing to gain. A
+    warning then says so with the figures, nothing is trained, and the fastest classical solver is returned; with
+    fallback=False, or where a checkpoint of a training is there, it is trained all the same.
     Of x_train a fifth (at most 256 samples) chooses weights, when to stop, and the options of the classical solvers; another
     fifth (at most 128, fewer where states are large) is left alone until the end. On that one the fitted solver is held
     against Picard, Anderson and Broyden, tuned to rtol (and operator splitting where f offers its parts), at 60 evaluations

@@ -13,7 +13,7 @@ from metabroyden.comparison.statistics import able, standard_error
 from metabroyden.solution import Cell, Solution, State
 from metabroyden.solvers.picard import Picard
 
-FEWEST, SHARE = 4, 0.5
+FEWEST, SHARE = 3, 0.35
 """Evaluations that a learned solver needs in the best case: at least so many, and this share of the best classical one's."""
 _ROUNDS = 2  # times that each is taken
 _CALLS = 1, 5  # calls of f in two solves whose times tell what one costs
@@ -54,9 +54,9 @@ def prospect(
 ) -> Prospect:
     """Time classical solvers, and as many evaluations by the untrained solver as a trained one needs in the best case.
 
-    That is half the evaluations of the best classical solver, `FEWEST` at least: what a step costs does not depend on the
-    weights. Only classical solvers that solve most problems count. Times are the shortest of several. Where the calls of f
-    alone, as many as the best classical solver makes, take longer than that, no classical solver is run.
+    That is a share of the evaluations of the best classical solver, `SHARE`, and `FEWEST` at least: what a step costs does
+    not depend on the weights. Only classical solvers that solve most problems count. Times are the shortest of several.
+    Where the calls of f alone, as many as the best classical solver makes, take longer than that, no classical one is run.
 
     Args:
         f: as for `solve`, as are z0, x, rtol and max_nfe.

@@ -135,10 +135,14 @@ class Broyden(SolverBase):
     def resume(self, z: Tensor, g: Tensor, trail: Trail, problem: Problem) -> BroydenState:
         """The updates of the pairs between the iterates of a trail."""
         state = self.init(*trail[0], problem)
-        if self.initial is not None:
+        if self.initial is None:
+            starts: Any = [None] * len(trail)
+        else:
             state = state._replace(frozen=self.initial.resume(z, g, trail, problem))
-        for point in trail:
-            state = self._updated(*point, state)
+            residuals = torch.stack([g for _, g in trail], dim=1)
+            starts = (residuals + apply_to_all(self.initial, residuals, state.frozen)).neg_().unbind(1)
+        for point, start in zip(trail, starts, strict=True):
+            state = self._updated(*point, state, start)
         return state
 
     def step(self, z: Tensor, g: Tensor, state: BroydenState, problem: Problem) -> Step:
@@ -154,10 +158,10 @@ class Broyden(SolverBase):
         after.alive[:, :written].masked_fill_(failed[:, None], 0.0)  # restart: B₀ is what the next pair is made with
         return Step(z_next, after._replace(bg=torch.where(failed[:, None], b, bg)), g_next)
 
-    def _updated(self, z: Tensor, g: Tensor, state: BroydenState) -> BroydenState:
-        """The state with the update of the pair between its iterate and this one, (R, n)."""
+    def _updated(self, z: Tensor, g: Tensor, state: BroydenState, b: Tensor | None = None) -> BroydenState:
+        """The state with the update of the pair between its iterate and this one, (R, n); b is B₀g where that is known."""
         state = self._prepared(z, g, state)
-        b = self._initial(g, state)
+        b = self._initial(g, state) if b is None else b
         update = self._good if self.kind == "good" else self._bad
         bg, buffers = update(z, g, b, state) if state.steps else (b, (state.v, state.u, state.mix, state.alive))
         return BroydenState(*buffers, z, g, b, bg, state.recent, state.frozen, state.scale, state.steps + 1)
@@ -283,6 +287,13 @@ class Broyden(SolverBase):
         mix, alive, z, g, b, bg, recent = (part.index_select(0, index) for part in state[2:9])
         scale = None if state.scale is None else state.scale.index_select(0, index)
         return BroydenState(v, u, mix, alive, z, g, b, bg, recent, frozen, scale, state.steps)
+
+
+def apply_to_all(inverse: InverseJacobian, r: Tensor, frozen: Any) -> Tensor:
+    """P r for several r a row, (R, k, n)."""
+    rows, count, _ = r.shape
+    index = torch.arange(rows, device=r.device).repeat_interleave(count)
+    return inverse.apply(r.flatten(0, 1), gather(frozen, index)).unflatten(0, (rows, count))
 
 
 def _identities(like: Tensor, size: int) -> Tensor:
