@@ -39,8 +39,8 @@ def calibrated(solver: Any, tasks: TaskSet, *, rtol: float, max_nfe: int, most: 
 
     - safeguard: the largest over samples of the smallest relative residual until a step, times `SLACK`, is the envelope, for
       as many steps as some sample takes to `rtol`. Of `PATIENCES` the one with which the solver needs fewest evaluations
-      (see `score`) is taken. A solver without a safeguard, or with a horizon, keeps its own. Of a sequence a MetaBroyden
-      ends with its learned steps: its secant steps, token by token, cost more than Broyden's and save no evaluations.
+      (see `score`) is taken. A solver without a safeguard, or with a horizon, keeps its own. A MetaBroyden ends with its
+      learned steps: its secant steps cost more than Broyden's and save no evaluations.
     - reach: see `LearnedSolver.warm_start`; where solves start at zero. Not of solvers that step on another map than f.
 
     Args:
@@ -67,7 +67,7 @@ def calibrated(solver: Any, tasks: TaskSet, *, rtol: float, max_nfe: int, most: 
             envelope = tuple(np.maximum(SLACK * expected.max(axis=1), rtol).tolist())
             found = [replace(safeguard, patience=patience, envelope=envelope) for patience in PATIENCES]
             safeguard = min(found, key=lambda tried: score(solved(tried).trace, (rtol,), max_nfe))
-            if solver.layout.causal and isinstance(config, MetaBroydenConfig):
+            if isinstance(config, MetaBroydenConfig) and not solver.required_methods:
                 safeguard = replace(safeguard, horizon=config.learned_steps)
     finally:
         solver.config = config

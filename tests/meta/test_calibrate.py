@@ -62,7 +62,7 @@ def test_what_validation_does_not_know_is_handed_over_within_a_few_evaluations()
     solver, tasks = solver_and_tasks()
     config = replace(solver.config, **calibrated(solver, tasks, **LIMITS, most=100))
     alone = solved(solver.fallback()[0], tasks)
-    solver.config = replace(config, safeguard=replace(config.safeguard, patience=None))
+    solver.config = replace(config, safeguard=replace(config.safeguard, patience=None, horizon=None))
     assert (solved(solver, tasks).trace.phase <= 0).all(), "none of those it knows is above the envelope"
     solver.config = config
     wrong = solved(perturbed(solver, 1.0), tasks)
