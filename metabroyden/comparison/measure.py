@@ -33,8 +33,8 @@ LETTERS = {Status.CONVERGED: "C", Status.MAX_NFE: "B", Status.NON_FINITE: "N", S
 FAR = 10.0
 """A solution is elsewhere if its relative distance to the reference exceeds this many tolerances, and still does when the
 solve is continued."""
-CLOSER = 100.0
-"""Solves are continued to a tolerance smaller by this factor."""
+CLOSER, LONGER = 100.0, 4
+"""Solves are continued to a tolerance smaller by this factor, for as many times the budget at most."""
 SECONDS, LEAST, MOST = 3.0, 3, 15
 """Where the rounds are not given: how long all of them shall take, and how many there are at least and at most."""
 
@@ -233,29 +233,32 @@ def _elsewhere(block: _Block, contestants: Sequence[Contestant], found: dict[str
 
     The reference is the classical solver that solves most (the first of several). Its solutions are continued by Broyden's
     method to a hundredth of the tolerance. A solution that is far from them is continued as well: on an ill-conditioned
-    problem it then comes nearer, at another equilibrium it stays away.
+    problem it then comes nearer, at another equilibrium it stays away. Where one of the two does not get that far, it is
+    not known which it is: None.
     """
     solved = {key: np.array([letter == "C" for letter in one.status]) for key, one in found.items()}
     classical = [one.key for one in contestants if one.kind == "classical"] or [contestants[0].key]
     reference = max(classical, key=lambda key: solved[key].mean())
-    (f, _, x), budget, closer = block.problem, block.rules.budget, Broyden(memory=block.rules.budget)
+    (f, _, x), budget = block.problem, block.rules.budget
 
-    def refined(z: State) -> Tensor:
-        options: dict[str, Any] = {"rtol": block.tolerance / CLOSER, "max_nfe": budget, "throw": False}
-        return _flat(solve(f, z, x, solver=closer, **options).z)
+    def refined(z: State) -> tuple[Tensor, np.ndarray]:
+        options: dict[str, Any] = {"rtol": block.tolerance / CLOSER, "max_nfe": LONGER * budget, "throw": False}
+        solution = solve(f, z, x, solver=Broyden(memory=budget), **options)
+        return _flat(solution.z), solution.converged.cpu().numpy()
 
     def far(z: Tensor) -> np.ndarray:
         apart = (z.double() - star.double()).norm(dim=1)
         return (apart > FAR * block.tolerance * star.double().norm(dim=1)).cpu().numpy()
 
-    star = refined(found[reference].z)
+    star, certain = refined(found[reference].z)
     rows = {}
     for key, one in found.items():
-        there = far(_flat(one.z))
+        there, known = far(_flat(one.z)), solved[key] & solved[reference]
         if there.any():
-            there &= far(refined(one.z))
-        both = solved[key] & solved[reference]
-        seen = [int(other) if known else None for other, known in zip(there, both, strict=True)]
+            again, sure = refined(one.z)
+            known &= ~there | (certain & sure)
+            there &= far(again)
+        seen = [int(other) if told else None for other, told in zip(there, known, strict=True)]
         rows[key] = {"reference": reference, "elsewhere": seen}
     return rows
 

@@ -113,12 +113,13 @@ def dilations(f: Cell, layout: str) -> tuple[int, int]:
     return (step, 3 * step) if layout in ("nct", "ntc") else (1, 1)
 
 
-def gated_steps(trained: int, layout: str, coefficients: str = "schedule") -> dict[str, int]:
+def gated_steps(trained: int, coefficients: str = "schedule", *, extra: bool = True) -> dict[str, int]:
     """Options of a `MetaBroyden` unrolled for so many steps: a table's last row goes on for half as many, eight at least.
 
-    Not for vectors: there secants from then on save evaluations, and bring back a sample that the table leads astray.
+    extra: False where secant steps follow at once. On Peaceman–Rachford's map for vectors these save evaluations; elsewhere
+    they cost more time than they save (results/RESEARCH.md, 56).
     """
-    more = max(8, trained // 2) if coefficients == "schedule" and layout != "vector" else 0
+    more = max(8, trained // 2) if coefficients == "schedule" and extra else 0
     return {"schedule_length": trained, "learned_steps": trained + more}
 
 

@@ -239,7 +239,8 @@ def _with_options(made: Plan, f: Any, classical: Classical, z0: State) -> Plan:
     config, options, kind = made.training, made.options, made.layout.kind
     chosen: dict[str, Any] = {"dilations": dilations(f, kind)}
     if "learned_steps" not in options:
-        chosen |= gated_steps(config.worth, kind, options.get("coefficients", "schedule"))
+        secants = kind == "vector" and made.solver == "meta-splitting"
+        chosen |= gated_steps(config.worth, options.get("coefficients", "schedule"), extra=not secants)
     made = replace(made, options={**chosen, **options})
     if {"damping", "alpha"} & set(options):
         return made

@@ -434,10 +434,10 @@ def test_a_dilated_preconditioner_reaches_eight_evaluations_of_f_back_without_a_
     assert seen == list(range(1, 18, 2))
 
 
-def test_secants_begin_where_training_ended_on_vectors_and_with_an_lstm():
-    assert gated_steps(28, "image") == {"schedule_length": 28, "learned_steps": 42}
-    assert gated_steps(6, "nct") == {"schedule_length": 6, "learned_steps": 14}
-    assert gated_steps(28, "vector") == gated_steps(28, "image", "lstm") == {"schedule_length": 28, "learned_steps": 28}
+def test_secants_begin_where_training_ended_where_they_are_wanted_and_with_an_lstm():
+    assert gated_steps(28) == {"schedule_length": 28, "learned_steps": 42}
+    assert gated_steps(6) == {"schedule_length": 6, "learned_steps": 14}
+    assert gated_steps(28, extra=False) == gated_steps(28, "lstm") == {"schedule_length": 28, "learned_steps": 28}
 
 
 def test_a_table_is_no_matrix_to_the_optimizer_and_its_last_row_goes_on():
