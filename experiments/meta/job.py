@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 CLASSICAL = "classical"
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
-FREE = ("family", "solver", "seed", "models", "device")
+FREE = ("family", "solver", "seed", "recipe", "models", "device")
 """Options that do not make a trial of a run."""
 
 
