@@ -75,10 +75,10 @@ def run(config: Ablate) -> None:
 
 def _measured(config: Ablate, stranger: Stranger, rtol: float, seed: int) -> Iterator[Row]:
     held = stranger.held(config.samples)
-    solvers = {name: _fitted(config, stranger, rtol, seed, changed) for name, changed in TRAININGS.items()}
-    solvers |= {name: _without(solvers["as it is"], name) for name in WITHOUT}
-    for name, solver in {"Broyden": mb.Broyden(), **solvers}.items():
-        both = [solver] if name == "Broyden" else [solver, shuffled(solver, seed)]
+    trained = {name: _fitted(config, stranger, rtol, seed, changed) for name, changed in TRAININGS.items()}
+    solvers = {name: (solver, shuffled(solver, seed)) for name, solver in trained.items()}
+    solvers |= {name: tuple(_without(one, name) for one in solvers["as it is"]) for name in WITHOUT}
+    for name, both in {"Broyden": (mb.Broyden(),), **solvers}.items():
         stamp = {"row": "ablation", "name": stranger.spec.name, "rtol": rtol, "seed": seed, "variant": name}
         for case, one in zip(("as fitted", "wrong weights"), both, strict=False):
             options: dict[str, Any] = {"rtol": rtol, "max_nfe": config.budget, "throw": False}
