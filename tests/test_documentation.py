@@ -18,7 +18,7 @@ load("torchvision")  # Lightning, which a page of the reference needs, imports i
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-MADE_BY_RUNS = {"results/models/dense-stripes", "results/gpu/race", "results/ablate"}
+MADE_BY_RUNS = {"results/models/dense-stripes", "results/gpu/race"}
 PAGES = sorted(str(path.relative_to(ROOT)) for path in DOCS.rglob("*.md"))
 
 
