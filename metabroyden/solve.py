@@ -21,7 +21,6 @@ from metabroyden.solution import Cell, Solution, SolveError, State, Status, Trac
 from metabroyden.solver import Phase, SolverBase, Trail, as_solver, joined
 from metabroyden.state import Packing, check_context
 
-_WAITING = 1  # samples handed over wait while so many times as many are at work: fewer cohorts, at the same evaluations
 _COMPACT_AT = 0.7  # a solver's own memory is gathered once so small a share of its rows is still at work
 _SAME = 16  # roundings by which the relative residual may change where z has stopped moving
 _NONE = np.zeros(1, dtype=bool)  # no row, however many there are
@@ -508,11 +507,12 @@ class _Driver:
             self.waiting.append(_Waiting(number, False, host[mask & ~here], []))
 
     def _enter(self) -> None:
-        """Let those who wait begin their phase, once they are many beside those at work: cohorts cost time, waiting none."""
-        waiting, at_work = (
-            sum(map(len, part)) for part in ([one.host for one in self.waiting], [c.live_rows for c in self.cohorts])
-        )
-        if not waiting or (_WAITING * waiting < at_work and not self.due):
+        """Let those who wait begin their phase, once no more are at work: every cohort costs time, waiting no evaluation.
+
+        Nobody waits while snapshots are due, which are of all samples after so many evaluations.
+        """
+        at_work = sum(len(cohort.live_rows) for cohort in self.cohorts)
+        if sum(len(one.host) for one in self.waiting) < at_work and not self.due:
             return
         groups: dict[tuple[int, bool, bool], list[_Waiting]] = {}
         for one in self.waiting:

@@ -72,11 +72,8 @@ def publish(job: Job, solver: Any) -> None:
     more = {"device": device, "model_sha256": sha256(job.family.path)}
     if solver is not None:
         more |= {"parameters": sum(p.numel() for p in solver.parameters()), "summary": solver.summary}
-    name = (
-        CLASSICAL
-        if solver is None
-        else f"{job.config.solver}{'' if job.config.recipe else '-plan'}-seed{job.config.seed}"
-    )
+    way = "" if job.config.recipe else "-plan"
+    name = CLASSICAL if solver is None else f"{job.config.solver}{way}-seed{job.config.seed}"
     folder = runner.publish(job.run.folder / job.family.folder / name, rows, job.run.described(**more))
     if solver is not None:
         atomic_write(folder / "solver.safetensors", job.path.read_bytes())

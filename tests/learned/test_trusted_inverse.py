@@ -11,7 +11,7 @@ from torch import Tensor
 import metabroyden as mb
 from metabroyden.learned.safeguard import Safeguard
 from metabroyden.learned.trusted_inverse import TrustedInverse
-from metabroyden.solver import Phase, SolverBase, Step
+from metabroyden.solver import Phase, SolverBase, Step, joined
 from tests.helpers import DOUBLE, normal
 
 N = 6
@@ -73,6 +73,18 @@ def test_it_knows_nothing_of_a_single_iterate_and_its_transpose_fits():
     frozen = (v[:, :1], torch.tensor([[0.0], [0.3], [1.0]], dtype=DOUBLE))
     torch.testing.assert_close((inverse.apply(v, frozen) * w).sum(1), (v * inverse.rmatvec(w, frozen)).sum(1))
     torch.testing.assert_close(inverse.apply(v, frozen), frozen[1] * (v @ q.T))
+
+
+@pytest.mark.parametrize("kind", ["good", "bad"])
+def test_samples_that_left_at_different_steps_are_taken_over_together_as_each_would_be_alone(kind):
+    """The shorter trail is filled up in front, which teaches neither Broyden's method nor the share anything."""
+    broyden = mb.Broyden(kind=kind, initial=TrustedInverse(Known(EXACT - torch.eye(N, dtype=DOUBLE))))
+    trails = [trail(2), trail(5)]
+    states = [broyden.resume(*one[-1], one, Endless()) for one in (*trails, joined(trails))]
+    steps = [
+        broyden.step(*one[-1], state, Endless()).z for one, state in zip((*trails, joined(trails)), states, strict=True)
+    ]
+    torch.testing.assert_close(steps[2], torch.cat(steps[:2]))
 
 
 class Endless:
