@@ -1,4 +1,4 @@
-"""Training a DEQ while its solvers learn: wall-clock and accuracy against training with Broyden and with Anderson."""
+"""A DEQ and its root finder trained together from scratch: time and accuracy beside training with Broyden and Anderson."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from metabroyden.comparison import figures
 from metabroyden.comparison.statistics import geometric
 from metabroyden.comparison.tables import Table, chosen, grouped, listed, mean, means
 from metabroyden.learned.layout import Layout
-from metabroyden.meta import OnlineConfig, OnlineMetaTrainer, make_learned
+from metabroyden.meta import CoTrainConfig, CoTrainer, make_learned
+from metabroyden.meta.defaults import RATES
 from metabroyden.progress import ticks
 from metabroyden.zoo.data.digits import load_digits
 from metabroyden.zoo.data.images import ImageSplit, shift
 from metabroyden.zoo.models import ConvClassifier, ConvClassifierConfig
 
-LEARNED = "learned, in alternation"
+LEARNED = "co-trained"
 WAYS = (LEARNED, "Broyden", "Anderson")
 COLD, WARM = FIXED_IMAGES = ("Anderson, fixed images", "Anderson, fixed images, warm starts")
 PARTS = ("forward", "backward", "update", "meta")
@@ -38,7 +39,7 @@ JUDGING: dict[str, Any] = {"solver": Broyden(memory=60), "rtol": 1e-3, "max_nfe"
 
 @dataclass(frozen=True)
 class Alternate(Budgeted, command="alternate", budget=50):
-    """Train the same DEQ with Broyden, with Anderson, and with solvers that learn on the way; results/alternate/."""
+    """Train the same DEQ with Broyden, with Anderson, and together with its own root finder; results/alternate/."""
 
     seeds: int = 3
     """Seeds of weights, batches and solvers."""
@@ -51,15 +52,19 @@ class Alternate(Budgeted, command="alternate", budget=50):
     side: int = 16
     """Height and width of the images, enlarged from 8×8, and of the state."""
     warmup_steps: int = 40
-    """Training steps at the beginning with a meta-step each; the learned solvers take over after them."""
+    """Training steps at the beginning with a meta-step each; the learned solver takes over after them."""
     every: int = 8
     """Training steps from one meta-step to the next after that."""
     unroll: int = 8
     """Solver steps of a meta-step."""
     meta_batch: int = 8
     """Problems of a meta-step."""
-    width: int = 16
-    """LSTM width, preconditioner rank and initializer width of the learned solvers."""
+    rank: int = 16
+    """Rank of the learned solver's preconditioner."""
+    residual_weight: float = 0.1
+    """Weight of the residuals of the learned solver's first steps, at most."""
+    balance: float = 0.5
+    """Their gradient's norm over that of the task's, at most."""
 
 
 def run(config: Alternate) -> None:
@@ -132,7 +137,8 @@ class Training:
         forward = deq.last_solution
         if self.cache is not None:
             self.cache.store(rows, forward.z)
-        loss = nn.functional.cross_entropy(model.classify(z), self.train.labels[rows])
+        task = nn.functional.cross_entropy(model.classify(z), self.train.labels[rows])
+        loss = task if self.online is None else self.online.loss(task)
         moments.append(time.perf_counter())
         self.optimizer.zero_grad()
         loss.backward()
@@ -146,7 +152,7 @@ class Training:
         moments.append(time.perf_counter())
         found = _solved("evaluations", "failed", forward)
         found |= _solved("products", "failed_backward", deq.last_backward_solution)
-        return np.diff(moments).tolist(), {"loss": float(loss.detach()), **found}
+        return np.diff(moments).tolist(), {"loss": float(task.detach()), **found}
 
 
 def _solved(spent: str, failed: str, found: Any) -> Row:
@@ -154,20 +160,16 @@ def _solved(spent: str, failed: str, found: Any) -> Row:
     return {spent: float(found.nfe.double().mean()), **most}
 
 
-def _online(config: Alternate, model: ConvClassifier, seed: int) -> OnlineMetaTrainer:
+def _online(config: Alternate, model: ConvClassifier, seed: int) -> CoTrainer:
     layout = Layout("image", (config.channels, config.side, config.side))
-    sizes: dict[str, Any] = {"seed": seed, "hidden": config.width, "rank": config.width}
-    told = {name: getattr(config, name) for name in ("warmup_steps", "every", "unroll")}
-    return OnlineMetaTrainer(
-        model.deq,
-        make_learned("grouped", layout, initializer_width=config.width, **sizes),
-        make_learned("adjoint", layout, **sizes),
-        config=OnlineConfig(batch=config.meta_batch, learning_rate=3e-3, **told),
-        seed=seed,
-    )
+    sizes: dict[str, Any] = {"rank": config.rank, "conditioning": "input", "learned_steps": 2 * config.unroll}
+    told = {name: getattr(config, name) for name in ("warmup_steps", "every", "unroll", "residual_weight", "balance")}
+    solver = make_learned("meta-broyden", layout, seed=seed, schedule_length=config.unroll, **sizes)
+    rates = {name: 0.5 * rate for name, rate in RATES.items()}
+    return CoTrainer(model.deq, solver, config=CoTrainConfig(batch=config.meta_batch, **rates, **told), seed=seed)
 
 
-@report.of_rows("Training a DEQ while its solvers learn")
+@report.of_rows("A DEQ and its root finder trained together from scratch")
 def write(rows: list[Row], described: Row, folder: Path) -> list[report.Section]:
     """report.md and its figures, from rows alone."""
     rows = [{**row, **row["spent"], "taken": sum(row["spent"].values()), "error": 1 - row["accuracy"]} for row in rows]
@@ -213,7 +215,7 @@ def write(rows: list[Row], described: Row, folder: Path) -> list[report.Section]
 
 
 def _times(runs: dict[str, list[list[Row]]]) -> Table:
-    """Time of the learned way over that of the others: geometric mean over seeds, and each."""
+    """Time of co-training over that of the others: geometric mean over seeds, and each."""
     best = {way: [max(row["accuracy"] for row in epochs) for epochs in runs[way]] for way in WAYS}
     targets = [min(of_seed) for of_seed in zip(*best.values(), strict=True)]
     readings: Row = {
@@ -227,4 +229,4 @@ def _times(runs: dict[str, list[list[Row]]]) -> Table:
         words = [f"**{geometric(of):.2f}×** ({', '.join(f'{one:.2f}' for one in of)} by seed)" for of in ratios]
         body.append([f"Against {rival}", *words, f"{np.mean(best[LEARNED]):.2%} ({np.mean(best[rival]):.2%})"])
     reached = ["whole training", "until the accuracy that all reach", "last epoch"]
-    return Table("Time of the learned way", ["", *reached, "best validation accuracy (the rival's)"], body)
+    return Table("Time of co-training", ["", *reached, "best validation accuracy (the rival's)"], body)

@@ -29,7 +29,16 @@ from metabroyden.learned import (
     Universal,
 )
 from metabroyden.learned.layout import Layout
-from metabroyden.meta import MetaConfig, MetaTrainer, OnlineConfig, OnlineMetaTrainer, TaskSet, fit_adjoint, fit_solver
+from metabroyden.meta import (
+    CoTrainConfig,
+    CoTrainer,
+    MetaConfig,
+    MetaTrainer,
+    TaskSet,
+    cotrain,
+    fit_adjoint,
+    fit_solver,
+)
 from metabroyden.nn import (
     EquilibriumCache,
     VariationalDropout,
@@ -59,6 +68,8 @@ __all__ = [
     "Anderson",
     "Broyden",
     "CheckpointError",
+    "CoTrainConfig",
+    "CoTrainer",
     "Comparison",
     "CoordinatewiseLSTM",
     "EquilibriumCache",
@@ -77,8 +88,6 @@ __all__ = [
     "MetaTrainer",
     "NeuralFixedPoint",
     "Newton",
-    "OnlineConfig",
-    "OnlineMetaTrainer",
     "PeacemanRachford",
     "Phantom",
     "Picard",
@@ -94,6 +103,7 @@ __all__ = [
     "VariationalDropout",
     "compare",
     "compose",
+    "cotrain",
     "fit_adjoint",
     "fit_solver",
     "fixed_point_correction",

@@ -42,8 +42,10 @@ OPTIONS = {
 }
 """Options of learned solvers, of `fit_solver` and of meta-training."""
 PUBLIC = {
-    "KeepUp": "OnlineMetaTrainer",
-    "KeepUpConfig": "OnlineConfig",
+    "KeepUp": "CoTrainer",
+    "KeepUpConfig": "CoTrainConfig",
+    "OnlineMetaTrainer": "CoTrainer",
+    "OnlineConfig": "CoTrainConfig",
     "Started": "LearnedStart",
     "make_solver": "get_solver",
     "pretrained": "list_pretrained",
@@ -63,6 +65,7 @@ REGISTRIES: dict[str, dict[str, bool]] = {
 MODULES = {
     "metabroyden.data": "metabroyden.zoo.data",
     "metabroyden.ledger": "metabroyden.evaluator",
+    "metabroyden.meta.online": "metabroyden.meta.cotrainer",
     "metabroyden.models": "metabroyden.zoo.models",
     "metabroyden.testbed": "metabroyden.zoo.testbed",
     "metabroyden.training": "metabroyden.nn",

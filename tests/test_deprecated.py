@@ -12,7 +12,7 @@ import metabroyden as mb
 from metabroyden import deprecated
 from metabroyden.inverse import FinalInverse
 from metabroyden.learned import GroupedConfig
-from metabroyden.meta import MetaConfig, OnlineConfig
+from metabroyden.meta import CoTrainConfig, MetaConfig
 from metabroyden.meta.defaults import state_layout
 from metabroyden.solver import Phase, as_solver
 from tests.helpers import refused
@@ -77,7 +77,7 @@ RETURNS = {"returns": 1, "return_after": 2, "return_above": 3.0, "budget_seconds
     ("config", "old", "options"),
     [
         (GroupedConfig, {"context": "input", "initializer": 4}, LAYOUT),
-        (OnlineConfig, {"burst": 0}, {}),
+        (CoTrainConfig, {"burst": 0}, {}),
         (MetaConfig, RETURNS, {}),
     ],
 )

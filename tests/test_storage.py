@@ -85,7 +85,7 @@ CARRIED = {
     "Layout": lambda: Layout("image", (4, 3, 3)),
     "Packing": lambda: Packing.of((torch.zeros(2, 3), torch.zeros(2, 4))),
     "MetaConfig": lambda: MetaConfig(unroll=(2, 4)),
-    "OnlineConfig": mb.OnlineConfig,
+    "CoTrainConfig": mb.CoTrainConfig,
     "StepGuard": lambda: StepGuard({"loss not finite": [3]}, [1], [2], 1),
     "DEQ": lambda: mb.DEQ(Cell(), solver=learned("grouped")),
     "DEQ that was used": used_deq,

@@ -28,10 +28,15 @@ class LearnedStartConfig(LearnedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = name_of(self.classical) is not None and not self.classical.is_learned
-        if not known or getattr(self.classical, "initial", None) is not None:
+        if not can_start(self.classical):
             raise ValueError(f"classical must be a plain classical solver such as Broyden(), got {self.classical!r}")
         self._check_least(initializer_width=1)
+
+
+def can_start(classical: Any) -> bool:
+    """Whether a `LearnedStart` can step with it: a registered classical solver without an inverse of its own."""
+    known = name_of(classical) is not None and not classical.is_learned
+    return known and getattr(classical, "initial", None) is None
 
 
 @register("started")
@@ -60,11 +65,17 @@ class LearnedStart(LearnedSolver):
     @classmethod
     def of(cls, learned: LearnedSolver, classical: Any, safeguard: Safeguard | None = None) -> LearnedStart:
         """A classical solver from the start of a trained one (a copy of its initializer); without a safeguard by default."""
-        shared = {item.name: getattr(learned.config, item.name) for item in fields(LearnedConfig)}
-        started = cls(LearnedStartConfig(**{**shared, "safeguard": safeguard, "classical": classical}))
-        started.initializer = copy.deepcopy(learned.initializer)
+        started = copy.deepcopy(cls.sharing(learned, classical, safeguard))
         started.fingerprint = learned.fingerprint
         return started.eval().requires_grad_(False)
+
+    @classmethod
+    def sharing(cls, learned: LearnedSolver, classical: Any, safeguard: Safeguard | None = None) -> LearnedStart:
+        """The same with the initializer itself, for as long as that is trained."""
+        shared = {item.name: getattr(learned.config, item.name) for item in fields(LearnedConfig)}
+        started = cls(LearnedStartConfig(**{**shared, "safeguard": safeguard, "classical": classical}))
+        started.initializer = learned.initializer
+        return started
 
     def start(self, z0: Tensor, problem: Any) -> Tensor | Step:  # type: ignore[override]
         """The learned first iterate, (R, n), or the first step from there of a classical solver that begins with one."""

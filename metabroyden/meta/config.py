@@ -42,6 +42,11 @@ def positive(default: Any) -> Any:
     )
 
 
+def weight(default: float) -> Any:
+    """A field that holds a number of at least 0."""
+    return _checked(default, "a number of at least 0", lambda value: _is_positive(value) or value == 0)
+
+
 def flag(default: bool) -> Any:
     """A field that holds True or False."""
     return _checked(default, "true or false", lambda value: isinstance(value, bool))

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from metabroyden.comparison.problems import HeldOut
 from metabroyden.comparison.verdict import UNTUNED, Verdict, by_sample, compare_solvers, judge_of
 from metabroyden.deprecated import old_options
+from metabroyden.learned.base import LearnedSolver
 from metabroyden.learned.fingerprint import fingerprint, module_of
 from metabroyden.meta import distributed
 from metabroyden.meta.calibrate import calibrate
@@ -33,7 +34,7 @@ from metabroyden.meta.tasks import TaskSet, count, rows, sampled
 from metabroyden.meta.trainer import Callback, MetaTrainer
 from metabroyden.progress import Progress, progress_bar, tensorboard
 from metabroyden.solution import Cell, State
-from metabroyden.solvers.registry import list_solvers
+from metabroyden.solvers.registry import list_solvers, name_of
 from metabroyden.state import Packing, gather
 
 MAX_NFE = 60  # evaluations allowed for each problem, on validation and in the comparison
@@ -47,7 +48,7 @@ def fit_solver(
     z0: Callable[[Any], State] | None = None,
     layout: str | None = None,
     conditioning: str = "auto",
-    solver: str = "metabroyden",
+    solver: str | LearnedSolver = "metabroyden",
     rtol: float = 1e-3,
     steps: int | None = None,
     seconds: float | None = None,
@@ -100,10 +101,11 @@ def fit_solver(
             tensor), which saves an evaluation but must then be given to every solve. "auto": "input" where that has the
             state's extents and f is no torchdeq model. For solves without a context, f(z), and those of torchdeq, say
             "initial_value".
-        solver: "metabroyden", or another of `list_solvers(learned=True, adjoint=False)`. On a cell that offers its parts,
+        solver: "metabroyden", or another of `list_solvers(learned=True, adjoint=False)`. Or a learned solver for states of
+            this shape: a copy of it is trained further, and `conditioning` is its own. On a cell that offers its parts,
             with its native context, a MetaBroyden steps on Peaceman–Rachford's map instead of f: see `MetaSplitting`.
         rtol: tolerance at which solvers are judged.
-        steps: outer steps at most; None: 11,200 solver steps' worth.
+        steps: outer steps at most; None: 11,200 solver steps' worth, half of them for a solver that is trained further.
         seconds: of the whole call, about: tuning of the classical solvers and comparison included. Where these take more
             than half of it, training has half of what is left. None: no limit.
         patience: looks at validation (one every eighth of the steps, or 1,400 solver steps) without gain after which it
@@ -155,6 +157,7 @@ def fit_solver(
     _check_places(checkpoint, log_dir)
     x_train = contexts_of(x_train, target)
     check_contexts(x_train, zeros=target.z0 is None)
+    solver, known = _named(solver)
     if solver in list_solvers(adjoint=True):
         raise ValueError("the adjoint solver is for backward passes: fit_adjoint(cell, x_train) fits it")
     training: dict[str, Any] = {"seed": seed, "validation_rtol": rtol, "validation_nfe": MAX_NFE, "patience": patience}
@@ -163,12 +166,15 @@ def fit_solver(
     distributed.join(where)
     with resting(target.whole):
         training |= {"batch": _batch(batch_size), **_rates(solver, learning_rate)}
-        job = _Job.of(target, x_train, where, seed, rtol, layout, metric)
+        job = FitJob.of(target, x_train, where, seed, rtol, layout, metric)
         asked: dict[str, Any] = {"solver": solver, "layout": layout, "conditioning": conditioning}
+        asked |= {} if known is None else as_it_is(known)
         made = distributed.by_first(
             lambda: plan(job.tasks, job.classical, **asked, steps=steps, seconds=seconds, training=training)
         )
-        learned, size = made.build(job.tasks.problems("validation")[0]), room(made.layout)
+        made = made.shortened() if known is not None and steps is None else made
+        some, size = job.tasks.problems("validation")[0], room(made.layout)
+        learned = made.build(some) if known is None else made.adopt(known, some)
         outlook = None if not fallback or _begun(checkpoint) else job.outlook(learned, size)
         trained = outlook is None or not outlook.hopeless
         if trained:
@@ -195,7 +201,7 @@ def fit_solver(
 
 
 @dataclass(frozen=True)
-class _Job:
+class FitJob:
     """The problems of one fit, and what is asked of solvers on them; measured in the first process for all.
 
     Attributes:
@@ -215,7 +221,7 @@ class _Job:
     @classmethod
     def of(
         cls, target: Target, x: Any, where: torch.device, seed: int, rtol: float, layout: str | None, metric: Any
-    ) -> _Job:
+    ) -> FitJob:
         """The first process's contexts, on the device, split; ValueError or TypeError for a bad start or metric."""
         x = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(where), distributed.by_first(lambda: x))
         tasks = _split(target, x, seed)
@@ -269,6 +275,23 @@ def device_of(target: Target, x: Any) -> torch.device:
     module = target.whole or module_of(target.f)
     first = None if module is None else next(module.parameters(), None)
     return sampled(x)[0].device if first is None else first.device
+
+
+def _named(solver: Any) -> tuple[str, LearnedSolver | None]:
+    """(registered name, the solver itself where one was given)."""
+    if isinstance(solver, str):
+        return solver, None
+    name = name_of(solver) if isinstance(solver, LearnedSolver) else None
+    if name is None:
+        raise TypeError(f"solver must be a name, or a learned solver to train further, got {type(solver).__name__}")
+    return name, solver
+
+
+def as_it_is(solver: LearnedSolver) -> dict[str, Any]:
+    """What `plan` is told of a solver that is there: nothing of it is to be chosen."""
+    config = solver.config
+    kept = {name: getattr(config, name) for name in ("damping", "learned_steps", "alpha") if hasattr(config, name)}
+    return {"conditioning": config.conditioning, "overrides": kept}
 
 
 def _begun(checkpoint: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -125,6 +126,21 @@ class Plan:
         first = pytree.tree_leaves(z)[0]
         learned = make_learned(self.solver, self.layout, seed=self.training.seed, **self.options)
         return learned.to(device=first.device, dtype=first.dtype)
+
+    def adopt(self, solver: Any, z: State) -> Any:
+        """A copy of a solver that is there, in the place of the untrained one; ValueError where it is of other states."""
+        first = pytree.tree_leaves(z)[0]
+        if (solver.layout.kind, tuple(solver.layout.shape)) != (self.layout.kind, tuple(self.layout.shape)):
+            raise ValueError(
+                f"the solver is for layout {solver.layout.kind!r} and shape {solver.layout.shape}, f has "
+                f"{self.layout.kind!r} and {self.layout.shape}"
+            )
+        return copy.deepcopy(solver).to(device=first.device, dtype=first.dtype)
+
+    def shortened(self) -> Plan:
+        """The same with half of the outer steps, for a solver that was trained before."""
+        steps, look = (max(1, count // 2) for count in (self.training.steps, self.training.validate_every))
+        return replace(self, training=replace(self.training, steps=steps, validate_every=look))
 
 
 def make_learned(kind: str, layout: Layout, *, seed: int = 0, **options: Any) -> Any:

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
+import metabroyden as mb
 from metabroyden.learned.layout import Layout
 from metabroyden.meta import MetaConfig, MetaTrainer, TaskSet, distributed
 from metabroyden.meta.estimators import frozen
@@ -56,6 +58,27 @@ def outcome(name: str, folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def co_trained() -> dict[str, torch.Tensor]:
+    """Weights of a model and of its solver after four steps, each process with its share of the batches."""
+    torch.manual_seed(0)
+    deq = mb.DEQ(ConvTanh().double(), rtol=1e-10, max_nfe=60, backward=mb.Implicit(rtol=1e-10, max_nfe=60), warn=False)
+    layout = Layout("image", (3, 4, 4))
+    solver = make_learned("meta-broyden", layout, conditioning="input", learned_steps=8, rank=4).double()
+    config = mb.CoTrainConfig(unroll=3, every=2, warmup_steps=2, clip=1e6, balance=0.01)
+    trainer = mb.CoTrainer(deq, solver, config=config)
+    model = DistributedDataParallel(deq) if distributed.size() > 1 else deq
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for step in range(4):
+        x = 0.5 * normal(8, 3, 4, 4, seed=step, dtype=torch.float64)[distributed.part(8)]
+        optimizer.zero_grad()
+        trainer.loss(model(x).square().mean()).backward()
+        optimizer.step()
+        trainer.step()
+    found = {f"model.{key}": value for key, value in deq.state_dict().items()}
+    found["weight"] = torch.tensor(trainer.residual_weight, dtype=torch.float64)
+    return found | {f"solver.{key}": value for key, value in solver.state_dict().items()}
+
+
 @pytest.fixture(scope="module")
 def together(tmp_path_factory) -> Path:
     """What two processes wrote, each a file for each variant."""
@@ -77,6 +100,15 @@ def test_two_processes_train_as_one_does(together, tmp_path, name):
         assert found.keys() == alone.keys()
         for key, value in alone.items():
             torch.testing.assert_close(found[key], value, rtol=1e-10, atol=1e-10)
+
+
+def test_two_processes_co_train_as_one_does(together):
+    alone = co_trained()
+    assert float(alone["weight"]) != mb.CoTrainConfig.residual_weight, "balanced by the norms of both shares"
+    for rank in range(2):
+        found = safetensors.torch.load_file(together / f"co-trained-{rank}.safetensors")
+        for key, value in alone.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-7)
 
 
 def test_a_time_budget_is_the_first_processes_and_weights_stay_together(together):
@@ -111,6 +143,7 @@ def main(folder: Path) -> None:
             tensors = {key: value.contiguous() for key, value in outcome(name, place).items()}
             distributed.wait()
             safetensors.torch.save_file(tensors, folder / f"{name}-{rank}.safetensors")
+        safetensors.torch.save_file(co_trained(), folder / f"co-trained-{rank}.safetensors")
 
 
 if __name__ == "__main__":

@@ -308,11 +308,11 @@ class Cell(nn.Module):
         return torch.tanh(0.5 * self.linear(z) + x)
 
 
-def kept_up() -> mb.OnlineMetaTrainer:
+def kept_up() -> mb.CoTrainer:
     torch.manual_seed(0)
     deq = mb.DEQ(Cell(), warn=False)
     solvers = (make_learned(kind, Layout("vector", (4,)), hidden=3, rank=4) for kind in ("grouped", "adjoint"))
-    return mb.OnlineMetaTrainer(deq, *solvers, config=mb.OnlineConfig(warmup_steps=1, unroll=2, batch=2))
+    return mb.CoTrainer(deq, *solvers, config=mb.CoTrainConfig(warmup_steps=1, unroll=2, batch=2))
 
 
 def state_after(steps: int) -> dict[str, Any]:
@@ -353,7 +353,7 @@ KEPT_UP.pop("moments of fewer updates")  # how many were skipped of one solver i
 def test_solvers_are_not_kept_up_from_what_was_not_kept(what):
     state, other = state_after(2), kept_up()
     KEPT_UP[what](state)
-    refused(r"OnlineMetaTrainer|solvers", lambda: other.load_state_dict(state), mb.CheckpointError)
+    refused(r"CoTrainer|solvers", lambda: other.load_state_dict(state), mb.CheckpointError)
     assert same_parameters(other.solvers["forward"], kept_up().solvers["forward"])
     assert (other.steps, other._seen) == (0, 0)
 

@@ -32,9 +32,9 @@ def made(gain: float = 3.0):
     return deq, *solvers(Layout("image", (4, 5, 5)), hidden=6, rank=12)
 
 
-def kept_up(deq, *arguments, **options) -> mb.OnlineMetaTrainer:
+def kept_up(deq, *arguments, **options) -> mb.CoTrainer:
     own = {name: options.pop(name) for name in ("forward", "backward") if name in options}
-    return mb.OnlineMetaTrainer(deq, *arguments, **own, config=mb.OnlineConfig(**options))
+    return mb.CoTrainer(deq, *arguments, **own, config=mb.CoTrainConfig(**options))
 
 
 class Rotating(nn.Module):
@@ -129,7 +129,7 @@ def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path):
     assert again[0].solver is again[1]
     steps(again[0], resumed, 4, 5, 6)
     assert all(map(same_parameters, whole, again))
-    refused("not the state of a OnlineMetaTrainer", lambda: resumed.load_state_dict({"solvers": {}}))
+    refused("not the state of a CoTrainer", lambda: resumed.load_state_dict({"solvers": {}}))
 
 
 def test_evaluation_between_steps_is_not_taken_for_training():
@@ -223,14 +223,194 @@ def unrolled() -> mb.DEQ:
     ("words", "build", "error"),
     [
         ("needs a learned solver, forward or backward", lambda deq, f, b: kept_up(deq), ValueError),
-        ("must be a learned solver such as GroupedLSTM", lambda deq, f, b: kept_up(deq, mb.Broyden()), TypeError),
-        ("such as GroupedLSTM, got AdjointLSTM", lambda deq, f, b: kept_up(deq, b), TypeError),
+        ("must be a learned solver such as MetaBroyden", lambda deq, f, b: kept_up(deq, mb.Broyden()), TypeError),
+        ("such as MetaBroyden, got AdjointLSTM", lambda deq, f, b: kept_up(deq, b), TypeError),
         ("backward must be an AdjointLSTM, got GroupedLSTM", lambda deq, f, b: kept_up(deq, backward=f), TypeError),
         ("with Implicit gradients, got Unroll", lambda deq, f, b: kept_up(unrolled(), backward=b), TypeError),
-        ("be the DEQ that is trained, got ConvCell", lambda deq, f, b: kept_up(deq.cell, backward=b), TypeError),
-        ("every must be an integer of at least 1, got 0", lambda *_: mb.OnlineConfig(every=0), ValueError),
-        ("must be an integer of at least 0, got -1", lambda *_: mb.OnlineConfig(warmup_steps=-1), ValueError),
+        (
+            "be the DEQ that is trained, or a model with one in it, got ConvCell",
+            lambda deq, f, b: kept_up(deq.cell, backward=b),
+            TypeError,
+        ),
+        ("every must be an integer of at least 1, got 0", lambda *_: mb.CoTrainConfig(every=0), ValueError),
+        ("must be an integer of at least 0, got -1", lambda *_: mb.CoTrainConfig(warmup_steps=-1), ValueError),
     ],
 )
 def test_bad_arguments_are_refused(words, build, error):
     refused(words, lambda: build(*made()), error)
+
+
+class Pair(nn.Module):
+    """States of two tensors that pull at one another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 5), nn.Linear(5, 3)
+
+    def initial_state(self, x):
+        return torch.zeros_like(x), x.new_zeros(len(x), 3)
+
+    def forward(self, z, x):
+        return torch.tanh(self.first(z[1]) + x), torch.tanh(self.second(z[0]))
+
+
+def co_trainer(deq, solver, **options) -> mb.CoTrainer:
+    return mb.CoTrainer(deq, solver, config=mb.CoTrainConfig(**{"warmup_steps": 3, "unroll": 3, **options}))
+
+
+def flagship(shape, kind: str = "image", **options):
+    settings = {"rank": 6, "learned_steps": 6, "conditioning": "input", "initializer_width": 6, **options}
+    return make_learned("meta-broyden", Layout(kind, shape), **settings)
+
+
+@pytest.mark.parametrize("backend", ["native", "higher"])
+@pytest.mark.parametrize("coefficients", ["schedule", "lstm"])
+def test_the_loss_is_its_formula_and_reaches_cell_context_and_solver(backend, coefficients):
+    torch.manual_seed(0)
+    deq, solver = (
+        mb.DEQ(ConvCell(4, 8, 2), rtol=1e-4, max_nfe=60, warn=False),
+        flagship((4, 5, 5), coefficients=coefficients),
+    )
+    for weight in solver.parameters():
+        weight.data += 0.05 * torch.randn(weight.shape)
+    stem = nn.Conv2d(1, 4, 3, padding=1)
+    co = co_trainer(deq, solver, residual_weight=0.3, start_weight=2.0, residual_steps=2, backend=backend)
+    x = stem(normal(6, 1, 5, 5))
+    star = deq(x)
+    task = star.square().mean()
+    found = co.loss(task)
+    rollout = mb.meta.unroll(solver, deq.cell, torch.zeros_like(x), x, steps=2, backend="native")
+    away = (rollout.iterates[0] - star.detach().flatten(1)).square().sum(1) / star.detach().flatten(1).square().sum(1)
+    wanted = task + 2.0 * away.mean() + 0.3 * (rollout.residuals + 1e-4).log().mean()
+    torch.testing.assert_close(found, wanted)
+    weights = [*deq.cell.parameters(), *stem.parameters(), *solver.parameters()]
+    ours, theirs = (
+        torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True) for value in (found, wanted)
+    )
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+    by_task = torch.autograd.grad(task, weights, allow_unused=True)
+    assert all(gradient is None for gradient in by_task[-len(list(solver.parameters())) :])
+    assert any(not torch.allclose(a, b) for a, b in zip(ours[:2], by_task[:2], strict=True))
+
+
+def co_train(deq, co, steps: int, seed: int = 1, shape=(4, 5, 5)) -> list[float]:
+    """Training steps with the loss of a co-trainer; mean evaluations of each forward solve."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer, spent = torch.optim.Adam(deq.parameters(), lr=3e-3), []
+    for _ in range(steps):
+        x, y = (0.5 * torch.randn(16, *shape, generator=generator) for _ in range(2))
+        optimizer.zero_grad()
+        co.loss((deq(x) - y).square().mean()).backward()
+        optimizer.step()
+        co.step()
+        spent.append(float(deq.last_solution.nfe.double().mean()))
+    return spent
+
+
+def test_solves_begin_at_the_learned_start_and_need_fewer_evaluations_with_training():
+    torch.manual_seed(0)
+    deq = mb.DEQ(Rotating(16), rtol=1e-3, max_nfe=60, backward=mb.Phantom(steps=4), warn=False)
+    forward = flagship((16,), "vector", rank=16, learned_steps=10)
+    co = co_trainer(deq, forward, warmup_steps=20, unroll=6, residual_weight=0.3, learning_rate=5e-3)
+    before = co_train(deq, co, 1, shape=(16,))
+    assert isinstance(deq.solver, mb.LearnedStart)
+    assert deq.solver.initializer is forward.initializer, "it is trained while it serves"
+    co_train(deq, co, 79, seed=2, shape=(16,))
+    assert deq.solver is forward
+    after = co_train(deq, co, 5, seed=3, shape=(16,))
+    assert sum(after) / 5 < 0.5 * before[0]
+    assert {"start", "residual", "forward"} == set(co.losses)
+
+
+def test_states_of_several_tensors():
+    torch.manual_seed(0)
+    deq = mb.DEQ(Pair(), rtol=1e-3, backward=mb.Phantom(steps=3), warn=False)
+    solver = make_learned("meta-broyden", Layout("vector", (8,)), conditioning="initial_value", learned_steps=6, rank=4)
+    co = co_trainer(deq, solver, warmup_steps=1, every=1)
+    for seed in range(3):
+        x = normal(8, 5, seed=seed)
+        z, w = deq(x)
+        co.loss(z.square().mean() + w.square().mean()).backward()
+        assert co.step()
+        deq.zero_grad()
+    assert deq.solver is solver
+    refused("states of one tensor", lambda: _backward_of_pair(), TypeError)
+
+
+def _backward_of_pair() -> None:
+    deq = mb.DEQ(Pair(), rtol=1e-3, warn=False)
+    mb.CoTrainer(deq, backward=make_learned("adjoint", Layout("vector", (8,))))
+    deq(normal(4, 5))
+
+
+def test_a_co_training_goes_on_bit_for_bit():
+    def made_anew():
+        torch.manual_seed(0)
+        deq = mb.DEQ(Rotating(8), rtol=1e-2, backward=mb.Phantom(steps=3), warn=False)
+        solver = flagship((8,), "vector")
+        return deq, co_trainer(deq, solver, warmup_steps=5, every=2, balance=0.5, orthogonal_rate=0.01)
+
+    (deq, co), (other, again) = made_anew(), made_anew()
+    for seed in range(3):
+        co_train(deq, co, 1, seed=seed, shape=(8,))
+    co.judge(used=2.0)
+    other.load_state_dict(deq.state_dict())
+    again.load_state_dict(copy.deepcopy(co.state_dict()))
+    assert isinstance(other.solver, mb.LearnedStart)
+    assert again.residual_weight == co.residual_weight
+    for seed in range(3, 9):
+        spent = [co_train(one, by, 1, seed=seed, shape=(8,)) for one, by in ((deq, co), (other, again))]
+        assert spent[0] == spent[1]
+    assert same_parameters(deq, other)
+    assert same_parameters(co.solvers["forward"], again.solvers["forward"])
+
+
+def test_weights_are_judged_and_balanced():
+    deq, *_ = made()
+    co = co_trainer(deq, flagship((4, 5, 5)), residual_weight=0.1)
+    for used, wanted in ((0.5, 0.2), (0.6, 0.2), (1.0, 0.2), (1.1, 0.1), (0.0, 0.2)):
+        co.judge(used)
+        assert co.residual_weight == pytest.approx(wanted)
+    for _ in range(20):
+        co.judge(used=2.0)
+    assert co.residual_weight == pytest.approx(0.1 / 16)
+    deq, *_ = made()
+    co = co_trainer(deq, flagship((4, 5, 5)), residual_weight=0.1, balance=1e-3)
+    x = normal(6, 4, 5, 5)
+    z = deq(x)
+    task = z.square().mean()
+    co.loss(task)
+    norms = []
+    weights = list(deq.cell.parameters())
+    rollout = mb.meta.unroll(co.solvers["forward"], deq.cell, torch.zeros_like(x), x, steps=4, backend="native")
+    for value in (task, (rollout.residuals + 1e-4).log().mean()):
+        found = torch.autograd.grad(value, weights, retain_graph=True)
+        norms.append(float(torch.cat([part.flatten() for part in found]).norm()))
+    assert co.residual_weight == pytest.approx((0.1 * 1e-3 * norms[0] / norms[1]) ** 0.5, rel=1e-3)
+
+
+def test_without_an_equilibrium_or_with_an_infinite_residual_the_task_is_alone():
+    deq, *_ = made()
+    co = co_trainer(deq, flagship((4, 5, 5)))
+    task = torch.tensor(1.0, requires_grad=True)
+    assert co.loss(task) is task, "nothing was solved"
+    z = deq(normal(3, 4, 5, 5))
+    for weight in co.solvers["forward"].preconditioner.outward.parameters():
+        weight.data.fill_(torch.inf)
+    task = z.square().mean()
+    assert co.loss(task) is task
+    assert co.skipped == 1
+
+
+def test_a_model_may_be_given_for_its_layer():
+    deq, *_ = made()
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), deq)
+    assert co_trainer(model, flagship((4, 5, 5))).deq is deq
+    refused(
+        "a model with one in it, got Sequential with 2",
+        lambda: co_trainer(nn.Sequential(deq, made()[0]), None),
+        TypeError,
+    )

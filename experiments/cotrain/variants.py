@@ -1,0 +1,203 @@
+"""Ways of training a trained model further: with its solver, as it was trained, and with a penalty on its Jacobian."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from experiments.bench.problems import Family, held_out
+from metabroyden import Broyden
+from metabroyden.meta import TaskSet
+from metabroyden.meta.calibrate import calibrate
+from metabroyden.meta.cotrainer import CoTrainConfig
+from metabroyden.meta.finetune import CLIP, Look, Standard, fine_tune, habits, learning_share, untrained
+from metabroyden.meta.fit import as_it_is
+from metabroyden.meta.plan import measure_classical, plan
+from metabroyden.meta.target import Target
+from metabroyden.meta.trainer import MetaTrainer
+from metabroyden.nn.jacobian import jacobian_penalty
+from metabroyden.solve import solve
+from metabroyden.zoo.models.families import get_family
+
+ORIGINAL, CO_TRAINED, CONTINUED, PENALISED = "original", "co-trained", "continued", "Jacobian penalty"
+"""What is done to a model: nothing; fine-tuned by `fine_tune`; trained on as it was; the same with a Jacobian penalty."""
+RTOL, BUDGET, HELD, TEXTS = 1e-3, 60, 4096, 256
+"""Of solves at which scores are taken; images and texts of a look at validation, at most."""
+POOL = 1024
+"""Texts whose contexts are made beforehand for the fit of a solver."""
+
+
+class Amount(NamedTuple):
+    """How a family is trained on: `steps` take about 15% of the time that its training took; `rate` is Adam's peak."""
+
+    steps: int
+    rate: float = 1e-3
+
+
+FAMILIES = {
+    "conv-digits": Amount(170),
+    "conv-fashion": Amount(400),
+    "multiscale-fashion": Amount(420),
+    "trellisnet-words": Amount(110, 5e-4),
+    "transformer-shakespeare": Amount(180, 5e-4),
+}
+"""By name."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way and its seed.
+
+    Attributes:
+        way: what is done.
+        seed: of batches, weights of the solver, and draws.
+        steps: of training.
+        weight: of the residuals, held fast, or of the Jacobian penalty; None: as `cotrain` adapts it, or none.
+    """
+
+    way: str
+    seed: int
+    steps: int
+    weight: float | None = None
+
+    @property
+    def key(self) -> str:
+        """Its name as that of a file."""
+        weight = "" if self.weight is None else f"-{self.weight:g}"
+        return f"{self.way.replace(' ', '-')}{weight}-seed{self.seed}"
+
+
+class Trained(NamedTuple):
+    """A model in evaluation mode, its solver (None for those trained without), seconds of training, looks at validation.
+
+    refused: whether no look would do, so that the model is the original.
+    """
+
+    model: Any
+    solver: Any
+    seconds: float
+    fit_seconds: float
+    looks: tuple[Look, ...]
+    refused: bool = False
+
+
+def load(family: Family) -> Any:
+    """The trained model, as its family trains it."""
+    known = get_family(family.name)
+    options = {"solver": known.solver, "backward": known.backward, "rtol": known.rtol, "max_nfe": known.max_nfe}
+    return family.model(**options)
+
+
+def trained(family: Family, variant: Variant) -> Trained:
+    """The model of a variant."""
+    model = load(family)
+    if variant.way == ORIGINAL:
+        return Trained(model, None, 0.0, 0.0, ())
+    losses, optimizer = _losses(family, model, variant.seed), _optimizer(family)
+    if variant.way != CO_TRAINED:
+        seconds = continued(model, losses, optimizer, variant, FAMILIES[family.name].rate)
+        return Trained(model.eval().requires_grad_(False), None, seconds, 0.0, ())
+    held = TEXTS if family.texts else HELD
+    first = held_out(model, family.criterion, "validation", 32, None)
+    solver = untrained(Target(first.f), first.x, start=first.z0, seed=variant.seed)
+    config = CoTrainConfig(**habits(variant.steps))
+    standard: Standard | None = None
+    if variant.weight is None:
+        standard = Standard(judged(family, held, model, Broyden(BUDGET))[0], None)
+    else:
+        config = replace(config, residual_weight=variant.weight)
+    looks, best, seconds = fine_tune(
+        model, solver, losses, partial(judged, family, held), standard, steps=variant.steps, config=config,
+        learning_rate=FAMILIES[family.name].rate, optimizer=optimizer, seed=variant.seed,
+    )  # fmt: skip
+    if best is None:  # as `cotrain` does: the original, and a solver for it
+        model, solver = load(family), untrained(Target(first.f), first.x, start=first.z0, seed=variant.seed)
+    began = time.perf_counter()
+    solver = refitted(family, model, solver, variant.seed)
+    return Trained(model, solver, seconds, time.perf_counter() - began, tuple(looks), refused=best is None)
+
+
+def continued(model: Any, losses: Iterator[Tensor], optimizer: Any, variant: Variant, rate: float) -> float:
+    """Train on as the family does, with a penalty on the Jacobian at equilibria where the variant has one; seconds."""
+    found: list[Any] = []
+    model.requires_grad_(True).train()
+    model.deq.hooks.append(lambda f, x, z: found.append((f, x, z)))
+    stepper, generator = optimizer(model.parameters(), lr=rate), torch.Generator().manual_seed(variant.seed)
+    began = time.perf_counter()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(variant.seed)
+        for step in range(1, variant.steps + 1):
+            for group in stepper.param_groups:
+                group["lr"] = rate * learning_share(step, variant.steps)
+            loss = next(losses)
+            if variant.weight is not None:
+                f, x, z = found[-1]
+                held = z.detach() if isinstance(z, Tensor) else tuple(part.detach() for part in z)
+                loss = loss + variant.weight * jacobian_penalty(f, held, x, generator=generator)
+            found.clear()
+            stepper.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            stepper.step()
+    model.deq.hooks.clear()
+    return time.perf_counter() - began
+
+
+@torch.no_grad()
+def judged(family: Family, most: int, model: Any, solver: Any) -> tuple[Tensor, float]:
+    """(scores on validation, higher being better; mean evaluations, a failure as two budgets)."""
+    was = model.training
+    held = held_out(model.eval(), family.criterion, "validation", most, None)
+    scores, spent = zip(
+        *(_at_equilibria(held, solver, index) for index in torch.arange(len(held)).split(256)), strict=True
+    )
+    model.train(was)
+    return better(family, torch.cat(scores)), float(torch.cat(spent).mean())
+
+
+def _at_equilibria(held: Any, solver: Any, index: Tensor) -> tuple[Tensor, Tensor]:
+    found = solve(*held.problem(index), solver=solver, rtol=RTOL, max_nfe=BUDGET, throw=False)
+    return held.judge(found.z, index), torch.where(found.converged, found.nfe, 2 * BUDGET).double()
+
+
+def better(family: Family, scores: Tensor) -> Tensor:
+    """Scores of which the higher ones are better: bits with a minus."""
+    return -scores if family.texts else scores
+
+
+def refitted(family: Family, model: Any, solver: Any, seed: int) -> Any:
+    """The solver, trained further on the model as `fit_solver` does."""
+    tasks = _tasks(family, model, seed)
+    classical = measure_classical(tasks, rtol=RTOL, max_nfe=BUDGET)
+    training = {"seed": seed, "validation_rtol": RTOL, "validation_nfe": BUDGET, "patience": 4}
+    made = plan(tasks, classical, training=training, **as_it_is(solver)).shortened()
+    if made.training.anchor:
+        tasks.equilibria = classical.equilibria(tasks)
+    learned = MetaTrainer(made.adopt(solver, tasks.problems("validation")[0]), tasks, made.training).run()
+    calibrate(learned, tasks, rtol=RTOL, max_nfe=BUDGET, most=128)
+    return learned
+
+
+def _tasks(family: Family, model: Any, seed: int) -> TaskSet:
+    from metabroyden.zoo.tasks import family_tasks
+
+    tasks = family_tasks(model, family.criterion)
+    return tasks.prepared(POOL, torch.Generator().manual_seed(seed), 128) if family.texts else tasks
+
+
+def _losses(family: Family, model: Any, seed: int) -> Iterator[Tensor]:
+    """Task losses without end, in the family's batches."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    while True:
+        yield from family.criterion.losses(model, get_family(family.name).training.batch, generator)
+
+
+def _optimizer(family: Family) -> Any:
+    training = get_family(family.name).training
+    return partial(torch.optim.AdamW, betas=(0.9, training.beta2), weight_decay=training.weight_decay)
