@@ -65,7 +65,6 @@ REGISTRIES: dict[str, dict[str, bool]] = {
 MODULES = {
     "metabroyden.data": "metabroyden.zoo.data",
     "metabroyden.ledger": "metabroyden.evaluator",
-    "metabroyden.meta.online": "metabroyden.meta.cotrainer",
     "metabroyden.models": "metabroyden.zoo.models",
     "metabroyden.testbed": "metabroyden.zoo.testbed",
     "metabroyden.training": "metabroyden.nn",

@@ -37,8 +37,8 @@ def run(config: Cotrain) -> None:
     known("family", [config.family], FAMILIES)
     family = Family(config.family, config.models)
     job = Run(
-        config, free=("family", "models", "penalties", "weights"), shared=("models", "seeds", "penalties", "weights"), inputs=family.inputs,
-        always=f"--family {config.family}",
+        config, free=("family", "models", "penalties", "weights"),
+        shared=("models", "seeds", "penalties", "weights"), inputs=family.inputs, always=f"--family {config.family}",
     )  # fmt: skip
     rows: list[Row] = []
     wanted = list(_variants(config))
