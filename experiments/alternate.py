@@ -31,6 +31,7 @@ LEARNED = "co-trained"
 WAYS = (LEARNED, "Broyden", "Anderson")
 COLD, WARM = FIXED_IMAGES = ("Anderson, fixed images", "Anderson, fixed images, warm starts")
 PARTS = ("forward", "backward", "update", "meta")
+_TOLD = ("warmup_steps", "every", "unroll", "residual_weight", "residual_batch", "balance")
 RATE, RTOL = 2e-3, 1e-2
 """Peak of Adam's learning rate, with a cosine schedule; the tolerance of both directions."""
 JUDGING: dict[str, Any] = {"solver": Broyden(memory=60), "rtol": 1e-3, "max_nfe": 80, "warn": False}
@@ -51,7 +52,7 @@ class Alternate(Budgeted, command="alternate", budget=50):
     """Channels of the DEQ's state."""
     side: int = 16
     """Height and width of the images, enlarged from 8×8, and of the state."""
-    warmup_steps: int = 40
+    warmup_steps: int = 20
     """Training steps at the beginning with a meta-step each; the learned solver takes over after them."""
     every: int = 8
     """Training steps from one meta-step to the next after that."""
@@ -63,6 +64,8 @@ class Alternate(Budgeted, command="alternate", budget=50):
     """Rank of the learned solver's preconditioner."""
     residual_weight: float = 0.1
     """Weight of the residuals of the learned solver's first steps, at most."""
+    residual_batch: int = 16
+    """Samples of a batch that they are of."""
     balance: float = 0.5
     """Their gradient's norm over that of the task's, at most."""
 
@@ -163,7 +166,7 @@ def _solved(spent: str, failed: str, found: Any) -> Row:
 def _online(config: Alternate, model: ConvClassifier, seed: int) -> CoTrainer:
     layout = Layout("image", (config.channels, config.side, config.side))
     sizes: dict[str, Any] = {"rank": config.rank, "conditioning": "input", "learned_steps": 2 * config.unroll}
-    told = {name: getattr(config, name) for name in ("warmup_steps", "every", "unroll", "residual_weight", "balance")}
+    told = {name: getattr(config, name) for name in _TOLD}
     solver = make_learned("meta-broyden", layout, seed=seed, schedule_length=config.unroll, **sizes)
     rates = {name: 0.5 * rate for name, rate in RATES.items()}
     return CoTrainer(model.deq, solver, config=CoTrainConfig(batch=config.meta_batch, **rates, **told), seed=seed)

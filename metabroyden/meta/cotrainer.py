@@ -31,7 +31,7 @@ from metabroyden.state import AugmentedContext, Packing, gather
 
 MEASURE_EVERY = 8
 """Training steps from one measurement of gradient norms to the next, with `balance`."""
-RAISE, LOWER, SPAN = 2.0, 0.5, 16.0
+RAISE, LOWER, SPAN = 2.0, 0.5, 8.0
 """What `judge` multiplies the residual weight by, and how far it may get from where it began, either way."""
 FLOOR = 1e-4
 """Relative residuals below it are as good as zero to `CoTrainer.loss`."""
@@ -191,15 +191,12 @@ class CoTrainer:
             self._balance(task, residual)
         return task + self.config.start_weight * start + self.residual_weight * residual
 
-    def judge(self, used: float) -> None:
+    def judge(self, passed: bool) -> None:
         """Double λ₂ where the model does its task well enough; halve it where not.
 
         For looks at validation, a few in a training: the DEQ becomes as easy to solve as its task allows.
-
-        Args:
-            used: what the score has lost, as a share of what it may lose: above 1 λ₂ is halved, up to a half it is doubled.
         """
-        began, factor = self.config.residual_weight, RAISE if used <= 0.5 else 1.0 if used <= 1 else LOWER
+        began, factor = self.config.residual_weight, RAISE if passed else LOWER
         self.residual_weight = min(max(self.residual_weight * factor, began / SPAN), began * SPAN)
 
     def step(self) -> bool:
