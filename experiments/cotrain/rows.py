@@ -11,6 +11,7 @@ Rows say what they are under the key "row":
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,9 @@ def _measured(config: Any, family: Family, variant: Variant) -> Iterator[Row]:
         "seconds": result.seconds, "fit_seconds": result.fit_seconds, "refused": result.refused, "looks": looks,
     }  # fmt: skip
     held = held_out(result.model, family.criterion, "test", config.samples, None)
-    classical = _classical(family, result.model, config.budget)
+    original = variant.way == ORIGINAL or result.refused
+    known = _original_classical(family, config.budget) if original else None
+    classical = known or _classical(family, result.model, config.budget)
     everyone = [*classical, *_learned(result, classical)]
     rows = measure(held, everyone, Rules(TOLERANCES, config.budget, len(held), 0, elsewhere=True))
     for found in grouped(chosen(rows, "solve"), "solver", "tolerance"):
@@ -95,13 +98,23 @@ def _learned(result: Trained, classical: list[Contestant]) -> list[Contestant]:
 def _scores(family: Family, result: Trained, samples: int) -> Row:
     """Mean score at equilibria on test samples, its standard error, and the difference to the original's with its own."""
     scored = samples if family.texts else SCORED
-    now, before = (_test_scores(family, model, scored) for model in (result.model, load(family)))
+    now, before = _test_scores(family, result.model, scored), _original_scores(family, scored)
     root = len(now) ** 0.5
     return {
         "score": float(now.mean()), "error": float(now.std()) / root, "difference": float((now - before).mean()),
         "difference_error": float((now - before).std()) / root, "scored": len(now),
         "original": float(before.mean()), "original_error": float(before.std()) / root,
     }  # fmt: skip
+
+
+@cache
+def _original_scores(family: Family, samples: int) -> Tensor:
+    return _test_scores(family, load(family), samples)
+
+
+@cache
+def _original_classical(family: Family, budget: int) -> list[Contestant]:
+    return _classical(family, load(family), budget)
 
 
 @torch.no_grad()
@@ -155,9 +168,8 @@ def start_rows(held: HeldOut, learned: Any, seed: int) -> Iterator[Row]:
 
 def _times(config: Any, family: Family, held: HeldOut, everyone: list[Contestant]) -> Iterator[Row]:
     """Seconds of solves of all test problems as one batch, in turns."""
-    model = load(family)
-    original = held_out(model, family.criterion, "test", config.samples, None)
-    theirs = _classical(family, model, config.budget)
+    original = held_out(load(family), family.criterion, "test", config.samples, None)
+    theirs = _original_classical(family, config.budget)
     cases = [(ORIGINAL, original, one) for one in theirs] + [(CO_TRAINED, held, one) for one in everyone]
     for tolerance in TOLERANCES[:2]:
         options: dict[str, Any] = {"rtol": tolerance, "max_nfe": config.budget, "throw": False}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ from metabroyden.zoo.models.families import get_family
 
 ORIGINAL, CO_TRAINED, CONTINUED, PENALISED = "original", "co-trained", "continued", "Jacobian penalty"
 """What is done to a model: nothing; fine-tuned by `fine_tune`; trained on as it was; the same with a Jacobian penalty."""
-RTOL, BUDGET, HELD, TEXTS = 1e-3, 60, 4096, 256
+RTOL, BUDGET, HELD, TEXTS = 1e-3, 60, 2048, 256
 """Of solves at which scores are taken; images and texts of a look at validation, at most."""
 POOL = 1024
 """Texts whose contexts are made beforehand for the fit of a solver."""
@@ -109,7 +109,7 @@ def trained(family: Family, variant: Variant) -> Trained:
     config = CoTrainConfig(**habits(variant.steps))
     standard: Standard | None = None
     if variant.weight is None:
-        standard = Standard(judged(family, held, model, Broyden(BUDGET))[0], None)
+        standard = Standard(_before(family, held), None)
     else:
         config = replace(config, residual_weight=variant.weight)
     looks, best, seconds = fine_tune(
@@ -147,6 +147,12 @@ def continued(model: Any, losses: Iterator[Tensor], optimizer: Any, variant: Var
             stepper.step()
     model.deq.hooks.clear()
     return time.perf_counter() - began
+
+
+@cache
+def _before(family: Family, most: int) -> Tensor:
+    """Scores of the original on validation."""
+    return judged(family, most, load(family), Broyden(BUDGET))[0]
 
 
 @torch.no_grad()
