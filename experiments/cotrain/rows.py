@@ -46,7 +46,7 @@ TOLERANCES = (1e-2, 1e-3, 1e-4)
 DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 45, 60)
 SCORED = 2000
 """Test images of which a score is the mean; of texts all windows that are solved."""
-ROUNDS = 7
+ROUNDS = 5
 
 
 def measured(config: Any, family: Family, variant: Variant) -> list[Row]:

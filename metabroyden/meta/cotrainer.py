@@ -191,12 +191,16 @@ class CoTrainer:
             self._balance(task, residual)
         return task + self.config.start_weight * start + self.residual_weight * residual
 
-    def judge(self, passed: bool) -> None:
-        """Double λ₂ where the model does its task well enough; halve it where not.
+    def judge(self, used: float) -> None:
+        """Double λ₂ where the model does its task as well as it should; halve it where it does not.
 
         For looks at validation, a few in a training: the DEQ becomes as easy to solve as its task allows.
+
+        Args:
+            used: what the score has lost, as a share of what it may lose. Where it has lost nothing λ₂ is doubled, above 1 it
+                is halved.
         """
-        began, factor = self.config.residual_weight, RAISE if passed else LOWER
+        began, factor = self.config.residual_weight, RAISE if used <= 0 else 1.0 if used <= 1 else LOWER
         self.residual_weight = min(max(self.residual_weight * factor, began / SPAN), began * SPAN)
 
     def step(self) -> bool:

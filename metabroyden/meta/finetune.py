@@ -119,14 +119,15 @@ class Standard(NamedTuple):
     reference: Tensor
     tolerance: float | None
 
-    def passed(self, scores: Tensor) -> bool:
-        """Whether the mean is not lower by more than the tolerance, or than a standard error of the difference."""
+    def used(self, scores: Tensor) -> float:
+        """What the mean has lost, as a share of what it may lose: the tolerance, or a standard error of the difference."""
         less = self.reference.double().cpu() - scores.double().cpu()
-        size = len(less) if less.dim() else 1
+        lost, size = float(less.mean()), len(less) if less.dim() else 1
         allowed = self.tolerance
         if allowed is None:
             allowed = float(less.std()) / math.sqrt(size) if size > 1 else 0.0
-        return float(less.mean()) <= allowed + 1e-9 * float(self.reference.double().abs().mean())
+        rounding = 1e-9 * float(self.reference.double().abs().mean())
+        return 0.0 if lost <= rounding else (lost - rounding) / max(allowed, rounding)
 
 
 def cotrain(
@@ -152,8 +153,8 @@ def cotrain(
 
     `fit_solver` leaves f as it is. Here f, what makes its context, the head and a learned solver are trained together by a
     `CoTrainer`: the task's loss, and the residuals of the solver's first steps. At six looks at validation the score is
-    taken at equilibria; the weight of the residuals is doubled where that will do, and in the second half of the
-    training halved where not. Kept is the last look whose score will do and that needs at most a tenth more
+    taken at equilibria; the weight of the residuals is doubled where nothing was lost, and in the second half of
+    the training halved where too much was. Kept is the last look whose score will do and that needs at most a tenth more
     evaluations than another such; `fit_solver` then trains its solver further. The model that was given is left as it is.
 
     Args:
@@ -288,13 +289,14 @@ def fine_tune(
                 continue
             spent += time.perf_counter() - began
             scores, evaluations = judged(model, solver)
-            score, passed = float(scores.mean()), standard is None or standard.passed(scores)
+            score, used = float(scores.mean()), 0.0 if standard is None else standard.used(scores)
+            passed = used <= 1
             looks.append(Look(step, score, passed, evaluations, trainer.residual_weight, round(spent, 2)))
             fewest = min((one.evaluations for one in looks if one.passed), default=math.inf)
             if passed and (standard is None or evaluations <= LATE * fewest):
                 best = looks[-1], copy.deepcopy((model.state_dict(), solver.state_dict()))
             if standard is not None and (passed or 2 * step >= steps):  # before, a score suffers from the learning rate
-                trainer.judge(passed)
+                trainer.judge(used)
             if report is not None:
                 report(step, f"score {score:.4g}, {evaluations:.1f} evaluations")
             model.train()

@@ -132,7 +132,7 @@ def test_unknown_experiments_and_options_are_refused(capsys):
 def test_alternate_resumes_and_writes_what_it_promises(tmp_path, capsys, monkeypatch):
     few_images(monkeypatch, alternate)
     config = alternate.Alternate(
-        seeds=2, epochs=2, batch=32, channels=4, side=8, warmup_steps=2, every=2, unroll=2, meta_batch=4, width=4,
+        seeds=2, epochs=2, batch=32, channels=4, side=8, warmup_steps=2, every=2, unroll=2, meta_batch=4, rank=4,
         results=tmp_path / "results", runs=tmp_path / "runs", progress=False,
     )  # fmt: skip
     original, seeds = alternate.trained, []

@@ -356,7 +356,7 @@ def test_a_co_training_goes_on_bit_for_bit():
     (deq, co), (other, again) = made_anew(), made_anew()
     for seed in range(3):
         co_train(deq, co, 1, seed=seed, shape=(8,))
-    co.judge(passed=False)
+    co.judge(used=2.0)
     other.load_state_dict(deq.state_dict())
     again.load_state_dict(copy.deepcopy(co.state_dict()))
     assert isinstance(other.solver, mb.LearnedStart)
@@ -371,11 +371,11 @@ def test_a_co_training_goes_on_bit_for_bit():
 def test_weights_are_judged_and_balanced():
     deq, *_ = made()
     co = co_trainer(deq, flagship((4, 5, 5)), residual_weight=0.1)
-    for passed, wanted in ((True, 0.2), (False, 0.1), (True, 0.2)):
-        co.judge(passed)
+    for used, wanted in ((0.0, 0.2), (0.5, 0.2), (1.0, 0.2), (1.1, 0.1), (0.0, 0.2)):
+        co.judge(used)
         assert co.residual_weight == pytest.approx(wanted)
     for _ in range(20):
-        co.judge(passed=False)
+        co.judge(used=2.0)
     assert co.residual_weight == pytest.approx(0.1 / 8)
     deq, *_ = made()
     co = co_trainer(deq, flagship((4, 5, 5)), residual_weight=0.1, balance=1e-3)

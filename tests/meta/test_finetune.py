@@ -136,13 +136,15 @@ def test_a_standard_is_of_paired_differences():
     reference = torch.tensor([1.0, 0.0, 1.0, 1.0] * 10)
     other = reference.clone()
     other[0] = 0.0
-    assert Standard(reference, None).passed(reference)
-    assert Standard(reference, None).passed(other), "one of forty is one standard error"
-    assert not Standard(reference, None).passed(reference - 0.01), "all lower by the same is more than that"
-    assert Standard(reference, 0.1).passed(other)
-    assert not Standard(reference, 0.0).passed(other)
-    assert Standard(torch.tensor(0.5), None).passed(torch.tensor(0.5))
-    assert not Standard(torch.tensor(0.5), None).passed(torch.tensor(0.49))
+    assert Standard(reference, None).used(reference) == 0.0
+    assert Standard(reference, None).used(other) == pytest.approx(1.0), "one of forty is one standard error"
+    assert Standard(reference, None).used(other) <= 1.0
+    assert Standard(reference, None).used(reference - 0.01) > 1, "all lower by the same is more than that"
+    assert Standard(reference, None).used(reference + 0.01) == 0.0
+    assert Standard(reference, 0.1).used(other) == pytest.approx(0.25)
+    assert Standard(reference, 0.0).used(other) > 1
+    assert Standard(torch.tensor(0.5), None).used(torch.tensor(0.5)) == 0.0
+    assert Standard(torch.tensor(0.5), None).used(torch.tensor(0.49)) > 1
 
 
 BAD = [
