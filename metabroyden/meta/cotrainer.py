@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,9 +17,11 @@ from torch.utils import _pytree as pytree
 from metabroyden import resume
 from metabroyden.deq import DEQ, initial_state
 from metabroyden.described import CheckpointError, check, damaged, fits
+from metabroyden.function import CallerMode, in_caller_mode, method_of
 from metabroyden.gradients import Implicit
 from metabroyden.gradients.base import parts_of
 from metabroyden.learned import AdjointLSTM, LearnedSolver
+from metabroyden.learned.fingerprint import module_of
 from metabroyden.learned.learned_start import LearnedStart, can_start
 from metabroyden.meta import distributed
 from metabroyden.meta.adjoint import AdjointMap
@@ -33,6 +39,8 @@ MEASURE_EVERY = 8
 """Training steps from one measurement of gradient norms to the next, with `balance`."""
 RAISE, LOWER, SPAN = 2.0, 0.5, 8.0
 """What `judge` multiplies the residual weight by, and how far it may get from where it began, either way."""
+BLIND = 10
+"""Steps without any equilibrium after which a warning says so."""
 FLOOR = 1e-4
 """Relative residuals below it are as good as zero to `CoTrainer.loss`."""
 _STATE = "the state of a CoTrainer"
@@ -142,9 +150,17 @@ class CoTrainer:
             raise TypeError(f"backward must be an AdjointLSTM, got {type(backward).__name__}")
         if backward is not None and not isinstance(deq.backward_mode, Implicit):
             raise TypeError(f"a backward solver needs a DEQ with Implicit gradients, got {deq.backward_mode!r}")
+        if deq.backward_mode.replaces_solve:
+            raise TypeError(
+                f"CoTrainer trains on equilibria, and {deq.backward_mode!r} finds none: use Implicit or Phantom"
+            )
+        if config is not None and not isinstance(config, CoTrainConfig):
+            raise TypeError(f"config must be a CoTrainConfig, got {type(config).__name__}")
         self.deq, self.config = deq, CoTrainConfig() if config is None else config
         self.steps = self.skipped = self._seen = 0
         self.losses: dict[str, float] = {}
+        self._usual = deq.solver, deq.backward_mode  # what `close` and `load_state_dict` go back to
+        self._met = self._added = self._closed = False  # an equilibrium ever; the terms of this one; for good
         self.residual_weight = self.config.residual_weight
         self._problem: dict[str, Any] = {}
         self._started = False  # whether the layer's solves begin at the learned start
@@ -173,15 +189,17 @@ class CoTrainer:
 
         s(x) is the learned start, z* the equilibrium that the layer has just found (held), ρ the relative residual of s(x)
         and of the k iterates that the learned solver makes of it. Skip DEQ (Pal et al. 2022, arXiv 2201.12240) has the
-        first term, of a network beside the solver. The task's loss alone where the layer has found no equilibrium with
-        gradients since the last `step`, or where a term is not finite.
+        first term, of a network beside the solver. The terms are added once for each equilibrium, to the first loss after
+        it; the task's loss comes back alone where there is none with gradients since the last `step`, or where a term is
+        not finite.
 
         Args:
             task: the task's loss, a scalar with its graph.
         """
-        if "forward" not in self.solvers or not self._problem:
+        if "forward" not in self.solvers or not self._problem or self._added or self._closed:
             return task
         self._start_early()
+        self._added = True
         start, residual = self._terms()
         if not bool(torch.isfinite(start + residual)):
             self.skipped += 1
@@ -197,25 +215,31 @@ class CoTrainer:
         For looks at validation, a few in a training: the DEQ becomes as easy to solve as its task allows.
 
         Args:
-            used: what the score has lost, as a share of what it may lose. Where it has lost nothing λ₂ is doubled, above 1 it
-                is halved.
+            used: what the score has lost, as a share of what it may lose: λ₂ is doubled at 0, and halved above 1.
         """
+        if isinstance(used, bool):
+            raise TypeError("used must be a number: what the score has lost, as a share of what it may lose")
         began, factor = self.config.residual_weight, RAISE if used <= 0 else 1.0 if used <= 1 else LOWER
         self.residual_weight = min(max(self.residual_weight * factor, began / SPAN), began * SPAN)
 
     def step(self) -> bool:
         """Count a training step; update the solver by the gradients of `loss`; make a meta-step where one is due.
 
-        Whether one was made: none is where no equilibrium of this step was seen with its gradient.
+        Whether one was made: none is where no equilibrium of this step was seen with its gradient. A warning, once, where
+        none has been seen for ten steps.
         """
+        if self._closed:
+            return False
         self._seen += 1
+        if self._seen == BLIND and not self._met:
+            warnings.warn(f"CoTrainer: the DEQ found no equilibrium with gradients in {BLIND} steps", stacklevel=2)
         if any(parameter.grad is not None for parameter in self._module.parameters()):
             self._update(self._module)
         due = self._seen <= self.config.warmup_steps or self._seen % self.config.every == 0 or bool(self._waiting)
         made = due and self._complete
         if made:
             self.meta_step()
-        self._problem = {}
+        self._problem, self._added = {}, False
         if self._seen >= self.config.warmup_steps and self._waiting and self.steps:
             self.take_over()
         return made
@@ -224,12 +248,11 @@ class CoTrainer:
         """One meta-step for each learned solver, on a random part of the last problem."""
         if not self._complete:
             raise RuntimeError("CoTrainer has seen no training step of its DEQ yet")
-        f = self._problem["f"]
-        f = f.detached() if isinstance(f, Pinned) else f
+        f = _detached(self._problem["f"])
         x, z = pytree.tree_map_only(Tensor, Tensor.detach, (self._problem["x"], self._problem["z"]))
         index = self._drawn(z, x, self.config.batch)
         (x, z), start = gather((x, z), index), self._start
-        with frozen(self.deq.cell), torch.enable_grad():
+        with frozen(self.deq.cell), _exact(z):
             if "forward" in self.solvers:
                 self._descend("forward", f, start(x, z), x)
             if "backward" in self.solvers:
@@ -241,15 +264,22 @@ class CoTrainer:
         self.steps += 1
 
     @property
+    def watching(self) -> bool:
+        """Whether the layer has found an equilibrium with gradients since the last `step`."""
+        return bool(self._problem)
+
+    @property
     def _complete(self) -> bool:
         """Whether all is known that a meta-step needs of a problem."""
         return bool(self._problem) and ("backward" not in self.solvers or "v" in self._problem)
 
     def _watch(self, f: Any, context: Any, z: Any) -> None:
         """Keep the problem of a training step; and its cotangent once it is known, where one is wanted."""
-        problem = {"f": f, "x": context, "z": pytree.tree_map(Tensor.detach, z)}
+        mode = in_caller_mode(f, parts_of(z)[0].device.type)  # the caller's autocast
+        problem = {"f": mode, "x": context, "z": pytree.tree_map(Tensor.detach, z)}
+        self._met = True
         if "backward" not in self.solvers:
-            self._problem = problem
+            self._problem, self._added = problem, False
             return
         if not isinstance(z, Tensor):
             raise TypeError("CoTrainer takes states of one tensor where it trains a backward solver")
@@ -275,7 +305,7 @@ class CoTrainer:
         config, solver = self.config, self.solvers["forward"]
         f, x, z = (self._problem[key] for key in ("f", "x", "z"))
         x, z = gather((x, z), self._drawn(z, x, config.residual_batch))
-        with torch.enable_grad():
+        with _exact(z):
             rollout = unroll(
                 solver, f, self._start(x, z), x, steps=config.residual_steps, backend=config.backend, half=config.half
             )
@@ -291,19 +321,23 @@ class CoTrainer:
         return (order.sort().values if x is None else order).to(first.device)
 
     def _start(self, x: Any, z: State) -> State:
+        """Where the cell begins, in the dtype of its states; zeros like them where it does not say."""
         plain = x.context if isinstance(x, AugmentedContext) else x
-        return pytree.tree_map(torch.zeros_like, z) if plain is None else initial_state(self.deq.cell, plain)
+        if plain is None or method_of(self.deq.cell, "initial_state") is None:
+            return pytree.tree_map(torch.zeros_like, z)
+        return pytree.tree_map(lambda part, of: part.to(of), initial_state(self.deq.cell, plain), z)
 
     def _balance(self, task: Tensor, residual: Tensor) -> None:
         """Set λ₂ halfway, in its logarithm, to `balance` times the ratio of gradient norms, at most `residual_weight`."""
-        weights = [weight for weight in self.deq.cell.parameters() if weight.requires_grad]
+        module = module_of(self.deq.cell)
+        weights = [] if module is None else [weight for weight in module.parameters() if weight.requires_grad]
+        if not weights or not task.requires_grad:
+            return
         norms = []
         for value in (task, residual):
             found = torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)
             parts = [torch.zeros_like(w) if part is None else part for w, part in zip(weights, found, strict=True)]
-            norms.append(
-                float(distributed.mean(torch.cat([part.flatten() for part in parts])).norm()) if parts else 0.0
-            )
+            norms.append(float(distributed.mean(torch.cat([part.flatten() for part in parts])).norm()))
         of_task, of_residual = norms
         if math.isfinite(of_task + of_residual) and min(of_task, of_residual) > 0:
             wanted = min(self.config.balance * of_task / of_residual, self.config.residual_weight)
@@ -363,18 +397,32 @@ class CoTrainer:
         resume.restore(tensors, header, _STATE, self._module, self.optimizer, taken=taken, generator=self.generator)
         self._seen, self.steps, self.skipped = seen, steps, skipped
         self.residual_weight = header["residual_weight"]
+        self._hand_back()
+        self._problem, self._started, self._waiting = {}, False, set(self.solvers)
         if header["started"]:
             self._start_early()
         if not header["waiting"]:
             self.take_over()
 
     def close(self) -> None:
-        """Stop watching; the solvers no longer require gradients."""
+        """Stop for good: nothing is watched, `loss` adds nothing, the solvers no longer require gradients.
+
+        The layer keeps learned solvers that had taken over; else it gets back what it had.
+        """
         if self._watch in self.deq.hooks:
             self.deq.hooks.remove(self._watch)
-        self._problem = {}
+        if self._waiting:
+            self._hand_back()
+        self._problem, self._closed = {}, True
         for solver in self.solvers.values():
             solver.requires_grad_(False).eval()
+
+    def _hand_back(self) -> None:
+        """The layer gets the solvers that it had."""
+        if "forward" in self.solvers:
+            self.deq.solver = self._usual[0]
+        if "backward" in self.solvers:
+            self.deq.backward_mode = self._usual[1]
 
 
 def _layer(model: Any) -> DEQ:
@@ -388,6 +436,22 @@ def _layer(model: Any) -> DEQ:
             f"deq must be the DEQ that is trained, or a model with one in it, got {type(model).__name__}{held}"
         )
     return next(iter(found.values()))
+
+
+def _detached(f: Cell) -> Cell:
+    """f without gradients towards weights that are computed once for a call."""
+    if isinstance(f, CallerMode):
+        twin = copy.copy(f)
+        twin.f = twin.inner = _detached(f.f)
+        return twin
+    return f.detached() if isinstance(f, Pinned) else f
+
+
+@contextmanager
+def _exact(z: State) -> Iterator[None]:
+    """While it lasts gradients are recorded, and the solver computes in its own precision whatever autocast says."""
+    with torch.enable_grad(), torch.autocast(parts_of(z)[0].device.type, enabled=False):
+        yield
 
 
 def _average(parameters: list[nn.Parameter]) -> None:

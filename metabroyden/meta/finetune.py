@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,15 +17,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
+from metabroyden.comparison.problems import HeldOut
 from metabroyden.comparison.tables import Table, text_table
-from metabroyden.comparison.verdict import UNTUNED, Verdict
+from metabroyden.comparison.verdict import UNTUNED, Verdict, compare_solvers
 from metabroyden.deq import DEQ
+from metabroyden.meta.config import MetaConfig
 from metabroyden.meta.cotrainer import CoTrainConfig, CoTrainer
 from metabroyden.meta.defaults import RATES, context_options, dilations, gated_steps, state_layout
 from metabroyden.meta.fit import MAX_NFE, FitJob, device_of, fit_solver, refuse_inference
+from metabroyden.meta.inputs import check_contexts
 from metabroyden.meta.plan import make_learned, room
 from metabroyden.meta.target import Target, call_arguments, deqs_in, resting, target_of
-from metabroyden.meta.tasks import count, rows
+from metabroyden.meta.tasks import count, rows, sampled
 from metabroyden.progress import progress_bar
 from metabroyden.solvers.broyden import Broyden
 from metabroyden.state import concatenate
@@ -34,7 +37,7 @@ LOOKS = 6
 """Looks at validation in a fine-tuning."""
 LATE = 1.1
 """How many times the fewest evaluations a later look may need to be kept in the place of an earlier one."""
-CHUNK, MOST = 256, 4096
+CHUNK, MOST = 256, 2048
 """Validation samples that go through the model at once, and in all at most."""
 UNROLL, EVERY = 10, 4
 """Solver steps of a meta-step, and training steps from one to the next after the warm-up."""
@@ -42,6 +45,12 @@ WARMUP = 0.1
 """Share of a fine-tuning in which the learning rate rises."""
 CLIP = 1.0
 """Norm that the model's gradients are clipped to."""
+COMPARED = 256
+"""Validation inputs that solvers are compared on, at most."""
+IGNORED = -100
+"""Integer targets that count in no loss and no score, as in torch's cross-entropy."""
+BAD_STEPS = 10
+"""Training steps in a row whose gradient is not finite after which a fine-tuning ends."""
 
 
 class Look(NamedTuple):
@@ -66,9 +75,10 @@ class CoTraining:
     """What `cotrain` did.
 
     Attributes:
-        before: the classical solvers on the model as it was.
-        after: the fitted solver and the classical ones on the co-trained model, on the same held-out inputs; None where no
-            look at validation would do.
+        before: the classical solvers on the model as it was, on validation inputs.
+        after: the fitted solver and the classical ones on the co-trained model, on the same inputs; None where no look at
+            validation would do.
+        refused: why the original is returned; None where it is not.
         scores: on the validation samples, of the model as it was and of what is returned.
         tolerance: by how much that might be lower; None: by a standard error of the difference.
         looks: at validation.
@@ -77,6 +87,7 @@ class CoTraining:
 
     before: Verdict
     after: Verdict | None
+    refused: str | None
     scores: tuple[float, float]
     tolerance: float | None
     looks: tuple[Look, ...]
@@ -85,7 +96,7 @@ class CoTraining:
     @property
     def accepted(self) -> bool:
         """Whether the co-trained model is returned, and not the original."""
-        return self.after is not None
+        return self.refused is None
 
     def table(self) -> Table:
         """Score and evaluations before and after."""
@@ -93,7 +104,7 @@ class CoTraining:
         if self.after is not None:
             names = [self.after.best_classical(), *([self.after.name] if self.after.fitted is not None else [])]
             body += [self._line("after", self.scores[1], self.after, name) for name in names]
-        words = f"{self.before.samples} held-out inputs to {self.before.tolerances[-1]:g}"
+        words = f"{self.before.samples} validation inputs to {self.before.tolerances[-1]:g}"
         return Table(words, ["model", "score", "solver", "median", "mean", "90%", "solved", "time"], body)
 
     @staticmethod
@@ -107,8 +118,8 @@ class CoTraining:
         limit = "one standard error of the difference" if self.tolerance is None else f"{self.tolerance:g}"
         verdict = (
             f"The co-trained model is returned; its score might be lower by {limit}."
-            if self.accepted
-            else f"The original is returned: at each look at validation the score was lower by more than {limit}."
+            if self.refused is None
+            else f"The original is returned: {self.refused}."
         )
         return f"{text_table(self.table())}\n\n{verdict} {self.seconds:.0f} s of fine-tuning."
 
@@ -122,12 +133,14 @@ class Standard(NamedTuple):
     def used(self, scores: Tensor) -> float:
         """What the mean has lost, as a share of what it may lose: the tolerance, or a standard error of the difference."""
         less = self.reference.double().cpu() - scores.double().cpu()
+        if not bool(torch.isfinite(less).all()):
+            return math.inf
         lost, size = float(less.mean()), len(less) if less.dim() else 1
         allowed = self.tolerance
         if allowed is None:
             allowed = float(less.std()) / math.sqrt(size) if size > 1 else 0.0
         rounding = 1e-9 * float(self.reference.double().abs().mean())
-        return 0.0 if lost <= rounding else (lost - rounding) / max(allowed, rounding)
+        return 0.0 if lost <= rounding else (lost - rounding) / max(allowed, rounding, 1e-300)
 
 
 def cotrain(
@@ -155,13 +168,14 @@ def cotrain(
     `CoTrainer`: the task's loss, and the residuals of the solver's first steps. At six looks at validation the score is
     taken at equilibria; the weight of the residuals is doubled where nothing was lost, and in the second half of
     the training halved where too much was. Kept is the last look whose score will do and that needs at most a tenth more
-    evaluations than another such; `fit_solver` then trains its solver further. The model that was given is left as it is.
+    evaluations than another such; `fit_solver` then trains its solver further. Parameters that require no gradients are left
+    as they are, if there are others that do. The model that was given is left as it is; a loss should not read it.
 
     Args:
         model: a trained model with one `DEQ` of ours in it, called with inputs; or such a `DEQ` itself.
         data: (inputs, targets), each a tensor or a pytree of them with the samples first; or a `DataLoader` or another
             iterable of such pairs that can be read more than once.
-        validation: other data, as `data`; at most 4,096 samples are looked at. None: a fifth of `data`, which must then be
+        validation: other data, as `data`; at most 2,048 samples are looked at. None: a fifth of `data`, which must then be
             a pair and not batches.
         loss: (outputs, targets) → scalar. None: cross-entropy of integer targets, classes last in outputs; else the mean
             squared error.
@@ -180,59 +194,105 @@ def cotrain(
         return_report: whether to return what was found, too.
 
     Returns:
-        The co-trained copy in evaluation mode, its DEQ with the fitted solver (or a classical one where that is better); or
-        the original itself, with a warning, where no look at validation would do. With return_report a pair of it and the
-        `CoTraining`.
+        The co-trained copy in evaluation mode, its DEQ with the fitted solver (or a classical one where that is faster); no
+        part of its `state_dict` (`save_solver` writes it). Or the original itself, with a warning, where no look at
+        validation would do or no evaluations were saved. With return_report a pair of it and the `CoTraining`.
 
     Raises:
         ValueError, TypeError: bad input, saying what was given and what is wanted.
         RuntimeError: inference mode or autocast is on.
+        FloatingPointError: gradients that stay non-finite.
     """
     refuse_inference("cotrain")
     _check(model, steps=steps, batch_size=batch_size, learning_rate=learning_rate, tolerance=tolerance)
     config = CoTrainConfig(**habits(steps), residual_weight=residual_weight)
-    train, held = _split(data, validation, seed)
-    batches, held = _Batches(train, batch_size, seed), _validation(held)
-    task = _Task(loss, score)
-    own = copy.deepcopy(model)
-    solver = untrained(target_of(own), batches.inputs(32), layout=layout, conditioning=conditioning, seed=seed)
-    before, reference = before_training(model, batches, held, task, rtol=rtol, seed=seed, layout=layout)
-    standard = Standard(reference, tolerance)
+    MetaConfig(validation_rtol=rtol, seed=seed)  # refuses what cannot be used before anything is solved
+    own, task, target = copy.deepcopy(model), _Task(loss, score), target_of(model)
+    with torch.random.fork_rng(devices=[]):  # a loader draws from the global generator
+        torch.manual_seed(seed)
+        train, held = _split(data, validation, seed)
+        batches, held = _Batches(train, batch_size, seed), _chunks(_read(held, "validation"))
+    inputs = batches.sample[0]
+    check_contexts(inputs, zeros=target.z0 is None, given="data")
+    solver = untrained(target_of(own), rows(inputs, slice(32)), layout=layout, conditioning=conditioning, seed=seed)
+    compared = _Comparing(inputs, [part for part, _ in held], rtol, seed, layout)
+    before, standard = compared.before(own), Standard(judge(own, Broyden(MAX_NFE), held, task, rtol)[0], tolerance)
 
     def losses() -> Iterator[Tensor]:
-        for inputs, targets in batches:
-            yield task.loss(_run(own, inputs), targets)
+        for given, targets in batches:
+            yield task.loss(_run(own, given), targets)
 
     with progress_bar("co-training", steps, show=progress) as bar:
         looks, best, seconds = fine_tune(
             own, solver, losses(), lambda now, by: judge(now, by, held, task, rtol), standard, steps=steps, config=config,
             learning_rate=learning_rate, seed=seed, report=bar,
         )  # fmt: skip
-    after, chosen = None, float(reference.mean())
-    if best is not None:
-        found, after = fit_solver(
-            own,
-            batches.inputs(),
-            solver=solver,
-            layout=layout,
-            rtol=rtol,
-            seed=seed,
-            progress=False,
-            return_report=True,
-        )
-        _layer(own).solver, chosen = found, best.score
-    report = CoTraining(before, after, (float(reference.mean()), chosen), tolerance, tuple(looks), seconds)
-    if progress:
-        print(report)
+    was = float(standard.reference.mean())
+    after, refused, chosen = None, None, was
     if best is None:
         reached = max(look.score for look in looks)
-        warnings.warn(
-            f"cotrain: the score was {float(reference.mean()):.4g} before, at best {reached:.4g} at a look at validation, "
-            "so the original is returned; more steps, a lower residual_weight or a larger tolerance may help",
-            stacklevel=2,
-        )
-    returned = model if best is None else own.eval()
+        refused = f"the score was {was:.4g}, and at best {reached:.4g} at a look at validation"
+    else:
+        after, _layer(own).solver, chosen = *compared.after(own, solver), best.score
+        refused = _no_gain(before, after)
+    report = CoTraining(before, after, refused, (was, chosen), tolerance, tuple(looks), seconds)
+    if progress:
+        print(report)
+    if refused is not None:
+        warnings.warn(f"cotrain: the original is returned: {refused}", stacklevel=2)
+    returned = own if refused is None else model
     return (returned, report) if return_report else returned
+
+
+def _no_gain(before: Verdict, after: Verdict) -> str | None:
+    """Why a co-trained model is not worth having; None where it is."""
+    theirs = before.outcome(before.best_classical())
+    ours = min((after.outcome(name) for name in (after.best_classical(), after.name)), key=lambda one: one.mean)
+    if ours.success < theirs.success - theirs.error:
+        return f"{ours.success:.1%} of the problems are solved, {theirs.success:.1%} were before"
+    if ours.mean >= theirs.mean:
+        return f"a solve takes {ours.mean:.1f} evaluations in the mean, {theirs.mean:.1f} before"
+    return None
+
+
+@dataclass(frozen=True)
+class _Comparing:
+    """Comparisons on validation inputs, which no weights were trained on, with solvers tuned on training inputs."""
+
+    inputs: Any
+    held: list[Any]
+    rtol: float
+    seed: int
+    layout: str | None
+
+    def before(self, model: nn.Module) -> Verdict:
+        """The classical solvers."""
+        target = target_of(model)
+        with resting(model):
+            job = FitJob.of(
+                target, self.inputs, device_of(target, self.inputs), self.seed, self.rtol, self.layout, None
+            )
+            return self._on_held(target, UNTUNED, job.classical.solvers)
+
+    def after(self, model: nn.Module, solver: Any) -> tuple[Verdict, Any]:
+        """The same and the solver, trained further; and the solver that `fit_solver` returns."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="fit_solver")  # the table says who is faster
+            found, verdict = fit_solver(
+                model, self.inputs, solver=solver, layout=self.layout, rtol=self.rtol, seed=self.seed, progress=False,
+                return_report=True,
+            )  # fmt: skip
+        with resting(model):
+            return self._on_held(target_of(model), verdict.name, verdict.solvers), found
+
+    def _on_held(self, target: Target, name: str, solvers: dict[str, Any]) -> Verdict:
+        held = concatenate(self.held)
+        device = device_of(target, held)
+        held = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device), held)
+        start = target.prepare(rows(held, slice(1)))[0]
+        held = rows(held, slice(min(COMPARED, room(state_layout(target.f, start, self.layout)))))
+        problems = HeldOut(target.f, *target.prepare(held))
+        return compare_solvers(problems, name, solvers, rtol=self.rtol, max_nfe=MAX_NFE)
 
 
 def fine_tune(
@@ -266,49 +326,113 @@ def fine_tune(
 
     Returns:
         (looks, the best one, or None where none will do, seconds without looks).
+
+    Raises:
+        ValueError: nothing to train; a DEQ that finds no equilibrium with gradients when a loss is made.
+        FloatingPointError: gradients that stay non-finite.
     """
-    deq = _layer(model)
+    deq, trained = _layer(model), _trained(model)
     usual, trainer = deq.solver, CoTrainer(deq, solver, config=config, seed=seed)
-    stepper = optimizer(model.parameters(), lr=learning_rate)
-    looks: list[Look] = []
-    best: tuple[Look, Any] | None = None
+    step_of, looks = _Steps(trainer, optimizer(trained, lr=learning_rate), trained), _Looks(standard)
     at = {round(steps * number / LOOKS) for number in range(1, LOOKS + 1)}
-    spent, began = 0.0, time.perf_counter()
-    model.requires_grad_(True).train()
-    with torch.random.fork_rng(devices=[]):
+    cuda = sorted({weight.device.index for weight in trained if weight.is_cuda})
+    with _training(model, trained), torch.random.fork_rng(cuda), torch.enable_grad():
         torch.manual_seed(seed)
         for step in range(1, steps + 1):
-            for group in stepper.param_groups:
-                group["lr"] = learning_rate * learning_share(step, steps)
-            stepper.zero_grad()
-            trainer.loss(next(losses)).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            stepper.step()
-            trainer.step()
+            step_of.take(losses, learning_rate * learning_share(step, steps))
             if step not in at:
                 continue
-            spent += time.perf_counter() - began
             scores, evaluations = judged(model, solver)
-            score, used = float(scores.mean()), 0.0 if standard is None else standard.used(scores)
-            passed = used <= 1
-            looks.append(Look(step, score, passed, evaluations, trainer.residual_weight, round(spent, 2)))
-            fewest = min((one.evaluations for one in looks if one.passed), default=math.inf)
-            if passed and (standard is None or evaluations <= LATE * fewest):
-                best = looks[-1], copy.deepcopy((model.state_dict(), solver.state_dict()))
-            if standard is not None and (passed or 2 * step >= steps):  # before, a score suffers from the learning rate
+            used = looks.add(model, solver, step, scores, evaluations, trainer.residual_weight, step_of.seconds)
+            if standard is not None and (
+                used <= 1 or 2 * step >= steps
+            ):  # before, a score suffers from the learning rate
                 trainer.judge(used)
             if report is not None:
-                report(step, f"score {score:.4g}, {evaluations:.1f} evaluations")
-            model.train()
-            began = time.perf_counter()
+                report(step, f"score {float(scores.mean()):.4g}, {evaluations:.1f} evaluations")
     trainer.close()
     deq.solver = usual
-    model.eval().requires_grad_(False)
-    if best is None:
-        return looks, None, spent
-    model.load_state_dict(best[1][0])
-    solver.load_state_dict(best[1][1])
-    return looks, best[0], spent
+    step_of.optimizer.zero_grad()
+    model.eval()
+    if looks.best is not None:
+        model.load_state_dict(looks.weights[0])
+        solver.load_state_dict(looks.weights[1])
+    return looks.all, looks.best, step_of.seconds
+
+
+class _Steps:
+    """Training steps of a model and its solver.
+
+    Attributes:
+        seconds: that they took.
+    """
+
+    def __init__(self, trainer: CoTrainer, optimizer: torch.optim.Optimizer, weights: list[nn.Parameter]) -> None:
+        self.trainer, self.optimizer, self.weights = trainer, optimizer, weights
+        self.seconds, self._bad = 0.0, 0
+
+    def take(self, losses: Iterator[Tensor], rate: float) -> None:
+        """One step; none of the model where the gradient is not finite."""
+        began = time.perf_counter()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad()
+        task = next(losses)
+        if not self.trainer.watching:
+            raise ValueError("the model did not call its DEQ with gradients enabled")
+        self.trainer.loss(task).backward()
+        norm = nn.utils.clip_grad_norm_(self.weights, CLIP)
+        self._bad = 0 if bool(torch.isfinite(norm)) else self._bad + 1
+        if self._bad == 0:
+            self.optimizer.step()
+        elif self._bad == BAD_STEPS:
+            raise FloatingPointError(f"the gradient was not finite in {BAD_STEPS} training steps in a row")
+        self.trainer.step()
+        self.seconds += time.perf_counter() - began
+
+
+class _Looks:
+    """Looks at validation, and the weights of model and solver at the best one."""
+
+    def __init__(self, standard: Standard | None) -> None:
+        self.standard, self.all = standard, list[Look]()
+        self.best: Look | None = None
+        self.weights: Any = None
+
+    def add(
+        self, model: nn.Module, solver: Any, step: int, scores: Tensor, evaluations: float, weight: float, seconds: float
+    ) -> float:  # fmt: skip
+        """Note a look; what the score has lost, as a share of what it may lose."""
+        used = 0.0 if self.standard is None else self.standard.used(scores)
+        self.all.append(Look(step, float(scores.mean()), used <= 1, evaluations, weight, round(seconds, 2)))
+        fewest = min((one.evaluations for one in self.all if one.passed), default=math.inf)
+        if used <= 1 and (self.standard is None or evaluations <= LATE * fewest):
+            self.best, self.weights = self.all[-1], copy.deepcopy((model.state_dict(), solver.state_dict()))
+        return used
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that require gradients; of a frozen model all of them. ValueError where there is none."""
+    every = [weight for weight in model.parameters() if weight.is_floating_point()]
+    found = [weight for weight in every if weight.requires_grad] or every
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no parameters to train")
+    return found
+
+
+@contextmanager
+def _training(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
+    """While it lasts these parameters require gradients, and a model in evaluation mode is in training."""
+    frozen = [weight for weight in trained if not weight.requires_grad]
+    for weight in frozen:
+        weight.requires_grad_(True)
+    if not model.training:
+        model.train()
+    try:
+        yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
 
 
 def untrained(
@@ -341,11 +465,16 @@ def learning_share(step: int, steps: int) -> float:
 
 
 class _Batches:
-    """(inputs, targets) without end: drawn from a pair, or read again and again from an iterable."""
+    """(inputs, targets) without end: drawn from a pair, or read again and again from an iterable.
+
+    Attributes:
+        sample: (inputs, targets) of the first samples.
+    """
 
     def __init__(self, data: Any, size: int, seed: int) -> None:
         self.data, self.size = data, size
         self.generator = torch.Generator().manual_seed(seed)
+        self.sample = _read(data, "data")
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         if _is_pair(self.data):
@@ -354,19 +483,12 @@ class _Batches:
                 order = torch.randperm(total, generator=self.generator, device="cpu")
                 for index in order[: total // size * size].split(size):
                     yield rows(self.data, index)
-        for number in itertools.count():
+        while True:
             found = None
             for found in self.data:
-                yield _pair(found)
+                yield _pair(found, "data")
             if found is None:
-                again = "no batch to give" if number == 0 else "nothing left: give what can be read more than once"
-                raise ValueError(f"data has {again}")
-
-    def inputs(self, most: int = 2048) -> Any:
-        """Inputs of the first samples."""
-        if _is_pair(self.data):
-            return rows(self.data[0], slice(most))
-        return _joined((_pair(found)[0] for found in self.data), most)
+                raise ValueError("data has no batch to give")
 
 
 class _Task:
@@ -382,8 +504,8 @@ class _Task:
         """A scalar with its graph."""
         if self._loss is not None:
             found = self._loss(outputs, targets)
-        elif _are_classes(targets):
-            found = functional.cross_entropy(outputs.flatten(0, -2), targets.flatten())
+        elif _are_classes(outputs, targets):
+            found = functional.cross_entropy(outputs.flatten(0, -2), targets.flatten().long(), ignore_index=IGNORED)
         else:
             found = functional.mse_loss(outputs, targets)
         if not isinstance(found, Tensor) or found.numel() != 1:
@@ -393,50 +515,47 @@ class _Task:
     def score(self, outputs: Any, targets: Any) -> Tensor:
         """(B,) scores, or () their mean."""
         if self._score is not None:
-            found = torch.as_tensor(self._score(outputs, targets)).detach().double().cpu()
+            found = self._score(outputs, targets)
+            if not isinstance(found, Tensor | float | int):
+                raise TypeError(f"score must give a tensor or a number, got {type(found).__name__}")
+            found = torch.as_tensor(found).detach().double().cpu()
             if found.dim() > 1 or (found.dim() == 1 and len(found) != count(targets)):
-                raise ValueError(
-                    f"score must give ({count(targets)},) numbers, or their mean, got {tuple(found.shape)}"
-                )
+                given = tuple(found.shape)
+                raise ValueError(f"score must give ({count(targets)},) numbers, or their mean, got {given}")
             return found
-        hits = (outputs.argmax(dim=-1) == targets).double() if _are_classes(targets) else -(outputs - targets).square()
-        return hits.double().flatten(1).mean(dim=1).cpu() if hits.dim() > 1 else hits.cpu()
+        if not _are_classes(outputs, targets):
+            return -(outputs - targets).double().square().reshape(len(targets), -1).mean(dim=1).cpu()
+        counted = (targets != IGNORED).reshape(len(targets), -1)
+        hits = (outputs.argmax(dim=-1) == targets).reshape(len(targets), -1) & counted
+        shares = hits.double().sum(dim=1) / counted.double().sum(dim=1).clamp_min(1)
+        known = torch.isfinite(outputs).reshape(len(outputs), -1).all(dim=1)
+        return shares.where(known, torch.nan).cpu()  # the largest of what is not finite is no answer
 
 
-def judge(model: nn.Module, solver: Any, held: Iterable[Any], task: _Task, rtol: float) -> tuple[Tensor, float]:
+def judge(
+    model: nn.Module, solver: Any, held: Iterable[tuple[Any, Any]], task: _Task, rtol: float
+) -> tuple[Tensor, float]:
     """((N,) scores at equilibria found by a solver, or () their mean; mean evaluations, a failure as two budgets)."""
-    deq, scores, spent = _layer(model), [], []
-    kept = {name: getattr(deq, name) for name in ("solver", "rtol", "atol", "max_nfe", "_warn")}
-    was = model.training
+    deq, scores, sizes, spent = _layer(model), [], [], []
+    kept = {name: getattr(deq, name) for name in ("solver", "rtol", "atol", "max_nfe", "last_solution")}
+    warned, deq._forward_failures._warn = deq._forward_failures._warn, False
     try:
-        deq.solver, deq.rtol, deq.atol, deq.max_nfe, deq._warn = solver, rtol, 0.0, MAX_NFE, False
-        deq._forward_failures._warn = False
-        with torch.no_grad():
-            model.eval()
+        deq.solver, deq.rtol, deq.atol, deq.max_nfe = solver, rtol, 0.0, MAX_NFE
+        with torch.no_grad(), resting(model):
             for inputs, targets in held:
                 scores.append(task.score(_run(model, inputs), targets))
+                sizes.append(count(targets))
                 found = deq.last_solution
                 assert found is not None
                 spent.append(np.where(found.converged.cpu().numpy(), found.nfe.numpy(), 2 * MAX_NFE))
     finally:
         for name, value in kept.items():
             setattr(deq, name, value)
-        deq._forward_failures._warn = kept["_warn"]
-        model.train(was)
-    whole = scores[0].dim() == 0
-    return (torch.stack(scores).mean() if whole else torch.cat(scores)), float(np.concatenate(spent).mean())
-
-
-def before_training(
-    model: nn.Module, batches: _Batches, held: Iterable[Any], task: _Task, *, rtol: float, seed: int, layout: str | None
-) -> tuple[Verdict, Tensor]:
-    """(the classical solvers on a model as it is, (N,) its scores at equilibria or () their mean)."""
-    target, inputs = target_of(model), batches.inputs()
-    with resting(model):
-        job = FitJob.of(target, inputs, device_of(target, inputs), seed, rtol, layout, None)
-        start = job.tasks.problems("validation")[0]
-        found = job.compared(UNTUNED, {}, room(state_layout(target.f, start, layout)))
-    return found, judge(model, Broyden(MAX_NFE), held, task, rtol)[0]
+        deq._forward_failures._warn = warned
+    if scores[0].dim():
+        return torch.cat(scores), float(np.concatenate(spent).mean())
+    weights = torch.tensor(sizes, dtype=torch.float64)
+    return torch.stack(scores) @ weights / weights.sum(), float(np.concatenate(spent).mean())
 
 
 def _run(model: nn.Module, inputs: Any) -> Any:
@@ -462,33 +581,56 @@ def _check(model: Any, *, tolerance: Any, **positive: Any) -> None:
         raise ValueError(f"tolerance must be a number of at least 0, or None for one standard error, got {tolerance!r}")
 
 
-def _are_classes(targets: Any) -> bool:
-    if not isinstance(targets, Tensor):
-        raise TypeError(
-            f"targets are {type(targets).__name__}: give loss= and score=, functions of outputs and targets"
+def _are_classes(outputs: Any, targets: Any) -> bool:
+    """Whether targets are integers; TypeError or ValueError where the usual loss and score do not fit."""
+    if not isinstance(targets, Tensor) or not isinstance(outputs, Tensor):
+        kinds = f"outputs {type(outputs).__name__}, targets {type(targets).__name__}"
+        raise TypeError(f"{kinds}: give loss= and score=, functions of outputs and targets")
+    classes = not targets.is_floating_point()
+    wanted = outputs.shape[:-1] if classes else outputs.shape
+    if targets.shape != wanted:
+        what = "integer targets must be one for each row of class logits" if classes else "targets must be like outputs"
+        raise ValueError(
+            f"{what}, shape {tuple(wanted)}, got {tuple(targets.shape)}; or give loss= and score=, functions of both"
         )
-    return not targets.is_floating_point()
+    return classes
 
 
 def _is_pair(data: Any) -> bool:
     return isinstance(data, tuple) and len(data) == 2
 
 
-def _pair(found: Any) -> tuple[Any, Any]:
-    """A batch as (inputs, targets); TypeError for anything else."""
+def _pair(found: Any, given: str) -> tuple[Any, Any]:
+    """(inputs, targets), cut off from any graph; TypeError or ValueError for what is no such pair."""
     if not isinstance(found, (tuple, list)) or len(found) != 2:
-        raise TypeError(
-            f"data must be (inputs, targets), or batches of such pairs, got a batch that is {type(found).__name__}"
+        kind = type(found).__name__
+        raise TypeError(f"{given} must be (inputs, targets), or batches of such pairs, got a batch that is {kind}")
+    for part, name in zip(found, ("inputs", "targets"), strict=True):
+        if not sampled(part):
+            raise TypeError(f"{given}: {name} must be a tensor or a pytree of them, got {type(part).__name__}")
+    if count(found[0]) != count(found[1]):
+        raise ValueError(f"{given} has {count(found[0])} inputs and {count(found[1])} targets")
+    return pytree.tree_map_only(Tensor, Tensor.detach, (found[0], found[1]))
+
+
+def _checked(data: Any, given: str) -> Any:
+    """A pair of inputs and targets, or what can be read for such pairs more than once; TypeError or ValueError else."""
+    if _is_pair(data):
+        return _pair(data, given)
+    if isinstance(data, (Tensor, str, dict)) or not isinstance(data, Iterable):
+        raise TypeError(f"{given} must be (inputs, targets), or batches of such pairs, got {type(data).__name__}")
+    if iter(data) is data:
+        raise ValueError(
+            f"{given} is a {type(data).__name__}, which can be read once only: give a list or a DataLoader"
         )
-    return found[0], found[1]
+    return data
 
 
 def _split(data: Any, validation: Any, seed: int) -> tuple[Any, Any]:
     """(training, validation) data: as given, or four fifths and one of a pair, drawn by the seed."""
-    if isinstance(data, Tensor) or (not _is_pair(data) and not isinstance(data, Iterable)):
-        raise TypeError(f"data must be (inputs, targets), or batches of such pairs, got {type(data).__name__}")
+    data = _checked(data, "data")
     if validation is not None:
-        return data, validation
+        return data, _checked(validation, "validation")
     if not _is_pair(data):
         raise ValueError("of batches cotrain cannot hold out a part: give validation=, batches or a pair of their own")
     total = count(data)
@@ -498,23 +640,23 @@ def _split(data: Any, validation: Any, seed: int) -> tuple[Any, Any]:
     return rows(data, order[total // 5 :]), rows(data, order[: total // 5])
 
 
-def _validation(data: Any) -> list[tuple[Any, Any]]:
-    """Batches of at most `MOST` samples."""
-    if not _is_pair(data):
-        inputs, targets = (_joined(part, MOST) for part in zip(*map(_pair, data), strict=True))
-        data = inputs, targets
-    numbers = torch.arange(min(count(data), MOST), device="cpu")
-    return [rows(data, index) for index in numbers.split(CHUNK)]
-
-
-def _joined(parts: Iterable[Any], most: int) -> Any:
-    """The first samples of batches."""
-    kept, found = [], 0
-    for part in parts:
-        kept.append(part)
-        found += count(part)
-        if found >= most:
+def _read(data: Any, given: str) -> tuple[Any, Any]:
+    """(inputs, targets) of the first samples, at most `MOST`; of batches as many as are needed are read, once."""
+    parts: list[tuple[Any, Any]] = [data] if _is_pair(data) else []
+    for batch in () if parts else data:
+        parts.append(_pair(batch, given))
+        shapes = [[tuple(leaf.shape[1:]) for leaf in sampled(part)] for part in (parts[0], parts[-1])]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"the batches of {given} hold samples of shapes {shapes[0]} and {shapes[1]}: pad them to one"
+            )
+        if sum(map(count, parts)) >= MOST:
             break
-    if not kept:
-        raise ValueError("data has no batch to give")
-    return rows(concatenate(kept), slice(most))
+    if not parts or count(parts[0]) == 0:
+        raise ValueError(f"{given} has no batch to give")
+    return rows(concatenate(parts) if len(parts) > 1 else parts[0], slice(MOST))
+
+
+def _chunks(data: tuple[Any, Any]) -> list[tuple[Any, Any]]:
+    """Batches of a pair."""
+    return [rows(data, index) for index in torch.arange(count(data), device="cpu").split(CHUNK)]

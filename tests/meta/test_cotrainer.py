@@ -414,3 +414,84 @@ def test_a_model_may_be_given_for_its_layer():
         lambda: co_trainer(nn.Sequential(deq, made()[0]), None),
         TypeError,
     )
+
+
+def test_terms_are_added_once_for_each_equilibrium():
+    deq, *_ = made()
+    co = co_trainer(deq, flagship((4, 5, 5)))
+    task = deq(normal(6, 4, 5, 5)).square().mean()
+    assert co.watching
+    assert co.loss(task) is not task
+    assert co.loss(task) is task
+    task.backward()
+    co.step()
+    assert not co.watching
+
+
+def test_a_state_takes_a_trainer_that_has_gone_further_back():
+    torch.manual_seed(0)
+    deq = mb.DEQ(Rotating(8), rtol=1e-2, backward=mb.Phantom(steps=3), warn=False)
+    usual, forward = deq.solver, flagship((8,), "vector")
+    co = co_trainer(deq, forward, warmup_steps=2)
+    begun = copy.deepcopy(co.state_dict())
+    co_train(deq, co, 1, shape=(8,))
+    warm = copy.deepcopy(co.state_dict())
+    co_train(deq, co, 3, shape=(8,))
+    assert deq.solver is forward
+    co.load_state_dict(warm)
+    assert isinstance(deq.solver, mb.LearnedStart)
+    co.load_state_dict(begun)
+    assert deq.solver is usual
+
+
+def test_closing_in_the_warm_up_gives_the_solver_back_for_good():
+    torch.manual_seed(0)
+    deq = mb.DEQ(Rotating(8), rtol=1e-2, backward=mb.Phantom(steps=3), warn=False)
+    usual, co = deq.solver, None
+    co = co_trainer(deq, flagship((8,), "vector"), warmup_steps=5)
+    co_train(deq, co, 2, shape=(8,))
+    co.close()
+    assert deq.solver is usual
+    co_train(deq, co, 8, shape=(8,))
+    assert deq.solver is usual
+    assert co.steps == 2
+
+
+def test_autocast_and_a_start_that_the_model_gives():
+    torch.manual_seed(0)
+    deq = mb.DEQ(Rotating(8), rtol=1e-2, backward=mb.Phantom(steps=3), warn=False)
+    stem = nn.Linear(3, 8)
+    co = co_trainer(deq, flagship((8,), "vector", conditioning="initial_value"))
+    with torch.autocast("cpu", torch.bfloat16):
+        task = deq(stem(normal(6, 3))).float().square().mean()
+    co.loss(task).backward()
+    assert co.step()
+    wide = mb.DEQ(
+        lambda z, x: torch.tanh(0.5 * z + x.repeat(1, 2)), rtol=1e-2, backward=mb.Phantom(steps=3), warn=False
+    )
+    co = co_trainer(wide, flagship((8,), "vector", conditioning="initial_value"), balance=0.5)
+    x = normal(6, 4).requires_grad_()
+    co.loss(wide(x, torch.zeros(6, 8)).square().mean()).backward()
+    assert co.step()
+    assert co.residual_weight == co.config.residual_weight, "a function has no weights to balance the terms on"
+
+
+def test_it_says_that_it_sees_nothing():
+    deq, *_ = made()
+    co = co_trainer(deq, flagship((4, 5, 5)))
+    assert not any(co.step() for _ in range(9))
+    with pytest.warns(UserWarning, match="found no equilibrium with gradients in 10 steps"):
+        co.step()
+    co.step()
+
+
+@pytest.mark.parametrize(
+    ("words", "call"),
+    [
+        ("finds none: use Implicit or Phantom", lambda deq, solver: mb.CoTrainer(unrolled(), solver)),
+        ("config must be a CoTrainConfig, got dict", lambda deq, solver: mb.CoTrainer(deq, solver, config={})),
+        ("used must be a number", lambda deq, solver: mb.CoTrainer(deq, solver).judge(True)),
+    ],
+)
+def test_what_cannot_be_co_trained_is_refused(words, call):
+    refused(words, lambda: call(made()[0], flagship((4, 5, 5))), TypeError)

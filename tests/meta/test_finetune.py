@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import metabroyden as mb
-from metabroyden.meta.finetune import Standard
+from metabroyden.meta.finetune import Standard, _Task, judge
 from tests.helpers import normal, refused, same_parameters
 
 
@@ -88,7 +88,7 @@ def test_a_co_trained_model_needs_fewer_evaluations_at_the_same_score(capsys):
 def test_a_model_whose_score_falls_is_not_returned():
     model = trained()
     falls = iter(range(10**6))
-    with pytest.warns(UserWarning, match="so the original is returned"):
+    with pytest.warns(UserWarning, match="cotrain: the original is returned: the score was"):
         own, report = mb.cotrain(
             model, data(), **OPTIONS | {"steps": 8}, score=lambda outputs, targets: -float(next(falls)),
             return_report=True,
@@ -97,6 +97,7 @@ def test_a_model_whose_score_falls_is_not_returned():
     assert not report.accepted
     assert report.after is None
     assert "The original is returned" in str(report)
+    assert str(report).count("tuned") == 1, "one line, of the solvers on the model as it was"
     assert report.looks[-1].residual_weight < 0.06, "a score that is too low lowers the weight of the residuals"
 
 
@@ -132,6 +133,82 @@ def test_regression_by_losses_of_ones_own_and_dicts_of_inputs():
     assert model.deq.solver is not None
 
 
+@pytest.mark.usefixtures("quick_fits")
+def test_what_saves_no_evaluations_is_not_returned():
+    model = Model()
+    model.deq.cell.w.data *= 0.05
+    with pytest.warns(UserWarning, match="a solve takes .* evaluations in the mean"):
+        assert mb.cotrain(model, data(), **OPTIONS | {"steps": 6, "tolerance": 9.0, "residual_weight": 0.0}) is model
+
+
+@pytest.mark.usefixtures("quick_fits")
+def test_flags_stay_and_what_is_frozen_is_not_trained():
+    class Normed(Model):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(12)
+
+        def forward(self, inputs):
+            return self.head(self.norm(self.deq(self.stem(inputs))))
+
+    model = Normed().train()
+    model.norm.eval()
+    model.stem.requires_grad_(False)
+    seen = []
+    model.deq.observers.append(lambda *told: seen.append(told))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    own = mb.cotrain(model, data(), **OPTIONS | {"steps": 4, "tolerance": 9.0}, loss=nn.functional.cross_entropy)
+    assert [part.training for part in (model, model.stem, model.deq, model.norm)] == [True, True, True, False]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert (seen, model.deq.last_solution) == ([], None)
+    assert own is not model
+    assert not own.training
+    for name, weight in own.named_parameters():
+        assert weight.requires_grad == (not name.startswith("stem"))
+        assert weight.grad is None
+        assert torch.equal(weight, before[name]) == name.startswith("stem")
+    assert torch.equal(own.norm.running_mean, before["norm.running_mean"])
+    nn.functional.cross_entropy(own(data()[0]), data()[1]).backward()
+    assert own.head.weight.grad is not None
+
+
+@pytest.mark.usefixtures("quick_fits")
+def test_a_loss_that_is_not_finite_leaves_no_trace_or_ends_the_call():
+    def blows_up(every: int):
+        calls = iter(range(10**6))
+        factor = lambda: float("nan") if next(calls) % every == 0 else 1.0  # noqa: E731
+        return lambda outputs, targets: factor() * nn.functional.cross_entropy(outputs, targets)
+
+    options = OPTIONS | {"steps": 24, "tolerance": 9.0}
+    own = mb.cotrain(trained(), data(), loss=blows_up(5), **options)
+    assert all(bool(value.isfinite().all()) for value in own.state_dict().values())
+    refused(
+        "not finite in 10 training steps",
+        lambda: mb.cotrain(Model(), data(), loss=blows_up(1), **options),
+        FloatingPointError,
+    )
+    assert Standard(torch.ones(3), 1.0).used(torch.tensor([1.0, float("nan"), 1.0])) == float("inf")
+
+
+def test_ignored_targets_count_in_no_loss_and_no_score():
+    task, outputs = _Task(None, None), normal(4, 5, 3)
+    targets = outputs.argmax(dim=-1)
+    targets[:, 3:] = -100
+    targets[0, 0] = (targets[0, 0] + 1) % 3
+    assert task.score(outputs, targets).tolist() == pytest.approx([2 / 3, 1.0, 1.0, 1.0])
+    torch.testing.assert_close(task.loss(outputs, targets), task.loss(outputs[:, :3], targets[:, :3]))
+    assert task.score(outputs[..., 0], outputs[..., 0] + 2.0).tolist() == pytest.approx([-4.0] * 4)
+    outputs[1, 0, 0] = float("nan")
+    assert task.score(outputs, targets)[1].isnan(), "the largest of what is not finite is no answer"
+
+
+def test_means_of_unequal_chunks_count_by_their_samples():
+    held = [(normal(3, 6), torch.zeros(3)), (normal(1, 6), torch.zeros(1))]
+    scores = iter([1.0, 5.0])
+    task = _Task(None, lambda outputs, targets: next(scores))
+    assert float(judge(Model(), mb.Broyden(), held, task, 1e-2)[0]) == pytest.approx(2.0)
+
+
 def test_a_standard_is_of_paired_differences():
     reference = torch.tensor([1.0, 0.0, 1.0, 1.0] * 10)
     other = reference.clone()
@@ -147,7 +224,38 @@ def test_a_standard_is_of_paired_differences():
     assert Standard(torch.tensor(0.5), None).used(torch.tensor(0.49)) > 1
 
 
+class Unseen(Model):
+    """Its DEQ gets no gradients."""
+
+    def forward(self, inputs):
+        with torch.no_grad():
+            z = self.deq(self.stem(inputs))
+        return self.head(z)
+
+
+def unrolled() -> Model:
+    model = Model()
+    model.deq.backward_mode = mb.Unroll(steps=3)
+    return model
+
+
+INPUTS, TARGETS = data(40)
 BAD = [
+    ("did not call its DEQ with gradients", {"model": Unseen()}, ValueError),
+    ("finds none: use Implicit or Phantom", {"model": unrolled()}, TypeError),
+    ("40 inputs and 39 targets", {"data": (INPUTS, TARGETS[:39])}, ValueError),
+    ("validation has 40 inputs and 39", {"validation": (INPUTS, TARGETS[:39])}, ValueError),
+    ("inputs must be a tensor or a pytree", {"data": (INPUTS.numpy(), TARGETS)}, TypeError),
+    ("validation has no batch to give", {"validation": []}, ValueError),
+    ("validation must be .inputs, targets.*got float", {"validation": 0.2}, TypeError),
+    ("can be read once only", {"data": (part for part in [(INPUTS, TARGETS)]), "validation": data(30)}, ValueError),
+    ("at least 10 samples", {"data": (INPUTS[:8], TARGETS[:8]), "validation": data(30)}, ValueError),
+    ("must be finite", {"data": (INPUTS.clone().fill_(float("nan")), TARGETS)}, ValueError),
+    ("validation_rtol must be a positive", {"rtol": 0.0}, ValueError),
+    ("one for each row of class logits, shape .8,., got .8, 1", {"data": (INPUTS, TARGETS[:, None])}, ValueError),
+    ("targets must be like outputs", {"data": (INPUTS, TARGETS[:, None].float())}, ValueError),
+    ("outputs Tensor, targets dict", {"data": (INPUTS, {"y": TARGETS})}, TypeError),
+    ("score must give a tensor or a number, got NoneType", {"score": lambda outputs, targets: None}, TypeError),
     ("model must be a module with a metabroyden.DEQ", {"model": nn.Linear(2, 2)}, TypeError),
     ("has several DEQs", {"model": nn.ModuleList([Model(), Model()])}, ValueError),
     ("steps must be an integer of at least 1, got 0", {"steps": 0}, ValueError),
