@@ -36,9 +36,10 @@ def run(config: Cotrain) -> None:
     at_least_one(config, "seeds", "steps", "samples", "budget")
     known("family", [config.family], FAMILIES)
     family = Family(config.family, config.models)
+    grids = ("seeds", "penalties", "weights")
     job = Run(
-        config, free=("family", "models", "penalties", "weights"),
-        shared=("models", "seeds", "penalties", "weights"), inputs=family.inputs, always=f"--family {config.family}",
+        config, free=("family", "models", *grids), shared=("models", *grids), inputs=family.inputs,
+        always=" ".join([f"--family {config.family}", *_told(config, grids)]),
     )  # fmt: skip
     rows: list[Row] = []
     wanted = list(_variants(config))
@@ -48,6 +49,13 @@ def run(config: Cotrain) -> None:
             done(variant.key)
     publish(job.folder / config.family, rows, job.described())
     show(write(job.folder))
+
+
+def _told(config: Cotrain, names: tuple[str, ...]) -> list[str]:
+    """Options of these names that are not the usual ones, as the command line has them."""
+    given = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(Cotrain, name)}
+    every = {name: value if isinstance(value, tuple) else (value,) for name, value in given.items()}
+    return [" ".join([f"--{name}", *(f"{one:g}" for one in value)]) for name, value in every.items()]
 
 
 def _variants(config: Cotrain) -> Iterator[Variant]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from experiments import cotrain
@@ -35,6 +37,8 @@ def test_every_way_is_measured_and_reported(tmp_path, monkeypatch):
     keys = ["original-seed0", "co-trained-seed0", "continued-seed0", "Jacobian-penalty-1-seed0", "co-trained-0.5-seed0"]
     assert made == [*keys[:3], *keys[2:]]
     (trial,) = config.results.iterdir()
+    command = json.loads((trial / "conv-digits" / "config.json").read_text())["command"]
+    assert command.endswith("cotrain --family conv-digits --seeds 1 --penalties 1 --weights 0.5 --samples 12 --steps 6")
     found = read_rows(trial / "conv-digits" / "rows.jsonl")
     models = chosen(found, "model")
     assert [(row["way"], row["weight"]) for row in models] == [
