@@ -68,7 +68,7 @@ def _measured(config: Any, family: Family, variant: Variant) -> Iterator[Row]:
     known = _original_classical(family, config.budget) if original else None
     classical = known or _classical(family, result.model, config.budget)
     everyone = [*classical, *_learned(result, classical)]
-    rows = measure(held, everyone, Rules(TOLERANCES, config.budget, len(held), 0, elsewhere=True))
+    rows = measure(held, everyone, Rules(TOLERANCES, config.budget, len(held), 0))
     for found in grouped(chosen(rows, "solve"), "solver", "tolerance"):
         yield {"row": "solver", **stamp, **_figures(found)}
     if variant.way == ORIGINAL:
@@ -83,7 +83,7 @@ def _measured(config: Any, family: Family, variant: Variant) -> Iterator[Row]:
 
 def _classical(family: Family, model: Any, budget: int) -> list[Contestant]:
     """Picard, Anderson and Broyden, each the best of its grid on validation problems, and Broyden as it is."""
-    held = held_out(model, family.criterion, "validation", 64, None)
+    held = held_out(model, family.criterion, "validation", 32 if family.texts else 64, None)
     return solvers.contestants(Broyden=Broyden(budget), **solvers.tuned(held, budget))
 
 
@@ -129,12 +129,11 @@ def _test_scores(family: Family, model: Any, samples: int) -> Tensor:
 
 def _figures(found: list[Row]) -> Row:
     outcome = Outcome.of(found)
-    apart = [value for row in found for value in row.get("elsewhere") or [] if value is not None]
     first = found[0]
     return {
         "solver": first["solver"], "kind": first["kind"], "options": first["options"], "tolerance": first["tolerance"],
         "median": outcome.median, "mean": outcome.mean, "p90": outcome.p90, "solved": outcome.success,
-        "error": outcome.error, "elsewhere": float(np.mean(apart)) if apart else None, "samples": outcome.solved.shape[1],
+        "error": outcome.error, "samples": outcome.solved.shape[1],
     }  # fmt: skip
 
 
