@@ -22,7 +22,7 @@ class Cotrain(Compared, OnModels, command="cotrain"):
     family: str = "conv-digits"
     """One of the families in experiments/cotrain/variants.py."""
     seeds: int = 3
-    """Fine-tunings of each kind."""
+    """Fine-tunings of each kind; measured on held-out samples, of texts on half as many windows."""
     steps: int | None = None
     """Training steps of each; None: as many as take about 15% of the original training's time."""
     penalties: tuple[float, ...] = (1.0, 3.0)

@@ -56,14 +56,15 @@ def measured(config: Any, family: Family, variant: Variant) -> list[Row]:
 
 
 def _measured(config: Any, family: Family, variant: Variant) -> Iterator[Row]:
+    samples = config.samples // 2 if family.texts else config.samples
     result = trained(family, variant)
     stamp: Row = {"family": family.name, "way": variant.way, "weight": variant.weight, "seed": variant.seed}
     looks = [look._asdict() for look in result.looks]
     yield {
-        "row": "model", **stamp, **_scores(family, result, config.samples), "steps": variant.steps,
+        "row": "model", **stamp, **_scores(family, result, samples), "steps": variant.steps,
         "seconds": result.seconds, "fit_seconds": result.fit_seconds, "refused": result.refused, "looks": looks,
     }  # fmt: skip
-    held = held_out(result.model, family.criterion, "test", config.samples, None)
+    held = held_out(result.model, family.criterion, "test", samples, None)
     original = variant.way == ORIGINAL or result.refused
     known = _original_classical(family, config.budget) if original else None
     classical = known or _classical(family, result.model, config.budget)
@@ -167,7 +168,7 @@ def start_rows(held: HeldOut, learned: Any, seed: int) -> Iterator[Row]:
 
 def _times(config: Any, family: Family, held: HeldOut, everyone: list[Contestant]) -> Iterator[Row]:
     """Seconds of solves of all test problems as one batch, in turns."""
-    original = held_out(load(family), family.criterion, "test", config.samples, None)
+    original = held_out(load(family), family.criterion, "test", len(held), None)
     theirs = _original_classical(family, config.budget)
     cases = [(ORIGINAL, original, one) for one in theirs] + [(CO_TRAINED, held, one) for one in everyone]
     for tolerance in TOLERANCES[:2]:
