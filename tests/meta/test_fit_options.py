@@ -116,3 +116,31 @@ def test_without_tensorboard_log_dir_says_what_to_install_before_anything_is_sol
         lambda: mb.fit_solver(f, torch.randn(20, 3), log_dir=tmp_path, progress=False),
         ImportError,
     )
+
+
+def test_a_solver_that_is_there_is_trained_further_and_left_as_it_is():
+    before = fitted()
+    weights = {name: value.clone() for name, value in before.state_dict().items()}
+    after = fitted(solver=before)
+    assert after is not before
+    assert all(torch.equal(value, weights[name]) for name, value in before.state_dict().items())
+    assert not same_parameters(after, before)
+    assert after.config.damping == before.config.damping
+    assert after.summary["steps"] == 4
+    usual: list[int] = []
+    for solver in ("metabroyden", before):
+        fitted(solver=solver, steps=None, callback=lambda told: usual.append(told.steps) or True)
+    assert usual[1] == max(1, usual[0] // 2), "half of the steps"
+
+
+@pytest.mark.parametrize(
+    ("words", "solver", "error"),
+    [
+        ("a learned solver to train further, got Broyden", mb.Broyden(), TypeError),
+        (r"for layout 'image' and shape \(3, 5, 5\), f has 'image' and \(3, 4, 4\)", (3, 5, 5), ValueError),
+    ],
+)
+def test_solvers_that_cannot_be_trained_further_are_refused(words, solver, error):
+    if isinstance(solver, tuple):
+        solver = mb.MetaBroyden(layout=mb.Layout("image", solver), rank=4)
+    refused(words, lambda: fitted(solver=solver), error)
