@@ -46,7 +46,8 @@ TOLERANCES = (1e-2, 1e-3, 1e-4)
 DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 45, 60)
 SCORED = 2000
 """Test images of which a score is the mean; of texts all windows that are solved."""
-ROUNDS = 5
+ROUNDS, TEXTS = 5, 32
+"""Timed rounds; windows of a text in them."""
 
 
 def measured(config: Any, family: Family, variant: Variant) -> list[Row]:
@@ -167,16 +168,19 @@ def start_rows(held: HeldOut, learned: Any, seed: int) -> Iterator[Row]:
 
 
 def _times(config: Any, family: Family, held: HeldOut, everyone: list[Contestant]) -> Iterator[Row]:
-    """Seconds of solves of all test problems as one batch, in turns."""
-    original = held_out(load(family), family.criterion, "test", len(held), None)
+    """Seconds of solves of all test images, or of some windows of a text, as one batch, in turns."""
+    most, rounds = (TEXTS, 3) if family.texts else (len(held), ROUNDS)
+    original, held = held_out(load(family), family.criterion, "test", len(held), None).head(most), held.head(most)
     theirs = _original_classical(family, config.budget)
-    cases = [(ORIGINAL, original, one) for one in theirs] + [(CO_TRAINED, held, one) for one in everyone]
+    cases = [(ORIGINAL, original, one) for one in theirs] + [
+        (CO_TRAINED, held, one) for one in everyone if one.kind != "classical"
+    ]
     for tolerance in TOLERANCES[:2]:
         options: dict[str, Any] = {"rtol": tolerance, "max_nfe": config.budget, "throw": False}
 
         def job(of: HeldOut, one: Contestant) -> Any:
             return lambda: solve(of.f, of.z0, of.x, solver=one.solver, **options) and None  # noqa: B023 (used at once)
 
-        seconds = laps({(way, one.name): job(of, one) for way, of, one in cases}, ROUNDS)
+        seconds = laps({(way, one.name): job(of, one) for way, of, one in cases}, rounds)
         for (way, name), taken in seconds.items():
             yield {"model": way, "solver": name, "tolerance": tolerance, "seconds": taken.tolist()}

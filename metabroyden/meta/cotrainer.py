@@ -233,7 +233,9 @@ class CoTrainer:
         self._seen += 1
         if self._seen == BLIND and not self._met:
             warnings.warn(f"CoTrainer: the DEQ found no equilibrium with gradients in {BLIND} steps", stacklevel=2)
-        if any(parameter.grad is not None for parameter in self._module.parameters()):
+        parameters = list(self._module.parameters())
+        ready = float(any(parameter.grad is not None for parameter in parameters))
+        if float(distributed.mean(torch.tensor(ready, device=parameters[0].device))) > 0:  # in any process
             self._update(self._module)
         due = self._seen <= self.config.warmup_steps or self._seen % self.config.every == 0 or bool(self._waiting)
         made = due and self._complete
