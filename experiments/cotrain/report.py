@@ -31,7 +31,7 @@ taken at equilibria, on test samples: accuracy, or minus the bits a token."""
 SUMMARY = """\
 Co-trained with MetaBroyden over the *original* model's best (evaluations) and fastest (time) classical solver, and over the
 best classical solver on the *co-trained* model from the learned start: means over seeds, in brackets the lowest and
-highest. Below them geometric means over families."""
+highest. Below them geometric means over families. Where a fine-tuning is refused the original is returned: a ratio of 1."""
 VARIANTS = """\
 The ways side by side, to 1e-2 / 1e-3, means over seeds: median, mean, 90th percentile of evaluations and share solved of
 the best classical solver (of co-trained models: from zero, from the start, and MetaBroyden); difference of the score to
@@ -73,6 +73,11 @@ def able(rows: Sequence[Row], tolerance: float, kind: str) -> list[Row]:
     return [row for row in found if row["solved"] >= top["solved"] - standard_error(top["solved"], top["samples"])]
 
 
+def _refused(rows: Sequence[Row]) -> bool:
+    """Whether the fine-tuning of one seed was refused."""
+    return chosen(rows, "model")[0]["refused"]
+
+
 def adapted(rows: Sequence[Row]) -> list[Row]:
     """Rows of co-trained models whose weight was adapted."""
     return [row for row in rows if row["way"] == CO_TRAINED and row["weight"] is None]
@@ -84,12 +89,13 @@ def compared(rows: Sequence[Row], tolerance: float) -> list[Row]:
     rival = best(theirs, tolerance)
     found = []
     for of in grouped(adapted(rows), "seed"):
-        ours = best(of, tolerance, "learned")
-        started = min((best(of, tolerance, kind) for kind in ("started", "classical")), key=lambda row: row["median"])
         (model,) = chosen(of, "model")
+        ours = rival if model["refused"] else best(of, tolerance, "learned")
+        started = min((best(of, tolerance, kind) for kind in ("started", "classical")), key=lambda row: row["median"])
+        started = rival if model["refused"] else started
         found.append({
             "seed": of[0]["seed"], "ours": ours, "rival": rival, "evaluations": ours["median"] / rival["median"],
-            "p90": ours["p90"] / rival["p90"], "time": _time(of, theirs, tolerance),
+            "p90": ours["p90"] / rival["p90"], "time": 1.0 if model["refused"] else _time(of, theirs, tolerance),
             "started": ours["median"] / started["median"], "difference": model["difference"], "model": model,
         })  # fmt: skip
     return found
@@ -118,8 +124,10 @@ def _summary(by_family: dict[str, list[Row]], tolerance: float) -> Table:
             f"{rival['median']:g} / {rival['p90']:g} ({rival['solved']:.0%}) {label(rival['solver'])}",
             f"{' / '.join(ours)} ({solved:.1%})", *(_range([row[key] for row in of]) for key in keys),
         ])  # fmt: skip
-    whole = [f"**{geometric([geometric([row[key] for row in of]) for of in found.values()]):.2f}**" for key in keys]
-    body.append(["**all**", "", "", "", *whole])
+    kept = [of for of in found.values() if not all(row["model"]["refused"] for row in of)]
+    for words, some in (("**all**", list(found.values())), ("**where returned**", kept)):
+        whole = [f"**{geometric([geometric([row[key] for row in of]) for of in some]):.2f}**" for key in keys]
+        body.append([words, "", "", "", *whole])
     head = ["family", "score (error)", "original's best: median / 90%", "co-trained", "evaluations", "90%", "time",
             "over best from start"]  # fmt: skip
     return Table(f"To {tolerance:g}", head, body)
@@ -167,18 +175,12 @@ def _variants(name: str, rows: list[Row]) -> Table:
         way, weight = of[0]["way"], of[0]["weight"]
         shown = way if weight is None else f"{way} {weight:g}{', held fast' if way == CO_TRAINED else ''}"
         models = chosen(of, "model")
+        shown += " (refused)" if any(row["refused"] for row in models) else ""
         score = f"{np.mean([row['difference'] for row in models]):+.4f} ({models[0]['difference_error']:.4f})"
         kinds = ("classical",) if way != CO_TRAINED else ("classical", "started", "learned")
         for kind in kinds:
             cells = [_cell([best(seed, tolerance, kind) for seed in grouped(of, "seed")]) for tolerance in TIMED]
-            body.append(
-                [
-                    shown,
-                    score,
-                    {"classical": "best classical", "started": "best + start"}.get(kind, "MetaBroyden"),
-                    *cells,
-                ]
-            )
+            body.append([shown, score, SOLVERS[kind], *cells])
             shown = score = ""
     return Table(name, ["way", "score", "solver", *(f"to {tolerance:g}" for tolerance in TIMED)], body)
 
@@ -194,7 +196,10 @@ def _evaluations_figure(folder: Path, by_family: dict[str, list[Row]]) -> report
     def values(rows: list[Row], tolerance: float) -> list[float]:
         before = best([row for row in rows if row["way"] == ORIGINAL], tolerance)
         seeds = grouped(adapted(rows), "seed")
-        after = [[best(of, tolerance, kind)["median"] for of in seeds] for kind in ("classical", "started", "learned")]
+        after = [
+            [before["median"] if _refused(of) else best(of, tolerance, kind)["median"] for of in seeds]
+            for kind in ("classical", "started", "learned")
+        ]
         return [before["median"], *map(np.mean, after)]
 
     figure, places = figures.grid(len(TIMED), len(TIMED), (5.2, 3.4))
@@ -230,7 +235,7 @@ def _front_figure(folder: Path, by_family: dict[str, list[Row]]) -> report.Pictu
         for way, (ink, shape) in marks.items():
             points = []
             for of in grouped([row for row in rows if row["way"] == way], "weight", "seed"):
-                kind = "learned" if way == CO_TRAINED else "classical"
+                kind = "learned" if way == CO_TRAINED and not _refused(of) else "classical"
                 (model,) = chosen(of, "model")
                 points.append((best(of, 1e-3, kind)["mean"], model["score"], of[0]["weight"]))
             held = [point for point in points if point[2] is not None and way == CO_TRAINED]
