@@ -185,7 +185,8 @@ def write(rows: list[Row], described: Row, folder: Path) -> list[report.Section]
     ]
 
     def panel(x: str, y: str, xlabel: str, ylabel: str, **axes: Any) -> tuple[Any, Row]:
-        lines = {way: ([row[x] for row in ways[way]], [row[y] for row in ways[way]]) for way in WAYS}
+        shown = {way: figures.FLAGSHIP if way == LEARNED else way for way in WAYS}
+        lines = {shown[way]: ([row[x] for row in ways[way]], [row[y] for row in ways[way]]) for way in WAYS}
         return lines, {"xlabel": xlabel, "ylabel": ylabel, **(axes or {"ylim": (0, None)})}
 
     by_time = figures.curves(

@@ -240,7 +240,8 @@ def _front_figure(folder: Path, by_family: dict[str, list[Row]]) -> report.Pictu
                 points.append((best(of, 1e-3, kind)["mean"], model["score"], of[0]["weight"]))
             held = [point for point in points if point[2] is not None and way == CO_TRAINED]
             free = [point for point in points if point not in held]
-            place.plot(*zip(*[point[:2] for point in free], strict=True), shape, color=ink, label=way, markersize=4)
+            if free:
+                place.plot(*zip(*[point[:2] for point in free], strict=True), shape, color=ink, label=way, markersize=4)
             if held:
                 x, y, weights = zip(*sorted(held, key=lambda point: point[2]), strict=True)
                 place.plot(x, y, "x--", color=ink, markersize=5, linewidth=0.8, label="co-trained, weight held fast")
@@ -294,7 +295,7 @@ def _depth_figure(folder: Path, by_family: dict[str, list[Row]]) -> report.Pictu
 
     figure = figures.panels(list(by_family), draw, "evaluations of f", "score", columns=3, size=(3.8, 2.9))
     caption = (
-        "Score against evaluations: flat from the stopping point on. The learned start costs less than one evaluation."
+        "Score against evaluations: flat from the stopping point on. The learned start is not counted (RESEARCH, 61)."
     )
     return report.Picture(figures.save(figure, folder / "depth.png"), caption)
 
