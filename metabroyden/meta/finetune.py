@@ -206,6 +206,7 @@ def cotrain(
     refuse_inference("cotrain")
     _check(model, steps=steps, batch_size=batch_size, learning_rate=learning_rate, tolerance=tolerance)
     config = CoTrainConfig(**habits(steps), residual_weight=residual_weight)
+    _trained(model)  # refuses a model without parameters
     MetaConfig(validation_rtol=rtol, seed=seed)  # refuses what cannot be used before anything is solved
     own, task, target = copy.deepcopy(model), _Task(loss, score), target_of(model)
     with torch.random.fork_rng(devices=[]):  # a loader draws from the global generator
@@ -219,7 +220,8 @@ def cotrain(
     before, standard = compared.before(own), Standard(judge(own, Broyden(MAX_NFE), held, task, rtol)[0], tolerance)
 
     def losses() -> Iterator[Tensor]:
-        for given, targets in batches:
+        for batch in batches:
+            given, targets = _beside(own, batch)
             yield task.loss(_run(own, given), targets)
 
     with progress_bar("co-training", steps, show=progress) as bar:
@@ -542,7 +544,8 @@ def judge(
     try:
         deq.solver, deq.rtol, deq.atol, deq.max_nfe = solver, rtol, 0.0, MAX_NFE
         with torch.no_grad(), resting(model):
-            for inputs, targets in held:
+            for batch in held:
+                inputs, targets = _beside(model, batch)
                 scores.append(task.score(_run(model, inputs), targets))
                 sizes.append(count(targets))
                 found = deq.last_solution
@@ -556,6 +559,12 @@ def judge(
         return torch.cat(scores), float(np.concatenate(spent).mean())
     weights = torch.tensor(sizes, dtype=torch.float64)
     return torch.stack(scores) @ weights / weights.sum(), float(np.concatenate(spent).mean())
+
+
+def _beside(model: nn.Module, batch: tuple[Any, Any]) -> tuple[Any, Any]:
+    """A batch where the model is."""
+    device = next(model.parameters()).device
+    return pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device), batch)
 
 
 def _run(model: nn.Module, inputs: Any) -> Any:

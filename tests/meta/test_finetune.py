@@ -242,6 +242,7 @@ def unrolled() -> Model:
 INPUTS, TARGETS = data(40)
 BAD = [
     ("did not call its DEQ with gradients", {"model": Unseen()}, ValueError),
+    ("DEQ has no parameters to train", {"model": mb.DEQ(lambda z, x: 0.5 * z + x)}, ValueError),
     ("finds none: use Implicit or Phantom", {"model": unrolled()}, TypeError),
     ("40 inputs and 39 targets", {"data": (INPUTS, TARGETS[:39])}, ValueError),
     ("validation has 40 inputs and 39", {"validation": (INPUTS, TARGETS[:39])}, ValueError),
