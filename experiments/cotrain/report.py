@@ -260,10 +260,8 @@ def _front_figure(folder: Path, by_family: dict[str, list[Row]]) -> report.Pictu
 
 
 def _depth_rows(rows: list[Row]) -> dict[str, list[Row]]:
-    depths = chosen(rows, "depth")
-    found = {f"original, {label(row['solver'])}": row for row in depths if row["way"] == ORIGINAL}
-    names = {ORIGINAL: next(iter(found)), CO_TRAINED: "co-trained, MetaBroyden"}
-    return {name: [row for row in depths if row["way"] == way and row["seed"] == 0] for way, name in names.items()}
+    """By way, those of the first seed."""
+    return {way: chosen(rows, "depth", way=way, seed=0) for way in (ORIGINAL, CO_TRAINED)}
 
 
 def _depth_table(by_family: dict[str, list[Row]]) -> Table:
@@ -286,9 +284,7 @@ def _depth_figure(folder: Path, by_family: dict[str, list[Row]]) -> report.Pictu
             ink = ("#000000", figures.colour(FLAGSHIP))[number]
             sign = -1 if chosen(by_family[name], "model")[0]["score"] < 0 else 1
             x = [row["evaluations"] for row in rows]
-            place.plot(
-                x, [sign * row["score"] for row in rows], "o-", color=ink, markersize=2.5, label=which.split(",")[0]
-            )
+            place.plot(x, [sign * row["score"] for row in rows], "o-", color=ink, markersize=2.5, label=which)
         last = [sign * rows[-1]["score"] for rows in _depth_rows(by_family[name]).values()]
         spread = max(0.01, 0.05 * abs(last[0]))
         place.set(xscale="log", ylim=(min(last) - spread, max(last) + spread / 4))

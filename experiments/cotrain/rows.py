@@ -28,7 +28,7 @@ from experiments.cotrain.variants import (
     RTOL,
     Trained,
     Variant,
-    better,
+    judged,
     load,
     trained,
 )
@@ -119,14 +119,8 @@ def _original_classical(family: Family, budget: int) -> list[Contestant]:
     return _classical(family, load(family), budget)
 
 
-@torch.no_grad()
 def _test_scores(family: Family, model: Any, samples: int) -> Tensor:
-    held = held_out(model, family.criterion, "test", samples, None)
-    found = []
-    for index in torch.arange(len(held)).split(256):
-        z = solve(*held.problem(index), solver=Broyden(BUDGET), rtol=RTOL, max_nfe=BUDGET, throw=False).z
-        found.append(held.judge(z, index))  # type: ignore[misc]
-    return better(family, torch.cat(found)).double()
+    return judged(family, samples, model, Broyden(BUDGET), split="test")[0].double()
 
 
 def _figures(found: list[Row]) -> Row:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from experiments.bench.problems import Family, held_out
 from metabroyden import Broyden
@@ -24,6 +25,7 @@ from metabroyden.meta.trainer import MetaTrainer
 from metabroyden.nn.jacobian import jacobian_penalty
 from metabroyden.solve import solve
 from metabroyden.zoo.models.families import get_family
+from metabroyden.zoo.tasks import family_tasks
 
 ORIGINAL, CO_TRAINED, CONTINUED, PENALISED = "original", "co-trained", "continued", "Jacobian penalty"
 """What is done to a model: nothing; fine-tuned by `fine_tune`; trained on as it was; the same with a Jacobian penalty."""
@@ -138,7 +140,7 @@ def continued(model: Any, losses: Iterator[Tensor], optimizer: Any, variant: Var
             loss = next(losses)
             if variant.weight is not None:
                 f, x, z = found[-1]
-                held = z.detach() if isinstance(z, Tensor) else tuple(part.detach() for part in z)
+                held = pytree.tree_map(Tensor.detach, z)
                 loss = loss + variant.weight * jacobian_penalty(f, held, x, generator=generator)
             found.clear()
             stepper.zero_grad()
@@ -156,25 +158,23 @@ def _before(family: Family, most: int) -> Tensor:
 
 
 @torch.no_grad()
-def judged(family: Family, most: int, model: Any, solver: Any) -> tuple[Tensor, float]:
-    """(scores on validation, higher being better; mean evaluations, a failure as two budgets)."""
+def judged(
+    family: Family, most: int, model: Any, solver: Any, *, split: str = "validation"
+) -> tuple[Tensor, float]:  # fmt: skip
+    """(scores on samples of a split, higher being better; mean evaluations, a failure as two budgets)."""
     was = model.training
-    held = held_out(model.eval(), family.criterion, "validation", most, None)
+    held = held_out(model.eval(), family.criterion, split, most, None)
     scores, spent = zip(
         *(_at_equilibria(held, solver, index) for index in torch.arange(len(held)).split(256)), strict=True
     )
     model.train(was)
-    return better(family, torch.cat(scores)), float(torch.cat(spent).mean())
+    found = torch.cat(scores)
+    return -found if family.texts else found, float(torch.cat(spent).mean())
 
 
 def _at_equilibria(held: Any, solver: Any, index: Tensor) -> tuple[Tensor, Tensor]:
     found = solve(*held.problem(index), solver=solver, rtol=RTOL, max_nfe=BUDGET, throw=False)
     return held.judge(found.z, index), torch.where(found.converged, found.nfe, 2 * BUDGET).double()
-
-
-def better(family: Family, scores: Tensor) -> Tensor:
-    """Scores of which the higher ones are better: bits with a minus."""
-    return -scores if family.texts else scores
 
 
 def refitted(family: Family, model: Any, solver: Any, seed: int) -> Any:
@@ -191,8 +191,6 @@ def refitted(family: Family, model: Any, solver: Any, seed: int) -> Any:
 
 
 def _tasks(family: Family, model: Any, seed: int) -> TaskSet:
-    from metabroyden.zoo.tasks import family_tasks
-
     tasks = family_tasks(model, family.criterion)
     return tasks.prepared(POOL, torch.Generator().manual_seed(seed), 128) if family.texts else tasks
 

@@ -141,7 +141,7 @@ class CoTrainer:
         config: CoTrainConfig | None = None,
         seed: int = 0,
     ) -> None:
-        deq = _layer(deq)
+        deq = layer_of(deq)
         if forward is None and backward is None:
             raise ValueError("CoTrainer needs a learned solver, forward or backward")
         if forward is not None and (not isinstance(forward, LearnedSolver) or forward.homogeneous):
@@ -427,7 +427,7 @@ class CoTrainer:
             self.deq.backward_mode = self._usual[1]
 
 
-def _layer(model: Any) -> DEQ:
+def layer_of(model: Any) -> DEQ:
     """The DEQ that is given, or the one inside a model; TypeError where there is none, or several."""
     if isinstance(model, DEQ):
         return model

@@ -22,7 +22,7 @@ from metabroyden.comparison.tables import Table, text_table
 from metabroyden.comparison.verdict import UNTUNED, Verdict, compare_solvers
 from metabroyden.deq import DEQ
 from metabroyden.meta.config import MetaConfig
-from metabroyden.meta.cotrainer import CoTrainConfig, CoTrainer
+from metabroyden.meta.cotrainer import CoTrainConfig, CoTrainer, layer_of
 from metabroyden.meta.defaults import RATES, context_options, dilations, gated_steps, state_layout
 from metabroyden.meta.fit import MAX_NFE, FitJob, device_of, fit_solver, refuse_inference
 from metabroyden.meta.inputs import check_contexts
@@ -235,7 +235,7 @@ def cotrain(
         reached = max(look.score for look in looks)
         refused = f"the score was {was:.4g}, and at best {reached:.4g} at a look at validation"
     else:
-        after, _layer(own).solver, chosen = *compared.after(own, solver), best.score
+        after, layer_of(own).solver, chosen = *compared.after(own, solver), best.score
         refused = _no_gain(before, after)
     report = CoTraining(before, after, refused, (was, chosen), tolerance, tuple(looks), seconds)
     if progress:
@@ -333,7 +333,7 @@ def fine_tune(
         ValueError: nothing to train; a DEQ that finds no equilibrium with gradients when a loss is made.
         FloatingPointError: gradients that stay non-finite.
     """
-    deq, trained = _layer(model), _trained(model)
+    deq, trained = layer_of(model), _trained(model)
     usual, trainer = deq.solver, CoTrainer(deq, solver, config=config, seed=seed)
     step_of, looks = _Steps(trainer, optimizer(trained, lr=learning_rate), trained), _Looks(standard)
     at = {round(steps * number / LOOKS) for number in range(1, LOOKS + 1)}
@@ -538,7 +538,7 @@ def judge(
     model: nn.Module, solver: Any, held: Iterable[tuple[Any, Any]], task: _Task, rtol: float
 ) -> tuple[Tensor, float]:
     """((N,) scores at equilibria found by a solver, or () their mean; mean evaluations, a failure as two budgets)."""
-    deq, scores, sizes, spent = _layer(model), [], [], []
+    deq, scores, sizes, spent = layer_of(model), [], [], []
     kept = {name: getattr(deq, name) for name in ("solver", "rtol", "atol", "max_nfe", "last_solution")}
     warned, deq._forward_failures._warn = deq._forward_failures._warn, False
     try:
@@ -570,10 +570,6 @@ def _beside(model: nn.Module, batch: tuple[Any, Any]) -> tuple[Any, Any]:
 def _run(model: nn.Module, inputs: Any) -> Any:
     positional, named = call_arguments(model, inputs)
     return model(*positional, **named)
-
-
-def _layer(model: nn.Module) -> DEQ:
-    return model if isinstance(model, DEQ) else next(iter(deqs_in(model).values()))
 
 
 def _check(model: Any, *, tolerance: Any, **positive: Any) -> None:
