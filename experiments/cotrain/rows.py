@@ -120,7 +120,7 @@ def _original_classical(family: Family, budget: int) -> list[Contestant]:
 
 
 def _test_scores(family: Family, model: Any, samples: int) -> Tensor:
-    return judged(family, samples, model, Broyden(BUDGET), split="test")[0].double()
+    return judged(family, samples, model, Broyden(BUDGET), split="test").scores.double()
 
 
 def _figures(found: list[Row]) -> Row:

@@ -37,8 +37,8 @@ from metabroyden.state import AugmentedContext, Packing, gather
 
 MEASURE_EVERY = 8
 """Training steps from one measurement of gradient norms to the next, with `balance`."""
-RAISE, LOWER, SPAN = 2.0, 0.5, 8.0
-"""What `judge` multiplies the residual weight by, and how far it may get from where it began, either way."""
+AIM, STEP, SPAN = 0.7, 2.0, 8.0
+"""Share of what may be lost that `judge` aims at; most that it changes λ₂ by; how far λ₂ may get from where it began."""
 BLIND = 10
 """Steps without any equilibrium after which a warning says so."""
 FLOOR = 1e-4
@@ -210,16 +210,16 @@ class CoTrainer:
         return task + self.config.start_weight * start + self.residual_weight * residual
 
     def judge(self, used: float) -> None:
-        """Double λ₂ where the model does its task as well as it should; halve it where it does not.
+        """Raise λ₂ where the model does its task better than it must, lower it where it does not, by a factor of at most 2.
 
         For looks at validation, a few in a training: the DEQ becomes as easy to solve as its task allows.
 
         Args:
-            used: what the score has lost, as a share of what it may lose: λ₂ is doubled at 0, and halved above 1.
+            used: what the task has lost, as a share of what it may lose; λ₂ stays as it is at 0.7.
         """
         if isinstance(used, bool):
-            raise TypeError("used must be a number: what the score has lost, as a share of what it may lose")
-        began, factor = self.config.residual_weight, RAISE if used <= 0 else 1.0 if used <= 1 else LOWER
+            raise TypeError("used must be a number: what the task has lost, as a share of what it may lose")
+        began, factor = self.config.residual_weight, STEP if used <= 0 else min(max(AIM / used, 1 / STEP), STEP)
         self.residual_weight = min(max(self.residual_weight * factor, began / SPAN), began * SPAN)
 
     def step(self) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils import _pytree as pytree
 
 from metabroyden.comparison.problems import HeldOut
@@ -33,8 +34,14 @@ from metabroyden.progress import progress_bar
 from metabroyden.solvers.broyden import Broyden
 from metabroyden.state import concatenate
 
-LOOKS = 6
+LOOKS = 10
 """Looks at validation in a fine-tuning."""
+DIVERGENCE = 0.03
+"""How far outputs may move from those of the model as it was, in nats a prediction, before λ₂ is lowered for it."""
+AVERAGED = 0.05
+"""Share of a fine-tuning over which the weights that are looked at, and kept, are averaged."""
+OUTPUTS = 2**23
+"""Numbers of outputs that are compared, at most."""
 LATE = 1.1
 """How many times the fewest evaluations a later look may need to be kept in the place of an earlier one."""
 CHUNK, MOST = 256, 2048
@@ -53,6 +60,19 @@ BAD_STEPS = 10
 """Training steps in a row whose gradient is not finite after which a fine-tuning ends."""
 
 
+class Judged(NamedTuple):
+    """What a model does on validation samples."""
+
+    scores: Tensor
+    """(N,), or () their mean; higher is better."""
+    evaluations: float
+    """Mean evaluations of a sample, a failure counting twice the budget."""
+    outputs: Tensor | None = None
+    """Of the first samples: log-probabilities of classes, or numbers; None where they are neither."""
+    error: float | None = None
+    """Mean squared error of these numbers; None for classes."""
+
+
 class Look(NamedTuple):
     """One look at validation."""
 
@@ -62,6 +82,8 @@ class Look(NamedTuple):
     """Mean score on validation samples, at equilibria; higher is better."""
     passed: bool
     """Whether that will do."""
+    divergence: float | None
+    """How far outputs have moved, see `Standard.divergence`."""
     evaluations: float
     """Mean evaluations of the learned solver, a failure counting twice the budget."""
     residual_weight: float
@@ -125,22 +147,52 @@ class CoTraining:
 
 
 class Standard(NamedTuple):
-    """Which scores will do beside those of the model as it was, (N,) of the same samples, or () their mean."""
+    """What a model may lose beside what it was, on the same samples."""
 
-    reference: Tensor
+    reference: Judged
+    """The model as it was."""
     tolerance: float | None
+    """What the mean score may lose; None: a standard error of the difference, sample by sample (0 for means)."""
 
-    def used(self, scores: Tensor) -> float:
-        """What the mean has lost, as a share of what it may lose: the tolerance, or a standard error of the difference."""
-        less = self.reference.double().cpu() - scores.double().cpu()
-        if not bool(torch.isfinite(less).all()):
-            return math.inf
-        lost, size = float(less.mean()), len(less) if less.dim() else 1
-        allowed = self.tolerance
-        if allowed is None:
-            allowed = float(less.std()) / math.sqrt(size) if size > 1 else 0.0
-        rounding = 1e-9 * float(self.reference.double().abs().mean())
+    def used(self, now: Judged) -> float:
+        """What the mean score has lost, as a share of what it may lose."""
+        lost, error, rounding = self._lost(now)
+        allowed = error if self.tolerance is None else self.tolerance
         return 0.0 if lost <= rounding else (lost - rounding) / max(allowed, rounding, 1e-300)
+
+    def divergence(self, now: Judged) -> float | None:
+        """Mean Kullback–Leibler divergence of outputs from those before, in nats; None where outputs have none.
+
+        Of numbers that of normal distributions as wide as the mean squared error was: ‖Δ‖²/2σ².
+        """
+        before, after = self.reference.outputs, now.outputs
+        if before is None or after is None:
+            return None
+        if self.reference.error is None:
+            return float(functional.kl_div(after, before, log_target=True, reduction="none").sum(dim=-1).mean())
+        return float((after - before).square().mean()) / max(2 * self.reference.error, 1e-300)
+
+    def pressure(self, now: Judged) -> float:
+        """For `CoTrainer.judge`: how far outputs have moved, and what has surely been lost, as a share of what may be.
+
+        Outputs say more than a score of few samples: their divergence has hardly any noise.
+        """
+        moved = self.divergence(now)
+        if moved is None or not math.isfinite(moved):
+            return self.used(now) if moved is None else math.inf
+        lost, error, rounding = self._lost(now)
+        allowed = max(error if self.tolerance is None else self.tolerance, rounding, 1e-300)
+        return max(moved / DIVERGENCE, (lost - rounding - error) / allowed)
+
+    def _lost(self, now: Judged) -> tuple[float, float, float]:
+        """(mean that was lost, its standard error, what is rounding)."""
+        reference = self.reference.scores.double().cpu()
+        less = reference - now.scores.double().cpu()
+        if not bool(torch.isfinite(less).all()):
+            return math.inf, 0.0, 0.0
+        size = len(less) if less.dim() else 1
+        error = float(less.std()) / math.sqrt(size) if size > 1 else 0.0
+        return float(less.mean()), error, 1e-9 * float(reference.abs().mean())
 
 
 def cotrain(
@@ -217,7 +269,7 @@ def cotrain(
     check_contexts(inputs, zeros=target.z0 is None, given="data")
     solver = untrained(target_of(own), rows(inputs, slice(32)), layout=layout, conditioning=conditioning, seed=seed)
     compared = _Comparing(inputs, [part for part, _ in held], rtol, seed, layout)
-    before, standard = compared.before(own), Standard(judge(own, Broyden(MAX_NFE), held, task, rtol)[0], tolerance)
+    before, standard = compared.before(own), Standard(judge(own, Broyden(MAX_NFE), held, task, rtol), tolerance)
 
     def losses() -> Iterator[Tensor]:
         for batch in batches:
@@ -229,7 +281,7 @@ def cotrain(
             own, solver, losses(), lambda now, by: judge(now, by, held, task, rtol), standard, steps=steps, config=config,
             learning_rate=learning_rate, seed=seed, report=bar,
         )  # fmt: skip
-    was = float(standard.reference.mean())
+    was = float(standard.reference.scores.mean())
     after, refused, chosen = None, None, was
     if best is None:
         reached = max(look.score for look in looks)
@@ -301,7 +353,7 @@ def fine_tune(
     model: nn.Module,
     solver: Any,
     losses: Iterator[Tensor],
-    judged: Callable[[nn.Module, Any], tuple[Tensor, float]],
+    judged: Callable[[nn.Module, Any], Judged],
     standard: Standard | None,
     *,
     steps: int,
@@ -317,7 +369,7 @@ def fine_tune(
         model: with one DEQ.
         solver: a learned solver of its forward pass.
         losses: task losses with their graphs, each of a batch that goes through the model when it is asked for.
-        judged: (model, solver) → (scores, mean evaluations) on validation, see `judge`.
+        judged: what a model does on validation with a solver, see `judge`.
         standard: which scores will do. None: λ₂ stays as it is, and the last look is the best one.
         steps: of training.
         config: of the `CoTrainer`.
@@ -334,6 +386,7 @@ def fine_tune(
         FloatingPointError: gradients that stay non-finite.
     """
     deq, trained = layer_of(model), _trained(model)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(max(0.0, 1 - 1 / (AVERAGED * steps))))
     usual, trainer = deq.solver, CoTrainer(deq, solver, config=config, seed=seed)
     step_of, looks = _Steps(trainer, optimizer(trained, lr=learning_rate), trained), _Looks(standard)
     at = {round(steps * number / LOOKS) for number in range(1, LOOKS + 1)}
@@ -342,16 +395,15 @@ def fine_tune(
         torch.manual_seed(seed)
         for step in range(1, steps + 1):
             step_of.take(losses, learning_rate * learning_share(step, steps))
+            average.update_parameters(model)
             if step not in at:
                 continue
-            scores, evaluations = judged(model, solver)
-            used = looks.add(model, solver, step, scores, evaluations, trainer.residual_weight, step_of.seconds)
-            if standard is not None and (
-                used <= 1 or 2 * step >= steps
-            ):  # before, a score suffers from the learning rate
-                trainer.judge(used)
+            now = judged(average.module, solver)
+            looks.add(average.module, solver, step, now, trainer.residual_weight, step_of.seconds)
+            if standard is not None:
+                trainer.judge(standard.pressure(now))
             if report is not None:
-                report(step, f"score {float(scores.mean()):.4g}, {evaluations:.1f} evaluations")
+                report(step, f"score {float(now.scores.mean()):.4g}, {now.evaluations:.1f} evaluations")
     trainer.close()
     deq.solver = usual
     step_of.optimizer.zero_grad()
@@ -401,16 +453,15 @@ class _Looks:
         self.best: Look | None = None
         self.weights: Any = None
 
-    def add(
-        self, model: nn.Module, solver: Any, step: int, scores: Tensor, evaluations: float, weight: float, seconds: float
-    ) -> float:  # fmt: skip
-        """Note a look; what the score has lost, as a share of what it may lose."""
-        used = 0.0 if self.standard is None else self.standard.used(scores)
-        self.all.append(Look(step, float(scores.mean()), used <= 1, evaluations, weight, round(seconds, 2)))
+    def add(self, model: nn.Module, solver: Any, step: int, now: Judged, weight: float, seconds: float) -> None:
+        """Note a look, and the weights where they are the best so far."""
+        used = 0.0 if self.standard is None else self.standard.used(now)
+        moved = None if self.standard is None else self.standard.divergence(now)
+        score, spent = float(now.scores.mean()), now.evaluations
+        self.all.append(Look(step, score, used <= 1, moved, spent, weight, round(seconds, 2)))
         fewest = min((one.evaluations for one in self.all if one.passed), default=math.inf)
-        if used <= 1 and (self.standard is None or evaluations <= LATE * fewest):
+        if used <= 1 and (self.standard is None or spent <= LATE * fewest):
             self.best, self.weights = self.all[-1], copy.deepcopy((model.state_dict(), solver.state_dict()))
-        return used
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:
@@ -534,11 +585,10 @@ class _Task:
         return shares.where(known, torch.nan).cpu()  # the largest of what is not finite is no answer
 
 
-def judge(
-    model: nn.Module, solver: Any, held: Iterable[tuple[Any, Any]], task: _Task, rtol: float
-) -> tuple[Tensor, float]:
-    """((N,) scores at equilibria found by a solver, or () their mean; mean evaluations, a failure as two budgets)."""
+def judge(model: nn.Module, solver: Any, held: Iterable[tuple[Any, Any]], task: _Task, rtol: float) -> Judged:
+    """What a model does on validation batches, at equilibria that a solver finds."""
     deq, scores, sizes, spent = layer_of(model), [], [], []
+    kept_outputs = _Outputs()
     kept = {name: getattr(deq, name) for name in ("solver", "rtol", "atol", "max_nfe", "last_solution")}
     warned, deq._forward_failures._warn = deq._forward_failures._warn, False
     try:
@@ -546,7 +596,9 @@ def judge(
         with torch.no_grad(), resting(model):
             for batch in held:
                 inputs, targets = _beside(model, batch)
-                scores.append(task.score(_run(model, inputs), targets))
+                outputs = _run(model, inputs)
+                kept_outputs.add(outputs, targets)
+                scores.append(task.score(outputs, targets))
                 sizes.append(count(targets))
                 found = deq.last_solution
                 assert found is not None
@@ -555,10 +607,42 @@ def judge(
         for name, value in kept.items():
             setattr(deq, name, value)
         deq._forward_failures._warn = warned
+    mean = float(np.concatenate(spent).mean())
     if scores[0].dim():
-        return torch.cat(scores), float(np.concatenate(spent).mean())
+        return Judged(torch.cat(scores), mean, *kept_outputs.all())
     weights = torch.tensor(sizes, dtype=torch.float64)
-    return torch.stack(scores) @ weights / weights.sum(), float(np.concatenate(spent).mean())
+    return Judged(torch.stack(scores) @ weights / weights.sum(), mean, *kept_outputs.all())
+
+
+class _Outputs:
+    """The first outputs of a model on validation, as `Judged` has them."""
+
+    def __init__(self) -> None:
+        self.kept: list[Tensor] = []
+        self.errors: list[Tensor] = []
+        self.room, self.known = OUTPUTS, True
+
+    def add(self, outputs: Any, targets: Any) -> None:
+        """Those of a batch, as far as there is room."""
+        if not self.known or self.room <= 0:
+            return
+        try:
+            classes = _are_classes(outputs, targets)
+        except (TypeError, ValueError):
+            self.known = False
+            return
+        many = max(1, min(len(outputs), self.room // max(1, outputs[0].numel())))
+        self.room = self.room - many * outputs[0].numel() if many == len(outputs) else 0
+        outputs, targets = outputs[:many].float(), targets[:many]
+        self.kept.append((outputs.log_softmax(dim=-1) if classes else outputs).cpu())
+        if not classes:
+            self.errors.append((outputs - targets).square().flatten().cpu())
+
+    def all(self) -> tuple[Tensor | None, float | None]:
+        """(outputs, their mean squared error)."""
+        if not self.known or not self.kept:
+            return None, None
+        return torch.cat(self.kept), float(torch.cat(self.errors).mean()) if self.errors else None
 
 
 def _beside(model: nn.Module, batch: tuple[Any, Any]) -> tuple[Any, Any]:

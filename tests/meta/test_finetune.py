@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import metabroyden as mb
-from metabroyden.meta.finetune import Standard, _Task, judge
+from metabroyden.meta.finetune import DIVERGENCE, Judged, Standard, _Task, judge
 from tests.helpers import normal, refused, same_parameters
 
 
@@ -75,7 +75,8 @@ def test_a_co_trained_model_needs_fewer_evaluations_at_the_same_score(capsys):
     assert ours.mean < 0.75 * theirs.mean
     assert ours.success >= theirs.success
     assert report.scores[1] >= report.scores[0] - 0.05
-    assert [look.step for look in report.looks] == [10, 20, 30, 40, 50, 60]
+    assert [look.step for look in report.looks] == list(range(6, 61, 6))
+    assert all(look.divergence > 0 for look in report.looks)
     said = capsys.readouterr().out
     assert "before" in said
     assert "The co-trained model is returned" in said
@@ -187,7 +188,8 @@ def test_a_loss_that_is_not_finite_leaves_no_trace_or_ends_the_call():
         lambda: mb.cotrain(Model(), data(), loss=blows_up(1), **options),
         FloatingPointError,
     )
-    assert Standard(torch.ones(3), 1.0).used(torch.tensor([1.0, float("nan"), 1.0])) == float("inf")
+    broken = Judged(torch.tensor([1.0, float("nan"), 1.0]), 1.0)
+    assert Standard(Judged(torch.ones(3), 1.0), 1.0).used(broken) == float("inf")
 
 
 def test_ignored_targets_count_in_no_loss_and_no_score():
@@ -206,22 +208,62 @@ def test_means_of_unequal_chunks_count_by_their_samples():
     held = [(normal(3, 6), torch.zeros(3)), (normal(1, 6), torch.zeros(1))]
     scores = iter([1.0, 5.0])
     task = _Task(None, lambda outputs, targets: next(scores))
-    assert float(judge(Model(), mb.Broyden(), held, task, 1e-2)[0]) == pytest.approx(2.0)
+    assert float(judge(Model(), mb.Broyden(), held, task, 1e-2).scores) == pytest.approx(2.0)
 
 
 def test_a_standard_is_of_paired_differences():
     reference = torch.tensor([1.0, 0.0, 1.0, 1.0] * 10)
     other = reference.clone()
     other[0] = 0.0
-    assert Standard(reference, None).used(reference) == 0.0
-    assert Standard(reference, None).used(other) == pytest.approx(1.0), "one of forty is one standard error"
-    assert Standard(reference, None).used(other) <= 1.0
-    assert Standard(reference, None).used(reference - 0.01) > 1, "all lower by the same is more than that"
-    assert Standard(reference, None).used(reference + 0.01) == 0.0
-    assert Standard(reference, 0.1).used(other) == pytest.approx(0.25)
-    assert Standard(reference, 0.0).used(other) > 1
-    assert Standard(torch.tensor(0.5), None).used(torch.tensor(0.5)) == 0.0
-    assert Standard(torch.tensor(0.5), None).used(torch.tensor(0.49)) > 1
+
+    def used(scores, tolerance=None, beside=reference):
+        return Standard(Judged(beside, 1.0), tolerance).used(Judged(scores, 1.0))
+
+    assert used(reference) == 0.0
+    assert used(other) == pytest.approx(1.0), "one of forty is one standard error"
+    assert used(other) <= 1.0
+    assert used(reference - 0.01) > 1, "all lower by the same is more than that"
+    assert used(reference + 0.01) == 0.0
+    assert used(other, 0.1) == pytest.approx(0.25)
+    assert used(other, 0.0) > 1
+    assert used(torch.tensor(0.5), None, torch.tensor(0.5)) == 0.0
+    assert used(torch.tensor(0.49), None, torch.tensor(0.5)) > 1
+
+
+def test_outputs_that_move_are_pressure_before_scores_show_it():
+    logits = normal(40, 3).log_softmax(dim=1)
+    moved = (logits + 0.3 * normal(40, 3, seed=1)).log_softmax(dim=1)
+    scores = torch.ones(40)
+    standard = Standard(Judged(scores, 1.0, logits), None)
+    assert standard.pressure(Judged(scores, 1.0, logits)) == 0.0
+    wanted = (logits.exp() * (logits - moved)).sum(dim=1).mean()
+    assert standard.divergence(Judged(scores, 1.0, moved)) == pytest.approx(float(wanted), rel=1e-5)
+    assert standard.pressure(Judged(scores, 1.0, moved)) == pytest.approx(float(wanted) / DIVERGENCE, rel=1e-5)
+    assert standard.pressure(Judged(scores, 1.0, moved * float("nan"))) == float("inf")
+    fewer = scores.clone()
+    fewer[0] = 0.0
+    assert standard.pressure(Judged(fewer, 1.0, logits)) == 0.0, "one of forty is not surely a loss"
+    fewer[:10] = 0.0
+    assert standard.pressure(Judged(fewer, 1.0, logits)) > 1
+    unknown = Standard(Judged(scores, 1.0), None)
+    assert unknown.divergence(Judged(fewer, 1.0)) is None
+    assert unknown.pressure(Judged(fewer, 1.0)) == unknown.used(Judged(fewer, 1.0)) > 1
+    numbers = Standard(Judged(-scores, 1.0, torch.zeros(40, 2), 0.5), None)
+    assert numbers.divergence(Judged(-scores, 1.0, torch.full((40, 2), 0.1), 0.5)) == pytest.approx(0.01)
+
+
+def test_what_is_judged_has_outputs_of_either_kind():
+    model, (inputs, targets) = Model(), data(30)
+    held = [(inputs[:20], targets[:20]), (inputs[20:], targets[20:])]
+    classes = judge(model, mb.Broyden(), held, _Task(None, None), 1e-2)
+    torch.testing.assert_close(classes.outputs.logsumexp(dim=1), torch.zeros(30))
+    assert classes.error is None
+    held = [(part, torch.zeros(len(part), 3)) for part, _ in held]
+    numbers = judge(model, mb.Broyden(), held, _Task(None, None), 1e-2)
+    assert numbers.error == pytest.approx(-float(numbers.scores.mean()), rel=1e-5)
+    own = _Task(lambda outputs, targets: outputs.mean(), lambda outputs, targets: 0.0)
+    other = judge(model, mb.Broyden(), [(part, torch.zeros(len(part), 7)) for part, _ in held], own, 1e-2)
+    assert other.outputs is None
 
 
 class Unseen(Model):
