@@ -17,8 +17,9 @@ from metabroyden import Broyden
 from metabroyden.meta import TaskSet
 from metabroyden.meta.calibrate import calibrate
 from metabroyden.meta.cotrainer import CoTrainConfig
-from metabroyden.meta.finetune import CLIP, Judged, Look, Standard, fine_tune, habits, learning_share, untrained
+from metabroyden.meta.finetune import CLIP, Look, fine_tune, habits, learning_share, untrained
 from metabroyden.meta.fit import as_it_is
+from metabroyden.meta.judging import Judged, Standard
 from metabroyden.meta.plan import measure_classical, plan
 from metabroyden.meta.target import Target
 from metabroyden.meta.trainer import MetaTrainer

@@ -6,15 +6,13 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils import _pytree as pytree
 
@@ -27,25 +25,21 @@ from metabroyden.meta.cotrainer import CoTrainConfig, CoTrainer, layer_of
 from metabroyden.meta.defaults import RATES, context_options, dilations, gated_steps, state_layout
 from metabroyden.meta.fit import MAX_NFE, FitJob, device_of, fit_solver, refuse_inference
 from metabroyden.meta.inputs import check_contexts
+from metabroyden.meta.judging import Judged, Standard, judge
 from metabroyden.meta.plan import make_learned, room
-from metabroyden.meta.target import Target, call_arguments, deqs_in, resting, target_of
-from metabroyden.meta.tasks import count, rows, sampled
+from metabroyden.meta.supervised import Batches, Task, beside, chunks, read, run_on, split
+from metabroyden.meta.target import Target, deqs_in, resting, target_of
+from metabroyden.meta.tasks import rows
 from metabroyden.progress import progress_bar
 from metabroyden.solvers.broyden import Broyden
 from metabroyden.state import concatenate
 
 LOOKS = 10
 """Looks at validation in a fine-tuning."""
-DIVERGENCE = 0.03
-"""How far outputs may move from those of the model as it was, in nats a prediction, before λ₂ is lowered for it."""
 AVERAGED = 0.05
 """Share of a fine-tuning over which the weights that are looked at, and kept, are averaged."""
-OUTPUTS = 2**23
-"""Numbers of outputs that are compared, at most."""
 LATE = 1.1
 """How many times the fewest evaluations a later look may need to be kept in the place of an earlier one."""
-CHUNK, MOST = 256, 2048
-"""Validation samples that go through the model at once, and in all at most."""
 UNROLL, EVERY = 10, 4
 """Solver steps of a meta-step, and training steps from one to the next after the warm-up."""
 WARMUP = 0.1
@@ -54,23 +48,8 @@ CLIP = 1.0
 """Norm that the model's gradients are clipped to."""
 COMPARED = 256
 """Validation inputs that solvers are compared on, at most."""
-IGNORED = -100
-"""Integer targets that count in no loss and no score, as in torch's cross-entropy."""
 BAD_STEPS = 10
 """Training steps in a row whose gradient is not finite after which a fine-tuning ends."""
-
-
-class Judged(NamedTuple):
-    """What a model does on validation samples."""
-
-    scores: Tensor
-    """(N,), or () their mean; higher is better."""
-    evaluations: float
-    """Mean evaluations of a sample, a failure counting twice the budget."""
-    outputs: Tensor | None = None
-    """Of the first samples: log-probabilities of classes, or numbers; None where they are neither."""
-    error: float | None = None
-    """Mean squared error of these numbers; None for classes."""
 
 
 class Look(NamedTuple):
@@ -146,55 +125,6 @@ class CoTraining:
         return f"{text_table(self.table())}\n\n{verdict} {self.seconds:.0f} s of fine-tuning."
 
 
-class Standard(NamedTuple):
-    """What a model may lose beside what it was, on the same samples."""
-
-    reference: Judged
-    """The model as it was."""
-    tolerance: float | None
-    """What the mean score may lose; None: a standard error of the difference, sample by sample (0 for means)."""
-
-    def used(self, now: Judged) -> float:
-        """What the mean score has lost, as a share of what it may lose."""
-        lost, error, rounding = self._lost(now)
-        allowed = error if self.tolerance is None else self.tolerance
-        return 0.0 if lost <= rounding else (lost - rounding) / max(allowed, rounding, 1e-300)
-
-    def divergence(self, now: Judged) -> float | None:
-        """Mean Kullback–Leibler divergence of outputs from those before, in nats; None where outputs have none.
-
-        Of numbers that of normal distributions as wide as the mean squared error was: ‖Δ‖²/2σ².
-        """
-        before, after = self.reference.outputs, now.outputs
-        if before is None or after is None:
-            return None
-        if self.reference.error is None:
-            return float(functional.kl_div(after, before, log_target=True, reduction="none").sum(dim=-1).mean())
-        return float((after - before).square().mean()) / max(2 * self.reference.error, 1e-300)
-
-    def pressure(self, now: Judged) -> float:
-        """For `CoTrainer.judge`: how far outputs have moved, and what has surely been lost, as a share of what may be.
-
-        Outputs say more than a score of few samples: their divergence has hardly any noise.
-        """
-        moved = self.divergence(now)
-        if moved is None or not math.isfinite(moved):
-            return self.used(now) if moved is None else math.inf
-        lost, error, rounding = self._lost(now)
-        allowed = max(error if self.tolerance is None else self.tolerance, rounding, 1e-300)
-        return max(moved / DIVERGENCE, (lost - rounding - error) / allowed)
-
-    def _lost(self, now: Judged) -> tuple[float, float, float]:
-        """(mean that was lost, its standard error, what is rounding)."""
-        reference = self.reference.scores.double().cpu()
-        less = reference - now.scores.double().cpu()
-        if not bool(torch.isfinite(less).all()):
-            return math.inf, 0.0, 0.0
-        size = len(less) if less.dim() else 1
-        error = float(less.std()) / math.sqrt(size) if size > 1 else 0.0
-        return float(less.mean()), error, 1e-9 * float(reference.abs().mean())
-
-
 def cotrain(
     model: nn.Module,
     data: Any,
@@ -217,11 +147,12 @@ def cotrain(
     """Fine-tune a trained model so that its DEQ is easy to solve at the same score, and fit a root finder to it.
 
     `fit_solver` leaves f as it is. Here f, what makes its context, the head and a learned solver are trained together by a
-    `CoTrainer`: the task's loss, and the residuals of the solver's first steps. At six looks at validation the score is
-    taken at equilibria; the weight of the residuals is doubled where nothing was lost, and in the second half of
-    the training halved where too much was. Kept is the last look whose score will do and that needs at most a tenth more
-    evaluations than another such; `fit_solver` then trains its solver further. Parameters that require no gradients are left
-    as they are, if there are others that do. The model that was given is left as it is; a loss should not read it.
+    `CoTrainer`: the task's loss, and the residuals of the solver's first steps. At ten looks at validation, with weights
+    averaged over the last steps, the score is taken at equilibria; the weight of the residuals is raised and lowered so that
+    outputs move by some 0.02 nats a prediction (`Standard.divergence`) and no score is surely lost. Kept is the last look
+    whose score will do and that needs at most a tenth more evaluations than another such; `fit_solver` then trains its
+    solver further. Parameters that require no gradients are left as they are, if there are others that do. The model that
+    was given is left as it is; a loss should not read it.
 
     Args:
         model: a trained model with one `DEQ` of ours in it, called with inputs; or such a `DEQ` itself.
@@ -260,11 +191,11 @@ def cotrain(
     config = CoTrainConfig(**habits(steps), residual_weight=residual_weight)
     _trained(model)  # refuses a model without parameters
     MetaConfig(validation_rtol=rtol, seed=seed)  # refuses what cannot be used before anything is solved
-    own, task, target = copy.deepcopy(model), _Task(loss, score), target_of(model)
+    own, task, target = copy.deepcopy(model), Task(loss, score), target_of(model)
     with torch.random.fork_rng(devices=[]):  # a loader draws from the global generator
         torch.manual_seed(seed)
-        train, held = _split(data, validation, seed)
-        batches, held = _Batches(train, batch_size, seed), _chunks(_read(held, "validation"))
+        train, held = split(data, validation, seed)
+        batches, held = Batches(train, batch_size, seed), chunks(read(held, "validation"))
     inputs = batches.sample[0]
     check_contexts(inputs, zeros=target.z0 is None, given="data")
     solver = untrained(target_of(own), rows(inputs, slice(32)), layout=layout, conditioning=conditioning, seed=seed)
@@ -273,8 +204,8 @@ def cotrain(
 
     def losses() -> Iterator[Tensor]:
         for batch in batches:
-            given, targets = _beside(own, batch)
-            yield task.loss(_run(own, given), targets)
+            given, targets = beside(own, batch)
+            yield task.loss(run_on(own, given), targets)
 
     with progress_bar("co-training", steps, show=progress) as bar:
         looks, best, seconds = fine_tune(
@@ -517,145 +448,6 @@ def learning_share(step: int, steps: int) -> float:
     return min(1.0, step / max(1.0, WARMUP * steps)) * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
 
 
-class _Batches:
-    """(inputs, targets) without end: drawn from a pair, or read again and again from an iterable.
-
-    Attributes:
-        sample: (inputs, targets) of the first samples.
-    """
-
-    def __init__(self, data: Any, size: int, seed: int) -> None:
-        self.data, self.size = data, size
-        self.generator = torch.Generator().manual_seed(seed)
-        self.sample = _read(data, "data")
-
-    def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        if _is_pair(self.data):
-            total, size = count(self.data), min(self.size, count(self.data))
-            while True:
-                order = torch.randperm(total, generator=self.generator, device="cpu")
-                for index in order[: total // size * size].split(size):
-                    yield rows(self.data, index)
-        while True:
-            found = None
-            for found in self.data:
-                yield _pair(found, "data")
-            if found is None:
-                raise ValueError("data has no batch to give")
-
-
-class _Task:
-    """Loss and score of outputs and targets."""
-
-    def __init__(self, loss: Any, score: Any) -> None:
-        for name, given in {"loss": loss, "score": score}.items():
-            if given is not None and not callable(given):
-                raise TypeError(f"{name} must be a function of outputs and targets, got {type(given).__name__}")
-        self._loss, self._score = loss, score
-
-    def loss(self, outputs: Any, targets: Any) -> Tensor:
-        """A scalar with its graph."""
-        if self._loss is not None:
-            found = self._loss(outputs, targets)
-        elif _are_classes(outputs, targets):
-            found = functional.cross_entropy(outputs.flatten(0, -2), targets.flatten().long(), ignore_index=IGNORED)
-        else:
-            found = functional.mse_loss(outputs, targets)
-        if not isinstance(found, Tensor) or found.numel() != 1:
-            raise ValueError("loss must give a scalar tensor: (outputs, targets) → the mean loss of a batch")
-        return found.reshape(())
-
-    def score(self, outputs: Any, targets: Any) -> Tensor:
-        """(B,) scores, or () their mean."""
-        if self._score is not None:
-            found = self._score(outputs, targets)
-            if not isinstance(found, Tensor | float | int):
-                raise TypeError(f"score must give a tensor or a number, got {type(found).__name__}")
-            found = torch.as_tensor(found).detach().double().cpu()
-            if found.dim() > 1 or (found.dim() == 1 and len(found) != count(targets)):
-                given = tuple(found.shape)
-                raise ValueError(f"score must give ({count(targets)},) numbers, or their mean, got {given}")
-            return found
-        if not _are_classes(outputs, targets):
-            return -(outputs - targets).double().square().reshape(len(targets), -1).mean(dim=1).cpu()
-        counted = (targets != IGNORED).reshape(len(targets), -1)
-        hits = (outputs.argmax(dim=-1) == targets).reshape(len(targets), -1) & counted
-        shares = hits.double().sum(dim=1) / counted.double().sum(dim=1).clamp_min(1)
-        known = torch.isfinite(outputs).reshape(len(outputs), -1).all(dim=1)
-        return shares.where(known, torch.nan).cpu()  # the largest of what is not finite is no answer
-
-
-def judge(model: nn.Module, solver: Any, held: Iterable[tuple[Any, Any]], task: _Task, rtol: float) -> Judged:
-    """What a model does on validation batches, at equilibria that a solver finds."""
-    deq, scores, sizes, spent = layer_of(model), [], [], []
-    kept_outputs = _Outputs()
-    kept = {name: getattr(deq, name) for name in ("solver", "rtol", "atol", "max_nfe", "last_solution")}
-    warned, deq._forward_failures._warn = deq._forward_failures._warn, False
-    try:
-        deq.solver, deq.rtol, deq.atol, deq.max_nfe = solver, rtol, 0.0, MAX_NFE
-        with torch.no_grad(), resting(model):
-            for batch in held:
-                inputs, targets = _beside(model, batch)
-                outputs = _run(model, inputs)
-                kept_outputs.add(outputs, targets)
-                scores.append(task.score(outputs, targets))
-                sizes.append(count(targets))
-                found = deq.last_solution
-                assert found is not None
-                spent.append(np.where(found.converged.cpu().numpy(), found.nfe.numpy(), 2 * MAX_NFE))
-    finally:
-        for name, value in kept.items():
-            setattr(deq, name, value)
-        deq._forward_failures._warn = warned
-    mean = float(np.concatenate(spent).mean())
-    if scores[0].dim():
-        return Judged(torch.cat(scores), mean, *kept_outputs.all())
-    weights = torch.tensor(sizes, dtype=torch.float64)
-    return Judged(torch.stack(scores) @ weights / weights.sum(), mean, *kept_outputs.all())
-
-
-class _Outputs:
-    """The first outputs of a model on validation, as `Judged` has them."""
-
-    def __init__(self) -> None:
-        self.kept: list[Tensor] = []
-        self.errors: list[Tensor] = []
-        self.room, self.known = OUTPUTS, True
-
-    def add(self, outputs: Any, targets: Any) -> None:
-        """Those of a batch, as far as there is room."""
-        if not self.known or self.room <= 0:
-            return
-        try:
-            classes = _are_classes(outputs, targets)
-        except (TypeError, ValueError):
-            self.known = False
-            return
-        many = max(1, min(len(outputs), self.room // max(1, outputs[0].numel())))
-        self.room = self.room - many * outputs[0].numel() if many == len(outputs) else 0
-        outputs, targets = outputs[:many].float(), targets[:many]
-        self.kept.append((outputs.log_softmax(dim=-1) if classes else outputs).cpu())
-        if not classes:
-            self.errors.append((outputs - targets).square().flatten().cpu())
-
-    def all(self) -> tuple[Tensor | None, float | None]:
-        """(outputs, their mean squared error)."""
-        if not self.known or not self.kept:
-            return None, None
-        return torch.cat(self.kept), float(torch.cat(self.errors).mean()) if self.errors else None
-
-
-def _beside(model: nn.Module, batch: tuple[Any, Any]) -> tuple[Any, Any]:
-    """A batch where the model is."""
-    device = next(model.parameters()).device
-    return pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device), batch)
-
-
-def _run(model: nn.Module, inputs: Any) -> Any:
-    positional, named = call_arguments(model, inputs)
-    return model(*positional, **named)
-
-
 def _check(model: Any, *, tolerance: Any, **positive: Any) -> None:
     if not isinstance(model, nn.Module) or not (isinstance(model, DEQ) or deqs_in(model)):
         raise TypeError(f"model must be a module with a metabroyden.DEQ in it, got {type(model).__name__}")
@@ -668,84 +460,3 @@ def _check(model: Any, *, tolerance: Any, **positive: Any) -> None:
             raise ValueError(f"{name} must be {kind}, got {value!r}")
     if tolerance is not None and not (isinstance(tolerance, int | float) and tolerance >= 0):
         raise ValueError(f"tolerance must be a number of at least 0, or None for one standard error, got {tolerance!r}")
-
-
-def _are_classes(outputs: Any, targets: Any) -> bool:
-    """Whether targets are integers; TypeError or ValueError where the usual loss and score do not fit."""
-    if not isinstance(targets, Tensor) or not isinstance(outputs, Tensor):
-        kinds = f"outputs {type(outputs).__name__}, targets {type(targets).__name__}"
-        raise TypeError(f"{kinds}: give loss= and score=, functions of outputs and targets")
-    classes = not targets.is_floating_point()
-    wanted = outputs.shape[:-1] if classes else outputs.shape
-    if targets.shape != wanted:
-        what = "integer targets must be one for each row of class logits" if classes else "targets must be like outputs"
-        raise ValueError(
-            f"{what}, shape {tuple(wanted)}, got {tuple(targets.shape)}; or give loss= and score=, functions of both"
-        )
-    return classes
-
-
-def _is_pair(data: Any) -> bool:
-    return isinstance(data, tuple) and len(data) == 2
-
-
-def _pair(found: Any, given: str) -> tuple[Any, Any]:
-    """(inputs, targets), cut off from any graph; TypeError or ValueError for what is no such pair."""
-    if not isinstance(found, (tuple, list)) or len(found) != 2:
-        kind = type(found).__name__
-        raise TypeError(f"{given} must be (inputs, targets), or batches of such pairs, got a batch that is {kind}")
-    for part, name in zip(found, ("inputs", "targets"), strict=True):
-        if not sampled(part):
-            raise TypeError(f"{given}: {name} must be a tensor or a pytree of them, got {type(part).__name__}")
-    if count(found[0]) != count(found[1]):
-        raise ValueError(f"{given} has {count(found[0])} inputs and {count(found[1])} targets")
-    return pytree.tree_map_only(Tensor, Tensor.detach, (found[0], found[1]))
-
-
-def _checked(data: Any, given: str) -> Any:
-    """A pair of inputs and targets, or what can be read for such pairs more than once; TypeError or ValueError else."""
-    if _is_pair(data):
-        return _pair(data, given)
-    if isinstance(data, (Tensor, str, dict)) or not isinstance(data, Iterable):
-        raise TypeError(f"{given} must be (inputs, targets), or batches of such pairs, got {type(data).__name__}")
-    if iter(data) is data:
-        raise ValueError(
-            f"{given} is a {type(data).__name__}, which can be read once only: give a list or a DataLoader"
-        )
-    return data
-
-
-def _split(data: Any, validation: Any, seed: int) -> tuple[Any, Any]:
-    """(training, validation) data: as given, or four fifths and one of a pair, drawn by the seed."""
-    data = _checked(data, "data")
-    if validation is not None:
-        return data, _checked(validation, "validation")
-    if not _is_pair(data):
-        raise ValueError("of batches cotrain cannot hold out a part: give validation=, batches or a pair of their own")
-    total = count(data)
-    if total < 20:
-        raise ValueError(f"data must be of at least 20 samples, got {total}")
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed), device="cpu")
-    return rows(data, order[total // 5 :]), rows(data, order[: total // 5])
-
-
-def _read(data: Any, given: str) -> tuple[Any, Any]:
-    """(inputs, targets) of the first samples, at most `MOST`; of batches as many as are needed are read, once."""
-    parts: list[tuple[Any, Any]] = [data] if _is_pair(data) else []
-    for batch in () if parts else data:
-        parts.append(_pair(batch, given))
-        shapes = [[tuple(leaf.shape[1:]) for leaf in sampled(part)] for part in (parts[0], parts[-1])]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"the batches of {given} hold samples of shapes {shapes[0]} and {shapes[1]}: pad them to one"
-            )
-        if sum(map(count, parts)) >= MOST:
-            break
-    if not parts or count(parts[0]) == 0:
-        raise ValueError(f"{given} has no batch to give")
-    return rows(concatenate(parts) if len(parts) > 1 else parts[0], slice(MOST))
-
-
-def _chunks(data: tuple[Any, Any]) -> list[tuple[Any, Any]]:
-    """Batches of a pair."""
-    return [rows(data, index) for index in torch.arange(count(data), device="cpu").split(CHUNK)]

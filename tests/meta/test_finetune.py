@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import metabroyden as mb
-from metabroyden.meta.finetune import DIVERGENCE, Judged, Standard, _Task, judge
+from metabroyden.meta.judging import DIVERGENCE, Judged, Standard, judge
+from metabroyden.meta.supervised import Task
 from tests.helpers import normal, refused, same_parameters
 
 
@@ -193,7 +194,7 @@ def test_a_loss_that_is_not_finite_leaves_no_trace_or_ends_the_call():
 
 
 def test_ignored_targets_count_in_no_loss_and_no_score():
-    task, outputs = _Task(None, None), normal(4, 5, 3)
+    task, outputs = Task(None, None), normal(4, 5, 3)
     targets = outputs.argmax(dim=-1)
     targets[:, 3:] = -100
     targets[0, 0] = (targets[0, 0] + 1) % 3
@@ -207,7 +208,7 @@ def test_ignored_targets_count_in_no_loss_and_no_score():
 def test_means_of_unequal_chunks_count_by_their_samples():
     held = [(normal(3, 6), torch.zeros(3)), (normal(1, 6), torch.zeros(1))]
     scores = iter([1.0, 5.0])
-    task = _Task(None, lambda outputs, targets: next(scores))
+    task = Task(None, lambda outputs, targets: next(scores))
     assert float(judge(Model(), mb.Broyden(), held, task, 1e-2).scores) == pytest.approx(2.0)
 
 
@@ -255,13 +256,13 @@ def test_outputs_that_move_are_pressure_before_scores_show_it():
 def test_what_is_judged_has_outputs_of_either_kind():
     model, (inputs, targets) = Model(), data(30)
     held = [(inputs[:20], targets[:20]), (inputs[20:], targets[20:])]
-    classes = judge(model, mb.Broyden(), held, _Task(None, None), 1e-2)
+    classes = judge(model, mb.Broyden(), held, Task(None, None), 1e-2)
     torch.testing.assert_close(classes.outputs.logsumexp(dim=1), torch.zeros(30))
     assert classes.error is None
     held = [(part, torch.zeros(len(part), 3)) for part, _ in held]
-    numbers = judge(model, mb.Broyden(), held, _Task(None, None), 1e-2)
+    numbers = judge(model, mb.Broyden(), held, Task(None, None), 1e-2)
     assert numbers.error == pytest.approx(-float(numbers.scores.mean()), rel=1e-5)
-    own = _Task(lambda outputs, targets: outputs.mean(), lambda outputs, targets: 0.0)
+    own = Task(lambda outputs, targets: outputs.mean(), lambda outputs, targets: 0.0)
     other = judge(model, mb.Broyden(), [(part, torch.zeros(len(part), 7)) for part, _ in held], own, 1e-2)
     assert other.outputs is None
 
