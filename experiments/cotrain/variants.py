@@ -45,7 +45,7 @@ class Amount(NamedTuple):
     """
 
     steps: int
-    rate: float = 1e-3
+    rate: float = 5e-4
     tolerance: float | None = None
 
 
@@ -53,7 +53,7 @@ FAMILIES = {
     "conv-digits": Amount(170),
     "conv-fashion": Amount(400),
     "multiscale-fashion": Amount(420),
-    "trellisnet-words": Amount(75, 5e-4, tolerance=0.005),
+    "trellisnet-words": Amount(75, tolerance=0.005),
     "transformer-shakespeare": Amount(180, 2e-4, tolerance=0.005),
 }
 """By name."""

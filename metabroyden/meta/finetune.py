@@ -136,7 +136,7 @@ def cotrain(
     rtol: float = 1e-3,
     steps: int = 300,
     batch_size: int = 64,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 5e-4,
     residual_weight: float = 0.06,
     layout: str | None = None,
     conditioning: str = "auto",
