@@ -187,7 +187,9 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     add("learning_rate", "peak rate of Adam", rates, type=float)
     add("log_dir", "folder for TensorBoard's files", "none are written")
     add("seed", "of weights, batches and the split", type=int)
-    add("layout", "axes of the state: vector, nct, ntc, image, pyramid", "what FUNCTION says, else a guess")
+    add(
+        "layout", "axes of the state: vector, nct, ntc, tokens, set, image, pyramid", "what FUNCTION says, else a guess"
+    )
     add("conditioning", "what the solver sees of x: auto, input, initial_value", "what FUNCTION says, else auto")
     words = (
         "save the fastest classical solver where the fitted one does not pay; --no-fallback saves the fitted one anyway"

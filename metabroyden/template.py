@@ -36,7 +36,7 @@ def problem() -> dict[str, Any]:
         x: contexts of some hundred samples, samples first: a tensor, or a pytree (dict, tuple, list) of tensors. Every
             fifth sample is kept from `fit`, for `compare` alone. Or give both parts: x_train and x_test.
         z0 (optional): x → start; default zeros like x.
-        layout (optional): the axes of a state: "vector", "nct", "ntc", "image", "pyramid"; default a guess.
+        layout (optional): the axes of a state: "vector", "nct", "ntc", "tokens", "set", "image", "pyramid"; default a guess.
         conditioning (optional): what a learned solver sees of x: "input", "initial_value"; default "auto".
         metric (optional): (z, x) → what states are worth for your task, higher being better, a number for each sample or
             the mean. Labels may travel in x, beside what f reads.

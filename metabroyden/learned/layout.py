@@ -1,8 +1,8 @@
 """State layouts: which axes of a state are channels, space or time, and what a learned solver pools over.
 
 A state (R, …) is brought to canonical form (R, C, *S), channels second. Groups, each with one LSTM cell, are the channels
-of an image (pooling over space), the tokens of a sequence (pooling over channels, so that nothing crosses time), and the
-whole sample of a vector. A pyramid is brought to its coarsest resolution: each finer pixel becomes channels of the coarse
+of an image (pooling over space), the tokens of a sequence or set (pooling over channels, so that nothing crosses time), and
+the whole sample of a vector. A pyramid is brought to its coarsest resolution: each finer pixel becomes channels of the coarse
 one that it lies in, so that nothing is lost and resolutions are mixed where they overlap.
 """
 
@@ -19,9 +19,10 @@ from torch.nn import functional
 
 from metabroyden.deprecated import current
 
-KINDS = {"vector": 1, "nct": 2, "ntc": 2, "image": 3, "pyramid": 3}
-"""Per-sample axes of each layout: vector; nct/ntc: sequence with channels first/last; image; pyramid: a tuple of
-images, finest first, each side a multiple of the last one's."""
+KINDS = {"vector": 1, "nct": 2, "ntc": 2, "tokens": 2, "set": 2, "image": 3, "pyramid": 3}
+"""Per-sample axes of each layout: vector; nct/ntc: sequence in which nothing looks ahead, channels first/last; tokens:
+sequence in which tokens see one another, channels last; set: the same without an order; image; pyramid: a tuple of images,
+finest first, each side a multiple of the last one's."""
 LARGEST_PACKED = 8192
 """Coordinates above which a state of several tensors is not taken for one vector unasked: maps of it are dense."""
 
@@ -31,7 +32,7 @@ class Layout:
     """A layout with the per-sample shape it was fitted to.
 
     Attributes:
-        kind: "vector", "nct", "ntc", "image" or "pyramid".
+        kind: one of `KINDS`.
         shape: per-sample shape (of a pyramid a tuple of them); a solver runs on other spatial or time extents too, not on
             other channel counts.
         reverse: whether time runs backwards, as it does for the cotangents of a sequence.
@@ -64,12 +65,17 @@ class Layout:
     @property
     def channel_axis(self) -> int:
         """Which axis of a sample has the channels."""
-        return 1 if self.kind == "ntc" else 0
+        return 1 if self.kind in ("ntc", "tokens", "set") else 0
 
     @property
     def causal(self) -> bool:
-        """Whether one axis is time."""
+        """Whether one axis is time, in which nothing looks ahead."""
         return self.kind in ("nct", "ntc")
+
+    @property
+    def by_token(self) -> bool:
+        """Whether one axis is that of tokens."""
+        return KINDS[self.kind] == 2
 
     @property
     def spatial(self) -> bool:
@@ -149,13 +155,13 @@ class Layout:
         if self.kind == "pyramid":
             pairs = zip(self.part_channels, self.factors, strict=True)
             return tuple((channels, *(extent * n for extent in extents)) for channels, n in pairs)
-        return (*extents, self.channels) if self.kind == "ntc" else (self.channels, *extents)
+        return (*extents, self.channels) if self.channel_axis else (self.channels, *extents)
 
     def extents(self, shape: tuple[Any, ...]) -> tuple[int, ...]:
         """The spatial or time extents S of a per-sample shape."""
         if self.kind == "pyramid":
             return shape[-1][1:]
-        return shape[:1] if self.kind == "ntc" else shape[1:]
+        return shape[:1] if self.channel_axis else shape[1:]
 
     def canonical(self, flat: Tensor, shape: tuple[Any, ...]) -> Tensor:
         """(R, n) → (R, C, *S)."""
@@ -163,7 +169,7 @@ class Layout:
             images = zip(self.parts(flat, shape), self.factors, strict=True)
             return torch.cat([functional.pixel_unshuffle(image, n) for image, n in images], dim=1)
         full = flat.reshape(-1, *shape)
-        found = full.transpose(1, 2) if self.kind == "ntc" else full
+        found = full.transpose(1, 2) if self.channel_axis else full
         return found.flip(2) if self.reverse and self.causal else found
 
     def flat(self, canonical: Tensor) -> Tensor:
@@ -172,7 +178,7 @@ class Layout:
             coarse = zip(canonical.split(self.coarse_channels, dim=1), self.factors, strict=True)
             return self.joined([functional.pixel_shuffle(part, n) for part, n in coarse])
         forward = canonical.flip(2) if self.reverse and self.causal else canonical
-        ordered = forward.transpose(1, 2) if self.kind == "ntc" else forward
+        ordered = forward.transpose(1, 2) if self.channel_axis else forward
         return ordered.flatten(1)
 
     def parts(self, flat: Tensor, shape: tuple[Any, ...]) -> list[Tensor]:
@@ -193,7 +199,7 @@ class Layout:
 
     def context(self, feature: Tensor, extents: tuple[int, ...]) -> Tensor:
         """A context tensor (R, …) in canonical form: an image finer than these extents becomes channels of the coarse."""
-        if self.kind == "ntc" and feature.dim() == 3:
+        if self.channel_axis and feature.dim() == 3:
             return feature.transpose(1, 2)
         finer = self.kind == "pyramid" and feature.dim() == 4 and feature.shape[2] % extents[0] == 0
         if finer and feature.shape[3] * extents[0] == feature.shape[2] * extents[1]:
@@ -210,24 +216,24 @@ class Layout:
 
     def groups(self, extents: tuple[int, ...]) -> int:
         """Groups G of a state with these extents: channels, tokens, or one."""
-        return self.channels if self.spatial else extents[0] if self.causal else 1
+        return self.channels if self.spatial else extents[0] if self.by_token else 1
 
     def grouped(self, stack: Tensor) -> Tensor:
         """(R, C, K, *S) → (R, G, K, P): K values a coordinate, sorted into groups of P coordinates."""
         if self.spatial:
             return stack.flatten(3)
-        return stack.permute(0, 3, 2, 1) if self.causal else stack.permute(0, 2, 1).unsqueeze(1)
+        return stack.permute(0, 3, 2, 1) if self.by_token else stack.permute(0, 2, 1).unsqueeze(1)
 
     def ungrouped(self, value: Tensor, extents: tuple[int, ...]) -> Tensor:
         """(R, G, P) → (R, C, *S), S being the extents."""
         if self.spatial:
             return value.unflatten(2, extents)
-        return value.transpose(1, 2) if self.causal else value.squeeze(1)
+        return value.transpose(1, 2) if self.by_token else value.squeeze(1)
 
     def scale(self, g: Tensor) -> Tensor:
         """Root mean square of a canonical residual, broadcastable over it.
 
-        Per sample; for sequences the running one over past tokens, (R, 1, T), so that the future does not leak.
+        Per sample; for causal sequences the running one over past tokens, (R, 1, T), so that the future does not leak.
         """
         tiny = torch.finfo(g.dtype).tiny ** 0.5
         if self.causal:
@@ -283,7 +289,8 @@ def guess_layout(shape: Any) -> Layout:
         one, two = shape
         raise ValueError(
             f"layout= is needed for a state of per-sample shape {tuple(shape)}: 'nct' if that is {one} channels × {two} "
-            f"tokens (or times), 'ntc' if it is {one} tokens × {two} channels; or give the cell an attribute layout"
+            f"tokens (or times), 'ntc' if it is {one} tokens × {two} channels, none of which looks ahead; 'tokens' if they see "
+            "one another both ways, 'set' if they have no order; or give the cell an attribute layout"
         )
     if kind is None:
         raise ValueError(

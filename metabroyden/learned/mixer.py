@@ -17,12 +17,13 @@ class Mixer(nn.Module):
     """A linear map over canonical states that mixes channels and, by layout, near neighbours.
 
     Args:
-        layout: of the states: images have a convolution, sequences a causal one, vectors a dense map.
+        layout: of the states: images and tokens have a convolution, sequences a causal one, vectors a dense map. Sets have a
+            map of each element and, for a kernel wider than 1, of the mean of all (Zaheer et al., Deep Sets, NIPS 2017).
         inputs: channels; so are outputs.
         kernel: odd width of the convolution.
         bias: whether it adds a learned constant.
         zero: whether its weights begin at zero.
-        dilation: distance of the convolution's taps; 1 for vectors and pyramids.
+        dilation: distance of the convolution's taps; 1 for vectors, sets and pyramids.
     """
 
     def __init__(
@@ -37,16 +38,18 @@ class Mixer(nn.Module):
         dilation: int = 1,
     ) -> None:
         super().__init__()
-        if dilation < 1 or (dilation > 1 and layout.kind in ("vector", "pyramid")):
+        if dilation < 1 or (dilation > 1 and layout.kind in ("vector", "set", "pyramid")):
             raise ValueError(
-                f"dilations must be at least 1, and are 1 for layouts 'vector' and 'pyramid'; got {dilation}"
+                f"dilations must be at least 1, and are 1 for layouts 'vector', 'set' and 'pyramid'; got {dilation}"
             )
         self.past = (kernel - 1) * dilation if layout.causal else 0
         self.dilation, self.padding = dilation, kernel // 2 * dilation
         self.map: Any
         if layout.spatial:
             self.map = nn.Conv2d(inputs, outputs, kernel, padding=self.padding, dilation=dilation, bias=bias)
-        elif layout.causal:
+        elif layout.kind == "set":
+            self.map = nn.Conv1d(inputs, outputs, min(kernel, 2), bias=bias)  # taps: the element, the mean
+        elif layout.by_token:
             self.map = nn.Conv1d(inputs, outputs, kernel, dilation=dilation, bias=bias)
         else:
             self.map = nn.Linear(inputs, outputs, bias=bias)
@@ -67,6 +70,10 @@ class Mixer(nn.Module):
     def _mapped(self, part: Tensor, weight: Tensor, bias: Any) -> Tensor:
         if self.layout.spatial:
             return functional.conv2d(part, weight, bias, padding=self.padding, dilation=self.dilation)
+        if self.layout.kind == "set":
+            return _equivariant(part, weight, bias)
+        if self.layout.by_token and not self.layout.causal:
+            return functional.conv1d(part, weight, bias, padding=self.padding, dilation=self.dilation)
         if not self.layout.causal:
             return functional.linear(part, weight, bias)
         # as an image one pixel high, padded on both sides: no copy of the input
@@ -95,9 +102,21 @@ class Mixer(nn.Module):
         weight = self.map.weight
         if self.layout.spatial:
             return functional.conv_transpose2d(value, weight, padding=self.padding, dilation=self.dilation)
+        if self.layout.kind == "set":
+            return _equivariant(value, weight.transpose(0, 1), None)
         if self.layout.causal:
             return functional.conv_transpose1d(value, weight, dilation=self.dilation)[..., self.past :]
+        if self.layout.by_token:
+            return functional.conv_transpose1d(value, weight, padding=self.padding, dilation=self.dilation)
         return functional.linear(value, weight.T)
+
+
+def _equivariant(value: Tensor, weight: Tensor, bias: Any) -> Tensor:
+    """A map of each element (R, C, T) and, where there are two taps, of the mean: both commute with permutations."""
+    mapped = functional.conv1d(value, weight[:, :, :1], bias)
+    if weight.shape[2] == 1:
+        return mapped
+    return mapped + functional.conv1d(value.mean(dim=2, keepdim=True), weight[:, :, 1:])
 
 
 def _strided(part: Tensor, weight: Tensor, n: int) -> Tensor:

@@ -427,7 +427,8 @@ def test_the_inverse_of_a_learned_solve_serves_too():
     close(ours, wanted, rtol=2e-2, atol=2e-3 * float(wanted.abs().max()))
 
 
-SHAPES = {"vector": (5,), "nct": (3, 6), "ntc": (6, 3), "image": (3, 4, 5), "pyramid": ((2, 4, 6), (3, 2, 3))}
+SHAPES = {"vector": (5,), "nct": (3, 6), "ntc": (6, 3), "tokens": (6, 3), "set": (6, 3), "image": (3, 4, 5)}
+SHAPES |= {"pyramid": ((2, 4, 6), (3, 2, 3))}
 
 
 @pytest.mark.parametrize("kind", SHAPES)

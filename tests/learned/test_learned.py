@@ -24,7 +24,7 @@ from metabroyden.zoo.models.cells import make_cell
 from tests.conftest import tanh
 from tests.helpers import DOUBLE, normal, perturbed, refused, vector
 
-SHAPES = {"vector": (12,), "nct": (4, 6), "ntc": (6, 4), "image": (4, 5, 5)}
+SHAPES = {"vector": (12,), "nct": (4, 6), "ntc": (6, 4), "tokens": (6, 4), "set": (6, 4), "image": (4, 5, 5)}
 
 
 def problem_of(kind: str, batch: int = 5, gain: float = 0.7, dtype: torch.dtype = torch.float32):
@@ -34,7 +34,7 @@ def problem_of(kind: str, batch: int = 5, gain: float = 0.7, dtype: torch.dtype 
     w = gain * torch.linalg.qr(normal(c, c)).Q.to(dtype)
 
     def f(z, x):
-        mixed = z @ w if kind in ("vector", "ntc") else torch.einsum("bc...,cd->bd...", z, w)
+        mixed = z @ w if kind in ("vector", "ntc", "tokens", "set") else torch.einsum("bc...,cd->bd...", z, w)
         return torch.tanh(mixed + x)
 
     x = normal(batch, *layout.shape, seed=1).to(dtype)
@@ -54,7 +54,7 @@ def made(name, layout, *, learned_steps=None, **options):
     """An untrained solver, with dilated maps where states have extents."""
     if name.startswith("meta-broyden"):
         given = {"learned_steps": learned_steps} if learned_steps else {}
-        reach = (1, 1) if layout.kind in ("vector", "pyramid") else (1, 2)
+        reach = (1, 1) if layout.kind in ("vector", "set", "pyramid") else (1, 2)
         options = {"coefficients": "lstm" if name == BY_LSTM else "schedule", "dilations": reach, **given, **options}
     if name == BY_SECANTS:
         options = {"form": "secant", "memory": 3, **options}
@@ -153,6 +153,33 @@ def test_a_sequence_solver_does_not_look_ahead(name, kind):
     assert (late[0] - late[1]).abs().min() > 0
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_a_set_solver_does_not_see_the_order(name):
+    """f couples the elements of a set by their mean; solving them in another order gives the same in that order."""
+    layout, f, z0, x = problem_of("set")
+
+    def coupled(z, x):
+        return f(0.7 * z + 0.3 * z.mean(dim=1, keepdim=True), x)
+
+    solver = perturbed(made(name, layout, learned_steps=3))
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    options = {"solver": solver, "rtol": 0.0, "max_nfe": 5, "throw": False}
+    one, other = mb.solve(coupled, z0, x, **options), mb.solve(coupled, z0, x[:, order], **options)
+    torch.testing.assert_close(one.z[:, order], other.z, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "reach"), [("tokens", [2, 3, 4, 5, 6, 7, 8]), ("set", list(range(12)))])
+def test_tokens_and_sets_are_seen_both_ways(kind, reach):
+    layout = Layout(kind, (12, 3))
+    p = make_learned("meta-broyden", layout, dilations=(1, 2) if kind == "tokens" else (1, 1)).preconditioner
+    for weight in p.parameters():
+        weight.data.fill_(1.0)
+    impulse = torch.zeros(1, 3, 12)
+    impulse[..., 5] = 1
+    seen = p(impulse, torch.ones(1, p.inward.map.weight.shape[0], 12))[0, 0].nonzero().flatten().tolist()
+    assert seen == reach
+
+
 def half(z, x=None):
     return 0.5 * z + (1 if x is None else x)
 
@@ -186,7 +213,7 @@ def test_layouts_are_guessed_only_where_unambiguous():
 
 SCALES = Layout("pyramid", ((2, 4, 4), (3, 2, 2)))
 VECTOR = {"layout": "vector", "shape": (3,)}
-DILATED = "dilations must be at least 1, and are 1 for layouts 'vector' and 'pyramid'; got 2"
+DILATED = "dilations must be at least 1, and are 1 for layouts 'vector', 'set' and 'pyramid'; got 2"
 REFUSED = [
     ("layout must be one of", lambda: Layout("nhwc", (8, 8, 3))),
     ("wants 3 axes", lambda: Layout("image", (8, 8))),
@@ -223,7 +250,7 @@ def test_what_metabroyden_hands_over_is_the_inverse_that_it_stepped_with(kind, n
     class Problem:
         keep_inverse, hands_over = True, False
         shape = layout.shape
-        context = layout.canonical(w, layout.shape) if kind != "ntc" else w.view(2, *layout.shape)
+        context = layout.canonical(w, layout.shape) if not layout.channel_axis else w.view(2, *layout.shape)
 
     inverse = solver.phases()[1].solver.initial.learned
     frozen = inverse.init(z, g, Problem())

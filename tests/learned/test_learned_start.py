@@ -101,7 +101,7 @@ def test_what_cannot_be_started_is_refused(words, options):
     assert started(mb.Broyden(), initializer_width=1).config.initializer_width == 1
 
 
-LAYOUTS = {"vector": (5,), "nct": (5, 9), "ntc": (9, 5), "image": (5, 7, 7)}
+LAYOUTS = {"vector": (5,), "nct": (5, 9), "ntc": (9, 5), "tokens": (9, 5), "image": (5, 7, 7)}
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
