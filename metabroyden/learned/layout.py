@@ -2,8 +2,8 @@
 
 A state (R, …) is brought to canonical form (R, C, *S), channels second. Groups, each with one LSTM cell, are the channels
 of an image (pooling over space), the tokens of a sequence or set (pooling over channels, so that nothing crosses time), and
-the whole sample of a vector. A pyramid is brought to its coarsest resolution: each finer pixel becomes channels of the coarse
-one that it lies in, so that nothing is lost and resolutions are mixed where they overlap.
+the whole sample of a vector. A pyramid is brought to its coarsest resolution: each finer pixel becomes channels of the
+coarse one that it lies in, so that nothing is lost and resolutions are mixed where they overlap.
 """
 
 from __future__ import annotations
@@ -289,8 +289,8 @@ def guess_layout(shape: Any) -> Layout:
         one, two = shape
         raise ValueError(
             f"layout= is needed for a state of per-sample shape {tuple(shape)}: 'nct' if that is {one} channels × {two} "
-            f"tokens (or times), 'ntc' if it is {one} tokens × {two} channels, none of which looks ahead; 'tokens' if they see "
-            "one another both ways, 'set' if they have no order; or give the cell an attribute layout"
+            f"tokens (or times), 'ntc' if it is {one} tokens × {two} channels, none of which looks ahead; 'tokens' if they "
+            "see one another both ways, 'set' if they have no order; or give the cell an attribute layout"
         )
     if kind is None:
         raise ValueError(

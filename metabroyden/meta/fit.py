@@ -95,8 +95,8 @@ def fit_solver(
         z0: x → start, a tensor or a tuple of several; default `f.initial_state` where f has one, else zeros like x. Of
             a model with a `DEQ` of ours, x is here what its DEQ is called with, and the default is where that starts.
         layout: which axes of the state are channels, space, time: "vector", "nct", "ntc", "tokens", "set", "image", or
-            of several tensors "pyramid" (see `Layout`) or "vector", one vector of all. Default f's own attribute `layout`, else a
-            guess where that is unambiguous.
+            of several tensors "pyramid" (see `Layout`) or "vector", one vector of all. Default f's own attribute
+            `layout`, else a guess where that is unambiguous.
         conditioning: what the solver sees of x. "initial_value": f(z0, x). "input": x itself (of a tuple its first
             tensor), which saves an evaluation but must then be given to every solve. "auto": "input" where that has the
             state's extents and f is no torchdeq model. For solves without a context, f(z), and those of torchdeq, say
