@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,12 @@ def progress_bar(title: str, total: int, *, show: bool = True) -> Iterator[Progr
     with Bar(*columns, TimeRemainingColumn(), TextColumn("{task.fields[words]}")) as bar:
         task = bar.add_task(title, total=total, words="")
         yield lambda step, words: bar.update(task, completed=step, words=words)
+
+
+def phase(words: str, *, show: bool = True) -> None:
+    """A line on standard error about what is done next, where there is no terminal for a bar."""
+    if show and not sys.stderr.isatty():
+        print(words, file=sys.stderr, flush=True)
 
 
 @contextmanager

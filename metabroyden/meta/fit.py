@@ -22,6 +22,7 @@ from metabroyden.deprecated import old_options
 from metabroyden.learned.base import LearnedSolver
 from metabroyden.learned.fingerprint import fingerprint, module_of
 from metabroyden.meta import distributed
+from metabroyden.meta.budget import Budget, call_seconds, within
 from metabroyden.meta.calibrate import calibrate
 from metabroyden.meta.config import MetaConfig
 from metabroyden.meta.defaults import RATES
@@ -32,7 +33,7 @@ from metabroyden.meta.prospect import Prospect, prospect
 from metabroyden.meta.target import ModelMap, Target, check_start, first_call, resting, takes_several, target_of
 from metabroyden.meta.tasks import TaskSet, count, rows, sampled
 from metabroyden.meta.trainer import Callback, MetaTrainer
-from metabroyden.progress import Progress, progress_bar, tensorboard
+from metabroyden.progress import Progress, phase, progress_bar, tensorboard
 from metabroyden.solution import Cell, State
 from metabroyden.solvers.registry import list_solvers, name_of
 from metabroyden.state import Packing, gather
@@ -70,8 +71,9 @@ def fit_solver(
     Three steps: `plan` chooses how the solver is made and trained, `MetaTrainer` trains it, `compare_solvers` measures it.
     Before the second one the untrained solver is timed (see `prospect`): where it would be no faster than the fastest
     classical solver even if it needed a third of the evaluations of the best one, and three, there is nothing to gain. A
-    warning then says so with the figures, nothing is trained, and the fastest classical solver is returned; with
-    fallback=False, or where a checkpoint of a training is there, it is trained all the same.
+    warning then says so with the figures, nothing is trained, and the fastest classical solver is returned; so it is where
+    no classical solver comes near a fixed point of any problem. With fallback=False, or where a checkpoint of a training
+    is there, it is trained all the same.
     Of x_train a fifth (at most 256 samples) chooses weights, when to stop, and the options of the classical solvers; another
     fifth (at most 128, fewer where states are large) is left alone until the end. On that one the fitted solver is held
     against Picard, Anderson and Broyden, tuned to rtol (and operator splitting where f offers its parts), at 60 evaluations
@@ -106,8 +108,9 @@ def fit_solver(
             with its native context, a MetaBroyden steps on Peaceman–Rachford's map instead of f: see `MetaSplitting`.
         rtol: tolerance at which solvers are judged.
         steps: outer steps at most; None: 11,200 solver steps' worth, half of them for a solver that is trained further.
-        seconds: of the whole call, about: tuning of the classical solvers and comparison included. Where these take more
-            than half of it, training has half of what is left. None: no limit.
+        seconds: of the whole call, about: tuning of the classical solvers and comparison included. Where f is dear these
+            are given fewer samples, and outer steps smaller batches, so that some hundred steps fit (see `Budget`; not with
+            a checkpoint). Where they take more than half of it, training has half of what is left. None: no limit.
         patience: looks at validation (one every eighth of the steps, or 1,400 solver steps) without gain after which it
             stops early; None: never.
         fallback: False to train whatever the prospect, and to get the fitted solver whatever it is worth.
@@ -120,7 +123,7 @@ def fit_solver(
         metric: (z, x) → how good the states z are for the samples x of x_train, higher being better: a tensor (B,), or
             the mean, which is then asked for sample by sample. Labels may travel in x_train, beside what f reads. A
             column of the comparison, and a reason to refuse (as `metric` of `compare`).
-        batch_size: problems of an outer step, over all processes; None: 32.
+        batch_size: problems of an outer step, over all processes; None: 32, or fewer where `seconds` are few.
         learning_rate: peak rate of Adam; None: that of the solver. The rate of a MetaBroyden's matrices is changed in
             proportion.
         log_dir: folder for TensorBoard files: loss, gradient norm, evaluations on validation, learning rates and skipped
@@ -166,30 +169,39 @@ def fit_solver(
     distributed.join(where)
     with resting(target.whole):
         training |= {"batch": _batch(batch_size), **_rates(solver, learning_rate)}
-        job = FitJob.of(target, x_train, where, seed, rtol, layout, metric)
+        shown = progress and distributed.rank() == 0
+        limited = seconds is not None and checkpoint is None  # which would depend on the clock
+        job = FitJob.of(target, x_train, where, seed, rtol, layout, metric, seconds=seconds if limited else None)
+        training["validation_size"] = job.budget.looked
+        phase("fit_solver: classical solvers are tuned", show=shown)
         asked: dict[str, Any] = {"solver": solver, "layout": layout, "conditioning": conditioning}
         asked |= {} if known is None else as_it_is(known)
         made = distributed.by_first(
             lambda: plan(job.tasks, job.classical, **asked, steps=steps, seconds=seconds, training=training)
         )
         made = made.shortened() if known is not None and steps is None else made
-        some, size = job.tasks.problems("validation")[0], room(made.layout)
+        some, size = job.tasks.problems("validation")[0], min(room(made.layout), job.budget.compared)
         learned = made.build(some) if known is None else made.adopt(known, some)
-        outlook = None if not fallback or _begun(checkpoint) else job.outlook(learned, size)
-        trained = outlook is None or not outlook.hopeless
+        why = None if not fallback or _begun(checkpoint) else job.hopeless(learned, size)
+        trained = why is None
         if trained:
             if made.training.anchor:
-                job.tasks.equilibria = job.classical.equilibria(job.tasks)
-            trainer = MetaTrainer(learned, job.tasks, made.training, checkpoint=checkpoint)
+                job.tasks.equilibria = job.classical.equilibria(job.tasks, job.budget.anchored)
+            reserve, config = _reserve(time.perf_counter() - began, seconds), made.training
+            if seconds is not None and limited and batch_size is None and distributed.size() == 1:
+                config = within(config, learned, job.tasks, seconds - reserve)
+            phase(f"fit_solver: training, {config.batch} problems a step", show=shown)
+            trainer = MetaTrainer(learned, job.tasks, config, checkpoint=checkpoint)
             trainer.callback = callback
-            trainer.reserve = _reserve(time.perf_counter() - began, seconds)
+            trainer.reserve = reserve
             with _watched(trainer, progress, log_dir) as report:
                 trainer.run(report)
             _say(_many_skipped(trainer))
             calibrate(learned, job.tasks, rtol=rtol, max_nfe=MAX_NFE, most=size)
             learned.fingerprint = fingerprint(target.f.model if isinstance(target.f, ModelMap) else target.f)
         else:
-            _say(f"there is nothing to gain: {outlook}, so nothing is trained (fallback=False trains all the same)")
+            _say(f"{why}, so nothing is trained (fallback=False trains all the same)")
+        phase(f"fit_solver: comparing on {min(size, count(job.tasks.split('test')))} problems", show=shown)
         comparison = job.compared(solver if trained else UNTUNED, {solver: learned} if trained else {}, size)
         learned.summary["held_out"] = comparison.summary()
         if progress and distributed.rank() == 0:
@@ -210,6 +222,7 @@ class FitJob:
         classical: tuned on validation.
         rtol: tolerance.
         metric: of the user, or None.
+        budget: samples of each phase.
     """
 
     f: Any
@@ -217,11 +230,13 @@ class FitJob:
     classical: Classical
     rtol: float
     metric: Callable[[State, Any], Any] | None
+    budget: Budget
 
     @classmethod
     def of(
-        cls, target: Target, x: Any, where: torch.device, seed: int, rtol: float, layout: str | None, metric: Any
-    ) -> FitJob:
+        cls, target: Target, x: Any, where: torch.device, seed: int, rtol: float, layout: str | None, metric: Any,
+        *, seconds: float | None = None,
+    ) -> FitJob:  # fmt: skip
         """The first process's contexts, on the device, split; ValueError or TypeError for a bad start or metric."""
         x = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(where), distributed.by_first(lambda: x))
         tasks = _split(target, x, seed)
@@ -234,7 +249,21 @@ class FitJob:
             by_sample(metric, validation)(z0s)
         known = fingerprint(target.f.model if isinstance(target.f, ModelMap) else target.f)
         distributed.agree("the weights of f", 0.0 if known is None else int(known.split("-")[1][:12], 16))
-        return cls(target.f, tasks, measure_classical(tasks, rtol=rtol, max_nfe=MAX_NFE, layout=layout), rtol, metric)
+        budget = Budget()
+        if seconds is not None:
+            some = torch.arange(min(Budget.tuned, count(validation)), device=where)
+            timed = as_solved(target.f, *gather((z0s, contexts), some))
+            budget = Budget.of(seconds, distributed.from_first([call_seconds(*timed)])[0])
+        classical = measure_classical(tasks, rtol=rtol, max_nfe=MAX_NFE, layout=layout, most=budget.tuned)
+        return cls(target.f, tasks, classical, rtol, metric, budget)
+
+    def hopeless(self, learned: Any, size: int) -> str | None:
+        """Why there is nothing to gain, by `Classical.unsolvable` and `prospect`; None where there may be."""
+        lost = distributed.by_first(self.classical.unsolvable)
+        if lost is not None:
+            return lost
+        outlook = self.outlook(learned, size)
+        return f"there is nothing to gain: {outlook}" if outlook.hopeless else None
 
     def outlook(self, learned: Any, size: int) -> Prospect:
         """The prospect of an untrained solver, on as many validation problems as will be compared (at most `size`)."""

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from metabroyden.comparison.verdict import UNTUNED
 from metabroyden.learned.layout import Layout
 from metabroyden.meta import distributed
+from metabroyden.meta.budget import Budget
 from metabroyden.meta.config import MetaConfig
 from metabroyden.meta.defaults import (
     ANCHOR,
@@ -34,22 +35,26 @@ from metabroyden.meta.defaults import (
     state_layout,
 )
 from metabroyden.meta.target import ModelMap
-from metabroyden.meta.tasks import TaskSet, rows
+from metabroyden.meta.tasks import KNOWN, TaskSet, rows
+from metabroyden.nn.spectral import spectral_radius
 from metabroyden.shared import bare
-from metabroyden.solution import State
+from metabroyden.solution import Solution, State
 from metabroyden.solve import check_methods, solve
 from metabroyden.solvers.broyden import Broyden
 from metabroyden.solvers.classical import offers, splitting_solvers, tuned_solvers
 from metabroyden.solvers.registry import get_solver, list_solvers
 from metabroyden.solvers.splitting import PeacemanRachford
 from metabroyden.solvers.tuning import tune
+from metabroyden.state import gather
 
 ALIASES = {"metabroyden": "meta-broyden"}
 """Names of presets."""
 OURS = ("meta-broyden", "meta-splitting")
 """Solvers whose rates, dilations, learned steps and first step length are planned."""
-TUNED_ON = 32
+TUNED_ON = Budget.tuned
 """Validation problems on which the classical solvers are tuned, at most."""
+NEAR = 10
+"""Times the tolerance that some classical solve must come to."""
 ROOM, FEWEST = 2**20, 16
 """Coordinates solved at once: Broyden keeps two states for each evaluation; and samples, at least."""
 
@@ -92,17 +97,38 @@ class Classical:
         return math.exp(self._best[1])
 
     @cached_property
+    def found(self) -> Solution:
+        """What the best one makes of the problems."""
+        budget, (rtol,) = self.judged["max_nfe"], self.judged["tolerances"]
+        return solve(*self.problems, solver=self._best[0], rtol=rtol, max_nfe=budget, throw=False)
+
+    @property
     def most(self) -> float:
         """Evaluations of the best one on the hard problems: their 95th percentile, a failure counting as the budget."""
         budget, (rtol,) = self.judged["max_nfe"], self.judged["tolerances"]
-        trace = solve(*self.problems, solver=self._best[0], rtol=rtol, max_nfe=budget, throw=False).trace
-        spent, reached = trace.evaluations_to(rtol, budget)
+        spent, reached = self.found.trace.evaluations_to(rtol, budget)
         return float(np.quantile(np.where(reached, spent, budget), 0.95))
 
-    def equilibria(self, tasks: TaskSet) -> Tensor:
+    def unsolvable(self) -> str | None:
+        """Words where the best one gets nowhere near a fixed point of any problem; None else."""
+        budget, (rtol,) = self.judged["max_nfe"], self.judged["tolerances"]
+        _, near = self.found.trace.evaluations_to(NEAR * rtol, budget)
+        if near.any():
+            return None
+        f, z0, x = self.problems
+        some = torch.arange(min(len(near), 8), device=pytree.tree_leaves(z0)[0].device)
+        z, seen = gather((self.found.z, x), some)
+        radius = float(spectral_radius(f, z, seen).nanmedian())
+        return (
+            f"f has no usable fixed point: within {budget} evaluations none of {len(near)} problems comes to a relative "
+            f"residual of {NEAR * rtol:g}; where the solves end, the spectral radius of its Jacobian is {radius:.3g}"
+        )
+
+    def equilibria(self, tasks: TaskSet, most: int = KNOWN) -> Tensor:
         """Where the best one ends on training problems, in all processes, see `TaskSet.find_equilibria`."""
         (rtol,) = self.judged["tolerances"]
-        return distributed.by_first(lambda: tasks.find_equilibria(self.best, rtol=rtol, max_nfe=self.judged["max_nfe"]))
+        limits = {"rtol": rtol, "max_nfe": self.judged["max_nfe"], "most": most}
+        return distributed.by_first(lambda: tasks.find_equilibria(self.best, **limits))
 
 
 @dataclass(frozen=True)
@@ -153,11 +179,13 @@ def make_learned(kind: str, layout: Layout, *, seed: int = 0, **options: Any) ->
         return get_solver(name, layout=layout, **options)
 
 
-def measure_classical(tasks: TaskSet, *, rtol: float, max_nfe: int, layout: str | None = None) -> Classical:
-    """The classical solvers on at most `TUNED_ON` validation problems."""
+def measure_classical(
+    tasks: TaskSet, *, rtol: float, max_nfe: int, layout: str | None = None, most: int = TUNED_ON
+) -> Classical:
+    """The classical solvers on at most so many validation problems."""
     raw = tasks.split("validation")
     z0, _ = tasks.prepare(rows(raw, slice(FEWEST)))
-    most = room(state_layout(tasks.f, z0, layout), TUNED_ON)
+    most = room(state_layout(tasks.f, z0, layout), most)
     problems = as_solved(tasks.f, *tasks.prepare(rows(raw, slice(most))))
     return Classical(problems, {"tolerances": (rtol,), "max_nfe": max_nfe})
 

@@ -140,16 +140,16 @@ class TaskSet:
         """The numbers of a random training batch, drawn with replacement."""
         return torch.randint(count(self.split("train")), (batch,), generator=generator, device="cpu")
 
-    def find_equilibria(self, solver: Any, *, rtol: float, max_nfe: int) -> Tensor:
+    def find_equilibria(self, solver: Any, *, rtol: float, max_nfe: int, most: int = KNOWN) -> Tensor:
         """Where a solver ends on the first training problems, for `equilibria`: (M, n), NaN where it fails.
 
-        At most `KNOWN` problems and `LARGEST` coordinates. Solved to a tenth of `rtol`, with twice `max_nfe` evaluations: to
+        At most `most` problems and `LARGEST` coordinates. Solved to a tenth of `rtol`, with twice `max_nfe` evaluations: to
         `rtol` itself, they would hold back a solver that is to reach it (results/RESEARCH.md, 53).
         """
         train, found = self.split("train"), []
         first_z, _ = self.prepare(rows(train, slice(1)))
         size = Packing.of(first_z).pack(first_z).shape[1]
-        most = min(count(train), KNOWN, max(1, LARGEST // size))
+        most = min(count(train), most, max(1, LARGEST // size))
         for first in range(0, most, _CHUNK):
             z0, x = self.prepare(rows(train, slice(first, min(first + _CHUNK, most))))
             solution = solve(

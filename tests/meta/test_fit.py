@@ -76,7 +76,7 @@ def test_a_solver_that_wins_is_returned_and_serves_as_a_drop_in(monkeypatch, tmp
     monkeypatch.setattr(classical, "grids", EVERY)
     cell = Counted()
     by_calls(monkeypatch, cell)
-    solver = mb.fit_solver(cell, contexts(120), steps=45, seconds=100, progress=True)
+    solver = mb.fit_solver(cell, contexts(120), steps=45, seconds=1e5, progress=True)
     assert isinstance(solver, MetaBroyden)
     held = solver.summary["held_out"]
     assert held["failed_criteria"] == []

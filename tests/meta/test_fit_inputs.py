@@ -420,7 +420,7 @@ def test_integer_contexts_need_a_start_and_work_with_one():
 def test_tokens_by_channels_are_asked_for_with_this_very_shape():
     words = (
         r"layout= is needed for a state of per-sample shape \(6, 5\): 'nct' if that is 6 channels × 5 tokens .*"
-        "'ntc' if it is 6 tokens × 5 channels; or give the cell an attribute"
+        "'ntc' if it is 6 tokens × 5 channels, .*; or give the cell an attribute"
     )
     plain = lambda z, x: torch.tanh(0.4 * z + x)  # noqa: E731
     refused(words, lambda: fitted(plain, normal(20, 6, 5)))
