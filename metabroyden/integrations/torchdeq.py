@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metabroyden.learned.fingerprint import ClosureWatch
+from metabroyden.learned.layout import guess_layout
 from metabroyden.learned.tolerance import fitted_rtol, tighter
 from metabroyden.meta.target import ADAPTERS, ModelMap, frozen, resting, run_until
-from metabroyden.solution import Solution, Status
+from metabroyden.solution import Solution, State, Status
 from metabroyden.solve import check_options, solve
 from metabroyden.state import Packing
 
@@ -174,7 +175,8 @@ class FixedPointMap(ModelMap):
     one of them or to a weight or buffer of the model; writes through `.data` or NumPy go unseen, as torch does not note
     them. Gradients flow through z, not into parameters.
 
-    A state of several tensors is one flat tensor (B, D), as torchdeq makes of it. A model that calls its DEQ more than
+    A state of several images that fit together is a tuple of them, as the model has it, and its layout a pyramid; other
+    states of several tensors are one flat tensor (B, D), as torchdeq makes of them. A model that calls its DEQ more than
     once in a forward pass is taken at its first call.
 
     Args:
@@ -192,24 +194,24 @@ class FixedPointMap(ModelMap):
         super().__init__()
         self._deq = [_find(model, deq)]  # a part of the model already
         self.model = model
-        self._captured: tuple[_Same, Any, Callable[[Tensor], Tensor], Tensor] | None = None
+        self._captured: tuple[_Same, Any, Callable[[State], State], State] | None = None
 
     @property
     def layout(self) -> Any:
         """The model's attribute `layout`; None where it has none."""
         return getattr(self.model, "layout", None)
 
-    def forward(self, z: Tensor, x: Any) -> Tensor:
+    def forward(self, z: State, x: Any) -> State:
         """f(z, x), shaped like z."""
         f, _ = self._problem(x)
         with resting(self.model), frozen(self.model):
             return f(z)
 
-    def initial_state(self, x: Any) -> Tensor:
+    def initial_state(self, x: Any) -> State:
         """Where the model starts its solve."""
         return self._problem(x)[1]
 
-    def _problem(self, x: Any) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    def _problem(self, x: Any) -> tuple[Callable[[State], State], State]:
         """(f, z0) for x, captured once."""
         leaves, structure = ([x], "") if isinstance(x, Tensor) else _flattened(x)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -224,11 +226,16 @@ class FixedPointMap(ModelMap):
             self._captured = (_Same(tensors), key, *self._capture(x))
         return self._captured[2], self._captured[3]
 
-    def _capture(self, x: Any) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    def _capture(self, x: Any) -> tuple[Callable[[State], State], State]:
         with frozen(self.model):
             (func, *rest), options = run_until(self._deq[0], "f_solver", self.model, x, "torchdeq DEQ")
-        f, z0, _ = _single(func, rest[0] if rest else options["x0"])
-        return f, z0.detach()
+        x0 = rest[0] if rest else options["x0"]
+        f: Any
+        f, z0, _ = _single(func, x0)
+        images = None if self.layout == "vector" else _images(func, x0)
+        if images is None:
+            return f, z0.detach()
+        return lambda z: images.unpack(f(images.pack(z))), images.unpack(z0.detach())
 
 
 def holds_deq(f: Any) -> bool:
@@ -286,6 +293,19 @@ def _single(func: Callable[[Any], Any], x0: Any) -> tuple[Callable[[Tensor], Ten
         packing.pack(tuple(x0)),
         lambda z: list(packing.unpack(z)),
     )
+
+
+def _images(func: Any, x0: Any) -> Packing | None:
+    """How a state that torchdeq has flattened is made of images, where these are one, or fit together; None else."""
+    shapes = [part.shape[1:] for part in x0] if isinstance(x0, (tuple, list)) else None
+    if shapes is None:  # torchdeq's wrapper knows them
+        shapes = [torch.Size(shape[1:]) for shape in getattr(func, "z_shape", ())]
+    single = len(shapes) == 1
+    try:
+        spatial = bool(shapes) and guess_layout(shapes[0] if single else tuple(map(tuple, shapes))).spatial
+    except ValueError:
+        return None
+    return Packing(tuple(shapes), single) if spatial else None
 
 
 def _like_rows(mask: Tensor, z: Any) -> Tensor:

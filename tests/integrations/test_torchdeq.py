@@ -547,6 +547,50 @@ def test_a_state_of_several_tensors_is_one_flat_tensor(no_stat):
     assert model.eval()(x).shape == (30, 4)
 
 
+class Resolutions(nn.Module):
+    """A DEQ over images of several resolutions, coupled; inputs of the finest."""
+
+    def __init__(self, no_stat: bool, shapes=((2, 4, 4), (3, 2, 2))) -> None:
+        super().__init__()
+        self.deq, self.shapes = (
+            torchdeq.get_deq(no_stat=no_stat, core="sliced", f_stop_mode="rel", f_max_iter=40),
+            shapes,
+        )
+
+    def forward(self, x):
+        def f(*z):
+            coarse = [0.5 * torch.tanh(part + z[0].mean(dim=(1, 2, 3), keepdim=True)) for part in z[1:]]
+            return [
+                torch.tanh(0.6 * z[0] + x + 0.1 * sum(part.mean(dim=(1, 2, 3), keepdim=True) for part in z)),
+                *coarse,
+            ]
+
+        out, _ = self.deq(f, [torch.zeros(len(x), *shape) for shape in self.shapes])
+        return out[-1][0].flatten(1)
+
+
+@pytest.mark.usefixtures("quick_fits")
+@pytest.mark.filterwarnings("ignore:solver 'test' was fitted")
+@pytest.mark.parametrize("no_stat", [False, True])
+@pytest.mark.parametrize("shapes", [((2, 4, 4), (3, 2, 2)), ((2, 4, 4),)])
+def test_images_that_torchdeq_flattens_keep_their_layout(no_stat, shapes):
+    model, x = Resolutions(no_stat, shapes), torch.randn(30, 2, 4, 4)
+    f = FixedPointMap(model)
+    z0 = f.initial_state(x)
+    parts = z0 if len(shapes) > 1 else (z0,)
+    assert tuple(tuple(part.shape[1:]) for part in parts) == shapes
+    solver = fitted(model, x, steps=2)
+    kind, shape = ("pyramid", shapes) if len(shapes) > 1 else ("image", shapes[0])
+    assert (solver.config.layout, solver.config.shape) == (kind, shape)
+    found = {}
+    for name, chosen in (("ours", solver), ("theirs", mb.Broyden())):
+        model.deq.f_solver, model.deq.f_tol = register("test", chosen), 1e-5
+        found[name] = model.eval()(x)
+    torch.testing.assert_close(found["ours"], found["theirs"], rtol=0, atol=1e-3)
+    model.layout = "vector"
+    assert FixedPointMap(model).initial_state(x).dim() == 2, "as the model says"
+
+
 @pytest.mark.usefixtures("quick_fits")
 def test_fit_solver_takes_an_unmodified_model_and_makes_it_faster():
     model = Model().eval()
