@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from metabroyden.meta.cotrainer import layer_of
+from metabroyden.meta.cotrainer import AIM, layer_of
 from metabroyden.meta.fit import MAX_NFE
 from metabroyden.meta.supervised import Task, are_classes, beside, run_on
 from metabroyden.meta.target import resting
@@ -65,14 +65,16 @@ class Standard(NamedTuple):
     def pressure(self, now: Judged) -> float:
         """For `CoTrainer.judge`: how far outputs have moved, and what has surely been lost, as a share of what may be.
 
-        Outputs say more than a score of few samples: their divergence has hardly any noise.
+        Outputs say more than a score of few samples: their divergence has hardly any noise. It is no reason to lower λ₂
+        where the score has lost nothing: outputs of a DEQ that had not learned all it could move as it learns on.
         """
         moved = self.divergence(now)
         if moved is None or not math.isfinite(moved):
             return self.used(now) if moved is None else math.inf
         lost, error, rounding = self._lost(now)
         allowed = max(error if self.tolerance is None else self.tolerance, rounding, 1e-300)
-        return max(moved / DIVERGENCE, (lost - rounding - error) / allowed)
+        moved /= DIVERGENCE
+        return max(moved if lost > rounding else min(moved, AIM), (lost - rounding - error) / allowed)
 
     def _lost(self, now: Judged) -> tuple[float, float, float]:
         """(mean that was lost, its standard error, what is rounding)."""

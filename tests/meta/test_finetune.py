@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import metabroyden as mb
+from metabroyden.meta.cotrainer import AIM
 from metabroyden.meta.judging import DIVERGENCE, Judged, Standard, judge
 from metabroyden.meta.supervised import Task
 from tests.helpers import normal, refused, same_parameters
@@ -233,13 +234,17 @@ def test_a_standard_is_of_paired_differences():
 
 def test_outputs_that_move_are_pressure_before_scores_show_it():
     logits = normal(40, 3).log_softmax(dim=1)
-    moved = (logits + 0.3 * normal(40, 3, seed=1)).log_softmax(dim=1)
+    moved = (logits + 0.6 * normal(40, 3, seed=1)).log_softmax(dim=1)
     scores = torch.ones(40)
     standard = Standard(Judged(scores, 1.0, logits), None)
     assert standard.pressure(Judged(scores, 1.0, logits)) == 0.0
     wanted = (logits.exp() * (logits - moved)).sum(dim=1).mean()
     assert standard.divergence(Judged(scores, 1.0, moved)) == pytest.approx(float(wanted), rel=1e-5)
-    assert standard.pressure(Judged(scores, 1.0, moved)) == pytest.approx(float(wanted) / DIVERGENCE, rel=1e-5)
+    assert float(wanted) > DIVERGENCE
+    assert standard.pressure(Judged(scores, 1.0, moved)) == AIM, "no reason to lower the weight where no score is lost"
+    slightly = scores.clone()
+    slightly[0] = 0.0
+    assert standard.pressure(Judged(slightly, 1.0, moved)) == pytest.approx(float(wanted) / DIVERGENCE, rel=1e-5)
     assert standard.pressure(Judged(scores, 1.0, moved * float("nan"))) == float("inf")
     fewer = scores.clone()
     fewer[0] = 0.0
