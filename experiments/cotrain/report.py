@@ -22,8 +22,9 @@ SOLVERS = {"classical": "best classical", "started": "best + start", "learned": 
 """Kinds of solvers in words."""
 WORDS = """\
 Trained models of the zoo, fine-tuned as `cotrain` does (task, learned start and residuals of the learned solver's first
-steps together; the fewest evaluations whose score on validation is lower by at most a standard error), then fitted;
-beside them the same models trained on as long as they were, and with a Jacobian penalty. Classical solvers (Picard,
+steps together; of ten looks at validation the one of fewest evaluations whose score is lower by at most a standard error
+of the difference, of texts by at most 0.005 bits), then fitted; beside them the same models trained on for as many steps,
+and with a Jacobian penalty. Classical solvers (Picard,
 Anderson, Broyden) are tuned anew on every resulting model; those called "+ start" begin at the learned start. The best
 classical solver is, of those that solve most give or take a standard error, the one with the smallest median; the
 fastest is, of the same, the one of the least time. A sample that is not solved counts as the budget of 60. Scores are

@@ -122,9 +122,13 @@ def check_contexts(x: Any, *, zeros: bool = False, given: str = "x_train", least
                 "mb.Shared(tensor) if all samples share it"
             )
     if not leaves or leaves[0].dim() < 1 or len(leaves[0]) < least:
+        few = bool(leaves) and leaves[0].dim() > 0 and 0 < len(leaves[0]) < least
+        more = (
+            "; make more of few, by noise, masks or parts of them: a solver is fitted to many problems" if few else ""
+        )
         raise ValueError(
             f"{given} must be a tensor, a pytree of them or an iterable of batches, with at least {least} sample"
-            f"{'s' if least > 1 else ''} first, got {_described(x)}"
+            f"{'s' if least > 1 else ''} first, got {_described(x)}{more}"
         )
     check_context(x, len(leaves[0]))
     for leaf in pytree.tree_leaves(bare(x)):
