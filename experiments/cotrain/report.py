@@ -126,7 +126,9 @@ def _summary(by_family: dict[str, list[Row]], tolerance: float) -> Table:
             f"{' / '.join(ours)} ({solved:.1%})", *(_range([row[key] for row in of]) for key in keys),
         ])  # fmt: skip
     kept = [of for of in found.values() if not all(row["model"]["refused"] for row in of)]
-    for words, some in (("**all**", list(found.values())), ("**where returned**", kept)):
+    wholes = [("**all**", list(found.values()))]
+    wholes += [("**where returned**", kept)] if len(kept) < len(found) else []
+    for words, some in wholes:
         whole = [f"**{geometric([geometric([row[key] for row in of]) for of in some]):.2f}**" for key in keys]
         body.append([words, "", "", "", *whole])
     head = ["family", "score (error)", "original's best: median / 90%", "co-trained", "evaluations", "90%", "time",
