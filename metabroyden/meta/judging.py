@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from metabroyden.meta.cotrainer import AIM, layer_of
 from metabroyden.meta.fit import MAX_NFE
@@ -59,14 +58,15 @@ class Standard(NamedTuple):
         if before is None or after is None:
             return None
         if self.reference.error is None:
-            return float(functional.kl_div(after, before, log_target=True, reduction="none").sum(dim=-1).mean())
+            likely = before.exp()  # a class that a model rules out, at a logit of −inf, counts for nothing
+            return float((likely * (before - after)).where(likely > 0, 0.0).sum(dim=-1).mean())
         return float((after - before).square().mean()) / max(2 * self.reference.error, 1e-300)
 
     def pressure(self, now: Judged) -> float:
         """For `CoTrainer.judge`: how far outputs have moved, and what has surely been lost, as a share of what may be.
 
         Outputs say more than a score of few samples: their divergence has hardly any noise. It is no reason to lower λ₂
-        where the score has lost nothing: outputs of a DEQ that had not learned all it could move as it learns on.
+        where the score has lost nothing: a DEQ that had not learned all it could moves as it learns on.
         """
         moved = self.divergence(now)
         if moved is None or not math.isfinite(moved):

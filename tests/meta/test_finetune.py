@@ -251,6 +251,8 @@ def test_outputs_that_move_are_pressure_before_scores_show_it():
     assert standard.pressure(Judged(fewer, 1.0, logits)) == 0.0, "one of forty is not surely a loss"
     fewer[:10] = 0.0
     assert standard.pressure(Judged(fewer, 1.0, logits)) > 1
+    masked = torch.tensor([[0.0, -torch.inf]]).expand(40, 2)
+    assert Standard(Judged(scores, 1.0, masked), None).pressure(Judged(scores, 1.0, masked)) == 0.0
     unknown = Standard(Judged(scores, 1.0), None)
     assert unknown.divergence(Judged(fewer, 1.0)) is None
     assert unknown.pressure(Judged(fewer, 1.0)) == unknown.used(Judged(fewer, 1.0)) > 1
