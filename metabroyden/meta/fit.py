@@ -27,7 +27,7 @@ from metabroyden.meta.calibrate import calibrate
 from metabroyden.meta.config import MetaConfig
 from metabroyden.meta.defaults import RATES
 from metabroyden.meta.inputs import check_contexts, gathered
-from metabroyden.meta.plan import ALIASES, OURS, Classical, as_solved, measure_classical, plan, room
+from metabroyden.meta.plan import ALIASES, OURS, Classical, as_solved, measure_classical, plan, registered, room
 from metabroyden.meta.plan import make_learned as make_learned
 from metabroyden.meta.prospect import Prospect, prospect
 from metabroyden.meta.target import ModelMap, Target, check_start, first_call, resting, takes_several, target_of
@@ -309,6 +309,7 @@ def device_of(target: Target, x: Any) -> torch.device:
 def _named(solver: Any) -> tuple[str, LearnedSolver | None]:
     """(registered name, the solver itself where one was given)."""
     if isinstance(solver, str):
+        registered(solver)  # refuses what is unknown before anything is solved
         return solver, None
     name = name_of(solver) if isinstance(solver, LearnedSolver) else None
     if name is None:

@@ -171,12 +171,18 @@ class Plan:
 
 def make_learned(kind: str, layout: Layout, *, seed: int = 0, **options: Any) -> Any:
     """`get_solver` of a learned one, or of a name in `ALIASES`, with weights drawn from a seed; ValueError for others."""
-    name, known = ALIASES.get(kind, kind), list_solvers(learned=True)
-    if name not in known:
-        raise ValueError(f"unknown learned solver {kind!r}: known are {', '.join(sorted({*known, *ALIASES}))}")
+    name = registered(kind)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
         return get_solver(name, layout=layout, **options)
+
+
+def registered(kind: str) -> str:
+    """The registered name of a learned solver or of a name in `ALIASES`; ValueError for others."""
+    name, known = ALIASES.get(kind, kind), list_solvers(learned=True)
+    if name not in known:
+        raise ValueError(f"unknown learned solver {kind!r}: known are {', '.join(sorted({*known, *ALIASES}))}")
+    return name
 
 
 def measure_classical(
