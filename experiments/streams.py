@@ -180,8 +180,7 @@ def power_frames(config: Streams, name: str) -> tuple[list[Frame], list[Contesta
     for frame in range(config.frames):
         share = LOAD[0] + (LOAD[1] - LOAD[0]) * math.sin(math.pi * frame / config.frames) ** 2
         frames.append(Frame(problem.f, problem.z0, (share * scale * own * p, share * scale * own * q)))
-    options: dict[str, Any] = {"budget": config.budget}
-    tuned = solvers.grids.tuned_solvers(*frames[0], **options)
+    tuned = solvers.grids.tuned_solvers(*frames[0], budget=config.budget)
     return frames, [*solvers.contestants(**tuned, Broyden=Broyden(config.budget)), solvers.universal()]
 
 
@@ -248,7 +247,7 @@ def _figure(rows: list[Row], folder: Path) -> report.Picture:
             if name not in (RIVAL, FLAGSHIP, "universal"):
                 continue
             ink = "#0072B2" if name == RIVAL else figures.colour(FLAGSHIP)
-            words = f"{'Anderson' if name == 'tuned Anderson' else 'learned'}, {start}"
+            words = f"{'Anderson' if name == RIVAL else 'learned'}, {start}"
             place.plot(
                 [row["frame"] for row in of], [row["mean"] for row in of], "-" if start == WARM else ":",
                 color=ink, label=words,

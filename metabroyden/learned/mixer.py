@@ -72,10 +72,10 @@ class Mixer(nn.Module):
             return functional.conv2d(part, weight, bias, padding=self.padding, dilation=self.dilation)
         if self.layout.kind == "set":
             return _equivariant(part, weight, bias)
-        if self.layout.by_token and not self.layout.causal:
-            return functional.conv1d(part, weight, bias, padding=self.padding, dilation=self.dilation)
-        if not self.layout.causal:
+        if not self.layout.by_token:
             return functional.linear(part, weight, bias)
+        if not self.layout.causal:
+            return functional.conv1d(part, weight, bias, padding=self.padding, dilation=self.dilation)
         # as an image one pixel high, padded on both sides: no copy of the input
         wide = functional.conv2d(
             part.unsqueeze(2), weight.unsqueeze(2), bias, padding=(0, self.past), dilation=(1, self.dilation)

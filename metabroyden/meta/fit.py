@@ -170,8 +170,8 @@ def fit_solver(
     with resting(target.whole):
         training |= {"batch": _batch(batch_size), **_rates(solver, learning_rate)}
         shown = progress and distributed.rank() == 0
-        limited = seconds is not None and checkpoint is None  # which would depend on the clock
-        job = FitJob.of(target, x_train, where, seed, rtol, layout, metric, seconds=seconds if limited else None)
+        limit = seconds if checkpoint is None else None  # what a checkpoint goes on with must not follow the clock
+        job = FitJob.of(target, x_train, where, seed, rtol, layout, metric, seconds=limit)
         training["validation_size"] = job.budget.looked
         phase("fit_solver: classical solvers are tuned", show=shown)
         asked: dict[str, Any] = {"solver": solver, "layout": layout, "conditioning": conditioning}
@@ -188,8 +188,8 @@ def fit_solver(
             if made.training.anchor:
                 job.tasks.equilibria = job.classical.equilibria(job.tasks, job.budget.anchored)
             reserve, config = _reserve(time.perf_counter() - began, seconds), made.training
-            if seconds is not None and limited and batch_size is None and distributed.size() == 1:
-                config = within(config, learned, job.tasks, seconds - reserve)
+            if limit is not None and batch_size is None and distributed.size() == 1:
+                config = within(config, learned, job.tasks, limit - reserve)
             phase(f"fit_solver: training, {config.batch} problems a step", show=shown)
             trainer = MetaTrainer(learned, job.tasks, config, checkpoint=checkpoint)
             trainer.callback = callback
