@@ -47,6 +47,7 @@ from metabroyden.nn import (
     normalise,
     spectral_radius,
 )
+from metabroyden.padded import Graphs, OnGraphs, Padded
 from metabroyden.shared import Shared
 from metabroyden.solution import Solution, SolveError, Status, Trace, relative_residual
 from metabroyden.solve import solve
@@ -75,6 +76,7 @@ __all__ = [
     "EquilibriumCache",
     "FixedBudget",
     "ForwardBackward",
+    "Graphs",
     "GroupedLSTM",
     "HyperAnderson",
     "Implicit",
@@ -88,6 +90,8 @@ __all__ = [
     "MetaTrainer",
     "NeuralFixedPoint",
     "Newton",
+    "OnGraphs",
+    "Padded",
     "PeacemanRachford",
     "Phantom",
     "Picard",

@@ -22,6 +22,7 @@ from metabroyden.learned.tolerance import fitted_rtol, tighter
 from metabroyden.nn.dropout import stochastic_layers
 from metabroyden.nn.pin import pin
 from metabroyden.opaque import opaque
+from metabroyden.padded import values_of
 from metabroyden.shared import bare
 from metabroyden.solution import Cell, Solution, State
 from metabroyden.solve import check_options, solve
@@ -296,8 +297,9 @@ def initial_state(cell: Any, x: Any) -> State:
     maker = getattr(cell, "initial_state", None)
     if maker is not None:
         return maker(bare(x))
-    if isinstance(x, Tensor) and x.is_floating_point():
-        return torch.zeros_like(x)
+    like = values_of(x)
+    if isinstance(like, Tensor) and like.is_floating_point():
+        return torch.zeros_like(like)
     given = f"{x.dtype}" if isinstance(x, Tensor) else f"type {type(x).__name__}"
     raise ValueError(
         f"DEQ cannot guess the shape of the state from a context of {given}: "

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from metabroyden.padded import length_mask
 from metabroyden.shared import bare
 from metabroyden.solution import Cell, State
-from metabroyden.state import Packing
+from metabroyden.state import AugmentedContext, Packing
 
 # calls of a solve after which z's memory itself is compared: a first z is often zero, which hides factors
 _COMPARED = 2
@@ -114,6 +115,7 @@ class Given:
     Attributes:
         arguments: of f beside z: the context, its shared tensors as they are, or nothing where f takes none.
         tensors: all that are in the context; none known to a compiler, which keeps no versions.
+        mask: (B, T) where tokens are, see `Padded`; None where nothing is padded.
         versions: those that have a version (inference tensors have none), with the one that they have now.
     """
 
@@ -124,7 +126,20 @@ class Given:
         if context is not None and not torch.compiler.is_compiling():
             leaves = [context] if isinstance(context, Tensor) else pytree.tree_leaves(context)
             self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self.mask = length_mask(context.context if isinstance(context, AugmentedContext) else context)
         self.versions = [(tensor, tensor._version) for tensor in self.tensors if not tensor.is_inference()]
+
+    def blanked(self, value: Tensor, packing: Packing) -> Tensor:
+        """What f returned, packed (R, n), zero where its context is padding; ValueError where the state is not (B, T, C)."""
+        if self.mask is None:
+            return value
+        if not packing.single or packing.shapes[0][:1] != self.mask.shape[1:]:
+            raise ValueError(
+                f"a padded context with a mask (B, T) wants a state (B, T, C): the mask is {tuple(self.mask.shape)}, the "
+                f"state's per-sample shape {tuple(packing.shape)}"
+            )
+        whole = value.unflatten(1, (self.mask.shape[1], -1))
+        return torch.where(self.mask.unsqueeze(2), whole, 0.0).flatten(1)
 
 
 NOTHING = Given(None)
@@ -174,11 +189,11 @@ class GuardedFunction:
         point = z if self.f_dtype is None else z.to(self.f_dtype)
         state = point if self._plain else self.packing.unpack(point)
         if not self._guarded:
-            return self.packing.take(f(state, *given.arguments), z)
+            return given.blanked(self.packing.take(f(state, *given.arguments), z), self.packing)
         version = point._version
         compare = self._calls < _COMPARED and function is None and not differentiable
         before = self._memory(point, given) if compare else None
-        value = self.packing.take(f(state, *given.arguments), z)
+        value = given.blanked(self.packing.take(f(state, *given.arguments), z), self.packing)
         self._look(point, version, given)
         if before is not None:
             self._compare(before, point, given)

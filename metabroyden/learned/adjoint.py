@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from metabroyden.learned.grouped import GroupedConfig, GroupedLSTM
-from metabroyden.learned.preconditioner import Preconditioner
+from metabroyden.learned.preconditioner import Frozen, Preconditioner
 from metabroyden.solvers.registry import register
 
 
@@ -34,16 +34,18 @@ class AdjointLSTM(GroupedLSTM):
 
     def __init__(self, config: AdjointConfig | None = None, **options: Any) -> None:
         super().__init__(config, **options)
+        if self.layout.kind == "graph":
+            raise ValueError("AdjointLSTM has no layout 'graph': solve the adjoint of graphs by a classical solver")
         self.layout = replace(self.layout, reverse=True)
         self.preconditioner = Preconditioner(self.layout, 0, self.config.rank)
 
     def start(self, z0: Tensor, problem: Any) -> Tensor:
         """v + Q(v), (R, n)."""
-        gates, shape = self.gates(z0, problem), self.layout.resolve(problem.shape)
+        frozen, shape = self.frozen(z0, problem), self.layout.resolve(problem.shape)
         v = problem.context["v"]
-        return v + self.layout.flat(self.preconditioner(self.layout.canonical(v, shape), gates))
+        return v + self.layout.flat(self.preconditioner(self.layout.canonical(v, shape), *frozen))
 
-    def gates(self, z: Tensor, problem: Any) -> Tensor:
+    def frozen(self, z: Tensor, problem: Any) -> Frozen:
         """Gates of the preconditioner at the equilibrium that the adjoint belongs to."""
         context = problem.context
         if not (isinstance(context, dict) and {"z", "v"} <= set(context)):
@@ -53,4 +55,4 @@ class AdjointLSTM(GroupedLSTM):
             )
         shape = self.layout.resolve(problem.shape)
         star = self.layout.canonical(context["z"], shape)
-        return self.preconditioner.gates(star, star[:, :0])
+        return self.preconditioner.gates(star, star[:, :0]), None

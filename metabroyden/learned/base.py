@@ -14,7 +14,10 @@ from metabroyden.deprecated import OldOptions, current
 from metabroyden.evaluator import to_host
 from metabroyden.learned.initializer import Initializer
 from metabroyden.learned.layout import Layout
+from metabroyden.learned.preconditioner import Frozen
 from metabroyden.learned.safeguard import Safeguard
+from metabroyden.learned.wiring import Wiring, wiring_of
+from metabroyden.padded import length_mask
 from metabroyden.solution import relative_residual
 from metabroyden.solver import Phase, SolverBase
 
@@ -153,12 +156,18 @@ class LearnedSolver(SolverBase, nn.Module):
         wrong_extents = feature.shape[2:] != extents
         if feature.dim() < 2 or feature.shape[1] != self.context_channels or wrong_extents:
             raise ValueError(f"this solver needs {wanted}, got shape {tuple(context.shape)}")
-        return feature
+        mask = length_mask(problem.context) if self.layout.by_token else None
+        return feature if mask is None else feature * mask.unsqueeze(1)
 
-    def gates(self, z: Tensor, problem: Any) -> Tensor:
-        """The gates of the solver's preconditioner at z (R, n): (R, rank, *S)."""
-        shape = self.layout.resolve(problem.shape)
-        return self.preconditioner.gates(self.layout.canonical(z, shape), self.context_feature(problem, shape))
+    def frozen(self, z: Tensor, problem: Any) -> Frozen:
+        """What the solver's preconditioner sees of a problem: its gates at z (R, n), (R, rank, *S), and the wiring."""
+        shape, wiring = self.layout.resolve(problem.shape), self.wiring(problem, z)
+        seen = self.layout.canonical(z, shape), self.context_feature(problem, shape)
+        return self.preconditioner.gates(*seen, wiring), wiring
+
+    def wiring(self, problem: Any, like: Tensor) -> Wiring | None:
+        """Which places of these problems' states are real, and the edges of graphs; None where nothing is marked."""
+        return wiring_of(problem.context, self.layout, like)
 
     def start(self, z0: Tensor, problem: Any) -> Tensor:
         """The first iterate, (R, n): f(z0), or z0 where that is given no look, with a share of the learned start.
@@ -173,7 +182,7 @@ class LearnedSolver(SolverBase, nn.Module):
         base = problem.origin() if seen else z0
         if self.initializer is None:
             return base
-        move = self.layout.flat(self.initializer(context))
+        move = self.layout.flat(self.initializer(context, self.wiring(problem, z0)))
         learned = base + move if seen or self.config.reach is None else move
         warm = self.warm_start(z0, learned, problem)
         return learned if warm is None else torch.where(warm[0] == 1, learned, torch.lerp(warm[1], learned, warm[0]))

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from metabroyden.learned.base import LearnedConfig, LearnedSolver
 from metabroyden.learned.lstm import SharedLSTM
-from metabroyden.learned.preconditioner import LearnedInverse, Preconditioner
+from metabroyden.learned.preconditioner import Frozen, LearnedInverse, Preconditioner
 from metabroyden.solver import Phase, Step
 from metabroyden.solvers.registry import register
+from metabroyden.state import gather
 
 _DIRECTIONS = 4  # residual, preconditioned residual, previous update, state; and one bias a group
 
@@ -38,7 +39,7 @@ class GroupedConfig(LearnedConfig):
 class GroupedState(NamedTuple):
     """R rows, G groups, H hidden, n coordinates."""
 
-    gates: Tensor  # (R, rank, *S) of the preconditioner
+    frozen: Frozen  # of the preconditioner
     update: Tensor  # (R, C, *S) previous update over its residual scale
     hidden: Tensor  # (R, H, G)
     cell: Tensor  # (R, H, G)
@@ -79,12 +80,12 @@ class GroupedLSTM(LearnedSolver):
     def init(self, z: Tensor, g: Tensor, problem: Any) -> GroupedState:
         """Zero memory; the preconditioner's gate is taken once."""
         shape = self.layout.resolve(problem.shape)
-        gates = self.gates(z, problem)
+        frozen = self.frozen(z, problem)
         hidden, cell = self.lstm.begin(len(z), self.layout.groups(self.layout.extents(shape)), z)
         gc = self.layout.canonical(g, shape)
         scale = self.layout.scale(gc)
         weights = self._base.squeeze(1).expand(len(z), hidden.shape[2], -1)
-        return GroupedState(gates, torch.zeros_like(gc), hidden, cell, scale, scale, weights)
+        return GroupedState(frozen, torch.zeros_like(gc), hidden, cell, scale, scale, weights)
 
     def step(self, z: Tensor, g: Tensor, state: GroupedState, problem: Any) -> Step:
         """One learned step, (R, n)."""
@@ -94,7 +95,7 @@ class GroupedLSTM(LearnedSolver):
         scale = layout.scale(gc)
         r = gc / scale
         size = layout.scale(zc)
-        directions = [r, self.preconditioner(r, state.gates), state.update, zc / size]
+        directions = [r, self.preconditioner(r, *state.frozen), state.update, zc / size]
         stack = layout.grouped(torch.stack(directions, dim=2))  # (R, G, 4, P)
         features = direction_features(stack, scale, state.scale, state.first if self.homogeneous else None)
         output, hidden, cell = self.lstm(features, state.hidden, state.cell)
@@ -104,11 +105,11 @@ class GroupedLSTM(LearnedSolver):
         after = state._replace(update=update, hidden=hidden, cell=cell, scale=scale, weights=weights)
         return Step(z, after)
 
-    def inverse(self, state: GroupedState, index: Tensor) -> Tensor:
-        """What `rmatvec` needs of the rows `index`: the preconditioner's gates."""
-        return state.gates.index_select(0, index)
+    def inverse(self, state: GroupedState, index: Tensor) -> Frozen:
+        """What `rmatvec` needs of the rows `index`: the preconditioner's gates, the wiring."""
+        return gather(state.frozen, index)
 
-    def rmatvec(self, w: Tensor, inverse: Tensor) -> Tensor:
+    def rmatvec(self, w: Tensor, inverse: Frozen) -> Tensor:
         """Bᵀw with B = −(I + P), for w (R, n)."""
         return -(w + LearnedInverse(self).rmatvec(w, inverse))
 

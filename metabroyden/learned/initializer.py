@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from metabroyden.learned.layout import Layout
 from metabroyden.learned.mixer import Mixer
+from metabroyden.learned.wiring import Wiring
 
 
 class Initializer(nn.Module):
@@ -24,9 +25,9 @@ class Initializer(nn.Module):
         self.between = nn.ModuleList(Mixer(layout, width, width, kernel=kernel) for kernel in between)
         self.outward = Mixer(layout, width, layout.channels, kernel=last, zero=True)
 
-    def forward(self, context: Tensor) -> Tensor:
+    def forward(self, context: Tensor, wiring: Wiring | None = None) -> Tensor:
         """The correction to the base, (R, C, *S)."""
-        value = functional.gelu(self.inward(context))
+        value = functional.gelu(self.inward(context, wiring=wiring))
         for mixer in self.between:
-            value = functional.gelu(mixer(value))
-        return self.outward(value)
+            value = functional.gelu(mixer(value, wiring=wiring))
+        return self.outward(value, wiring=wiring)

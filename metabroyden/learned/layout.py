@@ -19,10 +19,10 @@ from torch.nn import functional
 
 from metabroyden.deprecated import current
 
-KINDS = {"vector": 1, "nct": 2, "ntc": 2, "tokens": 2, "set": 2, "image": 3, "pyramid": 3}
+KINDS = {"vector": 1, "nct": 2, "ntc": 2, "tokens": 2, "set": 2, "graph": 2, "image": 3, "pyramid": 3}
 """Per-sample axes of each layout: vector; nct/ntc: sequence in which nothing looks ahead, channels first/last; tokens:
-sequence in which tokens see one another, channels last; set: the same without an order; image; pyramid: a tuple of images,
-finest first, each side a multiple of the last one's."""
+sequence in which tokens see one another, channels last; set: the same without an order; graph: with edges, see `Graphs`;
+image; pyramid: a tuple of images, finest first, each side a multiple of the last one's."""
 LARGEST_PACKED = 8192
 """Coordinates above which a state of several tensors is not taken for one vector unasked: maps of it are dense."""
 
@@ -65,7 +65,7 @@ class Layout:
     @property
     def channel_axis(self) -> int:
         """Which axis of a sample has the channels."""
-        return 1 if self.kind in ("ntc", "tokens", "set") else 0
+        return 1 if self.kind in ("ntc", "tokens", "set", "graph") else 0
 
     @property
     def causal(self) -> bool:

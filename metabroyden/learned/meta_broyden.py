@@ -11,10 +11,11 @@ from torch import Tensor
 from metabroyden.deprecated import current
 from metabroyden.learned.base import LearnedConfig, LearnedSolver
 from metabroyden.learned.coefficients import StepLSTM, StepSchedule, by_channel
-from metabroyden.learned.preconditioner import LearnedInverse, Preconditioner
+from metabroyden.learned.preconditioner import Frozen, LearnedInverse, Preconditioner
 from metabroyden.learned.safeguard import BY_PROGRESS, Safeguard
 from metabroyden.learned.secants import Secants, SecantState
 from metabroyden.learned.trusted_inverse import JUDGED_ON, TrustedInverse
+from metabroyden.learned.wiring import Wiring
 from metabroyden.solver import Phase, Step, Trail
 from metabroyden.solvers.registry import register
 from metabroyden.state import gather
@@ -62,6 +63,7 @@ class MetaBroydenState(NamedTuple):
     """R rows, n coordinates, C channels (of all resolutions), k inner ones."""
 
     initial: Tensor  # (R, k, *S) the preconditioner's gates where the solve began
+    wiring: Wiring | None
     before: Tensor  # (R, n) the iterate before this one
     memory: Any  # of the coefficients, see `StepCoefficients`
     trail: tuple[Any, ...]  # (iterates, residuals, our rows in them or None) of the learned steps
@@ -126,15 +128,16 @@ class MetaBroyden(LearnedSolver):
         weights = by_channel(self.coefficients.final_step_size.unsqueeze(0) - 1, self.layout, parts[0])
         return self.layout.joined([part * w for part, w in zip(parts, weights, strict=True)])
 
-    def gates(self, z: Tensor, problem: Any) -> Tensor:
-        """The preconditioner's gates at z (R, n) where there is no step to take them from: (R, k, *S)."""
-        return self.coefficients.final_gates(super().gates(z, problem))
+    def frozen(self, z: Tensor, problem: Any) -> Frozen:
+        """As every learned solver's, with the gates (R, k, *S) of where there is no step to take them from."""
+        gates, wiring = super().frozen(z, problem)
+        return self.coefficients.final_gates(gates), wiring
 
     def init(self, z: Tensor, g: Tensor, problem: Any) -> MetaBroydenState:
         """Zero memory, no pairs; the gates are taken once."""
-        gates = super().gates(z, problem)
+        gates, wiring = super().frozen(z, problem)
         memory = self.coefficients.begin(gates, g, self.layout.resolve(problem.shape))
-        return MetaBroydenState(gates, z, memory, (), None, 0)
+        return MetaBroydenState(gates, wiring, z, memory, (), None, 0)
 
     def step(self, z: Tensor, g: Tensor, state: MetaBroydenState, problem: Any) -> Step:
         """One learned step, (R, n)."""
@@ -160,26 +163,27 @@ class MetaBroyden(LearnedSolver):
     ) -> Step:
         layout = self.layout
         residuals = layout.parts(g, shape)
-        inner = self.preconditioner.inward.of_parts(residuals)
+        inner = self.preconditioner.inward.of_parts(residuals, state.wiring)
         found = self.coefficients.at(state.steps, state.initial, inner, g, state.memory, shape)
         for gate in found.gates:
             inner = inner * gate if torch.is_grad_enabled() else inner.mul_(gate)
         if found.correction is not None:
             inner = inner + found.correction
-        moved = self.preconditioner.outward.to_parts(inner)
+        moved = self.preconditioner.outward.to_parts(inner, state.wiring)
         iterates = zip(layout.parts(z, shape), layout.parts(state.before, shape), strict=True)
         sums = zip(moved, residuals, found.step_sizes, iterates, found.momenta, strict=True)
         for place, r, terms, points, momenta in sums:  # onto what P gave
             for weight, value in (*((term, r) for term in terms), *zip(momenta, points, strict=True)):
                 place.addcmul_(weight, value)
-        after = MetaBroydenState(state.initial, z, found.memory, trail, state.secants, state.steps + 1)
+        after = state._replace(before=z, memory=found.memory, trail=trail, steps=state.steps + 1)
         return Step(layout.joined(moved), after)
 
     def _initial_inverse(self, r: Tensor, state: MetaBroydenState, shape: tuple[Any, ...]) -> Tensor:
         """B₀r for r (R, n), with the coefficients of the last learned step."""
         parts = self.layout.parts(r, shape)
         step_size, gates = self.coefficients.last(state.initial, state.memory)
-        more = self.preconditioner.outward.to_parts(self.preconditioner.inward.of_parts(parts) * gates)
+        inner = self.preconditioner.inward.of_parts(parts, state.wiring) * gates
+        more = self.preconditioner.outward.to_parts(inner, state.wiring)
         return -self.layout.joined(self._add_diagonal(parts, step_size, more))
 
     def _add_diagonal(self, parts: list[Tensor], step_size: Tensor, more: list[Tensor]) -> list[Tensor]:
@@ -213,13 +217,13 @@ class MetaBroyden(LearnedSolver):
         state = self.gather(state, index)
         step_size, gates = self.coefficients.last(state.initial, state.memory)
         secants = self._pairs(state, self.layout.shape_like(gates.shape[2:]))
-        return gates, step_size, None if secants is None else self.secants.pairs(secants)
+        return gates, state.wiring, step_size, None if secants is None else self.secants.pairs(secants)
 
     def rmatvec(self, w: Tensor, inverse: Any) -> Tensor:
         """Bᵀw with B of the class's formula, for w (R, n)."""
-        gates, step_size, pairs = inverse
+        gates, wiring, step_size, pairs = inverse
         shape = self.layout.shape_like(gates.shape[2:])
         wc = self.layout.canonical(w, shape)
-        learned = self.layout.parts(self.layout.flat(self.preconditioner.transpose(wc, gates)), shape)
+        learned = self.layout.parts(self.layout.flat(self.preconditioner.transpose(wc, gates, wiring)), shape)
         back = -self.layout.joined(self._add_diagonal(self.layout.parts(w, shape), step_size, learned))
         return back if pairs is None else back + self.secants.transposed(w, back, pairs, shape)

@@ -11,19 +11,24 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from metabroyden.learned.layout import Layout
+from metabroyden.learned.wiring import Wiring
 
 
 class Mixer(nn.Module):
     """A linear map over canonical states that mixes channels and, by layout, near neighbours.
 
+    Where places are padding, its value is zero.
+
     Args:
         layout: of the states: images and tokens have a convolution, sequences a causal one, vectors a dense map. Sets have a
             map of each element and, for a kernel wider than 1, of the mean of all (Zaheer et al., Deep Sets, NIPS 2017).
+            Graphs have, beside these two, maps of what comes along the edges: polynomials in a matrix of edges, as in
+            Defferrard et al., NIPS 2016.
         inputs: channels; so are outputs.
         kernel: odd width of the convolution.
         bias: whether it adds a learned constant.
         zero: whether its weights begin at zero.
-        dilation: distance of the convolution's taps; 1 for vectors, sets and pyramids.
+        dilation: distance of the convolution's taps, of graphs in edges; 1 for vectors, sets and pyramids.
     """
 
     def __init__(
@@ -47,8 +52,12 @@ class Mixer(nn.Module):
         self.map: Any
         if layout.spatial:
             self.map = nn.Conv2d(inputs, outputs, kernel, padding=self.padding, dilation=dilation, bias=bias)
-        elif layout.kind == "set":
-            self.map = nn.Conv1d(inputs, outputs, min(kernel, 2), bias=bias)  # taps: the element, the mean
+        elif layout.kind in (
+            "set",
+            "graph",
+        ):  # taps: the element, the mean, the elements 1, 2, … times `dilation` before
+            taps = kernel + 1 if layout.kind == "graph" else 2
+            self.map = nn.Conv1d(inputs, outputs, 1 if kernel == 1 else taps, bias=bias)
         elif layout.by_token:
             self.map = nn.Conv1d(inputs, outputs, kernel, dilation=dilation, bias=bias)
         else:
@@ -58,20 +67,25 @@ class Mixer(nn.Module):
             for parameter in self.map.parameters():
                 nn.init.zeros_(parameter)
 
-    def forward(self, *parts: Tensor) -> Tensor:
+    def forward(self, *parts: Tensor, wiring: Wiring | None = None) -> Tensor:
         """(R, inputs, *S) → (R, outputs, *S), for a value or what its channels are made of, in order, without joining it."""
         parts = tuple(part for part in parts if part.shape[1])
         if len(parts) == 1:
-            return self._mapped(parts[0], self.map.weight, self.map.bias)
+            return self._mapped(parts[0], self.map.weight, self.map.bias, wiring)
         weights = self.map.weight.split([part.shape[1] for part in parts], dim=1)
         biases = [self.map.bias, *[None] * (len(parts) - 1)]
-        return functools.reduce(torch.add, map(self._mapped, parts, weights, biases))
+        mapped = functools.partial(self._mapped, wiring=wiring)
+        return functools.reduce(torch.add, map(mapped, parts, weights, biases))
 
-    def _mapped(self, part: Tensor, weight: Tensor, bias: Any) -> Tensor:
+    def _mapped(self, part: Tensor, weight: Tensor, bias: Any, wiring: Wiring | None) -> Tensor:
+        found = self._unmasked(part, weight, bias, wiring)
+        return found if wiring is None else wiring.blanked(found)
+
+    def _unmasked(self, part: Tensor, weight: Tensor, bias: Any, wiring: Wiring | None) -> Tensor:
         if self.layout.spatial:
             return functional.conv2d(part, weight, bias, padding=self.padding, dilation=self.dilation)
-        if self.layout.kind == "set":
-            return _equivariant(part, weight, bias)
+        if self.layout.kind in ("set", "graph"):
+            return self._equivariant(part, weight, bias, wiring)
         if not self.layout.by_token:
             return functional.linear(part, weight, bias)
         if not self.layout.causal:
@@ -82,28 +96,62 @@ class Mixer(nn.Module):
         )
         return wide[:, :, 0, : part.shape[2]]
 
-    def of_parts(self, parts: Sequence[Tensor]) -> Tensor:
+    def _equivariant(
+        self, value: Tensor, weight: Tensor, bias: Any, wiring: Wiring | None, *, back: bool = False
+    ) -> Tensor:
+        """A map of each element (R, C, T), of the mean, and of what comes along edges: all commute with permutations."""
+        elements = value.transpose(1, 2)
+        maps = [tap.T for tap in weight.unbind(2)]
+        if weight.shape[0] <= weight.shape[1]:  # what goes along edges has few channels
+            own, *others = (elements @ torch.cat(maps, dim=1)).split(weight.shape[0], dim=2)
+            found = own if not others else own + _mean(others[0].transpose(1, 2), wiring).transpose(1, 2)
+            if others[1:]:
+                found = found + self._summed(others[1:], wiring, back)
+        else:
+            found = elements @ maps[0]
+            if maps[1:]:
+                found = found + _mean(value, wiring).transpose(1, 2) @ maps[1]
+            come = elements
+            for tap in maps[2:]:
+                come = _wired(wiring).carried(come, self.dilation, back=back)
+                found = found + come @ tap
+        found = found.transpose(1, 2)
+        return found if bias is None else found + bias[:, None]
+
+    def _summed(self, mapped: Sequence[Tensor], wiring: Wiring | None, back: bool) -> Tensor:
+        """Σᵢ Âⁱᵈyᵢ, i = 1, 2, …, for yᵢ (R, T, k), by Horner's rule."""
+        total = None
+        for part in reversed(mapped):
+            total = _wired(wiring).carried(part if total is None else part + total, self.dilation, back=back)
+        assert total is not None
+        return total
+
+    def of_parts(self, parts: Sequence[Tensor], wiring: Wiring | None = None) -> Tensor:
         """The map (without bias) of a canonical value that comes in `Layout.parts`, which need not be brought together."""
         if len(parts) == 1:
-            return self._mapped(parts[0], self.map.weight, None)
+            return self._mapped(parts[0], self.map.weight, None, wiring)
         weights = self.map.weight.split(self.layout.coarse_channels, dim=1)
         return functools.reduce(torch.add, map(_strided, parts, weights, self.layout.factors))
 
-    def to_parts(self, value: Tensor) -> list[Tensor]:
+    def to_parts(self, value: Tensor, wiring: Wiring | None = None) -> list[Tensor]:
         """The map (without bias) of a value, as `Layout.parts` of the canonical one."""
         if self.layout.kind != "pyramid":
-            return [self._mapped(value, self.map.weight, None)]
+            return [self._mapped(value, self.map.weight, None, wiring)]
         maps = zip(self.map.weight.split(self.layout.coarse_channels, dim=0), self.layout.factors, strict=True)
         found = [(functional.conv2d(value, weight, padding=weight.shape[-1] // 2), n) for weight, n in maps]
         return [functional.pixel_shuffle(mapped, n) if n > 1 else mapped for mapped, n in found]
 
-    def transpose(self, value: Tensor) -> Tensor:
+    def transpose(self, value: Tensor, wiring: Wiring | None = None) -> Tensor:
         """The transposed linear map (its bias left out), (R, outputs, *S) → (R, inputs, *S)."""
+        found = self._transposed(value if wiring is None else wiring.blanked(value), wiring)
+        return found if wiring is None else wiring.blanked(found)
+
+    def _transposed(self, value: Tensor, wiring: Wiring | None) -> Tensor:
         weight = self.map.weight
         if self.layout.spatial:
             return functional.conv_transpose2d(value, weight, padding=self.padding, dilation=self.dilation)
-        if self.layout.kind == "set":
-            return _equivariant(value, weight.transpose(0, 1), None)
+        if self.layout.kind in ("set", "graph"):
+            return self._equivariant(value, weight.transpose(0, 1), None, wiring, back=True)
         if self.layout.causal:
             return functional.conv_transpose1d(value, weight, dilation=self.dilation)[..., self.past :]
         if self.layout.by_token:
@@ -111,12 +159,16 @@ class Mixer(nn.Module):
         return functional.linear(value, weight.T)
 
 
-def _equivariant(value: Tensor, weight: Tensor, bias: Any) -> Tensor:
-    """A map of each element (R, C, T) and, where there are two taps, of the mean: both commute with permutations."""
-    mapped = functional.conv1d(value, weight[:, :, :1], bias)
-    if weight.shape[2] == 1:
-        return mapped
-    return mapped + functional.conv1d(value.mean(dim=2, keepdim=True), weight[:, :, 1:])
+def _mean(value: Tensor, wiring: Wiring | None) -> Tensor:
+    """(R, C, 1) of the places of a value (R, C, T)."""
+    return value.mean(dim=2, keepdim=True) if wiring is None else wiring.mean(value)
+
+
+def _wired(wiring: Wiring | None) -> Wiring:
+    """The wiring that a graph has; ValueError without."""
+    if wiring is None:
+        raise ValueError("layout 'graph' needs the edges of these problems, mb.Graphs for their context")
+    return wiring
 
 
 def _strided(part: Tensor, weight: Tensor, n: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from metabroyden.learned.layout import Layout
 from metabroyden.learned.mixer import Mixer
+from metabroyden.learned.wiring import Wiring
 from metabroyden.solver import Trail
 
 
@@ -34,50 +35,54 @@ class Preconditioner(nn.Module):
         self.outward = Mixer(layout, rank, layout.channels, kernel=kernel, bias=False, zero=True, dilation=dilations[1])
         self.gate = Mixer(layout, layout.channels + context_channels, rank)
 
-    def gates(self, z: Tensor, context: Tensor) -> Tensor:
+    def gates(self, z: Tensor, context: Tensor, wiring: Wiring | None = None) -> Tensor:
         """The gate at z (R, C, *S) with the context feature (R, C', *S); (R, rank, *S)."""
-        return torch.sigmoid(self.gate(z, context))
+        return torch.sigmoid(self.gate(z, context, wiring=wiring))
 
-    def forward(self, r: Tensor, gates: Tensor) -> Tensor:
+    def forward(self, r: Tensor, gates: Tensor, wiring: Wiring | None = None) -> Tensor:
         """P(r), shaped like r (R, C, *S)."""
-        return self.outward(self.inward(r) * gates)
+        return self.outward(self.inward(r, wiring=wiring) * gates, wiring=wiring)
 
-    def transpose(self, w: Tensor, gates: Tensor) -> Tensor:
+    def transpose(self, w: Tensor, gates: Tensor, wiring: Wiring | None = None) -> Tensor:
         """Pᵀ(w), shaped like w (R, C, *S)."""
-        return self.inward.transpose(self.outward.transpose(w) * gates)
+        return self.inward.transpose(self.outward.transpose(w, wiring) * gates, wiring)
+
+
+Frozen = tuple[Tensor, Wiring | None]
+"""A `Preconditioner`'s gates (R, rank, *S) and the wiring of the problem."""
 
 
 class LearnedInverse:
     """A trained `Preconditioner` as the `InverseJacobian` of Broyden's method: −(I + P), or −(I + D + P).
 
     Args:
-        solver: with a `preconditioner`, its `gates` and a `layout`.
+        solver: with a `preconditioner`, what that sees, `frozen`, and a `layout`.
         diagonal: (r (R, n), per-sample shape) ↦ Dr.
     """
 
     def __init__(self, solver: Any, diagonal: Callable[[Tensor, Any], Tensor] | None = None) -> None:
         self.solver, self.diagonal = solver, diagonal
 
-    def init(self, z: Tensor, g: Tensor, problem: Any) -> Tensor:
-        """The gate, frozen at z."""
-        return self.solver.gates(z, problem)
+    def init(self, z: Tensor, g: Tensor, problem: Any) -> Frozen:
+        """The gate, frozen at z, and the problem's wiring."""
+        return self.solver.frozen(z, problem)
 
-    def resume(self, z: Tensor, g: Tensor, trail: Trail, problem: Any) -> Tensor:
+    def resume(self, z: Tensor, g: Tensor, trail: Trail, problem: Any) -> Frozen:
         """As `init`."""
         return self.init(z, g, problem)
 
-    def apply(self, r: Tensor, frozen: Tensor) -> Tensor:
+    def apply(self, r: Tensor, frozen: Frozen) -> Tensor:
         """(D + P)r for r (R, n)."""
         return self._with_diagonal(self.solver.preconditioner, r, frozen)
 
-    def rmatvec(self, w: Tensor, frozen: Tensor) -> Tensor:
+    def rmatvec(self, w: Tensor, frozen: Frozen) -> Tensor:
         """(D + P)ᵀw for w (R, n)."""
         return self._with_diagonal(self.solver.preconditioner.transpose, w, frozen)
 
-    def _with_diagonal(self, p: Callable[[Tensor, Tensor], Tensor], r: Tensor, frozen: Tensor) -> Tensor:
+    def _with_diagonal(self, p: Callable[..., Tensor], r: Tensor, frozen: Frozen) -> Tensor:
         layout = self.solver.layout
-        shape = layout.shape_like(frozen.shape[2:])
-        found = layout.flat(p(layout.canonical(r, shape), frozen))
+        shape = layout.shape_like(frozen[0].shape[2:])
+        found = layout.flat(p(layout.canonical(r, shape), *frozen))
         return found if self.diagonal is None else found + self.diagonal(r, shape)
 
     def __repr__(self) -> str:

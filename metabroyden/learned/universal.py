@@ -11,7 +11,7 @@ from torch import Tensor
 from metabroyden.learned.base import LearnedConfig, LearnedSolver
 from metabroyden.learned.layout import Layout
 from metabroyden.learned.lstm import SharedLSTM
-from metabroyden.learned.preconditioner import Preconditioner
+from metabroyden.learned.preconditioner import Frozen, Preconditioner
 from metabroyden.learned.safeguard import BY_PROGRESS, Safeguard
 from metabroyden.learned.secants import put
 from metabroyden.solver import Step
@@ -57,7 +57,7 @@ class UniversalState(NamedTuple):
     g: Tensor  # (R, n) its residual
     rest: Tensor  # (R, n) what the pairs left of it
     damping: Tensor  # (R, 1) of the last step
-    gates: Tensor  # (R, rank, *S) of the preconditioner; (R, 0) without
+    frozen: Frozen | None  # of the preconditioner; None without
     hidden: Tensor  # (R, H, 1)
     cell: Tensor  # (R, H, 1)
     steps: int
@@ -116,8 +116,8 @@ class Universal(LearnedSolver):
         buffer = z.new_zeros(len(z), m, z.shape[1])
         gram = torch.zeros(len(z), m, m, dtype=torch.float64, device=z.device)
         hidden, cell = self.lstm.begin(len(z), 1, z)
-        gates = z.new_zeros(len(z), 0) if self.preconditioner is None else self.gates(z, problem)
-        return UniversalState(buffer, buffer.clone(), gram, z, g, g, z.new_ones(len(z), 1), gates, hidden, cell, 0)
+        frozen = None if self.preconditioner is None else self.frozen(z, problem)
+        return UniversalState(buffer, buffer.clone(), gram, z, g, g, z.new_ones(len(z), 1), frozen, hidden, cell, 0)
 
     def step(self, z: Tensor, g: Tensor, state: UniversalState, problem: Any) -> Step:
         """One mixed step, (R, n)."""
@@ -143,9 +143,9 @@ class Universal(LearnedSolver):
             move = rest * (1 + torch.tanh(share).unsqueeze(1) * _slopes(residuals, moves))
         else:
             known, rest, move = torch.zeros_like(z), g, g
-        if self.preconditioner is not None:
+        if self.preconditioner is not None and state.frozen is not None:
             shape = self.layout.resolve(problem.shape)
-            move = move + self.layout.flat(self.preconditioner(self.layout.canonical(rest, shape), state.gates))
+            move = move + self.layout.flat(self.preconditioner(self.layout.canonical(rest, shape), *state.frozen))
         after = state._replace(z=z, g=g, rest=rest, damping=damping, hidden=hidden, cell=cell, steps=state.steps + 1)
         return Step(z - known + damping * move, after)
 

@@ -110,7 +110,7 @@ def dilations(f: Cell, layout: str) -> tuple[int, int]:
     step = getattr(f, "dilation", 1)
     if isinstance(step, bool) or not isinstance(step, int) or step < 1:
         step = 1
-    return (step, 3 * step) if layout in ("nct", "ntc", "tokens") else (1, 1)
+    return (step, 3 * step) if layout in ("nct", "ntc", "tokens", "graph") else (1, 1)
 
 
 def gated_steps(trained: int, coefficients: str = "schedule", *, extra: bool = True) -> dict[str, int]:

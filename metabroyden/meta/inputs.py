@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from metabroyden.meta.tasks import count, rows, sampled
+from metabroyden.padded import values_of
 from metabroyden.shared import Shared, bare, is_shared
 from metabroyden.state import check_context, concatenate
 
@@ -145,6 +146,7 @@ def _is_mask(leaf: Tensor) -> bool:
 
 
 def _check_zeros_like(x: Any, given: str) -> None:
+    x = values_of(x)
     dtype = x.dtype if isinstance(x, Tensor) else None
     if dtype in (torch.float16, torch.bfloat16) or (dtype is not None and dtype.is_complex):
         raise ValueError(

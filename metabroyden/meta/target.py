@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from metabroyden.deq import DEQ, default_start, initial_state
 from metabroyden.learned.fingerprint import module_of
 from metabroyden.opaque import opaque
+from metabroyden.padded import values_of
 from metabroyden.shared import bare
 from metabroyden.solution import Cell, State
 from metabroyden.solve import solve
@@ -45,7 +46,7 @@ class Target(NamedTuple):
     def prepare(self, raw: Any) -> tuple[State, Any]:
         """(start, context) of what is given for problems."""
         x = raw if self.encode is None else self.encode(raw)
-        return (torch.zeros_like(x) if self.z0 is None else self.z0(bare(x))), x
+        return (torch.zeros_like(values_of(x)) if self.z0 is None else self.z0(bare(x))), x
 
 
 def target_of(f: Any) -> Target:
