@@ -1,0 +1,28 @@
+"""What the owner of a trained DEQ hands over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Brought:
+    """A trained DEQ with its problems.
+
+    Attributes:
+        f: the map, in the owner's own form.
+        x_train: contexts for `fit_solver`.
+        x_test: others, with what the metric needs.
+        metric: (z, x) → (B,), higher is better.
+        exact: a solver and a budget that reach the equilibrium itself.
+        again: the test problems with their places renumbered; None where order means something.
+    """
+
+    f: Any
+    x_train: Any
+    x_test: Any
+    metric: Callable[[Any, Any], Any]
+    exact: tuple[Any, int]
+    again: Any = None

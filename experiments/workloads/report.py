@@ -1,0 +1,119 @@
+"""The report of the workloads: report.md and its figure, from rows alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.bench import report
+from experiments.bench.runner import Row
+from experiments.workloads.suite import WORKLOADS
+from metabroyden.comparison import figures
+from metabroyden.comparison.figures import FLAGSHIP
+from metabroyden.comparison.tables import Table, chosen, grouped, listed, mean
+
+OURS = "learned"
+DEPTH = 10
+"""Evaluations after which the metric is in the table."""
+RIVAL = "tuned Anderson"
+WORDS = """\
+Each model is handed to `fit_solver` as its owner has it, once a seed, with the defaults, to 1e-3; what it fitted then runs
+beside tuned classical solvers on problems that no fit saw. Ratios: mean evaluations over those of the best classical solver,
+time over the fastest one's; means over the seeds, in brackets the worst. A sample that is not solved counts as the budget."""
+TASKS = f"""\
+The task: the metric after {DEPTH} evaluations and at the equilibrium; the fit; evaluations to 1e-3 before and after the places
+are renumbered"""
+
+
+@report.of_rows("Workloads")
+def write(rows: list[Row], described: Row, folder: Path) -> list[report.Section]:
+    """report.md and its figure."""
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    models = "\n".join(f"- **{name}**: {WORKLOADS[name].words}." for name in names)
+    tables = [
+        _costs(rows, tolerance) for tolerance in sorted({row["rtol"] for row in chosen(rows, "cost")}, reverse=True)
+    ]
+    return [WORDS, models, *tables, _tasks(rows), _figure(rows, names, folder)]
+
+
+def ratios(rows: Sequence[Row], name: str, tolerance: float) -> list[Row]:
+    """By seed, what the learned solver needs, and over the best and the fastest classical solver."""
+    found = []
+    for of in grouped(chosen(rows, "cost", name=name, rtol=tolerance), "seed"):
+        by_name = {row["solver"]: row for row in of}
+        ours = by_name[OURS]
+        best = by_name[ours["best_classical"]]
+        found.append({
+            "mean": ours["mean"], "solved": ours["solved"], "best": best["solver"], "best_mean": best["mean"],
+            "best_solved": best["solved"], "evaluations": ours["mean"] / best["mean"],
+            "time": ours["time_over_fastest"], "p90": ours["p90"] / best["p90"], "elsewhere": ours["elsewhere"],
+            "seed": ours["seed"], "fastest": ours["fastest_classical"],
+        })  # fmt: skip
+    return found
+
+
+def _costs(rows: Sequence[Row], tolerance: float) -> Table:
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    return listed(f"To {tolerance:g}", [(name, ratios(rows, name, tolerance)) for name in names], [
+        ("", lambda of: of[0]),
+        ("learned", lambda of: _cost(of[1], "")),
+        ("best classical", lambda of: f"{_cost(of[1], 'best_')} {of[1][0]['best']}"),
+        ("evaluations", lambda of: _worst(of[1], "evaluations")),
+        ("90%", lambda of: _worst(of[1], "p90")),
+        ("time", lambda of: _worst(of[1], "time")),
+        ("elsewhere", lambda of: f"{mean(of[1], 'elsewhere'):.1%}" if of[1][0]["elsewhere"] is not None else ""),
+    ])  # fmt: skip
+
+
+def _cost(of: Sequence[Row], who: str) -> str:
+    return f"{mean(of, f'{who}mean'):.1f} ({mean(of, f'{who}solved'):.1%})"
+
+
+def _worst(of: Sequence[Row], key: str) -> str:
+    return f"{mean(of, key):.2f} ({max(row[key] for row in of):.2f})"
+
+
+def _tasks(rows: Sequence[Row]) -> Table:
+    def after(name: str, solver: str) -> str:
+        return f"{mean(chosen(rows, 'depth', name=name, solver=solver, evaluations=DEPTH), 'score'):.4f}"
+
+    def fits(name: str) -> list[Row]:
+        return chosen(rows, "fit", name=name)
+
+    def order(name: str) -> str:
+        both = [mean(fits(name), key) for key in ("numbered", "renumbered") if key in fits(name)[0]]
+        return ", ".join(f"{value:.2f}" for value in both)
+
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    return listed(TASKS, names, [
+        ("", lambda name: name),
+        ("metric", lambda name: WORKLOADS[name].measure),
+        ("learned", lambda name: after(name, OURS)),
+        (RIVAL, lambda name: after(name, RIVAL)),
+        ("equilibrium", lambda name: f"{chosen(rows, 'model', name=name)[0]['equilibrium']:.4f}"),
+        ("returned", lambda name: f"{sum(row['returned'] for row in fits(name))} of {len(fits(name))}"),
+        ("seconds", lambda name: f"{mean(fits(name), 'seconds'):.0f}"),
+        ("f, ms", lambda name: f"{mean(chosen(rows, 'model', name=name), 'f_milliseconds'):.2f}"),
+        ("numbered, renumbered", order),
+    ])  # fmt: skip
+
+
+def _figure(rows: Sequence[Row], names: Sequence[str], folder: Path) -> report.Picture:
+    def draw(place: Any, name: str) -> None:
+        for of in grouped(chosen(rows, "depth", name=name), "solver"):
+            by_depth = grouped(of, "evaluations")
+            scores = np.array([mean(each, "score") for each in by_depth])
+            solver = of[0]["solver"]
+            shown = {**figures.look(FLAGSHIP if solver == OURS else solver), "label": solver}
+            place.plot([each[0]["evaluations"] for each in by_depth], scores, **shown)
+        place.axhline(chosen(rows, "model", name=name)[0]["equilibrium"], color="#333333", linewidth=0.8, linestyle=":")
+        place.set_xscale("log")
+
+    figure = figures.panels(names, draw, "evaluations of f", "metric", columns=3, size=(3.4, 2.8))
+    return report.Picture(
+        figures.save(figure, folder / "depth.png"),
+        "The task's metric by evaluations of f: means over test problems and seeds; dotted, at the equilibrium.",
+    )

@@ -1,0 +1,81 @@
+"""What `fit_solver` makes of a workload.
+
+Rows say what they are under the key "row":
+  model   what it is: the metric at its equilibrium, milliseconds of one evaluation of f on all test problems
+  fit     one call of fit_solver: what it returned and why, its seconds; what renumbering the places changes
+  cost    one solver to one tolerance on test problems that no fit saw, as `Comparison.numbers` has it
+  depth   the mean metric after so many evaluations of one solver
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+
+import metabroyden as mb
+from experiments.bench.runner import Row
+from experiments.workloads.brought import Brought
+from experiments.workloads.suite import WORKLOADS, facts_of
+from metabroyden.comparison.clock import laps
+from metabroyden.comparison.tables import chosen, short
+from metabroyden.deq import initial_state
+
+TOLERANCES = (1e-2, 1e-3)
+ROUNDS = 5
+OURS = "learned"
+
+
+def measured(config: Any, name: str, model: Any, seed: int) -> list[Row]:
+    """The rows of one workload and seed of the fit."""
+    brought, stamp = WORKLOADS[name].bring(model, config.samples), {"name": name, "seed": seed}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a refusal is in the row
+        began = time.perf_counter()
+        returned, verdict = mb.fit_solver(
+            brought.f, brought.x_train, rtol=TOLERANCES[-1], seed=seed, steps=config.steps, progress=False,
+            return_report=True,
+        )  # fmt: skip
+        seconds = time.perf_counter() - began
+    solver = verdict.fitted
+    found = mb.compare(
+        brought.f, brought.x_test, solvers={OURS: solver}, tune_on=brought.x_train, rtol=TOLERANCES,
+        max_nfe=config.budget, metric=brought.metric, rounds=ROUNDS, progress=False,
+    )  # fmt: skip
+    fit = {
+        "row": "fit", "returned": returned is solver, "reasons": verdict.failed_criteria, "seconds": seconds,
+        **_renumbered(brought, solver),
+    }  # fmt: skip
+    rows = [_model(config, name, brought), fit]
+    rows += [{"row": "cost", **row} for row in found.numbers()]
+    rows += chosen(found.rows, "depth")
+    return short([{**row, **stamp} for row in rows])
+
+
+@torch.no_grad()
+def _model(config: Any, name: str, brought: Brought) -> Row:
+    f, x = brought.f, brought.x_test
+    z0 = initial_state(f, x)
+    solver, budget = brought.exact
+    exact = mb.solve(f, z0, x, solver=solver, rtol=1e-6, max_nfe=budget, throw=False)
+    spent = float(np.median(laps({"f": lambda: [f(z0, x)]}, 15)["f"]))
+    return {
+        "row": "model", "equilibrium": float(brought.metric(exact.z, x).mean()), "f_milliseconds": 1e3 * spent,
+        "exact": float(exact.converged.double().mean()), "samples": len(exact.nfe), **facts_of(name, config.models),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def _renumbered(brought: Brought, solver: Any) -> Row:
+    """Mean evaluations as the places are numbered, and after renumbering them."""
+    if brought.again is None:
+        return {}
+    options: dict[str, Any] = {"solver": solver, "rtol": TOLERANCES[-1], "max_nfe": 60, "throw": False}
+    spent = [
+        float(mb.solve(brought.f, initial_state(brought.f, x), x, **options).nfe.double().mean())
+        for x in (brought.x_test, brought.again)
+    ]
+    return {"numbered": spent[0], "renumbered": spent[1]}

@@ -1,0 +1,62 @@
+"""The workloads by name, and the files of their trained models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments.bench.runner import Row, threads
+from experiments.workloads import graphs
+from experiments.workloads.brought import Brought
+from metabroyden import checkpoint
+from metabroyden.checkpoint import load_weights
+
+MODELS = Path("results/workloads/models")
+
+
+class Workload(NamedTuple):
+    """One of them.
+
+    Attributes:
+        words: what it is.
+        measure: what its metric is.
+        build: the untrained model.
+        train: trains it, and returns facts about that.
+        bring: what its owner would hand over.
+    """
+
+    words: str
+    measure: str
+    build: Callable[[], Any]
+    train: Callable[[Any], Row]
+    bring: Callable[[Any, int], Brought]
+
+
+WORKLOADS: dict[str, Workload] = {
+    f"graph-{kind}": Workload(task.words, "accuracy", task.build, task.train, task.bring)
+    for kind, task in graphs.TASKS.items()
+}
+
+
+def path_of(name: str, folder: Path = MODELS) -> Path:
+    """The file of a trained model."""
+    return folder / f"{name}.safetensors"
+
+
+def model_of(name: str, folder: Path = MODELS) -> Any:
+    """A trained model in evaluation mode, trained now where its file is missing."""
+    work, path = WORKLOADS[name], path_of(name, folder)
+    model = work.build()
+    if not path.exists():
+        with threads(1):
+            facts = work.train(model)
+        checkpoint.write(path, f"workload/{name}", model.state_dict(), {"facts": facts})
+    tensors, _ = checkpoint.read(path, "workload")
+    load_weights(model, tensors, path)
+    return model.eval().requires_grad_(False)
+
+
+def facts_of(name: str, folder: Path = MODELS) -> Row:
+    """What its training left behind."""
+    return checkpoint.read(path_of(name, folder), "workload")[1]["facts"]
