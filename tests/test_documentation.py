@@ -12,7 +12,7 @@ from pkgutil import resolve_name
 import pytest
 
 import metabroyden as mb
-from metabroyden.meta.episodes import load
+from metabroyden.foreign import load
 
 load("torchvision")  # Lightning, which a page of the reference needs, imports it
 

@@ -15,7 +15,7 @@ PACKAGE = Path(metabroyden.__file__).parent
 
 # A module may import from its own layer and from earlier ones, never from later ones.
 LAYERS = [
-    ["deprecated", "progress", "solution", "state", "shared", "storage", "version"],
+    ["deprecated", "foreign", "padded", "progress", "solution", "state", "shared", "storage", "version"],
     ["function"],
     ["evaluator", "inverse"],
     ["problem", "opaque"],

@@ -20,7 +20,7 @@ class Workloads(Compared, command="workloads", samples=128):
 
     only: tuple[str, ...] = tuple(WORKLOADS)
     """Which of them, by name."""
-    seeds: int = 3
+    seeds: int = 2
     """Fits of each."""
     steps: int | None = None
     """Outer steps of a fit, at most; None: fit_solver's own number."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -17,7 +17,9 @@ class Brought:
         x_test: others, with what the metric needs.
         metric: (z, x) → (B,), higher is better.
         exact: a solver and a budget that reach the equilibrium itself.
+        slack: of the metric's mean at the equilibrium, by which one says that it is reached.
         again: the test problems with their places renumbered; None where order means something.
+        peers: by name, other libraries' loops on the test problems: iterations ↦ states.
     """
 
     f: Any
@@ -25,4 +27,6 @@ class Brought:
     x_test: Any
     metric: Callable[[Any, Any], Any]
     exact: tuple[Any, int]
+    slack: float
     again: Any = None
+    peers: dict[str, Callable[[int], Any]] = field(default_factory=dict)

@@ -80,7 +80,7 @@ class Task:
             right = (model.head(z).argmax(2) == x.y) & x.mask
             return right.sum(1) / x.mask.sum(1)
 
-        return Brought(model.deq.cell, x_train, x_test, accuracy, (mb.Picard(), 2000), again)
+        return Brought(model.deq.cell, x_train, x_test, accuracy, (mb.Picard(), 2000), 0.005, again)
 
 
 def _longer(count: int, seed: int, share: float) -> NodeTask:

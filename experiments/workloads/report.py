@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,17 @@ DEPTH = 10
 """Evaluations after which the metric is in the table."""
 RIVAL = "tuned Anderson"
 WORDS = """\
-Each model is handed to `fit_solver` as its owner has it, once a seed, with the defaults, to 1e-3; what it fitted then runs
-beside tuned classical solvers on problems that no fit saw. Ratios: mean evaluations over those of the best classical solver,
-time over the fastest one's; means over the seeds, in brackets the worst. A sample that is not solved counts as the budget."""
+Each model is handed to `fit_solver` as its owner has it, once a seed, with the defaults, to 1e-3; what it fitted then
+runs beside tuned classical solvers on problems that no fit saw. Ratios: mean evaluations over those of the best classical
+solver, time over the fastest one's; means over the seeds, in brackets the worst. A sample that is not solved counts as the
+budget."""
 TASKS = f"""\
-The task: the metric after {DEPTH} evaluations and at the equilibrium; the fit; evaluations to 1e-3 before and after the places
-are renumbered"""
+The task: the metric after {DEPTH} evaluations and at the equilibrium; the fit; evaluations to 1e-3 before and after the
+places are renumbered"""
+
+EQUAL = """\
+At equal worth: the fewest evaluations after which the mean metric is that at the equilibrium, but for 0.005 of accuracy or
+0.02 dB, in each seed; and the learned solver's evaluations and time over each one's. deepinv's loops are its own."""
 
 
 @report.of_rows("Workloads")
@@ -36,7 +41,15 @@ def write(rows: list[Row], described: Row, folder: Path) -> list[report.Section]
     tables = [
         _costs(rows, tolerance) for tolerance in sorted({row["rtol"] for row in chosen(rows, "cost")}, reverse=True)
     ]
-    return [WORDS, models, *tables, _tasks(rows), _figure(rows, names, folder)]
+    return [
+        WORDS,
+        models,
+        *tables,
+        _tasks(rows),
+        EQUAL,
+        *(_equal(rows, name) for name in names),
+        _figure(rows, names, folder),
+    ]
 
 
 def ratios(rows: Sequence[Row], name: str, tolerance: float) -> list[Row]:
@@ -98,6 +111,24 @@ def _tasks(rows: Sequence[Row]) -> Table:
         ("seconds", lambda name: f"{mean(fits(name), 'seconds'):.0f}"),
         ("f, ms", lambda name: f"{mean(chosen(rows, 'model', name=name), 'f_milliseconds'):.2f}"),
         ("numbered, renumbered", order),
+    ])  # fmt: skip
+
+
+def _equal(rows: Sequence[Row], name: str) -> Table:
+    found = grouped(chosen(rows, "equal", name=name), "solver")
+    ours = next(of for of in found if of[0]["solver"] == OURS)
+
+    def over(of: Sequence[Row], key: Callable[[Row], float]) -> str:
+        pairs = [
+            (one, other) for one, other in zip(ours, of, strict=True) if one["evaluations"] and other["evaluations"]
+        ]
+        return f"{np.mean([key(one) / key(other) for one, other in pairs]):.2f}" if pairs else ""
+
+    return listed(name, found, [
+        ("solver", lambda of: of[0]["solver"]),
+        ("evaluations", lambda of: ", ".join(str(row["evaluations"] or "none") for row in of)),
+        ("learned over it", lambda of: over(of, lambda row: row["evaluations"])),
+        ("in time", lambda of: over(of, lambda row: float(np.median(row["seconds"])))),
     ])  # fmt: skip
 
 

@@ -5,12 +5,16 @@ Rows say what they are under the key "row":
   fit     one call of fit_solver: what it returned and why, its seconds; what renumbering the places changes
   cost    one solver to one tolerance on test problems that no fit saw, as `Comparison.numbers` has it
   depth   the mean metric after so many evaluations of one solver
+  equal   of one solver, or of another library's loop, the fewest evaluations after which the mean metric is that at the
+          equilibrium, but for the workload's slack, and the seconds of so many on all test problems; none: null
 """
 
 from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,11 +25,11 @@ from experiments.bench.runner import Row
 from experiments.workloads.brought import Brought
 from experiments.workloads.suite import WORKLOADS, facts_of
 from metabroyden.comparison.clock import laps
-from metabroyden.comparison.tables import chosen, short
+from metabroyden.comparison.tables import chosen, grouped, short
 from metabroyden.deq import initial_state
 
 TOLERANCES = (1e-2, 1e-3)
-ROUNDS = 5
+ROUNDS = 3
 OURS = "learned"
 
 
@@ -36,8 +40,8 @@ def measured(config: Any, name: str, model: Any, seed: int) -> list[Row]:
         warnings.simplefilter("ignore")  # a refusal is in the row
         began = time.perf_counter()
         returned, verdict = mb.fit_solver(
-            brought.f, brought.x_train, rtol=TOLERANCES[-1], seed=seed, steps=config.steps, progress=False,
-            return_report=True,
+            brought.f, brought.x_train, rtol=TOLERANCES[-1], seed=seed, steps=config.steps,
+            seconds=WORKLOADS[name].seconds, progress=False, return_report=True,
         )  # fmt: skip
         seconds = time.perf_counter() - began
     solver = verdict.fitted
@@ -52,7 +56,39 @@ def measured(config: Any, name: str, model: Any, seed: int) -> list[Row]:
     rows = [_model(config, name, brought), fit]
     rows += [{"row": "cost", **row} for row in found.numbers()]
     rows += chosen(found.rows, "depth")
+    rows += _equal(config, brought, found, rows[0]["equilibrium"])
     return short([{**row, **stamp} for row in rows])
+
+
+@torch.no_grad()
+def _equal(config: Any, brought: Brought, found: Any, equilibrium: float) -> list[Row]:
+    """Evaluations and time of everybody at equal worth."""
+    f, x, wanted = brought.f, brought.x_test, equilibrium - brought.slack
+    z0 = initial_state(f, x)
+
+    def loop(solver: Any) -> Callable[[int], Any]:
+        return lambda count: mb.solve(f, z0, x, solver=solver, rtol=0.0, max_nfe=count, throw=False).z
+
+    loops = {
+        of[0]["solver"]: loop(found.solvers[of[0]["solver"]]) for of in grouped(chosen(found.rows, "depth"), "solver")
+    }
+    worth = {
+        name: {row["evaluations"]: row["score"] for row in chosen(found.rows, "depth", solver=name)} for name in loops
+    }
+    depths = list(next(iter(worth.values())))
+    worth |= {name: {count: _mean(brought, own(count)) for count in depths} for name, own in brought.peers.items()}
+    loops |= brought.peers
+    fewest = {name: min((k for k, score in at.items() if score >= wanted), default=None) for name, at in worth.items()}
+    jobs = {name: partial(loops[name], count) for name, count in fewest.items() if count}
+    seconds = laps(jobs, ROUNDS)
+    return [
+        {"row": "equal", "solver": name, "evaluations": count, "seconds": seconds[name].tolist() if count else None}
+        for name, count in fewest.items()
+    ]
+
+
+def _mean(brought: Brought, z: Any) -> float:
+    return float(brought.metric(z, brought.x_test).mean())
 
 
 @torch.no_grad()
@@ -63,7 +99,7 @@ def _model(config: Any, name: str, brought: Brought) -> Row:
     exact = mb.solve(f, z0, x, solver=solver, rtol=1e-6, max_nfe=budget, throw=False)
     spent = float(np.median(laps({"f": lambda: [f(z0, x)]}, 15)["f"]))
     return {
-        "row": "model", "equilibrium": float(brought.metric(exact.z, x).mean()), "f_milliseconds": 1e3 * spent,
+        "row": "model", "equilibrium": _mean(brought, exact.z), "f_milliseconds": 1e3 * spent,
         "exact": float(exact.converged.double().mean()), "samples": len(exact.nfe), **facts_of(name, config.models),
     }  # fmt: skip
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.bench.runner import Row, threads
-from experiments.workloads import graphs
+from experiments.workloads import graphs, imaging
 from experiments.workloads.brought import Brought
 from metabroyden import checkpoint
 from metabroyden.checkpoint import load_weights
@@ -23,7 +23,8 @@ class Workload(NamedTuple):
         measure: what its metric is.
         build: the untrained model.
         train: trains it, and returns facts about that.
-        bring: what its owner would hand over.
+        bring: (model, test problems) ↦ what its owner would hand over.
+        seconds: of a fit; None: fit_solver's own number of steps.
     """
 
     words: str
@@ -31,11 +32,17 @@ class Workload(NamedTuple):
     build: Callable[[], Any]
     train: Callable[[Any], Row]
     bring: Callable[[Any, int], Brought]
+    seconds: float | None = None
 
 
 WORKLOADS: dict[str, Workload] = {
-    f"graph-{kind}": Workload(task.words, "accuracy", task.build, task.train, task.bring)
-    for kind, task in graphs.TASKS.items()
+    **{
+        f"graph-{kind}": Workload(task.words, "accuracy", task.build, task.train, task.bring)
+        for kind, task in graphs.TASKS.items()
+    },
+    "deblurring": Workload(
+        imaging.WORDS, "PSNR, dB", imaging.Deblurring, imaging.train, imaging.bring, imaging.SECONDS
+    ),
 }
 
 

@@ -27,6 +27,7 @@ from metabroyden.progress import ticks
 from metabroyden.solution import Solution, State, Status, Trace, relative_residual
 from metabroyden.solve import solve
 from metabroyden.solvers.broyden import Broyden
+from metabroyden.state import gather
 
 LETTERS = {Status.CONVERGED: "C", Status.MAX_NFE: "B", Status.NON_FINITE: "N", Status.STALLED: "S"}
 """Of a sample's status, in a row: converged, budget, not finite, stalled."""
@@ -241,23 +242,30 @@ def _elsewhere(block: _Block, contestants: Sequence[Contestant], found: dict[str
     reference = max(classical, key=lambda key: solved[key].mean())
     (f, _, x), budget = block.problem, block.rules.budget
 
-    def refined(z: State) -> tuple[Tensor, np.ndarray]:
+    def refined(z: State, among: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """(states, whether they got so far), where the others stay as they are."""
+        whole, got = _flat(z), np.zeros(len(among), dtype=bool)
+        some = np.arange(len(among)) if x is None else np.flatnonzero(among)  # without a context f sees the whole batch
+        if not among.any():
+            return whole, got
         options: dict[str, Any] = {"rtol": block.tolerance / CLOSER, "max_nfe": LONGER * budget, "throw": False}
-        solution = solve(f, z, x, solver=Broyden(memory=budget), **options)
-        return _flat(solution.z), solution.converged.cpu().numpy()
+        index = torch.as_tensor(some, device=whole.device)
+        solution = solve(f, *gather((z, x), index), solver=Broyden(memory=budget), **options)
+        got[some] = solution.converged.cpu().numpy()
+        return whole.index_copy(0, index, _flat(solution.z)), got
 
     def far(z: Tensor) -> np.ndarray:
         apart = (z.double() - star.double()).norm(dim=1)
         return (apart > FAR * block.tolerance * star.double().norm(dim=1)).cpu().numpy()
 
-    star, certain = refined(found[reference].z)
+    star, certain = refined(found[reference].z, solved[reference])
     rows = {}
     for key, one in found.items():
-        there, known = far(_flat(one.z)), solved[key] & solved[reference]
-        if there.any():
-            again, sure = refined(one.z)
-            known &= ~there | (certain & sure)
-            there &= far(again)
+        known = solved[key] & solved[reference]
+        there = far(_flat(one.z)) & known
+        again, sure = refined(one.z, there & certain)
+        known &= ~there | (certain & sure)
+        there &= far(again)
         seen = [int(other) if told else None for other, told in zip(there, known, strict=True)]
         rows[key] = {"reference": reference, "elsewhere": seen}
     return rows

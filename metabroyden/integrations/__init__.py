@@ -3,11 +3,11 @@
 import importlib
 from types import ModuleType
 
-from metabroyden.integrations import torchdeq
+from metabroyden.integrations import deepinv, torchdeq
 from metabroyden.integrations.loggers import MetricLogger, TensorBoardLogger, WandbLogger
 from metabroyden.integrations.monitor import SolveMonitor
 
-__all__ = ["MetricLogger", "SolveMonitor", "TensorBoardLogger", "WandbLogger", "lightning", "torchdeq"]
+__all__ = ["MetricLogger", "SolveMonitor", "TensorBoardLogger", "WandbLogger", "deepinv", "lightning", "torchdeq"]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -8,10 +8,7 @@ weights; the loss of its solves on D_test trains where it starts from and how it
 from __future__ import annotations
 
 import copy
-import importlib
 import random
-import re
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from metabroyden.foreign import load
 from metabroyden.meta.config import MetaConfig, choice, flag, positive
 from metabroyden.meta.config import count as count_field
 from metabroyden.meta.inner import UPDATES, Weights
@@ -241,10 +239,6 @@ def _learn2learn_tasks(raws: Sequence[Tensor], *, shots: int, num_tasks: int = -
     return l2l.data.Taskset(dataset, transforms, num_tasks=num_tasks)
 
 
-_MISSING_OPERATOR = re.compile(r"operator torchvision::(\w+) does not exist")
-_declared: list[torch.library.Library] = []  # a library that is collected takes its definitions along
-
-
 def learn2learn() -> Any:
     """The learn2learn package; ImportError that says what to do where it is missing or does not load."""
     try:
@@ -257,23 +251,3 @@ def learn2learn() -> Any:
             "pip install learn2learn==0.2.0 --config-settings='--build-option=build_ext' "
             f"({type(error).__name__}: {error})"
         ) from error
-
-
-def load(package: str) -> Any:
-    """Import torchvision, or a package that imports it, beside any build of torch.
-
-    torchvision's registry build for CUDA does not load its operators beside a CPU-only torch ("operator torchvision::nms
-    does not exist"). Where nothing calls them, declaring those it asks for is enough.
-    """
-    while True:
-        try:
-            return importlib.import_module(package)
-        except RuntimeError as error:
-            missing = _MISSING_OPERATOR.search(str(error))
-            if missing is None:
-                raise
-            library = torch.library.Library("torchvision", "FRAGMENT")
-            library.define(f"{missing[1]}(Tensor unused) -> Tensor")  # RuntimeError if declared before: no endless loop
-            _declared.append(library)
-            for name in [name for name in sys.modules if name.split(".")[0] in ("torchvision", package)]:
-                del sys.modules[name]

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import metabroyden as mb
-from metabroyden.meta.episodes import load
+from metabroyden.foreign import load
 from tests.helpers import normal, refused
 from tests.integrations.test_monitor import TanhCell, figures_of
 

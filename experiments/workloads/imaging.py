@@ -1,0 +1,149 @@
+"""Deblurring by a deep-equilibrium reconstruction of deepinv's, on the pictures that scikit-image ships."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from typing import Any
+
+import numpy as np
+import skimage.color
+import skimage.data
+import skimage.transform
+import torch
+from torch import Tensor, nn
+
+import metabroyden as mb
+from experiments.bench.runner import Row
+from experiments.workloads.brought import Brought
+from metabroyden.foreign import load
+from metabroyden.integrations.deepinv import FixedPointMap
+
+SIDE, KERNEL, NOISE = 48, 9, 0.01
+TRAIN_ON = ("astronaut", "coffee", "rocket", "brick", "grass", "gravel", "retina", "hubble_deep_field", "cell", "page")
+TEST_ON = ("camera", "chelsea", "coins", "moon", "clock")
+CONTEXTS, MOST, BATCH = 300, 32, 16
+SECONDS = 240.0
+"""Of a fit."""
+SIGMA = 0.03
+"""Noise level that the denoiser is told."""
+STEPS = 500
+"""Of training the denoiser."""
+WORDS = (
+    "deepinv's proximal gradient descent with a denoiser of 16,000 weights in the place of the proximal map, made a deep "
+    "equilibrium, deblurs patches of 48 × 48 pixels, each with a filter of its own; tested on other pictures"
+)
+
+
+def patches(names: tuple[str, ...], count: int, generator: torch.Generator) -> Tensor:
+    """(count, 1, 48, 48) random patches of grey pictures in [0, 1], at half of their size."""
+    pictures = [_grey(name) for name in names]
+    found = []
+    for _ in range(count):
+        picture = pictures[int(torch.randint(len(pictures), (), generator=generator))]
+        top, left = (int(torch.randint(size - SIDE + 1, (), generator=generator)) for size in picture.shape)
+        found.append(picture[top : top + SIDE, left : left + SIDE])
+    return torch.stack(found).unsqueeze(1)
+
+
+def _grey(name: str) -> Tensor:
+    picture = getattr(skimage.data, name)()
+    grey = skimage.color.rgb2gray(picture) if picture.ndim == 3 else picture / 255.0
+    small = skimage.transform.rescale(grey, 0.5, anti_aliasing=True)
+    return torch.as_tensor(np.ascontiguousarray(small), dtype=torch.float32)
+
+
+def filters(count: int, generator: torch.Generator) -> Tensor:
+    """(count, 1, 9, 9) Gaussian filters, up to five times as long as wide, in all directions."""
+    angle = math.pi * torch.rand(count, 1, 1, generator=generator)
+    long, wide = (low + span * torch.rand(count, 1, 1, generator=generator) for low, span in ((1.0, 2.0), (0.6, 0.6)))
+    place = torch.arange(KERNEL) - KERNEL // 2
+    down, right = torch.meshgrid(place, place, indexing="ij")
+    along, across = right * angle.cos() + down * angle.sin(), down * angle.cos() - right * angle.sin()
+    found = torch.exp(-0.5 * ((along / long) ** 2 + (across / wide) ** 2))
+    return (found / found.sum((1, 2), keepdim=True)).unsqueeze(1)
+
+
+class Deblurring(nn.Module):
+    """The reconstruction `algorithm` and the physics of its measurements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        dinv = load("deepinv")
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(0)
+            denoiser = dinv.models.DnCNN(in_channels=1, out_channels=1, depth=5, nf=24, bias=True, pretrained=None)
+            self.algorithm = dinv.optim.PGD(
+                data_fidelity=dinv.optim.data_fidelity.L2(), prior=dinv.optim.prior.PnP(denoiser=denoiser), stepsize=1.0,
+                sigma_denoiser=SIGMA, max_iter=30, thres_conv=1e-3, DEQ=dinv.optim.DEQConfig(jacobian_free=True),
+                trainable_params=[],
+            )  # fmt: skip
+        self.physics = dinv.physics.BlurFFT(img_size=(1, SIDE, SIDE), filter=torch.ones(1, 1, KERNEL, KERNEL))
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network in it."""
+        return self.algorithm.prior[0].denoiser
+
+    def problems(self, names: tuple[str, ...], count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(y, filters, the patches)."""
+        generator = torch.Generator().manual_seed(seed)
+        clear, blur = patches(names, count, generator), filters(count, generator)
+        self.physics.update(filter=blur)
+        y = self.physics.A(clear)
+        return y + NOISE * torch.randn(y.shape, generator=generator), blur, clear
+
+
+def train(model: Deblurring) -> Row:
+    """Train the denoiser, on patches with noise; that the reconstruction is an equilibrium takes no more training."""
+    began, generator = time.perf_counter(), torch.Generator().manual_seed(1000)
+    clear = patches(TRAIN_ON, 2000, generator)
+    optimiser = torch.optim.Adam(model.denoiser.parameters(), 2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, STEPS)
+    for _ in range(STEPS):
+        some = clear[torch.randint(len(clear), (BATCH,), generator=generator)]
+        loss = (
+            (model.denoiser(some + SIGMA * torch.randn(some.shape, generator=generator), SIGMA) - some).square().mean()
+        )
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    return {"seconds": round(time.perf_counter() - began), "steps": STEPS, "loss": round(loss.item(), 6)}
+
+
+def psnr(z: Tensor, x: Any) -> Tensor:
+    """(B,) decibels."""
+    return -10 * (z - x[2]).square().flatten(1).mean(1).log10()
+
+
+@torch.no_grad()
+def bring(model: Deblurring, samples: int) -> Brought:
+    """The map with measurements of training pictures and of others, few of these: an evaluation of f is dear."""
+    x_train, x_test = model.problems(TRAIN_ON, CONTEXTS, 1), model.problems(TEST_ON, min(samples, MOST), 2)
+    f = FixedPointMap(model.algorithm, model.physics, "filter")
+    return Brought(f, x_train, x_test, psnr, (mb.Anderson(), 300), slack=0.02, peers=_peers(model, x_test))
+
+
+def _peers(model: Deblurring, x: Any) -> dict[str, Any]:
+    """deepinv's own loop, plain and with its Anderson acceleration: iterations ↦ the image."""
+    dinv = load("deepinv")
+    y, blur, _ = x
+    model.physics.update(filter=blur)
+
+    def run(count: int, acceleration: Any) -> Tensor:
+        own = model.algorithm.fixed_point
+        loop = dinv.optim.FixedPoint(
+            own.iterator, own.update_params_fn, own.update_data_fidelity_fn, own.update_prior_fn, own.init_iterate_fn,
+            max_iter=count, early_stop=False, anderson_acceleration_config=acceleration,
+        )  # fmt: skip
+        return loop(y, model.physics)[0]["est"][0]
+
+    usual = dinv.optim.optimizers.AndersonAccelerationConfig
+    return {
+        "deepinv": lambda count: run(count, None),
+        "deepinv Anderson": lambda count: run(count, usual()),
+        "deepinv Anderson, eps 1e-4": lambda count: run(count, usual(history_size=5, beta=1.0, eps=1e-4)),
+    }
