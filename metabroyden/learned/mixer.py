@@ -100,23 +100,23 @@ class Mixer(nn.Module):
         self, value: Tensor, weight: Tensor, bias: Any, wiring: Wiring | None, *, back: bool = False
     ) -> Tensor:
         """A map of each element (R, C, T), of the mean, and of what comes along edges: all commute with permutations."""
+        own, *others = weight.unbind(2)
+        hops = others[1:]
         elements = value.transpose(1, 2)
-        maps = [tap.T for tap in weight.unbind(2)]
-        if weight.shape[0] <= weight.shape[1]:  # what goes along edges has few channels
-            own, *others = (elements @ torch.cat(maps, dim=1)).split(weight.shape[0], dim=2)
-            found = own if not others else own + _mean(others[0].transpose(1, 2), wiring).transpose(1, 2)
-            if others[1:]:
-                found = found + self._summed(others[1:], wiring, back)
+        if hops and len(weight) > weight.shape[1]:  # what goes along edges has few channels
+            come = [elements]
+            for _ in hops:
+                come.append(_wired(wiring).carried(come[-1], self.dilation, back=back))
+            found = functional.linear(torch.cat(come, dim=2), torch.cat([own, *hops], dim=1), bias)
+        elif hops:
+            here, *parts = functional.linear(elements, torch.cat([own, *hops])).split(len(weight), dim=2)
+            found = here + self._summed(parts, wiring, back)
+            found = found if bias is None else found + bias
         else:
-            found = elements @ maps[0]
-            if maps[1:]:
-                found = found + _mean(value, wiring).transpose(1, 2) @ maps[1]
-            come = elements
-            for tap in maps[2:]:
-                come = _wired(wiring).carried(come, self.dilation, back=back)
-                found = found + come @ tap
-        found = found.transpose(1, 2)
-        return found if bias is None else found + bias[:, None]
+            found = functional.linear(elements, own, bias)
+        if others:
+            found = found + functional.linear(_mean(value, wiring), others[0]).unsqueeze(1)
+        return found.transpose(1, 2)
 
     def _summed(self, mapped: Sequence[Tensor], wiring: Wiring | None, back: bool) -> Tensor:
         """Σᵢ Âⁱᵈyᵢ, i = 1, 2, …, for yᵢ (R, T, k), by Horner's rule."""
@@ -160,8 +160,8 @@ class Mixer(nn.Module):
 
 
 def _mean(value: Tensor, wiring: Wiring | None) -> Tensor:
-    """(R, C, 1) of the places of a value (R, C, T)."""
-    return value.mean(dim=2, keepdim=True) if wiring is None else wiring.mean(value)
+    """(R, C) of the places of a value (R, C, T)."""
+    return value.mean(dim=2) if wiring is None else wiring.mean(value)
 
 
 def _wired(wiring: Wiring | None) -> Wiring:

@@ -24,16 +24,18 @@ class Edges(NamedTuple):
 class Wiring(NamedTuple):
     """Of R padded samples with T places."""
 
-    mask: Tensor  # (R, T) one where a place is real, else zero
+    mask: Tensor | None  # (R, T) one where a place is real, else zero; None where all are
     edges: Edges | None = None
 
     def blanked(self, value: Tensor) -> Tensor:
         """A canonical value (R, C, T), zero where no place is."""
-        return value * self.mask.unsqueeze(1)
+        return value if self.mask is None else value * self.mask.unsqueeze(1)
 
     def mean(self, value: Tensor) -> Tensor:
-        """(R, C, 1) of the real places of a value (R, C, T) that is zero elsewhere."""
-        return value.sum(dim=2, keepdim=True) / self.mask.sum(dim=1).clamp_min(1)[:, None, None]
+        """(R, C) of the real places of a value (R, C, T) that is zero elsewhere."""
+        return (
+            value.mean(dim=2) if self.mask is None else value.sum(dim=2) / self.mask.sum(1, keepdim=True).clamp_min(1)
+        )
 
     def carried(self, value: Tensor, hops: int, *, back: bool = False) -> Tensor:
         """Âᵏy for a value y (R, T, k), `hops` times along the edges (back: against them, by the transposed matrix).
@@ -69,7 +71,9 @@ def wiring_of(context: Any, layout: Layout, like: Tensor) -> Wiring | None:
     if mask is None:
         return None
     places = mask.to(like.dtype)
-    return Wiring(places, _edges(context, places) if layout.kind == "graph" else None)
+    edges = _edges(context, places) if layout.kind == "graph" else None
+    whole = mask.is_cpu and not torch.compiler.is_compiling() and bool(mask.all())
+    return Wiring(None if whole else places, edges)
 
 
 def _edges(graphs: Graphs, places: Tensor) -> Edges:
