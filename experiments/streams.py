@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ from metabroyden.comparison.measure import Contestant
 from metabroyden.comparison.statistics import geometric
 from metabroyden.comparison.tables import Table, chosen, grouped
 from metabroyden.deq import initial_state
+from metabroyden.meta.calibrate import calibrate
+from metabroyden.meta.tasks import TaskSet, rows
 from metabroyden.nn.pin import pin
 from metabroyden.progress import ticks
 from metabroyden.solution import State
@@ -137,8 +140,13 @@ def family_frames(config: Streams, name: str) -> tuple[list[Frame], list[Contest
         frames.append(Frame(f, z0, pinned))
     held = family.problems("validation", 32 if family.texts else 64)
     theirs = solvers.contestants(**solvers.tuned(held, config.budget))
-    ours = solvers.learned(config.solvers, name, (FLAGSHIP,))[:1]
-    return frames, [*theirs, *ours]
+    (ours,) = solvers.learned(config.solvers, name, (FLAGSHIP,))[:1]
+    if not family.texts:  # trained before solvers knew what warm starts are worth to them
+        tasks = TaskSet(
+            model.cell, rows(held.x, slice(32, None)), rows(held.x, slice(32)), z0=partial(initial_state, model.cell)
+        )
+        calibrate(ours.solver, tasks, rtol=TOLERANCES[-1], max_nfe=config.budget, most=32)
+    return frames, [*theirs, ours]
 
 
 def image_contexts(family: Family, model: Any, config: Streams) -> Iterator[Any]:
