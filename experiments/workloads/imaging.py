@@ -142,7 +142,7 @@ def _denoised(model: Deblurring, seed: int) -> Tensor:
 def _reconstructed(model: Deblurring, seed: int) -> Tensor:
     x = _, _, clear = model.problems(TRAIN_ON, BATCH, seed)
     f = FixedPointMap(model.algorithm, model.physics, "filter")
-    z: Any = mb.solve(f, f.initial_state(x), x, solver=mb.Anderson(), rtol=1e-2, max_nfe=30, throw=False).z
+    z: Any = mb.solve(f, f.initial_state(x), x, solver=mb.Anderson(), rtol=3e-4, max_nfe=40, throw=False).z
     penalty = mb.jacobian_penalty(f, z, x, generator=torch.Generator().manual_seed(seed))
     return (f(z, x) - clear).square().mean() + PENALTY * penalty
 
