@@ -19,8 +19,7 @@ from torch import Tensor, nn
 import metabroyden as mb
 from experiments.bench.runner import Row
 from experiments.workloads.brought import Brought
-from metabroyden.foreign import load
-from metabroyden.integrations.deepinv import FixedPointMap
+from metabroyden.integrations.deepinv import FixedPointMap, library
 
 SIDE, KERNEL, NOISE = 48, 9, 0.01
 TRAIN_ON = ("astronaut", "coffee", "rocket", "brick", "grass", "gravel", "retina", "hubble_deep_field", "cell", "page")
@@ -75,7 +74,7 @@ class Deblurring(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        dinv = load("deepinv")
+        dinv = library()
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.manual_seed(0)
@@ -162,7 +161,7 @@ def bring(model: Deblurring, samples: int) -> Brought:
 
 def _peers(model: Deblurring, x: Any) -> dict[str, Any]:
     """deepinv's own loop, plain and with its Anderson acceleration: iterations ↦ the image."""
-    dinv = load("deepinv")
+    dinv = library()
     y, blur, _ = x
     model.physics.update(filter=blur)
 

@@ -155,7 +155,8 @@ def _tensors(physics: Any) -> list[Tensor]:
     return [*physics.parameters(), *physics.buffers()] if isinstance(physics, nn.Module) else []
 
 
-def _library() -> Any:
+def library() -> Any:
+    """deepinv, beside any build of torch; ImportError that says what to install where it is missing."""
     try:
         return load("deepinv")
     except ImportError as error:
@@ -165,7 +166,7 @@ def _library() -> Any:
 
 def _checked(model: Any) -> Any:
     """The model, if it is a deepinv algorithm with `DEQ`."""
-    if not isinstance(model, _library().optim.BaseOptim):
+    if not isinstance(model, library().optim.BaseOptim):
         raise TypeError(f"model must be a deepinv algorithm such as deepinv.optim.PGD, got {type(model).__name__}")
     if not model.DEQ:
         name = type(model).__name__
