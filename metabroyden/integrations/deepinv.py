@@ -176,8 +176,8 @@ def _checked(model: Any) -> Any:
 
 def _refused(f: Any) -> None:
     """ValueError for a deepinv model that comes without its physics."""
-    library = sys.modules.get("deepinv")
-    if library is not None and isinstance(f, getattr(library.optim, "BaseOptim", ())):
+    loaded = sys.modules.get("deepinv")
+    if loaded is not None and isinstance(f, getattr(loaded.optim, "BaseOptim", ())):
         raise ValueError(
             f"{type(f).__name__} of deepinv needs its physics: hand over "
             "metabroyden.integrations.deepinv.FixedPointMap(model, physics) and the measurements"
