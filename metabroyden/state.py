@@ -191,9 +191,11 @@ def _check_rows(leaf: Tensor, batch: int, owner: Any) -> None:
         )
     if leaf.dim() == 0 or leaf.shape[0] != batch:
         WATCH.note(owner, leaf)
+        edges = leaf.dim() == 2 and len(leaf) == 2 and leaf.dtype == torch.long
         raise ValueError(
             f"every tensor of context must have the batch first: wanted {batch} rows as in z0, "
             f"got shape {tuple(leaf.shape)}; if all samples share it, pass mb.Shared(tensor)"
+            + (", and the edges of graphs in mb.Graphs" if edges else "")
         )
 
 

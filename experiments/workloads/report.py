@@ -20,14 +20,13 @@ DEPTH = 10
 """Evaluations after which the metric is in the table."""
 RIVAL = "tuned Anderson"
 WORDS = """\
-Each model is handed to `fit_solver` as its owner has it, once a seed, with the defaults, to 1e-3; what it fitted then
-runs beside tuned classical solvers on problems that no fit saw. Ratios: mean evaluations over those of the best classical
-solver, time over the fastest one's; means over the seeds, in brackets the worst. A sample that is not solved counts as the
-budget."""
+Each model is handed to `fit_solver` as its owner has it, once a seed, with the defaults (deblurring: `seconds=240`), to
+1e-3; what it fitted then runs beside tuned classical solvers on problems that no fit saw. Ratios: mean evaluations over
+those of the best classical solver, time over the fastest one's; means over the seeds, in brackets the worst. A sample that
+is not solved counts as the budget."""
 TASKS = f"""\
-The task: the metric after {DEPTH} evaluations and at the equilibrium; the fit; evaluations to 1e-3 before and after the
-places are renumbered"""
-
+The task's metric after {DEPTH} evaluations and at the equilibrium; how many fits were returned, and their seconds; mean
+evaluations to 1e-3 before and after the places are renumbered."""
 EQUAL = """\
 At equal worth: the fewest evaluations after which the mean metric is that at the equilibrium, but for 0.005 of accuracy or
 0.02 dB, in each seed; and the learned solver's evaluations and time over each one's. deepinv's loops are its own."""
@@ -101,7 +100,7 @@ def _tasks(rows: Sequence[Row]) -> Table:
         return ", ".join(f"{value:.2f}" for value in both)
 
     names = list(dict.fromkeys(row["name"] for row in rows))
-    return listed(TASKS, names, [
+    return listed("The task", names, [
         ("", lambda name: name),
         ("metric", lambda name: WORKLOADS[name].measure),
         ("learned", lambda name: after(name, OURS)),
@@ -143,7 +142,7 @@ def _figure(rows: Sequence[Row], names: Sequence[str], folder: Path) -> report.P
         place.axhline(chosen(rows, "model", name=name)[0]["equilibrium"], color="#333333", linewidth=0.8, linestyle=":")
         place.set_xscale("log")
 
-    figure = figures.panels(names, draw, "evaluations of f", "metric", columns=3, size=(3.4, 2.8))
+    figure = figures.panels(names, draw, "evaluations of f", "metric", columns=2, size=(4.2, 2.8))
     return report.Picture(
         figures.save(figure, folder / "depth.png"),
         "The task's metric by evaluations of f: means over test problems and seeds; dotted, at the equilibrium.",
