@@ -154,7 +154,7 @@ def test_what_are_no_graphs_is_refused():
     solver = make_learned("meta-broyden", Layout("graph", (3, 2)))
     z = torch.zeros(2, 3, 2)
     refused("layout 'graph' needs the edges", lambda: mb.solve(lambda z, x: z, z, z, solver=solver))
-    union = (x, edges)
+    union = (torch.ones(12, 2), edges)
     refused(
         "the edges of graphs in mb.Graphs", lambda: mb.fit_solver(lambda z, c: z, union, z0=lambda c: 0 * c[0], steps=1)
     )
