@@ -131,7 +131,7 @@ class OnGraphs(nn.Module):
         self.cell = cell
         self.dilation = getattr(cell, "dilation", 1)
         self._several, self._weighted = _takes(cell)
-        self._last: tuple[Tensor, _Union] | None = None  # of the graphs seen last
+        self._last: tuple[tuple[Tensor, ...], _Union] | None = None  # of the graphs seen last
 
     def initial_state(self, graphs: Graphs) -> Tensor:
         """The cell's own start, or zeros like x, (B, T, C)."""
@@ -158,9 +158,9 @@ class OnGraphs(nn.Module):
         return (x, union.edge_index, union.batch)[: 3 if self._several else 2], weights
 
     def _union(self, graphs: Graphs) -> _Union:
-        last = self._last
-        if last is None or last[0] is not graphs.source:
-            last = self._last = graphs.source, _union(graphs)
+        last, parts = self._last, (graphs.mask, graphs.source, graphs.target, graphs.weight)
+        if last is None or any(one is not other for one, other in zip(last[0], parts, strict=True)):
+            last = self._last = parts, _union(graphs)
         return last[1]
 
 

@@ -126,6 +126,17 @@ def test_a_union_goes_there_and_back():
     assert value[~made.mask].eq(0).all()
 
 
+def test_a_cell_on_graphs_sees_the_graphs_at_hand():
+    edges = torch.tensor([[0, 1], [1, 2]])
+    made = mb.Graphs.of(torch.ones(3, 1), edges, edge_weight=torch.tensor([1.0, 2.0]))
+    f = mb.OnGraphs(
+        lambda z, x, edge_index, edge_weight: torch.zeros_like(z).index_add(0, edge_index[1], edge_weight[:, None])
+    )
+    z = torch.zeros(1, 3, 1)
+    assert f(z, made).flatten().tolist() == [0, 1, 2]
+    assert f(z, made._replace(weight=2 * made.weight)).flatten().tolist() == [0, 2, 4]
+
+
 def test_weights_follow_their_edges_and_objects_their_order():
     edge_index = torch.tensor([[0, 2, 1], [1, 1, 0]])
     one = SimpleNamespace(x=normal(3, 2), edge_index=edge_index, edge_weight=torch.tensor([1.0, 2.0, 3.0]))

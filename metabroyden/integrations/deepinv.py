@@ -45,7 +45,7 @@ class FixedPointMap:
         self._model = _checked(model)
         self.physics = copied(physics)
         self.parameters = parameters
-        self._given: tuple[Tensor, ...] = ()
+        self._given: list[tuple[Tensor, int]] = []  # parameters that are in the physics, and their versions
         last = model.max_iter - 1
         self._parts = model.update_data_fidelity_fn(last), model.update_prior_fn(last)
 
@@ -72,10 +72,11 @@ class FixedPointMap:
                 f"({', '.join(self.parameters) or 'none'}), got {len(given)}"
             )
         given = given[: len(self.parameters)]
-        same = len(given) == len(self._given) and all(a is b for a, b in zip(given, self._given, strict=True))
-        if given and not same:
+        seen = [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in given]
+        known = [tensor is other and n == m for (tensor, n), (other, m) in zip(seen, self._given, strict=False)]
+        if len(known) < len(seen) or not all(known):
             self.physics.update(**dict(zip(self.parameters, given, strict=True)))
-            self._given = tuple(given)
+            self._given = seen
         return y
 
 

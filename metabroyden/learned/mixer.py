@@ -52,10 +52,8 @@ class Mixer(nn.Module):
         self.map: Any
         if layout.spatial:
             self.map = nn.Conv2d(inputs, outputs, kernel, padding=self.padding, dilation=dilation, bias=bias)
-        elif layout.kind in (
-            "set",
-            "graph",
-        ):  # taps: the element, the mean, the elements 1, 2, … times `dilation` before
+        elif layout.kind in ("set", "graph"):
+            # taps: the element, the mean and, of graphs, what comes over `dilation` edges, twice as many, …
             taps = kernel + 1 if layout.kind == "graph" else 2
             self.map = nn.Conv1d(inputs, outputs, 1 if kernel == 1 else taps, bias=bias)
         elif layout.by_token:

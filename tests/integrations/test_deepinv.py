@@ -137,3 +137,16 @@ def test_what_does_not_fit_is_refused(monkeypatch):
     refused("compute_metrics=True is of deepinv's own loop", lambda: model(y, made, compute_metrics=True))
     monkeypatch.setitem(sys.modules, "deepinv", None)
     refused("pip install deepinv==0.5.0", lambda: FixedPointMap(model, made), ImportError)
+
+
+def test_filters_that_change_in_place_are_seen_and_inference_tensors_are_taken():
+    made, y, blur = measured()
+    f = FixedPointMap(algorithm(), made, "filter")
+    z = f.initial_state((y, blur))
+    with torch.no_grad():
+        before = f(z, (y, blur))
+        blur.copy_(blurs(4).flip(0))
+        assert not torch.equal(f(z, (y, blur)), before)
+    with torch.inference_mode():
+        x = (y.clone(), blur.clone())
+        assert mb.solve(f, f.initial_state(x), x, solver=mb.Anderson(), rtol=1e-2).converged.all()
