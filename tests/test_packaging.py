@@ -92,7 +92,9 @@ def test_inference_needs_three_packages_and_each_extra_what_it_is_for(metadata):
     assert needs[""] == {"torch", "numpy", "safetensors"}
     assert needs["train"] == {"higher", "rich"}
     assert needs["plot"] == {"matplotlib"}
-    assert set(metadata.get_all("Provides-Extra", [])) == {"train", "plot", "testbed", "zoo", "experiments"}
+    assert needs["deepinv"] == {"deepinv"}
+    extras = {"train", "plot", "deepinv", "testbed", "zoo", "experiments"}
+    assert set(metadata.get_all("Provides-Extra", [])) == extras
     pinned = {
         re.match(r"[\w-]+", line)[0]
         for line in (ROOT / "requirements.txt").read_text("utf-8").splitlines()
@@ -105,7 +107,7 @@ USED = """
 import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in set("higher rich matplotlib tyro sklearn scipy tensorboard torchdeq torchdiffeq".split()):
+        if name.split(".")[0] in set("higher rich matplotlib tyro sklearn scipy tensorboard torchdeq torchdiffeq deepinv".split()):
             raise ImportError(name)
 sys.meta_path.insert(0, Refuse())
 import torch, metabroyden as mb
