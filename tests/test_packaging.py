@@ -107,7 +107,8 @@ USED = """
 import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in set("higher rich matplotlib tyro sklearn scipy tensorboard torchdeq torchdiffeq deepinv".split()):
+        if name.split(".")[0] in set("higher rich matplotlib tyro sklearn scipy tensorboard torchdeq torchdiffeq "
+                                     "deepinv".split()):
             raise ImportError(name)
 sys.meta_path.insert(0, Refuse())
 import torch, metabroyden as mb
