@@ -104,7 +104,9 @@ def install(
         The layer that solves: `last_solution` and `last_backward_solution` say what a call cost, `solver` may be reassigned.
 
     Raises:
-        As `FixedPointMap`; TypeError and ValueError as `DEQ`.
+        ImportError: deepinv is not installed.
+        TypeError: no deepinv algorithm; or as of `DEQ`.
+        ValueError: an algorithm without `DEQ`; or as of `DEQ`.
     """
     engine = _Engine(_checked(model), parameters)
     mode = Implicit(solver=Anderson(), rtol=rtol) if backward is None else backward
