@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from metabroyden.padded import length_mask
 from metabroyden.shared import bare
 from metabroyden.solution import Cell, State
-from metabroyden.state import AugmentedContext, Packing
+from metabroyden.state import Packing, callers_context
 
 # calls of a solve after which z's memory itself is compared: a first z is often zero, which hides factors
 _COMPARED = 2
@@ -126,7 +126,7 @@ class Given:
         if context is not None and not torch.compiler.is_compiling():
             leaves = [context] if isinstance(context, Tensor) else pytree.tree_leaves(context)
             self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        self.mask = length_mask(context.context if isinstance(context, AugmentedContext) else context)
+        self.mask = length_mask(callers_context(context))
         self.versions = [(tensor, tensor._version) for tensor in self.tensors if not tensor.is_inference()]
 
     def blanked(self, value: Tensor, packing: Packing) -> Tensor:

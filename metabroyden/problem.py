@@ -14,7 +14,7 @@ from torch import Tensor
 from metabroyden.evaluator import Evaluator, Rows
 from metabroyden.function import part_of, rewrap
 from metabroyden.solution import Cell
-from metabroyden.state import AugmentedContext, in_dtype_of
+from metabroyden.state import callers_context, in_dtype_of
 
 
 class Problem(ABC):
@@ -223,4 +223,4 @@ class CountedProblem(Problem):
 
 def seen_context(context: Any, z: Tensor) -> Any:
     """The context as a solver sees it, in the dtype of the iterates z."""
-    return in_dtype_of(context.context if isinstance(context, AugmentedContext) else context, z)
+    return in_dtype_of(callers_context(context), z)

@@ -24,6 +24,11 @@ class AugmentedContext(NamedTuple):
     extra: tuple[Tensor, ...]
 
 
+def callers_context(context: Any) -> Any:
+    """The context as the caller gave it, without what else f needs."""
+    return context.context if isinstance(context, AugmentedContext) else context
+
+
 @dataclass(frozen=True)
 class Packing:
     """How a state is laid out: per-sample shapes (batch axis left out) of its tensors, in order.

@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 import metabroyden as mb
+from experiments.bench.descent import descend
 from experiments.bench.runner import Row, threads
 from experiments.strangers.data import load_data
 from experiments.strangers.generated import IGNORED, Data
@@ -46,16 +47,12 @@ def trained(spec: Spec, data: Data) -> tuple[Model, Row]:
     """A model trained by implicit gradients, in evaluation mode, and the facts about it."""
     model, began = build(spec, data).train(), time.perf_counter()
     generator = torch.Generator().manual_seed(spec.seed)
-    optimiser = torch.optim.Adam(model.parameters(), spec.rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, spec.steps)
-    for _ in range(spec.steps):
+
+    def loss_of(step: int) -> Tensor:
         index = torch.randint(len(data.train_targets), (BATCH,), generator=generator)
-        loss = _loss(model, take(data.train, index), data.train_targets[index], spec.penalty, generator)
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
+        return _loss(model, take(data.train, index), data.train_targets[index], spec.penalty, generator)
+
+    descend(model.parameters(), spec.steps, spec.rate, loss_of)
     seconds = round(time.perf_counter() - began, 1)
     model.eval().requires_grad_(False)
     return model, {"training_seconds": seconds, **_score(model, data), **_cost(model, data)}

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import metabroyden as mb
+from experiments.bench.descent import descend
 from experiments.bench.runner import Row
 from experiments.workloads.brought import Brought
 from metabroyden.zoo.data.graphs import NodeTask, chains, karate, renumbered, trees
@@ -56,18 +57,14 @@ class Task:
         began, grown = time.perf_counter(), self.growth
         solver: Any = mb.Anderson() if grown is None else mb.Picard()
         model.deq.solver, model.deq.backward_mode = solver, mb.Implicit(solver=solver, rtol=1e-3, max_nfe=200)
-        optimiser = torch.optim.Adam(model.parameters(), self.rate)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.steps)
-        for step in range(self.steps):
+
+        def loss_of(step: int) -> Tensor:
             seed = 1000 + step
             task = self.draw(BATCH, seed, False) if grown is None else grown(BATCH, seed, step / self.steps)
-            loss = functional.cross_entropy(model(task.x, task.edge_index, task.batch), task.y)
-            optimiser.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimiser.step()
-            schedule.step()
-        return {"seconds": round(time.perf_counter() - began), "steps": self.steps, "loss": round(loss.item(), 4)}
+            return functional.cross_entropy(model(task.x, task.edge_index, task.batch), task.y)
+
+        loss = descend(model.parameters(), self.steps, self.rate, loss_of)
+        return {"seconds": round(time.perf_counter() - began), "steps": self.steps, "loss": round(loss, 4)}
 
     @torch.no_grad()
     def bring(self, model: GraphClassifier, samples: int) -> Brought:

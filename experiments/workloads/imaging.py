@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import metabroyden as mb
+from experiments.bench.descent import descend
 from experiments.bench.runner import Row
 from experiments.workloads.brought import Brought
 from metabroyden.integrations.deepinv import FixedPointMap, library
@@ -118,24 +119,14 @@ def train(model: Deblurring) -> Row:
 
 
 def _fit(model: Deblurring, steps: int, rate: float, loss_of: Callable[[Deblurring, int], Tensor]) -> float:
-    optimiser = torch.optim.Adam(model.denoiser.parameters(), rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    for step in range(steps):
-        loss = loss_of(model, 2000 + step)
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.denoiser.parameters(), 0.1)
-        optimiser.step()
-        schedule.step()
-    return loss.item()
+    return descend(model.denoiser.parameters(), steps, rate, lambda step: loss_of(model, 2000 + step), clip=0.1)
 
 
 def _denoised(model: Deblurring, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     clear = patches(TRAIN_ON, BATCH, generator)
-    return (
-        (model.denoiser(clear + SIGMA * torch.randn(clear.shape, generator=generator), SIGMA) - clear).square().mean()
-    )
+    noisy = clear + SIGMA * torch.randn(clear.shape, generator=generator)
+    return (model.denoiser(noisy, SIGMA) - clear).square().mean()
 
 
 def _reconstructed(model: Deblurring, seed: int) -> Tensor:

@@ -10,12 +10,12 @@ import numpy as np
 
 from experiments.bench import report
 from experiments.bench.runner import Row
+from experiments.workloads.rows import OURS
 from experiments.workloads.suite import WORKLOADS
 from metabroyden.comparison import figures
 from metabroyden.comparison.figures import FLAGSHIP
 from metabroyden.comparison.tables import Table, chosen, grouped, listed, mean
 
-OURS = "learned"
 DEPTH = 10
 """Evaluations after which the metric is in the table."""
 RIVAL = "tuned Anderson"
@@ -44,6 +44,7 @@ def write(rows: list[Row], described: Row, folder: Path) -> list[report.Section]
         WORDS,
         models,
         *tables,
+        TASKS,
         _tasks(rows),
         EQUAL,
         *(_equal(rows, name) for name in names),

@@ -51,7 +51,7 @@ def measured(config: Any, name: str, model: Any, seed: int) -> list[Row]:
     )  # fmt: skip
     fit = {
         "row": "fit", "returned": returned is solver, "reasons": verdict.failed_criteria, "seconds": seconds,
-        **_renumbered(brought, solver),
+        **_renumbered(config, brought, solver),
     }  # fmt: skip
     rows = [_model(config, name, brought), fit]
     rows += [{"row": "cost", **row} for row in found.numbers()]
@@ -105,11 +105,11 @@ def _model(config: Any, name: str, brought: Brought) -> Row:
 
 
 @torch.no_grad()
-def _renumbered(brought: Brought, solver: Any) -> Row:
+def _renumbered(config: Any, brought: Brought, solver: Any) -> Row:
     """Mean evaluations as the places are numbered, and after renumbering them."""
     if brought.again is None:
         return {}
-    options: dict[str, Any] = {"solver": solver, "rtol": TOLERANCES[-1], "max_nfe": 60, "throw": False}
+    options: dict[str, Any] = {"solver": solver, "rtol": TOLERANCES[-1], "max_nfe": config.budget, "throw": False}
     spent = [
         float(mb.solve(brought.f, initial_state(brought.f, x), x, **options).nfe.double().mean())
         for x in (brought.x_test, brought.again)

@@ -30,7 +30,7 @@ class FixedPointMap:
 
     Args:
         model: a deepinv algorithm with `DEQ`, of one image: PGD, HQS or GD.
-        physics: that made the measurements; it is copied, as its parameters change with the samples at hand.
+        physics: that made the measurements; copied where there are parameters, which change with the samples at hand.
         parameters: names of the physics' parameters that come with x, as `physics.update` takes them.
 
     Raises:
@@ -43,7 +43,7 @@ class FixedPointMap:
 
     def __init__(self, model: Any, physics: Any, *parameters: str) -> None:
         self._model = _checked(model)
-        self.physics = copied(physics)
+        self.physics = _copied(physics) if parameters else physics
         self.parameters = parameters
         self._given: list[tuple[Tensor, int]] = []  # parameters that are in the physics, and their versions
         last = model.max_iter - 1
@@ -148,7 +148,7 @@ class _Engine(nn.Module):
         return self.layer((y, *(getattr(physics, name) for name in names)) if names else y, X["est"][0].detach())
 
 
-def copied(physics: Any) -> Any:
+def _copied(physics: Any) -> Any:
     """A copy of a physics whose parameters may be changed; those that need gradients are the very same tensors."""
     memo = {id(tensor): tensor for tensor in _tensors(physics) if tensor.requires_grad}
     return copy.deepcopy(physics, memo)

@@ -76,9 +76,7 @@ def trees(count: int, seed: int, *, sizes: tuple[int, int] = (20, 100), classes:
         parent = (child - torch.randint(1, 4, (size - 1,), generator=generator)).clamp_min(0)
         one, other = first + order[parent], first + order[child]
         edges.append(torch.stack([torch.cat([one, other]), torch.cat([other, one])]))
-        seen = torch.zeros(size, dtype=torch.bool)
-        seen[torch.randperm(size, generator=generator)[: max(1, size // 20)]] = True
-        xs.append(_shown(torch.full((size,), kind), seen, classes))
+        xs.append(_shown(torch.full((size,), kind), max(1, size // 20), classes, generator))
         first += size
     batch = torch.arange(count).repeat_interleave(counts)
     return NodeTask(torch.cat(xs), torch.cat(edges, dim=1), batch, kinds[batch])
@@ -96,9 +94,7 @@ def karate(count: int, seed: int, *, known: tuple[int, int] = (2, 8)) -> NodeTas
     xs = []
     for _ in range(count):
         some = int(torch.randint(known[0], known[1] + 1, (), generator=generator))
-        seen = torch.zeros(len(sides), dtype=torch.bool)
-        seen[torch.randperm(len(sides), generator=generator)[:some]] = True
-        xs.append(_shown(sides, seen, 2))
+        xs.append(_shown(sides, some, 2, generator))
     numbers = torch.arange(count) * len(sides)
     edges = (edge_index.unsqueeze(1) + numbers[:, None]).flatten(1)
     return NodeTask(torch.cat(xs), edges, torch.arange(count).repeat_interleave(len(sides)), sides.repeat(count))
@@ -112,5 +108,8 @@ def renumbered(task: NodeTask, seed: int) -> NodeTask:
     return NodeTask(task.x[order], places[task.edge_index], task.batch, task.y[order])
 
 
-def _shown(y: Tensor, seen: Tensor, classes: int) -> Tensor:
-    return torch.nn.functional.one_hot(y, classes) * seen[:, None].float()
+def _shown(y: Tensor, known: int, classes: int, generator: torch.Generator) -> Tensor:
+    """(N, classes) the classes of so many random nodes, zero at the others."""
+    seen = torch.zeros(len(y), 1)
+    seen[torch.randperm(len(y), generator=generator)[:known]] = 1
+    return torch.nn.functional.one_hot(y, classes) * seen
