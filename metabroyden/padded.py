@@ -20,6 +20,7 @@ class Padded(NamedTuple):
     Attributes:
         x: (B, T, F), or a tuple or dict of tensors with the samples first.
         mask: (B, T) bool, True where a token is.
+        y: (B, T, …) what a metric compares tokens with, or None; no cell sees it.
 
     Examples:
         >>> import torch, metabroyden as mb
@@ -32,6 +33,7 @@ class Padded(NamedTuple):
 
     x: Any
     mask: Tensor
+    y: Tensor | None = None
 
 
 class Graphs(NamedTuple):
@@ -43,7 +45,7 @@ class Graphs(NamedTuple):
         source: (B, E) node of its own graph that an edge comes from, in the order of the nodes that edges go to.
         target: (B, E) node that an edge goes to; T where there is no edge.
         weight: (B, E) of edges; 1 where none were given, 0 where there is no edge.
-        y: (B, T, …) what a metric compares nodes with, zero where there is none; no cell sees it.
+        y: (B, T, …) what a metric compares nodes with, zero where there is none, or None; no cell sees it.
     """
 
     x: Tensor
@@ -78,6 +80,42 @@ class Graphs(NamedTuple):
                 f"{type(x).__name__}"
             )
         return _packed(_joined(given))
+
+    @classmethod
+    def around(
+        cls, x: Tensor, edge_index: Tensor, *, hops: int, count: int, most: int = 256, seed: int = 0,
+        edge_weight: Any = None, y: Any = None,
+    ) -> Graphs:  # fmt: skip
+        """Parts of one large graph, to fit a solver to; what it has learned there goes for the whole graph.
+
+        Each part has a random node, what lies within so many edges of it, whichever way they go, and the edges between
+        these; of more than `most` nodes the nearest.
+
+        Args:
+            x: as for `of`; so are edge_index, edge_weight and y.
+            edge_index: (2, E).
+            hops: edges from the first node, at most; more than f carries news in an evaluation.
+            count: parts.
+            most: nodes of a part.
+            seed: of the choice.
+            edge_weight: (E,), or None.
+            y: (N, …), or None.
+
+        Raises:
+            ValueError: what `of` raises, and numbers below one.
+        """
+        if min(hops, count, most) < 1:
+            raise ValueError(f"hops, count and most must be at least 1, got {hops}, {count} and {most}")
+        x, edges, _, weight, y = _checked(x, edge_index, None, edge_weight, y)
+        first = torch.randint(len(x), (count,), generator=torch.Generator().manual_seed(seed))
+        parts, number = [], torch.full((len(x),), -1, device=x.device)
+        for node in first.tolist():
+            nodes = _near(node, edges, len(x), hops)[:most]
+            number.fill_(-1)[nodes] = torch.arange(len(nodes), device=x.device)
+            inside = (number[edges] >= 0).all(0)
+            batch = torch.zeros(len(nodes), dtype=torch.long, device=x.device)
+            parts.append((x[nodes], number[edges[:, inside]], batch, weight[inside], None if y is None else y[nodes]))
+        return _packed(_united(parts))
 
     def nodes(self, z: Tensor) -> Tensor:
         """(N, …) values of the nodes there are, graph by graph, of padded ones (B, T, …)."""
@@ -241,17 +279,35 @@ def _checked_edges(edge_index: Any, nodes: int) -> Tensor:
 
 def _joined(given: list[Any]) -> _Whole:
     """Several objects, each of one graph or of several, as one union."""
-    parts: list[_Whole] = []
-    nodes, graphs = 0, 0
-    for each in given:
-        more = (getattr(each, name, None) for name in ("batch", "edge_weight", "y"))
-        part = _checked(each.x, each.edge_index, *more)
-        parts.append((part[0], part[1] + nodes, part[2] + graphs, *part[3:]))
+    more = ("batch", "edge_weight", "y")
+    return _united([_checked(each.x, each.edge_index, *(getattr(each, name, None) for name in more)) for each in given])
+
+
+def _united(parts: list[_Whole]) -> _Whole:
+    """Unions as one."""
+    moved, nodes, graphs = [], 0, 0
+    for part in parts:
+        moved.append((part[0], part[1] + nodes, part[2] + graphs, *part[3:]))
         nodes, graphs = nodes + len(part[0]), graphs + int(part[2][-1]) + 1
-    xs, edges, batches, weights, ys = zip(*parts, strict=True)
+    xs, edges, batches, weights, ys = zip(*moved, strict=True)
     told = [y for y in ys if y is not None]
     y = torch.cat(told) if len(told) == len(parts) else None
     return torch.cat(xs), torch.cat(edges, dim=1), torch.cat(batches), torch.cat(weights), y
+
+
+def _near(node: int, edges: Tensor, count: int, hops: int) -> Tensor:
+    """Nodes within so many edges of one, nearest first."""
+    found = torch.tensor([node], device=edges.device)
+    seen = torch.zeros(count, dtype=torch.bool, device=edges.device)
+    seen[node] = True
+    ring = seen.clone()
+    for _ in range(hops):
+        next_to = torch.zeros_like(seen)
+        next_to[edges[1, ring[edges[0]]]] = next_to[edges[0, ring[edges[1]]]] = True
+        ring = next_to & ~seen
+        seen |= ring
+        found = torch.cat([found, ring.nonzero().flatten()])
+    return found
 
 
 def _packed(whole: _Whole) -> Graphs:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import metabroyden as mb
+from metabroyden.learned.initializer import Initializer
 from metabroyden.learned.layout import Layout
 from metabroyden.learned.mixer import Mixer
 from metabroyden.learned.preconditioner import Preconditioner
@@ -73,6 +74,28 @@ def test_more_padding_changes_nothing_that_a_learned_solver_does(layout):
     torch.testing.assert_close(short.z, long.z[:, :6], rtol=1e-4, atol=1e-5)
     assert long.z[:, 6:].eq(0).all()
     assert (short.trace.residual[-1] > 0).all()
+
+
+@pytest.mark.parametrize("layout", ["tokens", "set", "ntc"])
+def test_attention_in_the_start_sees_no_padding_and_nothing_ahead(layout):
+    kind = Layout(layout, (6, 4))
+    start = perturbed(Initializer(kind, 4, 32, (3, 1), layers=2), 0.3).double()
+
+    def started(x):
+        return start((x.x * x.mask[..., None]).transpose(1, 2), wiring_of(x, kind, x.x))
+
+    short, long = map(started, map(tokens, (6, 9)))
+    torch.testing.assert_close(short, long[..., :6])
+    assert long[..., 6:].eq(0).all()
+    changed = tokens()
+    changed.x[0, 3] += 1
+    seen = (started(changed) - short).abs().amax(1) > 0
+    assert not seen[1:].any(), "samples are alone"
+    assert seen[0].tolist() == ([False] * 3 + [True] * 3 if layout == "ntc" else [True] * 6)
+    refused(
+        "attention is over tokens; layout 'vector' has none",
+        lambda: Initializer(Layout("vector", (4,)), 4, 8, layers=1),
+    )
 
 
 def _rank(name):
@@ -184,6 +207,28 @@ def test_each_graph_stops_on_its_own():
         alone = mb.solve(f, f.initial_state(one), one, solver=mb.Anderson(), rtol=1e-5, max_nfe=100)
         assert abs(alone.nfe[0] - whole.nfe[number]) <= 1, "but for rounding"
         torch.testing.assert_close(alone.z[0], made.nodes(whole.z)[here], rtol=1e-3, atol=1e-4)
+
+
+def test_parts_of_a_large_graph_are_what_lies_round_a_node():
+    x, path = torch.arange(50.0)[:, None], torch.stack([torch.arange(49), torch.arange(1, 50)])
+    made = mb.Graphs.around(x, path, hops=3, count=20, y=-x, edge_weight=torch.arange(49.0) + 1)
+    other = mb.Graphs.around(x, path, hops=3, count=20, y=-x, seed=1)
+    assert len(made.x) == 20
+    assert not torch.equal(made.x[:, 0], other.x[:, 0])
+    for part in range(20):
+        nodes = made.nodes(made.x)[made.mask.nonzero()[:, 0] == part].flatten().tolist()
+        assert sorted(nodes) == list(range(max(0, round(nodes[0]) - 3), min(49, round(nodes[0]) + 3) + 1))
+        ends = [made.x[part, end[part][made.target[part] < made.x.shape[1]], 0] for end in (made.source, made.target)]
+        assert torch.equal(ends[1] - ends[0], torch.ones(len(nodes) - 1)), "all edges between them, as they go"
+        assert torch.equal(made.weight[part][: len(nodes) - 1], ends[1])
+    assert torch.equal(made.y, -made.x)
+    few = mb.Graphs.around(x, path, hops=30, count=2, most=5)
+    assert few.mask.sum(1).tolist() == [5, 5]
+    assert (few.x - few.x[:, :1]).abs().max() <= 4, "the nearest"
+    refused(
+        "hops, count and most must be at least 1, got 0, 2 and 256", lambda: mb.Graphs.around(x, path, hops=0, count=2)
+    )
+    refused("edge_index must be", lambda: mb.Graphs.around(x, path.double(), hops=1, count=2))
 
 
 # --- graphs in learned solvers

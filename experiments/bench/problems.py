@@ -25,7 +25,7 @@ from metabroyden.solvers import Anderson, Broyden
 from metabroyden.state import Packing, gather
 from metabroyden.zoo.data.bible import load_bible
 from metabroyden.zoo.models import load_model
-from metabroyden.zoo.models.criteria import Criterion, Images, NextToken, device_of
+from metabroyden.zoo.models.criteria import Images, NextToken, OfFamily, device_of
 from metabroyden.zoo.models.families import get_family, trained_model
 from metabroyden.zoo.tasks import family_tasks, text_windows
 from metabroyden.zoo.testbed import KnownProblem, make_problem
@@ -65,7 +65,7 @@ class Family:
         return {}
 
     @cached_property
-    def criterion(self) -> Criterion:
+    def criterion(self) -> OfFamily:
         """What the model is trained for, with its data."""
         return get_family(self.name).criterion()
 
@@ -95,7 +95,7 @@ class Family:
 
 @torch.no_grad()
 def held_out(
-    model: Any, criterion: Criterion, split: str, limit: int, change: Callable[[Tensor], Tensor] | None = None
+    model: Any, criterion: OfFamily, split: str, limit: int, change: Callable[[Tensor], Tensor] | None = None
 ) -> HeldOut:
     """The first `limit` problems of a split (for texts: evenly spaced segments), of inputs changed by `change`."""
     tasks = family_tasks(model, criterion)

@@ -20,6 +20,7 @@ class Brought:
         slack: of the metric's mean at the equilibrium, by which one says that it is reached.
         again: the test problems with their places renumbered; None where order means something.
         peers: by name, other libraries' loops on the test problems: iterations ↦ states.
+        pictures: by name, what is shown beside reconstructions, (B, …) like states; none where states are no pictures.
     """
 
     f: Any
@@ -30,3 +31,4 @@ class Brought:
     slack: float
     again: Any = None
     peers: dict[str, Callable[[int], Any]] = field(default_factory=dict)
+    pictures: dict[str, Any] = field(default_factory=dict)

@@ -147,7 +147,10 @@ def bring(model: Deblurring, samples: int) -> Brought:
     """The map with measurements of training pictures and of others, few of these: an evaluation of f is dear."""
     x_train, x_test = model.problems(TRAIN_ON, CONTEXTS, 1), model.problems(TEST_ON, min(samples, MOST), 2)
     f = FixedPointMap(model.algorithm, model.physics, "filter")
-    return Brought(f, x_train, x_test, psnr, (mb.Anderson(), 300), slack=0.02, peers=_peers(model, x_test))
+    shown = {"measured": x_test[0], "true": x_test[2]}
+    return Brought(
+        f, x_train, x_test, psnr, (mb.Anderson(), 300), slack=0.02, peers=_peers(model, x_test), pictures=shown
+    )
 
 
 def _peers(model: Deblurring, x: Any) -> dict[str, Any]:

@@ -49,6 +49,7 @@ def write(rows: list[Row], described: Row, folder: Path) -> list[report.Section]
         EQUAL,
         *(_equal(rows, name) for name in names),
         _figure(rows, names, folder),
+        *(_pictures(rows, name, folder) for name in names if chosen(rows, "picture", name=name)),
     ]
 
 
@@ -147,4 +148,28 @@ def _figure(rows: Sequence[Row], names: Sequence[str], folder: Path) -> report.P
     return report.Picture(
         figures.save(figure, folder / "depth.png"),
         "The task's metric by evaluations of f: means over test problems and seeds; dotted, at the equilibrium.",
+    )
+
+
+def _pictures(rows: Sequence[Row], name: str, folder: Path) -> report.Picture:
+    """The first test problem after so many evaluations, a solver in each line."""
+    found = chosen(rows, "picture", name=name, seed=0)
+    beside = [row for row in found if row["evaluations"] is None]
+    solvers = grouped([row for row in found if row["evaluations"] is not None], "solver")
+    across = max(len(beside), len(solvers[0]))
+    lines = [beside, *solvers]
+    figure, places = figures.grid(across * len(lines), across, (1.3, 1.45))
+    for place in places:
+        place.axis("off")
+    for number, line in enumerate(lines):
+        for place, row in zip(places[number * across :], line, strict=False):
+            place.axis("on")
+            place.set(xticks=[], yticks=[])
+            place.imshow(np.array(row["pixels"]), cmap="gray", vmin=0, vmax=255)
+            after = "" if row["evaluations"] is None else f", {row['evaluations']}"
+            score = "" if row["score"] is None else f"{row['score']:.2f}"
+            place.set_title(f"{row['solver']}{after}\n{score}", fontsize=6)
+    return report.Picture(
+        figures.save(figure, folder / f"{name}.png"),
+        f"{name}: the first test picture after so many evaluations, with its metric.",
     )

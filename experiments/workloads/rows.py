@@ -7,10 +7,13 @@ Rows say what they are under the key "row":
   depth   the mean metric after so many evaluations of one solver
   equal   of one solver, or of another library's loop, the fewest evaluations after which the mean metric is that at the
           equilibrium, but for the workload's slack, and the seconds of so many on all test problems; none: null
+  picture the first test problem's picture after so many evaluations, in grey levels, and its metric; without a number of
+          evaluations, what there is to be seen beside it
 """
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -30,6 +33,8 @@ from metabroyden.deq import initial_state
 
 TOLERANCES = (1e-2, 1e-3)
 ROUNDS = 3
+SHOWN = (2, 4, 8)
+"""Evaluations after which pictures are shown."""
 OURS = "learned"
 
 
@@ -56,35 +61,54 @@ def measured(config: Any, name: str, model: Any, seed: int) -> list[Row]:
     rows = [_model(config, name, brought), fit]
     rows += [{"row": "cost", **row} for row in found.numbers()]
     rows += chosen(found.rows, "depth")
-    rows += _equal(config, brought, found, rows[0]["equilibrium"])
+    loops = _loops(brought, found)
+    rows += _equal(brought, found, loops, rows[0]["equilibrium"])
+    rows += _pictures(brought, loops)
     return short([{**row, **stamp} for row in rows])
 
 
-@torch.no_grad()
-def _equal(config: Any, brought: Brought, found: Any, equilibrium: float) -> list[Row]:
-    """Evaluations and time of everybody at equal worth."""
-    f, x, wanted = brought.f, brought.x_test, equilibrium - brought.slack
+def _loops(brought: Brought, found: Any) -> dict[str, Callable[[int], Any]]:
+    """By solver, and other library's loop, evaluations ↦ states of the test problems."""
+    f, x = brought.f, brought.x_test
     z0 = initial_state(f, x)
 
     def loop(solver: Any) -> Callable[[int], Any]:
         return lambda count: mb.solve(f, z0, x, solver=solver, rtol=0.0, max_nfe=count, throw=False).z
 
-    loops = {
-        of[0]["solver"]: loop(found.solvers[of[0]["solver"]]) for of in grouped(chosen(found.rows, "depth"), "solver")
-    }
-    worth = {
-        name: {row["evaluations"]: row["score"] for row in chosen(found.rows, "depth", solver=name)} for name in loops
-    }
-    depths = list(next(iter(worth.values())))
+    names = [of[0]["solver"] for of in grouped(chosen(found.rows, "depth"), "solver")]
+    return {name: loop(found.solvers[name]) for name in names} | brought.peers
+
+
+@torch.no_grad()
+def _equal(brought: Brought, found: Any, loops: dict[str, Callable[[int], Any]], equilibrium: float) -> list[Row]:
+    """Evaluations and time of everybody at equal worth."""
+    wanted = equilibrium - brought.slack
+    worth: dict[str, dict[int, float]] = {}
+    for row in chosen(found.rows, "depth"):
+        worth.setdefault(row["solver"], {})[row["evaluations"]] = row["score"]
+    depths = list(worth[OURS])
     worth |= {name: {count: _mean(brought, own(count)) for count in depths} for name, own in brought.peers.items()}
-    loops |= brought.peers
     fewest = {name: min((k for k, score in at.items() if score >= wanted), default=None) for name, at in worth.items()}
-    jobs = {name: partial(loops[name], count) for name, count in fewest.items() if count}
-    seconds = laps(jobs, ROUNDS)
+    seconds = laps({name: partial(loops[name], count) for name, count in fewest.items() if count}, ROUNDS)
     return [
         {"row": "equal", "solver": name, "evaluations": count, "seconds": seconds[name].tolist() if count else None}
         for name, count in fewest.items()
     ]
+
+
+@torch.no_grad()
+def _pictures(brought: Brought, loops: dict[str, Callable[[int], Any]]) -> list[Row]:
+    if not brought.pictures:
+        return []
+
+    def row(what: str, evaluations: int | None, z: torch.Tensor) -> Row:
+        pixels = (255 * z[0].squeeze(0).clamp(0, 1)).round().int().tolist()
+        score = float(brought.metric(z, brought.x_test)[0])
+        stamp = {"row": "picture", "solver": what, "evaluations": evaluations}
+        return {**stamp, "score": score if math.isfinite(score) else None, "pixels": pixels}
+
+    beside = [row(what, None, z) for what, z in brought.pictures.items()]
+    return beside + [row(name, count, loop(count)) for name, loop in loops.items() for count in SHOWN]
 
 
 def _mean(brought: Brought, z: Any) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.bench.runner import Row, threads
-from experiments.workloads import graphs, imaging
+from experiments.workloads import graphs, imaging, puzzles, texts
 from experiments.workloads.brought import Brought
 from metabroyden import checkpoint
 from metabroyden.checkpoint import load_weights
@@ -22,7 +22,7 @@ class Workload(NamedTuple):
         words: what it is.
         measure: what its metric is.
         build: the untrained model.
-        train: trains it, and returns facts about that.
+        train: (model, file) ↦ facts about its training, which goes on from that file where it was interrupted.
         bring: (model, test problems) ↦ what its owner would hand over.
         seconds: of a fit; None: fit_solver's own number of steps.
     """
@@ -30,18 +30,28 @@ class Workload(NamedTuple):
     words: str
     measure: str
     build: Callable[[], Any]
-    train: Callable[[Any], Row]
+    train: Callable[[Any, Path], Row]
     bring: Callable[[Any, int], Brought]
     seconds: float | None = None
 
 
+def at_once(train: Callable[[Any], Row]) -> Callable[[Any, Path], Row]:
+    """A training of minutes, of which nothing is kept on the way."""
+    return lambda model, _: train(model)
+
+
 WORKLOADS: dict[str, Workload] = {
     **{
-        f"graph-{kind}": Workload(task.words, "accuracy", task.build, task.train, task.bring)
+        f"graph-{kind}": Workload(task.words, "accuracy", task.build, at_once(task.train), task.bring)
         for kind, task in graphs.TASKS.items()
     },
+    **{
+        name: Workload(task.words, task.measure, task.build, task.train, task.bring, task.seconds)
+        for name, task in texts.TASKS.items()
+    },
+    "sudoku": Workload(puzzles.WORDS, "puzzles solved", puzzles.Solver, puzzles.train, puzzles.bring, puzzles.SECONDS),
     "deblurring": Workload(
-        imaging.WORDS, "PSNR, dB", imaging.Deblurring, imaging.train, imaging.bring, imaging.SECONDS
+        imaging.WORDS, "PSNR, dB", imaging.Deblurring, at_once(imaging.train), imaging.bring, imaging.SECONDS
     ),
 }
 
@@ -56,11 +66,13 @@ def model_of(name: str, folder: Path = MODELS) -> Any:
     work, path = WORKLOADS[name], path_of(name, folder)
     model = work.build()
     if not path.exists():
+        going = path.with_suffix(".training")
         with threads(1):
-            facts = work.train(model)
-        checkpoint.write(path, f"workload/{name}", model.state_dict(), {"facts": facts})
+            facts = work.train(model, going)
+        checkpoint.write(path, f"workload/{name}", checkpoint.to_half(model.state_dict()), {"facts": facts})
+        going.unlink(missing_ok=True)
     tensors, _ = checkpoint.read(path, "workload")
-    load_weights(model, tensors, path)
+    load_weights(model, checkpoint.widened(tensors), path)
     return model.eval().requires_grad_(False)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -115,8 +115,25 @@ class NextToken:
         return bits_per_token(model, self.data, split, self.length, self.limit if split == "validation" else None)
 
 
-Criterion = Images | NextToken
-"""What is trained for: the `losses` of an epoch's `steps`, and the `score` on a split, in `metric`."""
+class Criterion(Protocol):
+    """What is trained for: the `losses` of an epoch's `steps`, and the `score` on a split, in `metric`."""
+
+    @property
+    def metric(self) -> str:
+        """What the score is."""
+
+    @property
+    def higher(self) -> bool:
+        """Whether a higher score is better."""
+
+    def steps(self, batch: int) -> int:
+        """Batches of an epoch."""
+
+    def losses(self, model: Any, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
+        """Those of an epoch."""
+
+    def score(self, model: Any, split: str) -> float:
+        """Of a model on "validation" or "test"."""
 
 
 def _read(model: LanguageModel, segments: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -142,3 +159,7 @@ def bits_per_token(
         if limit is not None and count >= limit:
             break
     return nats / count / math.log(2)
+
+
+OfFamily = Images | NextToken
+"""What families are trained for, on data of their own."""

@@ -14,7 +14,7 @@ from metabroyden.zoo.data.digits import load_digits
 from metabroyden.zoo.data.fashion_mnist import load_fashion_mnist
 from metabroyden.zoo.data.shakespeare import load_shakespeare
 from metabroyden.zoo.models.conv import ConvClassifier
-from metabroyden.zoo.models.criteria import Criterion, Images, NextToken, unaltered
+from metabroyden.zoo.models.criteria import Images, NextToken, OfFamily, unaltered
 from metabroyden.zoo.models.dense import DenseClassifier
 from metabroyden.zoo.models.fit import Training
 from metabroyden.zoo.models.mlp import MLPClassifier
@@ -47,7 +47,7 @@ class Family:
 
     model: type
     config: Any
-    criterion: Callable[[], Criterion]
+    criterion: Callable[[], OfFamily]
     training: Training
     large: tuple[Any, Training]
     jacobian: float = 1.0
@@ -71,7 +71,7 @@ class Family:
 
 
 Sizes = dict[str, Any]
-Data = Callable[[], Criterion]
+Data = Callable[[], OfFamily]
 # keeps image cells whose solves are hard a DEQ without a penalty (results/RESEARCH.md, 32)
 _AT_EQUILIBRIUM: Sizes = {"backward": Phantom(steps=5, damping=1.0), "rtol": 1e-2, "max_nfe": 30}
 _CONVERTED: Sizes = {"jacobian": 0.0, "solver": Substitution(), "rtol": 0.0, "twins": ()}
@@ -79,27 +79,27 @@ _CHARACTERS: Sizes = {"vocabulary": 81, "stem": "hashed", "reach": 8, "rows": 2*
 _WORDS: Sizes = {"vocabulary": 5001, "stem": "hashed", "reach": 3, "rows": 2**16, "recent": 512}
 
 
-def _digits() -> Criterion:
+def _digits() -> OfFamily:
     return Images(load_digits())
 
 
-def _fashion() -> Criterion:
+def _fashion() -> OfFamily:
     return Images(load_fashion_mnist(), augment=unaltered)
 
 
-def _fashion_in_parts() -> Criterion:
+def _fashion_in_parts() -> OfFamily:
     return Images(load_fashion_mnist(), augment=unaltered, batches=200, limit=2000)
 
 
-def _fashion_halved() -> Criterion:
+def _fashion_halved() -> OfFamily:
     return Images(load_fashion_mnist(side=14), augment=unaltered, batches=160, limit=2000)
 
 
-def _characters() -> Criterion:
+def _characters() -> OfFamily:
     return NextToken(load_shakespeare(), segments=20, limit=65_536)
 
 
-def _words() -> Criterion:
+def _words() -> OfFamily:
     return NextToken(load_shakespeare("word"), limit=32_768)
 
 
