@@ -52,7 +52,7 @@ def main() -> None:
         remedy = "run this script with one of them, or make with PYTHON=python3.12"
         sys.exit(f"The tests and experiments need Python 3.11 or 3.12, and {sys.executable} is {version}: {remedy}")
     python = python_of(VENV)
-    print(f"Making {VENV}: some 1.6 GB, two minutes.", flush=True)
+    print(f"Making {VENV}: some 2 GB, two minutes.", flush=True)
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
     plain, compiled = parts((ROOT / "requirements.txt").read_text(encoding="utf-8"))

@@ -93,7 +93,8 @@ def test_inference_needs_three_packages_and_each_extra_what_it_is_for(metadata):
     assert needs["train"] == {"higher", "rich"}
     assert needs["plot"] == {"matplotlib"}
     assert needs["deepinv"] == {"deepinv"}
-    extras = {"train", "plot", "deepinv", "testbed", "zoo", "experiments"}
+    assert needs["physics"] == {"scipy", "pandapower", "epyt", "pyscf"}
+    extras = {"train", "plot", "deepinv", "testbed", "physics", "zoo", "experiments"}
     assert set(metadata.get_all("Provides-Extra", [])) == extras
     pinned = {
         re.match(r"[\w-]+", line)[0]

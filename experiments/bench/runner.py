@@ -32,7 +32,7 @@ from metabroyden.comparison.tables import Row
 from metabroyden.storage import atomic_write
 
 _PACKAGES = ("metabroyden", "torch", "higher", "numpy", "scikit-learn", "torchdeq", "silva-networks", "xitorch", "scipy",
-             "pypower")  # fmt: skip
+             "pypower", "pandapower", "pyscf", "epyt")  # fmt: skip
 _ROOT = Path(__file__).resolve().parents[2]
 
 
