@@ -1,4 +1,4 @@
-"""Deblurring by a deep-equilibrium reconstruction of deepinv's, on the pictures that scikit-image ships."""
+"""Deep-equilibrium reconstructions of deepinv's, deblurring and compressed sensing, on the pictures of scikit-image."""
 
 from __future__ import annotations
 
@@ -28,16 +28,12 @@ TEST_ON = ("camera", "chelsea", "coins", "moon", "clock")
 CONTEXTS, MOST, BATCH = 300, 32, 16
 SECONDS = 240.0
 """Of a fit."""
+SHARE = 0.35
+"""Of measurements by random weights, as many as pixels being one."""
 SIGMA = 0.03
 """Noise level that the denoiser is told."""
 DENOISING, STEPS = 500, 300
 """Of training, of the denoiser alone and of the equilibrium."""
-PENALTY = 5e-3
-"""Of the Jacobian, beside squared errors of pixels."""
-WORDS = (
-    "deepinv's proximal gradient descent with a denoiser of 16,000 weights in the place of the proximal map, made a deep "
-    "equilibrium, deblurs patches of 48 × 48 pixels, each with a filter of its own; tested on other pictures"
-)
 
 
 def patches(names: tuple[str, ...], count: int, generator: torch.Generator) -> Tensor:
@@ -70,10 +66,20 @@ def filters(count: int, generator: torch.Generator) -> Tensor:
     return (found / found.sum((1, 2), keepdim=True)).unsqueeze(1)
 
 
-class Deblurring(nn.Module):
-    """The reconstruction `algorithm` and the physics of its measurements."""
+class Reconstruction(nn.Module):
+    """deepinv's proximal gradient descent, made a deep equilibrium, with a denoiser in the place of the proximal map.
 
-    def __init__(self) -> None:
+    Args:
+        physics: of the measurements.
+        stepsize: of the descent.
+        penalty: of the Jacobian in training, beside squared errors of pixels.
+        rtol: of the solves in training.
+    """
+
+    parameters_of_samples: tuple[str, ...] = ()
+    """Of the physics, by name, that differ from sample to sample."""
+
+    def __init__(self, physics: Any, stepsize: float, penalty: float, rtol: float) -> None:
         super().__init__()
         dinv = library()
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -81,16 +87,16 @@ class Deblurring(nn.Module):
             torch.manual_seed(0)
             denoiser = dinv.models.DnCNN(in_channels=1, out_channels=1, depth=5, nf=24, bias=True, pretrained=None)
             self.algorithm = dinv.optim.PGD(
-                data_fidelity=dinv.optim.data_fidelity.L2(), prior=dinv.optim.prior.PnP(denoiser=denoiser), stepsize=1.0,
-                sigma_denoiser=SIGMA, max_iter=30, thres_conv=1e-3, DEQ=dinv.optim.DEQConfig(jacobian_free=True),
-                trainable_params=[],
+                data_fidelity=dinv.optim.data_fidelity.L2(), prior=dinv.optim.prior.PnP(denoiser=denoiser),
+                stepsize=stepsize, sigma_denoiser=SIGMA, max_iter=30, thres_conv=1e-3,
+                DEQ=dinv.optim.DEQConfig(jacobian_free=True), trainable_params=[],
             )  # fmt: skip
-        # no part of the model: its filters change with the samples
-        self._physics = (dinv.physics.BlurFFT(img_size=(1, SIDE, SIDE), filter=torch.ones(1, 1, KERNEL, KERNEL)),)
+        self._physics = (physics,)  # no part of the model
+        self.penalty, self.rtol = penalty, rtol
 
     @property
     def physics(self) -> Any:
-        """The blur, with the filters of the last `problems`."""
+        """The physics, with the parameters of the last `problems`."""
         return self._physics[0]
 
     @property
@@ -98,16 +104,50 @@ class Deblurring(nn.Module):
         """The network in it."""
         return self.algorithm.prior[0].denoiser
 
-    def problems(self, names: tuple[str, ...], count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(y, filters, the patches)."""
+    @property
+    def f(self) -> FixedPointMap:
+        """The map whose fixed point is the picture."""
+        return FixedPointMap(self.algorithm, self.physics, *self.parameters_of_samples)
+
+    def drawn(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Random parameters of samples."""
+        return ()
+
+    def problems(self, names: tuple[str, ...], count: int, seed: int) -> tuple[Tensor, ...]:
+        """(y, the parameters of samples, the patches)."""
         generator = torch.Generator().manual_seed(seed)
-        clear, blur = patches(names, count, generator), filters(count, generator)
-        self.physics.update(filter=blur)
+        clear, parameters = patches(names, count, generator), self.drawn(count, generator)
+        self.physics.update(**dict(zip(self.parameters_of_samples, parameters, strict=True)))
         y = self.physics.A(clear)
-        return y + NOISE * torch.randn(y.shape, generator=generator), blur, clear
+        return y + NOISE * torch.randn(y.shape, generator=generator), *parameters, clear
 
 
-def train(model: Deblurring) -> Row:
+class Deblurring(Reconstruction):
+    """Of pictures each of which has a filter of its own."""
+
+    parameters_of_samples = ("filter",)
+
+    def __init__(self) -> None:
+        blur = library().physics.BlurFFT(img_size=(1, SIDE, SIDE), filter=torch.ones(1, 1, KERNEL, KERNEL))
+        super().__init__(blur, 1.0, 5e-3, 3e-4)
+
+    def drawn(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Filters."""
+        return (filters(count, generator),)
+
+
+class Sensing(Reconstruction):
+    """From few sums of all pixels, with random weights."""
+
+    def __init__(self) -> None:
+        many = round(SHARE * SIDE**2)
+        weights = torch.Generator().manual_seed(0)
+        physics = library().physics.CompressedSensing(m=many, img_size=(1, SIDE, SIDE), fast=False, rng=weights)
+        largest = torch.linalg.matrix_norm(physics.A_adjoint(torch.eye(many)).flatten(1), 2)
+        super().__init__(physics, float(largest**-2), 1e-3, 1e-3)
+
+
+def train(model: Reconstruction) -> Row:
     """Train the denoiser on patches with noise, then the equilibrium by Jacobian-free gradients."""
     began = time.perf_counter()
     losses = [_fit(model, DENOISING, 2e-3, _denoised), _fit(model, STEPS, 5e-4, _reconstructed)]
@@ -118,46 +158,45 @@ def train(model: Deblurring) -> Row:
     }
 
 
-def _fit(model: Deblurring, steps: int, rate: float, loss_of: Callable[[Deblurring, int], Tensor]) -> float:
+def _fit(model: Reconstruction, steps: int, rate: float, loss_of: Callable[[Reconstruction, int], Tensor]) -> float:
     return descend(model.denoiser.parameters(), steps, rate, lambda step: loss_of(model, 2000 + step), clip=0.1)
 
 
-def _denoised(model: Deblurring, seed: int) -> Tensor:
+def _denoised(model: Reconstruction, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     clear = patches(TRAIN_ON, BATCH, generator)
     noisy = clear + SIGMA * torch.randn(clear.shape, generator=generator)
     return (model.denoiser(noisy, SIGMA) - clear).square().mean()
 
 
-def _reconstructed(model: Deblurring, seed: int) -> Tensor:
-    x = _, _, clear = model.problems(TRAIN_ON, BATCH, seed)
-    f = FixedPointMap(model.algorithm, model.physics, "filter")
-    z: Any = mb.solve(f, f.initial_state(x), x, solver=mb.Anderson(), rtol=3e-4, max_nfe=40, throw=False).z
+def _reconstructed(model: Reconstruction, seed: int) -> Tensor:
+    x, f = model.problems(TRAIN_ON, BATCH, seed), model.f
+    z: Any = mb.solve(f, f.initial_state(x), x, solver=mb.Anderson(), rtol=model.rtol, max_nfe=40, throw=False).z
     penalty = mb.jacobian_penalty(f, z, x, generator=torch.Generator().manual_seed(seed))
-    return (f(z, x) - clear).square().mean() + PENALTY * penalty
+    return (f(z, x) - x[-1]).square().mean() + model.penalty * penalty
 
 
 def psnr(z: Tensor, x: Any) -> Tensor:
     """(B,) decibels."""
-    return -10 * (z - x[2]).square().flatten(1).mean(1).log10()
+    return -10 * (z - x[-1]).square().flatten(1).mean(1).log10()
 
 
 @torch.no_grad()
-def bring(model: Deblurring, samples: int) -> Brought:
+def bring(model: Reconstruction, samples: int) -> Brought:
     """The map with measurements of training pictures and of others, few of these: an evaluation of f is dear."""
     x_train, x_test = model.problems(TRAIN_ON, CONTEXTS, 1), model.problems(TEST_ON, min(samples, MOST), 2)
-    f = FixedPointMap(model.algorithm, model.physics, "filter")
-    shown = {"measured": x_test[0], "true": x_test[2]}
+    f, seen = model.f, x_test[0] if x_test[0].shape == x_test[-1].shape else model.f.initial_state(x_test)
     return Brought(
-        f, x_train, x_test, psnr, (mb.Anderson(), 300), slack=0.02, peers=_peers(model, x_test), pictures=shown
-    )
+        f, x_train, x_test, psnr, (mb.Anderson(), 300), slack=0.02, peers=_peers(model, x_test),
+        pictures={"begun with": seen, "true": x_test[-1]},
+    )  # fmt: skip
 
 
-def _peers(model: Deblurring, x: Any) -> dict[str, Any]:
+def _peers(model: Reconstruction, x: Any) -> dict[str, Any]:
     """deepinv's own loop, plain and with its Anderson acceleration: iterations ↦ the image."""
     dinv = library()
-    y, blur, _ = x
-    model.physics.update(filter=blur)
+    y, *parameters, _ = x
+    model.physics.update(**dict(zip(model.parameters_of_samples, parameters, strict=True)))
 
     def run(count: int, acceleration: Any) -> Tensor:
         own = model.algorithm.fixed_point
@@ -173,3 +212,19 @@ def _peers(model: Deblurring, x: Any) -> dict[str, Any]:
         "deepinv Anderson": lambda count: run(count, usual()),
         "deepinv Anderson, eps 1e-4": lambda count: run(count, usual(history_size=5, beta=1.0, eps=1e-4)),
     }
+
+
+_WHAT = (
+    "deepinv's proximal gradient descent with a denoiser of 16,000 weights in the place of the proximal map, made a deep "
+    "equilibrium, "
+)
+TASKS = {
+    "deblurring": (
+        _WHAT + "deblurs patches of 48 × 48 pixels, each with a filter of its own; tested on other pictures", Deblurring
+    ),
+    "sensing": (
+        _WHAT + "reconstructs patches of 48 × 48 pixels from sums of all pixels with random weights, a third as many as "
+        "pixels; tested on other pictures", Sensing
+    ),
+}  # fmt: skip
+"""By name: words, and the untrained model."""

@@ -50,9 +50,10 @@ WORKLOADS: dict[str, Workload] = {
         for name, task in texts.TASKS.items()
     },
     "sudoku": Workload(puzzles.WORDS, "puzzles solved", puzzles.Solver, puzzles.train, puzzles.bring, puzzles.SECONDS),
-    "deblurring": Workload(
-        imaging.WORDS, "PSNR, dB", imaging.Deblurring, at_once(imaging.train), imaging.bring, imaging.SECONDS
-    ),
+    **{
+        name: Workload(words, "PSNR, dB", build, at_once(imaging.train), imaging.bring, imaging.SECONDS)
+        for name, (words, build) in imaging.TASKS.items()
+    },
 }
 
 

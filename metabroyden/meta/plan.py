@@ -309,8 +309,13 @@ def _with_options(made: Plan, f: Any, classical: Classical, z0: State) -> Plan:
 def operations(f: Callable[..., State], z0: State, x: Any) -> float:
     """Floating-point operations of f for a sample, without elementwise ones, which torch does not count."""
     given = () if x is None else (bare(x),)
-    with FlopCounterMode(display=False) as counter:
-        f(z0, *given)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # a fused transformer layer is not counted either
+    try:
+        with FlopCounterMode(display=False) as counter:
+            f(z0, *given)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     return counter.get_total_flops() / len(pytree.tree_leaves(z0)[0])
 
 

@@ -867,6 +867,14 @@ def test_a_plan_is_what_fit_solver_trains_by():
     assert made.build(contexts(2)).config.damping == made.options["damping"]
 
 
+def test_a_fused_transformer_layer_is_counted():
+    layer = nn.TransformerEncoderLayer(8, 2, 32, dropout=0.0, batch_first=True).eval().requires_grad_(False)
+    products = 2 * 5 * (4 * 8 * 8 + 2 * 8 * 32)  # attention itself comes on top
+    counted = operations(lambda z, x: layer(z + x), torch.zeros(3, 5, 8), normal(3, 5, 8))
+    assert products <= counted < 2 * products
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_overrides_take_the_place_of_choices_and_what_follows_from_them_follows():
     flat = {"unroll": 4, "segments": 6, "learning_rate": 2e-3, "damping": 0.5, "rank": 6}
     made, classical = planned(overrides={**flat, "conditioning": "initial_value"})
