@@ -171,7 +171,7 @@ def test_what_a_file_of_schema_1_leaves_out_means_what_it_meant_then(tmp_path, n
     option = "coefficients" if name == "meta-broyden" else "preprocessing"
     solver = some_solver(name, conditioning="input", **{option: weights})
     old = {new: old for old, new in deprecated.OPTIONS.items()}
-    left_out = {option, "dilations", "initializer_kernels", "initializer_layers"}
+    left_out = {option, "dilations", "initializer_kernels"}
     config = {old.get(key, key): value for key, value in asdict(solver.config).items() if key not in left_out}
     config |= {"layout": "nchw", "context": "native"}
     path = mb.save_solver(solver, tmp_path / "s.safetensors")

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 import metabroyden as mb
-from metabroyden.learned.initializer import Initializer
 from metabroyden.learned.layout import Layout
 from metabroyden.learned.mixer import Mixer
 from metabroyden.learned.preconditioner import Preconditioner
@@ -74,28 +73,6 @@ def test_more_padding_changes_nothing_that_a_learned_solver_does(layout):
     torch.testing.assert_close(short.z, long.z[:, :6], rtol=1e-4, atol=1e-5)
     assert long.z[:, 6:].eq(0).all()
     assert (short.trace.residual[-1] > 0).all()
-
-
-@pytest.mark.parametrize("layout", ["tokens", "set", "ntc"])
-def test_attention_in_the_start_sees_no_padding_and_nothing_ahead(layout):
-    kind = Layout(layout, (6, 4))
-    start = perturbed(Initializer(kind, 4, 32, (3, 1), layers=2), 0.3).double()
-
-    def started(x):
-        return start((x.x * x.mask[..., None]).transpose(1, 2), wiring_of(x, kind, x.x))
-
-    short, long = map(started, map(tokens, (6, 9)))
-    torch.testing.assert_close(short, long[..., :6])
-    assert long[..., 6:].eq(0).all()
-    changed = tokens()
-    changed.x[0, 3] += 1
-    seen = (started(changed) - short).abs().amax(1) > 0
-    assert not seen[1:].any(), "samples are alone"
-    assert seen[0].tolist() == ([False] * 3 + [True] * 3 if layout == "ntc" else [True] * 6)
-    refused(
-        "attention is over tokens; layout 'vector' has none",
-        lambda: Initializer(Layout("vector", (4,)), 4, 8, layers=1),
-    )
 
 
 def _rank(name):

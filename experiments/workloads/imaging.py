@@ -142,7 +142,7 @@ class Sensing(Reconstruction):
     def __init__(self) -> None:
         many = round(SHARE * SIDE**2)
         weights = torch.Generator().manual_seed(0)
-        physics = library().physics.CompressedSensing(m=many, img_size=(1, SIDE, SIDE), fast=False, rng=weights)
+        physics = library().physics.CompressedSensing(m=many, img_size=(1, SIDE, SIDE), rng=weights)
         largest = torch.linalg.matrix_norm(physics.A_adjoint(torch.eye(many)).flatten(1), 2)
         super().__init__(physics, float(largest**-2), 1e-3, 1e-3)
 

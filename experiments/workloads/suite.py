@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import metabroyden as mb
 from experiments.bench.runner import Row, threads
 from experiments.workloads import graphs, imaging, puzzles, texts
 from experiments.workloads.brought import Brought
@@ -25,6 +27,7 @@ class Workload(NamedTuple):
         train: (model, file) ↦ facts about its training, which goes on from that file where it was interrupted.
         bring: (model, test problems) ↦ what its owner would hand over.
         seconds: of a fit; None: fit_solver's own number of steps.
+        lesson: arguments of `mb.cotrain` beside the model, if it is co-trained as well.
     """
 
     words: str
@@ -33,6 +36,7 @@ class Workload(NamedTuple):
     train: Callable[[Any, Path], Row]
     bring: Callable[[Any, int], Brought]
     seconds: float | None = None
+    lesson: Callable[[], dict[str, Any]] | None = None
 
 
 def at_once(train: Callable[[Any], Row]) -> Callable[[Any, Path], Row]:
@@ -46,15 +50,35 @@ WORKLOADS: dict[str, Workload] = {
         for kind, task in graphs.TASKS.items()
     },
     **{
-        name: Workload(task.words, task.measure, task.build, task.train, task.bring, task.seconds)
+        name: Workload(task.words, task.measure, task.build, task.train, task.bring, task.seconds, task.lesson)
         for name, task in texts.TASKS.items()
     },
-    "sudoku": Workload(puzzles.WORDS, "puzzles solved", puzzles.Solver, puzzles.train, puzzles.bring, puzzles.SECONDS),
+    "sudoku": Workload(
+        puzzles.WORDS, "puzzles solved", puzzles.Solver, puzzles.train, puzzles.bring, lesson=puzzles.lesson
+    ),
     **{
         name: Workload(words, "PSNR, dB", build, at_once(imaging.train), imaging.bring, imaging.SECONDS)
         for name, (words, build) in imaging.TASKS.items()
     },
 }
+
+
+def _cotrained(name: str) -> Workload:
+    """The same after `mb.cotrain`."""
+    original = WORKLOADS[name]
+    assert original.lesson is not None
+    lesson = original.lesson
+
+    def train(model: Any, path: Path) -> Row:
+        began, trained = time.perf_counter(), model_of(name, path.parent).requires_grad_(True)
+        found = mb.cotrain(trained, **lesson(), progress=False)
+        model.load_state_dict(found.state_dict())
+        return {"seconds": round(time.perf_counter() - began), "steps": lesson()["steps"], "kept": found is not trained}
+
+    return original._replace(words=f"{name}, co-trained", train=train, lesson=None)
+
+
+WORKLOADS |= {f"{name}-cotrained": _cotrained(name) for name, work in WORKLOADS.items() if work.lesson is not None}
 
 
 def path_of(name: str, folder: Path = MODELS) -> Path:

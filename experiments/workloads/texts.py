@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -20,13 +19,13 @@ from experiments.bench.runner import Row
 from experiments.workloads.brought import Brought
 from metabroyden.zoo.data.shakespeare import load_shakespeare
 from metabroyden.zoo.data.text import TextData
-from metabroyden.zoo.models.fit import Training
+from metabroyden.zoo.models.fit import Training, history
 from metabroyden.zoo.models.fit import train as train_model
 from metabroyden.zoo.models.transformer import sinusoids
 
 CONTEXTS = 600
-TRAIN, TEST = 1, 2
-"""Seeds of contexts to fit to, and of those to measure on."""
+TRAIN, TEST, LESSON = 1, 2, 3
+"""Seeds of contexts to fit to, of those to measure on, and of texts to co-train on."""
 HIDDEN = 0.2
 """Share of a line's characters that are to be guessed."""
 SCORED_ON = 8
@@ -126,8 +125,7 @@ class Lines:
         """Mean cross-entropies of hidden characters."""
         for _ in range(self.batches):
             tokens, mask, targets = self.draw("train", batch, generator)
-            logits = model(tokens, mask).float()
-            yield functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+            yield missed(model(tokens, mask).float(), targets)
 
     @torch.no_grad()
     def score(self, model: Any, split: str) -> float:
@@ -160,7 +158,7 @@ class Following:
         """Mean cross-entropies."""
         for _ in range(self.batches):
             tokens, targets = self.draw("train", batch, generator)
-            yield functional.cross_entropy(model(tokens).float().flatten(0, 1), targets.flatten())
+            yield missed(model(tokens).float(), targets)
 
     @torch.no_grad()
     def score(self, model: Any, split: str) -> float:
@@ -171,10 +169,15 @@ class Following:
         return -float(torch.cat([bits(model(tokens), targets) for tokens, targets in drawn]).mean())
 
 
+def missed(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of the targets there are."""
+    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
 def guessed(logits: Tensor, targets: Tensor) -> Tensor:
     """(B,) share of the targets that are most likely."""
     asked = targets >= 0
-    return ((logits.argmax(2) == targets) & asked).sum(1) / asked.sum(1)
+    return ((logits.argmax(2) == targets) & asked).sum(1).double() / asked.sum(1)
 
 
 def bits(logits: Tensor, targets: Tensor) -> Tensor:
@@ -217,10 +220,15 @@ class Task:
 
     def train(self, model: Encoder, path: Path) -> Row:
         """Train it, in half an hour; interrupted, it goes on from its last epoch, which is at `path`."""
-        began = time.perf_counter()
         train_model(lambda: model, self.criterion, self.training, path=path)
         score = self.criterion.score(model, "test")
-        return {"seconds": round(time.perf_counter() - began), "steps": 100 * self.training.epochs, "score": score}
+        return {"seconds": round(history(path)[-1].seconds), "steps": 100 * self.training.epochs, "score": score}
+
+    def lesson(self) -> dict[str, Any]:
+        """Arguments of `mb.cotrain`."""
+        *inputs, targets = self.criterion.draw("train", 4000, torch.Generator().manual_seed(LESSON))
+        data = tuple(inputs), targets
+        return {"data": data, "loss": missed, "score": self.worth, "steps": 200, "batch_size": 32}
 
     @torch.no_grad()
     def bring(self, model: Encoder, samples: int) -> Brought:
@@ -253,7 +261,7 @@ TASKS = {
         "the same of width 256 on 128 characters, each of which sees those before it, as a language model",
         "−bits per character", Following(), (128, 256, 8, True),
         Training(epochs=36, batch=16, learning_rate=1e-3, warmup=0.03, pretrain=24, depth=5, least=2, weight_decay=0.01),
-        bits, 0.005, 64,
+        bits, 0.005, 64, 360.0,
     ),
 }  # fmt: skip
 """By name."""

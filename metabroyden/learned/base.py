@@ -45,7 +45,6 @@ class LearnedConfig(metaclass=OldOptions):
         initializer_width: inner channels of the initializer; 0 for none.
         initializer_kernels: widths of its maps' convolutions, odd, two maps or more (vectors have dense maps): (5, 1) is a
             good choice for texts.
-        initializer_layers: of attention in it, where the state is made of tokens; 0 for none.
         safeguard: hand-over to Broyden.
         reach: (low, high, far), by which a given start is judged where solves usually start at zero, see `warm_start`.
             Made by `fit_solver` of what its validation problems reach; None: not known.
@@ -58,7 +57,6 @@ class LearnedConfig(metaclass=OldOptions):
     hidden: int = 8
     initializer_width: int = 32
     initializer_kernels: tuple[int, ...] = (3, 3)
-    initializer_layers: int = 0
     safeguard: Safeguard = field(default_factory=Safeguard)
     reach: tuple[float, float, float] | None = None
 
@@ -70,7 +68,7 @@ class LearnedConfig(metaclass=OldOptions):
         if not known:
             raise ValueError(f"reach must be three positive numbers, or None, got {self.reach!r}")
         self._check_choice("conditioning", "initial_value", "input")
-        self._check_least(hidden=1, initializer_width=0, initializer_layers=0)
+        self._check_least(hidden=1, initializer_width=0)
         kernels = self.initializer_kernels
         if not isinstance(kernels, tuple) or len(kernels) < 2 or any(k < 1 or k % 2 == 0 for k in kernels):
             raise ValueError(f"initializer_kernels must be at least two odd numbers, as (3, 3), got {kernels!r}")
@@ -122,7 +120,7 @@ class LearnedSolver(SolverBase, nn.Module):
         self.context_channels = config.context_channels or self.layout.channels
         self.fingerprint: str | None = None
         self.summary: dict[str, Any] = {}
-        sizes = config.initializer_width, config.initializer_kernels, config.initializer_layers
+        sizes = config.initializer_width, config.initializer_kernels
         self.initializer = Initializer(self.layout, self.context_channels, *sizes) if config.initializer_width else None
 
     @property
