@@ -205,6 +205,8 @@ def test_parts_of_a_large_graph_are_what_lies_round_a_node():
     refused(
         "hops, count and most must be at least 1, got 0, 2 and 256", lambda: mb.Graphs.around(x, path, hops=0, count=2)
     )
+    with pytest.raises(ValueError, match=r"mb\.Graphs\.around takes parts of one large graph"):
+        mb.fit_solver(mb.OnGraphs(CELL), mb.Graphs.of(normal(6, 4), path[:, :5]), progress=False)
     refused("edge_index must be", lambda: mb.Graphs.around(x, path.double(), hops=1, count=2))
 
 

@@ -221,7 +221,7 @@ def train(model: Solver, path: Path) -> Row:
     criterion = Puzzles()
     train_model(lambda: model, criterion, TRAINING, path=path)
     score = criterion.score(model, "test")
-    return {"seconds": round(history(path)[-1].seconds), "steps": 100 * TRAINING.epochs, "score": score}
+    return {"seconds": round(history(path)[-1].seconds), "steps": criterion.batches * TRAINING.epochs, "score": score}
 
 
 def lesson() -> dict[str, Any]:

@@ -222,7 +222,11 @@ class Task:
         """Train it, in half an hour; interrupted, it goes on from its last epoch, which is at `path`."""
         train_model(lambda: model, self.criterion, self.training, path=path)
         score = self.criterion.score(model, "test")
-        return {"seconds": round(history(path)[-1].seconds), "steps": 100 * self.training.epochs, "score": score}
+        return {
+            "seconds": round(history(path)[-1].seconds),
+            "steps": self.criterion.batches * self.training.epochs,
+            "score": score,
+        }
 
     def lesson(self) -> dict[str, Any]:
         """Arguments of `mb.cotrain`."""

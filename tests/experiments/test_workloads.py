@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 
 import metabroyden as mb
 from experiments import workloads
 from experiments.bench.runner import read_rows
-from experiments.workloads import graphs, imaging
+from experiments.workloads import graphs, imaging, puzzles, suite, texts
 from experiments.workloads.report import ratios
 from experiments.workloads.suite import MODELS, WORKLOADS, facts_of, model_of, path_of
 from metabroyden.comparison.tables import chosen
@@ -51,7 +54,7 @@ def test_a_workload_is_fitted_measured_and_reported(tmp_path):
 
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_a_trained_model_is_small_and_has_equilibria(name):
-    assert path_of(name).stat().st_size < 100_000
+    assert path_of(name).stat().st_size < 4_000_000
     model = model_of(name)
     assert not any(weight.requires_grad for weight in model.parameters())
     brought = WORKLOADS[name].bring(model, 4)
@@ -68,7 +71,7 @@ def test_a_missing_model_is_trained_once(tmp_path, monkeypatch):
     task = graphs.TASKS["karate"]
     trained = []
 
-    def train(model):
+    def train(model, path):
         trained.append(model)
         return {"steps": 0}
 
@@ -77,6 +80,98 @@ def test_a_missing_model_is_trained_once(tmp_path, monkeypatch):
     assert len(trained) == 1
     assert torch.equal(one.stem.weight, other.stem.weight)
     assert torch.equal(one.stem.weight, task.build().stem.weight)
+
+
+def test_a_co_trained_model_comes_of_the_trained_one(tmp_path, monkeypatch):
+    given = {}
+
+    def cotrain(model, **options):
+        given.update(options, trainable=all(weight.requires_grad for weight in model.parameters()))
+        other = puzzles.Solver()
+        other.load_state_dict(model.state_dict())
+        other.head.bias.data += 1
+        return other
+
+    monkeypatch.setattr(mb, "cotrain", cotrain)
+    (tmp_path / "sudoku.safetensors").write_bytes(path_of("sudoku").read_bytes())
+    found, original = model_of("sudoku-cotrained", tmp_path), model_of("sudoku", tmp_path)
+    torch.testing.assert_close(found.head.bias, original.head.bias + 1)
+    assert given["trainable"]
+    assert facts_of("sudoku-cotrained", tmp_path)["kept"]
+    assert set(suite.WORKLOADS["sudoku"].lesson()) <= set(given)
+
+
+def test_puzzles_are_of_solved_grids_and_singles_solve_them():
+    clues, answers = puzzles.puzzles(40, 3)
+    other, _ = puzzles.puzzles(40, 4)
+    grids, digits = answers.view(-1, 9, 9), torch.arange(9)
+    boxes = grids.view(-1, 3, 3, 3, 3).transpose(2, 3).reshape(-1, 9, 9)
+    for lines in (grids, grids.transpose(1, 2), boxes):
+        assert torch.equal(lines.sort(2).values, digits.expand_as(lines))
+    shown = clues > 0
+    assert torch.equal(clues[shown] - 1, answers[shown])
+    assert 32 <= shown.sum(1).min() < shown.sum(1).max() <= 46
+    assert not torch.equal(clues, other)
+    assert puzzles.easy(clues.view(-1, 9, 9).numpy() - 1).all()
+    assert not puzzles.easy(-torch.ones(1, 9, 9, dtype=torch.long).numpy()).any(), "nothing follows from nothing"
+
+
+def test_a_solver_of_puzzles_sees_rows_columns_and_boxes():
+    block = puzzles.Block(12).eval()
+    z, x = torch.randn(1, 81, 12), torch.randn(1, 81, 12)
+    changed = z.clone()
+    changed[0, 40] += 1
+    one = block.layers[0]
+    moved = (one(changed, block.mask) - one(z, block.mask)).abs().amax(2)[0].view(9, 9) > 1e-6
+    seen = torch.zeros(9, 9, dtype=torch.bool)
+    seen[4] = seen[:, 4] = seen[3:6, 3:6] = True
+    assert torch.equal(moved, seen)
+    assert torch.equal(block(z, x), block(z, (x, None)))
+
+
+def test_lines_are_padded_and_some_of_their_characters_hidden():
+    lines, vocabulary = texts.Lines(), texts.plays().vocabulary
+    tokens, mask, targets = lines.draw("test", 20, torch.Generator().manual_seed(0))
+    hidden = tokens == len(vocabulary)
+    assert torch.equal(hidden, targets >= 0)
+    assert not (hidden & ~mask).any()
+    assert 12 <= mask.sum(1).min() <= mask.sum(1).max() <= 64
+    assert 0.1 < hidden[mask].double().mean() < 0.35
+    assert hidden.any(1).all()
+    text = torch.where(hidden, targets, tokens)[mask].tolist()
+    assert "\n" not in {vocabulary[token] for token in text}
+    wrong = torch.nn.functional.one_hot(targets.clamp_min(0), len(vocabulary)).double()
+    assert texts.guessed(wrong, targets).eq(1).all()
+    assert texts.guessed(-wrong, targets).eq(0).all()
+
+
+def test_a_causal_block_sees_nothing_ahead_and_a_padded_one_no_padding():
+    causal, padded = (texts.Block(8, 2, causal).eval().requires_grad_(False) for causal in (True, False))
+    z, x = torch.randn(2, 6, 8), torch.randn(2, 6, 8)
+    changed = z.clone()
+    changed[:, 3] += 1
+    moved = (causal(changed, x) - causal(z, (x, None))).abs().amax((0, 2)) > 1e-6
+    assert moved.tolist() == [False] * 3 + [True] * 3
+    mask = torch.arange(6) < torch.tensor([[6], [4]])
+    changed[0], changed[1, :4] = z[0], z[1, :4]
+    changed[1, 4:] += 1
+    found, same = padded(z, mb.Padded(x, mask)), padded(changed, mb.Padded(x, mask))
+    torch.testing.assert_close(found[mask], same[mask])
+    uniform = torch.zeros(2, 6, 4)
+    torch.testing.assert_close(texts.bits(uniform, torch.zeros(2, 6, dtype=torch.long)), torch.tensor([-2.0, -2.0]))
+
+
+def test_an_interrupted_training_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(puzzles, "TRAINING", replace(puzzles.TRAINING, epochs=2, pretrain=1, batch=4))
+    monkeypatch.setattr(puzzles, "Puzzles", partial(puzzles.Puzzles, 1))
+    path = tmp_path / "s.training"
+    one = puzzles.Solver(12)
+    facts = puzzles.train(one, path)
+    assert facts["steps"] == 2
+    assert path.exists()
+    again = puzzles.Solver(12)
+    assert puzzles.train(again, path)["seconds"] == facts["seconds"], "nothing is left to do"
+    assert torch.equal(one.head.weight, again.head.weight)
 
 
 def test_filters_are_densities_and_patches_are_of_the_pictures():
@@ -99,6 +194,17 @@ def test_peers_are_deepinvs_own_loops():
         z = f(z, x)
     torch.testing.assert_close(brought.peers["deepinv"](3), z)
     assert not torch.equal(brought.peers["deepinv Anderson"](3), z)
+
+
+def test_sensing_measures_sums_with_the_same_weights_each_time():
+    one, other = imaging.Sensing(), imaging.Sensing()
+    y, clear = one.problems(imaging.TEST_ON, 2, 0)
+    assert y.shape == (2, round(imaging.SHARE * imaging.SIDE**2))
+    torch.testing.assert_close(y, other.problems(imaging.TEST_ON, 2, 0)[0])
+    noise = y - one.physics.A(clear)
+    assert 0.5 * imaging.NOISE < noise.std() < 2 * imaging.NOISE
+    step = clear - other.algorithm.params_algo["stepsize"][0] * one.physics.A_adjoint(one.physics.A(clear))
+    assert step.norm() <= clear.norm(), "no longer than what descent bears"
 
 
 def test_unknown_workloads_are_refused(tmp_path):

@@ -770,6 +770,11 @@ INTEGERS = torch.randint(0, 9, (20, 3, 4, 4))
 REFUSED = [
     ("callable", TypeError, {"f": 3}),
     (r"at least 10 samples first, got \(4, 3, 4, 4\)", ValueError, {"x_train": torch.zeros(4, 3, 4, 4)}),
+    (
+        r"if its 30 points do not see one another, give x\[0\] and lambda",
+        ValueError,
+        {"x_train": torch.zeros(1, 30, 4)},
+    ),
     ("got list", ValueError, {"x_train": [1, 2]}),
     ("at least three different samples, got 1", ValueError, {"x_train": torch.zeros(20, 3, 4, 4)}),
     (f"known are {NAMES}", ValueError, {"solver": "adam"}),
