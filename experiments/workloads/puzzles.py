@@ -166,7 +166,11 @@ class Block(nn.Module):
         same = groups[:, :, None] == groups[:, None, :]
         self.register_buffer("mask", same.repeat_interleave(2, dim=0), persistent=False)
 
-    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+    def initial_state(self, x: Any) -> Tensor:
+        """Zeros, for embedded clues (B, 81, width), or a tuple that begins with them."""
+        return torch.zeros_like(x[0] if isinstance(x, tuple) else x)
+
+    def forward(self, z: Tensor, x: Any) -> Tensor:
         """f(z, x), (B, 81, width)."""
         z = z + (x[0] if isinstance(x, tuple) else x)
         for layer in self.layers:

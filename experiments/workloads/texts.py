@@ -33,7 +33,8 @@ SCORED_ON = 8
 
 
 class Block(nn.Module):
-    """f(z, x) = layer(z + x): PyTorch's own layer, made a deep equilibrium; x is `mb.Padded`, or embeddings alone.
+    """f(z, x) = layer(z + x): PyTorch's own layer, made a deep equilibrium; x is `mb.Padded`, embeddings, or a
+    tuple that begins with them.
 
     Args:
         width: coordinates of a token.
@@ -47,6 +48,10 @@ class Block(nn.Module):
         self.layer = nn.TransformerEncoderLayer(
             width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True
         )
+
+    def initial_state(self, x: Any) -> Tensor:
+        """Zeros, for `mb.Padded`, embeddings (B, T, width), or a tuple that begins with them."""
+        return torch.zeros_like(x[0] if isinstance(x, tuple) else x)
 
     def forward(self, z: Tensor, x: Any) -> Tensor:
         """f(z, x), (B, T, width)."""
