@@ -39,23 +39,19 @@ print(f)
 
 
 # %%
-def problems(count, seed, held):
-    clues, answers = puzzles(count, seed, held)
-    return clues, (model.embed(clues), answers)
-
-
 def solved(z, x):
-    return (model.head(z).argmax(2) == x[1]).all(1).double()
+    return (model.head(z).argmax(2) == x.y).all(1).double()
 
 
-_, seen = problems(30 if QUICK else 600, 1, False)
-clues, unseen = problems(12 if QUICK else 128, 2, True)
+seen = model.inject(*puzzles(30 if QUICK else 600, seed=1))
+clues, answers = puzzles(12 if QUICK else 128, seed=2, held=True)  # of other grids
+unseen = model.inject(clues, answers)
 
 # %% [markdown]
 # ## Fit a root finder to it
 #
-# `fit_solver` takes the block and embedded clues. The answers, the second tensor of the context, are for the metric alone:
-# the block looks at the first.
+# `fit_solver` takes the block and contexts, which are graphs: cells of one row, column or box have an edge, and the learned
+# solver sends messages along it. The answers are there for the metric alone.
 
 # %%
 solver = mb.fit_solver(f, seen, rtol=1e-3, seconds=2 if QUICK else 90, fallback=False, progress=False)
@@ -77,9 +73,9 @@ depths = (1, 2, 4, 6, 10)
 figure, places = plt.subplots(2, len(depths), figsize=(2 * len(depths), 4.4), layout="constrained")
 for line, (name, one) in zip(places, {"learned": solver, "Anderson": mb.Anderson()}.items(), strict=True):
     options = {"rtol": 0.0, "max_nfe": depths[-1] + 1, "throw": False, "snapshots": depths}
-    states = mb.solve(f, torch.zeros_like(unseen[0]), unseen, solver=one, **options).snapshots
+    states = mb.solve(f, torch.zeros_like(unseen.x), unseen, solver=one, **options).snapshots
     for place, depth, z in zip(line, depths, states, strict=True):
-        guess, answer, clue = model.head(z)[0].argmax(1), unseen[1][0], clues[0]
+        guess, answer, clue = model.head(z)[0].argmax(1), answers[0], clues[0]
         place.set(xlim=(0, 9), ylim=(9, 0), xticks=[], yticks=[], aspect="equal", title=f"{name}, {depth}")
         for edge in range(10):
             width = 1.5 if edge % 3 == 0 else 0.4

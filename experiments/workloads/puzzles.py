@@ -155,27 +155,31 @@ class Block(nn.Module):
         width: coordinates of a cell of the grid, divided by six heads.
     """
 
-    layout = "set"
+    layout = "graph"
     mask: Tensor
 
     def __init__(self, width: int = 48) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Layer(width, 6) for _ in range(2))
-        place = torch.arange(CELLS)
-        groups = torch.stack([place // 9, place % 9, place // 27 * 3 + place % 9 // 3])
-        same = groups[:, :, None] == groups[:, None, :]
-        self.register_buffer("mask", same.repeat_interleave(2, dim=0), persistent=False)
+        self.register_buffer("mask", _together().repeat_interleave(2, dim=0), persistent=False)
 
-    def initial_state(self, x: Any) -> Tensor:
-        """Zeros, for embedded clues (B, 81, width), or a tuple that begins with them."""
-        return torch.zeros_like(x[0] if isinstance(x, tuple) else x)
+    def initial_state(self, x: mb.Graphs) -> Tensor:
+        """Zeros, (B, 81, width)."""
+        return torch.zeros_like(x.x)
 
-    def forward(self, z: Tensor, x: Any) -> Tensor:
+    def forward(self, z: Tensor, x: mb.Graphs) -> Tensor:
         """f(z, x), (B, 81, width)."""
-        z = z + (x[0] if isinstance(x, tuple) else x)
+        z = z + x.x
         for layer in self.layers:
             z = layer(z, self.mask)
         return z
+
+
+def _together() -> Tensor:
+    """(3, 81, 81) whether two cells are of one row, one column, one box."""
+    place = torch.arange(CELLS)
+    groups = torch.stack([place // 9, place % 9, place // 27 * 3 + place % 9 // 3])
+    return groups[:, :, None] == groups[:, None, :]
 
 
 class Solver(nn.Module):
@@ -189,9 +193,16 @@ class Solver(nn.Module):
         )
         self.head = nn.Linear(width, DIGITS)
 
+    def inject(self, clues: Tensor, answers: Tensor | None = None) -> mb.Graphs:
+        """The context of the equilibrium: embedded clues as nodes, with edges between cells of one row, column or box."""
+        target, source = (_together().any(0) & ~torch.eye(CELLS, dtype=torch.bool)).nonzero(as_tuple=True)
+        source, target = (each.to(clues.device).expand(len(clues), -1) for each in (source, target))
+        x, there = self.embed(clues), torch.ones_like(clues, dtype=torch.bool)
+        return mb.Graphs(x, there, source, target, x.new_ones(len(clues), source.shape[1]), answers)
+
     def forward(self, clues: Tensor) -> Tensor:
         """Logits."""
-        return self.head(self.deq(self.embed(clues)))
+        return self.head(self.deq(self.inject(clues)))
 
 
 @dataclass(frozen=True)
@@ -233,7 +244,7 @@ def lesson() -> dict[str, Any]:
     return {"data": puzzles(4000, LESSON), "score": right, "steps": 200, "batch_size": 32}
 
 
-def right(logits: Tensor, answers: Tensor) -> Tensor:
+def right(logits: Tensor, answers: Any) -> Tensor:
     """(B,) one where every cell of a puzzle is right."""
     return (logits.argmax(2) == answers).all(1).double()
 
@@ -242,12 +253,11 @@ def right(logits: Tensor, answers: Tensor) -> Tensor:
 def bring(model: Solver, samples: int) -> Brought:
     """The block with embedded clues."""
 
-    def contexts(count: int, seed: int, held: bool) -> tuple[Tensor, Tensor]:
-        clues, answers = puzzles(count, seed, held)
-        return model.embed(clues), answers
+    def contexts(count: int, seed: int, held: bool) -> mb.Graphs:
+        return model.inject(*puzzles(count, seed, held))
 
-    def solved(z: Tensor, x: Any) -> Tensor:
-        return right(model.head(z), x[1])
+    def solved(z: Tensor, x: mb.Graphs) -> Tensor:
+        return right(model.head(z), x.y)
 
     train, test = contexts(CONTEXTS, TRAIN, False), contexts(samples, TEST, True)
-    return Brought(model.deq.cell, train, test, solved, (mb.Anderson(), 300), slack=0.01)
+    return Brought(model.deq.cell, train, test, solved, (mb.Broyden(), 300), slack=0.01)
