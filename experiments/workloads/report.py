@@ -49,7 +49,7 @@ def write(rows: list[Row], described: Row, folder: Path) -> list[report.Section]
         EQUAL,
         *(_equal(rows, name) for name in names),
         _figure(rows, names, folder),
-        *(_pictures(rows, name, folder) for name in names if chosen(rows, "picture", name=name)),
+        *(pictures(rows, name, folder) for name in names if chosen(rows, "picture", name=name)),
     ]
 
 
@@ -151,7 +151,7 @@ def _figure(rows: Sequence[Row], names: Sequence[str], folder: Path) -> report.P
     )
 
 
-def _pictures(rows: Sequence[Row], name: str, folder: Path) -> report.Picture:
+def pictures(rows: Sequence[Row], name: str, folder: Path) -> report.Picture:
     """The first test problem after so many evaluations, a solver in each line."""
     found = chosen(rows, "picture", name=name, seed=0)
     beside = [row for row in found if row["evaluations"] is None]

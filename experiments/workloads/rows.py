@@ -63,7 +63,7 @@ def measured(config: Any, name: str, model: Any, seed: int) -> list[Row]:
     rows += chosen(found.rows, "depth")
     loops = _loops(brought, found)
     rows += _equal(brought, found, loops, rows[0]["equilibrium"])
-    rows += _pictures(brought, loops)
+    rows += pictures(brought, loops)
     return short([{**row, **stamp} for row in rows])
 
 
@@ -97,7 +97,8 @@ def _equal(brought: Brought, found: Any, loops: dict[str, Callable[[int], Any]],
 
 
 @torch.no_grad()
-def _pictures(brought: Brought, loops: dict[str, Callable[[int], Any]]) -> list[Row]:
+def pictures(brought: Brought, loops: dict[str, Callable[[int], Any]]) -> list[Row]:
+    """Rows of pictures by name of what is seen, and by solver after equal evaluations."""
     if not brought.pictures:
         return []
 

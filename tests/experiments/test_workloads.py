@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -12,7 +13,10 @@ import metabroyden as mb
 from experiments import workloads
 from experiments.bench.runner import read_rows
 from experiments.workloads import graphs, imaging, puzzles, suite, texts
+from experiments.workloads.brought import Brought
+from experiments.workloads.report import pictures as shown_pictures
 from experiments.workloads.report import ratios
+from experiments.workloads.rows import OURS, pictures
 from experiments.workloads.suite import MODELS, WORKLOADS, facts_of, model_of, path_of
 from metabroyden.comparison.tables import chosen
 from metabroyden.deq import initial_state
@@ -208,6 +212,23 @@ def test_sensing_measures_sums_with_the_same_weights_each_time():
     assert 0.5 * imaging.NOISE < noise.std() < 2 * imaging.NOISE
     step = clear - other.algorithm.params_algo["stepsize"][0] * one.physics.A_adjoint(one.physics.A(clear))
     assert step.norm() <= clear.norm(), "no longer than what descent bears"
+
+
+def test_pictures_are_shown_side_by_side_after_equal_evaluations(tmp_path):
+    true = torch.rand(2, 1, 4, 4)
+    metric = lambda z, x: imaging.psnr(z, (x,))  # noqa: E731
+    brought = Brought(None, None, true, metric, (None, 0), 0.0, pictures={"true": true})
+    loops = {name: lambda count, by=by: true + by / count for name, by in {OURS: 0.1, "Anderson": 0.4}.items()}
+    found = pictures(brought, loops)
+    assert [(row["solver"], row["evaluations"]) for row in found] == [
+        ("true", None), *((name, count) for name in loops for count in (2, 4, 8)),
+    ]  # fmt: skip
+    assert found[0]["score"] is None, "what is the same has no finite ratio of signal to noise"
+    assert found[1]["score"] == pytest.approx(-20 * math.log10(0.05), abs=1e-3)
+    assert found[0]["pixels"] == (255 * true[0, 0]).round().int().tolist()
+    assert not pictures(replace(brought, pictures={}), loops)
+    drawn = shown_pictures([{**row, "name": "sensing", "seed": 0} for row in found], "sensing", tmp_path)
+    assert drawn.path.stat().st_size > 5000
 
 
 def test_unknown_workloads_are_refused(tmp_path):
