@@ -15,6 +15,8 @@ from metabroyden import checkpoint
 from metabroyden.checkpoint import load_weights
 
 MODELS = Path("results/workloads/models")
+COTRAINED = ("masked-encoder",)
+"""Workloads that are measured after `mb.cotrain`, too."""
 
 
 class Workload(NamedTuple):
@@ -27,7 +29,7 @@ class Workload(NamedTuple):
         train: (model, file) ↦ facts about its training, which goes on from that file where it was interrupted.
         bring: (model, test problems) ↦ what its owner would hand over.
         seconds: of a fit; None: fit_solver's own number of steps.
-        lesson: arguments of `mb.cotrain` beside the model, if it is co-trained as well.
+        lesson: arguments of `mb.cotrain` beside the model.
     """
 
     words: str
@@ -78,7 +80,7 @@ def _cotrained(name: str) -> Workload:
     return original._replace(words=f"{name}, co-trained", train=train, lesson=None)
 
 
-WORKLOADS |= {f"{name}-cotrained": _cotrained(name) for name, work in WORKLOADS.items() if work.lesson is not None}
+WORKLOADS |= {f"{name}-cotrained": _cotrained(name) for name in COTRAINED}
 
 
 def path_of(name: str, folder: Path = MODELS) -> Path:

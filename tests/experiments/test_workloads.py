@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from functools import partial
@@ -12,14 +13,16 @@ import torch
 import metabroyden as mb
 from experiments import workloads
 from experiments.bench.runner import read_rows
-from experiments.workloads import graphs, imaging, puzzles, suite, texts
+from experiments.workloads import graphs, imaging, puzzles, texts
 from experiments.workloads.brought import Brought
 from experiments.workloads.report import pictures as shown_pictures
 from experiments.workloads.report import ratios
 from experiments.workloads.rows import OURS, pictures
 from experiments.workloads.suite import MODELS, WORKLOADS, facts_of, model_of, path_of
+from experiments.workloads.texts import missed
 from metabroyden.comparison.tables import chosen
 from metabroyden.deq import initial_state
+from metabroyden.meta.tasks import rows
 from tests.helpers import refused
 
 SMALL = "graph-karate"
@@ -38,16 +41,16 @@ def test_a_workload_is_fitted_measured_and_reported(tmp_path):
     )
     workloads.run(config)
     (trial,) = config.results.iterdir()
-    rows = read_rows(trial / "rows.jsonl")
-    (model,), (fit,) = chosen(rows, "model"), chosen(rows, "fit")
+    found_rows = read_rows(trial / "rows.jsonl")
+    (model,), (fit,) = chosen(found_rows, "model"), chosen(found_rows, "fit")
     assert 0.5 < model["equilibrium"] <= 1
     assert model["exact"] == 1
     assert fit["numbered"] == fit["renumbered"], "the numbers of the nodes mean nothing"
     for tolerance in (1e-2, 1e-3):
-        (found,) = ratios(rows, SMALL, tolerance)
+        (found,) = ratios(found_rows, SMALL, tolerance)
         assert found["evaluations"] == pytest.approx(found["mean"] / found["best_mean"])
-    enough = {row["solver"]: row["evaluations"] for row in chosen(rows, "equal")}
-    scores = chosen(rows, "depth", solver="tuned Anderson")
+    enough = {row["solver"]: row["evaluations"] for row in chosen(found_rows, "equal")}
+    scores = chosen(found_rows, "depth", solver="tuned Anderson")
     wanted = [row["evaluations"] for row in scores if row["score"] >= model["equilibrium"] - 0.005]
     assert enough["tuned Anderson"] == min(wanted)
     text = (trial / "report.md").read_text()
@@ -91,18 +94,26 @@ def test_a_co_trained_model_comes_of_the_trained_one(tmp_path, monkeypatch):
 
     def cotrain(model, **options):
         given.update(options, trainable=all(weight.requires_grad for weight in model.parameters()))
-        other = puzzles.Solver()
-        other.load_state_dict(model.state_dict())
+        other = copy.deepcopy(model)
         other.head.bias.data += 1
         return other
 
     monkeypatch.setattr(mb, "cotrain", cotrain)
-    (tmp_path / "sudoku.safetensors").write_bytes(path_of("sudoku").read_bytes())
-    found, original = model_of("sudoku-cotrained", tmp_path), model_of("sudoku", tmp_path)
+    (tmp_path / "masked-encoder.safetensors").write_bytes(path_of("masked-encoder").read_bytes())
+    found, original = (model_of(name, tmp_path) for name in ("masked-encoder-cotrained", "masked-encoder"))
     torch.testing.assert_close(found.head.bias, original.head.bias + 1)
     assert given["trainable"]
-    assert facts_of("sudoku-cotrained", tmp_path)["kept"]
-    assert set(suite.WORKLOADS["sudoku"].lesson()) <= set(given)
+    assert facts_of("masked-encoder-cotrained", tmp_path)["kept"]
+
+
+@pytest.mark.parametrize("name", [name for name, work in WORKLOADS.items() if work.lesson is not None])
+def test_a_lesson_is_what_cotrain_takes(name):
+    lesson, model = WORKLOADS[name].lesson(), WORKLOADS[name].build()
+    inputs, targets = (rows(part, slice(4)) for part in lesson["data"])
+    outputs = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    assert lesson["score"](outputs, targets).shape == (4,)
+    assert torch.isfinite(lesson.get("loss", missed)(outputs, targets))
+    assert not {*lesson} - {"data", "loss", "score", "steps", "batch_size"}
 
 
 def test_puzzles_are_of_solved_grids_and_singles_solve_them():
