@@ -33,9 +33,9 @@ print(f)
 # %% [markdown]
 # ## The block
 #
-# Two layers over 81 tokens. Of six heads two see a cell's row, two its column, two its box, so that renaming digits or
-# swapping rows of a band changes nothing but names. It was trained through its equilibria; Picard's iteration, which is the
-# plain loop, does not come to them within 60 rounds on half of the puzzles.
+# Two layers over 81 tokens. Of six heads two see a cell's row, two its column, two its box, so that swapping rows of a
+# band only moves the answers. It was trained through its equilibria; Picard's iteration, which is the plain loop, does not
+# come to them within 60 rounds on half of the puzzles.
 
 
 # %%
@@ -66,16 +66,17 @@ plt.show()
 # %% [markdown]
 # ## A puzzle being filled in
 #
-# Clues in black; what the model says of the other cells in green where it is right, else in red.
+# The one with fewest clues. These are black; what the model says of the other cells is green where it is right, else red.
 
 # %%
 depths = (1, 2, 4, 6, 10)
+hardest = (clues > 0).sum(1).argmin()
 figure, places = plt.subplots(2, len(depths), figsize=(2 * len(depths), 4.4), layout="constrained")
 for line, (name, one) in zip(places, {"learned": solver, "Anderson": mb.Anderson()}.items(), strict=True):
     options = {"rtol": 0.0, "max_nfe": depths[-1] + 1, "throw": False, "snapshots": depths}
     states = mb.solve(f, torch.zeros_like(unseen.x), unseen, solver=one, **options).snapshots
     for place, depth, z in zip(line, depths, states, strict=True):
-        guess, answer, clue = model.head(z)[0].argmax(1), answers[0], clues[0]
+        guess, answer, clue = model.head(z)[hardest].argmax(1), answers[hardest], clues[hardest]
         place.set(xlim=(0, 9), ylim=(9, 0), xticks=[], yticks=[], aspect="equal", title=f"{name}, {depth}")
         for edge in range(10):
             width = 1.5 if edge % 3 == 0 else 0.4

@@ -20,7 +20,7 @@ class Padded(NamedTuple):
     Attributes:
         x: (B, T, F), or a tuple or dict of tensors with the samples first.
         mask: (B, T) bool, True where a token is.
-        y: (B, T, …) what a metric compares tokens with, or None; no cell sees it.
+        y: (B, T, …) what a metric compares tokens with, or None. Learned solvers do not look at it, and f must not.
 
     Examples:
         >>> import torch, metabroyden as mb
@@ -45,7 +45,7 @@ class Graphs(NamedTuple):
         source: (B, E) node of its own graph that an edge comes from, in the order of the nodes that edges go to.
         target: (B, E) node that an edge goes to; T where there is no edge.
         weight: (B, E) of edges; 1 where none were given, 0 where there is no edge.
-        y: (B, T, …) what a metric compares nodes with, zero where there is none, or None; no cell sees it.
+        y: (B, T, …) what a metric compares nodes with, zero where there is none, or None; no cell in `OnGraphs` sees it.
     """
 
     x: Tensor
@@ -86,15 +86,16 @@ class Graphs(NamedTuple):
         cls, x: Tensor, edge_index: Tensor, *, hops: int, count: int, most: int = 256, seed: int = 0,
         edge_weight: Any = None, y: Any = None,
     ) -> Graphs:  # fmt: skip
-        """Parts of one large graph, to fit a solver to; what it has learned there goes for the whole graph.
+        """Parts of one large graph, to fit a solver to, which then runs on the whole graph.
 
         Each part has a random node, what lies within so many edges of it, whichever way they go, and the edges between
-        these; of more than `most` nodes the nearest.
+        these; of more than `most` nodes the nearest, at random among those at equal distance. At its rim nodes lose edges: a
+        cell that divides by degrees is given them by `edge_weight`, made before.
 
         Args:
             x: as for `of`; so are edge_index, edge_weight and y.
             edge_index: (2, E).
-            hops: edges from the first node, at most; more than f carries news in an evaluation.
+            hops: edges from the first node, at most: several times those that an evaluation of f carries news.
             count: parts.
             most: nodes of a part.
             seed: of the choice.
@@ -102,15 +103,19 @@ class Graphs(NamedTuple):
             y: (N, …), or None.
 
         Raises:
+            TypeError: x or edge_index that are no tensors.
             ValueError: what `of` raises, and numbers below one.
         """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"Graphs.around takes x (N, F) and edge_index (2, E) of one graph, got {type(x).__name__}")
         if min(hops, count, most) < 1:
             raise ValueError(f"hops, count and most must be at least 1, got {hops}, {count} and {most}")
         x, edges, _, weight, y = _checked(x, edge_index, None, edge_weight, y)
-        first = torch.randint(len(x), (count,), generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        first = torch.randint(len(x), (count,), generator=generator)
         parts, number = [], torch.full((len(x),), -1, device=x.device)
         for node in first.tolist():
-            nodes = _near(node, edges, len(x), hops)[:most]
+            nodes = _near(node, edges, len(x), hops, generator)[:most]
             number.fill_(-1)[nodes] = torch.arange(len(nodes), device=x.device)
             inside = (number[edges] >= 0).all(0)
             batch = torch.zeros(len(nodes), dtype=torch.long, device=x.device)
@@ -295,8 +300,8 @@ def _united(parts: list[_Whole]) -> _Whole:
     return torch.cat(xs), torch.cat(edges, dim=1), torch.cat(batches), torch.cat(weights), y
 
 
-def _near(node: int, edges: Tensor, count: int, hops: int) -> Tensor:
-    """Nodes within so many edges of one, nearest first."""
+def _near(node: int, edges: Tensor, count: int, hops: int, generator: torch.Generator) -> Tensor:
+    """Nodes within so many edges of one, nearest first, those at equal distance in random order."""
     found = torch.tensor([node], device=edges.device)
     seen = torch.zeros(count, dtype=torch.bool, device=edges.device)
     seen[node] = True
@@ -306,7 +311,8 @@ def _near(node: int, edges: Tensor, count: int, hops: int) -> Tensor:
         next_to[edges[1, ring[edges[0]]]] = next_to[edges[0, ring[edges[1]]]] = True
         ring = next_to & ~seen
         seen |= ring
-        found = torch.cat([found, ring.nonzero().flatten()])
+        nodes = ring.nonzero().flatten()
+        found = torch.cat([found, nodes[torch.randperm(len(nodes), generator=generator).to(nodes.device)]])
     return found
 
 

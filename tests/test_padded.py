@@ -202,10 +202,14 @@ def test_parts_of_a_large_graph_are_what_lies_round_a_node():
     few = mb.Graphs.around(x, path, hops=30, count=2, most=5)
     assert few.mask.sum(1).tolist() == [5, 5]
     assert (few.x - few.x[:, :1]).abs().max() <= 4, "the nearest"
+    star = torch.stack([torch.zeros(49, dtype=torch.long), torch.arange(1, 50)])
+    rays = mb.Graphs.around(x, star, hops=2, count=8, most=5)
+    assert len(rays.nodes(rays.x).unique()) > 12, "those at equal distance at random"
+    refused("takes x .* of one graph, got list", lambda: mb.Graphs.around([1], path, hops=1, count=2), TypeError)
     refused(
         "hops, count and most must be at least 1, got 0, 2 and 256", lambda: mb.Graphs.around(x, path, hops=0, count=2)
     )
-    with pytest.raises(ValueError, match=r"mb\.Graphs\.around takes parts of one large graph"):
+    with pytest.raises(ValueError, match=r"mb\.Graphs\.around\(x, edge_index, .* takes parts of one large graph"):
         mb.fit_solver(mb.OnGraphs(CELL), mb.Graphs.of(normal(6, 4), path[:, :5]), progress=False)
     refused("edge_index must be", lambda: mb.Graphs.around(x, path.double(), hops=1, count=2))
 

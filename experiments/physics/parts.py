@@ -30,8 +30,8 @@ def library(name: str) -> Any:
 
 
 Iteration = Callable[[Tensor, float, int], tuple[Tensor, list[float]]]
-"""(context of one sample, tolerance, budget) → (its best iterate, shaped like a state, and the relative residual
-‖f(z) − z‖ / ‖f(z)‖ of every iterate)."""
+"""(context of one sample, tolerance, budget) → (its best or its last iterate, shaped like a state, and the relative
+residual ‖f(z) − z‖ / ‖f(z)‖ of every iterate)."""
 
 
 @dataclass(frozen=True)

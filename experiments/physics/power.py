@@ -13,7 +13,7 @@ from experiments.physics.parts import Own, library
 from metabroyden.comparison.problems import HeldOut
 
 LOADS = {"test": (0.8, 1.05), "validation": (0.81, 1.02)}
-"""Lowest and highest load of a batch, as a share of the scheduled one."""
+"""Lowest and highest load of a batch: all injections, loads and generation, as a share of the scheduled ones."""
 STRESSED = {"test": (0.5, 0.95), "validation": (0.55, 0.85)}
 """Of a stressed batch, as a share of the way from the scheduled load to the highest that Newton's method solves."""
 ANSWER = 1e-11
@@ -24,7 +24,7 @@ class Network(NamedTuple):
     """A network in per unit; n buses, m unknowns: angles of all buses but the slack ones, magnitudes of the load buses."""
 
     admittance: Any  # (n, n) sparse, complex
-    power: np.ndarray  # (n,) complex, scheduled
+    power: np.ndarray  # (n,) complex, scheduled: generation minus load
     start: np.ndarray  # (n,) complex: angle 0, magnitudes as scheduled, 1 where none is
     angles: np.ndarray  # (k,) buses whose angles are unknown
     loads: np.ndarray  # (m − k,) buses whose magnitudes are unknown

@@ -30,9 +30,9 @@ the tuned ones (tuned), which are the best of a grid on other samples of the sam
 rival that solves fewer than half of the samples is left out.
 
 - **power**: AC power flow, flat start. f is the chord method: z − J₀⁻¹F(z), J₀ the Jacobian at the flat start, factored
-  once; z are voltage angles and magnitudes. Samples: loads of 0.8 to 1.05 of the scheduled one; *stressed*: 0.5 to 0.95 of
-  the way to the highest load that Newton's method solves. Own method: Newton's, which factors anew in each step, so that
-  its iterations cost more than evaluations of f do.
+  once; z are voltage angles and magnitudes. Samples: loads, and generation with them, of 0.8 to 1.05 of the scheduled
+  ones; *stressed*: 0.5 to 0.95 of the way to the highest load that Newton's method solves. Own method: Newton's, which
+  factors anew in each step, so that its iterations cost more than evaluations of f do.
 - **water**: steady flows of the pipes, Hazen–Williams. f is linear theory: the flows of the linear network whose pipes
   conduct as at the flows q; each evaluation factors a Laplacian. Reservoirs, tanks and both ends of each pump and valve
   have the heads of EPANET's solution at the first hour; pumps and valves are left out. Samples: demands of 0.5 to 1.5 of the

@@ -100,7 +100,7 @@ def problems(atoms: str, basis: str, samples: int, split: str) -> HeldOut:
     """f(P, index): the next density of the geometry of that number, (B, N, N): Roothaan's iteration (1951).
 
     Equilibria are those of DIIS: to `ANSWER`, or as near as it comes in 200 Fock builds, if that is within `ENOUGH`. There
-        may be others, so that the score is the energy in hartree by which a density is below them.
+    may be others, so that the score is the energy in hartree by which a density is below them.
     """
     every = geometries(atoms, basis, samples, split)
 

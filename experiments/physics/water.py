@@ -146,8 +146,9 @@ def problems(name: str, samples: int, split: str) -> HeldOut:
 
 
 def own(name: str = "", samples: int = 0) -> Contestant:
-    """The global gradient method (Todini & Pilati 1988), which EPANET runs: Newton's. On balanced flows it is f, damped.
+    """EPANET's global gradient method (Todini & Pilati 1988), Newton's: on balanced flows it is f, damped.
 
-    That holds where head loss is r·q|q|^0.852 alone, which it is but for bends and for flows below `SLOW`.
+    That holds where head loss is r·q|q|^0.852 alone, which it is but for bends and for flows below `SLOW`. The same for all
+    networks and samples.
     """
     return Contestant("global gradient", "peer", mb.Picard(1 / (1 + POWER)))

@@ -16,7 +16,7 @@ from metabroyden.progress import ticks
 
 @dataclass(frozen=True)
 class Workloads(Compared, command="workloads", samples=128):
-    """Fit a root finder to graph networks, and whatever else is in the suite; measure evaluations, time and the task."""
+    """Fit a root finder to graph networks, transformers, Sudoku, reconstructions; measure evaluations, time and the task."""
 
     only: tuple[str, ...] = tuple(WORKLOADS)
     """Which of them, by name."""
@@ -25,11 +25,11 @@ class Workloads(Compared, command="workloads", samples=128):
     steps: int | None = None
     """Outer steps of a fit, at most; None: fit_solver's own number."""
     models: Path = MODELS
-    """Where the trained models are; one that is missing is trained, in minutes."""
+    """Where the trained models are; one that is missing is trained, in up to an hour."""
 
 
 def run(config: Workloads) -> None:
-    """Some three minutes a fit. Interrupted, it goes on with the next one."""
+    """Four to fifteen minutes a fit. Interrupted, it goes on with the next one."""
     at_least_one(config, "samples", "budget", "seeds", "steps")
     known("workload", config.only, WORKLOADS)
     job = Run(config, free=("models",), shared=("only", "seeds", "models"))

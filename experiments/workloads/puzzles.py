@@ -207,7 +207,7 @@ class Solver(nn.Module):
 
 @dataclass(frozen=True)
 class Puzzles:
-    """Cells without a clue, to be filled; the score is the share of puzzles that are right in every cell."""
+    """All cells of a puzzle; the score is the share of puzzles that are right in each of them."""
 
     batches: int = 100
     metric = "puzzles solved"
@@ -225,14 +225,14 @@ class Puzzles:
 
     @torch.no_grad()
     def score(self, model: Any, split: str) -> float:
-        """Share solved of other grids."""
+        """Share solved of puzzles of other grids, the same ones whatever the split."""
         model.eval()
         clues, answers = puzzles(128, 77, held=True)
         return float(right(model(clues), answers).mean())
 
 
 def train(model: Solver, path: Path) -> Row:
-    """Train it, in a quarter of an hour; interrupted, it goes on from its last epoch, which is at `path`."""
+    """Train it; interrupted, it goes on from its last epoch, which is at `path`."""
     criterion = Puzzles()
     train_model(lambda: model, criterion, TRAINING, path=path)
     score = criterion.score(model, "test")

@@ -42,7 +42,7 @@ class Workload(NamedTuple):
 
 
 def at_once(train: Callable[[Any], Row]) -> Callable[[Any, Path], Row]:
-    """A training of minutes, of which nothing is kept on the way."""
+    """A short training, of which nothing is kept on the way."""
     return lambda model, _: train(model)
 
 
@@ -73,9 +73,10 @@ def _cotrained(name: str) -> Workload:
 
     def train(model: Any, path: Path) -> Row:
         began, trained = time.perf_counter(), model_of(name, path.parent).requires_grad_(True)
-        found = mb.cotrain(trained, **lesson(), progress=False)
+        given = lesson()
+        found = mb.cotrain(trained, **given, progress=False)
         model.load_state_dict(found.state_dict())
-        return {"seconds": round(time.perf_counter() - began), "steps": lesson()["steps"], "kept": found is not trained}
+        return {"seconds": round(time.perf_counter() - began), "steps": given["steps"], "kept": found is not trained}
 
     return original._replace(words=f"{name}, co-trained", train=train, lesson=None)
 
@@ -96,10 +97,10 @@ def model_of(name: str, folder: Path = MODELS) -> Any:
         going = path.with_suffix(".training")
         with threads(1):
             facts = work.train(model, going)
-        checkpoint.write(path, f"workload/{name}", checkpoint.to_half(model.state_dict()), {"facts": facts})
+        checkpoint.write(path, f"workload/{name}", model.state_dict(), {"facts": facts})
         going.unlink(missing_ok=True)
     tensors, _ = checkpoint.read(path, "workload")
-    load_weights(model, checkpoint.widened(tensors), path)
+    load_weights(model, tensors, path)
     return model.eval().requires_grad_(False)
 
 

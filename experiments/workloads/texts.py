@@ -27,7 +27,7 @@ CONTEXTS = 600
 TRAIN, TEST, LESSON = 1, 2, 3
 """Seeds of contexts to fit to, of those to measure on, and of texts to co-train on."""
 HIDDEN = 0.2
-"""Share of a line's characters that are to be guessed."""
+"""Share of a line's characters that are to be guessed, beside its first one."""
 SCORED_ON = 8
 """Batches of validation that a training is judged on."""
 
@@ -224,7 +224,7 @@ class Task:
             return Encoder(len(plays().vocabulary) + (not causal), *self.sizes)  # one more, for what is hidden
 
     def train(self, model: Encoder, path: Path) -> Row:
-        """Train it, in half an hour; interrupted, it goes on from its last epoch, which is at `path`."""
+        """Train it; interrupted, it goes on from its last epoch, which is at `path`."""
         train_model(lambda: model, self.criterion, self.training, path=path)
         score = self.criterion.score(model, "test")
         return {

@@ -83,5 +83,5 @@ def _edges(graphs: Graphs, places: Tensor) -> Edges:
     size = weight.abs()
     out, into = (torch.zeros_like(places).scatter_add(1, e, size).gather(1, e) for e in (graphs.source, target))
     every = torch.arange(length, device=places.device).repeat(len(places), 1)
-    begin = torch.searchsorted(graphs.target, every)
+    begin = torch.searchsorted(graphs.target.contiguous(), every)
     return Edges(graphs.source, target, begin, weight * (out * into).clamp_min(1e-30).rsqrt())

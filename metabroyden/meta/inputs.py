@@ -106,18 +106,16 @@ def _check_alike(first: Any, other: Any, given: str) -> None:
             )
 
 
-def _more_of_few(x: Any) -> str:
-    """What to do where there are few contexts."""
+def _more_of_few(x: Any, zeros: bool) -> str:
+    """What to do where there are few contexts; zeros: of a plain f, whose start is zeros like them."""
     if isinstance(x, Graphs):
-        return "make more of few: mb.Graphs.around takes parts of one large graph"
-    points = (
-        ""
-        if not (isinstance(x, Tensor) and x.dim() == 3 and len(x) == 1)
-        else (
-            f", or, if its {x.shape[1]} points do not see one another, give x[0] and lambda z, x: f(z[None], x[None])[0]"
+        return "make more of few: mb.Graphs.around(x, edge_index, hops=…, count=…) takes parts of one large graph"
+    words = "make more of few, by noise, masks or parts of them"
+    if zeros and isinstance(x, Tensor) and x.dim() == 3 and len(x) == 1:
+        words += (
+            f"; if its {x.shape[1]} points do not see one another, give lambda z, x: f(z[None], x[None])[0] and x[0]"
         )
-    )
-    return f"make more of few, by noise, masks or parts of them{points}"
+    return words
 
 
 def check_contexts(x: Any, *, zeros: bool = False, given: str = "x_train", least: int = 10) -> None:
@@ -138,7 +136,7 @@ def check_contexts(x: Any, *, zeros: bool = False, given: str = "x_train", least
             )
     if not leaves or leaves[0].dim() < 1 or len(leaves[0]) < least:
         few = bool(leaves) and leaves[0].dim() > 0 and 0 < len(leaves[0]) < least
-        more = f"; {_more_of_few(x)}: a solver is fitted to many problems" if few else ""
+        more = f"; {_more_of_few(x, zeros)}: a solver is fitted to many problems" if few else ""
         raise ValueError(
             f"{given} must be a tensor, a pytree of them or an iterable of batches, with at least {least} sample"
             f"{'s' if least > 1 else ''} first, got {_described(x)}{more}"

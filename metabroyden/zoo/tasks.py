@@ -12,12 +12,12 @@ from metabroyden.deq import initial_state
 from metabroyden.meta.tasks import TaskSet
 from metabroyden.zoo.data.text import TextData, TextSplit
 from metabroyden.zoo.models.base import LanguageModel, Memory
-from metabroyden.zoo.models.criteria import Criterion, Images, NextToken, device_of
+from metabroyden.zoo.models.criteria import Images, NextToken, OfFamily, device_of
 
 _WINDOWS = {"train": 8192, "validation": 256, "test": 256}
 
 
-def family_tasks(model: Any, criterion: Criterion) -> TaskSet:
+def family_tasks(model: Any, criterion: OfFamily) -> TaskSet:
     """A trained model's fixed-point problems, with disjoint train, validation and test contexts.
 
     Raw contexts are images, or consecutive segments, tokens (N, back + 2·length): the memory that belongs to the last is

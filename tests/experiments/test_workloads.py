@@ -158,9 +158,9 @@ def test_lines_are_padded_and_some_of_their_characters_hidden():
     assert hidden.any(1).all()
     text = torch.where(hidden, targets, tokens)[mask].tolist()
     assert "\n" not in {vocabulary[token] for token in text}
-    wrong = torch.nn.functional.one_hot(targets.clamp_min(0), len(vocabulary)).double()
-    assert texts.guessed(wrong, targets).eq(1).all()
-    assert texts.guessed(-wrong, targets).eq(0).all()
+    sure = torch.nn.functional.one_hot(targets.clamp_min(0), len(vocabulary)).double()
+    assert texts.guessed(sure, targets).eq(1).all()
+    assert texts.guessed(-sure, targets).eq(0).all()
 
 
 def test_a_causal_block_sees_nothing_ahead_and_a_padded_one_no_padding():
@@ -179,7 +179,7 @@ def test_a_causal_block_sees_nothing_ahead_and_a_padded_one_no_padding():
     torch.testing.assert_close(texts.bits(uniform, torch.zeros(2, 6, dtype=torch.long)), torch.tensor([-2.0, -2.0]))
 
 
-def test_an_interrupted_training_goes_on(tmp_path, monkeypatch):
+def test_a_training_is_kept_by_epoch_and_not_repeated(tmp_path, monkeypatch):
     monkeypatch.setattr(puzzles, "TRAINING", replace(puzzles.TRAINING, epochs=2, pretrain=1, batch=4))
     monkeypatch.setattr(puzzles, "Puzzles", partial(puzzles.Puzzles, 1))
     path = tmp_path / "s.training"

@@ -771,7 +771,7 @@ REFUSED = [
     ("callable", TypeError, {"f": 3}),
     (r"at least 10 samples first, got \(4, 3, 4, 4\)", ValueError, {"x_train": torch.zeros(4, 3, 4, 4)}),
     (
-        r"if its 30 points do not see one another, give x\[0\] and lambda",
+        r"if its 30 points do not see one another, give lambda z, x: f\(z\[None\], x\[None\]\)\[0\] and x\[0\]",
         ValueError,
         {"x_train": torch.zeros(1, 30, 4)},
     ),

@@ -130,10 +130,14 @@ class Criterion(Protocol):
         """Batches of an epoch."""
 
     def losses(self, model: Any, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """Those of an epoch."""
+        """The training losses of an epoch, one a batch."""
 
     def score(self, model: Any, split: str) -> float:
-        """Of a model on "validation" or "test"."""
+        """The score of a model on "validation" or "test"."""
+
+
+OfFamily = Images | NextToken
+"""What families are trained for, on data of their own."""
 
 
 def _read(model: LanguageModel, segments: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -159,7 +163,3 @@ def bits_per_token(
         if limit is not None and count >= limit:
             break
     return nats / count / math.log(2)
-
-
-OfFamily = Images | NextToken
-"""What families are trained for, on data of their own."""
