@@ -250,7 +250,7 @@ class Task:
         def metric(z: Tensor, x: Any) -> Tensor:
             return self.worth(model.head(z), x[-1])
 
-        return Brought(model.deq.cell, train, test, metric, (mb.Anderson(), 200), self.slack)
+        return Brought(model.deq.cell, train, test, metric, (mb.Broyden(), 300), self.slack)
 
     def contexts(self, model: Encoder, split: str, count: int, seed: int) -> Any:
         """Contexts of the equilibrium, with targets for a metric."""
