@@ -1,4 +1,4 @@
-"""Packages that import torchvision, beside any build of torch."""
+"""Packages of others, by name: missing ones say what to install, those of torchvision go beside any build of torch."""
 
 from __future__ import annotations
 
@@ -31,3 +31,13 @@ def load(package: str) -> Any:
             _declared.append(library)
             for name in [name for name in sys.modules if name.split(".")[0] in ("torchvision", package)]:
                 del sys.modules[name]
+
+
+def required(name: str, install: str) -> Any:
+    """`load` of a package, or of a module in it; ImportError that says what to install where it is missing."""
+    try:
+        return load(name)
+    except ImportError as error:
+        package = name.split(".")[0]
+        words = f"this needs {package}, which could not be imported: pip install {install} ({error})"
+        raise ImportError(words) from error

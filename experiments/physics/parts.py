@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metabroyden.comparison.measure import Contestant, Found
+from experiments.bench.solvers import Peer
+from metabroyden.comparison.measure import Found
 from metabroyden.comparison.tables import Row
+from metabroyden.foreign import required
 from metabroyden.solution import State, Trace
 
 PACKAGES = {"power": "pandapower", "water": "epyt", "scf": "pyscf"}
@@ -21,12 +22,7 @@ PACKAGES = {"power": "pandapower", "water": "epyt", "scf": "pyscf"}
 
 def library(name: str) -> Any:
     """A module of pandapower, pyscf or epyt; ImportError that says what to install where it is missing."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = name.split(".")[0]
-        words = f"this needs {package}, which could not be imported: pip install 'metabroyden[physics]' ({error})"
-        raise ImportError(words) from error
+    return required(name, "'metabroyden[physics]'")
 
 
 Iteration = Callable[[Tensor, float, int], tuple[Tensor, list[float]]]
@@ -35,16 +31,11 @@ residual ‖f(z) − z‖ / ‖f(z)‖ of every iterate)."""
 
 
 @dataclass(frozen=True)
-class Own(Contestant):
+class Own(Peer):
     """A field's own method, which sees more than f and runs in its own loop. Its `solver` is an `Iteration`.
 
     What stands for an evaluation is one of its iterations.
     """
-
-    @property
-    def parts(self) -> bool:
-        """It has no use for parts of a cell."""
-        return False
 
     def timed(
         self, f: Any, z0: State, x: Any, tolerance: float, budget: int, *, keep: bool = True

@@ -24,7 +24,7 @@ def _power(case: str, *, stressed: bool = False) -> Entry:
 
 
 def _water(name: str) -> Entry:
-    return Entry("water", partial(water.problems, name), partial(water.own, name))
+    return Entry("water", partial(water.problems, name), lambda samples: water.own())
 
 
 def _scf(atoms: str, basis: str) -> Entry:

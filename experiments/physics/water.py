@@ -145,10 +145,9 @@ def problems(name: str, samples: int, split: str) -> HeldOut:
     return HeldOut(f, q0, demand, star=found.z, known=found.converged)
 
 
-def own(name: str = "", samples: int = 0) -> Contestant:
+def own() -> Contestant:
     """EPANET's global gradient method (Todini & Pilati 1988), Newton's: on balanced flows it is f, damped.
 
-    That holds where head loss is r·q|q|^0.852 alone, which it is but for bends and for flows below `SLOW`. The same for all
-    networks and samples.
+    That holds where head loss is r·q|q|^0.852 alone, which it is but for bends and for flows below `SLOW`.
     """
     return Contestant("global gradient", "peer", mb.Picard(1 / (1 + POWER)))

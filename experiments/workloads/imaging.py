@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -113,11 +113,15 @@ class Reconstruction(nn.Module):
         """Random parameters of samples."""
         return ()
 
+    def set_up(self, parameters: Iterable[Tensor]) -> None:
+        """Give the physics parameters of samples."""
+        self.physics.update(**dict(zip(self.parameters_of_samples, parameters, strict=True)))
+
     def problems(self, names: tuple[str, ...], count: int, seed: int) -> tuple[Tensor, ...]:
         """(y, the parameters of samples, the patches)."""
         generator = torch.Generator().manual_seed(seed)
         clear, parameters = patches(names, count, generator), self.drawn(count, generator)
-        self.physics.update(**dict(zip(self.parameters_of_samples, parameters, strict=True)))
+        self.set_up(parameters)
         y = self.physics.A(clear)
         return y + NOISE * torch.randn(y.shape, generator=generator), *parameters, clear
 
@@ -185,10 +189,10 @@ def psnr(z: Tensor, x: Any) -> Tensor:
 def bring(model: Reconstruction, samples: int) -> Brought:
     """The map with measurements of training pictures and of others, few of these: an evaluation of f is dear."""
     x_train, x_test = model.problems(TRAIN_ON, CONTEXTS, 1), model.problems(TEST_ON, min(samples, MOST), 2)
-    f, seen = model.f, x_test[0] if x_test[0].shape == x_test[-1].shape else model.f.initial_state(x_test)
+    f = model.f
     return Brought(
         f, x_train, x_test, psnr, (mb.Anderson(), 300), slack=0.02, peers=_peers(model, x_test),
-        pictures={"begun with": seen, "true": x_test[-1]},
+        pictures={"begun with": f.initial_state(x_test), "true": x_test[-1]},
     )  # fmt: skip
 
 
@@ -196,7 +200,7 @@ def _peers(model: Reconstruction, x: Any) -> dict[str, Any]:
     """deepinv's own loop, plain and with its Anderson acceleration: iterations ↦ the image."""
     dinv = library()
     y, *parameters, _ = x
-    model.physics.update(**dict(zip(model.parameters_of_samples, parameters, strict=True)))
+    model.set_up(parameters)
 
     def run(count: int, acceleration: Any) -> Tensor:
         own = model.algorithm.fixed_point

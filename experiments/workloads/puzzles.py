@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,8 +15,8 @@ from torch.nn import functional
 import metabroyden as mb
 from experiments.bench.runner import Row
 from experiments.workloads.brought import Brought
-from metabroyden.zoo.models.fit import Training, history
-from metabroyden.zoo.models.fit import train as train_model
+from experiments.workloads.drawn import Drawn, trained
+from metabroyden.zoo.models.fit import Training
 
 CELLS, DIGITS = 81, 9
 CONTEXTS = 600
@@ -156,12 +155,17 @@ class Block(nn.Module):
     """
 
     layout = "graph"
-    mask: Tensor
+    mask: Tensor  # (6, 81, 81) what each head sees
+    edges: Tensor  # (2, E) from and to cells of one row, column or box
 
     def __init__(self, width: int = 48) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Layer(width, 6) for _ in range(2))
-        self.register_buffer("mask", _together().repeat_interleave(2, dim=0), persistent=False)
+        place = torch.arange(CELLS)
+        groups = torch.stack([place // 9, place % 9, place // 27 * 3 + place % 9 // 3])
+        same = groups[:, :, None] == groups[:, None, :]
+        self.register_buffer("mask", same.repeat_interleave(2, dim=0), persistent=False)
+        self.register_buffer("edges", same.any(0).fill_diagonal_(False).nonzero().T.flip(0), persistent=False)
 
     def initial_state(self, x: mb.Graphs) -> Tensor:
         """Zeros, (B, 81, width)."""
@@ -173,13 +177,6 @@ class Block(nn.Module):
         for layer in self.layers:
             z = layer(z, self.mask)
         return z
-
-
-def _together() -> Tensor:
-    """(3, 81, 81) whether two cells are of one row, one column, one box."""
-    place = torch.arange(CELLS)
-    groups = torch.stack([place // 9, place % 9, place // 27 * 3 + place % 9 // 3])
-    return groups[:, :, None] == groups[:, None, :]
 
 
 class Solver(nn.Module):
@@ -195,8 +192,7 @@ class Solver(nn.Module):
 
     def inject(self, clues: Tensor, answers: Tensor | None = None) -> mb.Graphs:
         """The context of the equilibrium: embedded clues as nodes, with edges between cells of one row, column or box."""
-        target, source = (_together().any(0) & ~torch.eye(CELLS, dtype=torch.bool)).nonzero(as_tuple=True)
-        source, target = (each.to(clues.device).expand(len(clues), -1) for each in (source, target))
+        source, target = self.deq.cell.edges.unsqueeze(1).expand(-1, len(clues), -1)
         x, there = self.embed(clues), torch.ones_like(clues, dtype=torch.bool)
         return mb.Graphs(x, there, source, target, x.new_ones(len(clues), source.shape[1]), answers)
 
@@ -205,23 +201,20 @@ class Solver(nn.Module):
         return self.head(self.deq(self.inject(clues)))
 
 
+def right(logits: Tensor, answers: Any) -> Tensor:
+    """(B,) one where every cell of a puzzle is right."""
+    return (logits.argmax(2) == answers).all(1).double()
+
+
 @dataclass(frozen=True)
-class Puzzles:
+class Puzzles(Drawn):
     """All cells of a puzzle; the score is the share of puzzles that are right in each of them."""
 
-    batches: int = 100
-    metric = "puzzles solved"
-    higher = True
+    metric, higher, worth = "puzzles solved", True, staticmethod(right)
 
-    def steps(self, batch: int) -> int:
-        """Batches of an epoch."""
-        return self.batches
-
-    def losses(self, model: Any, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """Mean cross-entropies of the cells."""
-        for _ in range(self.batches):
-            clues, answers = puzzles(batch, int(torch.randint(2**40, (), generator=generator)))
-            yield functional.cross_entropy(model(clues).flatten(0, 1), answers.flatten())
+    def draw(self, split: str, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(clues, answers), (B, 81) each."""
+        return puzzles(batch, int(torch.randint(2**40, (), generator=generator)), held=split != "train")
 
     @torch.no_grad()
     def score(self, model: Any, split: str) -> float:
@@ -231,22 +224,21 @@ class Puzzles:
         return float(right(model(clues), answers).mean())
 
 
+def build() -> Solver:
+    """The untrained model."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Solver()
+
+
 def train(model: Solver, path: Path) -> Row:
     """Train it; interrupted, it goes on from its last epoch, which is at `path`."""
-    criterion = Puzzles()
-    train_model(lambda: model, criterion, TRAINING, path=path)
-    score = criterion.score(model, "test")
-    return {"seconds": round(history(path)[-1].seconds), "steps": criterion.batches * TRAINING.epochs, "score": score}
+    return trained(model, Puzzles(), TRAINING, path)
 
 
 def lesson() -> dict[str, Any]:
     """Arguments of `mb.cotrain`."""
     return {"data": puzzles(4000, LESSON), "score": right, "steps": 200, "batch_size": 32}
-
-
-def right(logits: Tensor, answers: Any) -> Tensor:
-    """(B,) one where every cell of a puzzle is right."""
-    return (logits.argmax(2) == answers).all(1).double()
 
 
 @torch.no_grad()

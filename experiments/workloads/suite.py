@@ -56,7 +56,7 @@ WORKLOADS: dict[str, Workload] = {
         for name, task in texts.TASKS.items()
     },
     "sudoku": Workload(
-        puzzles.WORDS, "puzzles solved", puzzles.Solver, puzzles.train, puzzles.bring, lesson=puzzles.lesson
+        puzzles.WORDS, "puzzles solved", puzzles.build, puzzles.train, puzzles.bring, lesson=puzzles.lesson
     ),
     **{
         name: Workload(words, "PSNR, dB", build, at_once(imaging.train), imaging.bring, imaging.SECONDS)

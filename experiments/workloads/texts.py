@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -17,10 +16,10 @@ from torch.nn import functional
 import metabroyden as mb
 from experiments.bench.runner import Row
 from experiments.workloads.brought import Brought
+from experiments.workloads.drawn import Drawn, missed, trained
 from metabroyden.zoo.data.shakespeare import load_shakespeare
 from metabroyden.zoo.data.text import TextData
-from metabroyden.zoo.models.fit import Training, history
-from metabroyden.zoo.models.fit import train as train_model
+from metabroyden.zoo.models.fit import Training
 from metabroyden.zoo.models.transformer import sinusoids
 
 CONTEXTS = 600
@@ -28,8 +27,6 @@ TRAIN, TEST, LESSON = 1, 2, 3
 """Seeds of contexts to fit to, of those to measure on, and of texts to co-train on."""
 HIDDEN = 0.2
 """Share of a line's characters that are to be guessed, beside its first one."""
-SCORED_ON = 8
-"""Batches of validation that a training is judged on."""
 
 
 class Block(nn.Module):
@@ -101,84 +98,6 @@ def lines(split: str, shortest: int, longest: int) -> list[Tensor]:
     return [line for line in found if shortest <= len(line) <= longest]
 
 
-@dataclass(frozen=True)
-class Lines:
-    """Padded lines, some of whose characters are hidden: those are to be guessed."""
-
-    shortest: int = 12
-    longest: int = 64
-    batches: int = 100
-    metric = "accuracy"
-    higher = True
-
-    def steps(self, batch: int) -> int:
-        """Batches of an epoch."""
-        return self.batches
-
-    def draw(self, split: str, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """(characters with the hidden ones replaced, mask, targets: −1 where nothing is hidden), each (B, T)."""
-        those = lines(split, self.shortest, self.longest)
-        chosen = [those[int(i)] for i in torch.randint(len(those), (batch,), generator=generator)]
-        mask = torch.arange(self.longest) < torch.tensor([len(line) for line in chosen]).unsqueeze(1)
-        whole = torch.zeros(batch, self.longest, dtype=torch.long)
-        whole[mask] = torch.cat(chosen)
-        hidden = (torch.rand(batch, self.longest, generator=generator) < HIDDEN) & mask
-        hidden[:, 0] = True  # at least one
-        return torch.where(hidden, len(plays().vocabulary), whole), mask, torch.where(hidden, whole, -1)
-
-    def losses(self, model: Any, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """Mean cross-entropies of hidden characters."""
-        for _ in range(self.batches):
-            tokens, mask, targets = self.draw("train", batch, generator)
-            yield missed(model(tokens, mask).float(), targets)
-
-    @torch.no_grad()
-    def score(self, model: Any, split: str) -> float:
-        """Share of hidden characters that are guessed right."""
-        model.eval()
-        generator = torch.Generator().manual_seed(0)
-        drawn = [self.draw(split, 64, generator) for _ in range(SCORED_ON)]
-        right = [guessed(model(tokens, mask), targets) for tokens, mask, targets in drawn]
-        return float(torch.cat(right).mean())
-
-
-@dataclass(frozen=True)
-class Following:
-    """The character that follows, of segments each read by itself."""
-
-    length: int = 128
-    batches: int = 100
-    metric = "bits per character"
-    higher = False
-
-    def steps(self, batch: int) -> int:
-        """Batches of an epoch."""
-        return self.batches
-
-    def draw(self, split: str, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(characters, those that follow), each (B, T)."""
-        return getattr(plays(), split).random_streams(batch, self.length, 1, generator)[0]
-
-    def losses(self, model: Any, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """Mean cross-entropies."""
-        for _ in range(self.batches):
-            tokens, targets = self.draw("train", batch, generator)
-            yield missed(model(tokens).float(), targets)
-
-    @torch.no_grad()
-    def score(self, model: Any, split: str) -> float:
-        """Bits per character."""
-        model.eval()
-        generator = torch.Generator().manual_seed(0)
-        drawn = [self.draw(split, 32, generator) for _ in range(SCORED_ON)]
-        return -float(torch.cat([bits(model(tokens), targets) for tokens, targets in drawn]).mean())
-
-
-def missed(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of the targets there are."""
-    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-
-
 def guessed(logits: Tensor, targets: Tensor) -> Tensor:
     """(B,) share of the targets that are most likely."""
     asked = targets >= 0
@@ -191,6 +110,38 @@ def bits(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Lines(Drawn):
+    """Padded lines, some of whose characters are hidden: those are to be guessed."""
+
+    shortest: int = 12
+    longest: int = 64
+    metric, higher, worth, scored = "accuracy", True, staticmethod(guessed), 64
+
+    def draw(self, split: str, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """(characters with the hidden ones replaced, mask, targets: −1 where nothing is hidden), each (B, T)."""
+        those = lines(split, self.shortest, self.longest)
+        chosen = [those[int(i)] for i in torch.randint(len(those), (batch,), generator=generator)]
+        mask = torch.arange(self.longest) < torch.tensor([len(line) for line in chosen]).unsqueeze(1)
+        whole = torch.zeros(batch, self.longest, dtype=torch.long)
+        whole[mask] = torch.cat(chosen)
+        hidden = (torch.rand(batch, self.longest, generator=generator) < HIDDEN) & mask
+        hidden[:, 0] = True  # at least one
+        return torch.where(hidden, len(plays().vocabulary), whole), mask, torch.where(hidden, whole, -1)
+
+
+@dataclass(frozen=True)
+class Following(Drawn):
+    """The character that follows, of segments each read by itself."""
+
+    length: int = 128
+    metric, higher, worth, scored = "bits per character", False, staticmethod(bits), 32
+
+    def draw(self, split: str, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(characters, those that follow), each (B, T)."""
+        return getattr(plays(), split).random_streams(batch, self.length, 1, generator)[0]
+
+
+@dataclass(frozen=True)
 class Task:
     """One encoder and its training.
 
@@ -200,7 +151,6 @@ class Task:
         criterion: what it is trained for.
         sizes: of the `Encoder`: length, width, heads, and whether it is causal.
         training: how.
-        worth: (logits, targets) ↦ (B,).
         slack: see `Brought`.
         most: test problems.
         seconds: of a fit.
@@ -208,10 +158,9 @@ class Task:
 
     words: str
     measure: str
-    criterion: Any
+    criterion: Drawn
     sizes: tuple[int, int, int, bool]
     training: Training
-    worth: Callable[[Tensor, Tensor], Tensor]
     slack: float
     most: int
     seconds: float | None = None
@@ -225,30 +174,22 @@ class Task:
 
     def train(self, model: Encoder, path: Path) -> Row:
         """Train it; interrupted, it goes on from its last epoch, which is at `path`."""
-        train_model(lambda: model, self.criterion, self.training, path=path)
-        score = self.criterion.score(model, "test")
-        return {
-            "seconds": round(history(path)[-1].seconds),
-            "steps": self.criterion.batches * self.training.epochs,
-            "score": score,
-        }
+        return trained(model, self.criterion, self.training, path)
 
     def lesson(self) -> dict[str, Any]:
         """Arguments of `mb.cotrain`."""
         *inputs, targets = self.criterion.draw("train", 4000, torch.Generator().manual_seed(LESSON))
         data = tuple(inputs), targets
-        return {"data": data, "loss": missed, "score": self.worth, "steps": 200, "batch_size": 32}
+        return {"data": data, "loss": missed, "score": self.criterion.worth, "steps": 200, "batch_size": 32}
 
     @torch.no_grad()
     def bring(self, model: Encoder, samples: int) -> Brought:
         """The block with embedded lines or segments."""
-        train, test = (
-            self.contexts(model, "train", CONTEXTS, TRAIN),
-            self.contexts(model, "test", min(samples, self.most), TEST),
-        )
+        train = self.contexts(model, "train", CONTEXTS, TRAIN)
+        test = self.contexts(model, "test", min(samples, self.most), TEST)
 
         def metric(z: Tensor, x: Any) -> Tensor:
-            return self.worth(model.head(z), x[-1])
+            return self.criterion.worth(model.head(z), x[-1])
 
         return Brought(model.deq.cell, train, test, metric, (mb.Broyden(), 300), self.slack)
 
@@ -256,7 +197,7 @@ class Task:
         """Contexts of the equilibrium, with targets for a metric."""
         tokens, *mask, targets = self.criterion.draw(split, count, torch.Generator().manual_seed(seed))
         x = model.inject(tokens, *mask)
-        return mb.Padded(x.x, x.mask, targets) if isinstance(x, mb.Padded) else (x, targets)
+        return x._replace(y=targets) if isinstance(x, mb.Padded) else (x, targets)
 
 
 TASKS = {
@@ -264,13 +205,13 @@ TASKS = {
         "PyTorch's transformer layer of width 128 made a deep equilibrium, as an encoder of lines of 12 to 64 characters, "
         "padded, a fifth of which it guesses", "accuracy", Lines(), (64, 128, 4, False),
         Training(epochs=30, batch=64, learning_rate=1e-3, warmup=0.03, pretrain=18, depth=6, least=2, weight_decay=0.01),
-        guessed, 0.005, 128,
+        0.005, 128,
     ),
     "wide-transformer": Task(
         "the same of width 256 on 128 characters, each of which sees those before it, as a language model",
         "−bits per character", Following(), (128, 256, 8, True),
         Training(epochs=36, batch=16, learning_rate=1e-3, warmup=0.03, pretrain=24, depth=5, least=2, weight_decay=0.01),
-        bits, 0.005, 64, 360.0,
+        0.005, 64, 360.0,
     ),
 }  # fmt: skip
 """By name."""

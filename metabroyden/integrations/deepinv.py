@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from metabroyden.deq import DEQ
-from metabroyden.foreign import load
+from metabroyden.foreign import required
 from metabroyden.gradients import Implicit
 from metabroyden.gradients.base import GradientMode
 from metabroyden.meta.target import ADAPTERS
@@ -160,11 +160,7 @@ def _tensors(physics: Any) -> list[Tensor]:
 
 def library() -> Any:
     """deepinv, beside any build of torch; ImportError that says what to install where it is missing."""
-    try:
-        return load("deepinv")
-    except ImportError as error:
-        words = f"this needs deepinv, which could not be imported: pip install deepinv==0.5.0 ({error})"
-        raise ImportError(words) from error
+    return required("deepinv", "deepinv==0.5.0")
 
 
 def _checked(model: Any) -> Any:

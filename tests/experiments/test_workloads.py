@@ -15,11 +15,11 @@ from experiments import workloads
 from experiments.bench.runner import read_rows
 from experiments.workloads import graphs, imaging, puzzles, texts
 from experiments.workloads.brought import Brought
+from experiments.workloads.drawn import missed
 from experiments.workloads.report import pictures as shown_pictures
 from experiments.workloads.report import ratios
 from experiments.workloads.rows import OURS, pictures
 from experiments.workloads.suite import MODELS, WORKLOADS, facts_of, model_of, path_of
-from experiments.workloads.texts import missed
 from metabroyden.comparison.tables import chosen
 from metabroyden.deq import initial_state
 from metabroyden.meta.tasks import rows
