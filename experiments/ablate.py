@@ -16,8 +16,8 @@ import metabroyden as mb
 from experiments.bench import report
 from experiments.bench.options import Budgeted
 from experiments.bench.runner import Row, Run, at_least_one, known
+from experiments.bench.solvers import shuffled
 from experiments.strangers.frozen import Stranger, load
-from experiments.strangers.rows import shuffled
 from experiments.strangers.suite import DEV, names
 from experiments.strangers.train import path_of
 from metabroyden.comparison.tables import Table, grouped, listed

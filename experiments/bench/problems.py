@@ -1,4 +1,4 @@
-"""Held-out fixed-point problems: of trained families, as they are and changed, of cells, of the test bed."""
+"""Held-out fixed-point problems: of trained families, as they are and changed, of the test bed."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ from metabroyden.zoo.models import load_model
 from metabroyden.zoo.models.criteria import Images, NextToken, OfFamily, device_of
 from metabroyden.zoo.models.families import get_family, trained_model
 from metabroyden.zoo.tasks import family_tasks, text_windows
-from metabroyden.zoo.testbed import KnownProblem, make_problem
-from metabroyden.zoo.testbed.cells import blas
+from metabroyden.zoo.testbed import KnownProblem
 
 
 @dataclass(frozen=True)
@@ -153,25 +152,6 @@ def outside(family: Family, limit: int) -> Iterator[HeldOut]:
         return
     for name, change in CHANGES.items():
         yield replace(family.problems("test", limit, change), name=f"{family.name}, {name}")
-
-
-NORMS = (0.5, 0.9, 1.2, 1.5, 2.0, 3.0)
-"""Of dense cells of 128 units: a sweep of the spectral norm."""
-WIDTHS = (16, 64, 256, 1024)
-"""Of dense cells of norm 1.5."""
-BUSES = (14, 30, 57, 118)
-"""Of power networks."""
-
-
-def random_cells(count: int) -> Iterator[HeldOut]:
-    """Cells that no family has: a sweep of the spectral norm, other widths, power flow."""
-    for norm in NORMS:
-        yield of_known(blas(count, 128, norm, seed=11, x_seed=12), f"dense, norm {norm:g}")
-    for width in WIDTHS:
-        yield of_known(blas(count, width, 1.5, seed=13, x_seed=14), f"dense, {width} wide")
-    for buses in BUSES:
-        problem = make_problem(f"power_flow_{buses}", dtype=torch.float32, batch=count, seed=15)
-        yield of_known(problem, f"power flow, {buses} buses")
 
 
 def packed(z: State) -> Tensor:

@@ -71,10 +71,14 @@ class Run:
         if not (self.work / "began.json").exists():
             atomic_write(self.work / "began.json", json.dumps(provenance(), indent=2) + "\n")
 
+    def has(self, key: str) -> bool:
+        """Whether the rows of a unit are there."""
+        return (self.work / f"{key}.jsonl").exists()
+
     def unit(self, key: str, make: Callable[[], Iterable[Row]], **options: Any) -> list[Row]:
         """The rows of a unit: made by `make`, or read where they are there. options: see `write_rows`."""
         path = self.work / f"{key}.jsonl"
-        if not path.exists():
+        if not self.has(key):
             write_rows(path, make(), **options)
         return read_rows(path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 from collections.abc import Iterable
@@ -24,7 +25,7 @@ from metabroyden.comparison.tables import Row
 from metabroyden.gradients.base import parts_of
 from metabroyden.learned.learned_start import LearnedStart
 from metabroyden.solution import State
-from metabroyden.solvers import Anderson, Broyden, Newton, Picard
+from metabroyden.solvers import Broyden, Newton, Picard
 from metabroyden.solvers import classical as grids
 from metabroyden.solvers.tuning import score, tune
 
@@ -73,11 +74,6 @@ def contestant(name: str, solver: Any, seed: int | None = None) -> Contestant:
 def contestants(**solvers: Any) -> list[Contestant]:
     """Several, by name."""
     return [contestant(name, solver) for name, solver in solvers.items()]
-
-
-def untuned(budget: int) -> list[Contestant]:
-    """The classical solvers as they are, Broyden's with full memory."""
-    return contestants(Picard=Picard(), Anderson=Anderson(), Broyden=Broyden(budget), **{"Newton-Krylov": Newton()})
 
 
 def tuned(validation: HeldOut, budget: int, *, splitting: bool = False) -> dict[str, Any]:
@@ -147,6 +143,16 @@ def universal(device: Any = "cpu") -> Contestant:
     weights = b"".join(value.cpu().numpy().tobytes() for value in solver.state_dict().values())
     made_of = hashlib.sha256(weights).hexdigest()[:8]
     return Contestant("universal", "learned", solver.to(device), f"shipped, {made_of}", 0)
+
+
+def shuffled(solver: Any, seed: int) -> Any:
+    """A copy whose weights are its own, those of each tensor in another order: wrong ones of the right scale."""
+    wrong, generator = copy.deepcopy(solver), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in wrong.parameters():
+            order = torch.randperm(weight.numel(), generator=generator)
+            weight.copy_(weight.flatten()[order].view_as(weight))
+    return wrong
 
 
 def torchdeq(*names: str) -> list[Contestant]:

@@ -140,7 +140,9 @@ def _training(rate: float, held: HeldOut, validation: HeldOut, budget: int) -> I
 def unit(setting: Setting, name: str) -> Unit:
     """HyperDEQ and MetaBroyden on one family, in turns."""
     if not available("silva_networks"):
-        raise ImportError(f"HyperDEQ comes with {PACKAGE}: pip install {PACKAGE}==1.2.2, or leave it out by --no-cells")
+        raise ImportError(
+            f"HyperDEQ comes with {PACKAGE}: pip install {PACKAGE}==1.2.2, or leave it out by --no-hyper-deq"
+        )
     also = repr((importlib.metadata.version(PACKAGE), RATES, STEPS, SECONDS, LOOKS, UNROLL, BATCH, POOL))
 
     def rows(work: Path) -> list[Row]:
@@ -150,7 +152,7 @@ def unit(setting: Setting, name: str) -> Unit:
         theirs = Peer("HyperDEQ", "peer", peer, peer.options, 0)
         classical = [solvers.contestant("Broyden", Broyden(budget)), *solvers.torchdeq("Anderson")]
         held = setting.held(family)
-        everyone, rules = [*setting.learned(name), theirs, *classical], setting.rules(family, held, weighed=False)
+        everyone, rules = [*setting.fitted(name), theirs, *classical], setting.rules(family, held, weighed=False)
         found = setting.measure("hyper-deq", held, everyone, rules)
         return [*found, {"row": "training", **setting.stamp("hyper-deq", name)(theirs), **taken}]
 

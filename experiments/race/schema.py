@@ -11,9 +11,8 @@ from experiments.bench.runner import Row, read_rows, row_files
 
 PATH = Path(__file__).parents[1] / "configs" / "race-schema.json"
 """JSON Schema of a row. Keys "row", "part", "family", "solver" say which it is; a row of equilibria has solver "float64"."""
-PARTS = ("families", "outside", "ablation", "transfer", "horizon", "hyper-deq")
-"""The race itself; inputs and cells of another kind; MetaBroyden without its pieces; solvers of other families; curves past
-the trained horizon; another library's learned solver."""
+PARTS = ("families", "outside", "hyper-deq")
+"""The race itself; inputs of another kind and wrong weights; another library's learned solver."""
 _BY_SAMPLE = ("evaluations", "residual", "status", "distance", "score", "agrees")
 
 

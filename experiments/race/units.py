@@ -1,4 +1,4 @@
-"""What is raced on: a family of models with its inputs as they are and changed, or cells of no family."""
+"""What is raced on: a family of models, with its inputs as they are and changed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from experiments.bench.measure import Rules, Stamp
 from experiments.bench.problems import Family, HeldOut
 from experiments.bench.runner import Row
 from experiments.bench.solvers import Contestant
+from experiments.race import fitted
 from metabroyden.comparison.figures import FLAGSHIP
 from metabroyden.comparison.tables import short
 from metabroyden.solve import solve
-from metabroyden.solvers import Broyden
 from metabroyden.zoo.data.bible import load_bible
-from metabroyden.zoo.models import FAMILIES
 
 TOLERANCES, CLOCKED = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5), (1e-2, 1e-3)
 DEPTHS = range(1, 41)
@@ -29,8 +28,10 @@ PACES = (1, 2, 3, 5, 8, 12, 20, 30)
 TIMED = (FLAGSHIP, "grouped", "hyper-anderson", "tuned Picard", "tuned Anderson", "Broyden", "Peaceman-Rachford")
 NEAR = {"accuracy": 0.005, "bits": 0.01}
 """How far from the equilibrium's score counts as equal."""
-FAR, FEW, FINEST = 4, 64, 1e-6
-"""Long curves: times the steps that MetaBroyden is trained for; problems; the tolerance."""
+WRONG = "wrong weights"
+"""Solvers whose weights are in another order, on the family's own inputs."""
+RIVALS = ("grouped", "hyper-anderson")
+"""Other learned solvers, from results/meta, where they were trained."""
 
 
 class Unit(NamedTuple):
@@ -62,14 +63,21 @@ class Setting:
         """A family of trained models, where the race runs."""
         return Family(name, self.config.models, self.device)
 
-    def files(self, *names: str) -> list[Path]:
-        """The model of the first family, and the solvers trained on any of these."""
-        trained = (path for name in names for path in solvers.solver_files(self.config.meta, name))
-        return [self.family(names[0]).path, *trained]
+    def fits(self) -> Iterator[tuple[str, int, Path]]:
+        """(family, seed, file) of every solver that `fit_solver` makes, the largest models first."""
+        for name in sorted(self.config.families, key=lambda name: -self.family(name).path.stat().st_size):
+            for seed in range(self.config.seeds):
+                yield name, seed, fitted.path_of(self.config.fits, name, seed)
 
-    def learned(self, family: str, names: Sequence[str] = (FLAGSHIP,)) -> list[Contestant]:
-        """Solvers trained on a family, with all seeds that are there."""
-        return solvers.learned(self.config.meta, family, names, self.device)
+    def files(self, name: str) -> list[Path]:
+        """A family's model and the solvers trained for it."""
+        fits = [path for family, _, path in self.fits() if family == name]
+        rivals = [path for rival in RIVALS for path in solvers.solver_files(self.config.meta, name, rival)]
+        return [self.family(name).path, *fits, *rivals]
+
+    def fitted(self, name: str) -> list[Contestant]:
+        """What `fit_solver` made for a family, with all seeds."""
+        return [fitted.contestant(path, seed, self.device) for family, seed, path in self.fits() if family == name]
 
     def held(self, family: Family) -> HeldOut:
         """Test problems of a family."""
@@ -99,7 +107,7 @@ class Setting:
 
 
 def family(setting: Setting, name: str) -> Unit:
-    """Everyone on a family's test inputs; on inputs of another kind, those that a user would choose among."""
+    """Everyone on a family's test inputs; on inputs of another kind, those that a user would choose among; wrong weights."""
     one = setting.family(name)
     if one.texts:  # the second text domain: missing, it is asked for before any work is done
         load_bible(one.criterion.data)  # type: ignore[arg-type]
@@ -111,8 +119,9 @@ def _family_rows(setting: Setting, family: Family, work: Path) -> Iterator[Row]:
     budget, stamp = setting.config.budget, setting.stamp("families", family.name)
     validation, held = family.problems("validation", 64), setting.held(family)
     ours = solvers.classical(validation, budget, splitting=family.splitting)
-    trained, peers = setting.learned(family.name, solvers.LEARNED), solvers.peers(validation, budget)
-    learned = [*trained, solvers.universal(setting.device)]
+    fits, peers = setting.fitted(family.name), solvers.peers(validation, budget)
+    rivals = solvers.learned(setting.config.meta, family.name, RIVALS, setting.device)
+    learned = [*fits, *rivals, solvers.universal(setting.device)]
     everyone = [*ours, *solvers.started(learned[0], ours), *learned, *peers]
     sure = tuple(one.solver for one in ours if one.name == "Peaceman-Rachford")
     held = problems.with_equilibria(work / "equilibria.safetensors", family.model().cell, held, sure)
@@ -122,8 +131,9 @@ def _family_rows(setting: Setting, family: Family, work: Path) -> Iterator[Row]:
     yield from setting.measure("families", held, everyone, rules)
     near = NEAR["bits" if family.texts else "accuracy"]
     yield from _metric_rows(held, everyone, float(np.mean(star["score"])), near, rules, stamp)
-    for one in trained:
-        yield {"row": "training", **stamp(one), **{key: one.solver.summary[key] for key in ("cpu_seconds", "steps")}}
+    for one in fits:
+        told = {key: one.solver.summary[key] for key in ("cpu_seconds", "steps")}
+        yield {"row": "training", **stamp(one), **told, **one.solver.summary[fitted.VERDICT]}
     for one in everyone if family.texts else ():
         if one.kind != "peer":
             model = family.model(solver=one.solver)
@@ -131,6 +141,9 @@ def _family_rows(setting: Setting, family: Family, work: Path) -> Iterator[Row]:
     few = [*ours, *learned, *(one for one in peers if one.name in ("torchdeq Broyden", "tuned torchdeq Anderson"))]
     for other in problems.outside(family, len(held)):
         yield from setting.briefly("outside", family, other, few)
+    wrong = [replace(one, solver=solvers.shuffled(one.solver, one.seed or 0)) for one in fits]
+    plain = [one for one in ours if one.name == "Broyden"]
+    yield from setting.briefly("outside", family, replace(held, name=f"{family.name}, {WRONG}"), [*wrong, *plain])
 
 
 def _tuned_rows(validation: HeldOut, ours: Sequence[Contestant], budget: int, stamp: Stamp) -> Iterator[Row]:
@@ -171,50 +184,3 @@ def _metric_rows(
         if one.name in TIMED and not one.seed:
             timed += [(one, k, False) for k in PACES if k in depths and k not in enough]
     yield from measure.pace_rows(held, timed, rules, stamp)
-
-
-def cells(setting: Setting) -> Unit:
-    """Cells that no family has: a sweep of the spectral norm, other widths, power flow.
-
-    The universal solver was trained on random cells, dense ones of 16 to 128 units and norms 0.4 to 3 among them: here only
-    the wider ones and power flow are new to it.
-    """
-
-    def rows(_: Path) -> list[Row]:
-        config, found = setting.config, list[Row]()
-        everyone = [*solvers.untuned(config.budget), solvers.universal(), *solvers.torchdeq()]
-        for held in problems.random_cells(max(1, config.images // 4)):
-            found += setting.measure("outside", held, everyone, Rules(CLOCKED, config.budget, len(held), config.rounds))
-        return found
-
-    return setting.unit("cells", rows)
-
-
-def beyond(setting: Setting, name: str) -> Unit:
-    """On one family: the solvers of other families that fit its states, and long curves of its own solvers."""
-    others = [other for other in FAMILIES if other != name]
-
-    def rows(_: Path) -> list[Row]:
-        held = setting.held(setting.family(name))
-        # under the name of the family that they were trained on
-        found = [
-            replace(one, name=f"{FLAGSHIP} of {of}") for of in others for one in setting.learned(of) if fits(one, held)
-        ]
-        rows = setting.briefly("transfer", setting.family(name), held, found) if found else []
-        own = [one for one in setting.learned(name, solvers.LEARNED) if not one.seed]
-        for steps in [FAR * one.solver.trained_for for one in own if one.name == FLAGSHIP]:
-            stamp, everyone = setting.stamp("horizon", name), [*own, solvers.contestant("Broyden", Broyden(steps))]
-            long = measure.measure(held.head(FEW), everyone, Rules((FINEST,), steps, FEW), stamp)
-            rows += [row for row in long if row["row"] == "curve"]
-        return rows
-
-    return setting.unit(f"beyond-{name}", rows, setting.files(name, *others))
-
-
-def fits(one: Contestant, held: HeldOut) -> bool:
-    """Whether a solver takes these states: one that does not says so by a ValueError or TypeError."""
-    try:
-        solve(held.f, *held.first(), solver=one.solver, max_nfe=2, throw=False)
-    except (ValueError, TypeError):
-        return False
-    return True

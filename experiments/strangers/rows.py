@@ -8,17 +8,16 @@ Rows say what they are under the key "row":
 
 from __future__ import annotations
 
-import copy
 import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
 
 import metabroyden as mb
 from experiments.bench.runner import Row
+from experiments.bench.solvers import shuffled
 from experiments.strangers.frozen import Stranger
 from metabroyden.comparison.clock import laps
 from metabroyden.comparison.comparison import Comparison
@@ -97,13 +96,3 @@ def robust_rows(config: Any, stranger: Stranger, fitted: Any, rtol: float) -> It
         lost, gained = int((theirs & ~ours).sum()), int((ours & ~theirs).sum())
         error = standard_error(shares["fallback"], len(ours))
         yield {"case": case, "samples": len(ours), **shares, "error": error, "lost": lost, "gained": gained}
-
-
-def shuffled(solver: Any, seed: int) -> Any:
-    """A copy whose weights are its own, those of each tensor in another order: wrong ones of the right scale."""
-    wrong, generator = copy.deepcopy(solver), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in wrong.parameters():
-            order = torch.randperm(weight.numel(), generator=generator)
-            weight.copy_(weight.flatten()[order].view_as(weight))
-    return wrong

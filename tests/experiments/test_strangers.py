@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 import metabroyden as mb
 from experiments import strangers
 from experiments.bench.runner import read_rows
+from experiments.bench.solvers import shuffled
 from experiments.strangers import report, rows
 from experiments.strangers.data import SOURCES, load_data
 from experiments.strangers.frozen import load
@@ -136,7 +137,7 @@ def test_a_fitted_solver_is_held_against_its_fallback_where_it_does_not_fit():
     assert [row["case"] for row in found] == ["as fitted", "wrong weights", "shifted inputs", "another f"]
     for row in found:
         assert row["learned"] - row["fallback"] == pytest.approx((row["gained"] - row["lost"]) / 12)
-    wrong = rows.shuffled(solver, 0)
+    wrong = shuffled(solver, 0)
     pairs = list(zip(wrong.parameters(), solver.parameters(), strict=True))
     assert all(torch.equal(a.flatten().sort().values, b.flatten().sort().values) for a, b in pairs)
     assert any(not torch.equal(a, b) for a, b in pairs)
