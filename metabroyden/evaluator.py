@@ -26,7 +26,7 @@ class Rows:
     def __init__(self, host: np.ndarray, device: torch.device, batch: int) -> None:
         self.host = host
         whole = len(host) == batch and bool((host == np.arange(batch)).all())
-        self.index = None if whole else torch.as_tensor(host, device=device)
+        self.index = None if whole else to_device(host, device)
         self.pick: Any = slice(None) if whole else host
         self._norms: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -305,7 +305,7 @@ class Evaluator:
         if not self._owned:
             self.best_z, self._owned = self.best_z.clone(), True
             self.best_g = None if self.best_g is None else self.best_g.clone()
-        chosen = None if better is None else torch.from_numpy(np.flatnonzero(better)).to(z.device)
+        chosen = None if better is None else to_device(np.flatnonzero(better), z.device)
         target = rows.index
         if chosen is not None:
             z = z.index_select(0, chosen)
@@ -334,6 +334,11 @@ class Evaluator:
         residual, absolute = torch.from_numpy(both).to(self.z0.device)
         seconds = torch.tensor(self._seconds[:calls], dtype=torch.float64)
         return Trace(residual, torch.from_numpy(nfe), seconds, torch.from_numpy(phase), absolute)
+
+
+def to_device(host: np.ndarray, device: torch.device) -> Tensor:
+    """An array on the device, without a wait for what that has to do: the driver copies it aside before this returns."""
+    return torch.from_numpy(host).to(device, non_blocking=True)
 
 
 def to_host(tensors: list[Tensor]) -> list[np.ndarray]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metabroyden.evaluator import Evaluator, Rows
+from metabroyden.evaluator import Evaluator, Rows, to_device
 from metabroyden.function import part_of, rewrap
 from metabroyden.solution import Cell
 from metabroyden.state import callers_context, in_dtype_of
@@ -97,7 +97,7 @@ class CountedProblem(Problem):
     def __init__(self, evaluator: Evaluator, rows: Rows, live: np.ndarray | None = None) -> None:
         self._evaluator, self._rows, self._live = evaluator, rows, live
         self.keep_inverse, self.hands_over = evaluator.keep_inverse, evaluator.best_g is not None
-        self.live_index = None if live is None else torch.as_tensor(live, device=evaluator.z0.device)
+        self.live_index = None if live is None else to_device(live, evaluator.z0.device)
         self.live_rows = rows if live is None else evaluator.rows(rows.host[live])
 
     @property
@@ -218,7 +218,7 @@ class CountedProblem(Problem):
         places = np.flatnonzero(among) if self._live is None else self._live[among[self._live]]
         if len(places) == len(self._rows):
             return self._rows, None
-        return self._evaluator.rows(self._rows.host[places]), torch.as_tensor(places, device=self._evaluator.z0.device)
+        return self._evaluator.rows(self._rows.host[places]), to_device(places, self._evaluator.z0.device)
 
 
 def seen_context(context: Any, z: Tensor) -> Any:

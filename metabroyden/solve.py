@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metabroyden.chunk import LENGTH, Chunks, Made, check_backend, check_compilable
-from metabroyden.evaluator import Evaluator, Rows, to_host
+from metabroyden.evaluator import Evaluator, Rows, to_device, to_host
 from metabroyden.function import Given, check_map, in_caller_mode, method_of, owner_of
 from metabroyden.inverse import FinalInverse
 from metabroyden.opaque import opaque
@@ -272,7 +272,7 @@ class _Cohort:
             self.problem = CountedProblem(self.evaluator, self.rows, live)
             return
         self.rows, self.live = self.evaluator.rows(self.rows.host[live]), None
-        index = torch.as_tensor(live, device=self.z.device)
+        index = to_device(live, self.z.device)
         self.z = self.z.index_select(0, index)
         self.g = None if self.g is None else self.g.index_select(0, index)
         self.z_before = None
@@ -286,7 +286,7 @@ class _Cohort:
         if not solver.has_inverse or self.state is None or not mask.any():
             return
         frozen = solver.inverse(self.state, self._places(mask))
-        out.add(torch.as_tensor(self.live_rows.host[mask], device=self.z.device), solver, frozen)
+        out.add(to_device(self.live_rows.host[mask], self.z.device), solver, frozen)
 
     def stationary(self) -> np.ndarray:
         """Which live rows have stopped moving: a step below rounding, ‖Δz‖ ≤ eps‖z‖. Looked at only where it may be so."""
@@ -325,7 +325,7 @@ class _Cohort:
     def _places(self, mask: np.ndarray) -> Tensor:
         """Positions of these of the live rows among all rows."""
         places = np.flatnonzero(mask) if self.live is None else self.live[mask]
-        return torch.as_tensor(places, device=self.z.device)
+        return to_device(places, self.z.device)
 
 
 def _check_unchanged(z: Tensor, version: int, solver: SolverBase) -> None:

@@ -15,10 +15,10 @@ NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 each_example = pytest.mark.parametrize("name", NAMES)
 
 
-def test_there_are_seven_and_each_is_a_script_and_a_notebook():
+def test_there_are_nine_and_each_is_a_script_and_a_notebook():
     assert NAMES == [
-        "deq_transformer", "graph_network", "inside_torchdeq", "meta_training", "own_deq", "plotting_reductions",
-        "sudoku",
+        "deq_transformer", "graph_network", "inside_torchdeq", "masked_encoder", "meta_training", "own_deq",
+        "plotting_reductions", "reconstruction", "sudoku",
     ]  # fmt: skip
     assert sorted(path.stem for path in EXAMPLES.glob("*.ipynb")) == NAMES
 

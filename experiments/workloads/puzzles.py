@@ -20,7 +20,7 @@ from metabroyden.zoo.models.fit import Training
 
 CELLS, DIGITS = 81, 9
 CONTEXTS = 600
-TRAIN, TEST, LESSON = 1, 2, 3
+TRAIN, TEST = 1, 2
 """Seeds of contexts to fit to, of those to measure on, and of puzzles to co-train on."""
 WORDS = (
     "a looped transformer, two layers whose heads see rows, columns and boxes, on Sudoku of 32 to 46 clues that singles "
@@ -234,11 +234,6 @@ def build() -> Solver:
 def train(model: Solver, path: Path) -> Row:
     """Train it; interrupted, it goes on from its last epoch, which is at `path`."""
     return trained(model, Puzzles(), TRAINING, path)
-
-
-def lesson() -> dict[str, Any]:
-    """Arguments of `mb.cotrain`."""
-    return {"data": puzzles(4000, LESSON), "score": right, "steps": 200, "batch_size": 32}
 
 
 @torch.no_grad()

@@ -55,9 +55,7 @@ WORKLOADS: dict[str, Workload] = {
         name: Workload(task.words, task.measure, task.build, task.train, task.bring, task.seconds, task.lesson)
         for name, task in texts.TASKS.items()
     },
-    "sudoku": Workload(
-        puzzles.WORDS, "puzzles solved", puzzles.build, puzzles.train, puzzles.bring, lesson=puzzles.lesson
-    ),
+    "sudoku": Workload(puzzles.WORDS, "puzzles solved", puzzles.build, puzzles.train, puzzles.bring),
     **{
         name: Workload(words, "PSNR, dB", build, at_once(imaging.train), imaging.bring, imaging.SECONDS)
         for name, (words, build) in imaging.TASKS.items()

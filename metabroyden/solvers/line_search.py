@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metabroyden.evaluator import to_host
+from metabroyden.evaluator import to_device, to_host
 from metabroyden.problem import Problem
 
 _DECREASE = 1e-4  # share of the full decrease that a step must bring
@@ -35,12 +35,12 @@ def backtrack(
         curvature = reached**2 - start**2 + 2 * start**2 * length
         model = np.where(np.isfinite(curvature) & (curvature > 0), start**2 * length**2 / curvature, 0.1 * length)
         length = np.where(trying, np.clip(model, 0.1 * length, 0.5 * length), length)
-        trial_z = z + torch.from_numpy(length).to(z)[:, None] * step
+        trial_z = z + to_device(length, z.device).to(z.dtype)[:, None] * step
         trial_g = problem.residual(trial_z, among=trying)
         reached = np.where(trying, to_host([size(trial_g, dim=1)])[0], reached)
         gained = trying & np.isfinite(reached) & ~(reached >= found)
-        mask = torch.from_numpy(gained).to(z.device)[:, None]
+        mask = to_device(gained, z.device)[:, None]
         best_z, best_g = torch.where(mask, trial_z, best_z), torch.where(mask, trial_g, best_g)
         found = np.where(gained, reached, found)
         searching &= ~(trying & (reached <= np.maximum(allowed, (1 - _DECREASE * length) * start)))
-    return best_z, best_g, torch.from_numpy(searching).to(z.device)
+    return best_z, best_g, to_device(searching, z.device)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metabroyden.evaluator import to_host
+from metabroyden.evaluator import to_device, to_host
 from metabroyden.problem import Problem
 from metabroyden.solver import SolverBase, Step
 from metabroyden.solvers.base import check_number
@@ -53,7 +53,7 @@ class Newton(SolverBase):
             s = torch.linalg.solve_ex(eye - torch.stack(columns, dim=2), g)[0]
         if (problem.alive & ~exact).any():
             inexact = self._gmres(z, g, problem, np.where(exact, 0, directions))
-            s = torch.where(torch.from_numpy(exact).to(z.device)[:, None], s, inexact)
+            s = torch.where(to_device(exact, z.device)[:, None], s, inexact)
         finite = torch.isfinite(s).all(dim=1, keepdim=True)
         return Step(torch.add(z, torch.where(finite, s, g), alpha=self.damping), state)
 
@@ -86,7 +86,7 @@ class Newton(SolverBase):
             finite = torch.isfinite(small).all(dim=2).all(dim=1) & torch.isfinite(size.squeeze(1))
             fresh = torch.linalg.pinv(torch.where(finite[:, None, None], small, 0.0)) @ target
             # a sample that has stopped keeps its weights: what comes after is not of its making
-            keeps = torch.from_numpy(~working).to(z.device)[:, None, None]
+            keeps = to_device(~working, z.device)[:, None, None]
             weights = torch.where(keeps, torch.nn.functional.pad(weights, (0, 0, 0, 1)), fresh)
             left = torch.linalg.vector_norm(target - small @ weights, dim=1)
             working &= (to_host([(left > self.forcing * size).squeeze(1) & finite])[0] > 0) & (allowed > k + 1)
