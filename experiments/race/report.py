@@ -23,9 +23,7 @@ from metabroyden.comparison.tables import Table, chosen, grouped, listed, markdo
 SHOWN = (1e-2, 1e-3)
 TORCHDEQ = ("torchdeq Broyden", "tuned torchdeq Broyden", "torchdeq Anderson", "tuned torchdeq Anderson")
 BESIDE = {
-    "outside": ("Outside of what the families' solvers were trained and tuned on", "problem"),
-    "transfer": ("Solvers of other families that fit its states", "family"),
-    "ablation": ("MetaBroyden, seed 0, without its pieces", "family"),
+    "outside": ("Other inputs than those that solvers were trained and tuned on, and wrong weights", "problem"),
     "hyper-deq": ("silva-networks' HyperDEQ, stopped by our rule", "family"),
 }
 """Parts beside the race itself: what their tables tell, and what stands in their first column."""
@@ -35,11 +33,9 @@ def write(folder: Path) -> Path:
     """Write report.md, report.html and figures beside rows/ and config.json; ValueError where there are no rows."""
     rows, described = read(folder / "rows"), report.read_config(folder)
     solved = {row["part"] for row in rows if row["row"] == "solve"} | {"families"}
-    # what was trained anew has one seed
-    of = {part: [row for row in rows if part != "ablation" or not row["seed"]] for part in PARTS if part in solved}
-    parts = {part: Field(of[part], part) for part in of}
+    parts = {part: Field(rows, part) for part in PARTS if part in solved}
     field = parts["families"]
-    drawn = figures.write_all(parts, [row for row in rows if row["part"] == "horizon"], folder / "figures")
+    drawn = figures.write_all(field, folder / "figures")
     lead = (
         "Rules: `results/race/PROTOCOL.md`. Rows: [rows/](rows/), as [schema.json](schema.json) says. Median evaluations "
         "over held-out samples (share of them solved), a failure counting the whole budget of "
@@ -54,7 +50,7 @@ def write(folder: Path) -> Path:
     ]
     if beside:
         beside += [_over_table(parts["hyper-deq"], "HyperDEQ")] if "hyper-deq" in parts else []
-        appendices.append(report.Folded("Elsewhere, ablation, another library", beside))
+        appendices.append(report.Folded("Elsewhere, another library", beside))
     made = f"Made by `{described['command']}`."
     report.write_page(folder, "The race", [made, lead, drawn[0], *tables, "## Figures", *drawn[1:], *appendices])
     more = f"{lead} Sortable and zoomable: [report.html](report.html)."

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,20 +12,15 @@ import pytest
 import torch
 
 import metabroyden as mb
-from experiments import meta, race
+from experiments import race
 from experiments.bench import measure, problems, solvers
 from experiments.bench.measure import Rules
 from experiments.bench.problems import of_known
 from experiments.bench.runner import write_rows
 from experiments.bench.solvers import Contestant, Peer
-from experiments.race import ablation, figures, hyper_deq, report, schema, units
+from experiments.race import fitted, hyper_deq, report, schema, units
 from metabroyden.comparison import statistics
 from metabroyden.comparison.statistics import Field, ratio
-from metabroyden.learned.coefficients import StepLSTM, StepSchedule
-from metabroyden.learned.layout import Layout
-from metabroyden.learned.safeguard import BY_PROGRESS
-from metabroyden.meta.fit import make_learned
-from metabroyden.meta.orthogonal import make_optimizer
 from metabroyden.zoo.testbed import cells
 from tests.experiments.test_bench import solve_row
 
@@ -97,53 +94,6 @@ def test_solutions_that_differ_from_the_equilibrium_are_counted_among_those_solv
     assert np.isnan(report.elsewhere(unknown, 1e-2, "one", "Broyden"))
 
 
-def meta_broyden(words=None, **options):
-    solver = make_learned("meta-broyden", Layout("vector", (16,)), **ablation.TRAINED.get(words, {}), **options)
-    return ablation.prepared(words, solver)
-
-
-@pytest.mark.parametrize("name", ablation.TRAINED)
-def test_what_is_left_out_stays_out_while_the_rest_is_trained(name):
-    solver = meta_broyden(name)
-    optimizer = make_optimizer(solver, 1e-2, 5e-2)
-    for _ in range(3):  # steps of Muon that pull at all weights
-        optimizer.zero_grad()
-        sum((p + 1).pow(2).sum() for p in solver.parameters()).backward()
-        optimizer.step()
-    assert (solver.initializer is None) == (name == "no learned start")
-    (outward,) = solver.preconditioner.outward.parameters()
-    assert bool(outward.any()) == (name != "no P")
-    assert isinstance(solver.coefficients, StepLSTM) == (name == "LSTM for table")
-    whole = meta_broyden()
-    assert isinstance(whole.coefficients, StepSchedule)
-    assert ablation.missing(name, whole) == (name != "no dilations"), "a vector's maps have none"
-
-
-def test_pieces_are_left_out_of_the_whole_without_training():
-    problem = cells.blas(4, 16, 3.0)
-    solver = meta_broyden(learned_steps=40, initializer_width=0, safeguard=BY_PROGRESS).eval()
-
-    def solved(solver):
-        options = {"rtol": 1e-5, "max_nfe": 60, "throw": False}
-        return mb.solve(problem.f, problem.z0, problem.context, solver=solver, **options)
-
-    assert (solved(solver).trace.phase > 0).any(), "untrained, it hands this cell over"
-    free = ablation.lighter(solver, 60)["no safeguard"]
-    assert not (solved(free).trace.phase > 0).any()
-    gated = solved(ablation.lighter(free, 60)["no secants"])
-    picard = solved(mb.Picard())
-    assert torch.allclose(gated.z, picard.z, atol=1e-4), "untrained, without secants: Picard's iteration"
-    assert not torch.allclose(solved(solver).z, picard.z, atol=1e-4)
-
-
-def test_an_lstm_for_the_table_has_no_last_row_that_goes_on(tmp_path):
-    usual = meta.Meta(family="conv-digits", runs=tmp_path)
-    jobs = [meta.Job(usual, {**ablation.TRAINED[name], "damping": 1.0}) for name in ("no P", "LSTM for table")]
-    table, lstm = (job.plan(job.family.tasks(0))[0].options for job in jobs)
-    assert (table["schedule_length"], table["learned_steps"]) == (28, 42)
-    assert (lstm["schedule_length"], lstm["learned_steps"], lstm["coefficients"]) == (28, 28, "lstm")
-
-
 def test_hyper_deq_is_counted_and_stopped_as_every_peer():
     problem = cells.blas(6, 16, 0.5)
     held = replace(of_known(problem, "cell"), judge=lambda z, index: z.sum(dim=1))
@@ -160,50 +110,22 @@ def test_hyper_deq_is_counted_and_stopped_as_every_peer():
     assert torch.isfinite(z).all()
 
 
-def test_transfer_holds_solvers_against_the_best_classical_one_of_the_family():
-    rows = []
-    for part, family, solver, spent in (
-        ("families", "conv-digits", "tuned Anderson", 20),
-        ("families", "conv-digits", "meta-broyden", 10),
-        ("families", "conv-digits", "universal", 15),
-        ("outside", "conv-digits, noisy", "tuned Anderson", 40),
-        ("outside", "conv-digits, noisy", "meta-broyden", 10),
-        ("outside", "conv-digits, noisy", "universal", 40),
-        ("transfer", "conv-digits", "meta-broyden of mlp-digits", 60),
-        ("transfer", "conv-digits", "meta-broyden of conv-fashion", 25),
-    ):
-        kind = "classical" if solver == "tuned Anderson" else "learned"
-        rows.append(solve_row(solver, 3 * [spent], "CCC", part=part, family=family, kind=kind))
-    parts = {part: Field(rows, part) for part in ("families", "outside", "transfer")}
-    found = figures.transferred(parts, 1e-2)
-    assert found["conv-digits"] == {"own": 0.5, "of the twin on other data": 1.25, "universal": 0.75}
-    noisy = found["conv-digits, noisy"]
-    assert (noisy["own"], noisy["universal"]) == (0.25, 1.0)
-    assert np.isnan(noisy["of the twin on other data"])
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A race of one family on a few images, run: its config, the folder of its results, and the jobs of the ablation."""
-    folder, jobs = tmp_path_factory.mktemp("race"), []
+    """A race of one family on a few images, run: its config, and the folder of its results."""
+    folder = tmp_path_factory.mktemp("race")
     config = race.Race(
-        families=("dense-digits",), images=4, rounds=1, budget=16, runs=folder / "runs", results=folder / "results",
-        progress=False,
+        families=("dense-digits",), images=4, rounds=1, budget=16, seeds=1, lanes=1, runs=folder / "runs",
+        results=folder / "results", fits=folder / "fits", progress=False,
     )  # fmt: skip
-
-    def untrained(job):
-        jobs.append(job)
-        whole = solvers.learned(config.meta, "dense-digits", ("meta-broyden",))[0].solver
-        return job.prepare(type(whole)(whole.config)).eval()
-
     tune = solvers.grids.tune
     few = {
-        problems: {"NORMS": (1.5,), "WIDTHS": (16,), "BUSES": (14,), "CHANGES": {"noisy": problems.noisy}},
+        problems: {"CHANGES": {"noisy": problems.noisy}},
         hyper_deq: {"RATES": (1e-3,), "STEPS": 4, "LOOKS": 2, "POOL": 64},
-        ablation: {"TRAINED": {"no P": {}}},
         statistics: {"RESAMPLES": 50},
         units: {"DEPTHS": range(1, 9), "PACES": (1, 3)},
-        meta.Job: {"trained": untrained},
+        fitted: {"IMAGES": 60},
+        mb: {"fit_solver": partial(mb.fit_solver, steps=2)},
         solvers.grids: {"tune": lambda grid, *given, **options: tune(list(grid)[::8], *given, **options)},
         solvers: {"tune": lambda grid, *given, **options: tune(list(grid)[:1], *given, **options)},
     }
@@ -213,39 +135,55 @@ def tiny(tmp_path_factory):
                 patch.setattr(module, name, value)
         race.run(config)
     (trial,) = config.results.iterdir()
-    return SimpleNamespace(config=config, folder=trial, jobs=jobs)
+    return SimpleNamespace(config=config, folder=trial)
 
 
 def test_a_tiny_race_writes_rows_figures_and_reports(tiny):
     assert tiny.folder.name.startswith("trial-"), "fewer images than the usual ones"
     names = {str(path.relative_to(tiny.folder)) for path in tiny.folder.rglob("*") if path.is_file()}
-    pieces = ("dense-digits", "cells", "beyond-dense-digits", "hyper-deq-dense-digits", "ablation-dense-digits")
     drawn = ("residual-evaluations", "residual-time", "reduction-0.01", "reduction-0.001", "profiles",
-             "metric-evaluations", "metric-time", "break-even", "horizon", "ablation")  # fmt: skip
+             "metric-evaluations", "metric-time")  # fmt: skip
     pictures = {f"figures/{name}.{kind}" for name in drawn for kind in ("png", "pdf")}
+    pieces = ("dense-digits", "hyper-deq-dense-digits")
     files = {"config.json", "schema.json", "report.md", "report.html", *(f"rows/{name}.jsonl.gz" for name in pieces)}
     assert names >= files | pictures
     text = (tiny.folder / "report.md").read_text()
-    assert "python -m experiments race --budget 16 --families dense-digits --images 4 --rounds 1" in text
+    assert "python -m experiments race --budget 16 --families dense-digits --images 4 --rounds 1 --seeds 1" in text
 
 
 def test_every_part_of_a_tiny_race_has_its_rows(tiny):
     rows = schema.read(tiny.folder / "rows")
     assert all(map(schema.check, rows))
     outside = Field(rows, "outside")
-    assert outside.families == ["dense, norm 1.5", "dense, 16 wide", "power flow, 14 buses", "dense-digits, noisy"]
-    assert outside.must("power flow, 14 buses", "Broyden", 1e-3).success == 1
-    without = Field(rows, "ablation")
-    assert {"meta-broyden", "no secants", "no safeguard", "no P", "Broyden"} == set(without.solvers("dense-digits"))
-    assert [(job.config.family, job.config.seed) for job in tiny.jobs] == [("dense-digits", ablation.SEED)]
+    assert outside.families == ["dense-digits, noisy", "dense-digits, wrong weights"]
+    assert outside.solvers("dense-digits, wrong weights") == ["meta-broyden", "Broyden"]
     assert set(Field(rows, "hyper-deq").solvers("dense-digits", "peer")) == {"HyperDEQ", "torchdeq Anderson"}
-    assert [row["solver"] for row in rows if row["part"] == "horizon"] == ["meta-broyden", "Broyden"]
     field = Field(rows, "families")
     assert field.families == ["dense-digits"]
     names = {"Picard", "tuned Anderson", "tuned Anderson + start", "meta-broyden", "universal", "torchdeq Broyden"}
     assert names <= set(field.solvers("dense-digits"))
     kinds = {"tuned", "star", "solve", "curve", "depth", "pace", "training"}
     assert {row["row"] for row in field.rows} == kinds
+    (told,) = (row for row in field.rows if row["row"] == "training")
+    assert told["steps"] == 2
+    assert told["returned"] == (not told["reasons"])
+
+
+def test_the_race_runs_what_fit_solver_makes_and_keeps_it(tiny):
+    (path,) = tiny.config.fits.iterdir()
+    assert path == fitted.path_of(tiny.config.fits, "dense-digits", 0)
+    solver = mb.load_solver(path)
+    assert set(solver.summary[fitted.VERDICT]) == {"returned", "reasons"}
+    x = fitted.contexts(problems.Family("dense-digits"), 0)
+    assert len(x) == 2000 or len(x) == len(problems.Family("dense-digits").criterion.data.train.images)
+
+
+def test_work_is_spread_over_processes(tmp_path):
+    made = [partial(Path.touch, tmp_path / name) for name in "abc"]
+    race._spread(race.Race(lanes=2, progress=False), "work", made)
+    assert {path.name for path in tmp_path.iterdir()} == set("abc")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        race._spread(race.Race(lanes=2, progress=False), "work", [*made, partial(Path.read_text, Path("nowhere"))])
 
 
 def test_a_unit_depends_on_the_universal_solver(tiny, monkeypatch):
@@ -261,6 +199,7 @@ def test_a_finished_race_is_not_run_again_and_its_report_is_remade_from_the_rows
     path = tiny.folder / "rows" / "dense-digits.jsonl.gz"
     then, written = path.read_bytes(), []
     monkeypatch.setattr(units, "_family_rows", lambda *arguments: pytest.fail("finished work was done again"))
+    monkeypatch.setattr(fitted, "fit", lambda *arguments: pytest.fail("a solver was fitted again"))
     monkeypatch.setattr(race, "pieces", lambda setting: [units.family(setting, "dense-digits")])
     monkeypatch.setattr(report, "write", lambda folder: written.append(folder) or folder / "report.md")
     race.run(tiny.config)
