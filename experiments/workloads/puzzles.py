@@ -21,7 +21,7 @@ from metabroyden.zoo.models.fit import Training
 CELLS, DIGITS = 81, 9
 CONTEXTS = 600
 TRAIN, TEST = 1, 2
-"""Seeds of contexts to fit to, of those to measure on, and of puzzles to co-train on."""
+"""Seeds of contexts to fit to, and of those to measure on."""
 WORDS = (
     "a looped transformer, two layers whose heads see rows, columns and boxes, on Sudoku of 32 to 46 clues that singles "
     "solve; tested on other grids"
