@@ -17,6 +17,8 @@ from metabroyden.learned.layout import Layout
 from tests.helpers import normal, perturbed
 
 SHAPE, BATCH = (4, 6, 6), 8
+MODULES = {id(module): module for name, module in sys.modules.items() if name.startswith("metabroyden.")}.values()
+"""Those that are imported here, each once: other tests import the package once more, and modules have old names."""
 READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__", "__contains__",
          "nonzero", "argwhere", "masked_select", "unique", "equal", "allclose", "is_nonzero"}  # fmt: skip
 """Functions and methods that hand the host a value, or whose result has a shape that depends on values."""
@@ -31,11 +33,10 @@ class Waits(TorchFunctionMode):
         super().__init__()
         self.looks, self.sent, self.inside = 0, 0, False
         self.strays: Counter[str] = Counter()
-        for module in list(sys.modules.values()):
-            if getattr(module, "__name__", "").startswith("metabroyden."):
-                for name, own in (("to_host", self.look), ("to_device", self.send)):
-                    if name in vars(module):
-                        monkeypatch.setattr(module, name, own(vars(module)[name]))
+        for module in MODULES:
+            for name, own in (("to_host", self.look), ("to_device", self.send)):
+                if name in vars(module):
+                    monkeypatch.setattr(module, name, own(vars(module)[name]))
 
     def look(self, original: Any) -> Any:
         """`to_host`, counted; what is done within is no stray."""
