@@ -1,7 +1,7 @@
 """One command for a GPU, of at most eight minutes: its tests, solves at four batch sizes, compiled solves, meta-training.
 
-Needs this checkout and the card's own torch, numpy, safetensors, matplotlib, rich and scikit-learn; what else is missing
-there is left out, and the report says so.
+Needs this checkout and the card's own torch, numpy, safetensors, matplotlib, rich, scikit-learn, scikit-image and
+networkx; what else is missing there is left out, and the report says so.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import metabroyden as mb
 from experiments.bench.problems import Family, HeldOut
 from experiments.race import fitted
 from experiments.workloads import graphs, puzzles, texts
+from experiments.workloads.suite import model_of, path_of
 from metabroyden import checkpoint
 from metabroyden.checkpoint import load_weights
 from metabroyden.deq import initial_state
@@ -49,24 +49,25 @@ def family(name: str, config: Any, device: torch.device) -> Case:
 
 def chains(config: Any, device: torch.device) -> Case:
     """Implicit graph networks on chains of up to 200 nodes."""
-    task = graphs.TASKS["chains"]
-    model = _loaded("graph-chains", task.build(), config, device)
+    task, model = graphs.TASKS["chains"], model_of("graph-chains", config.workloads).to(device)
     drawn = (task.draw(count, seed, seed == graphs.TEST) for count, seed in _counts(config, graphs))
     return _case(model.deq.cell, *(model.inject(*_to(tuple(one), device)) for one in drawn))
 
 
 def sudoku(config: Any, device: torch.device) -> Case:
     """A looped transformer on Sudoku."""
-    model = _loaded("sudoku", puzzles.build(), config, device)
+    model = model_of("sudoku", config.workloads).to(device)
     drawn = (puzzles.puzzles(count, seed, seed == puzzles.TEST) for count, seed in _counts(config, puzzles))
     return _case(model.deq.cell, *(model.inject(*_to(one, device)) for one in drawn))
 
 
 def wide(config: Any, device: torch.device) -> Case:
-    """A DEQ-Transformer of width 256 on 128 characters."""
-    tensors, _ = checkpoint.read(config.workloads / "wide-transformer.safetensors", "workload")
-    sizes = texts.TASKS["wide-transformer"].sizes
-    model = _loaded("wide-transformer", texts.Encoder(len(tensors["embed.weight"]), *sizes), config, device)
+    """A DEQ-Transformer of width 256 on 128 characters; `model_of` would ask for the plays."""
+    path = path_of("wide-transformer", config.workloads)
+    tensors, _ = checkpoint.read(path, "workload")
+    model = texts.Encoder(len(tensors["embed.weight"]), *texts.TASKS["wide-transformer"].sizes)
+    load_weights(model, tensors, path)
+    model = model.eval().requires_grad_(False).to(device)
     read, _ = checkpoint.read(WINDOWS, "gpu")
     seen, unseen = (
         read[name][:count].long().to(device)
@@ -98,19 +99,12 @@ def store_windows(path: Path = WINDOWS) -> None:
         name: draw(name, count, torch.Generator().manual_seed(seed))[0].byte()
         for name, count, seed in (("train", SEEN, texts.TRAIN), ("test", DISTINCT, texts.TEST))
     }
-    digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in drawn.values())).hexdigest()
-    checkpoint.write(path, "gpu/windows", drawn, {"sha256": digest})
+    checkpoint.write(path, "gpu/windows", drawn, {})
 
 
 def _counts(config: Any, module: Any) -> tuple[tuple[int, int], tuple[int, int]]:
     """(count, seed) of problems to fit to and of those to solve."""
     return (40 if config.smoke else SEEN, module.TRAIN), (8 if config.smoke else DISTINCT, module.TEST)
-
-
-def _loaded(name: str, model: Any, config: Any, device: torch.device) -> Any:
-    path = config.workloads / f"{name}.safetensors"
-    load_weights(model, checkpoint.read(path, "workload")[0], path)
-    return model.eval().requires_grad_(False).to(device)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ those that solve most give or take a standard error, the one of the fewest evalu
 same, the one of the least time. Times are medians of rounds in which the solvers take turns; of single problems, over eight
 of them. Batches that are larger than the problems there are repeat these."""
 FIGURE = """\
-*Left: evaluations of the learned solver over those of the best classical one (dotted) and its time over the fastest one's
+*Evaluations of the learned solver over those of the best classical one (dotted) and its time over the fastest one's
 (solid), to 1e-2, by batch size. Below 1 is less. Where f is dear the two lines meet.*"""
 COMPILED = """\
 The same solves as graphs, beside the usual ones of the same solver: seconds over the usual one's. "fixed" is a fixed

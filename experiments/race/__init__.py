@@ -81,10 +81,11 @@ def _measure(job: Run, setting: Setting) -> None:
     config, device = setting.config, setting.device
     missing = [one for one in setting.fits() if not one[2].exists()]
     _spread(config, "race, fits", [partial(_fit, setting, *one) for one in missing])
-    todo = [unit for unit in pieces(setting) if not job.has(unit.key)]
-    _spread(config, "race", [partial(_make, job, setting, unit.name) for unit in todo])
+    units = pieces(setting)  # not before the solvers are there, of whose files their keys are made
+    todo = [unit.name for unit in units if not job.has(unit.key)]
+    _spread(config, "race", [partial(_make, job, setting, name) for name in todo])
     with threads(config.threads):
-        made = {unit.name: _rows(job, unit) for unit in pieces(setting)}
+        made = {unit.name: _rows(job, unit) for unit in units}
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         described = job.described(settings=setting.digest, device=name)
     for unit, rows in made.items():
