@@ -8,7 +8,7 @@ from typing import Any
 
 _NAMES = ("digits", "solvers", "gradients", "memory", "drop_in", "alternate", "models", "meta", "fit", "tune_hyper", "pes",
           "generalise", "race", "lost", "specialise", "strangers", "ablate", "cotrain", "streams", "workloads",
-          "throughput", "physics", "gpu")  # fmt: skip
+          "throughput", "physics", "scale", "gpu")  # fmt: skip
 EXPERIMENTS: dict[str, Callable[[Any], None]] = {
     name.replace("_", "-"): importlib.import_module(f"experiments.{name}").run for name in _NAMES
 }

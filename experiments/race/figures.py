@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from experiments.bench.runner import Row
+from experiments.race import beyond
 from metabroyden.comparison import figures as plots
 from metabroyden.comparison.figures import FLAGSHIP, line, panels
 from metabroyden.comparison.report import Picture
@@ -25,8 +26,11 @@ _RESIDUAL = "relative residual, best so far"
 
 
 _CAPTIONS = {
-    "reduction-0.01": "To 1e-2: MetaBroyden's evaluations over the best classical solver's (filled), its time over the "
-    "fastest one's (hollow), with 95% intervals; left of 1 it wins. Red: it loses on one of them, or solves fewer.",
+    "reduction-0.01": "To 1e-2, what `fit_solver` makes by default: evaluations over the best classical solver's (filled), "
+    "time over the fastest one's (hollow); left of 1 it wins. Red: it loses, or solves fewer. In brackets the best "
+    "classical solver and its evaluations; * it needs 12 or more on validation; † most calls refuse what they trained, and "
+    "return the fastest classical solver. Families: medians, 95% intervals; strangers, workloads: means; bars of "
+    "workloads and of co-trained models span their seeds.",
     "reduction-0.001": "The same to 1e-3.",
     "residual-evaluations": "Smallest residual so far by evaluations of f: median over samples and the middle half of them.",
     "residual-time": "Smallest residual so far by time of a whole block: median over samples.",
@@ -39,9 +43,9 @@ _CAPTIONS = {
 """What to see in each figure."""
 
 
-def write_all(field: Field, folder: Path) -> list[Picture]:
-    """Every figure there are rows for, as PNG with a PDF beside it, and its caption."""
-    made: dict[str, Any] = {f"reduction-{at:g}": _reduction(field, at) for at in _SHOWN}
+def write_all(field: Field, folder: Path, results: Path | None = None) -> list[Picture]:
+    """Every figure there are rows for, as PNG with a PDF beside it, and its caption; results: see `beyond.groups`."""
+    made: dict[str, Any] = {f"reduction-{at:g}": _reduction(field, at, results) for at in _SHOWN}
     made |= {f"residual-{by}": _residuals(field, by) for by in _AXIS}
     made |= {"profiles": _profiles(field), **{f"metric-{by}": _metric(field, by) for by in _AXIS}}
     made |= {"break-even": _break_even(field)} if any(row["row"] == "training" for row in field.rows) else {}
@@ -78,23 +82,25 @@ def _residuals(field: Field, by: str) -> Any:
     return panels(field.families, draw, _AXIS[by], _RESIDUAL)
 
 
-def _reduction(field: Field, at: float) -> Any:
-    """MetaBroyden's evaluations over the best classical solver's and time over the fastest one's, by family."""
+def _reduction(field: Field, at: float, results: Path | None) -> Any:
+    """MetaBroyden's evaluations over the best classical solver's and time over the fastest one's, by family and beyond."""
 
     def line(family: str) -> plots.Reduction:
         ours, best = field.must(family, FLAGSHIP, at), field.must(family, BEST, at)
-        star = " *" if family in field.headline(at) else ""
-        name = f"{family}{star} ({field.named(family, BEST, at)} {best.median:g})"
+        refused = [not row["returned"] for row in field.of("training", family, FLAGSHIP)]
+        marks = " *" * (family in field.headline(at)) + f" {beyond.REFUSED}" * (2 * sum(refused) > len(refused))
+        name = f"{family}{marks} ({field.named(family, BEST, at)} {best.median:g})"
         spent = field.ratio(family, FLAGSHIP, BEST, at)
         time = field.ratio(family, FLAGSHIP, FASTEST, at, time=True)
         lost = ours.success < best.success - ours.error
         return plots.Reduction(name, spent, time, str(ours), plots.LOOKS[FLAGSHIP], lost)
 
-    families = sorted(field.ran(FLAGSHIP), key=lambda family: field.ratio(family, FLAGSHIP, BEST, at).value)
-    figure, place = plots.axes(6.8, 1.2 + 0.34 * max(4, len(families)))
-    plots.reductions(place, [("", [line(family) for family in families])])
-    words = f"MetaBroyden to {at:g}; in brackets the best classical solver, * where it needs 12 evaluations or more"
-    place.set_title(words, fontsize=9)
+    families = sorted(map(line, field.ran(FLAGSHIP)), key=lambda one: one.evaluations.value)
+    groups = [("families", families), *(beyond.groups(results, at) if results else [])]
+    rows = sum(1 + len(lines) for _, lines in groups)
+    figure, place = plots.axes(6.8, 1.2 + 0.3 * max(4, rows))
+    plots.reductions(place, groups)
+    place.set_title(f"MetaBroyden to {at:g}", fontsize=9)
     return figure
 
 

@@ -13,12 +13,12 @@ import numpy as np
 
 from experiments.bench import report
 from experiments.bench.runner import Row
-from experiments.race import figures
+from experiments.race import figures, robustness
 from experiments.race.schema import PARTS, read
-from metabroyden.comparison.figures import FLAGSHIP
+from metabroyden.comparison.figures import FLAGSHIP, label
 from metabroyden.comparison.measure import FAR
 from metabroyden.comparison.statistics import BEST, FASTEST, HEADLINE, Field, Outcome, alone, geometric, paired, ratio
-from metabroyden.comparison.tables import Table, chosen, grouped, listed, markdown, middle, number, pivot
+from metabroyden.comparison.tables import Table, chosen, listed, markdown, middle, number, pivot
 
 SHOWN = (1e-2, 1e-3)
 TORCHDEQ = ("torchdeq Broyden", "tuned torchdeq Broyden", "torchdeq Anderson", "tuned torchdeq Anderson")
@@ -27,56 +27,64 @@ BESIDE = {
     "hyper-deq": ("silva-networks' HyperDEQ, stopped by our rule", "family"),
 }
 """Parts beside the race itself: what their tables tell, and what stands in their first column."""
+DETAILS = f"""\
+MetaBroyden / the best classical solver: share solved (of the classical ones the largest), and in so many evaluations;
+evaluations paired by sample; samples that only one solves; distance to the float64 equilibrium; share of samples more than
+three times farther than the classical solver's; share more than {FAR:g} tolerances away that stays so when solved to less;
+score, and that at the equilibrium; predictions that are the equilibrium's."""
 
 
-def write(folder: Path) -> Path:
-    """Write report.md, report.html and figures beside rows/ and config.json; ValueError where there are no rows."""
+def write(folder: Path, results: Path | None = None) -> Path:
+    """Write report.md, report.html and figures beside rows/ and config.json; ValueError where there are no rows.
+
+    results: the folder of all results, of which strangers, workloads and co-trained models stand in the first figure; None:
+    the race alone.
+    """
     rows, described = read(folder / "rows"), report.read_config(folder)
     solved = {row["part"] for row in rows if row["row"] == "solve"} | {"families"}
     parts = {part: Field(rows, part) for part in PARTS if part in solved}
-    field = parts["families"]
-    drawn = figures.write_all(field, folder / "figures")
+    field, outside = parts["families"], parts.get("outside")
+    drawn = figures.write_all(field, folder / "figures", results)
     lead = (
         "Rules: `results/race/PROTOCOL.md`. Rows: [rows/](rows/), as [schema.json](schema.json) says. Median evaluations "
         "over held-out samples (share of them solved), a failure counting the whole budget of "
-        f"{field.budget}; ratios with 95% bootstrap intervals over samples and seeds."
+        f"{field.budget}; ratios with 95% bootstrap intervals over samples and seeds. Bold: headline families, whose best "
+        f'classical solver needs {HEADLINE} evaluations or more on validation. "returned": of the calls of `fit_solver`.'
     )
-    tables = [*(main_table(field, at) for at in SHOWN), means_table(field)]
+    tables: list[report.Section] = [means_table(field), *(main_table(field, at) for at in SHOWN)]
+    tables += [robustness.table(field, outside, SHOWN[-1]), robustness.WORDS]
+    robust = [robustness.table(field, outside, at) for at in SHOWN[:-1]]
     beside = [every_solver(parts[part], at, *BESIDE[part]) for part in BESIDE if part in parts for at in SHOWN]
+    beside += [_over_table(parts["hyper-deq"], "HyperDEQ")] if "hyper-deq" in parts else []
     appendices: list[report.Section] = [
-        report.Folded("Every solver", [every_solver(field, at, "Every solver", "family") for at in SHOWN]),
-        report.Folded("Details by tolerance", [_details(field, at) for at in field.tolerances]),
-        report.Folded("Time, metric, leaks", [_times(field, 1e-3), _metric(field), _leaks(field)]),
+        report.Folded("Family by family", [_family(field, name) for name in field.families]),
+        report.Folded("Details by tolerance", [*robust, DETAILS, *(_details(field, at) for at in field.tolerances)]),
+        report.Folded("Metric, leaks", [_metric(field), _leaks(field)]),
+        *([report.Folded("Other inputs, another library", beside)] if beside else []),
     ]
-    if beside:
-        beside += [_over_table(parts["hyper-deq"], "HyperDEQ")] if "hyper-deq" in parts else []
-        appendices.append(report.Folded("Elsewhere, another library", beside))
     made = f"Made by `{described['command']}`."
-    report.write_page(folder, "The race", [made, lead, drawn[0], *tables, "## Figures", *drawn[1:], *appendices])
+    report.write_page(folder, "The race", [drawn[0], made, lead, *tables, "## Figures", *drawn[1:], *appendices])
     more = f"{lead} Sortable and zoomable: [report.html](report.html)."
     made = report.made_by(described, "torchdeq")
-    return report.write(folder, "The race", [made, more, *drawn, *tables, *appendices])
+    return report.write(folder, "The race", [drawn[0], made, more, *tables, "## Figures", *drawn[1:], *appendices])
 
 
 def main_table(field: Field, at: float) -> Table:
-    """MetaBroyden against the best and fastest classical solver, Broyden's method and torchdeq's, by family."""
+    """MetaBroyden against the best and fastest classical solver and torchdeq's Broyden, by family."""
 
     def spent(solver: str) -> Callable[[str], str]:
         return lambda family: field.shown(family, solver, at)
 
     headline, peer, over = field.headline(at), TORCHDEQ[0], partial(_over, field, at)
-    words = f"To {at:g}, by family (bold: the best classical solver needs {HEADLINE} or more on validation)"
-    return listed(words, field.ran(FLAGSHIP), [
+    return listed(f"To {at:g}, by family", field.ran(FLAGSHIP), [
         ("family", lambda family: f"**{family}**" if family in headline else family),
         ("MetaBroyden", spent(FLAGSHIP)),
         (BEST, lambda family: f"{field.shown(family, BEST, at)} {field.named(family, BEST, at)}"),
         ("ratio", over(BEST)),
-        ("Broyden", spent("Broyden")),
-        ("ratio", over("Broyden")),
         (FASTEST, lambda family: field.named(family, FASTEST, at)),
         ("time", over(FASTEST, time=True)),
+        ("returned", partial(_returned, field)),
         (peer, spent(peer)),
-        ("ratio", over(peer)),
         ("time", over(peer, time=True)),
     ])  # fmt: skip
 
@@ -84,6 +92,12 @@ def main_table(field: Field, at: float) -> Table:
 def _over(field: Field, at: float, rival: str, **options: Any) -> Callable[[str], str]:
     """A column: MetaBroyden's evaluations, or its time, over those of a rival."""
     return lambda family: f"{field.ratio(family, FLAGSHIP, rival, at, **options)}"
+
+
+def _returned(field: Field, family: str) -> str:
+    """Of the calls of `fit_solver`, how many returned what they had trained."""
+    fits = field.of("training", family, FLAGSHIP)
+    return f"{sum(row['returned'] for row in fits)} of {len(fits)}"
 
 
 def means_table(field: Field) -> Table:
@@ -139,14 +153,7 @@ def _details(field: Field, at: float) -> Table:
         return f"{_mean(np.where(np.isfinite(ours + theirs), ours > 3 * theirs, np.nan)):.1%}"
 
     star = {row["family"]: row for row in chosen(field.rows, "star")}
-    words = (
-        f"MetaBroyden / the best classical solver to {at:g}: share solved (of the classical ones the largest), and in so "
-        "many evaluations; evaluations paired by sample; samples that only one solves; distance to the float64 "
-        "equilibrium; share of samples more than three times farther than the classical solver's; share more than "
-        f"{FAR:g} tolerances away that stays so when solved to less; score, and that at the equilibrium; predictions "
-        "that are the equilibrium's"
-    )
-    return listed(words, field.ran(FLAGSHIP), [
+    return listed(f"Details, to {at:g}", field.ran(FLAGSHIP), [
         ("family", str),
         ("solved", success),
         *((f"in {budget}", within(budget)) for budget in (10, 20, 40, 60)),
@@ -155,7 +162,7 @@ def _details(field: Field, at: float) -> Table:
         ("known", lambda family: "{known} of {samples}".format_map(star[family])),
         ("distance", both(lambda family, solver: _mean(apart(field, family, solver, at), np.median), ".1e")),
         ("farther", farther),
-        ("elsewhere", both(partial(elsewhere, field, at), ".1%")),
+        ("elsewhere", both(partial(robustness.elsewhere, field, at), ".1%")),
         ("score", both(lambda family, solver: _mean(field.samples(family, solver, at, "score")), ".4f")),
         ("at z*", lambda family: f"{np.mean(star[family]['score']):.4f}"),
         ("agree", both(lambda family, solver: _mean(field.samples(family, solver, at, "agrees")), ".1%")),
@@ -168,43 +175,42 @@ def apart(field: Field, family: str, solver: str, at: float) -> np.ndarray:
     return np.where(solved, field.samples(family, solver, at, "distance").mean(axis=0), np.nan)
 
 
-def elsewhere(field: Field, at: float, family: str, solver: str) -> float:
-    """Share of the samples solved that are far from the float64 equilibrium, and stay so when solved to less.
-
-    On an ill-conditioned problem the same solver comes nearer with a smaller tolerance, at another equilibrium it does not.
-    """
-    solver = field.named(family, solver, at)
-    found = field.samples(family, solver, at, "distance")
-    known = field.must(family, solver, at).solved & np.isfinite(found)
-    for tighter in field.tolerances:
-        if tighter < at and field.outcome(family, solver, tighter) is not None:
-            found = np.fmin(found, field.samples(family, solver, tighter, "distance"))
-    return _mean((found > FAR * at)[known].astype(float))
-
-
 def _mean(values: np.ndarray, of: Any = np.mean) -> float:
     """Of those that are numbers; NaN where there are none."""
     values = values[~np.isnan(values)]
     return float(of(values)) if values.size else float("nan")
 
 
-def _times(field: Field, at: float) -> Table:
-    def part(key: str) -> Callable[[list[Row]], str]:
-        return lambda rows: number(1e3 * middle(lap[key] for row in rows for lap in row["seconds"]), ".1f")
+def _family(field: Field, family: str) -> report.Folded:
+    """All solvers on one family: evaluations to all tolerances, the time of a block, and what the fits decided."""
 
-    def shown(row: Row) -> bool:
-        return row["solver"] in {
-            field.named(row["family"], name, at) for name in (FLAGSHIP, BEST, FASTEST, TORCHDEQ[0])
-        }
+    def part(solver: str, key: str, at: float) -> str:
+        rows = field.of("solve", family, solver, tolerance=at)
+        return number(1e3 * middle(lap[key] for row in rows for lap in row["seconds"]), ".1f")
 
-    rows = filter(shown, chosen(field.rows, "solve", tolerance=at))
-    words = f"Where the time of a block goes, to {at:g} (medians in ms; f apart from solvers that call f alone); peak memory"
-    return listed(words, grouped(rows, "family", "solver"), [
-        ("family", lambda rows: rows[0]["family"]),
-        ("solver", lambda rows: rows[0]["solver"]),
-        *((key, part(key)) for key in ("total", "f", "solver", "bookkeeping")),
-        ("peak MB", lambda rows: f"{max((row['peak_bytes'] or 0) for row in rows) / 1e6:.1f}"),
+    def time(at: float) -> Callable[[str], str]:
+        return lambda solver: " / ".join(part(solver, key, at) for key in ("total", "f", "bookkeeping"))
+
+    def peak(solver: str) -> str:
+        rows = field.of("solve", family, solver, tolerance=SHOWN[-1])
+        return f"{max((row['peak_bytes'] or 0) for row in rows) / 1e6:.1f}"
+
+    fits = field.of("training", family, FLAGSHIP)
+    decided = (
+        f"fit {number} ({row['cpu_seconds']:.0f} s): {'; '.join(row['reasons']) or 'returned'}"
+        for number, row in enumerate(fits)
+    )
+    words = (
+        f"{family}: median evaluations (share solved) by tolerance; ms of a block, in all / in f (apart from solvers that "
+        "call f alone) / in bookkeeping; MB at the peak of a solve"
+    )
+    table = listed(words, field.solvers(family), [
+        ("solver", label),
+        *((f"{at:g}", lambda solver, at=at: field.shown(family, solver, at)) for at in field.tolerances),
+        *((f"ms to {at:g}", time(at)) for at in SHOWN),
+        ("peak", peak),
     ])  # fmt: skip
+    return report.Folded(family, [table, ". ".join(decided)])
 
 
 def _metric(field: Field) -> Table:

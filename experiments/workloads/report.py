@@ -62,10 +62,10 @@ def ratios(rows: Sequence[Row], name: str, tolerance: float) -> list[Row]:
         ours = by_name[OURS]
         best = by_name[ours["best_classical"]]
         found.append({
-            "mean": ours["mean"], "solved": ours["solved"], "best": best["solver"], "best_mean": best["mean"],
-            "best_solved": best["solved"], "evaluations": ours["mean"] / best["mean"],
-            "time": ours["time_over_fastest"], "p90": ours["p90"] / best["p90"], "elsewhere": ours["elsewhere"],
-            "seed": ours["seed"], "fastest": ours["fastest_classical"],
+            "mean": ours["mean"], "median": ours["median"], "solved": ours["solved"], "elsewhere": ours["elsewhere"],
+            "best": best["solver"], "best_mean": best["mean"], "best_median": best["median"],
+            "best_solved": best["solved"], "evaluations": ours["mean"] / best["mean"], "p90": ours["p90"] / best["p90"],
+            "time": ours["time_over_fastest"], "fastest": ours["fastest_classical"], "seed": ours["seed"],
         })  # fmt: skip
     return found
 

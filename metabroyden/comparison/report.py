@@ -7,7 +7,7 @@ import html
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from metabroyden.comparison.tables import Table, inline
 from metabroyden.storage import atomic_write
@@ -26,10 +26,10 @@ class Picture(NamedTuple):
 
 
 class Folded(NamedTuple):
-    """Sections that a reader opens, such as tables for each tolerance: an appendix of the HTML page."""
+    """Sections that a reader opens, such as tables for each tolerance; some of them may be folded themselves."""
 
     title: str
-    sections: Sequence[str | Table | Path | Picture]
+    sections: Sequence[Any]
 
 
 Section = str | Table | Path | Picture | Folded
@@ -49,16 +49,21 @@ def write(folder: Path, title: str, sections: Sequence[Section], *, name: str = 
         The file's path.
     """
     parts = [f"# {title}"]
-    conclusion = folder / (CONCLUSION if name == "report" else f"{name}-{CONCLUSION}")
+    conclusion = folder / _conclusion(name)
     if conclusion.exists():
         parts.append(conclusion.read_text(encoding="utf-8").strip())
     parts += [text for section in sections if (text := _markdown(folder, section))]
     return atomic_write(folder / f"{name}.md", "\n\n".join(parts) + "\n")
 
 
+def _conclusion(name: str) -> str:
+    return CONCLUSION if name == "report" else f"{name}-{CONCLUSION}"
+
+
 def _markdown(folder: Path, section: Section) -> str:
     if isinstance(section, Folded):
-        return "\n\n".join(text for one in section.sections if (text := _markdown(folder, one)))
+        inside = "\n\n".join(text for one in section.sections if (text := _markdown(folder, one)))
+        return f"<details>\n<summary>{inline(section.title)}</summary>\n\n{inside}\n\n</details>"
     if isinstance(section, Picture):
         return f"![{section.path.stem}]({section.path.relative_to(folder).as_posix()})\n\n*{section.caption}*"
     if isinstance(section, Path):
@@ -70,7 +75,7 @@ def _markdown(folder: Path, section: Section) -> str:
 
 
 def write_page(folder: Path, title: str, sections: Sequence[Section], *, name: str = "report") -> Path:
-    """Write report.html: one file with a table of contents, all tables, sortable, and all figures, zoomable.
+    """Write report.html: one file with the conclusion, a table of contents, all tables, sortable, and all figures, zoomable.
 
     Args:
         folder: of the results.
@@ -81,12 +86,14 @@ def write_page(folder: Path, title: str, sections: Sequence[Section], *, name: s
     Returns:
         The file's path.
     """
-    page = _Page()
-    body = "\n".join(part for section in sections for part in page.html(section))
+    page, conclusion = _Page(), folder / _conclusion(name)
+    opening = [conclusion.read_text(encoding="utf-8")] if conclusion.exists() else []
+    body = "\n".join(part for section in (*opening, *sections) for part in page.html(section))
     links = "".join(f'<li><a href="#{key}">{words}</a></li>' for key, words in page.headings)
-    contents = f"<nav><ul>{links}</ul></nav>" if len(page.headings) > 2 else ""
+    contents = f"<nav><ul>{links}</ul></nav>\n" if len(page.headings) > 2 else ""
     text = _PAGE.read_text(encoding="utf-8").replace("<!-- title -->", html.escape(title))
-    whole = f"<h1>{html.escape(title)}</h1>\n{contents}\n{body}"
+    before, heading, rest = body.partition("<h2")
+    whole = f"<h1>{html.escape(title)}</h1>\n{before}{contents}{heading}{rest}"
     return atomic_write(folder / f"{name}.html", text.replace("<!-- content -->", whole))
 
 

@@ -86,13 +86,26 @@ class Mixer(nn.Module):
             return self._equivariant(part, weight, bias, wiring)
         if not self.layout.by_token:
             return functional.linear(part, weight, bias)
-        if not self.layout.causal:
-            return functional.conv1d(part, weight, bias, padding=self.padding, dilation=self.dilation)
-        # as an image one pixel high, padded on both sides: no copy of the input
-        wide = functional.conv2d(
-            part.unsqueeze(2), weight.unsqueeze(2), bias, padding=(0, self.past), dilation=(1, self.dilation)
-        )
-        return wide[:, :, 0, : part.shape[2]]
+        return self._along(part, weight, bias)
+
+    def _along(self, value: Tensor, weight: Tensor, bias: Any) -> Tensor:
+        """The convolution along tokens (R, C, T) by one product of matrices, a fraction of torch's time on a CPU.
+
+        What is shifted is on the side of fewer channels: the taps' inputs, else what the taps give.
+        """
+        outputs, inputs, taps = weight.shape
+        length = value.shape[2]
+        ends = (self.past, 0) if self.layout.causal else (self.padding, self.padding)
+        if inputs < outputs:
+            wide = functional.pad(value, ends)
+            seen = [wide.narrow(2, tap * self.dilation, length) for tap in range(taps)]
+            found = weight.transpose(1, 2).reshape(outputs, -1) @ torch.cat(seen, dim=1)
+        else:
+            mapped = weight.permute(2, 0, 1).reshape(-1, inputs) @ value
+            parts = functional.pad(mapped, ends).unflatten(1, (taps, outputs)).unbind(1)
+            seen = [part.narrow(2, tap * self.dilation, length) for tap, part in enumerate(parts)]
+            found = functools.reduce(torch.add, seen)
+        return found if bias is None else found + bias.unsqueeze(1)
 
     def _equivariant(
         self, value: Tensor, weight: Tensor, bias: Any, wiring: Wiring | None, *, back: bool = False

@@ -13,6 +13,9 @@ from metabroyden.learned.mixer import Mixer
 from metabroyden.learned.wiring import Wiring
 from metabroyden.solver import Trail
 
+SHUT = -30.0
+"""Below this a gate is no longer closed further: subnormal numbers would take a CPU several times as long."""
+
 
 class Preconditioner(nn.Module):
     """P(r) = B(A(r) · sigmoid(C(z, c))): I + P stands for (I − J)⁻¹. A, B without bias, B zero-initialised.
@@ -37,7 +40,7 @@ class Preconditioner(nn.Module):
 
     def gates(self, z: Tensor, context: Tensor, wiring: Wiring | None = None) -> Tensor:
         """The gate at z (R, C, *S) with the context feature (R, C', *S); (R, rank, *S)."""
-        return torch.sigmoid(self.gate(z, context, wiring=wiring))
+        return torch.sigmoid(self.gate(z, context, wiring=wiring).clamp(min=SHUT))
 
     def forward(self, r: Tensor, gates: Tensor, wiring: Wiring | None = None) -> Tensor:
         """P(r), shaped like r (R, C, *S)."""

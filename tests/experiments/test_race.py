@@ -16,11 +16,12 @@ from experiments import race
 from experiments.bench import measure, problems, solvers
 from experiments.bench.measure import Rules
 from experiments.bench.problems import of_known
-from experiments.bench.runner import write_rows
+from experiments.bench.runner import read_rows, write_rows
 from experiments.bench.solvers import Contestant, Peer
-from experiments.race import fitted, hyper_deq, report, schema, units
+from experiments.race import beyond, fitted, hyper_deq, report, robustness, schema, units
 from metabroyden.comparison import statistics
 from metabroyden.comparison.statistics import Field, ratio
+from metabroyden.comparison.tables import chosen
 from metabroyden.zoo.testbed import cells
 from tests.experiments.test_bench import solve_row
 
@@ -85,13 +86,13 @@ def test_solutions_that_differ_from_the_equilibrium_are_counted_among_those_solv
         solve_row("Broyden", (4, 8, 5, 60), "CCCB", distance=[0.05, 0.05, 0.3, 0.9]),
     ]
     field = Field(rows)
-    assert report.elsewhere(field, 1e-2, "one", "meta-broyden") == 1 / 2  # of two whose equilibrium is known
-    assert report.elsewhere(field, 1e-2, "one", "Broyden") == pytest.approx(1 / 3)
+    assert robustness.elsewhere(field, 1e-2, "one", "meta-broyden") == 1 / 2  # of two whose equilibrium is known
+    assert robustness.elsewhere(field, 1e-2, "one", "Broyden") == pytest.approx(1 / 3)
     nearer = [{**row, "tolerance": 1e-3, "distance": [0.001, 0.02, None, None]} for row in rows]
     field = Field([*rows, *nearer])
-    assert report.elsewhere(field, 1e-2, "one", "meta-broyden") == 0, "ill-conditioned, no more"
+    assert robustness.elsewhere(field, 1e-2, "one", "meta-broyden") == 0, "ill-conditioned, no more"
     unknown = Field([solve_row("Broyden", distance=[None, None])])
-    assert np.isnan(report.elsewhere(unknown, 1e-2, "one", "Broyden"))
+    assert np.isnan(robustness.elsewhere(unknown, 1e-2, "one", "Broyden"))
 
 
 def test_hyper_deq_is_counted_and_stopped_as_every_peer():
@@ -149,6 +150,12 @@ def test_a_tiny_race_writes_rows_figures_and_reports(tiny):
     assert names >= files | pictures
     text = (tiny.folder / "report.md").read_text()
     assert "python -m experiments race --budget 16 --families dense-digits --images 4 --rounds 1 --seeds 1" in text
+    assert text.index("reduction-0.01.png") < text.index("## "), "the figure comes first"
+    page = (tiny.folder / "report.html").read_text()
+    assert page.index("<figure>") < page.index("<nav>") < page.index("<h2")
+    for opened in ("Family by family", "dense-digits"):
+        assert f"<summary>{opened}</summary>" in text
+        assert f"<summary>{opened}</summary>" in page
 
 
 def test_every_part_of_a_tiny_race_has_its_rows(tiny):
@@ -167,6 +174,43 @@ def test_every_part_of_a_tiny_race_has_its_rows(tiny):
     (told,) = (row for row in field.rows if row["row"] == "training")
     assert told["steps"] == 2
     assert told["returned"] == (not told["reasons"])
+
+
+def test_robustness_is_one_table(tiny):
+    rows = schema.read(tiny.folder / "rows")
+    field, outside = Field(rows, "families"), Field(rows, "outside")
+    found = robustness.table(field, outside, 1e-2)
+    (row,) = found.body
+    told = dict(zip(found.head, row, strict=True))
+    ours, best = field.must("dense-digits", "meta-broyden", 1e-2), field.must("dense-digits", statistics.BEST, 1e-2)
+    assert told["solved"] == f"{ours.success:.1%} / {best.success:.1%}"
+    assert told["90%"] == f"{ours.p90:.0f} / {best.p90:.0f}"
+    wrong = outside.must("dense-digits, wrong weights", "meta-broyden", 1e-2)
+    assert told["wrong weights"].startswith(f"{wrong.mean:.1f} ({wrong.success:.1%}) / ")
+    assert told["noisy"].count("%") == 2
+    assert told["shifted"] == told["King James Bible"] == ""
+    (row,) = robustness.table(field, None, 1e-2).body
+    assert row[-4:] == [""] * 4
+
+
+def test_the_first_figure_goes_beyond_the_families(tmp_path):
+    assert beyond.groups(tmp_path, 1e-2) == []
+    found = dict(beyond.groups(Path("results"), 1e-2))
+    words, *others = found
+    assert words.startswith("strangers")
+    assert others == ["workloads", "co-trained, over the solvers of the original"]
+    for lines in found.values():
+        ratios = [line.evaluations.value for line in lines]
+        assert ratios == sorted(ratios)
+        spans = [line.evaluations for line in lines]
+        assert all(span.low - 1e-9 <= span.value <= span.high + 1e-9 for span in spans)
+    fits = chosen(read_rows(Path("results/strangers/held-seed0/rows.jsonl")), "fit", rtol=1e-2, trained=True)
+    assert len(found[words]) == len(fits)
+    for line in found[words]:
+        name, mark, _ = line.label.partition(beyond.REFUSED)
+        (row,) = (row for row in fits if row["name"] == name.split()[0])
+        assert bool(mark) == (row["returned"] != "fitted")
+        assert line.time.value == row["ours"]["time_over_fastest"]
 
 
 def test_the_race_runs_what_fit_solver_makes_and_keeps_it(tiny):
@@ -201,12 +245,14 @@ def test_a_finished_race_is_not_run_again_and_its_report_is_remade_from_the_rows
     monkeypatch.setattr(units, "_family_rows", lambda *arguments: pytest.fail("finished work was done again"))
     monkeypatch.setattr(fitted, "fit", lambda *arguments: pytest.fail("a solver was fitted again"))
     monkeypatch.setattr(race, "pieces", lambda setting: [units.family(setting, "dense-digits")])
-    monkeypatch.setattr(report, "write", lambda folder: written.append(folder) or folder / "report.md")
+    monkeypatch.setattr(
+        report, "write", lambda folder, results: written.append((folder, results)) or folder / "report.md"
+    )
     race.run(tiny.config)
     assert path.read_bytes() == then
     monkeypatch.setattr(race, "pieces", lambda setting: pytest.fail("the report was asked for alone"))
     race.run(replace(tiny.config, report=True))
-    assert written[-1] == tiny.folder
+    assert written[-1] == (tiny.folder, None), "a trial stands for itself"
 
 
 def test_a_race_names_what_it_does_not_know(tmp_path):
