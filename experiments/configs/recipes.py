@@ -34,12 +34,12 @@ TEXT: dict[str, dict[str, Any]] = {
     "": {"batch": 16, "steps": 250},
 }
 """By solver, and of all others, where f is a language model's: it costs ten times as much."""
-_DENSE: dict[str, Any] = {"steps": 1500, "segments": 1, "initializer_width": 128}
-_LAYERS: dict[str, Any] = {"steps": 3000, "unroll": 6, "segments": 1, "initializer_width": 128, "rank": 48}
+_DENSE: dict[str, Any] = {"steps": 1500, "segments": 1}
+_LAYERS: dict[str, Any] = {"steps": 3000, "unroll": 6, "segments": 1, "rank": 48}
 _SHORT: dict[str, Any] = {"steps": 150, "unroll": 4, "segments": 6, "learning_rate": 2e-3}
 _SEEING: dict[str, Any] = {"orthogonal_rate": 0.0, "coefficients": "lstm", "learned_steps": 12, "dilations": (1, 1)}
 OWN: dict[tuple[str, str], dict[str, Any]] = {
-    # states are vectors, so that a wide start costs little; unrolls of as many steps as 1e-3 takes do best (43, 50)
+    # unrolls of as many steps as 1e-3 takes do best (43, 50)
     ("dense-fashion", "meta-broyden"): {**_DENSE, "unroll": 8},
     ("monotone-dense-digits", "meta-broyden"): {**_DENSE, "unroll": 7},
     ("monotone-dense-fashion", "meta-broyden"): {**_DENSE, "unroll": 7},
@@ -55,9 +55,9 @@ OWN: dict[tuple[str, str], dict[str, Any]] = {
     # one of twelve does better than two of fourteen (45), and GroupedLSTM's steps are dear
     ("multiscale-fashion", "meta-broyden"): {"steps": 1200, "unroll": 12, "segments": 1},
     ("multiscale-fashion", "grouped"): {"steps": 150},
-    # on Peaceman–Rachford's map: more channels (41, 42), and on convolutions of clothes twice the rival's α (42)
+    # on Peaceman–Rachford's map: more channels (41, 42)
     ("monotone-conv-digits", "meta-broyden"): {"steps": 450, "unroll": 14},
-    ("monotone-conv-fashion", "meta-broyden"): {"steps": 450, "unroll": 14, "alpha": 0.4},
+    ("monotone-conv-fashion", "meta-broyden"): {"steps": 450, "unroll": 14},
     ("monotone-multitier-digits", "meta-broyden"): {"steps": 600, "unroll": 14, "rank": 48},
     ("monotone-multitier-fashion", "meta-broyden"): {"steps": 450, "unroll": 14, "rank": 48},
     # gradients explode in longer unrolls: many short segments, small steps (41); an LSTM is better than a table (47)

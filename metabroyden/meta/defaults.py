@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from metabroyden.deprecated import WORDS, current
@@ -13,6 +14,8 @@ from metabroyden.learned.layout import KINDS, Layout, guess_layout, packed_layou
 from metabroyden.meta.target import ModelMap
 from metabroyden.meta.tasks import TaskSet, rows
 from metabroyden.solution import Cell, State
+from metabroyden.solve import solve
+from metabroyden.solvers.splitting import PeacemanRachford
 from metabroyden.solvers.tuning import tune
 
 CONDITIONINGS = ("auto", "initial_value", "input")
@@ -22,6 +25,9 @@ SOLVER_STEPS = (3_000, 11_200)  # of a whole training, all unrolls together: the
 ANCHOR = 0.5  # weight, see `Unrolling`
 LOOK = 1_400  # solver steps from one look at validation to the next, at most
 RATES: dict[str, Any] = {"learning_rate": 5e-3, "orthogonal_rate": 0.05}  # peak rates for a `MetaBroyden`
+START_WIDTH = {"vector": 128}  # of a `MetaBroyden`'s learned start, by layout, where it costs little
+EVALUATIONS_A_DECADE = 8 / 3
+"""What a `MetaSplitting`'s step length α leaves to the directions that it is too small for, see `splitting_alpha`."""
 DAMPINGS = (1.0, 0.5, 0.25, 0.12)
 """Step lengths of the iteration that a `MetaBroyden` is before training; the best is taken."""
 
@@ -100,6 +106,20 @@ def best_damping(make: Callable[..., Any], f: Cell, z0: State, x: Any, **options
     """
     candidates = [make(damping=damping).eval() for damping in DAMPINGS[::-1]]
     return float(tune(candidates, f, z0, x, **options)[0][0].config.damping)
+
+
+def splitting_alpha(best: float, f: Cell, z0: State, x: Any, *, tolerances: tuple[float], max_nfe: int) -> float:
+    """α of Peaceman–Rachford's map for a learned solver, at least the one that is best for the method itself.
+
+    The best one holds the balance between directions that it is too small for and stiff ones that it is too large for.
+    Stiff ones are few, and a learned inverse knows them. At half of it the method's evaluations are those of the
+    others, and inversely proportional to α; it is made so large that these would need `EVALUATIONS_A_DECADE`.
+    f, z0, x, tolerances and max_nfe as for `tune`.
+    """
+    (rtol,), half = tolerances, best / 2
+    found = solve(f, z0, x, solver=PeacemanRachford(half), rtol=rtol, max_nfe=max_nfe, throw=False)
+    spent, _ = found.trace.evaluations_to(rtol, max_nfe)
+    return max(best, round(half * float(np.mean(spent)) / (EVALUATIONS_A_DECADE * math.log10(1 / rtol)), 4))
 
 
 def dilations(f: Cell, layout: str) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -27,11 +28,13 @@ from metabroyden.learned.fingerprint import fingerprint
 from metabroyden.learned.layout import LARGEST_PACKED, Layout
 from metabroyden.meta.defaults import (
     DAMPINGS,
+    EVALUATIONS_A_DECADE,
     context_options,
     expected_steps,
     schedule,
     segments,
     solver_steps,
+    splitting_alpha,
     state_layout,
 )
 from metabroyden.meta.fit import _split, reasons
@@ -281,8 +284,25 @@ def test_cells_that_offer_their_parts_bring_operator_splitting_to_the_contest_an
     assert {"metabroyden"} | names <= set(solver.summary["held_out"]["solvers"])
     if kind is MetaSplitting:
         tuned = mb.PeacemanRachford.tuned(cell, *held_apart(x, 0, 12), tolerances=(1e-3,), max_nfe=60)
-        assert solver.config.alpha == tuned.alpha
+        assert solver.config.alpha >= tuned.alpha
         assert solver.trained_for == solver.summary["meta_training"]["unroll"]
+
+
+@pytest.mark.parametrize(("stiff", "more"), [(0.0, False), (30.0, True)])
+def test_alpha_is_larger_where_few_stiff_directions_bound_peaceman_rachfords_own(stiff, more):
+    cell, x = MonotoneDense(12, 1), torch.rand(40, 12) + 1
+    first = torch.zeros(2, 12, 12)
+    first[0, 0, 0] = stiff**0.5  # I − W = I + AᵀA has the eigenvalue 1 + stiff once, and 1
+    cell.parametrizations.weight.original.data = first
+    judged = {"tolerances": (1e-3,), "max_nfe": 60}
+    best = mb.PeacemanRachford.tuned(cell, torch.zeros_like(x), x, **judged).alpha
+    found = splitting_alpha(best, cell, torch.zeros_like(x), x, **judged)
+    if more:
+        rate = math.log10((1 + best / 2) / (1 - best / 2))  # decades an evaluation, by the eigenvalue 1
+        assert found == pytest.approx(best / 2 / rate / EVALUATIONS_A_DECADE, rel=0.15)
+        assert found > 1.5 * best
+    else:
+        assert found == best
 
 
 def test_the_experiment_reports_what_is_returned(tmp_path, capsys):
