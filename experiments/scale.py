@@ -200,9 +200,9 @@ def write(rows: list[Row], described: Row, folder: Path) -> list[report.Section]
 
 
 def _arithmetic(rows: list[Row]) -> Table:
-    def hours(row: Row) -> str:
+    def minutes(row: Row) -> str:
         training = SOLVER_STEPS[0] * BATCH * 3 * row["step"]
-        return f"{(training + TUNING * row['operations']) / RATE / 3600:.2f}"
+        return f"{(training + TUNING * row['operations']) / RATE / 60:.1f}"
 
     def memory(key: str) -> Any:
         return lambda row: f"{UNROLL * BATCH * row[key] / 1e9:,.0f}"
@@ -215,7 +215,7 @@ def _arithmetic(rows: list[Row]) -> Table:
         ("f, GFLOP", lambda row: f"{row['operations'] / 1e9:.2f}"),
         ("solver's share of a step", lambda row: f"{1 - row['operations'] / row['step']:.1%}"),
         ("outer steps", lambda _: math.ceil(SOLVER_STEPS[0] / UNROLL)),
-        ("hours", hours),
+        ("minutes", minutes),
         ("GB of a batch", memory("bytes")),
         ("with checkpoint_steps", memory("checkpointed")),
         ("exchanged, MB", lambda row: f"{4 * row['learned'] / 1e6:.1f}"),
