@@ -4,7 +4,9 @@ BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 SAMPLE ?= 300
 DIGITS := dense-digits mlp-digits conv-digits multiscale-digits monotone-dense-digits monotone-conv-digits monotone-multitier-digits
 
-.PHONY: demo test lint docs setup clean race race-small gpu check-page check-data mutants notebooks
+BEYOND := strangers workloads $(addprefix cotrain-,conv-digits conv-fashion multiscale-fashion trellisnet-words transformer-shakespeare)
+
+.PHONY: demo test lint docs setup clean race race-small $(BEYOND) gpu check-page check-data mutants notebooks
 
 demo: setup
 	$(BIN)/python -m experiments digits
@@ -25,8 +27,21 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# the families, in two processes; then strangers, workloads and co-trained models, two commands at a time; in all some five hours
 race: setup .venv/bible
 	$(BIN)/python -m experiments race
+	$(MAKE) -j 2 $(BEYOND)
+	$(BIN)/python -m experiments race --report
+
+strangers: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m experiments strangers --part held
+
+workloads: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m experiments workloads
+
+# score by weight of the residuals on one family alone
+$(filter cotrain-%,$(BEYOND)): cotrain-%: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m experiments cotrain --family $* $(if $(filter conv-digits,$*),,--penalties 1 --weights)
 
 # the digits families on fewer images, into a trial- folder of results/race
 race-small: setup
