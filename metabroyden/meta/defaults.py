@@ -118,8 +118,9 @@ def splitting_alpha(best: float, f: Cell, z0: State, x: Any, *, tolerances: tupl
     """
     (rtol,), half = tolerances, best / 2
     found = solve(f, z0, x, solver=PeacemanRachford(half), rtol=rtol, max_nfe=max_nfe, throw=False)
-    spent, _ = found.trace.evaluations_to(rtol, max_nfe)
-    return max(best, round(half * float(np.mean(spent)) / (EVALUATIONS_A_DECADE * math.log10(1 / rtol)), 4))
+    spent, reached = found.trace.evaluations_to(rtol, max_nfe)
+    needed, decades = float(np.where(reached, spent, max_nfe).mean()), max(1.0, -math.log10(rtol))
+    return max(best, round(half * needed / (EVALUATIONS_A_DECADE * decades), 4))
 
 
 def dilations(f: Cell, layout: str) -> tuple[int, int]:
