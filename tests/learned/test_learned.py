@@ -15,6 +15,7 @@ from metabroyden.learned import GroupedConfig, LearnedConfig, Safeguard
 from metabroyden.learned.base import apart
 from metabroyden.learned.layout import Layout, guess_layout
 from metabroyden.learned.mixer import Mixer
+from metabroyden.learned.preconditioner import SHUT, Preconditioner
 from metabroyden.learned.secants import Secants
 from metabroyden.meta.defaults import dilations, gated_steps
 from metabroyden.meta.fit import make_learned
@@ -277,6 +278,25 @@ def several_scales(z, x):
     up = functional.interpolate(coarse[:, :2], scale_factor=2)
     down = functional.avg_pool2d(fine, 2).mean(1, keepdim=True)
     return torch.tanh(0.5 * fine.roll(1, 3) + 0.3 * up + x), torch.tanh(0.5 * coarse.roll(1, 1) + 0.3 * down)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(3, 7), (7, 3), (4, 4)])
+@pytest.mark.parametrize(("kernel", "dilation"), [(1, 1), (3, 1), (3, 4)])
+def test_maps_along_tokens_are_torchs_convolutions(inputs, outputs, kernel, dilation):
+    value, reach = normal(2, inputs, 9, seed=1), (kernel - 1) * dilation
+    for kind, before in (("nct", reach), ("tokens", reach // 2)):
+        mixer = Mixer(Layout(kind, (9, 5)), inputs, outputs, kernel=kernel, dilation=dilation)
+        padded = functional.pad(value, (before, reach - before))
+        wanted = functional.conv1d(padded, mixer.map.weight, mixer.map.bias, dilation=dilation)
+        torch.testing.assert_close(mixer(value), wanted)
+
+
+def test_no_gate_is_subnormal():
+    p = Preconditioner(Layout("vector", (4,)), 2, 3)
+    gates = p.gates(torch.full((1, 4), -1e6), torch.full((1, 2), -1e6)).detach()
+    assert gates.min() >= math.exp(SHUT) * 0.99
+    gates = p.gates(torch.full((1, 4), 1e6), torch.full((1, 2), 1e6)).detach()
+    assert gates.min() >= math.exp(SHUT) * 0.99
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
