@@ -34,12 +34,12 @@ TEXT: dict[str, dict[str, Any]] = {
     "": {"batch": 16, "steps": 250},
 }
 """By solver, and of all others, where f is a language model's: it costs ten times as much."""
-_DENSE: dict[str, Any] = {"steps": 1500, "segments": 1}
-_LAYERS: dict[str, Any] = {"steps": 3000, "unroll": 6, "segments": 1, "rank": 48}
+_DENSE: dict[str, Any] = {"steps": 1500, "segments": 1, "initializer_width": 128}
+_LAYERS: dict[str, Any] = {"steps": 3000, "unroll": 6, "segments": 1, "initializer_width": 128, "rank": 48}
 _SHORT: dict[str, Any] = {"steps": 150, "unroll": 4, "segments": 6, "learning_rate": 2e-3}
 _SEEING: dict[str, Any] = {"orthogonal_rate": 0.0, "coefficients": "lstm", "learned_steps": 12, "dilations": (1, 1)}
 OWN: dict[tuple[str, str], dict[str, Any]] = {
-    # unrolls of as many steps as 1e-3 takes do best (43, 50)
+    # states are vectors, so that a wide start costs little; unrolls of as many steps as 1e-3 takes do best (43, 50)
     ("dense-fashion", "meta-broyden"): {**_DENSE, "unroll": 8},
     ("monotone-dense-digits", "meta-broyden"): {**_DENSE, "unroll": 7},
     ("monotone-dense-fashion", "meta-broyden"): {**_DENSE, "unroll": 7},

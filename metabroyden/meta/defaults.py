@@ -25,7 +25,6 @@ SOLVER_STEPS = (3_000, 11_200)  # of a whole training, all unrolls together: the
 ANCHOR = 0.5  # weight, see `Unrolling`
 LOOK = 1_400  # solver steps from one look at validation to the next, at most
 RATES: dict[str, Any] = {"learning_rate": 5e-3, "orthogonal_rate": 0.05}  # peak rates for a `MetaBroyden`
-START_WIDTH = {"vector": 128}  # of a `MetaBroyden`'s learned start, by layout, where it costs little
 EVALUATIONS_A_DECADE = 8 / 3
 """What a `MetaSplitting`'s step length α leaves to the directions that it is too small for, see `splitting_alpha`."""
 DAMPINGS = (1.0, 0.5, 0.25, 0.12)
@@ -113,7 +112,8 @@ def splitting_alpha(best: float, f: Cell, z0: State, x: Any, *, tolerances: tupl
 
     The best one holds the balance between directions that it is too small for and stiff ones that it is too large for.
     Stiff ones are few, and a learned inverse knows them. At half of it the method's evaluations are those of the
-    others, and inversely proportional to α; it is made so large that these would need `EVALUATIONS_A_DECADE`.
+    others, and inversely proportional to α; it is made so large that these would need `EVALUATIONS_A_DECADE`. Not for
+    vectors: little is gained there, and a rare sample takes five times as long (results/RESEARCH.md, 72).
     f, z0, x, tolerances and max_nfe as for `tune`.
     """
     (rtol,), half = tolerances, best / 2

@@ -24,7 +24,6 @@ from metabroyden.meta.defaults import (
     ANCHOR,
     LOOK,
     RATES,
-    START_WIDTH,
     best_damping,
     context_options,
     dilations,
@@ -224,9 +223,8 @@ def plan(
       second equilibrium.
     - backend: "native", which is faster than "higher"; the gradients are the same.
     - learned_steps, schedule_length, dilations: those of the unroll and of f, see `gated_steps` and `dilations`.
-    - initializer_width: `START_WIDTH`.
     - damping: the best of the untrained solver on validation, so that an unroll does not diverge.
-    - alpha, on splitting: see `splitting_alpha`.
+    - alpha, on splitting: of vectors the one that is best for Peaceman–Rachford, else see `splitting_alpha`.
 
     Args:
         tasks: the problems.
@@ -292,8 +290,6 @@ def _with_options(made: Plan, f: Any, classical: Classical, z0: State) -> Plan:
     """A plan with the options that are chosen for one of `OURS`."""
     config, options, kind = made.training, made.options, made.layout.kind
     chosen: dict[str, Any] = {"dilations": dilations(f, kind)}
-    if kind in START_WIDTH:
-        chosen |= {"initializer_width": START_WIDTH[kind]}
     if "learned_steps" not in options:
         secants = kind == "vector" and made.solver == "meta-splitting"
         chosen |= gated_steps(config.worth, options.get("coefficients", "schedule"), extra=not secants)
@@ -302,7 +298,7 @@ def _with_options(made: Plan, f: Any, classical: Classical, z0: State) -> Plan:
         return made
     if made.solver == "meta-splitting":
         best = classical.solvers["Peaceman-Rachford"].alpha
-        first = {"alpha": splitting_alpha(best, *classical.problems, **classical.judged)}
+        first = {"alpha": best if kind == "vector" else splitting_alpha(best, *classical.problems, **classical.judged)}
     else:
 
         def untrained(**step: float) -> Any:
