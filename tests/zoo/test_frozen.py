@@ -146,8 +146,12 @@ def test_published_episodes_are_those_that_were_noted_and_end_in_the_model(path)
 
 
 def test_published_solvers_of_families_load_and_fit_their_models():
-    """Those of results/meta and results/specialise: a change of a solver's weights must not leave files behind."""
+    """Those of results/meta, results/specialise and the race: a change of a model's weights must not leave files behind."""
     paths = [path for part in ("meta", "specialise") for path in (RESULTS.parent / part).glob("*/*/solver.safetensors")]
-    assert len(paths) > 20
-    for path in paths:
-        assert same_weights(mb.load_solver(path).fingerprint, trained(path.parent.parent.name).cell), path
+    family = {path: path.parent.parent.name for path in paths}
+    family |= {
+        path: path.stem.split("-seed")[0] for path in (RESULTS.parent / "race" / "solvers").glob("*.safetensors")
+    }
+    assert len(family) > 20
+    for path, name in family.items():
+        assert same_weights(mb.load_solver(path).fingerprint, trained(name).cell), path
