@@ -16,18 +16,19 @@ from metabroyden.comparison.statistics import Interval, standard_error
 from metabroyden.comparison.tables import chosen, grouped, mean
 
 REFUSED = "†"
-"""Stands beside what `fit_solver` trained and did not return, with most seeds."""
+"""Stands beside what `fit_solver` trained and did not return, see `mark`."""
 Group = tuple[str, Sequence[Reduction]]
 
 
 def groups(results: Path, at: float) -> list[Group]:
     """(heading, lines) to a tolerance of all that there are results of below results/."""
-    made = {
-        "strangers": lambda place: _strangers(place, at),
-        "workloads": lambda place: _workloads(place, at),
-        "cotrain": lambda place: _co_trained(place, at),
-    }
-    return [make(results / name) for name, make in made.items() if (results / name).is_dir()]
+    made = {"strangers": _strangers, "workloads": _workloads, "cotrain": _co_trained}
+    return [make(results / name, at) for name, make in made.items() if (results / name).is_dir()]
+
+
+def mark(returned: Sequence[bool]) -> str:
+    """What stands behind a name: `REFUSED` where half or more of the calls, one a seed, did not return what they trained."""
+    return f" {REFUSED}" if returned and 2 * sum(returned) <= len(returned) else ""
 
 
 def _strangers(place: Path, at: float) -> Group:
@@ -40,22 +41,19 @@ def _strangers(place: Path, at: float) -> Group:
 
 def _stranger(row: Row) -> Reduction:
     ours, best = row["ours"], row["best"]
-    lost = ours["solved"] < best["solved"] - standard_error(best["solved"], row["samples"])
     seed = {"evaluations": ours["mean"] / best["mean"], "time": ours["time_over_fastest"]}
-    return _line(row["name"], best, row["returned"] == "fitted", [seed], ours, lost=lost)
+    return _line(row["name"], best, row["samples"], ours, [seed], [row["returned"] == "fitted"])
 
 
 def _workloads(place: Path, at: float) -> Group:
     rows = read_rows(place / "rows.jsonl")
 
     def line(name: str) -> Reduction:
-        of = ratios(rows, name, at)
-        returned = [row["returned"] for row in chosen(rows, "fit", name=name)]
-        best = {"name": of[0]["best"], "median": mean(of, "best_median")}
-        most = mean(of, "best_solved")
-        lost = mean(of, "solved") < most - standard_error(most, chosen(rows, "model", name=name)[0]["samples"])
+        of, (model, *_) = ratios(rows, name, at), chosen(rows, "model", name=name)
+        best = {"name": of[0]["best"], **{key: mean(of, f"best_{key}") for key in ("median", "solved")}}
         ours = {key: mean(of, key) for key in ("median", "solved")}
-        return _line(name, best, 2 * sum(returned) > len(returned), of, ours, lost=lost)
+        returned = [row["returned"] for row in chosen(rows, "fit", name=name)]
+        return _line(name, best, model["samples"], ours, of, returned)
 
     return "workloads", _sorted(map(line, dict.fromkeys(row["name"] for row in rows)))
 
@@ -65,20 +63,20 @@ def _co_trained(place: Path, at: float) -> Group:
 
     def line(of: Sequence[Row]) -> Reduction:
         seeds = compared(of, at)
-        rival = seeds[0]["rival"]
+        best = {**seeds[0]["rival"], "name": seeds[0]["rival"]["solver"]}
         ours = {key: float(np.mean([row["ours"][key] for row in seeds])) for key in ("median", "solved")}
-        lost = ours["solved"] < rival["solved"] - rival["error"]
-        kept = 2 * sum(row["model"]["refused"] for row in seeds) < len(seeds)
-        return _line(of[0]["family"], {**rival, "name": rival["solver"]}, kept, seeds, ours, lost=lost)
+        returned = [not row["model"]["refused"] for row in seeds]
+        return _line(of[0]["family"], best, best["samples"], ours, seeds, returned)
 
     return "co-trained, over the solvers of the original", _sorted(map(line, grouped(rows, "family")))
 
 
-def _line(name: str, best: Row, returned: bool, seeds: Sequence[Row], ours: Row, *, lost: bool) -> Reduction:
-    """A line of the figure; its intervals span the seeds."""
-    label = f"{name}{'' if returned else f' {REFUSED}'} ({best['name']} {best['median']:.3g})"
+def _line(name: str, best: Row, samples: int, ours: Row, seeds: Sequence[Row], returned: Sequence[bool]) -> Reduction:
+    """A line of the figure; its intervals span the seeds. It is lost where fewer are solved, by a standard error."""
+    label = f"{name}{mark(returned)} ({best['name']} {best['median']:.3g})"
     evaluations, time = (_span([row[key] for row in seeds]) for key in ("evaluations", "time"))
     note = f"{round(ours['median'], 1):g} ({ours['solved']:.0%})"
+    lost = ours["solved"] < best["solved"] - standard_error(best["solved"], samples)
     return Reduction(label, evaluations, time, note, LOOKS[FLAGSHIP], lost)
 
 

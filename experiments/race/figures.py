@@ -28,7 +28,7 @@ _RESIDUAL = "relative residual, best so far"
 _CAPTIONS = {
     "reduction-0.01": "To 1e-2, what `fit_solver` makes by default: evaluations over the best classical solver's (filled), "
     "time over the fastest one's (hollow); left of 1 it wins. Red: it loses, or solves fewer. In brackets the best "
-    "classical solver and its evaluations; * it needs 12 or more on validation; † most calls refuse what they trained, and "
+    "classical solver and its evaluations; * it needs 12 or more on validation; † half or more of the calls refuse it, and "
     "return the fastest classical solver. Families: medians, 95% intervals; strangers, workloads: means; bars of "
     "workloads and of co-trained models span their seeds.",
     "reduction-0.001": "The same to 1e-3.",
@@ -87,8 +87,8 @@ def _reduction(field: Field, at: float, results: Path | None) -> Any:
 
     def line(family: str) -> plots.Reduction:
         ours, best = field.must(family, FLAGSHIP, at), field.must(family, BEST, at)
-        refused = [not row["returned"] for row in field.of("training", family, FLAGSHIP)]
-        marks = " *" * (family in field.headline(at)) + f" {beyond.REFUSED}" * (2 * sum(refused) > len(refused))
+        returned = [row["returned"] for row in field.of("training", family, FLAGSHIP)]
+        marks = (" *" if family in field.headline(at) else "") + beyond.mark(returned)
         name = f"{family}{marks} ({field.named(family, BEST, at)} {best.median:g})"
         spent = field.ratio(family, FLAGSHIP, BEST, at)
         time = field.ratio(family, FLAGSHIP, FASTEST, at, time=True)
