@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,8 @@ PATIENCES = (15, 8, 5, 3)
 """Evaluations without progress after which a sample may be handed over."""
 SLACK = 2.0
 """How far a sample may be above what the slowest of the validation samples reach at a step."""
+RESUMED = 5
+"""Evaluations in which Broyden's method on top of the learned inverse has to halve the residual, at least."""
 MOST = 128
 """Validation problems, at most."""
 
@@ -38,9 +41,11 @@ def calibrated(solver: Any, tasks: TaskSet, *, rtol: float, max_nfe: int, most: 
     The learned steps alone, without a safeguard, tell it on validation problems.
 
     - safeguard: the largest over samples of the smallest relative residual until a step, times `SLACK`, is the envelope, for
-      as many steps as some sample takes to `rtol`. Of `PATIENCES` the one with which the solver needs fewest evaluations
-      (see `score`) is taken. A solver without a safeguard, or with a horizon, keeps its own. A MetaBroyden ends with its
-      learned steps: its secant steps cost more than Broyden's and save no evaluations.
+      as many steps as some sample takes to `rtol`. The resumed phase, where there is one, has to halve the residual in half
+      the evaluations that a restart costs: the 95th percentile of the fallback's own, to `rtol`; in `RESUMED` at least, and
+      at most in as many as it had. Of `PATIENCES` the one with which the solver needs fewest evaluations (see `score`) is
+      taken. A solver without a safeguard, or with a horizon, keeps its own. A MetaBroyden ends with its learned steps: its
+      secant steps cost more than Broyden's and save no evaluations.
     - reach: see `LearnedSolver.warm_start`; where solves start at zero. Not of solvers that step on another map than f.
 
     Args:
@@ -54,25 +59,39 @@ def calibrated(solver: Any, tasks: TaskSet, *, rtol: float, max_nfe: int, most: 
     raw = rows(tasks.split("validation"), slice(min(most, MOST, count(tasks.split("validation")))))
     f, z0, x = as_solved(tasks.f, *tasks.prepare(raw))
 
-    def solved(tried: Safeguard | None, **options: Any) -> Solution:
-        solver.config = replace(config, safeguard=tried)
-        return solve(f, z0, x, solver=solver, rtol=rtol, max_nfe=max_nfe, throw=False, **options)
+    def solved(by: Any, **options: Any) -> Solution:
+        return solve(f, z0, x, solver=by, rtol=rtol, max_nfe=max_nfe, throw=False, **options)
 
-    try:
-        first = 1 + (config.conditioning == "initial_value")  # evaluations until the learned start has its own
-        alone = solved(None, snapshots=(first,))
-        lowest = _lowest(alone)[first - 1 :]
-        if safeguard is not None and safeguard.horizon is None:
-            expected = lowest[: 1 + int((lowest > rtol).any(axis=1).sum())]
-            envelope = tuple(np.maximum(SLACK * expected.max(axis=1), rtol).tolist())
-            found = [replace(safeguard, patience=patience, envelope=envelope) for patience in PATIENCES]
-            safeguard = min(found, key=lambda tried: score(solved(tried).trace, (rtol,), max_nfe))
-            if isinstance(config, MetaBroydenConfig) and not solver.required_methods:
-                safeguard = replace(safeguard, horizon=config.learned_steps)
-    finally:
-        solver.config = config
+    def guarded(tried: Safeguard | None, **options: Any) -> Solution:
+        solver.config = replace(config, safeguard=tried)
+        try:
+            return solved(solver, **options)
+        finally:
+            solver.config = config
+
+    first = 1 + (config.conditioning == "initial_value")  # evaluations until the learned start has its own
+    alone = guarded(None, snapshots=(first,))
+    lowest = _lowest(alone)[first - 1 :]
+    if safeguard is not None and safeguard.horizon is None:
+        expected = lowest[: 1 + int((lowest > rtol).any(axis=1).sum())]
+        envelope = tuple(np.maximum(SLACK * expected.max(axis=1), rtol).tolist())
+        fallback, phase = solver.fallback()
+        if phase > 1:
+            resumed = _resumed_patience(safeguard, solved(fallback), rtol, max_nfe)
+            safeguard = replace(safeguard, resumed_patience=resumed)
+        found = [replace(safeguard, patience=patience, envelope=envelope) for patience in PATIENCES]
+        safeguard = min(found, key=lambda tried: score(guarded(tried).trace, (rtol,), max_nfe))
+        if isinstance(config, MetaBroydenConfig) and not solver.required_methods:
+            safeguard = replace(safeguard, horizon=config.learned_steps)
     cold = not solver.required_methods and not any(bool(part.any()) for part in pytree.tree_leaves(z0))
     return {"safeguard": safeguard, "reach": _reach(alone, lowest, rtol) if cold and solver.initializer else None}
+
+
+def _resumed_patience(safeguard: Safeguard, restarted: Solution, rtol: float, max_nfe: int) -> int:
+    """Half of what a restart costs on the hard problems, see `calibrated`."""
+    spent, reached = restarted.trace.evaluations_to(rtol, max_nfe)
+    costs = float(np.quantile(np.where(reached, spent, max_nfe), 0.95))
+    return min(max(math.ceil(costs / 2), RESUMED), safeguard.resumed_patience)
 
 
 def _lowest(solution: Solution) -> np.ndarray:

@@ -11,7 +11,7 @@ import torch
 import metabroyden as mb
 from metabroyden.learned.base import apart
 from metabroyden.learned.safeguard import BY_PROGRESS
-from metabroyden.meta.calibrate import PATIENCES, SLACK, calibrated
+from metabroyden.meta.calibrate import PATIENCES, RESUMED, SLACK, calibrated
 from metabroyden.meta.tasks import TaskSet
 from metabroyden.solvers.tuning import score
 from tests.helpers import ConvTanh, contexts, perturbed, same_parameters
@@ -55,6 +55,16 @@ def test_the_patience_is_the_one_that_does_best_on_validation():
         scores[patience] = score(solved(solver, tasks).trace, (1e-3,), 60)
     assert scores[found.patience] == min(scores.values())
     assert (found.progress, found.memory) == (BY_PROGRESS.progress, BY_PROGRESS.memory)
+
+
+@pytest.mark.parametrize(("rtol", "expected"), [(1e-3, None), (0.3, RESUMED), (1e-12, BY_PROGRESS.resumed_patience)])
+def test_a_resumed_solve_may_cost_half_of_a_restart(rtol, expected):
+    solver, tasks = solver_and_tasks()
+    found = calibrated(solver, tasks, rtol=rtol, max_nfe=60, most=100)["safeguard"]
+    plain = solved(solver.fallback()[0], tasks, rtol=rtol)
+    half = np.ceil(np.quantile(np.where(plain.converged, plain.nfe, 60), 0.95) / 2)
+    assert found.resumed_patience == (half if expected is None else expected)
+    assert RESUMED <= found.resumed_patience <= BY_PROGRESS.resumed_patience
 
 
 def test_what_validation_does_not_know_is_handed_over_within_a_few_evaluations():
