@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import starmap
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,12 @@ def groups(results: Path, at: float) -> list[Group]:
 def mark(returned: Sequence[bool]) -> str:
     """What stands behind a name: `REFUSED` where half or more of the calls, one a seed, did not return what they trained."""
     return f" {REFUSED}" if returned and 2 * sum(returned) <= len(returned) else ""
+
+
+def co_trained(results: Path, at: float) -> dict[str, list[Row]]:
+    """By co-trained family, a row a seed with its ratios over the original's best and fastest, see `compared`."""
+    rows = [row for _, found in report.runs_below(results / "cotrain", "*/rows.jsonl") for row in found]
+    return {of[0]["family"]: compared(of, at) for of in grouped(rows, "family")}
 
 
 def _strangers(place: Path, at: float) -> Group:
@@ -59,16 +66,14 @@ def _workloads(place: Path, at: float) -> Group:
 
 
 def _co_trained(place: Path, at: float) -> Group:
-    rows = [row for _, found in report.runs_below(place, "*/rows.jsonl") for row in found]
-
-    def line(of: Sequence[Row]) -> Reduction:
-        seeds = compared(of, at)
+    def line(family: str, seeds: Sequence[Row]) -> Reduction:
         best = {**seeds[0]["rival"], "name": seeds[0]["rival"]["solver"]}
         ours = {key: float(np.mean([row["ours"][key] for row in seeds])) for key in ("median", "solved")}
         returned = [not row["model"]["refused"] for row in seeds]
-        return _line(of[0]["family"], best, best["samples"], ours, seeds, returned)
+        return _line(family, best, best["samples"], ours, seeds, returned)
 
-    return "co-trained, over the solvers of the original", _sorted(map(line, grouped(rows, "family")))
+    lines = starmap(line, co_trained(place.parent, at).items())
+    return "co-trained, over the solvers of the original", _sorted(lines)
 
 
 def _line(name: str, best: Row, samples: int, ours: Row, seeds: Sequence[Row], returned: Sequence[bool]) -> Reduction:

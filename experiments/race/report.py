@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments.bench import report
 from experiments.bench.runner import Row
-from experiments.race import figures, robustness
+from experiments.race import beyond, figures, robustness
 from experiments.race.schema import PARTS, read
 from metabroyden.comparison.figures import FLAGSHIP, label
 from metabroyden.comparison.measure import FAR
@@ -51,7 +51,7 @@ def write(folder: Path, results: Path | None = None) -> Path:
         f"{field.budget}; ratios with 95% bootstrap intervals over samples and seeds. Bold: headline families, whose best "
         f'classical solver needs {HEADLINE} evaluations or more on validation. "returned": of the calls of `fit_solver`.'
     )
-    tables: list[report.Section] = [means_table(field), *(main_table(field, at) for at in SHOWN)]
+    tables: list[report.Section] = [means_table(field, results), *(main_table(field, at) for at in SHOWN)]
     tables += [robustness.table(field, outside, SHOWN[-1]), robustness.WORDS]
     robust = [robustness.table(field, outside, at) for at in SHOWN[:-1]]
     beside = [every_solver(parts[part], at, *BESIDE[part]) for part in BESIDE if part in parts for at in SHOWN]
@@ -100,8 +100,8 @@ def _returned(field: Field, family: str) -> str:
     return f"{sum(row['returned'] for row in fits)} of {len(fits)}"
 
 
-def means_table(field: Field) -> Table:
-    """Geometric means of the ratios over headline families and over all."""
+def means_table(field: Field, results: Path | None = None) -> Table:
+    """Geometric means of the ratios over headline families and over all; co-trained, over the original's solvers."""
     names = ("Broyden", *TORCHDEQ, "hyper-anderson", "grouped", "universal")
     rivals = {"the best, the fastest classical": (BEST, FASTEST), **{name: (name, name) for name in names}}
 
@@ -115,9 +115,25 @@ def means_table(field: Field) -> Table:
         for at in SHOWN
         for words, over in rivals.items()
     ]
+    body += [row for at in SHOWN if results for row in _co_trained(field, results, at)]
     figures = ["evaluations", "time"]
     head = ["MetaBroyden over", "tolerance", "headline families", *figures, "all families", *figures]
     return Table("Geometric means over families", head, body)
+
+
+def _co_trained(field: Field, results: Path, at: float) -> list[list[str]]:
+    """One row, of the families that were co-trained; none where there are none."""
+    found = beyond.co_trained(results, at)
+    if not found:
+        return []
+
+    def cells(families: list[str]) -> list[str]:
+        among = [found[family] for family in families if family in found]
+        means = [geometric([geometric([row[key] for row in of]) for of in among]) for key in ("evaluations", "time")]
+        return [str(len(among)), *(f"{mean:.2f}" for mean in means)]
+
+    words = "co-trained: the original's best, its fastest"
+    return [[words, f"{at:g}", *cells(field.headline(at)), *cells(field.families)]]
 
 
 def every_solver(field: Field, at: float, words: str, corner: str) -> Table:

@@ -193,6 +193,19 @@ def test_robustness_is_one_table(tiny):
     assert row[-4:] == [""] * 4
 
 
+def test_co_trained_models_are_in_the_means_of_the_families_that_count(tiny, tmp_path):
+    field = Field(schema.read(tiny.folder / "rows"), "families")
+    assert report.means_table(field, tmp_path).body == report.means_table(field).body, "there are none"
+    found = beyond.co_trained(Path("results"), 1e-3)
+    among = {"trellisnet-words": 3, "conv-digits": 3}
+    assert {family: len(found[family]) for family in among} == among
+    races = SimpleNamespace(headline=lambda at: ["conv-digits"], families=[*among, "dense-digits"])
+    ((words, at, *cells),) = report._co_trained(races, Path("results"), 1e-3)
+    assert (words.split(":")[0], at) == ("co-trained", "0.001")
+    other, ours = (np.prod([row["evaluations"] for row in found[family]]) ** (1 / 3) for family in among)
+    assert [cells[0], cells[1], cells[3], cells[4]] == ["1", f"{ours:.2f}", "2", f"{np.sqrt(ours * other):.2f}"]
+
+
 def test_the_first_figure_goes_beyond_the_families(tmp_path):
     assert beyond.groups(tmp_path, 1e-2) == []
     found = dict(beyond.groups(Path("results"), 1e-2))
