@@ -21,6 +21,14 @@ MOVED = 0.03
 """Ångström, the standard deviation of each coordinate's noise."""
 
 
+def hartree_fock(molecule: Any) -> Any:
+    """pyscf's method, without the file of intermediates that it would leave open."""
+    field = library("pyscf.scf").RHF(molecule)
+    field._chkfile.close()
+    field.chkfile = None
+    return field
+
+
 class Geometry:
     """A molecule at one geometry, restricted Hartree–Fock; N basis functions, S their overlap.
 
@@ -34,8 +42,7 @@ class Geometry:
 
     def __init__(self, symbols: list[str], places: np.ndarray, basis: str) -> None:
         molecule = library("pyscf.gto").M(atom=list(zip(symbols, places, strict=True)), basis=basis, verbose=0)
-        self._new = lambda: library("pyscf.scf").RHF(molecule)
-        self.field = self._new()
+        self.field = hartree_fock(molecule)
         self.overlap, self.core = self.field.get_ovlp(), self.field.get_hcore()
         values, vectors = np.linalg.eigh(self.overlap)
         self._root, self._inverse = (
@@ -61,7 +68,7 @@ class Geometry:
 
     def diis(self, tolerance: float, budget: int) -> tuple[Tensor, list[float]]:
         """pyscf's own SCF with DIIS (Pulay 1982): (its best density (N, N), relative residual of f at each Fock build)."""
-        field, history, best = self._new(), list[float](), self.guess
+        field, history, best = hartree_fock(self.field.mol), list[float](), self.guess
         build = field.get_veff
         field.conv_tol, field.conv_tol_grad, field.max_cycle = 1e-300, 1e-300, budget
 
