@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,11 @@ def compared(rows: Sequence[Row], tolerance: float) -> list[Row]:
     return found
 
 
+def overall(families: Iterable[Sequence[Row]], key: str) -> float:
+    """The geometric mean over families of that over seeds, of a ratio of `compared`."""
+    return geometric([geometric([row[key] for row in of]) for of in families])
+
+
 def _time(of: Sequence[Row], theirs: Sequence[Row], tolerance: float) -> float:
     """Median of paired ratios: MetaBroyden on the co-trained model over the original's fastest classical solver."""
     names = {row["solver"] for row in able(theirs, tolerance, "classical")}
@@ -129,7 +134,7 @@ def _summary(by_family: dict[str, list[Row]], tolerance: float) -> Table:
     wholes = [("**all**", list(found.values()))]
     wholes += [("**where returned**", kept)] if len(kept) < len(found) else []
     for words, some in wholes:
-        whole = [f"**{geometric([geometric([row[key] for row in of]) for of in some]):.2f}**" for key in keys]
+        whole = [f"**{overall(some, key):.2f}**" for key in keys]
         body.append([words, "", "", "", *whole])
     head = ["family", "score (error)", "original's best: median / 90%", "co-trained", "evaluations", "90%", "time",
             "over best from start"]  # fmt: skip

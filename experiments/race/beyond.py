@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import starmap
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +31,9 @@ def mark(returned: Sequence[bool]) -> str:
     return f" {REFUSED}" if returned and 2 * sum(returned) <= len(returned) else ""
 
 
-def co_trained(results: Path, at: float) -> dict[str, list[Row]]:
+def co_trained(place: Path, at: float) -> dict[str, list[Row]]:
     """By co-trained family, a row a seed with its ratios over the original's best and fastest, see `compared`."""
-    rows = [row for _, found in report.runs_below(results / "cotrain", "*/rows.jsonl") for row in found]
+    rows = [row for _, found in report.runs_below(place, "*/rows.jsonl") for row in found]
     return {of[0]["family"]: compared(of, at) for of in grouped(rows, "family")}
 
 
@@ -72,7 +71,7 @@ def _co_trained(place: Path, at: float) -> Group:
         returned = [not row["model"]["refused"] for row in seeds]
         return _line(family, best, best["samples"], ours, seeds, returned)
 
-    lines = starmap(line, co_trained(place.parent, at).items())
+    lines = (line(family, seeds) for family, seeds in co_trained(place, at).items())
     return "co-trained, over the solvers of the original", _sorted(lines)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from experiments.bench import report
 from experiments.bench.runner import Row
+from experiments.cotrain.report import overall
 from experiments.race import beyond, figures, robustness
 from experiments.race.schema import PARTS, read
 from metabroyden.comparison.figures import FLAGSHIP, label
@@ -123,14 +124,13 @@ def means_table(field: Field, results: Path | None = None) -> Table:
 
 def _co_trained(field: Field, results: Path, at: float) -> list[list[str]]:
     """One row, of the families that were co-trained; none where there are none."""
-    found = beyond.co_trained(results, at)
+    found = beyond.co_trained(results / "cotrain", at)
     if not found:
         return []
 
     def cells(families: list[str]) -> list[str]:
         among = [found[family] for family in families if family in found]
-        means = [geometric([geometric([row[key] for row in of]) for of in among]) for key in ("evaluations", "time")]
-        return [str(len(among)), *(f"{mean:.2f}" for mean in means)]
+        return [str(len(among)), *(f"{overall(among, key):.2f}" for key in ("evaluations", "time"))]
 
     words = "co-trained: the original's best, its fastest"
     return [[words, f"{at:g}", *cells(field.headline(at)), *cells(field.families)]]

@@ -89,9 +89,8 @@ def calibrated(solver: Any, tasks: TaskSet, *, rtol: float, max_nfe: int, most: 
 
 def _resumed_patience(safeguard: Safeguard, restarted: Solution, rtol: float, max_nfe: int) -> int:
     """Half of what a restart costs on the hard problems, see `calibrated`."""
-    spent, reached = restarted.trace.evaluations_to(rtol, max_nfe)
-    costs = float(np.quantile(np.where(reached, spent, max_nfe), 0.95))
-    return min(max(math.ceil(costs / 2), RESUMED), safeguard.resumed_patience)
+    spent, _ = restarted.trace.evaluations_to(rtol, max_nfe)
+    return min(max(math.ceil(np.quantile(spent, 0.95) / 2), RESUMED), safeguard.resumed_patience)
 
 
 def _lowest(solution: Solution) -> np.ndarray:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from metabroyden.deprecated import WORDS, current
@@ -118,8 +117,8 @@ def splitting_alpha(best: float, f: Cell, z0: State, x: Any, *, tolerances: tupl
     """
     (rtol,), half = tolerances, best / 2
     found = solve(f, z0, x, solver=PeacemanRachford(half), rtol=rtol, max_nfe=max_nfe, throw=False)
-    spent, reached = found.trace.evaluations_to(rtol, max_nfe)
-    needed, decades = float(np.where(reached, spent, max_nfe).mean()), max(1.0, -math.log10(rtol))
+    spent, _ = found.trace.evaluations_to(rtol, max_nfe)
+    needed, decades = float(spent.mean()), max(1.0, -math.log10(rtol))
     return max(best, round(half * needed / (EVALUATIONS_A_DECADE * decades), 4))
 
 

@@ -196,7 +196,7 @@ def test_robustness_is_one_table(tiny):
 def test_co_trained_models_are_in_the_means_of_the_families_that_count(tiny, tmp_path):
     field = Field(schema.read(tiny.folder / "rows"), "families")
     assert report.means_table(field, tmp_path).body == report.means_table(field).body, "there are none"
-    found = beyond.co_trained(Path("results"), 1e-3)
+    found = beyond.co_trained(Path("results/cotrain"), 1e-3)
     among = {"trellisnet-words": 3, "conv-digits": 3}
     assert {family: len(found[family]) for family in among} == among
     races = SimpleNamespace(headline=lambda at: ["conv-digits"], families=[*among, "dense-digits"])
