@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-_NAMES = ("digits", "solvers", "gradients", "memory", "drop_in", "alternate", "models", "meta", "fit", "tune_hyper", "pes",
+_NAMES = ("digits", "solvers", "gradients", "memory", "drop_in", "alternate", "models", "meta", "tune_hyper", "pes",
           "generalise", "race", "lost", "specialise", "strangers", "ablate", "cotrain", "streams", "workloads",
           "throughput", "physics", "scale", "gpu")  # fmt: skip
 EXPERIMENTS: dict[str, Callable[[Any], None]] = {

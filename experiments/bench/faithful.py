@@ -20,7 +20,7 @@ RESULTS = Path("results")
 REPORTS = {
     "race": "race.report", "solvers": "solvers.report", "models": "models.report", "meta": "meta", "meta/pes": "pes",
     "generalise": "generalise", "specialise": "specialise", "throughput": "throughput", "torchdeq": "drop_in",
-    "gradients": "gradients", "memory": "memory", "alternate": "alternate", "fit": "fit", "lost": "lost", "digits": "digits",
+    "gradients": "gradients", "memory": "memory", "alternate": "alternate", "lost": "lost", "digits": "digits",
     "cotrain": "cotrain.report",
 }  # fmt: skip
 """Folders of results, and the modules whose `write` makes their report.md."""

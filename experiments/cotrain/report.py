@@ -32,7 +32,8 @@ taken at equilibria, on test samples: accuracy, or minus the bits a token."""
 SUMMARY = """\
 Co-trained with MetaBroyden over the *original* model's best (evaluations) and fastest (time) classical solver, and over the
 best classical solver on the *co-trained* model from the learned start: means over seeds, in brackets the lowest and
-highest. Below them geometric means over families. Where a fine-tuning is refused the original is returned: a ratio of 1."""
+highest. The score is the difference to the original's on test samples, with the standard error of the first seed's. Below
+them geometric means over families. Where a fine-tuning is refused the original is returned: a ratio of 1."""
 VARIANTS = """\
 The ways side by side, to 1e-2 / 1e-3, means over seeds: median, mean, 90th percentile of evaluations and share solved of
 the best classical solver (of co-trained models: from zero, from the start, and MetaBroyden); difference of the score to
@@ -41,8 +42,8 @@ STARTS = """\
 One equilibrium: the same problems solved to 1e-4 from zero, and from other starts; how many end more than one hundredth
 away, of those where both were solved, over seeds."""
 DEPTHS = """\
-The fixed point is what the model computes: the score by evaluations of f is flat from the stopping point on. In the figure
-the original's best classical solver and MetaBroyden on the co-trained model, first seed."""
+Where the fixed point is what the model computes, the score by evaluations of f is flat from the stopping point on. In the
+figure the original's best classical solver and MetaBroyden on the co-trained model, first seed."""
 
 
 def write(folder: Path) -> Path:
@@ -126,7 +127,7 @@ def _summary(by_family: dict[str, list[Row]], tolerance: float) -> Table:
         solved = np.mean([row["ours"]["solved"] for row in of])
         score = np.mean([row["difference"] for row in of])
         body.append([
-            name, f"{score:+.4f} ({model['original_error']:.4f})",
+            name, f"{score:+.4f} ({model['difference_error']:.4f})",
             f"{rival['median']:g} / {rival['p90']:g} ({rival['solved']:.0%}) {label(rival['solver'])}",
             f"{' / '.join(ours)} ({solved:.1%})", *(_range([row[key] for row in of]) for key in keys),
         ])  # fmt: skip
@@ -136,7 +137,7 @@ def _summary(by_family: dict[str, list[Row]], tolerance: float) -> Table:
     for words, some in wholes:
         whole = [f"**{overall(some, key):.2f}**" for key in keys]
         body.append([words, "", "", "", *whole])
-    head = ["family", "score (error)", "original's best: median / 90%", "co-trained", "evaluations", "90%", "time",
+    head = ["family", "score (its error)", "original's best: median / 90%", "co-trained", "evaluations", "90%", "time",
             "over best from start"]  # fmt: skip
     return Table(f"To {tolerance:g}", head, body)
 
@@ -299,7 +300,7 @@ def _depth_figure(folder: Path, by_family: dict[str, list[Row]]) -> report.Pictu
 
     figure = figures.panels(list(by_family), draw, "evaluations of f", "score", columns=3, size=(3.8, 2.9))
     caption = (
-        "Score against evaluations: flat from the stopping point on. The learned start is not counted (RESEARCH, 61)."
+        "Score against evaluations: flat where the equilibrium counts. The learned start is not counted (RESEARCH, 61)."
     )
     return report.Picture(figures.save(figure, folder / "depth.png"), caption)
 

@@ -27,10 +27,10 @@ _RESIDUAL = "relative residual, best so far"
 
 _CAPTIONS = {
     "reduction-0.01": "To 1e-2, what `fit_solver` makes by default: evaluations over the best classical solver's (filled), "
-    "time over the fastest one's (hollow); left of 1 it wins. Red: it loses, or solves fewer. In brackets the best "
-    "classical solver and its evaluations; * it needs 12 or more on validation; † half or more of the calls refuse it, and "
-    "return the fastest classical solver. Families: medians, 95% intervals; strangers, workloads: means; bars of "
-    "workloads and of co-trained models span their seeds.",
+    "time over the fastest one's (hollow); left of 1 it wins. Red: it loses, or solves fewer by more than a standard error. "
+    "In brackets the best classical solver and its evaluations; * it needs 12 or more on validation; † half or more of the "
+    "calls refuse it, and return the fastest classical solver. Families: medians, 95% intervals; strangers, workloads: "
+    "means; bars of workloads and of co-trained models span their seeds.",
     "reduction-0.001": "The same to 1e-3.",
     "residual-evaluations": "Smallest residual so far by evaluations of f: median over samples and the middle half of them.",
     "residual-time": "Smallest residual so far by time of a whole block: median over samples.",

@@ -116,10 +116,39 @@ def means_table(field: Field, results: Path | None = None) -> Table:
         for at in SHOWN
         for words, over in rivals.items()
     ]
+    body += [
+        [
+            f"the same, {FASTEST} where a call refused",
+            f"{at:g}",
+            *_kept(field, field.headline(at), at),
+            *_kept(field, field.families, at),
+        ]
+        for at in SHOWN
+    ]
     body += [row for at in SHOWN if results for row in _co_trained(field, results, at)]
     figures = ["evaluations", "time"]
     head = ["MetaBroyden over", "tolerance", "headline families", *figures, "all families", *figures]
     return Table("Geometric means over families", head, body)
+
+
+def _kept(field: Field, families: list[str], at: float) -> list[str]:
+    """Number of families, means of evaluations and of time of what the calls returned."""
+    every = [_of_calls(field, family, at) for family in families if field.of("training", family, FLAGSHIP)]
+    whole = [geometric([geometric(of[:, column]) for of in every]) for column in (0, 1)] if every else [np.nan, np.nan]
+    return [str(len(every)), *(number(value, ".2f") for value in whole)]
+
+
+def _of_calls(field: Field, family: str, at: float) -> np.ndarray:
+    """(S, 2) evaluations over the best, time over the fastest classical solver of what the call of each seed returned."""
+    ours, best, usual = (field.must(family, solver, at) for solver in (FLAGSHIP, BEST, FASTEST))
+    trained = np.stack([np.median(ours.evaluations, axis=1) / best.median, _times(ours, usual)], axis=1)
+    calls = sorted(field.of("training", family, FLAGSHIP), key=itemgetter("seed"))
+    return np.where([[row["returned"]] for row in calls], trained, [usual.median / best.median, 1.0])
+
+
+def _times(ours: Outcome, theirs: Outcome) -> np.ndarray:
+    """(S,) ratios."""
+    return np.median(ours.seconds / np.median(theirs.seconds, axis=0), axis=(1, 2))
 
 
 def _co_trained(field: Field, results: Path, at: float) -> list[list[str]]:

@@ -206,6 +206,19 @@ def test_co_trained_models_are_in_the_means_of_the_families_that_count(tiny, tmp
     assert [cells[0], cells[1], cells[3], cells[4]] == ["1", f"{ours:.2f}", "2", f"{np.sqrt(ours * other):.2f}"]
 
 
+@pytest.mark.parametrize("returned", [True, False])
+def test_what_a_call_returns_counts_where_it_refuses(tiny, returned):
+    rows = [{**row, "returned": returned} for row in schema.read(tiny.folder / "rows")]
+    field = Field(rows, "families")
+    ours, best, usual = (
+        field.must("dense-digits", name, 1e-2) for name in ("meta-broyden", statistics.BEST, statistics.FASTEST)
+    )
+    number, spent, time = report._kept(field, ["dense-digits"], 1e-2)
+    assert (number, spent) == ("1", f"{(ours if returned else usual).median / best.median:.2f}")
+    assert time == (f"{np.median(ours.seconds / np.median(usual.seconds, axis=0)):.2f}" if returned else "1.00")
+    assert report._kept(field, [], 1e-2) == ["0", "", ""]
+
+
 def test_the_first_figure_goes_beyond_the_families(tmp_path):
     assert beyond.groups(tmp_path, 1e-2) == []
     found = dict(beyond.groups(Path("results"), 1e-2))
