@@ -118,7 +118,7 @@ def means_table(field: Field, results: Path | None = None) -> Table:
     ]
     body += [
         [
-            f"the same, {FASTEST} where a call refused",
+            "the best, the fastest classical: what calls returned",
             f"{at:g}",
             *_kept(field, field.headline(at), at),
             *_kept(field, field.families, at),
