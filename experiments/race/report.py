@@ -139,16 +139,14 @@ def _kept(field: Field, families: list[str], at: float) -> list[str]:
 
 
 def _of_calls(field: Field, family: str, at: float) -> np.ndarray:
-    """(S, 2) evaluations over the best, time over the fastest classical solver of what the call of each seed returned."""
+    """(S, 2) evaluations over the best, time over the fastest classical solver, of what the call of each seed returned: its
+    own, or the fastest classical solver."""
     ours, best, usual = (field.must(family, solver, at) for solver in (FLAGSHIP, BEST, FASTEST))
-    trained = np.stack([np.median(ours.evaluations, axis=1) / best.median, _times(ours, usual)], axis=1)
+    spent = np.median(ours.evaluations, axis=1) / best.median
+    time = np.median(ours.seconds / np.median(usual.seconds, axis=0), axis=(1, 2))
     calls = sorted(field.of("training", family, FLAGSHIP), key=itemgetter("seed"))
-    return np.where([[row["returned"]] for row in calls], trained, [usual.median / best.median, 1.0])
-
-
-def _times(ours: Outcome, theirs: Outcome) -> np.ndarray:
-    """(S,) ratios."""
-    return np.median(ours.seconds / np.median(theirs.seconds, axis=0), axis=(1, 2))
+    returned = [[row["returned"]] for row in calls]
+    return np.where(returned, np.stack([spent, time], axis=1), [usual.median / best.median, 1.0])
 
 
 def _co_trained(field: Field, results: Path, at: float) -> list[list[str]]:
