@@ -15,8 +15,6 @@ from torch import nn
 from torch.nn import functional
 
 import metabroyden as mb
-from experiments import fit
-from experiments.bench.runner import read_rows
 from metabroyden.comparison import clock, measure
 from metabroyden.comparison.comparison import Comparison
 from metabroyden.comparison.measure import Rules
@@ -303,25 +301,6 @@ def test_alpha_is_larger_where_few_stiff_directions_bound_peaceman_rachfords_own
         assert found > 1.5 * best
     else:
         assert found == best
-
-
-def test_the_experiment_reports_what_is_returned(tmp_path, capsys):
-    folders = {"results": tmp_path / "results", "runs": tmp_path / "runs"}
-    config = fit.Fit(family="dense-digits", steps=2, contexts=60, progress=False, **folders)
-    fit.run(config)
-    fit.run(replace(config, family="monotone-dense-digits", rtol=1e-2))
-    (trial,) = config.results.iterdir()
-    written = {"dense-digits-0.001-seed0", "monotone-dense-digits-0.01-seed0", "report.md"}
-    assert {path.name for path in trial.iterdir()} == written
-    rows = {path.parent.name: read_rows(path)[0] for path in trial.glob("*/rows.jsonl.gz")}
-    assert {row["solver"] for row in rows.values()} == {"MetaBroyden", "MetaSplitting"}
-    report = (trial / "report.md").read_text()
-    for row in rows.values():
-        (line,) = (line for line in report.splitlines() if line.startswith(f"| {row['family']}, seed 0"))
-        returned = row["best_classical"] if row["failed_criteria"] else "**the fitted one**"
-        assert line.split("|")[-3].strip() == returned
-    texts = replace(config, family="transformer-shakespeare")
-    refused("transformer-shakespeare is one of texts", lambda: fit.run(texts))
 
 
 # --- defaults
