@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import product
 from operator import itemgetter
@@ -117,13 +117,7 @@ def means_table(field: Field, results: Path | None = None) -> Table:
         for words, over in rivals.items()
     ]
     body += [
-        [
-            "the best, the fastest classical: what calls returned",
-            f"{at:g}",
-            *_kept(field, field.headline(at), at),
-            *_kept(field, field.families, at),
-        ]
-        for at in SHOWN
+        _over_seeds("the best, the fastest classical: what calls returned", field, at, _kept(field, at)) for at in SHOWN
     ]
     body += [row for at in SHOWN if results for row in _co_trained(field, results, at)]
     figures = ["evaluations", "time"]
@@ -131,36 +125,36 @@ def means_table(field: Field, results: Path | None = None) -> Table:
     return Table("Geometric means over families", head, body)
 
 
-def _kept(field: Field, families: list[str], at: float) -> list[str]:
-    """Number of families, means of evaluations and of time of what the calls returned."""
-    every = [_of_calls(field, family, at) for family in families if field.of("training", family, FLAGSHIP)]
-    whole = [geometric([geometric(of[:, column]) for of in every]) for column in (0, 1)] if every else [np.nan, np.nan]
-    return [str(len(every)), *(number(value, ".2f") for value in whole)]
-
-
-def _of_calls(field: Field, family: str, at: float) -> np.ndarray:
-    """(S, 2) evaluations over the best, time over the fastest classical solver, of what the call of each seed returned: its
-    own, or the fastest classical solver."""
-    ours, best, usual = (field.must(family, solver, at) for solver in (FLAGSHIP, BEST, FASTEST))
-    spent = np.median(ours.evaluations, axis=1) / best.median
-    time = np.median(ours.seconds / np.median(usual.seconds, axis=0), axis=(1, 2))
-    calls = sorted(field.of("training", family, FLAGSHIP), key=itemgetter("seed"))
-    returned = [[row["returned"]] for row in calls]
-    return np.where(returned, np.stack([spent, time], axis=1), [usual.median / best.median, 1.0])
-
-
-def _co_trained(field: Field, results: Path, at: float) -> list[list[str]]:
-    """One row, of the families that were co-trained; none where there are none."""
-    found = beyond.co_trained(results / "cotrain", at)
-    if not found:
-        return []
+def _over_seeds(words: str, field: Field, at: float, found: Mapping[str, Sequence[Row]]) -> list[str]:
+    """A line of means over families, of ratios that each has a row a seed of."""
 
     def cells(families: list[str]) -> list[str]:
         among = [found[family] for family in families if family in found]
-        return [str(len(among)), *(f"{overall(among, key):.2f}" for key in ("evaluations", "time"))]
+        return [str(len(among)), *(number(overall(among, key)) if among else "" for key in ("evaluations", "time"))]
 
-    words = "co-trained: the original's best, its fastest"
-    return [[words, f"{at:g}", *cells(field.headline(at)), *cells(field.families)]]
+    return [words, f"{at:g}", *cells(field.headline(at)), *cells(field.families)]
+
+
+def _kept(field: Field, at: float) -> dict[str, list[Row]]:
+    """By family, for the call of each seed: evaluations over the best and time over the fastest classical solver, of what it
+    returned, its own solver or the fastest classical one."""
+    found = {}
+    for family in field.ran(FLAGSHIP):
+        ours, best, usual = (field.must(family, solver, at) for solver in (FLAGSHIP, BEST, FASTEST))
+        spent = np.median(ours.evaluations, axis=1)
+        time = np.median(ours.seconds / np.median(usual.seconds, axis=0), axis=(1, 2))
+        calls = sorted(field.of("training", family, FLAGSHIP), key=itemgetter("seed"))
+        both = [
+            (a, b) if row["returned"] else (usual.median, 1.0) for row, a, b in zip(calls, spent, time, strict=True)
+        ]
+        found[family] = [{"evaluations": of / best.median, "time": share} for of, share in both]
+    return found
+
+
+def _co_trained(field: Field, results: Path, at: float) -> list[list[str]]:
+    """One line, of the families that were co-trained; none where there are none."""
+    found = beyond.co_trained(results / "cotrain", at)
+    return [_over_seeds("co-trained: the original's best, its fastest", field, at, found)] if found else []
 
 
 def every_solver(field: Field, at: float, words: str, corner: str) -> Table:
